@@ -1,0 +1,269 @@
+"""The KL autoencoder: image ↔ latent, its posterior, and the latents' scale and shift.
+
+The arithmetic and the parameter names are those of the latent-diffusion autoencoder that MAR uses as
+KL-16 (66,456,019 parameters at its published size), in any width, depth and stride. Training it and
+caching its moments are elsewhere.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from far.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """Size and latent statistics of an autoencoder.
+
+    ``width_multipliers`` has one entry a resolution, so the stride is ``2 ** (len − 1)``: 4 to 16.
+    A latent leaves the tokenizer as ``(latent − shift) · scale``, with deviation 1 over the training
+    images; ``shift`` is a number, or one number a channel.
+    """
+
+    width: int = 128
+    width_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    blocks: int = 2
+    latent_channels: int = 16
+    scale: float = 0.2325
+    shift: float | tuple[float, ...] = 0.0
+
+    def __post_init__(self) -> None:
+        if not 3 <= len(self.width_multipliers) <= 5:
+            raise InputError(
+                f"width_multipliers {list(self.width_multipliers)} give stride {self.stride}; use 3 to 5 entries, for stride 4 to 16"
+            )
+        for name in ("width", "blocks", "latent_channels", "scale"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"autoencoder {name} {getattr(self, name)} must be positive")
+        if min(self.width_multipliers) < 1:
+            raise InputError(f"width_multipliers {list(self.width_multipliers)} must be positive")
+        if isinstance(self.shift, tuple) and len(self.shift) != self.latent_channels:
+            raise InputError(f"shift has {len(self.shift)} entries for {self.latent_channels} latent channels; give one each")
+
+    @property
+    def stride(self) -> int:
+        """Pixels of image per latent, along a side."""
+        return 2 ** (len(self.width_multipliers) - 1)
+
+
+class Posterior:
+    """The diagonal Gaussian ``q(latent | image)`` of moments ``[b, 2c, h, w]`` (mean, log-variance)."""
+
+    def __init__(self, moments: Tensor) -> None:
+        self.mean, logvar = moments.chunk(2, dim=1)
+        # The clamp keeps exp() finite; it is part of the published arithmetic.
+        self.logvar = logvar.clamp(-30.0, 20.0)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Latents ``[b, c, h, w]`` from standard normal ``noise`` of the same shape."""
+        return self.mean + (0.5 * self.logvar).exp() * noise
+
+    def kl(self) -> Tensor:
+        """``KL(q ‖ N(0, I))`` of each sample in nats, summed over the latent: ``[b]``."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).sum(dim=(1, 2, 3))
+
+
+class Autoencoder(nn.Module):
+    """Images ``[b, 3, H, W]`` in [−1, 1] ↔ latents ``[b, c, H / stride, W / stride]``."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def encode(self, images: Tensor) -> Posterior:
+        """The posterior of images ``[b, 3, H, W]`` in [−1, 1].
+
+        Raises:
+            InputError: H or W is not a multiple of the stride.
+        """
+        return Posterior(self.moments(images))
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Mean and log-variance, stacked: ``[b, 2c, h, w]``, unscaled; what a latent cache stores."""
+        height, width = images.shape[-2:]
+        if height % self.config.stride or width % self.config.stride:
+            raise InputError(f"image of {height}×{width} pixels: both sides must be multiples of the stride {self.config.stride}")
+        return self.quant_conv(self.encoder(images))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images ``[b, 3, H, W]``, about [−1, 1], from unscaled latents ``[b, c, h, w]``."""
+        return self.decoder(self.post_quant_conv(latents))
+
+    def normalize(self, latents: Tensor) -> Tensor:
+        """Raw latents → the deviation-1 latents that the generator models."""
+        return (latents - self._shift(latents)) * self.config.scale
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """The inverse of :meth:`normalize`."""
+        return latents / self.config.scale + self._shift(latents)
+
+    def _shift(self, latents: Tensor) -> Tensor:
+        shift = self.config.shift
+        return latents.new_tensor(shift if isinstance(shift, Sequence) else [shift]).view(1, -1, 1, 1)
+
+    def fingerprint(self) -> str:
+        """A digest of the encoder's weights: moments of another fingerprint are of another autoencoder."""
+        digest = hashlib.sha256()
+        for part in (self.encoder, self.quant_conv):
+            for name, tensor in part.state_dict().items():
+                digest.update(name.encode())
+                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+class Encoder(nn.Module):
+    """Images → ``2c`` channels; attention only at the coarsest resolution."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = [config.width * multiplier for multiplier in config.width_multipliers]
+        self.conv_in = nn.Conv2d(3, config.width, 3, padding=1)
+        self.down = nn.ModuleList()
+        channels = config.width
+        for index, width in enumerate(widths):
+            last = index == len(widths) - 1
+            level = Level(channels, width, config.blocks, attention=last)
+            if not last:
+                level.downsample = Downsample(width)
+            self.down.append(level)
+            channels = width
+        self.mid = Middle(channels)
+        self.norm_out = group_norm(channels)
+        self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents → images; one block more a resolution than the encoder, no attention in the levels."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = [config.width * multiplier for multiplier in config.width_multipliers]
+        channels = widths[-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, channels, 3, padding=1)
+        self.mid = Middle(channels)
+        levels = []
+        for index in reversed(range(len(widths))):
+            level = Level(channels, widths[index], config.blocks + 1, attention=False)
+            if index:
+                level.upsample = Upsample(widths[index])
+            levels.append(level)
+            channels = widths[index]
+        self.up = nn.ModuleList(reversed(levels))  # the published names count from the finest level
+        self.norm_out = group_norm(channels)
+        self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(x))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, then a change of resolution where there is one."""
+
+    def __init__(self, channels_in: int, channels_out: int, blocks: int, *, attention: bool) -> None:
+        super().__init__()
+        widths = [channels_in] + [channels_out] * blocks
+        self.block = nn.ModuleList(ResidualBlock(a, b) for a, b in zip(widths, widths[1:]))
+        self.attn = nn.ModuleList(SpatialAttention(channels_out) for _ in range(blocks if attention else 0))
+        self.downsample: nn.Module = nn.Identity()
+        self.upsample: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[index](x)
+        return self.upsample(self.downsample(x))
+
+
+class Middle(nn.Module):
+    """Block, attention, block, at the coarsest resolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResidualBlock(channels, channels)
+        self.attn_1 = SpatialAttention(channels)
+        self.block_2 = ResidualBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, convolution, twice; a 1×1 convolution on the shortcut where the width changes."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = group_norm(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return self.nin_shortcut(x) + y
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over all positions, residual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        q, k, v = (layer(y).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(y.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halve the resolution: pad one pixel at the right and bottom, then a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the resolution by repetition, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """32 groups as published, or the largest common divisor where the width is no multiple of 32."""
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)

@@ -1,0 +1,73 @@
+"""Dataclass ↔ plain dictionary (JSON, YAML), strictly: an unknown key or a wrong type is an error.
+
+The dataclasses themselves stand beside what they configure.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from far.errors import InputError
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], source: str) -> T:
+    """Build the dataclass ``cls`` (nested ones too) from ``values``; ``source`` names the file in errors.
+
+    Raises:
+        InputError: a key that ``cls`` does not have (the nearest right one is named), a missing key,
+            or a value of another type.
+    """
+    if not isinstance(values, Mapping):
+        raise InputError(f"{source}: expected keys and values, got {type(values).__name__} {values!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
+            raise InputError(f"{source}: unknown key {key!r}; did you mean {near[0]!r}? (keys: {', '.join(fields)})")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise InputError(f"{source}: the key {name!r} is missing")
+    return cls(**{key: _convert(hints[key], value, f"{source}: {key}") for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, source: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, source)
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            try:
+                return _convert(option, value, source)
+            except InputError:
+                continue
+    elif origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(arguments[0], item, source) for item in value)
+    elif origin is dict and isinstance(value, Mapping):
+        return {_convert(arguments[0], k, source): _convert(arguments[1], v, source) for k, v in value.items()}
+    elif origin is typing.Literal and value in arguments:
+        return value
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    wanted = " or ".join(map(repr, arguments)) if origin is typing.Literal else getattr(hint, "__name__", str(hint))
+    hint_for_exponents = "; write 1.0e-4, not 1e-4, in YAML" if hint is float and isinstance(value, str) else ""
+    raise InputError(f"{source} is {value!r}, expected {wanted}{hint_for_exponents}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The dataclass as nested dictionaries and lists, ready for JSON."""
+    return _plain(dataclasses.asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

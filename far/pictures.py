@@ -1,0 +1,50 @@
+"""Image tensors ↔ Pillow pictures, grids, and PNG files that carry how they were made."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from far.files import atomic_path
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Images ``[n, 3, h, w]`` in [0, 1] → ``[n, h, w, 3]`` uint8, rounded."""
+    scaled = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return scaled.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_pictures(images: Tensor) -> list[Image.Image]:
+    """Images ``[n, 3, h, w]`` in [0, 1] → Pillow pictures."""
+    return [Image.fromarray(image) for image in to_uint8(images)]
+
+
+def grid(images: Tensor, columns: int | None = None) -> Image.Image:
+    """All images ``[n, 3, h, w]`` in [0, 1] row by row, about square unless ``columns`` is given."""
+    count, _, height, width = images.shape
+    columns = min(count, columns or math.ceil(math.sqrt(count)))
+    sheet = Image.new("RGB", (columns * width, -(-count // columns) * height), "white")
+    for index, picture in enumerate(to_pictures(images)):
+        sheet.paste(picture, (index % columns * width, index // columns * height))
+    return sheet
+
+
+def save_png(picture: Image.Image, path: Path, settings: Mapping[str, object] | None = None) -> None:
+    """Write a PNG atomically; ``settings`` become its text entries."""
+    info = PngInfo()
+    for key, value in (settings or {}).items():
+        info.add_text(key, str(value))
+    with atomic_path(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=info)
+
+
+def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 120) -> None:
+    """Write an endless animation atomically; the last frame stays for a second and a half."""
+    durations = [milliseconds] * (len(frames) - 1) + [1500]
+    with atomic_path(path) as temporary:
+        frames[0].save(temporary, format="GIF", save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)

@@ -1,0 +1,28 @@
+"""An exponential moving average of a module's parameters, kept as a second, frozen module."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class Ema:
+    """``module`` follows the trained one as ``ema ← decay · ema + (1 − decay) · trained``.
+
+    The decay warms up as ``(1 + step) / (10 + step)``, so that early averages forget the initial weights.
+    """
+
+    def __init__(self, trained: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.module = copy.deepcopy(trained).eval().requires_grad_(False)
+
+    def decay_at(self, step: int) -> float:
+        """The decay used after optimizer step ``step`` (0, 1, …)."""
+        return min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, trained: nn.Module, step: int) -> None:
+        weight = 1 - self.decay_at(step)
+        torch._foreach_lerp_(list(self.module.parameters()), list(trained.parameters()), weight)
+        for buffer, current in zip(self.module.buffers(), trained.buffers()):
+            buffer.copy_(current)

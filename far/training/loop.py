@@ -1,0 +1,296 @@
+"""One training loop for the autoencoder and for the generator.
+
+It owns the optimizer, the schedule, the EMA, checkpoints, the log and the progress bar. What is
+trained, on which batches, with which loss and how it is judged is a :class:`Task`. Every random draw
+of step ``k`` comes from a generator seeded by (seed, k), so a resumed run repeats an uninterrupted one.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from far.errors import InputError
+from far.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from far.training.ema import Ema
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long, how fast, how often.
+
+    ``learning_rate`` is reached after ``warmup_steps`` and then kept, or lowered to zero along a half
+    cosine. ``dtype`` is the autocast type of the forward pass; weights stay in float32.
+    """
+
+    steps: int = 10_000
+    batch_size: int = 128
+    learning_rate: float = 1e-4
+    head_learning_rate: float | None = None
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 100
+    weight_decay: float = 0.02
+    gradient_clip: float = 3.0
+    ema_decay: float = 0.9999
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    device: str = "cpu"
+    seed: int = 0
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    evaluate_every: int = 1000
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "learning_rate", "gradient_clip", "log_every", "checkpoint_every", "evaluate_every"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} {getattr(self, name)} must be positive")
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"ema_decay {self.ema_decay} must be at least 0 and below 1")
+
+
+class Task(Protocol):
+    """What the loop trains."""
+
+    module: nn.Module
+
+    def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
+        """Groups for AdamW, each with ``lr`` and ``weight_decay``."""
+
+    def batch(self, step: int, generator: torch.Generator) -> Any:
+        """Read the batch of a step (its time is reported as the loader's share)."""
+
+    def loss(self, batch: Any, ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar loss and named scalars to log."""
+
+    def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        """Judge the EMA weights on held-out data; may write pictures into ``folder``."""
+
+    def publish(self, ema: nn.Module, folder: Path) -> None:
+        """Write the EMA weights in the form that the other commands load."""
+
+
+def train(task: Task, config: LoopConfig, folder: Path, *, resume: bool = False) -> None:
+    """Train until ``config.steps``, or until Ctrl-C, which saves a checkpoint and returns.
+
+    ``folder`` receives ``checkpoints/``, ``log.jsonl``, what the task publishes, and its pictures.
+
+    Raises:
+        InputError: the folder holds a run and ``resume`` is false, or a loss is not finite.
+    """
+    trainer = Trainer(task, config, folder)
+    trainer.restore(resume)
+    trainer.run()
+
+
+class Trainer:
+    """The state of a run: module, EMA, optimizer, and the number of finished steps."""
+
+    def __init__(self, task: Task, config: LoopConfig, folder: Path) -> None:
+        self.task, self.config, self.folder = task, config, folder
+        self.module = task.module.to(config.device).train()
+        self.ema = Ema(self.module, config.ema_decay)
+        self.optimizer = torch.optim.AdamW(task.parameter_groups(config), betas=(0.9, 0.95))
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.step = 0
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def restore(self, resume: bool) -> None:
+        """Load the newest checkpoint, or make sure that there is none to overwrite."""
+        existing = list_checkpoints(self.checkpoints)
+        if existing and not resume:
+            raise InputError(f"{self.folder} already holds a run at step {existing[-1][0]}; add --resume, or choose another folder")
+        if existing:
+            path = existing[-1][1]
+            state = load_checkpoint(path)
+            try:
+                self.module.load_state_dict(state["module"])
+                self.ema.module.load_state_dict(state["ema"])
+                self.optimizer.load_state_dict(state["optimizer"])
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise InputError(f"{path} is of another model ({' '.join(str(error).split())[:200]}); resume with the recipe it was made with") from error
+            self.step = state["step"]
+
+    def save(self) -> Path:
+        """Write a checkpoint of the finished steps and publish the EMA weights."""
+        state = {
+            "module": self.module.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        path = save_checkpoint(self.checkpoints, self.step, state)
+        self.task.publish(self.ema.module, self.folder)
+        return path
+
+    def run(self) -> None:
+        config, saved_at = self.config, self.step
+        if self.step >= config.steps:
+            print(f"{self.folder} is already trained to step {self.step}; raise the recipe's steps to go on")
+            return
+        bar = tqdm(total=config.steps, initial=self.step, desc=self.folder.name, mininterval=1)
+        with _Log(self.folder, config.tensorboard) as log, bar, _DeferredInterrupt() as interrupt:
+            meter = Meter()
+            while self.step < config.steps and not interrupt.requested:
+                self.train_step(meter)
+                bar.update()
+                last = self.step == config.steps
+                if self.step % config.log_every == 0 or last:
+                    entry = {"step": self.step, **meter.read(), "learning_rate": self.learning_rate_scale() * self.peaks[0]}
+                    log.write(entry)
+                    bar.set_postfix_str(f"loss {entry['loss']:.4f}, {entry['images_per_second']:.0f} img/s")
+                if self.step % config.checkpoint_every == 0 or last:
+                    self.save()
+                    saved_at = self.step
+                if self.step % config.evaluate_every == 0 or last:
+                    log.write({"step": self.step, **self.task.evaluate(self.ema.module, self.folder, self.step)})
+                    meter.restart()
+        if interrupt.requested:
+            path = self.save() if saved_at != self.step else self.checkpoints
+            print(f"interrupted at step {self.step}; saved in {path}; --resume goes on")
+
+    def learning_rate_scale(self) -> float:
+        """The share of the peak learning rate at the current step."""
+        config = self.config
+        if self.step < config.warmup_steps:
+            return (self.step + 1) / config.warmup_steps
+        if config.schedule == "constant":
+            return 1.0
+        progress = (self.step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def train_step(self, meter: "Meter") -> None:
+        """One optimizer step and one EMA step."""
+        config = self.config
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
+        # Dropout can only draw from the default generator; seeding it makes a step a function of its number.
+        torch.default_generator.manual_seed(config.seed * 1_000_003 + self.step)
+        start = time.perf_counter()
+        batch = self.task.batch(self.step, generator)
+        loaded = time.perf_counter()
+        with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            loss, values = self.task.loss(batch, self.ema.module, generator)
+        scale = self.learning_rate_scale()
+        for group, peak in zip(self.optimizer.param_groups, self.peaks):
+            group["lr"] = peak * scale
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), config.gradient_clip)
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            raise InputError(self._diverged(scale))
+        self.optimizer.step()
+        self.ema.update(self.module, self.step)
+        self.step += 1
+        meter.add(config.batch_size, loaded - start, time.perf_counter() - start, {"loss": loss.detach(), "gradient_norm": norm, **values})
+
+    def _diverged(self, scale: float) -> str:
+        existing = list_checkpoints(self.checkpoints)
+        last = str(existing[-1][1]) if existing else "none"
+        return (
+            f"the loss or its gradient is not finite at step {self.step} (learning rate {self.peaks[0] * scale:.3g}); "
+            f"last good checkpoint: {last}; lower the learning rate, then --resume"
+        )
+
+
+class Meter:
+    """Means of the logged values, throughput and the loader's share since the last reading."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.images, self.loading, self.seconds = 0, 0.0, 0.0
+        self.values: dict[str, list[Tensor]] = {}
+
+    def add(self, images: int, loading: float, seconds: float, values: dict[str, Tensor]) -> None:
+        self.images += images
+        self.loading += loading
+        self.seconds += seconds
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(value.detach())
+
+    def read(self) -> dict[str, float]:
+        means = {name: float(torch.stack(values).float().mean()) for name, values in self.values.items()}
+        result = {**means, "images_per_second": self.images / self.seconds, "loader_share": self.loading / self.seconds}
+        self.restart()
+        return result
+
+
+class _Log:
+    """Appends to ``log.jsonl``, and to TensorBoard where asked for."""
+
+    def __init__(self, folder: Path, tensorboard: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
+        self.board = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise InputError("tensorboard is not installed; pip install 'far-image[log]'") from error
+            self.board = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, entry: dict[str, float]) -> None:
+        self.file.write(json.dumps({"time": round(time.time(), 1), **entry}) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in entry.items():
+                self.board.add_scalar(name, value, entry["step"])
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+class _DeferredInterrupt:
+    """Turns Ctrl-C into a request that is granted between steps; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "_DeferredInterrupt":
+        self.main = threading.current_thread() is threading.main_thread()
+        if self.main:
+            self.previous = signal.signal(signal.SIGINT, self._request)
+        return self
+
+    def _request(self, signum: int, frame: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __exit__(self, *_: object) -> None:
+        if self.main:
+            signal.signal(signal.SIGINT, self.previous)
+
+
+def epoch_rows(step: int, batch_size: int, rows: int, seed: int) -> Tensor:
+    """The rows ``[batch_size]`` of a step: a stream of permutations of ``range(rows)``, one an epoch."""
+    first = step * batch_size
+    parts = []
+    while batch_size > 0:
+        epoch, offset = divmod(first, rows)
+        part = _permutation(rows, seed, epoch)[offset : offset + batch_size]
+        parts.append(part)
+        first += len(part)
+        batch_size -= len(part)
+    return torch.cat(parts)
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(rows: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
