@@ -7,7 +7,6 @@ caching its moments are elsewhere.
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Sequence
 
 import torch
@@ -23,13 +22,15 @@ class AutoencoderConfig:
 
     ``width_multipliers`` has one entry a resolution, so the stride is ``2 ** (len − 1)``: 4 to 16.
     A latent leaves the tokenizer as ``(latent − shift) · scale``, with deviation 1 over the training
-    images; ``shift`` is a number, or one number a channel.
+    images; ``shift`` is a number, or one number a channel. ``norm_groups`` divides every width; narrow
+    autoencoders want few groups, since a group of one channel loses that channel's mean.
     """
 
     width: int = 128
     width_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     blocks: int = 2
     latent_channels: int = 16
+    norm_groups: int = 32
     scale: float = 0.2325
     shift: float | tuple[float, ...] = 0.0
 
@@ -38,11 +39,13 @@ class AutoencoderConfig:
             raise InputError(
                 f"width_multipliers {list(self.width_multipliers)} give stride {self.stride}; use 3 to 5 entries, for stride 4 to 16"
             )
-        for name in ("width", "blocks", "latent_channels", "scale"):
+        for name in ("width", "blocks", "latent_channels", "norm_groups", "scale"):
             if getattr(self, name) <= 0:
                 raise InputError(f"autoencoder {name} {getattr(self, name)} must be positive")
         if min(self.width_multipliers) < 1:
             raise InputError(f"width_multipliers {list(self.width_multipliers)} must be positive")
+        if self.width % self.norm_groups:
+            raise InputError(f"norm_groups {self.norm_groups} must divide the width {self.width}")
         if isinstance(self.shift, tuple) and len(self.shift) != self.latent_channels:
             raise InputError(f"shift has {len(self.shift)} entries for {self.latent_channels} latent channels; give one each")
 
@@ -127,18 +130,19 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         widths = [config.width * multiplier for multiplier in config.width_multipliers]
+        groups = config.norm_groups
         self.conv_in = nn.Conv2d(3, config.width, 3, padding=1)
         self.down = nn.ModuleList()
         channels = config.width
         for index, width in enumerate(widths):
             last = index == len(widths) - 1
-            level = Level(channels, width, config.blocks, attention=last)
+            level = Level(channels, width, config.blocks, groups, attention=last)
             if not last:
                 level.downsample = Downsample(width)
             self.down.append(level)
             channels = width
-        self.mid = Middle(channels)
-        self.norm_out = group_norm(channels)
+        self.mid = Middle(channels, groups)
+        self.norm_out = nn.GroupNorm(groups, channels, eps=1e-6)
         self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,18 +158,19 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         widths = [config.width * multiplier for multiplier in config.width_multipliers]
+        groups = config.norm_groups
         channels = widths[-1]
         self.conv_in = nn.Conv2d(config.latent_channels, channels, 3, padding=1)
-        self.mid = Middle(channels)
+        self.mid = Middle(channels, groups)
         levels = []
         for index in reversed(range(len(widths))):
-            level = Level(channels, widths[index], config.blocks + 1, attention=False)
+            level = Level(channels, widths[index], config.blocks + 1, groups, attention=False)
             if index:
                 level.upsample = Upsample(widths[index])
             levels.append(level)
             channels = widths[index]
         self.up = nn.ModuleList(reversed(levels))  # the published names count from the finest level
-        self.norm_out = group_norm(channels)
+        self.norm_out = nn.GroupNorm(groups, channels, eps=1e-6)
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,11 +183,11 @@ class Decoder(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution, then a change of resolution where there is one."""
 
-    def __init__(self, channels_in: int, channels_out: int, blocks: int, *, attention: bool) -> None:
+    def __init__(self, channels_in: int, channels_out: int, blocks: int, groups: int, *, attention: bool) -> None:
         super().__init__()
         widths = [channels_in] + [channels_out] * blocks
-        self.block = nn.ModuleList(ResidualBlock(a, b) for a, b in zip(widths, widths[1:]))
-        self.attn = nn.ModuleList(SpatialAttention(channels_out) for _ in range(blocks if attention else 0))
+        self.block = nn.ModuleList(ResidualBlock(a, b, groups) for a, b in zip(widths, widths[1:]))
+        self.attn = nn.ModuleList(SpatialAttention(channels_out, groups) for _ in range(blocks if attention else 0))
         self.downsample: nn.Module = nn.Identity()
         self.upsample: nn.Module = nn.Identity()
 
@@ -197,11 +202,11 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Block, attention, block, at the coarsest resolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.block_1 = ResidualBlock(channels, channels)
-        self.attn_1 = SpatialAttention(channels)
-        self.block_2 = ResidualBlock(channels, channels)
+        self.block_1 = ResidualBlock(channels, channels, groups)
+        self.attn_1 = SpatialAttention(channels, groups)
+        self.block_2 = ResidualBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -210,11 +215,11 @@ class Middle(nn.Module):
 class ResidualBlock(nn.Module):
     """Norm, SiLU, convolution, twice; a 1×1 convolution on the shortcut where the width changes."""
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
+    def __init__(self, channels_in: int, channels_out: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = group_norm(channels_in)
+        self.norm1 = nn.GroupNorm(groups, channels_in, eps=1e-6)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = group_norm(channels_out)
+        self.norm2 = nn.GroupNorm(groups, channels_out, eps=1e-6)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
@@ -227,9 +232,9 @@ class ResidualBlock(nn.Module):
 class SpatialAttention(nn.Module):
     """Single-head self-attention over all positions, residual."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -263,7 +268,3 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups as published, or the largest common divisor where the width is no multiple of 32."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)

@@ -1,0 +1,138 @@
+"""MAR's masked encoder-decoder (arXiv 2406.11838, section 3.3).
+
+The encoder sees the class (several copies, the "buffer") and the known tokens; the decoder sees the
+encoder's output with mask tokens at the unknown positions, and gives ``z`` there. Which positions are
+known, in which order they become so, and what is drawn from ``z`` is decided elsewhere.
+"""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor, nn
+
+from far.errors import InputError
+from far.layers import Block
+from far.tokens import sample_mask_ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedConfig:
+    """Size of the backbone; ``buffer`` is the number of class-token copies before the sequence."""
+
+    encoder_width: int = 768
+    encoder_depth: int = 12
+    encoder_heads: int = 12
+    decoder_width: int = 768
+    decoder_depth: int = 12
+    decoder_heads: int = 12
+    buffer: int = 64
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for part in ("encoder", "decoder"):
+            width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
+            if width < 1 or heads < 1 or width % heads:
+                raise InputError(f"{part}_width {width} must be a positive multiple of {part}_heads {heads}")
+            if getattr(self, f"{part}_depth") < 1:
+                raise InputError(f"{part}_depth {getattr(self, f'{part}_depth')} must be positive")
+        if self.buffer < 1:
+            raise InputError(f"buffer {self.buffer} must be positive: with no token known, it is all that the encoder sees")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout {self.dropout} must be at least 0 and below 1")
+
+
+class MaskedBackbone(nn.Module):
+    """Known tokens and a class → ``z [b, m, decoder_width]`` at chosen positions.
+
+    A label equal to ``classes`` stands for "no class" (guidance's unconditional half).
+    """
+
+    def __init__(self, config: MaskedConfig, tokens: int, channels: int, classes: int) -> None:
+        super().__init__()
+        self.config, self.tokens, self.classes = config, tokens, classes
+        encoder, decoder = config.encoder_width, config.decoder_width
+        self.class_embedding = nn.Embedding(classes + 1, encoder)
+        self.token_projection = nn.Linear(channels, encoder)
+        self.token_norm = nn.LayerNorm(encoder, eps=1e-6)
+        self.encoder_positions = nn.Parameter(torch.empty(1, config.buffer + tokens, encoder))
+        self.encoder_blocks = nn.ModuleList(
+            Block(encoder, config.encoder_heads, config.dropout) for _ in range(config.encoder_depth)
+        )
+        self.encoder_norm = nn.LayerNorm(encoder, eps=1e-6)
+        self.decoder_projection = nn.Linear(encoder, decoder)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder))
+        self.decoder_positions = nn.Parameter(torch.empty(1, config.buffer + tokens, decoder))
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder, config.decoder_heads, config.dropout) for _ in range(config.decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(decoder, eps=1e-6)
+        self.condition_positions = nn.Parameter(torch.empty(1, tokens, decoder))
+        self._initialize()
+
+    @property
+    def width(self) -> int:
+        """The width of ``z``."""
+        return self.config.decoder_width
+
+    def _initialize(self) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2 and "embedding" not in name:
+                nn.init.xavier_uniform_(parameter)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
+
+    def encode(self, tokens: Tensor, known: Tensor, labels: Tensor) -> Tensor:
+        """The encoder's output ``[b, buffer + k, encoder_width]``.
+
+        Args:
+            tokens: ``[b, n, channels]``; only the known ones are read.
+            known: positions ``[b, k]`` of the known tokens.
+            labels: ``[b]``, 0 … classes.
+        """
+        positions = self.encoder_positions
+        buffer = self.config.buffer
+        prefix = self.class_embedding(labels).unsqueeze(1) + positions[:, :buffer]
+        seen = self.token_projection(_take(tokens, known).to(self.token_projection.weight.dtype)) + positions[0, buffer:][known]
+        x = self.token_norm(torch.cat([prefix, seen.to(prefix.dtype)], dim=1))
+        for block in self.encoder_blocks:
+            x = block(x)
+        return self.encoder_norm(x)
+
+    def decode(self, encoded: Tensor, known: Tensor, wanted: Tensor) -> Tensor:
+        """``z [b, m, decoder_width]`` at the positions ``wanted [b, m]`` from the encoder's output."""
+        buffer = self.config.buffer
+        x = self.decoder_projection(encoded)
+        grid = self.mask_token.to(x.dtype).expand(len(x), self.tokens, -1)
+        index = known.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        grid = grid.scatter(1, index, x[:, buffer:])
+        x = torch.cat([x[:, :buffer], grid], dim=1) + self.decoder_positions
+        for block in self.decoder_blocks:
+            x = block(x)
+        # The norm is per token, so it is computed only where z is wanted.
+        return self.decoder_norm(_take(x, wanted + buffer)) + self.condition_positions[0][wanted]
+
+    def condition(self, tokens: Tensor, known: Tensor, wanted: Tensor, labels: Tensor) -> Tensor:
+        """``z [b, m, width]`` at the positions ``wanted [b, m]``, given the tokens at ``known [b, k]``.
+
+        Shapes of ``tokens`` and ``labels`` as in :meth:`encode`.
+        """
+        return self.decode(self.encode(tokens, known, labels), known, wanted)
+
+    def training_conditions(self, tokens: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Mask a random share of the tokens; returns ``z [b, m, width]`` and its positions ``[b, m]``.
+
+        One ratio a batch, from :func:`far.tokens.sample_mask_ratio`; other positions for every sample.
+        """
+        batch = len(tokens)
+        masked = math.ceil(self.tokens * sample_mask_ratio(generator))
+        orders = torch.rand(batch, self.tokens, generator=generator).argsort(dim=1).to(tokens.device)
+        wanted = orders[:, :masked]
+        return self.condition(tokens, orders[:, masked:], wanted, labels), wanted
+
+
+def _take(x: Tensor, positions: Tensor) -> Tensor:
+    """Rows ``[b, m, c]`` of ``x [b, n, c]`` at ``positions [b, m]``."""
+    return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

@@ -1,0 +1,183 @@
+"""MAR's diffusion head (arXiv 2406.11838): a DDPM of one token, ε-prediction with learned-range variance.
+
+Its time runs as in the published code, 0 (data) … 999 (noise), inside this file only. The arithmetic
+is that of Nichol & Dhariwal (arXiv 2102.09672): loss = MSE of ε + variational bound of the variance.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from far.heads.head import Head, HeadConfig, TokenLoss, guided
+from far.heads.network import HeadNetwork
+
+TRAINING_STEPS = 1000
+
+
+class DiffusionHead(Head):
+    """The network predicts ε and, for each channel, where the log-variance lies between its bounds."""
+
+    default_steps = 100
+    max_steps = TRAINING_STEPS
+
+    def __init__(self, config: HeadConfig, channels: int, condition: int) -> None:
+        super().__init__()
+        self.config = config
+        self.network = HeadNetwork(channels, 2 * channels, condition, config.width, config.depth)
+
+    def loss(self, x: Tensor, z: Tensor, generator: torch.Generator, teacher: Head) -> TokenLoss:
+        samples = self.config.samples_per_token
+        t = torch.randint(0, TRAINING_STEPS, (samples, len(x)), generator=generator).to(x.device)
+        noise = torch.randn(samples, *x.shape, generator=generator).to(x.device)
+        mse, bound = self.loss_terms(x, z, t, noise)
+        rows = mse + bound
+        found = rows.detach().flatten()
+        parts = {"mse": mse.detach().flatten(), "bound": bound.detach().flatten()}
+        return TokenLoss(rows.mean(dim=0), found, 1 - t.flatten() / TRAINING_STEPS, parts)
+
+    def loss_terms(self, x: Tensor, z: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The MSE of ε and the variational bound in bits per channel, each shaped as ``t``.
+
+        Args:
+            x: tokens, broadcastable to ``noise […, channels]``.
+            t: training steps, integers 0 … 999, shaped as the leading axes.
+        """
+        schedule = Schedule.respaced(TRAINING_STEPS)
+        x_t = schedule.noisy(x, noise, t)
+        epsilon, fraction = self.network(x_t, z, t).float().chunk(2, dim=-1)
+        # The bound trains the variance only: through ε it would disturb the MSE.
+        mean, logvar = schedule.model_posterior(x_t, epsilon.detach(), fraction, t)
+        true_mean, true_logvar = schedule.true_posterior(x, x_t, t)
+        kl = normal_kl(true_mean, true_logvar, mean, logvar).mean(dim=-1)
+        likelihood = -discretized_gaussian_log_likelihood(x, mean, 0.5 * logvar).mean(dim=-1)
+        bound = torch.where(t == 0, likelihood, kl) / math.log(2)
+        return (epsilon - noise).square().mean(dim=-1), bound
+
+    def sample(
+        self,
+        z: Tensor,
+        normal: Callable[[], Tensor],
+        *,
+        steps: int,
+        temperature: float = 1.0,
+        z_uncond: Tensor | None = None,
+        guidance: float = 1.0,
+    ) -> Tensor:
+        self.check_steps(steps)
+        schedule = Schedule.respaced(steps)
+        x = normal()
+        for index in reversed(range(steps)):
+            step = torch.tensor(index, device=x.device)
+            time = x.new_tensor(schedule.timesteps[index])
+            epsilon, fraction = self._predict(x, time, z, z_uncond, guidance)
+            mean, logvar = schedule.model_posterior(x, epsilon, fraction, step)
+            noise = normal()
+            x = mean + (0.5 * logvar).exp() * noise * temperature if index else mean
+        return x
+
+    def _predict(self, x: Tensor, time: Tensor, z: Tensor, z_uncond: Tensor | None, guidance: float) -> tuple[Tensor, ...]:
+        """ε, guided, and the variance's fraction, which stays the conditional one."""
+        fractions = []
+
+        def epsilon_of(condition: Tensor) -> Tensor:
+            epsilon, fraction = self.network(x, condition, time).to(x.dtype).chunk(2, dim=-1)
+            fractions.append(fraction if condition.shape == z.shape else fraction[0])
+            return epsilon
+
+        return guided(epsilon_of, z, z_uncond, guidance), fractions[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The noise schedule over ``len(timesteps)`` steps; every table is ``[steps]`` in float64."""
+
+    timesteps: list[int]
+    betas: Tensor
+
+    @staticmethod
+    @functools.lru_cache(maxsize=64)
+    def respaced(steps: int) -> "Schedule":
+        """The cosine schedule of 1000 steps, thinned to ``steps`` of them, evenly spaced with both ends."""
+        stride = (TRAINING_STEPS - 1) / (steps - 1) if steps > 1 else 1
+        timesteps = sorted({round(index * stride) for index in range(steps)})
+        kept = train_alphas_cumprod()[timesteps]
+        previous = torch.cat([kept.new_ones(1), kept[:-1]])
+        return Schedule(timesteps, 1 - kept / previous)
+
+    @functools.cached_property
+    def alphas_cumprod(self) -> Tensor:
+        return (1 - self.betas).cumprod(dim=0)
+
+    @functools.cached_property
+    def _previous(self) -> Tensor:
+        return torch.cat([self.betas.new_ones(1), self.alphas_cumprod[:-1]])
+
+    @functools.cached_property
+    def posterior_logvar(self) -> Tensor:
+        """Log-variance of ``q(x_{t−1} | x_t, x_0)``; its first entry, −∞, is replaced by the second."""
+        variance = self.betas * (1 - self._previous) / (1 - self.alphas_cumprod)
+        return torch.cat([variance[1:2], variance[1:]]).log() if len(variance) > 1 else self.betas.log()
+
+    def noisy(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """``q(x_t | x_0)`` at the steps ``t``, shaped as the leading axes."""
+        signal = self.alphas_cumprod
+        return _at(signal.sqrt(), t, noise) * x + _at((1 - signal).sqrt(), t, noise) * noise
+
+    def true_posterior(self, x: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of ``q(x_{t−1} | x_t, x_0 = x)``."""
+        signal, previous = self.alphas_cumprod, self._previous
+        of_x = self.betas * previous.sqrt() / (1 - signal)
+        of_x_t = (1 - previous) * (1 - self.betas).sqrt() / (1 - signal)
+        return _at(of_x, t, x_t) * x + _at(of_x_t, t, x_t) * x_t, _at(self.posterior_logvar, t, x_t)
+
+    def model_posterior(self, x_t: Tensor, epsilon: Tensor, fraction: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of ``p(x_{t−1} | x_t)`` from the network's two outputs."""
+        signal = self.alphas_cumprod
+        x = _at((1 / signal).sqrt(), t, x_t) * x_t - _at((1 / signal - 1).sqrt(), t, x_t) * epsilon
+        mean, low = self.true_posterior(x, x_t, t)
+        share = (fraction + 1) / 2  # −1 … 1 spans the bounds
+        return mean, share * _at(self.betas.log(), t, x_t) + (1 - share) * low
+
+
+def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """Entries of a float64 table at ``t``, with a last axis to broadcast over channels."""
+    return table.to(like.device)[t].to(like.dtype).unsqueeze(-1)
+
+
+@functools.lru_cache(maxsize=1)
+def train_alphas_cumprod() -> Tensor:
+    """The cosine schedule's signal levels ``[1000]``, with betas limited to 0.999."""
+
+    def level(time: float) -> float:
+        return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    ratios = [level((step + 1) / TRAINING_STEPS) / level(step / TRAINING_STEPS) for step in range(TRAINING_STEPS)]
+    betas = torch.tensor([min(1 - ratio, 0.999) for ratio in ratios], dtype=torch.float64)
+    return (1 - betas).cumprod(dim=0)
+
+
+def normal_kl(mean: Tensor, logvar: Tensor, other_mean: Tensor, other_logvar: Tensor) -> Tensor:
+    """KL divergence between diagonal Gaussians, elementwise, in nats."""
+    ratio = (logvar - other_logvar).exp() + (mean - other_mean).square() * (-other_logvar).exp()
+    return 0.5 * (other_logvar - logvar - 1 + ratio)
+
+
+def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Log-probability of ``x`` under a Gaussian integrated over bins of 1/255, open at ±0.999; in nats.
+
+    The published code applies this rule, made for 8-bit pixels, to latents as well.
+    """
+    centred, inverse = x - mean, (-log_scale).exp()
+    upper = approximate_normal_cdf(inverse * (centred + 1 / 255))
+    lower = approximate_normal_cdf(inverse * (centred - 1 / 255))
+    probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return probability.clamp(min=1e-12).log()
+
+
+def approximate_normal_cdf(x: Tensor) -> Tensor:
+    """The tanh approximation of the standard normal's distribution function that MAR's training used."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

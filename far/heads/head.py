@@ -1,0 +1,101 @@
+"""What every head is: a generative model of one token given its condition ``z``.
+
+The registry of heads is in ``far.heads``; the network that they share in ``far.heads.network``.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from far.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """Kind and size of a head.
+
+    ``samples_per_token`` noise samples share each ``z`` in training (MAR's ``diffusion_batch_mul``);
+    ``solver`` is the flow head's only.
+    """
+
+    kind: Literal["diffusion", "flow", "shortcut"] = "shortcut"
+    width: int = 1024
+    depth: int = 6
+    samples_per_token: int = 4
+    solver: Literal["euler", "heun"] = "euler"
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "samples_per_token"):
+            if getattr(self, name) < 1:
+                raise InputError(f"head {name} {getattr(self, name)} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLoss:
+    """``value [n]`` to be minimised, a token each; the rest is for the log.
+
+    ``rows`` and ``t`` are the losses and the times (0 noise … 1 data) of every noise sample;
+    ``parts`` holds named losses, a 1-D tensor each.
+    """
+
+    value: Tensor
+    rows: Tensor
+    t: Tensor
+    parts: dict[str, Tensor]
+
+
+class Head(nn.Module):
+    """Base of all heads: ``loss(x, z)`` and ``sample(z)``."""
+
+    default_steps: int
+    max_steps: int
+
+    def loss(self, x: Tensor, z: Tensor, generator: torch.Generator, teacher: "Head") -> TokenLoss:
+        """The training loss of tokens ``x [n, channels]`` given ``z [n, condition]``.
+
+        ``teacher`` is this head with EMA weights; it gives targets to heads that bootstrap.
+        """
+        raise TypeError(f"{type(self).__name__} defines no loss")
+
+    def sample(
+        self,
+        z: Tensor,
+        normal: Callable[[], Tensor],
+        *,
+        steps: int,
+        temperature: float = 1.0,
+        z_uncond: Tensor | None = None,
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """Draw tokens ``[…, channels]`` for conditions ``z […, condition]``.
+
+        Args:
+            normal: returns a fresh standard normal ``[…, channels]`` at each call.
+            steps: how often the network is applied (1 … ``max_steps``).
+            temperature: multiplies the noise (for the diffusion head: of each denoising step).
+            z_uncond: unconditional conditions, shaped as ``z``; without them guidance is off.
+            guidance: 1 is off; the prediction is ``uncond + guidance · (cond − uncond)``.
+
+        Raises:
+            InputError: ``steps`` is out of range.
+        """
+        raise TypeError(f"{type(self).__name__} defines no sample")
+
+    def check_steps(self, steps: int) -> None:
+        """Raise an :class:`InputError` unless ``steps`` is within 1 … ``max_steps``."""
+        if not 1 <= steps <= self.max_steps:
+            raise InputError(f"head_steps {steps}: the {type(self).__name__} takes 1 to {self.max_steps} steps")
+
+
+def guided(network: Callable[[Tensor], Tensor], z: Tensor, z_uncond: Tensor | None, guidance: float) -> Tensor:
+    """The guided prediction; both halves go through ``network`` (a function of ``z``) in one pass.
+
+    ``network`` may return ``[…]`` of any shape whose leading axes are those of ``z``.
+    """
+    if z_uncond is None or guidance == 1.0:
+        return network(z)
+    cond, uncond = network(torch.stack([z, z_uncond]))
+    return uncond + guidance * (cond - uncond)

@@ -1,0 +1,100 @@
+"""The residual MLP with adaptive layer norm that every head uses: MAR's, with any number of times.
+
+It maps (noisy token, condition, times) to an output of the token's shape or a multiple of it. What
+the output means (noise, velocity, mean velocity) and how it is trained is each head's own matter.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_FREQUENCIES = 128
+
+
+class HeadNetwork(nn.Module):
+    """``depth`` residual blocks of ``width``; time and condition embeddings are summed and modulate each.
+
+    ``times`` is how many scalars the network is conditioned on (time alone, or time and step size).
+    """
+
+    def __init__(self, channels: int, outputs: int, condition: int, width: int, depth: int, times: int = 1) -> None:
+        super().__init__()
+        self.time_embeddings = nn.ModuleList(TimeEmbedding(width) for _ in range(times))
+        self.condition_embedding = nn.Linear(condition, width)
+        self.input_projection = nn.Linear(channels, width)
+        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
+        self.output = OutputLayer(width, outputs)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02) if "time" in name else nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        # Zero modulation and output: every block starts as the identity, the network as zero.
+        for layer in (*(block.modulation for block in self.blocks), self.output.modulation, self.output.linear):
+            nn.init.zeros_(layer.weight)
+
+    def forward(self, x: Tensor, z: Tensor, *times: Tensor) -> Tensor:
+        """Outputs ``[…, outputs]``.
+
+        Args:
+            x: noisy tokens ``[…, channels]``.
+            z: conditions ``[…, condition]``; their leading axes broadcast with those of ``x``.
+            times: in units of the embedding (0 … 1000), each broadcastable to the leading axes.
+        """
+        dtype = self.input_projection.weight.dtype
+        embedding = self.condition_embedding(z.to(dtype))
+        for embed, time in zip(self.time_embeddings, times, strict=True):
+            embedding = embedding + embed(time)
+        embedding = F.silu(embedding)
+        x = self.input_projection(x.to(dtype))
+        for block in self.blocks:
+            x = block(x, embedding)
+        return self.output(x, embedding)
+
+
+class TimeEmbedding(nn.Module):
+    """A scalar → ``[…, width]``: cosines and sines of 128 frequencies from 1 down to 1e-4, then an MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear_in = nn.Linear(2 * _FREQUENCIES, width)
+        self.linear_out = nn.Linear(width, width)
+
+    def forward(self, time: Tensor) -> Tensor:
+        exponents = torch.arange(_FREQUENCIES, device=time.device, dtype=torch.float32) / _FREQUENCIES
+        angles = time.float().unsqueeze(-1) * torch.exp(-math.log(10_000) * exponents)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.linear_out(F.silu(self.linear_in(waves.to(self.linear_in.weight.dtype))))
+
+
+class ResidualBlock(nn.Module):
+    """``x + gate · MLP(norm(x) · (1 + scale) + shift)``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.linear_in = nn.Linear(width, width)
+        self.linear_out = nn.Linear(width, width)
+        self.modulation = nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(embedding).chunk(3, dim=-1)
+        y = self.norm(x) * (1 + scale) + shift
+        return x + gate * self.linear_out(F.silu(self.linear_in(y)))
+
+
+class OutputLayer(nn.Module):
+    """A modulated norm without weights of its own, then a linear layer."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 2 * width)
+        self.linear = nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        shift, scale = self.modulation(embedding).chunk(2, dim=-1)
+        return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)

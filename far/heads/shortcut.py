@@ -1,0 +1,105 @@
+"""FAR's shortcut head (arXiv 2504.18391; shortcut models: Frans et al., arXiv 2410.12557).
+
+``s(x_t, t, d | z)`` is the mean velocity over the next step of size ``d``: ``x_{t+d} = x_t + d · s``.
+The smallest size, 1/128, is asked for as ``d = 0``, where ``s`` is the flow-matching velocity.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from far.heads.flow import TIME_UNIT, draw_noise_and_time, interpolate
+from far.heads.head import Head, HeadConfig, TokenLoss, guided
+from far.heads.network import HeadNetwork
+
+FINEST = 128
+# One row in this many carries the self-consistency target (the released shortcut models' choice).
+CONSISTENCY_EVERY = 8
+TARGET_LIMIT = 4.0
+
+
+class ShortcutHead(Head):
+    """One network for every step size 1, 1/2, … 1/128."""
+
+    default_steps = 8
+    max_steps = FINEST
+
+    def __init__(self, config: HeadConfig, channels: int, condition: int) -> None:
+        super().__init__()
+        self.config = config
+        self.network = HeadNetwork(channels, channels, condition, config.width, config.depth, times=2)
+
+    def mean_velocity(self, x: Tensor, t: Tensor, d: Tensor, z: Tensor) -> Tensor:
+        """``s(x_t, t, d | z)``, ``[…, channels]``; ``t`` and ``d`` broadcast to the leading axes."""
+        d = torch.where(d <= 1 / FINEST, torch.zeros_like(d), d)
+        return self.network(x, z, t * TIME_UNIT, d * TIME_UNIT).to(x.dtype)
+
+    def loss(self, x: Tensor, z: Tensor, generator: torch.Generator, teacher: Head) -> TokenLoss:
+        """Flow matching at ``d = 0``, and in one row of eight self-consistency over a whole step."""
+        assert isinstance(teacher, ShortcutHead)
+        samples = self.config.samples_per_token
+        noise, t = draw_noise_and_time(x, samples, generator)
+        target = x - noise
+        rows = torch.arange(0, samples * len(x), CONSISTENCY_EVERY, device=x.device)
+        whole, start = draw_steps(len(rows), generator)
+        t.view(-1)[rows] = start.to(x.device)
+        d = torch.zeros_like(t)
+        d.view(-1)[rows] = whole.to(x.device)
+        x_t = interpolate(noise, x, t)
+        with torch.no_grad():
+            tokens = z.detach()[rows % len(x)]
+            target.view(-1, x.shape[-1])[rows] = consistency_target(
+                lambda a, time, size: teacher.mean_velocity(a, time, size, tokens),
+                x_t.view(-1, x.shape[-1])[rows], t.view(-1)[rows], d.view(-1)[rows],
+            )  # fmt: skip
+        losses = (self.mean_velocity(x_t, t, d, z) - target).square().mean(dim=-1)
+        found = losses.detach().flatten()
+        consistent = torch.zeros_like(found, dtype=torch.bool).index_fill(0, rows, True)
+        parts = {"flow": found[~consistent], "consistency": found[consistent]}
+        return TokenLoss(losses.mean(dim=0), found, t.flatten(), parts)
+
+    def sample(
+        self,
+        z: Tensor,
+        normal: Callable[[], Tensor],
+        *,
+        steps: int,
+        temperature: float = 1.0,
+        z_uncond: Tensor | None = None,
+        guidance: float = 1.0,
+    ) -> Tensor:
+        self.check_steps(steps)
+        x = normal() * temperature
+        t = 0.0
+        for d in step_sizes(steps):
+            time, size = x.new_tensor(t), x.new_tensor(d)
+            x = x + d * guided(lambda c: self.mean_velocity(x, time, size, c), z, z_uncond, guidance)
+            t += d
+        return x
+
+
+def step_sizes(steps: int) -> list[float]:
+    """``steps`` sizes, powers of two, that sum to 1 and each divide the time they start from.
+
+    A power of two gives equal steps. Otherwise the equal steps of the next lower power are taken, and
+    as many of the last as needed are halved: near the data is where the field bends most.
+    """
+    coarse = 2 ** (steps.bit_length() - 1)
+    halved = steps - coarse
+    return [1 / coarse] * (coarse - halved) + [0.5 / coarse] * (2 * halved)
+
+
+def draw_steps(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Whole steps to be made consistent: sizes ``[count]`` in 1, 1/2 … 1/64, and starts, their multiples."""
+    divisions = 2 ** torch.randint(0, FINEST.bit_length() - 1, (count,), generator=generator)
+    start = (torch.rand(count, generator=generator) * divisions).floor() / divisions
+    return 1.0 / divisions, start
+
+
+def consistency_target(mean_velocity: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, t: Tensor, whole: Tensor) -> Tensor:
+    """The mean velocity over ``whole [n]`` from ``x [n, channels]`` at ``t [n]``, by two half steps; clipped."""
+    d = whole / 2
+    first = mean_velocity(x, t, d)
+    second = mean_velocity(x + d.unsqueeze(-1) * first, t + d, d)
+    return ((first + second) / 2).clamp(-TARGET_LIMIT, TARGET_LIMIT)

@@ -1,0 +1,123 @@
+"""``FAR``: a backbone and a head, its configuration, the named presets, and the training loss.
+
+Masks and noise are drawn below this level, optimizers and files live above it, and so does the
+autoencoder: the model sees latents only.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from far.backbone.masked import MaskedBackbone, MaskedConfig
+from far.errors import InputError
+from far.heads import HeadConfig, TokenLoss, build_head
+from far.tokens import patchify, unpatchify
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """What can be chosen freely: the sizes of backbone and head, and latents a token along a side."""
+
+    backbone: MaskedConfig = MaskedConfig()
+    head: HeadConfig = HeadConfig()
+    patch: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A network and what the data fix: ``grid`` is (rows, columns) of latents, not of tokens."""
+
+    network: NetworkConfig = NetworkConfig()
+    classes: int = 1000
+    latent_channels: int = 16
+    grid: tuple[int, ...] = (16, 16)
+
+    def __post_init__(self) -> None:
+        patch = self.network.patch
+        if len(self.grid) != 2 or min(self.grid) < 1 or patch < 1 or any(side % patch for side in self.grid):
+            raise InputError(f"grid {list(self.grid)} must be two positive multiples of the patch {patch}")
+        if self.classes < 1 or self.latent_channels < 1:
+            raise InputError(f"classes {self.classes} and latent_channels {self.latent_channels} must be positive")
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """(rows, columns) of tokens."""
+        return self.grid[0] // self.network.patch, self.grid[1] // self.network.patch
+
+    @property
+    def tokens(self) -> int:
+        return self.token_grid[0] * self.token_grid[1]
+
+    @property
+    def token_channels(self) -> int:
+        return self.latent_channels * self.network.patch**2
+
+
+class FAR(nn.Module):
+    """Latents ``[b, c, h, w]`` of deviation 1 as a sequence of tokens, each drawn by the head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = MaskedBackbone(config.network.backbone, config.tokens, config.token_channels, config.classes)
+        self.head = build_head(config.network.head, config.token_channels, self.backbone.width)
+
+    @property
+    def null_label(self) -> int:
+        """The label that stands for "no class"."""
+        return self.config.classes
+
+    def tokens(self, latents: Tensor) -> Tensor:
+        """Latents ``[b, c, h, w]`` → tokens ``[b, n, d]``."""
+        return patchify(latents, self.config.network.patch)
+
+    def latents(self, tokens: Tensor) -> Tensor:
+        """Tokens ``[b, n, d]`` → latents ``[b, c, h, w]``."""
+        return unpatchify(tokens, self.config.network.patch, *self.config.token_grid)
+
+    def loss(
+        self, latents: Tensor, labels: Tensor, generator: torch.Generator, *, label_drop: float, teacher: "FAR"
+    ) -> TokenLoss:
+        """The head's loss at every token that the backbone predicts.
+
+        Args:
+            latents: normalized latents ``[b, c, h, w]``.
+            labels: ``[b]``, 0 … classes − 1.
+            label_drop: the share of samples that train the unconditional half of guidance.
+            teacher: this model with EMA weights; its head gives the self-consistency targets.
+        """
+        dropped = (torch.rand(len(labels), generator=generator) < label_drop).to(labels.device)
+        labels = torch.where(dropped, self.null_label, labels)
+        tokens = self.tokens(latents)
+        z, positions = self.backbone.training_conditions(tokens, labels, generator)
+        wanted = tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+        return self.head.loss(wanted.flatten(0, 1), z.flatten(0, 1), generator, teacher.head)
+
+
+def _masked(width: int, depth: int, heads: int, kind: str, head_depth: int, head_width: int) -> NetworkConfig:
+    backbone = MaskedConfig(width, depth, heads, width, depth, heads)
+    return NetworkConfig(backbone, HeadConfig(kind, head_width, head_depth))  # type: ignore[arg-type]
+
+
+# MAR's sizes (arXiv 2406.11838), at 16 × 16 tokens of 16 channels and 1000 classes.
+PRESETS: dict[str, NetworkConfig] = {
+    #                 width depth heads  head        depth width    parameters
+    "mar-b": _masked( 768, 12, 12, "diffusion",  6, 1024),  # 208 M
+    "mar-l": _masked(1024, 16, 16, "diffusion",  8, 1280),  # 479 M
+    "mar-h": _masked(1280, 20, 16, "diffusion", 12, 1536),  # 943 M
+    "far-b": _masked( 768, 12, 12, "shortcut",   6, 1024),  # 210 M
+    "far-l": _masked(1024, 16, 16, "shortcut",   8, 1280),  # 481 M
+    "far-h": _masked(1280, 20, 16, "shortcut",  12, 1536),  # 945 M
+}  # fmt: skip
+
+
+def preset(name: str) -> NetworkConfig:
+    """The named preset.
+
+    Raises:
+        InputError: there is none of that name; the message lists them.
+    """
+    if name not in PRESETS:
+        raise InputError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,205 @@
+"""``Pipeline``: class labels in, images out; and the folder that a pipeline is saved in.
+
+A folder holds ``config.json``, ``model.safetensors`` and ``autoencoder.safetensors``. The loop itself
+is in ``far.sampling``.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from far.autoencoder import Autoencoder
+from far.config import from_dict, to_dict
+from far.errors import InputError
+from far.files import read_json, write_json
+from far.model import FAR, ModelConfig
+from far.pictures import to_pictures
+from far.sampling import Progress, SamplingConfig, SeededNoise, sample
+from far.weights import load_autoencoder, load_module, save_tensors
+
+BUNDLED = Path(__file__).parent / "bundled"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Pipeline:
+    """A generator, its autoencoder, the class names and the default sampling values.
+
+    Example:
+        >>> import far
+        >>> pictures = far.load("avatars-64").generate(labels=["planets", 5], guidance=2.0, seed=0)
+    """
+
+    def __init__(
+        self,
+        model: FAR,
+        autoencoder: Autoencoder | None,
+        classes: Sequence[str],
+        defaults: SamplingConfig,
+        results: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.autoencoder = model.eval(), autoencoder
+        self.classes, self.defaults, self.results = list(classes), defaults, results or {}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def label(self, name: int | str) -> int:
+        """The class number of a number or a name.
+
+        Raises:
+            InputError: no such class; the message tells which there are.
+        """
+        if isinstance(name, str) and name in self.classes:
+            return self.classes.index(name)
+        try:
+            number = int(name)
+        except ValueError:
+            raise InputError(f"unknown class {name!r}; give a number 0 to {len(self.classes) - 1} or one of: {self._names()}") from None
+        if not 0 <= number < len(self.classes):
+            raise InputError(f"label {number} is out of range; give 0 to {len(self.classes) - 1} ({self._names()})")
+        return number
+
+    def _names(self) -> str:
+        return ", ".join(self.classes[:20]) + (" …" if len(self.classes) > 20 else "")
+
+    def generate(
+        self,
+        labels: Sequence[int | str],
+        *,
+        seed: int | Sequence[int] = 0,
+        guidance: float | None = None,
+        ar_steps: int | None = None,
+        head_steps: int | tuple[int, ...] | None = None,
+        temperature: float | None = None,
+        guidance_schedule: Literal["linear", "constant"] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        batch_size: int = 64,
+        output: Literal["pil", "tensor"] = "pil",
+        callback: Callable[[Progress], None] | None = None,
+    ) -> list[Image.Image] | Tensor:
+        """Draw one image a label.
+
+        Args:
+            labels: class numbers or names.
+            seed: of the first image, the next ones counting up; or one seed an image. An image depends
+                on its seed and label only, not on the others.
+            guidance, ar_steps, head_steps, temperature, guidance_schedule, guidance_interval: see
+                :class:`far.sampling.SamplingConfig`; ``None`` takes the model's default.
+            batch_size: images drawn together.
+            output: ``"pil"`` for pictures, ``"tensor"`` for ``[n, 3, h, w]`` in [0, 1].
+            callback: called after each AR step of each batch.
+
+        Raises:
+            InputError: an unknown class, or a value out of range.
+        """
+        numbers = [self.label(name) for name in labels]
+        seeds = [seed + index for index in range(len(numbers))] if isinstance(seed, int) else list(seed)
+        if not numbers:
+            raise InputError("no labels were given; give at least one class")
+        if len(seeds) != len(numbers):
+            raise InputError(f"{len(seeds)} seeds for {len(numbers)} labels; give one seed, or one a label")
+        if any(not 0 <= value < 2**63 for value in seeds):
+            raise InputError(f"seed {min(seeds)} is out of range; give 0 to 2⁶³ − 1")
+        if batch_size < 1:
+            raise InputError(f"batch_size {batch_size} must be positive")
+        given = {
+            "guidance": guidance, "ar_steps": ar_steps, "head_steps": head_steps, "temperature": temperature,
+            "guidance_schedule": guidance_schedule, "guidance_interval": guidance_interval,
+        }  # fmt: skip
+        config = dataclasses.replace(self.defaults, **{key: value for key, value in given.items() if value is not None})
+        parts = []
+        for start in range(0, len(numbers), batch_size):
+            chunk = torch.tensor(numbers[start : start + batch_size], device=self.device)
+            noise = SeededNoise(seeds[start : start + batch_size], self.device)
+            parts.append(self.decode(sample(self.model, chunk, noise, config, callback=callback)))
+        images = torch.cat(parts)
+        return images if output == "tensor" else to_pictures(images)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images ``[b, 3, H, W]`` in [0, 1] from latents of deviation 1.
+
+        Raises:
+            InputError: the pipeline has no autoencoder.
+        """
+        if self.autoencoder is None:
+            raise InputError("this model has no autoencoder; add one with: far convert kl16 KL16.ckpt THE_SAME_FOLDER")
+        latents = self.autoencoder.denormalize(latents.to(next(self.autoencoder.parameters()).dtype))
+        return (self.autoencoder.decode(latents).float() / 2 + 0.5).clamp(0, 1)
+
+    def save_pretrained(self, folder: Path | str, dtype: torch.dtype | None = None) -> None:
+        """Write the folder; weights as ``dtype`` where given. ``config.json`` is written last."""
+        folder = Path(folder)
+        save_tensors(folder / "model.safetensors", self.model.state_dict(), dtype)
+        config: dict[str, Any] = {
+            "format": 1,
+            "model": to_dict(self.model.config),
+            "classes": self.classes,
+            "defaults": to_dict(self.defaults),
+            "results": self.results,
+        }
+        if self.autoencoder is not None:
+            save_tensors(folder / "autoencoder.safetensors", self.autoencoder.state_dict(), dtype)
+            config["autoencoder"] = to_dict(self.autoencoder.config)
+        write_json(folder / "config.json", config)
+
+    @classmethod
+    def from_pretrained(cls, name: Path | str, *, dtype: str = "float32", device: str = "cpu") -> "Pipeline":
+        """Load a folder or a bundled model.
+
+        Args:
+            name: a folder that :meth:`save_pretrained` wrote, or the name of a bundled model.
+            dtype: of the generator's weights: float32, bfloat16 or float16; the autoencoder keeps float32.
+
+        Raises:
+            InputError: no such folder or name, or its files are damaged or do not fit together.
+        """
+        folder = find_folder(name)
+        source = str(folder / "config.json")
+        values = read_json(folder / "config.json")
+        if not isinstance(values, dict) or "model" not in values:
+            raise InputError(f"{source} describes no generator; give a folder with a 'model' entry")
+        if dtype not in _DTYPES:
+            raise InputError(f"dtype {dtype!r}: choose one of {', '.join(_DTYPES)}")
+        config = from_dict(ModelConfig, values["model"], source)
+        defaults = from_dict(SamplingConfig, values.get("defaults", {}), source)
+        classes = values.get("classes", [])
+        if len(classes) != config.classes:
+            raise InputError(f"{source} names {len(classes)} classes for a model of {config.classes}; name them all")
+        model = FAR(config)
+        load_module(model, folder / "model.safetensors")
+        try:
+            model = model.to(device, _DTYPES[dtype])
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
+        autoencoder = load_autoencoder(folder).to(device) if "autoencoder" in values else None
+        return cls(model, autoencoder, classes, defaults, values.get("results"))
+
+
+def find_folder(name: Path | str) -> Path:
+    """The folder of a path or of a bundled model's name.
+
+    Raises:
+        InputError: neither exists.
+    """
+    bundled = sorted(path.name for path in BUNDLED.iterdir() if path.is_dir()) if BUNDLED.is_dir() else []
+    if Path(name).is_dir():
+        return Path(name)
+    if str(name) in bundled:
+        return BUNDLED / str(name)
+    raise InputError(f"weights {str(name)!r}: no such folder or bundled model; bundled: {', '.join(bundled) or 'none'}")
+
+
+def load(name: Path | str, *, dtype: str = "float32", device: str = "cpu") -> Pipeline | Autoencoder:
+    """:meth:`Pipeline.from_pretrained`; of a folder that holds an autoencoder alone, that autoencoder."""
+    folder = find_folder(name)
+    values = read_json(folder / "config.json")
+    if isinstance(values, dict) and "autoencoder" in values and "model" not in values:
+        return load_autoencoder(folder).to(device, _DTYPES[dtype])
+    return Pipeline.from_pretrained(folder, dtype=dtype, device=device)

@@ -1,0 +1,61 @@
+"""Latent grid ↔ token sequence, generation orders, and the schedules of masks and tokens per step.
+
+Pure functions of tensors and numbers; no parameter and no network lives here.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def patchify(latents: Tensor, patch: int) -> Tensor:
+    """Latents ``[b, c, h, w]`` → tokens ``[b, (h/p)·(w/p), c·p²]``, channel-major within a patch.
+
+    Raises:
+        ValueError: h or w is no multiple of ``patch``.
+    """
+    batch, channels, height, width = latents.shape
+    if height % patch or width % patch:
+        raise ValueError(f"latents of {height}×{width} cannot be cut into patches of {patch}")
+    grid = latents.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // patch) * (width // patch), channels * patch**2)
+
+
+def unpatchify(tokens: Tensor, patch: int, rows: int, columns: int) -> Tensor:
+    """The inverse of :func:`patchify` for a grid of ``rows × columns`` tokens."""
+    batch, _, channels = tokens.shape
+    grid = tokens.reshape(batch, rows, columns, channels // patch**2, patch, patch)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // patch**2, rows * patch, columns * patch)
+
+
+def random_orders(count: int, generators: list[torch.Generator]) -> Tensor:
+    """A random permutation of ``count`` positions from each generator: ``[b, count]``."""
+    return torch.stack([torch.randperm(count, generator=generator) for generator in generators])
+
+
+def cosine_token_counts(count: int, steps: int) -> list[int]:
+    """How many of ``count`` tokens each of ``steps`` AR steps predicts (MAR's cosine schedule).
+
+    After step k of K (k = 0 …), ``floor(count · cos(π/2 · (k+1)/K))`` stay masked, at least one fewer
+    each step; the last step predicts all that remain.
+
+    Raises:
+        ValueError: ``steps`` is not within 1 … ``count``.
+    """
+    if not 1 <= steps <= count:
+        raise ValueError(f"ar_steps {steps}: give 1 to {count}, the number of tokens")
+    counts, masked = [], count
+    for step in range(steps):
+        # The cosine lies above its chord, so every later step still finds a token to predict.
+        remaining = min(masked - 1, math.floor(count * math.cos(math.pi / 2 * (step + 1) / steps)))
+        counts.append(masked - remaining)
+        masked = remaining
+    return counts
+
+
+def sample_mask_ratio(generator: torch.Generator) -> float:
+    """One draw of MAR's masking ratio: a normal of mean 1 and deviation 0.25, truncated to [0.7, 1]."""
+    low, high = (torch.special.ndtr(torch.tensor((bound - 1.0) / 0.25, dtype=torch.float64)) for bound in (0.7, 1.0))
+    uniform = low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64)
+    return float((1.0 + 0.25 * torch.special.ndtri(uniform)).clamp(0.7, 1.0))
