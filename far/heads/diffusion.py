@@ -6,6 +6,7 @@ is that of Nichol & Dhariwal (arXiv 2102.09672): loss = MSE of ε + variational 
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 
@@ -103,7 +104,8 @@ class Schedule:
     def respaced(steps: int) -> "Schedule":
         """The cosine schedule of 1000 steps, thinned to ``steps`` of them, evenly spaced with both ends."""
         stride = (TRAINING_STEPS - 1) / (steps - 1) if steps > 1 else 1
-        timesteps = sorted({round(index * stride) for index in range(steps)})
+        # Strides are added up, as in the published code; a product would round otherwise for every fourth step count.
+        timesteps = [round(time) for time in itertools.accumulate([stride] * (steps - 1), initial=0.0)]
         kept = train_alphas_cumprod()[timesteps]
         previous = torch.cat([kept.new_ones(1), kept[:-1]])
         return Schedule(timesteps, 1 - kept / previous)

@@ -34,8 +34,9 @@ class HeadNetwork(nn.Module):
                 nn.init.normal_(module.weight, std=0.02) if "time" in name else nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         # Zero modulation and output: every block starts as the identity, the network as zero.
-        for layer in (*(block.modulation for block in self.blocks), self.output.modulation, self.output.linear):
-            nn.init.zeros_(layer.weight)
+        for name, parameter in self.named_parameters():
+            if "modulation" in name or name.startswith("output."):
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, z: Tensor, *times: Tensor) -> Tensor:
         """Outputs ``[…, outputs]``.

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from far.autoencoder import Autoencoder, AutoencoderConfig, Posterior
+from far.data.image_sets import read_images
 from far.data.shards import ShardReader
 from far.errors import InputError
 from far.evaluation.features import FEATURES, NAME, FeatureNetwork, load_feature_network
@@ -94,11 +95,6 @@ class AutoencoderTask:
         rows = torch.arange(0, len(self.train_images), max(1, len(self.train_images) // 2000))
         ema.config = dataclasses.replace(ema.config, **latent_statistics(ema, self.train_images, rows))
         save_autoencoder(ema, folder, self.results)
-
-
-def read_images(reader: ShardReader, rows: Tensor) -> Tensor:
-    """Rows of an image set as ``[n, 3, h, w]`` float32 in [−1, 1]."""
-    return reader.rows("images", rows).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
 
 
 def reconstruction_figures(autoencoder: Autoencoder, network: FeatureNetwork, images: ShardReader, count: int) -> dict[str, float]:

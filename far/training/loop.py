@@ -60,7 +60,9 @@ class LoopConfig:
 class Task(Protocol):
     """What the loop trains."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """The module whose parameters are trained."""
 
     def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
         """Groups for AdamW, each with ``lr`` and ``weight_decay``."""
@@ -119,7 +121,8 @@ class Trainer:
                 self.ema.module.load_state_dict(state["ema"])
                 self.optimizer.load_state_dict(state["optimizer"])
             except (KeyError, RuntimeError, ValueError) as error:
-                raise InputError(f"{path} is of another model ({' '.join(str(error).split())[:200]}); resume with the recipe it was made with") from error
+                reason = " ".join(str(error).split())[:200]
+                raise InputError(f"{path} is of another model ({reason}); resume with the recipe it was made with") from error
             self.step = state["step"]
 
     def save(self) -> Path:

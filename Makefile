@@ -1,0 +1,44 @@
+# make generate: install, draw a grid of images    make check: lint, format, types
+# make test:     install, run the tests            make bench: the README's speed figures
+# make train-small: render, train and draw from a small model of one's own in under half an hour
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: generate test check bench train-small
+
+generate: $(VENV)/installed
+	$(BIN)/far generate --weights avatars-64 --count 64 --out samples.png
+
+test: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/generation.py
+
+train-small: $(VENV)/installed-dev
+	$(BIN)/far data avatars data/avatars-32 --size 32 --per-class 1500 --held-out-per-class 125
+	$(BIN)/far train-autoencoder recipes/avatars-32.yaml --resume
+	$(BIN)/far cache recipes/avatars-32.yaml
+	$(BIN)/far train recipes/avatars-32.yaml --resume
+	$(BIN)/far generate --weights runs/avatars-32/model --count 64 --out runs/avatars-32/samples.png
+
+$(VENV)/python:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/installed: $(VENV)/python pyproject.toml constraints.txt
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) --editable '.[dev]'
+	touch $@

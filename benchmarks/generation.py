@@ -1,0 +1,54 @@
+"""Seconds per image of a bundled model by head steps, against the same backbone with MAR's diffusion head.
+
+The diffusion head has the same width and depth and fresh weights: its time does not depend on them, so
+this says nothing about its quality. Batch 1 and a large batch are reported apart.
+"""
+
+import argparse
+import dataclasses
+import statistics
+
+import torch
+from timing import machine, median_ratio, paired, summary
+
+import far
+from far.heads import build_head
+from far.model import FAR
+from far.pipeline import Pipeline
+
+
+def with_diffusion_head(pipeline: Pipeline) -> Pipeline:
+    network = pipeline.model.config.network
+    head = dataclasses.replace(network.head, kind="diffusion")
+    config = dataclasses.replace(pipeline.model.config, network=dataclasses.replace(network, head=head))
+    model = FAR(config)
+    model.backbone.load_state_dict(pipeline.model.backbone.state_dict())
+    model.head = build_head(head, config.token_channels, model.backbone.width)
+    return Pipeline(model, pipeline.autoencoder, pipeline.classes, pipeline.defaults)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", default="avatars-64")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    pipeline = far.load(arguments.weights)
+    assert isinstance(pipeline, Pipeline)
+    baseline = with_diffusion_head(pipeline)
+    defaults = pipeline.defaults
+    print(f"{arguments.weights}, float32, seed 0, {defaults.ar_steps} AR steps, guidance {defaults.guidance}, {machine()}\n")
+    print("| batch | head | head steps | seconds per batch | ms per image | times faster |\n|---|---|---|---|---|---|")
+    for batch in (1, 64):
+        labels = [index % len(pipeline.classes) for index in range(batch)]
+        calls = {("diffusion", 100): lambda: baseline.generate(labels, head_steps=100, output="tensor")}
+        for steps in (8, 4, 2, 1):
+            calls["shortcut", steps] = lambda steps=steps: pipeline.generate(labels, head_steps=steps, output="tensor")
+        seconds = paired(calls, arguments.rounds)
+        for (kind, steps), times in seconds.items():
+            ratio = median_ratio(seconds["diffusion", 100], times)
+            print(f"| {batch} | {kind} | {steps} | {summary(times)} | {statistics.median(times) / batch * 1000:.1f} | {ratio:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()

@@ -1,0 +1,35 @@
+"""Paired timing for the benchmark scripts: alternatives in turn, so that a drifting machine hits all alike."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def paired(alternatives: dict[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each call, ``rounds`` a name, taken in turn after ``warmup`` uncounted rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in alternatives}
+    for turn in range(warmup + rounds):
+        for name, call in alternatives.items():
+            start = time.perf_counter()
+            call()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def summary(seconds: list[float]) -> str:
+    """Median and range in seconds."""
+    return f"{statistics.median(seconds):.3f} s ({min(seconds):.3f} to {max(seconds):.3f})"
+
+
+def median_ratio(a: list[float], b: list[float]) -> float:
+    """The median over rounds of ``a / b``, pair by pair."""
+    return statistics.median(x / y for x, y in zip(a, b))
+
+
+def machine() -> str:
+    """One line that says where the figures come from."""
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {platform.machine()}"

@@ -1,0 +1,42 @@
+"""Make an image set: from a folder of your own images, Fashion-MNIST, or rendered avatars.
+
+An image set is a folder with train/ and held-out/ in it. Stopped in the middle, the same command goes on.
+"""
+
+import argparse
+from pathlib import Path
+
+from far.data.avatars import HELD_OUT_SEED, write_avatars
+from far.data.fashion_mnist import write_fashion_mnist
+from far.data.folders import write_folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
+
+    folder = sources.add_parser("folder", help="images of your own, one subfolder a class", allow_abbrev=False)
+    folder.add_argument("images", type=Path, help="folder with one subfolder of images a class")
+    folder.add_argument("out", type=Path, help="where the image set goes")
+    folder.add_argument("--size", type=int, default=256, help="side of the square images in pixels (default 256)")
+    folder.add_argument("--held-out-share", type=float, default=0.05, help="share kept for evaluation (default 0.05)")
+    folder.add_argument("--strict", action="store_true", help="stop at the first broken file instead of skipping it")
+
+    fashion = sources.add_parser("fashion-mnist", help="Fashion-MNIST's gzipped IDX files", allow_abbrev=False)
+    fashion.add_argument("out", type=Path, help="where the image set goes")
+    fashion.add_argument("--from", dest="files", type=Path, required=True, metavar="FOLDER", help="folder with the four .gz files")
+
+    avatars = sources.add_parser("avatars", help="sixteen CC0 drawing styles, rendered", allow_abbrev=False)
+    avatars.add_argument("out", type=Path, help="where the image set goes")
+    avatars.add_argument("--size", type=int, default=64, help="side in pixels, a divisor of 128 (default 64)")
+    avatars.add_argument("--per-class", type=int, default=HELD_OUT_SEED, help=f"training images a style (default {HELD_OUT_SEED})")
+    avatars.add_argument("--held-out-per-class", type=int, default=625, help="held-out images a style (default 625)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.source == "folder":
+        counts = write_folder(arguments.images, arguments.out, arguments.size, arguments.held_out_share, arguments.strict)
+    elif arguments.source == "fashion-mnist":
+        counts = write_fashion_mnist(arguments.files, arguments.out)
+    else:
+        counts = write_avatars(arguments.out, arguments.size, arguments.per_class, arguments.held_out_per_class)
+    print(f"{arguments.out}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))

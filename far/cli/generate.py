@@ -1,0 +1,113 @@
+"""Draw images from a bundled model or a folder, into a PNG grid, a folder of PNGs, or an .npz.
+
+Images are seeded one by one: image i has seed SEED + i, whatever the batch around it.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from far.errors import InputError
+from far.files import atomic_path, check_writable
+from far.pictures import grid, save_gif, save_png, to_pictures, to_uint8
+from far.pipeline import Pipeline
+from far.sampling import Progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", default="avatars-64", help="bundled name or folder (default avatars-64)")
+    parser.add_argument("--labels", nargs="+", default=["all"], help="class numbers or names, or 'all' (default)")
+    parser.add_argument("--count", type=int, help="images in all, shared evenly by the labels (default: one a label)")
+    parser.add_argument("--out", type=Path, default=Path("samples.png"), help="grid .png, .npz, or a folder (default samples.png)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default 0)")
+    parser.add_argument("--guidance", type=float, help="guidance scale; 1 is off (default: the model's)")
+    parser.add_argument("--guidance-schedule", choices=["linear", "constant"], help="over the known tokens (default: the model's)")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("START", "END"), help="shares of known tokens with guidance")
+    parser.add_argument("--ar-steps", type=int, help="autoregressive steps (default: the model's)")
+    parser.add_argument("--head-steps", type=int, nargs="+", metavar="N", help="steps of the head; two numbers: from first to last AR step")
+    parser.add_argument("--temperature", type=float, help="factor of the head's noise (default: the model's)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images drawn together (default 64)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the generator's weights")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps … (default cpu)")
+    parser.add_argument("--gif", type=Path, help="also write an animation of the first batch's tokens appearing")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    pipeline = Pipeline.from_pretrained(arguments.weights, dtype=arguments.dtype, device=arguments.device)
+    labels = _labels(pipeline, arguments)
+    seeds = [arguments.seed + index for index in range(len(labels))]
+    folder = arguments.out.suffix.lower() not in (".png", ".npz")
+    check_writable(arguments.out / "000000.png" if folder else arguments.out)
+    if arguments.gif is not None:
+        check_writable(arguments.gif)
+    options = {
+        "guidance": arguments.guidance,
+        "guidance_schedule": arguments.guidance_schedule,
+        "guidance_interval": tuple(arguments.guidance_interval) if arguments.guidance_interval else None,
+        "ar_steps": arguments.ar_steps,
+        "head_steps": tuple(arguments.head_steps) if arguments.head_steps else None,
+        "temperature": arguments.temperature,
+    }
+    frames: list[Tensor] = []
+
+    def remember(progress: Progress) -> None:
+        frames.append(_partial_images(pipeline, progress))
+
+    config = pipeline.sampling_config(**options)
+    settings = {"weights": arguments.weights, **dataclasses.asdict(config), "dtype": arguments.dtype}
+    parts = []
+    with tqdm(total=len(labels), desc="generating", unit="img") as bar:
+        for start in range(0, len(labels), arguments.batch_size):
+            chunk = slice(start, start + arguments.batch_size)
+            callback = remember if arguments.gif is not None and start == 0 else None
+            images = pipeline.draw(labels[chunk], seeds[chunk], config, batch_size=arguments.batch_size, callback=callback)
+            if folder:
+                for picture, label, seed in zip(to_pictures(images), labels[chunk], seeds[chunk]):
+                    path = arguments.out / f"{seed - arguments.seed:06d}.png"
+                    save_png(picture, path, {**settings, "label": label, "class": pipeline.classes[label], "seed": seed})
+            else:
+                parts.append(images.cpu())
+            bar.update(len(images))
+    if not folder:
+        _write_together(torch.cat(parts), labels, arguments, settings)
+    if arguments.gif is not None:
+        save_gif([grid(frame) for frame in frames], arguments.gif)
+        print(f"wrote {arguments.gif}")
+    print(f"wrote {arguments.out} ({len(labels)} images)")
+
+
+def _labels(pipeline: Pipeline, arguments: argparse.Namespace) -> list[int]:
+    """The class of each image: every label as often as the count allows, equal ones together."""
+    if arguments.batch_size < 1:
+        raise InputError(f"--batch-size {arguments.batch_size} must be positive")
+    names = list(range(len(pipeline.classes))) if arguments.labels == ["all"] else arguments.labels
+    chosen = [pipeline.label(name) for name in names]
+    count = len(chosen) if arguments.count is None else arguments.count
+    if count < 1:
+        raise InputError(f"--count {count} must be positive")
+    share, extra = divmod(count, len(chosen))
+    return [label for index, label in enumerate(chosen) for _ in range(share + (index < extra))]
+
+
+def _write_together(images: Tensor, labels: list[int], arguments: argparse.Namespace, settings: dict[str, object]) -> None:
+    if arguments.out.suffix.lower() == ".png":
+        runs = " ".join(map(str, labels))
+        save_png(grid(images), arguments.out, {**settings, "labels": runs, "seed": arguments.seed})
+        return
+    with atomic_path(arguments.out) as temporary:
+        # arr_0 and arr_1 are the names that ADM's evaluation reads.
+        np.savez(temporary, arr_0=to_uint8(images), arr_1=np.array(labels))
+
+
+def _partial_images(pipeline: Pipeline, progress: Progress) -> Tensor:
+    """Decoded images so far, mid-grey where no token is known yet: ``[b, 3, h, w]``."""
+    images = pipeline.decode(progress.latents)
+    rows, columns = pipeline.model.config.token_grid
+    mask = progress.known.view(-1, 1, rows, columns).float()
+    mask = torch.nn.functional.interpolate(mask, size=images.shape[-2:], mode="nearest")
+    return images * mask + 0.5 * (1 - mask)

@@ -1,0 +1,71 @@
+"""Entry point of ``far``: picks the command, and turns every user error into one line and exit status 2."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import far
+from far.cli import cache, convert, data, generate, train, train_autoencoder
+from far.errors import InputError
+
+COMMANDS = {
+    "generate": generate,
+    "data": data,
+    "train-autoencoder": train_autoencoder,
+    "cache": cache,
+    "train": train,
+    "convert": convert,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a usage error as one line, like every other user error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every command."""
+    parser = Parser(prog="far", description=far.__doc__.splitlines()[0] if far.__doc__ else None)
+    parser.add_argument("--version", action="version", version=f"far {far.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        summary = (module.__doc__ or "").splitlines()[0]
+        command = commands.add_parser(
+            name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``far`` and return its exit status: 0, 2 for a user error, 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        parsed, unknown = build_parser().parse_known_args(arguments)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], _options(parsed.command), n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"unknown argument {unknown[0]!r}{hint}; see far {parsed.command} --help")
+        parsed.run(parsed)
+    except (InputError, OSError) as error:
+        print(f"far: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("far: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _options(command: str) -> list[str]:
+    probe = argparse.ArgumentParser()
+    COMMANDS[command].add_arguments(probe)
+    return [option for action in probe._actions for option in action.option_strings]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

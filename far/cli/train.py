@@ -1,0 +1,35 @@
+"""Train the generator of a recipe on its latent cache; --resume goes on where a run stopped.
+
+Ctrl-C saves a checkpoint and exits. The run folder's model/ can be given to far generate --weights at
+any time; it holds the EMA weights of the last checkpoint.
+"""
+
+import argparse
+from pathlib import Path
+
+from far.cli.recipe_arguments import add_recipe_arguments, read_recipe
+from far.training.generator import GeneratorTask
+from far.training.loop import train
+from far.weights import load_autoencoder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    recipe = read_recipe(arguments)
+    config = recipe.generator
+    task = GeneratorTask(
+        config.network,
+        config.sampling,
+        config.evaluation,
+        config.training,
+        label_drop=config.label_drop,
+        images=Path(recipe.data),
+        latents=recipe.latents_folder,
+        autoencoder=load_autoencoder(recipe.autoencoder_folder),
+    )
+    train(task, config.training, recipe.model_folder, resume=arguments.resume)
+    print(f"{recipe.model_folder}: draw from it with far generate --weights {recipe.model_folder}")

@@ -1,0 +1,25 @@
+"""Train the autoencoder of a recipe; --resume goes on where a run stopped.
+
+Writes the recipe's run folder: autoencoder/config.json and autoencoder.safetensors with measured scale
+and shift, PSNR and reconstruction distance on held-out images, reconstructions.png and log.jsonl.
+"""
+
+import argparse
+from pathlib import Path
+
+from far.cli.recipe_arguments import add_recipe_arguments, read_recipe
+from far.training.autoencoder import AutoencoderTask
+from far.training.loop import train
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    recipe = read_recipe(arguments)
+    config = recipe.autoencoder
+    task = AutoencoderTask(config.model, config.loss, Path(recipe.data), config.training)
+    train(task, config.training, recipe.autoencoder_folder, resume=arguments.resume)
+    print(f"{recipe.autoencoder_folder}: " + ", ".join(f"{name} {value:.4g}" for name, value in task.results.items()))

@@ -1,0 +1,308 @@
+"""Published checkpoints of MAR and of its autoencoder (KL-16) → folders that ``far.load`` reads.
+
+The originals' tensor names, and how their configuration follows from tensor shapes, are known here
+and nowhere else. Folders of our own are read and written by ``far.weights`` and ``far.pipeline``.
+"""
+
+import argparse
+import math
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from far.autoencoder import Autoencoder, AutoencoderConfig
+from far.backbone.masked import MaskedConfig
+from far.config import from_dict, to_dict
+from far.errors import InputError
+from far.files import read_json, write_json
+from far.heads import HeadConfig
+from far.model import FAR, ModelConfig, NetworkConfig
+from far.sampling import SamplingConfig
+from far.weights import save_tensors
+
+# Our names (as patterns; the rest of a name stays) and MAR's. The class embedding is put together below.
+_MAR_NAMES = (
+    (r"backbone\.encoder_positions", "encoder_pos_embed_learned"),
+    (r"backbone\.decoder_positions", "decoder_pos_embed_learned"),
+    (r"backbone\.condition_positions", "diffusion_pos_embed_learned"),
+    (r"backbone\.token_projection", "z_proj"),
+    (r"backbone\.token_norm", "z_proj_ln"),
+    (r"backbone\.decoder_projection", "decoder_embed"),
+    (r"backbone\.(mask_token|encoder_blocks|encoder_norm|decoder_blocks|decoder_norm)", r"\1"),
+    (r"head\.network\.time_embeddings\.0\.linear_in", "diffloss.net.time_embed.mlp.0"),
+    (r"head\.network\.time_embeddings\.0\.linear_out", "diffloss.net.time_embed.mlp.2"),
+    (r"head\.network\.condition_embedding", "diffloss.net.cond_embed"),
+    (r"head\.network\.input_projection", "diffloss.net.input_proj"),
+    (r"head\.network\.blocks\.(\d+)\.norm", r"diffloss.net.res_blocks.\1.in_ln"),
+    (r"head\.network\.blocks\.(\d+)\.linear_in", r"diffloss.net.res_blocks.\1.mlp.0"),
+    (r"head\.network\.blocks\.(\d+)\.linear_out", r"diffloss.net.res_blocks.\1.mlp.2"),
+    (r"head\.network\.blocks\.(\d+)\.modulation", r"diffloss.net.res_blocks.\1.adaLN_modulation.1"),
+    (r"head\.network\.output\.modulation", "diffloss.net.final_layer.adaLN_modulation.1"),
+    (r"head\.network\.output\.linear", "diffloss.net.final_layer.linear"),
+)
+_CLASS_EMBEDDING = "backbone.class_embedding.weight"
+
+# By width: the heads of MAR-B, -L and -H, and the guidance that their published figures were measured with.
+_MAR_HEADS = {768: 12, 1024: 16, 1280: 16}
+_MAR_GUIDANCE = {768: 2.9, 1024: 3.0, 1280: 3.2}
+
+
+def convert_mar(source: Path, folder: Path, *, ema: bool = True) -> None:
+    """Write a published MAR checkpoint as a pipeline folder.
+
+    The sizes come from the tensors; what these cannot tell (heads, patch size) from the checkpoint's
+    ``args``, else from MAR's published models. Classes are named "0", "1", …. Default sampling values:
+    ``num_iter`` and ``num_sampling_steps`` of the ``args`` (else 64 and 100), and linear guidance with the
+    scale of the published evaluation (2.9, 3.0 and 3.2 for MAR-B, -L and -H; else 3.0).
+
+    An autoencoder that the folder already holds stays, so that this and :func:`convert_kl16`, in either
+    order, give a complete pipeline. A model that it already holds is never overwritten.
+
+    Args:
+        source: the ``.pth`` file. Nothing in it is executed: tensors, plain values and an
+            ``argparse.Namespace`` are read, anything else is refused.
+        folder: made where missing; nothing is written unless the whole conversion succeeds.
+        ema: take the averaged weights (``model_ema``), which the published figures come from.
+
+    Raises:
+        InputError: the file is missing, damaged, hostile or of another model; the folder holds a model,
+            an autoencoder with other latent channels, or a ``config.json`` that is not ours.
+    """
+    existing = _entries(folder, "model")
+    checkpoint = _read_pickle(source)
+    part = "model_ema" if ema else "model"
+    if not isinstance(checkpoint, Mapping) or checkpoint.get(part) is None:
+        remedy = "take the raw weights instead (--no-ema, or ema=False)" if ema else "take the EMA weights instead (ema=True)"
+        raise InputError(f"{source} holds no {part!r}; give a MAR checkpoint, or {remedy}")
+    weights = _tensors(checkpoint[part], source)
+    arguments = checkpoint.get("args")
+    settings = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    try:
+        config = _mar_config(weights, settings)
+    except InputError as error:
+        raise InputError(f"{source} cannot be converted: {error}") from error
+    if "autoencoder" in existing:
+        _check_channels(config, from_dict(AutoencoderConfig, existing["autoencoder"], str(folder / "config.json")), folder)
+    with torch.device("meta"):
+        wanted = FAR(config).state_dict()
+    embedding = _class_embedding(weights, config, source)
+    del wanted[_CLASS_EMBEDDING]
+    tensors = {_CLASS_EMBEDDING: embedding, **_renamed(wanted, weights, _mar_name, source)}
+    defaults = SamplingConfig(
+        ar_steps=min(_number(settings, "num_iter", 64), config.tokens),
+        head_steps=min(_number(settings, "num_sampling_steps", 100), 1000),
+        guidance=_MAR_GUIDANCE.get(config.network.backbone.encoder_width, 3.0),
+    )
+    entries = {
+        "format": 1,
+        "model": to_dict(config),
+        "classes": [str(number) for number in range(config.classes)],
+        "defaults": to_dict(defaults),
+    }
+    _publish(folder, "model", tensors, {"results": {}, **existing, **entries})
+
+
+def convert_kl16(source: Path, folder: Path) -> None:
+    """Write MAR's autoencoder (``kl16.ckpt``) into a folder, with MAR's latent scale of 0.2325.
+
+    The sizes come from the tensors. A model that the folder already holds (:func:`convert_mar`) stays;
+    an autoencoder that it already holds is never overwritten.
+
+    Args:
+        source: the ``.ckpt`` file, a state dict or one under the key ``model``; read as in :func:`convert_mar`.
+        folder: made where missing; nothing is written unless the whole conversion succeeds.
+
+    Raises:
+        InputError: the file is missing, damaged, hostile or of another model; the folder holds an
+            autoencoder, a model with other latent channels, or a ``config.json`` that is not ours.
+    """
+    existing = _entries(folder, "autoencoder")
+    checkpoint = _read_pickle(source)
+    weights = _tensors(checkpoint["model"] if isinstance(checkpoint, Mapping) and "model" in checkpoint else checkpoint, source)
+    try:
+        config = _autoencoder_config(weights)
+    except InputError as error:
+        raise InputError(f"{source} cannot be converted: {error}") from error
+    if "model" in existing:
+        _check_channels(from_dict(ModelConfig, existing["model"], str(folder / "config.json")), config, folder)
+    with torch.device("meta"):
+        wanted = Autoencoder(config).state_dict()
+    tensors = _renamed(wanted, weights, str, source)
+    _publish(folder, "autoencoder", tensors, {"results": {}, **existing, "autoencoder": to_dict(config)})
+
+
+def _entries(folder: Path, part: str) -> dict[str, Any]:
+    """What the folder's ``config.json`` holds, once it is sure that ``part`` can be added to it."""
+    path, weights = folder / "config.json", folder / f"{part}.safetensors"
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a folder")
+    entries = read_json(path) if path.exists() else {}
+    if path.exists() and not (isinstance(entries, dict) and ("model" in entries or "autoencoder" in entries)):
+        raise InputError(f"{path} is no config of far; choose another folder")
+    if part in entries or weights.exists():
+        raise InputError(f"{folder} already holds a {part}, which is not overwritten; choose another folder, or remove this one")
+    return entries
+
+
+def _read_pickle(source: Path) -> Any:
+    """The checkpoint's content, with nothing in it executed."""
+    if source.is_dir():
+        raise InputError(f"{source} is a folder; give the checkpoint file in it")
+    try:
+        if zipped := zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as archive:
+                if archive.testzip():  # torch.load does not compare checksums
+                    raise zipfile.BadZipFile("wrong checksum")
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # Mapped, so that the optimizer's state and the other set of weights take no memory.
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=zipped)
+    except OSError as error:
+        raise InputError(f"cannot read {source}: {error.strerror or error}; check the path") from error
+    except Exception as error:  # there is no telling how a damaged or hostile pickle fails
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise InputError(
+                f"{source} is refused: its pickle asks for {found[1]!r}, and only tensors, plain values and argparse.Namespace are allowed"
+            ) from error
+        raise InputError(f"{source} is cut off, damaged or no PyTorch checkpoint; download or copy it again") from error
+
+
+def _tensors(weights: Any, source: Path) -> dict[str, Tensor]:
+    """The state dict, once it is sure that it holds dense floating point tensors under names, and nothing else."""
+    if not isinstance(weights, Mapping):
+        raise InputError(f"{source} holds no state dict where its weights should be; give the published checkpoint")
+    for name, tensor in weights.items():
+        dense = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
+        # A tensor that repeats its storage (stride 0) could ask for any amount of memory from a small file.
+        if not (dense and isinstance(name, str) and tensor.is_floating_point() and tensor.nbytes <= tensor.untyped_storage().nbytes()):
+            raise InputError(f"{source}: the entry {name!r} of its weights is no floating point tensor; give the published checkpoint")
+    return dict(weights)
+
+
+def _mar_config(weights: dict[str, Tensor], settings: dict[str, Any]) -> ModelConfig:
+    buffer_and_tokens, encoder_width = _shape(weights, "encoder_pos_embed_learned", 3)[1:]
+    tokens, decoder_width = _shape(weights, "diffusion_pos_embed_learned", 3)[1:]
+    channels = _shape(weights, "z_proj.weight", 2)[1]
+    rows = _shape(weights, "class_emb.weight", 2)[0]
+    head_width = _shape(weights, "diffloss.net.input_proj.weight", 2)[0]
+    side, latent_channels = math.isqrt(tokens), _number(settings, "vae_embed_dim", 16)
+    patch = _number(settings, "patch_size", math.isqrt(channels // latent_channels) or 1)
+    if side**2 != tokens or latent_channels * patch**2 != channels:
+        raise InputError(
+            f"{tokens} tokens of {channels} numbers are no square grid of {patch}×{patch} patches of {latent_channels} channels"
+        )
+    backbone = MaskedConfig(
+        encoder_width=encoder_width,
+        encoder_depth=_count(weights, "encoder_blocks"),
+        encoder_heads=_heads(settings, "encoder", encoder_width),
+        decoder_width=decoder_width,
+        decoder_depth=_count(weights, "decoder_blocks"),
+        decoder_heads=_heads(settings, "decoder", decoder_width),
+        buffer=buffer_and_tokens - tokens,
+    )
+    head = HeadConfig("diffusion", head_width, _count(weights, "diffloss.net.res_blocks"), _number(settings, "diffusion_batch_mul", 4))
+    # Releases of MAR differ in whether the embedding has class_num rows or always 1000.
+    classes = min(_number(settings, "class_num", rows), rows)
+    return ModelConfig(NetworkConfig(backbone, head, patch), classes, latent_channels, (side * patch, side * patch))
+
+
+def _autoencoder_config(weights: dict[str, Tensor]) -> AutoencoderConfig:
+    width = _shape(weights, "encoder.conv_in.weight", 4)[0]
+    levels = _count(weights, "encoder.down")
+    widths = [_shape(weights, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in range(levels)]
+    if width < 1 or any(level % width for level in widths):
+        raise InputError(f"its levels are {widths} wide, no multiples of the first convolution's {width}")
+    return AutoencoderConfig(
+        width=width,
+        width_multipliers=tuple(level // width for level in widths),
+        blocks=_count(weights, "encoder.down.0.block"),
+        latent_channels=_shape(weights, "post_quant_conv.weight", 4)[0],
+    )
+
+
+def _shape(weights: dict[str, Tensor], name: str, dimensions: int) -> torch.Size:
+    if name not in weights:
+        raise InputError(f"it lacks the tensor {name}; give the published checkpoint")
+    if weights[name].dim() != dimensions:
+        raise InputError(f"{name} has shape {list(weights[name].shape)}, not {dimensions} dimensions")
+    return weights[name].shape
+
+
+def _count(weights: dict[str, Tensor], prefix: str) -> int:
+    """How many different numbers follow ``prefix`` in the names."""
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    return len({match[1] for name in weights if (match := pattern.match(name))})
+
+
+def _number(settings: dict[str, Any], name: str, default: int) -> int:
+    """A positive integer of the checkpoint's ``args`` (some are stored as text), else ``default``."""
+    text = str(settings.get(name))
+    return int(text) if re.fullmatch(r"[1-9]\d{0,8}", text, re.ASCII) else default
+
+
+def _heads(settings: dict[str, Any], part: str, width: int) -> int:
+    heads = _number(settings, f"{part}_num_heads", _MAR_HEADS.get(width, 0))
+    if not heads:
+        raise InputError(
+            f"nothing tells how many attention heads its {part} of width {width} has; set {part}_num_heads in the checkpoint's args"
+        )
+    return heads
+
+
+def _class_embedding(weights: dict[str, Tensor], config: ModelConfig, source: Path) -> Tensor:
+    """MAR's class embedding and, as its last row, the vector that stands for "no class"."""
+    width = config.network.backbone.encoder_width
+    null = weights.pop("fake_latent", torch.empty(0))
+    classes = weights.pop("class_emb.weight")
+    for name, tensor, rows in (("class_emb.weight", classes, len(classes)), ("fake_latent", null, 1)):
+        if tensor.shape != (rows, width):
+            raise InputError(f"{source}: {name} is missing or has another shape than {[rows, width]}; give the published checkpoint")
+    return torch.cat([classes[: config.classes], null])
+
+
+def _mar_name(ours: str) -> str:
+    for pattern, theirs in _MAR_NAMES:
+        name, found = re.subn(rf"^{pattern}(?=\.|$)", theirs, ours)
+        if found:
+            return name
+    raise AssertionError(f"MAR has no name for {ours}")
+
+
+def _renamed(
+    wanted: dict[str, Tensor], weights: dict[str, Tensor], published_name: Callable[[str], str], source: Path
+) -> dict[str, Tensor]:
+    """``weights`` under our names, once it is sure that none is missing, left over, or of another shape than ``wanted``."""
+    names = {ours: published_name(ours) for ours in wanted}
+    for ours, theirs in names.items():
+        if theirs not in weights:
+            raise InputError(f"{source} lacks the tensor {theirs}; give the published checkpoint")
+        if weights[theirs].shape != wanted[ours].shape:
+            found, expected = list(weights[theirs].shape), list(wanted[ours].shape)
+            raise InputError(f"{source}: {theirs} has shape {found}, where the file's other tensors ask for {expected}")
+    if left_over := sorted(weights.keys() - set(names.values())):
+        raise InputError(f"{source} holds the tensor {left_over[0]!r}, which the published model does not have")
+    return {ours: weights[theirs] for ours, theirs in names.items()}
+
+
+def _check_channels(model: ModelConfig, autoencoder: AutoencoderConfig, folder: Path) -> None:
+    if model.latent_channels != autoencoder.latent_channels:
+        raise InputError(
+            f"{folder}: the model has {model.latent_channels} latent channels and the autoencoder {autoencoder.latent_channels}; "
+            "choose another folder, or the autoencoder that the model was trained with"
+        )
+
+
+def _publish(folder: Path, part: str, tensors: dict[str, Tensor], entries: dict[str, Any]) -> None:
+    weights = folder / f"{part}.safetensors"
+    save_tensors(weights, tensors)
+    try:
+        write_json(folder / "config.json", entries)
+    except BaseException:  # Ctrl-C too: weights that no config mentions would block the next attempt
+        weights.unlink()
+        raise

@@ -1,0 +1,98 @@
+"""A recipe: one YAML file that names the data and fixes both trainings, with ``key=value`` overrides."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from far.autoencoder import AutoencoderConfig
+from far.config import from_dict
+from far.errors import InputError
+from far.model import NetworkConfig
+from far.sampling import SamplingConfig
+from far.training.autoencoder import AutoencoderLossConfig
+from far.training.generator import EvaluationConfig
+from far.training.loop import LoopConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderRecipe:
+    """Everything that ``far train-autoencoder`` needs besides the data."""
+
+    model: AutoencoderConfig = AutoencoderConfig()
+    loss: AutoencoderLossConfig = AutoencoderLossConfig()
+    training: LoopConfig = LoopConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorRecipe:
+    """Everything that ``far train`` needs besides latents: network, training, and how samples are drawn."""
+
+    network: NetworkConfig = NetworkConfig()
+    training: LoopConfig = LoopConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    label_drop: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """``data`` is an image set that ``far data`` made; ``run`` receives ``autoencoder/``, ``latents/`` and ``model/``.
+
+    ``autoencoder_from`` names a folder with a finished autoencoder to use instead of one trained by
+    this recipe.
+    """
+
+    data: str
+    run: str
+    autoencoder: AutoencoderRecipe = AutoencoderRecipe()
+    generator: GeneratorRecipe = GeneratorRecipe()
+    autoencoder_from: str | None = None
+
+    @property
+    def autoencoder_folder(self) -> Path:
+        return Path(self.autoencoder_from or Path(self.run) / "autoencoder")
+
+    @property
+    def latents_folder(self) -> Path:
+        return Path(self.run) / "latents"
+
+    @property
+    def model_folder(self) -> Path:
+        return Path(self.run) / "model"
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe; ``overrides`` are ``dotted.key=value`` with the value as YAML.
+
+    Raises:
+        InputError: the file is missing or no YAML, or a key or value is wrong.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"recipe {path}: {error.strerror}; the bundled ones are in recipes/") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"recipe {path} holds no keys; see recipes/ for examples")
+    for override in overrides:
+        _apply(values, override)
+    return from_dict(Recipe, values, str(path))
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"override {override!r}: write dotted.key=value, such as generator.training.steps=1000")
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise InputError(f"override {override!r}: {parent!r} is a value, not a section")
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: {text!r} is not YAML") from error

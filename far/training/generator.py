@@ -1,0 +1,137 @@
+"""Training of the generator on cached latents: its loss, its optimizer groups, its sample grid and quick distance."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from far.autoencoder import Autoencoder, Posterior
+from far.data.image_sets import read_images
+from far.data.latents import open_latents
+from far.data.shards import ShardReader
+from far.errors import InputError
+from far.evaluation.features import FEATURES, NAME, load_feature_network
+from far.evaluation.metrics import FeatureStatistics, frechet_distance
+from far.model import FAR, ModelConfig, NetworkConfig
+from far.pictures import grid, save_png
+from far.pipeline import Pipeline
+from far.sampling import SamplingConfig
+from far.training.loop import LoopConfig, epoch_rows
+
+_CHUNK = 100
+_TIME_BUCKETS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """The quick judgement during training: how many images, against how many held-out ones.
+
+    Small counts bias the distance upwards: compare it only with itself, at the same counts.
+    """
+
+    images: int = 500
+    references: int = 2000
+    grid_per_class: int = 4
+
+
+class GeneratorTask:
+    """See :class:`far.training.loop.Task`."""
+
+    def __init__(
+        self,
+        network: NetworkConfig,
+        sampling: SamplingConfig,
+        evaluation: EvaluationConfig,
+        loop: LoopConfig,
+        *,
+        label_drop: float,
+        images: Path,
+        latents: Path,
+        autoencoder: Autoencoder,
+    ) -> None:
+        if not 0 <= label_drop < 1:
+            raise InputError(f"label_drop {label_drop} must be at least 0 and below 1")
+        self.loop, self.sampling, self.evaluation, self.label_drop = loop, sampling, evaluation, label_drop
+        self.autoencoder = autoencoder.to(loop.device).requires_grad_(False)
+        self.latents = open_latents(latents, autoencoder)
+        self.classes = self.latents.meta["classes"]
+        self.labels = self.latents.all("labels")
+        self.held_out = ShardReader(images / "held-out", "images", verify=True)
+        side = self.latents.meta["size"] // autoencoder.config.stride
+        config = ModelConfig(network, len(self.classes), autoencoder.config.latent_channels, (side, side))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(loop.seed)
+            self.module = FAR(config)
+        sampling.check(self.module)
+        self.results: dict[str, Any] = {}
+        self._reference: FeatureStatistics | None = None
+
+    def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
+        """As in MAR: decay for all of the backbone but norms and biases, none for the head, which has its own rate."""
+        decayed: list[Tensor] = []
+        plain: list[Tensor] = []
+        for parameter in self.module.backbone.parameters():
+            (decayed if parameter.dim() > 1 else plain).append(parameter)
+        head_rate = config.learning_rate if config.head_learning_rate is None else config.head_learning_rate
+        return [
+            {"params": decayed, "lr": config.learning_rate, "weight_decay": config.weight_decay},
+            {"params": plain, "lr": config.learning_rate, "weight_decay": 0.0},
+            {"params": list(self.module.head.parameters()), "lr": head_rate, "weight_decay": 0.0},
+        ]
+
+    def batch(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Moments ``[b, 2c, h, w]`` of random flips, and labels ``[b]``."""
+        rows = epoch_rows(step, self.loop.batch_size, len(self.latents), self.loop.seed)
+        flips = torch.randint(0, 2, (len(rows),), generator=generator)
+        moments = self.latents.rows("moments", rows)[torch.arange(len(rows)), flips].float()
+        return moments.to(self.loop.device), self.labels[rows].to(self.loop.device)
+
+    def loss(self, batch: tuple[Tensor, Tensor], ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        assert isinstance(ema, FAR)
+        moments, labels = batch
+        posterior = Posterior(moments)
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(moments.device)
+        latents = self.autoencoder.normalize(posterior.sample(noise))
+        loss = self.module.loss(latents, labels, generator, label_drop=self.label_drop, teacher=ema)
+        values = {f"loss_{name}": part.mean() for name, part in loss.parts.items()}
+        buckets = (loss.t * _TIME_BUCKETS).long().clamp(max=_TIME_BUCKETS - 1)
+        for bucket in range(_TIME_BUCKETS):
+            chosen = loss.rows[buckets == bucket]
+            if len(chosen):
+                values[f"loss_t{bucket / _TIME_BUCKETS:.2f}"] = chosen.mean()
+        return loss.value.mean(), values
+
+    def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        """A sample sheet (one row a class) and the quick Fréchet distance against held-out images."""
+        pipeline = self._pipeline(ema)
+        classes = len(self.classes)
+        shown = [label for label in range(min(classes, 32)) for _ in range(self.evaluation.grid_per_class)]
+        sheet = pipeline.draw(shown, range(len(shown)))
+        columns = self.evaluation.grid_per_class * (2 if classes > 8 else 1)
+        save_png(grid(sheet, columns=columns), folder / "samples" / f"step-{step:08d}.png", {"step": step})
+        network = load_feature_network().to(self.loop.device)
+        with torch.no_grad():
+            if self._reference is None:
+                self._reference = FeatureStatistics.empty(FEATURES)
+                for rows in torch.arange(min(self.evaluation.references, len(self.held_out))).split(_CHUNK):
+                    images = read_images(self.held_out, rows).to(self.loop.device)
+                    self._reference.add(network(images / 2 + 0.5).cpu())
+            drawn = FeatureStatistics.empty(FEATURES)
+            for start in range(0, self.evaluation.images, _CHUNK):
+                labels = [index % classes for index in range(start, min(start + _CHUNK, self.evaluation.images))]
+                seeds = range(1000 + start, 1000 + start + len(labels))
+                drawn.add(network(pipeline.draw(labels, seeds)).cpu())
+        distance = frechet_distance(drawn, self._reference)
+        self.results = {"step": step, f"quick FD ({NAME})": distance, **dataclasses.asdict(self.evaluation)}
+        self.publish(ema, folder)
+        return {f"quick FD ({NAME})": distance}
+
+    def publish(self, ema: nn.Module, folder: Path) -> None:
+        """Write the EMA weights as a pipeline folder."""
+        self._pipeline(ema).save_pretrained(folder)
+
+    def _pipeline(self, ema: nn.Module) -> Pipeline:
+        assert isinstance(ema, FAR)
+        return Pipeline(ema, self.autoencoder, self.classes, self.sampling, self.results)

@@ -1,0 +1,221 @@
+"""Every bad input ends in one line that names it and its remedy, exit status 2, and nothing half-written."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from far.autoencoder import Autoencoder, AutoencoderConfig
+from far.cli.main import main
+from far.weights import save_autoencoder
+
+
+def refused(capsys: pytest.CaptureFixture, arguments: list, *expected: str) -> str:
+    """Run ``far``; it must exit with 2 and print exactly one line that contains ``expected``."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("far:") or "Traceback" in line]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("far: error: ")
+    for text in expected:
+        assert text in lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--labels", "hexagon"], ["'hexagon'", "circle"]),
+        (["--labels", "3"], ["label 3", "0 to 2"]),
+        (["--labels", "-1"], ["label -1", "0 to 2"]),
+        (["--count", "0"], ["--count 0", "positive"]),
+        (["--count", "-4"], ["--count -4", "positive"]),
+        (["--batch-size", "0"], ["--batch-size 0"]),
+        (["--head-steps", "0"], ["head_steps 0", "1 to 128"]),
+        (["--head-steps", "-2"], ["head_steps -2", "1 to 128"]),
+        (["--head-steps", "129"], ["head_steps 129", "1 to 128"]),
+        (["--head-steps", "2.5"], ["2.5", "--head-steps"]),
+        (["--head-steps", "4", "2", "1"], ["head_steps", "first and the last"]),
+        (["--ar-steps", "0"], ["ar_steps 0", "1 to 4"]),
+        (["--ar-steps", "5"], ["ar_steps 5", "1 to 4"]),
+        (["--guidance", "nan"], ["guidance nan"]),
+        (["--guidance", "-1"], ["guidance -1"]),
+        (["--guidance-interval", "0.9", "0.1"], ["guidance_interval"]),
+        (["--temperature", "0"], ["temperature 0"]),
+        (["--seed", "-1"], ["-1"]),
+        (["--device", "nonsense"], ["nonsense"]),
+        (["--dtype", "int3"], ["int3", "bfloat16"]),
+        (["--gudance", "2"], ["--gudance", "--guidance"]),
+    ],
+)
+def test_generate_refuses(
+    options: list[str], expected: list[str], pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out.png"
+    refused(capsys, ["generate", "--weights", pipeline_folder, "--out", out, *options], *expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generate_refuses_unknown_weights(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    refused(capsys, ["generate", "--weights", "no-such-model", "--out", tmp_path / "a.png"], "'no-such-model'", "bundled")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.npz", "folder"])
+def test_generate_refuses_an_unwritable_path_before_it_starts(
+    name: str, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    # A file where a folder is needed cannot be written into by anyone, root included.
+    (tmp_path / "file").write_text("kept")
+    refused(capsys, ["generate", "--weights", pipeline_folder, "--out", tmp_path / "file" / name], "cannot write", "check the path")
+    assert (tmp_path / "file").read_text() == "kept"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_generate_refuses_a_folder_named_as_a_picture(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "a.png").mkdir()
+    refused(capsys, ["generate", "--weights", pipeline_folder, "--out", tmp_path / "a.png"], "is a folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_one_line(pipeline_folder: Path, tmp_path: Path) -> None:
+    # A file size limit makes every larger write fail as a full disk does, in a process of its own.
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300)); from far.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["generate", "--weights", str(pipeline_folder), "--out", str(tmp_path / "a.npz")]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 2, result.stderr
+    assert "cannot write" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "autoencoder.safetensors", "config.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "garbage"])
+def test_generate_refuses_damaged_weights(
+    file: str, damage: str, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in pipeline_folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    content = (folder / file).read_bytes()
+    if damage == "missing":
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content[: len(content) // 2] if damage == "cut" else b"\x80\x02garbage")
+    refused(capsys, ["generate", "--weights", folder, "--out", tmp_path / "a.png"], file)
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_misspelt_recipe_key_names_the_right_one(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    refused(capsys, ["train", recipe, "generator.training.learning_rat=0.1"], "'learning_rat'", "'learning_rate'")
+    recipe.write_text(recipe.read_text().replace("label_drop", "label_drp").replace("generator:", "generatr:"))
+    refused(capsys, ["train", recipe], "'generatr'", "'generator'", str(recipe))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("generator.training.steps=many", "steps"),
+        ("generator.training.steps=0", "steps 0"),
+        ("generator.training.batch_size=-1", "batch_size -1"),
+        ("generator.network.head.kind=gan", "'diffusion' or 'flow' or 'shortcut'"),
+        ("generator.network.backbone.encoder_heads=3", "encoder_width 16"),
+        ("generator.network.patch=3", "patch 3"),
+        ("generator.label_drop=1.5", "label_drop 1.5"),
+        ("generator.sampling.ar_steps=64", "ar_steps 64"),
+        ("generator.training", "key=value"),
+    ],
+)
+def test_train_refuses_wrong_values(override: str, expected: str, recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    refused(capsys, ["train", recipe, override], expected)
+    assert not (recipe.parent / "run" / "model").exists()
+
+
+def test_train_refuses_a_missing_recipe_or_one_that_is_no_yaml(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    refused(capsys, ["train", tmp_path / "none.yaml"], "none.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1,")
+    refused(capsys, ["train", tmp_path / "broken.yaml"], "broken.yaml", "YAML")
+
+
+def test_a_cache_of_another_autoencoder_is_refused(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.manual_seed(1)
+    config = AutoencoderConfig(width=8, width_multipliers=(1, 1, 2), blocks=1, latent_channels=2, norm_groups=4, scale=2.0)
+    save_autoencoder(Autoencoder(config), tmp_path / "other")
+    refused(capsys, ["train", recipe, f"autoencoder_from={tmp_path / 'other'}"], "fingerprint", "far cache")
+
+
+def test_a_cache_that_does_not_exist_names_the_command(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    refused(capsys, ["train", recipe, f"run={tmp_path / 'elsewhere'}"], "far cache")
+
+
+def image(path: Path, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    pixels = np.random.default_rng(len(str(path))).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
+    Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels, mode).save(path)
+
+
+def test_data_refuses_a_folder_without_classes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    image(tmp_path / "photos" / "a.png")
+    refused(capsys, ["data", "folder", tmp_path / "photos", tmp_path / "set", "--size", "16"], "photos", "subfolder")
+    refused(capsys, ["data", "folder", tmp_path / "nowhere", tmp_path / "set", "--size", "16"], "nowhere")
+    assert not (tmp_path / "set").exists()
+
+
+def test_data_refuses_a_class_with_one_image(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("cats/a.png", "cats/b.png", "dogs/a.png"):
+        image(tmp_path / "photos" / name)
+    refused(capsys, ["data", "folder", tmp_path / "photos", tmp_path / "set", "--size", "16"], "dogs")
+    assert not (tmp_path / "set").exists()
+
+
+def test_data_takes_grey_cmyk_and_alpha_and_names_what_is_broken(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    photos = tmp_path / "photos"
+    image(photos / "a" / "grey.png", "L")
+    image(photos / "a" / "alpha.png", "RGBA")
+    image(photos / "a" / "cmyk.jpg", "CMYK")
+    image(photos / "a" / "plain.webp")
+    image(photos / "a" / "pixel.png", size=(1, 1))
+    (photos / "a" / "text.png").write_text("no image")
+    for name in ("x.png", "y.png", "z.png"):
+        image(photos / "b" / name)
+    assert main(["data", "folder", str(photos), str(tmp_path / "set"), "--size", "16"]) == 0
+    captured = capsys.readouterr()
+    assert "pixel.png" in captured.err
+    assert "text.png" in captured.err
+    assert re.search(r"\b2\b", captured.out), captured.out
+    refused(capsys, ["data", "folder", photos, tmp_path / "strict", "--size", "16", "--strict"], ".png")
+
+
+@pytest.mark.parametrize("size", ["0", "-8", "13"])
+def test_data_refuses_impossible_sizes(size: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("a/x.png", "a/y.png"):
+        image(tmp_path / "photos" / name)
+    refused(capsys, ["data", "folder", tmp_path / "photos", tmp_path / "set", "--size", size], size)
+    refused(capsys, ["data", "avatars", tmp_path / "set", "--size", size], size)
+    assert not (tmp_path / "set").exists()
+
+
+def test_no_command_and_unknown_commands_are_one_line(capsys: pytest.CaptureFixture) -> None:
+    refused(capsys, [], "COMMAND")
+    refused(capsys, ["genrate"], "genrate")
+
+
+def test_the_whole_program_exits_with_2_and_no_traceback(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "far", "generate", "--weights", str(tmp_path / "none")], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""

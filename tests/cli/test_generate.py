@@ -1,0 +1,103 @@
+"""`far generate`: what it writes, and that images depend on seed and label alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import far
+from far.cli.main import main
+from far.pipeline import Pipeline
+
+
+def generate(pipeline_folder: Path, out: Path, *options: str) -> None:
+    assert main(["generate", "--weights", str(pipeline_folder), "--out", str(out), *options]) == 0
+
+
+def test_a_grid_a_folder_and_an_archive_hold_the_same_images(pipeline_folder: Path, tmp_path: Path) -> None:
+    options = ["--count", "5", "--seed", "7", "--guidance", "3"]
+    generate(pipeline_folder, tmp_path / "grid.png", *options)
+    generate(pipeline_folder, tmp_path / "folder", *options)
+    generate(pipeline_folder, tmp_path / "a.npz", *options, "--batch-size", "2")
+    archive = np.load(tmp_path / "a.npz")
+    assert archive["arr_0"].shape == (5, 16, 16, 3)
+    assert archive["arr_0"].dtype == np.uint8
+    assert archive["arr_1"].tolist() == [0, 0, 1, 1, 2]
+    files = sorted((tmp_path / "folder").iterdir())
+    assert [path.name for path in files] == [f"{index:06d}.png" for index in range(5)]
+    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert sheet.shape == (32, 48, 3)
+    for index, path in enumerate(files):
+        pixels = np.asarray(Image.open(path)).astype(int)
+        row, column = divmod(index, 3)
+        assert np.array_equal(pixels, sheet[row * 16 : row * 16 + 16, column * 16 : column * 16 + 16])
+        # Other batch sizes may round the last bit otherwise.
+        assert np.abs(pixels - archive["arr_0"][index]).max() <= 1
+    assert len(np.unique(archive["arr_0"], axis=0)) == 5
+
+
+def test_pictures_carry_their_settings(pipeline_folder: Path, tmp_path: Path) -> None:
+    generate(pipeline_folder, tmp_path / "folder", "--labels", "square", "2", "--seed", "5", "--guidance", "2.5", "--head-steps", "1")
+    text = Image.open(tmp_path / "folder" / "000001.png").text
+    assert text["seed"] == "6"
+    assert text["label"] == "2"
+    assert text["class"] == "stripes"
+    assert text["guidance"] == "2.5"
+    assert text["head_steps"] == "(1,)"
+    assert text["weights"] == str(pipeline_folder)
+
+
+def test_the_written_settings_draw_the_image_again(pipeline_folder: Path, tmp_path: Path) -> None:
+    generate(pipeline_folder, tmp_path / "folder", "--count", "6", "--seed", "3")
+    picture = Image.open(tmp_path / "folder" / "000004.png")
+    pipeline = far.load(pipeline_folder)
+    assert isinstance(pipeline, Pipeline)
+    (again,) = pipeline.generate([int(picture.text["label"])], seed=int(picture.text["seed"]))
+    assert np.abs(np.asarray(again).astype(int) - np.asarray(picture)).max() <= 1
+
+
+def test_the_animation_shows_one_frame_a_step_and_ends_on_the_images(pipeline_folder: Path, tmp_path: Path) -> None:
+    generate(pipeline_folder, tmp_path / "a.png", "--count", "2", "--ar-steps", "3", "--gif", str(tmp_path / "a.gif"))
+    animation = Image.open(tmp_path / "a.gif")
+    assert animation.n_frames == 3
+    first = np.asarray(animation.convert("RGB")).astype(int)
+    animation.seek(2)
+    last = np.asarray(animation.convert("RGB")).astype(int)
+    final = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
+    assert (np.abs(first - 128).max(axis=-1) <= 4).mean() > 0.4  # grey where nothing is known yet
+    assert np.abs(last - final).mean() < 6  # a GIF has 256 colours
+    assert np.abs(first - final).mean() > 10
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dtypes(dtype: str, pipeline_folder: Path, tmp_path: Path) -> None:
+    generate(pipeline_folder, tmp_path / "a.npz", "--count", "3", "--dtype", dtype)
+    generate(pipeline_folder, tmp_path / "b.npz", "--count", "3")
+    a, b = np.load(tmp_path / "a.npz")["arr_0"].astype(int), np.load(tmp_path / "b.npz")["arr_0"].astype(int)
+    assert np.abs(a - b).mean() < 6
+
+
+def test_python_interface(pipeline_folder: Path) -> None:
+    pipeline = far.load(pipeline_folder)
+    assert isinstance(pipeline, Pipeline)
+    pictures = pipeline.generate(labels=["square", 0], guidance=2.0, seed=0)
+    tensor = pipeline.generate(labels=["square", 0], guidance=2.0, seed=[0, 1], output="tensor")
+    assert [picture.size for picture in pictures] == [(16, 16)] * 2
+    assert tensor.shape == (2, 3, 16, 16)
+    assert 0 <= tensor.min() <= tensor.max() <= 1
+    for picture, image in zip(pictures, tensor):
+        assert np.array_equal(np.asarray(picture), (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+    with pytest.raises(far.InputError, match="seeds"):
+        pipeline.generate(labels=[0, 1], seed=[1])
+
+
+def test_saving_and_loading_again_gives_the_same_images(pipeline_folder: Path, tmp_path: Path) -> None:
+    pipeline = far.load(pipeline_folder)
+    assert isinstance(pipeline, Pipeline)
+    pipeline.save_pretrained(tmp_path / "copy")
+    again = far.load(tmp_path / "copy")
+    assert isinstance(again, Pipeline)
+    assert (pipeline.draw([0, 1], [4, 5]) == again.draw([0, 1], [4, 5])).all()
+    assert again.classes == pipeline.classes
+    assert again.defaults == pipeline.defaults

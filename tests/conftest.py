@@ -1,0 +1,102 @@
+"""A tiny image set, autoencoder, latent cache and model that many tests share; real files, made once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from far.autoencoder import Autoencoder, AutoencoderConfig
+from far.backbone.masked import MaskedConfig
+from far.data.latents import write_latents
+from far.data.shards import ShardWriter
+from far.heads import HeadConfig
+from far.model import FAR, ModelConfig, NetworkConfig
+from far.pipeline import Pipeline
+from far.sampling import SamplingConfig
+from far.weights import save_autoencoder
+
+CLASSES = ["circle", "square", "stripes"]
+SIZE = 16
+
+
+def draw_images(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images ``[count, 16, 16, 3]`` uint8 of three kinds of shapes in random colours, and their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % len(CLASSES)
+    colours = torch.randint(0, 256, (count, 2, 3), generator=generator)
+    y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
+    shapes = torch.stack([(x - 8) ** 2 + (y - 8) ** 2 < 30, (x - 8).abs().maximum((y - 8).abs()) < 5, x % 4 < 2])
+    inside = shapes[labels].unsqueeze(-1)
+    return torch.where(inside, colours[:, 0, None, None], colours[:, 1, None, None]).to(torch.uint8), labels
+
+
+@pytest.fixture(scope="session")
+def image_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for split, count, seed in (("train", 60, 0), ("held-out", 12, 1)):
+        writer = ShardWriter(folder / split, {"kind": "images", "size": SIZE, "classes": CLASSES, "source": "drawn by the tests"})
+        images, labels = draw_images(count, seed)
+        writer.write({"images": images, "labels": labels}, cursor=count)
+        writer.finish()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def autoencoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("autoencoder")
+    config = AutoencoderConfig(width=8, width_multipliers=(1, 1, 2), blocks=1, latent_channels=2, norm_groups=4, scale=2.0)
+    save_autoencoder(Autoencoder(config), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def latents_folder(tmp_path_factory: pytest.TempPathFactory, image_set: Path, autoencoder_folder: Path) -> Path:
+    from far.weights import load_autoencoder
+
+    folder = tmp_path_factory.mktemp("cache") / "latents"
+    write_latents(image_set, load_autoencoder(autoencoder_folder), folder)
+    return folder
+
+
+NETWORK = NetworkConfig(MaskedConfig(16, 1, 2, 16, 1, 2, 2, 0.1), HeadConfig("shortcut", 16, 1, 2), patch=2)
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory, autoencoder_folder: Path) -> Path:
+    """An untrained pipeline of 4 tokens, with random (not zero) outputs so that images differ."""
+    from far.weights import load_autoencoder
+
+    torch.manual_seed(0)
+    model = FAR(ModelConfig(NETWORK, len(CLASSES), 2, (4, 4)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("pipeline")
+    Pipeline(model, load_autoencoder(autoencoder_folder), CLASSES, SamplingConfig(ar_steps=4, head_steps=2)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, image_set: Path, autoencoder_folder: Path, latents_folder: Path) -> Path:
+    """A recipe that trains the tiny model on the shared cache, in a run folder of its own."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "latents").symlink_to(latents_folder)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"""
+data: {image_set}
+run: {run}
+autoencoder_from: {autoencoder_folder}
+generator:
+  network:
+    patch: 2
+    backbone: {{encoder_width: 16, encoder_depth: 1, encoder_heads: 2, decoder_width: 16, decoder_depth: 1, decoder_heads: 2, buffer: 2}}
+    head: {{kind: shortcut, width: 16, depth: 1, samples_per_token: 2}}
+  training:
+    {{steps: 20, batch_size: 8, learning_rate: 1.0e-3, warmup_steps: 5, log_every: 5, checkpoint_every: 10, evaluate_every: 20,
+     dtype: float32}}
+  sampling: {{ar_steps: 2, head_steps: 2}}
+  evaluation: {{images: 6, references: 12, grid_per_class: 1}}
+""")
+    return path

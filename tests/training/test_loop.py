@@ -1,0 +1,213 @@
+"""The training loop: exact resuming, interruption, divergence, damaged checkpoints, schedules, row order."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from far.cli.main import main
+from far.errors import InputError
+from far.recipe import load_recipe
+from far.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from far.training.ema import Ema
+from far.training.generator import GeneratorTask
+from far.training.loop import LoopConfig, Trainer, epoch_rows
+from far.weights import load_autoencoder
+
+
+def make_task(path: Path, *overrides: str) -> tuple[GeneratorTask, LoopConfig, Path]:
+    recipe = load_recipe(path, overrides)
+    config = recipe.generator
+    task = GeneratorTask(
+        config.network, config.sampling, config.evaluation, config.training, label_drop=config.label_drop,
+        images=Path(recipe.data), latents=recipe.latents_folder, autoencoder=load_autoencoder(recipe.autoencoder_folder),
+    )  # fmt: skip
+    return task, config.training, recipe.model_folder
+
+
+def final_state(folder: Path) -> dict:
+    return load_checkpoint(list_checkpoints(folder / "checkpoints")[-1][1])
+
+
+def assert_same(a: dict, b: dict) -> None:
+    assert a["step"] == b["step"]
+    for part in ("module", "ema"):
+        for name in a[part]:
+            assert torch.equal(a[part][name], b[part][name]), f"{part} {name}"
+    for index, values in a["optimizer"]["state"].items():
+        for name, value in values.items():
+            assert torch.equal(value, b["optimizer"]["state"][index][name]), f"optimizer {index} {name}"
+
+
+def test_ten_and_ten_steps_equal_twenty(recipe: Path, tmp_path: Path) -> None:
+    # Dropout is on in this recipe: its random numbers must resume too.
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for run in (whole, parts):
+        run.mkdir()
+        (run / "latents").symlink_to((tmp_path / "run" / "latents").resolve())
+    # A cosine over 20 steps needs the same final step in both, so the first half is cut by hand.
+    task, config, folder = make_task(recipe, f"run={whole}")
+    trainer = Trainer(task, config, folder)
+    trainer.run()
+    task, config, folder = make_task(recipe, f"run={parts}")
+    first = Trainer(task, config, folder)
+    from far.training.loop import Meter
+
+    for _ in range(10):
+        first.train_step(Meter())
+    first.save()
+    task, config, folder = make_task(recipe, f"run={parts}")
+    second = Trainer(task, config, folder)
+    second.restore(resume=True)
+    assert second.step == 10
+    second.run()
+    assert_same(final_state(whole / "model"), final_state(parts / "model"))
+
+
+def test_training_lowers_the_loss_and_the_log_tells(recipe: Path, tmp_path: Path) -> None:
+    assert main(["train", str(recipe), "generator.training.steps=150", "generator.training.learning_rate=0.003"]) == 0
+    entries = [json.loads(line) for line in (tmp_path / "run/model/log.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in entries if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    for name in ("loss_flow", "loss_consistency", "loss_t0.00", "loss_t0.75", "images_per_second", "loader_share", "learning_rate"):
+        assert all(math.isfinite(entry[name]) for entry in entries if "loss" in entry), name
+    assert any("quick FD (EfficientNet-Lite0)" in entry for entry in entries)
+    assert sorted(path.name for path in (tmp_path / "run/model/samples").iterdir())[-1] == "step-00000150.png"
+
+
+def test_a_run_is_not_overwritten_and_a_finished_one_is_left_alone(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", str(recipe)]) == 0
+    assert main(["train", str(recipe)]) == 2
+    assert "already holds a run at step 20" in capsys.readouterr().err
+    assert main(["train", str(recipe), "--resume"]) == 0
+    assert "already trained" in capsys.readouterr().out
+
+
+def test_ctrl_c_saves_and_resuming_gives_the_uninterrupted_weights(recipe: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for run in (whole, cut):
+        run.mkdir()
+        (run / "latents").symlink_to((tmp_path / "run" / "latents").resolve())
+    steps = ["generator.training.steps=400", "generator.training.checkpoint_every=1000", "generator.training.evaluate_every=1000"]
+    assert main(["train", str(recipe), f"run={whole}", *steps]) == 0
+    command = [sys.executable, "-m", "far", "train", str(recipe), f"run={cut}", *steps]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    log = cut / "model" / "log.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "interrupted at step" in output
+    step = list_checkpoints(cut / "model" / "checkpoints")[-1][0]
+    assert 0 < step < 400
+    assert main(["train", str(recipe), f"run={cut}", *steps, "--resume"]) == 0
+    assert_same(final_state(whole / "model"), final_state(cut / "model"))
+
+
+def test_a_diverging_loss_stops_with_step_rate_and_last_checkpoint(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", str(recipe)]) == 0
+    checkpoint = list_checkpoints(tmp_path / "run/model/checkpoints")[-1][1]
+    # An infinite learning rate makes the weights, and so the next loss, not finite.
+    overrides = ["generator.training.steps=40", "generator.training.learning_rate=1.0e+38", "generator.training.schedule=constant"]
+    assert main(["train", str(recipe), *overrides, "--resume"]) == 2
+    message = capsys.readouterr().err
+    assert "not finite at step 2" in message
+    assert "learning rate 1e+38" in message
+    assert str(checkpoint) in message
+    assert all(torch.isfinite(value).all() for value in final_state(tmp_path / "run/model")["module"].values())
+
+
+def test_a_cut_checkpoint_is_refused_and_the_one_before_resumes(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", str(recipe)]) == 0
+    newest = list_checkpoints(tmp_path / "run/model/checkpoints")[-1][1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert main(["train", str(recipe), "--resume"]) == 2
+    message = capsys.readouterr().err
+    assert str(newest) in message
+    assert message.count("\n") == 1
+    newest.unlink()
+    assert main(["train", str(recipe), "--resume"]) == 0
+    assert final_state(tmp_path / "run/model")["step"] == 20
+
+
+def test_resuming_with_another_network_is_refused(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", str(recipe)]) == 0
+    assert main(["train", str(recipe), "generator.network.head.depth=2", "generator.training.steps=30", "--resume"]) == 2
+    assert "another model" in capsys.readouterr().err
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        save_checkpoint(tmp_path, step, {"value": torch.tensor(step)})
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 10]
+
+
+def test_learning_rate_and_decay_by_part(recipe: Path) -> None:
+    overrides = ["generator.training.head_learning_rate=2.5e-4", "generator.training.schedule=cosine", "generator.training.steps=25"]
+    task, config, folder = make_task(recipe, *overrides)
+    trainer = Trainer(task, config, folder)
+    names = {id(parameter): name for name, parameter in task.module.named_parameters()}
+    found = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert set(found) == set(names.values())
+    for name, (rate, decay) in found.items():
+        assert rate == (2.5e-4 if name.startswith("head.") else 1e-3)
+        spared = name.endswith("bias") or "norm" in name or name.startswith("head.")
+        assert decay == (0.0 if spared else 0.02), name
+    scales = []
+    for step in range(26):
+        trainer.step = step
+        scales.append(trainer.learning_rate_scale())
+    assert scales[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
+    for step in range(5, 26):
+        assert scales[step] == pytest.approx(math.cos(math.pi / 2 * (step - 5) / 20) ** 2)
+
+
+def test_gradient_clipping_bounds_the_gradient(recipe: Path) -> None:
+    from far.training.loop import Meter
+
+    task, config, folder = make_task(recipe, "generator.training.gradient_clip=1.0e-3")
+    trainer = Trainer(task, config, folder)
+    trainer.train_step(Meter())
+    gradients = [p.grad.flatten() for p in task.module.parameters() if p.grad is not None]
+    assert torch.cat(gradients).norm() <= 1.001e-3
+
+
+def test_ema_follows_the_closed_form() -> None:
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(module.weight, 1.0)
+    ema = Ema(module, 0.5)
+    expected = 1.0
+    for step, value in enumerate([2.0, -1.0, 4.0, 0.5]):
+        torch.nn.init.constant_(module.weight, value)
+        ema.update(module, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * value
+        assert float(ema.module.weight) == pytest.approx(expected)
+    assert float(module.weight) == 0.5
+    assert not ema.module.weight.requires_grad
+
+
+@given(rows=st.integers(1, 40), batch=st.integers(1, 50), seed=st.integers(0, 3))
+def test_every_epoch_visits_every_row_once(rows: int, batch: int, seed: int) -> None:
+    steps = -(-3 * rows // batch)
+    stream = torch.cat([epoch_rows(step, batch, rows, seed) for step in range(steps)])
+    assert len(stream) == steps * batch
+    for epoch in range(3):
+        assert stream[epoch * rows : (epoch + 1) * rows].sort().values.tolist() == list(range(rows))
+
+
+def test_the_loop_refuses_impossible_settings() -> None:
+    for values in ({"steps": 0}, {"batch_size": -1}, {"ema_decay": 1.0}, {"learning_rate": 0.0}):
+        with pytest.raises(InputError, match=next(iter(values))):
+            LoopConfig(**values)
