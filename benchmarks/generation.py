@@ -46,7 +46,10 @@ def main() -> None:
         seconds = paired(calls, arguments.rounds)
         for (kind, steps), times in seconds.items():
             ratio = median_ratio(seconds["diffusion", 100], times)
-            print(f"| {batch} | {kind} | {steps} | {summary(times)} | {statistics.median(times) / batch * 1000:.1f} | {ratio:.1f} |", flush=True)
+            print(
+                f"| {batch} | {kind} | {steps} | {summary(times)} | {statistics.median(times) / batch * 1000:.1f} | {ratio:.1f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

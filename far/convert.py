@@ -146,7 +146,8 @@ def _entries(folder: Path, part: str) -> dict[str, Any]:
     if path.exists() and not (isinstance(entries, dict) and ("model" in entries or "autoencoder" in entries)):
         raise InputError(f"{path} is no config of far; choose another folder")
     if part in entries or weights.exists():
-        raise InputError(f"{folder} already holds a {part}, which is not overwritten; choose another folder, or remove this one")
+        article = "an" if part == "autoencoder" else "a"
+        raise InputError(f"{folder} already holds {article} {part}, which is not overwritten; choose another folder, or remove this one")
     return entries
 
 

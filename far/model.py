@@ -76,9 +76,7 @@ class FAR(nn.Module):
         """Tokens ``[b, n, d]`` → latents ``[b, c, h, w]``."""
         return unpatchify(tokens, self.config.network.patch, *self.config.token_grid)
 
-    def loss(
-        self, latents: Tensor, labels: Tensor, generator: torch.Generator, *, label_drop: float, teacher: "FAR"
-    ) -> TokenLoss:
+    def loss(self, latents: Tensor, labels: Tensor, generator: torch.Generator, *, label_drop: float, teacher: "FAR") -> TokenLoss:
         """The head's loss at every token that the backbone predicts.
 
         Args:
@@ -108,7 +106,7 @@ PRESETS: dict[str, NetworkConfig] = {
     "mar-h": _masked(1280, 20, 16, "diffusion", 12, 1536),  # 943 M
     "far-b": _masked( 768, 12, 12, "shortcut",   6, 1024),  # 210 M
     "far-l": _masked(1024, 16, 16, "shortcut",   8, 1280),  # 481 M
-    "far-h": _masked(1280, 20, 16, "shortcut",  12, 1536),  # 945 M
+    "far-h": _masked(1280, 20, 16, "shortcut",  12, 1536),  # 946 M
 }  # fmt: skip
 
 

@@ -48,7 +48,8 @@ def cosine_token_counts(count: int, steps: int) -> list[int]:
     counts, masked = [], count
     for step in range(steps):
         # The cosine lies above its chord, so every later step still finds a token to predict.
-        remaining = min(masked - 1, math.floor(count * math.cos(math.pi / 2 * (step + 1) / steps)))
+        # In the last one its argument can round to above π/2, and the cosine to below 0.
+        remaining = max(0, min(masked - 1, math.floor(count * math.cos(math.pi / 2 * (step + 1) / steps))))
         counts.append(masked - remaining)
         masked = remaining
     return counts

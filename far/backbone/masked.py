@@ -56,16 +56,12 @@ class MaskedBackbone(nn.Module):
         self.token_projection = nn.Linear(channels, encoder)
         self.token_norm = nn.LayerNorm(encoder, eps=1e-6)
         self.encoder_positions = nn.Parameter(torch.empty(1, config.buffer + tokens, encoder))
-        self.encoder_blocks = nn.ModuleList(
-            Block(encoder, config.encoder_heads, config.dropout) for _ in range(config.encoder_depth)
-        )
+        self.encoder_blocks = nn.ModuleList(Block(encoder, config.encoder_heads, config.dropout) for _ in range(config.encoder_depth))
         self.encoder_norm = nn.LayerNorm(encoder, eps=1e-6)
         self.decoder_projection = nn.Linear(encoder, decoder)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder))
         self.decoder_positions = nn.Parameter(torch.empty(1, config.buffer + tokens, decoder))
-        self.decoder_blocks = nn.ModuleList(
-            Block(decoder, config.decoder_heads, config.dropout) for _ in range(config.decoder_depth)
-        )
+        self.decoder_blocks = nn.ModuleList(Block(decoder, config.decoder_heads, config.dropout) for _ in range(config.decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder, eps=1e-6)
         self.condition_positions = nn.Parameter(torch.empty(1, tokens, decoder))
         self._initialize()

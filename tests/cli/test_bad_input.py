@@ -15,6 +15,8 @@ from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.cli.main import main
 from far.weights import save_autoencoder
 
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
 
 def refused(capsys: pytest.CaptureFixture, arguments: list, *expected: str) -> str:
     """Run ``far``; it must exit with 2 and print exactly one line that contains ``expected``."""
@@ -92,7 +94,7 @@ def test_a_full_disk_is_one_line(pipeline_folder: Path, tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300)); from far.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     arguments = ["generate", "--weights", str(pipeline_folder), "--out", str(tmp_path / "a.npz")]
-    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=ONE_THREAD)
     assert result.returncode == 2, result.stderr
     assert "cannot write" in result.stderr
     assert "Traceback" not in result.stderr

@@ -23,6 +23,8 @@ from far.training.generator import GeneratorTask
 from far.training.loop import LoopConfig, Trainer, epoch_rows
 from far.weights import load_autoencoder
 
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
 
 def make_task(path: Path, *overrides: str) -> tuple[GeneratorTask, LoopConfig, Path]:
     recipe = load_recipe(path, overrides)
@@ -100,7 +102,7 @@ def test_ctrl_c_saves_and_resuming_gives_the_uninterrupted_weights(recipe: Path,
     steps = ["generator.training.steps=400", "generator.training.checkpoint_every=1000", "generator.training.evaluate_every=1000"]
     assert main(["train", str(recipe), f"run={whole}", *steps]) == 0
     command = [sys.executable, "-m", "far", "train", str(recipe), f"run={cut}", *steps]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL, env=ONE_THREAD)
     log = cut / "model" / "log.jsonl"
     deadline = time.monotonic() + 60
     while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
@@ -132,6 +134,7 @@ def test_a_cut_checkpoint_is_refused_and_the_one_before_resumes(recipe: Path, tm
     assert main(["train", str(recipe)]) == 0
     newest = list_checkpoints(tmp_path / "run/model/checkpoints")[-1][1]
     newest.write_bytes(newest.read_bytes()[:1000])
+    capsys.readouterr()
     assert main(["train", str(recipe), "--resume"]) == 2
     message = capsys.readouterr().err
     assert str(newest) in message

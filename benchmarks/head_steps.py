@@ -1,0 +1,83 @@
+"""Distance and pictures of a model by head steps: the same seeds drawn with 1, 2, 4, 8 and 32 steps.
+
+Prints a Markdown table of "FD (EfficientNet-Lite0)" against held-out images, with two floors beside it:
+real images against real ones at the same counts, and the autoencoder's reconstructions. Needs the image
+set (``far data avatars data/avatars-64``). Writes a picture: a row a step count, a column a class.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from timing import machine
+from torch import Tensor
+from tqdm import tqdm
+
+import far
+from far.data.image_sets import read_images
+from far.data.shards import ShardReader
+from far.evaluation.features import FEATURES, NAME, load_feature_network
+from far.evaluation.metrics import FeatureStatistics, frechet_distance
+from far.pictures import grid, save_png
+from far.pipeline import Pipeline
+
+STEPS = (1, 2, 4, 8, 32)
+CHUNK = 100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", default="avatars-64")
+    parser.add_argument("--data", type=Path, default=Path("data/avatars-64"))
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--references", type=int, default=8000)
+    parser.add_argument("--picture", type=Path, default=Path("docs/images/head-steps.png"))
+    arguments = parser.parse_args()
+    pipeline = far.load(arguments.weights)
+    assert isinstance(pipeline, Pipeline)
+    assert pipeline.autoencoder is not None
+    network = load_feature_network()
+    held_out = ShardReader(arguments.data / "held-out", "images")
+
+    def statistics(name: str, count: int, images_of) -> FeatureStatistics:  # type: ignore[no-untyped-def]
+        found = FeatureStatistics.empty(FEATURES)
+        for rows in tqdm(torch.arange(count).split(CHUNK), desc=name, unit="batch"):
+            found.add(network(images_of(rows)))
+        return found
+
+    def real(rows: Tensor) -> Tensor:
+        return read_images(held_out, rows) / 2 + 0.5
+
+    def reconstructed(rows: Tensor) -> Tensor:
+        images = read_images(held_out, rows + arguments.references)
+        return (pipeline.autoencoder.decode(pipeline.autoencoder.encode(images).mean) / 2 + 0.5).clamp(0, 1)
+
+    reference = statistics("held-out images", arguments.references, real)
+    other = min(arguments.count, len(held_out) - arguments.references)
+    results = {
+        "real images": statistics("real", other, lambda rows: real(rows + arguments.references)),
+        "reconstructions": statistics("reconstructions", other, reconstructed),
+    }
+    classes = len(pipeline.classes)
+    for steps in STEPS:
+        config = pipeline.sampling_config(head_steps=steps)
+
+        def drawn(rows: Tensor, config=config) -> Tensor:  # type: ignore[no-untyped-def]
+            return pipeline.draw([row % classes for row in rows.tolist()], rows.tolist(), config, batch_size=CHUNK)
+
+        results[f"{steps} head steps"] = statistics(f"{steps} head steps", arguments.count, drawn)
+    defaults = pipeline.defaults
+    print(
+        f"{arguments.weights}: {arguments.count} images of seeds 0 …, against {arguments.references} held-out ones; "
+        f"{defaults.ar_steps} AR steps, guidance {defaults.guidance}, float32, {machine()}\n"
+    )
+    print(f"| images | number | FD ({NAME}) |\n|---|---|---|")
+    for name, found in results.items():
+        print(f"| {name} | {found.count} | {frechet_distance(found, reference):.1f} |")
+    rows = [pipeline.draw(range(classes), range(classes), pipeline.sampling_config(head_steps=steps)) for steps in STEPS]
+    save_png(grid(torch.cat(rows), columns=classes), arguments.picture, {"rows": f"head steps {STEPS}", "weights": arguments.weights})
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()

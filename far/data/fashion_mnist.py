@@ -1,0 +1,79 @@
+"""Fashion-MNIST's four IDX files as an image set: grey photographs of 10 classes, MIT licence."""
+
+import gzip
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from far.data.shards import ShardWriter
+from far.errors import InputError
+
+CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+SIZE = 32
+_SHARD_ROWS = 10_000
+_PARTS = {"train": "train", "held-out": "t10k"}
+_UNSIGNED_BYTE = 0x08
+
+
+def write_fashion_mnist(source: Path, folder: Path) -> dict[str, int]:
+    """Write ``folder/train`` and ``folder/held-out``: 32×32 (28 padded with black), grey as RGB.
+
+    ``source`` holds the four files under their published names, gzipped or not.
+
+    Returns:
+        ``{"train": …, "held-out": …}``, counts of images.
+
+    Raises:
+        InputError: a file is missing, cut off, or not what its name says.
+    """
+    read = {name: _read_part(source, prefix) for name, prefix in _PARTS.items()}
+    for name, (images, labels) in read.items():
+        meta = {"kind": "images", "size": SIZE, "classes": list(CLASSES), "source": "Fashion-MNIST, MIT licence"}
+        writer = ShardWriter(folder / name, meta)
+        while writer.cursor < len(images):
+            rows = slice(writer.cursor, writer.cursor + _SHARD_ROWS)
+            padded = np.pad(images[rows], ((0, 0), (2, 2), (2, 2)))
+            rgb = torch.from_numpy(np.repeat(padded[..., None], 3, axis=-1))
+            writer.write({"images": rgb, "labels": torch.from_numpy(labels[rows].astype(np.int64))}, cursor=writer.cursor + len(padded))
+        writer.finish()
+    return {name: len(images) for name, (images, _) in read.items()}
+
+
+def _read_part(source: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
+    images = read_idx(_find(source, f"{prefix}-images-idx3-ubyte"))
+    labels = read_idx(_find(source, f"{prefix}-labels-idx1-ubyte"))
+    if images.ndim != 3 or images.shape[1:] != (28, 28):
+        raise InputError(f"{source}: {prefix} images have shape {images.shape}, not [n, 28, 28]; get the files again")
+    if labels.shape != images.shape[:1]:
+        raise InputError(f"{source}: {len(images)} {prefix} images but {len(labels)} labels; get the files again")
+    if labels.max(initial=0) >= len(CLASSES):
+        raise InputError(f"{source}: {prefix} has the label {labels.max()}, above {len(CLASSES) - 1}; get the files again")
+    return images, labels
+
+
+def _find(source: Path, name: str) -> Path:
+    for path in (source / f"{name}.gz", source / name):
+        if path.is_file():
+            return path
+    raise InputError(f"{source / name}.gz does not exist; install Debian's dataset-fashion-mnist or download the four files")
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An IDX file of unsigned bytes, gzipped or not.
+
+    Raises:
+        InputError: the file is cut off, damaged, or of another kind.
+    """
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        zero, kind, dimensions = struct.unpack(">HBB", content[:4])
+        shape = struct.unpack(f">{dimensions}I", content[4 : 4 + 4 * dimensions])
+        if zero != 0 or kind != _UNSIGNED_BYTE:
+            raise ValueError("its first bytes are not those of an IDX file of unsigned bytes")
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
+        raise InputError(f"{path} is damaged or no IDX file ({error}); get it again") from error

@@ -1,0 +1,77 @@
+"""Finding and decoding image files of any kind into square RGB arrays.
+
+What is done with the arrays (packing into shards) is in ``far.data.folders``.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from far.errors import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def find_images(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+    """Class names and (path, label) of every image under ``folder``, one subfolder a class, both sorted.
+
+    Raises:
+        InputError: no such folder, no subfolder with images, or a class with fewer than two images.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; give a folder with one subfolder of images a class")
+    classes: list[str] = []
+    found: list[tuple[Path, int]] = []
+    for subfolder in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        files = sorted(path for path in subfolder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        if not files:
+            continue
+        if len(files) < 2:
+            raise InputError(f"class {subfolder} has one image; two are needed, one to train on and one held out")
+        found += [(path, len(classes)) for path in files]
+        classes.append(subfolder.name)
+    if not classes:
+        raise InputError(f"{folder} holds no classes; put the images ({', '.join(SUFFIXES)}) into one subfolder a class")
+    return classes, found
+
+
+def read_image(path: Path, size: int) -> np.ndarray:
+    """An image file as ``[size, size, 3]`` uint8: upright, RGB, transparency on white, centre-cropped.
+
+    Raises:
+        InputError: the file cannot be decoded, is implausibly large, or is one pixel thin.
+    """
+    try:
+        with Image.open(path) as opened:
+            picture = _to_rgb(ImageOps.exif_transpose(opened))
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} is no readable image ({reason}); replace or remove it") from error
+    if min(picture.size) < 2:
+        raise InputError(f"{path} has {picture.width}×{picture.height} pixels, too few to make an image of {size}; replace or remove it")
+    return np.asarray(centre_crop(picture, size))
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
+        # Pillow would clip these instead of scaling them.
+        values = np.asarray(picture, dtype=np.float64)
+        picture = Image.fromarray(np.clip(values / (257 if values.max() > 255 else 1), 0, 255).round().astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def centre_crop(picture: Image.Image, size: int) -> Image.Image:
+    """The central square, scaled to ``size``, as ADM prepares ImageNet.
+
+    Halved by averaging while the short side is at least twice the size, then bicubic to the size, then cut.
+    """
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    return picture.crop((left, top, left + size, top + size))

@@ -1,0 +1,75 @@
+"""The latent cache: an image set's posterior moments, for both flips, encoded once.
+
+Moments are stored raw (unscaled, unsampled), so another scale or shift needs no new cache, and every
+epoch draws latents anew. The shards' form is in ``far.data.shards``.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from far.autoencoder import Autoencoder
+from far.data.image_sets import read_images
+from far.data.shards import ShardReader, ShardWriter
+from far.errors import InputError
+
+SHARD_ROWS = 4096
+
+
+@torch.no_grad()
+def write_latents(images: Path, autoencoder: Autoencoder, folder: Path, batch_size: int = 64, device: str = "cpu") -> None:
+    """Encode ``images/train`` into ``folder``; continues where it stopped.
+
+    Rows hold ``moments [2, 2c, h, w]`` float16 (as it is, flipped) and ``labels`` int64.
+
+    Raises:
+        InputError: the images are missing or of a size that the autoencoder cannot take, the folder holds
+            another autoencoder's moments, or a moment is not finite in float16.
+    """
+    source = ShardReader(images / "train", "images", verify=True)
+    writer = ShardWriter(folder, _meta(source, autoencoder))
+    if writer.complete:
+        return
+    autoencoder.to(device)
+    with tqdm(total=len(source), initial=writer.cursor, desc=f"encoding into {folder}", unit="img", mininterval=1) as bar:
+        while writer.cursor < len(source):
+            rows = torch.arange(writer.cursor, min(writer.cursor + SHARD_ROWS, len(source)))
+            moments = []
+            for chunk in rows.split(batch_size):
+                moments.append(_moments(autoencoder, read_images(source, chunk).to(device), source))
+                bar.update(len(chunk))
+            writer.write({"moments": torch.cat(moments), "labels": source.rows("labels", rows)}, cursor=int(rows[-1]) + 1)
+    writer.finish()
+
+
+def _meta(source: ShardReader, autoencoder: Autoencoder) -> dict[str, object]:
+    config = autoencoder.config
+    return {
+        "kind": "moments", "classes": source.meta["classes"], "size": source.meta["size"], "images": str(source.folder),
+        "fingerprint": autoencoder.fingerprint(), "latent_channels": config.latent_channels, "stride": config.stride,
+    }  # fmt: skip
+
+
+def _moments(autoencoder: Autoencoder, images: Tensor, source: ShardReader) -> Tensor:
+    both = torch.stack([autoencoder.moments(images), autoencoder.moments(images.flip(-1))], dim=1)
+    stored = both.to(torch.float16).cpu()
+    if not torch.isfinite(stored).all():
+        raise InputError(f"the autoencoder gives moments of {source.folder} that float16 cannot hold; train it longer or with more KL")
+    return stored
+
+
+def open_latents(folder: Path, autoencoder: Autoencoder) -> ShardReader:
+    """A finished cache that ``autoencoder`` made, its checksums verified.
+
+    Raises:
+        InputError: the cache is missing, unfinished, damaged, or of another autoencoder.
+    """
+    reader = ShardReader(folder, "moments", verify=True)
+    made, given = reader.meta["fingerprint"], autoencoder.fingerprint()
+    if made != given:
+        raise InputError(
+            f"{folder} was made by another autoencoder (fingerprint {made}, this one is {given}); remove it and run far cache again"
+        )
+    return reader

@@ -1,0 +1,149 @@
+"""Sharded safetensors with an index: the one on-disk form of image sets and of latent caches.
+
+A folder holds ``index.json`` and ``shard-00000.safetensors``, ``shard-00001.safetensors`` …; every
+tensor's first axis is the row. Shards are written whole and then listed in the index with their
+SHA-256, so writing can stop anywhere and go on later. Reading goes through memory maps.
+What the rows mean (images, moments) is the business of the modules that write them.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from far.errors import InputError
+from far.files import atomic_path, read_json, sha256, write_json
+
+INDEX = "index.json"
+_NUMPY_TYPES = {"U8": np.uint8, "I64": np.int64, "F16": np.float16, "F32": np.float32}
+
+
+class ShardWriter:
+    """Writes shards one by one; opening the same folder again continues after the last whole one.
+
+    ``meta`` describes the rows (kind, classes, size …) and must be the same when a folder is continued.
+    ``cursor`` counts what the writer's caller has consumed from its own source.
+
+    Raises:
+        InputError: the folder holds shards that were written with other ``meta``.
+    """
+
+    def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.index: dict[str, Any] = {"meta": dict(meta), "complete": False, "cursor": 0, "shards": [], "report": {}}
+        if (folder / INDEX).exists():
+            existing = read_json(folder / INDEX)
+            if existing.get("meta") != json.loads(json.dumps(self.index["meta"])):
+                raise InputError(f"{folder} already holds data made with other settings; remove it or choose another folder")
+            self.index = existing
+        else:
+            write_json(folder / INDEX, self.index)
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.index["complete"])
+
+    @property
+    def cursor(self) -> int:
+        """How far into its source the caller had come when the last shard was written."""
+        return int(self.index["cursor"])
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Findings about the source (skipped files, removed duplicates), stored with the next shard."""
+        return self.index["report"]
+
+    def write(self, tensors: Mapping[str, torch.Tensor], cursor: int) -> None:
+        """Append one shard of equally many rows a tensor; no rows only moves the cursor."""
+        counts = {name: len(tensor) for name, tensor in tensors.items()}
+        assert len(set(counts.values())) == 1, counts
+        count = next(iter(counts.values()))
+        if count:
+            name = f"shard-{len(self.index['shards']):05d}.safetensors"
+            with atomic_path(self.folder / name) as temporary:
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
+                digest = sha256(temporary)
+            self.index["shards"].append({"file": name, "count": count, "sha256": digest})
+        self.index["cursor"] = cursor
+        write_json(self.folder / INDEX, self.index)
+
+    def finish(self) -> None:
+        """Mark the folder as whole, so that it can be read."""
+        self.index["complete"] = True
+        write_json(self.folder / INDEX, self.index)
+
+
+class ShardReader:
+    """Random access to the rows of a finished folder.
+
+    ``kind`` is what ``meta["kind"]`` must say. With ``verify`` every shard's checksum is compared first.
+
+    Raises:
+        InputError: no such folder, another kind, an unfinished folder, or a damaged shard.
+    """
+
+    def __init__(self, folder: Path, kind: str, *, verify: bool = False) -> None:
+        self.folder = folder
+        if not (folder / INDEX).exists():
+            raise InputError(f"{folder} holds no {kind}: {folder / INDEX} does not exist; make it first (far data, far cache)")
+        index = read_json(folder / INDEX)
+        self.meta: dict[str, Any] = index.get("meta", {})
+        if self.meta.get("kind") != kind:
+            raise InputError(f"{folder} holds {self.meta.get('kind', 'no data')!r}, where {kind!r} is needed")
+        if not index["complete"]:
+            raise InputError(f"{folder} is unfinished; run the command that makes it again, it will go on where it stopped")
+        self._maps: list[dict[str, np.ndarray]] = []
+        for shard in index["shards"]:
+            path = folder / shard["file"]
+            if verify and (not path.exists() or sha256(path) != shard["sha256"]):
+                raise InputError(f"{path} is missing or damaged (its checksum differs); remove {folder} and make it again")
+            self._maps.append(map_safetensors(path))
+        self._starts = np.cumsum([0] + [shard["count"] for shard in index["shards"]])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
+        """The rows ``indices [n]`` of tensor ``name``, in that order: ``[n, …]``."""
+        order = indices.numpy()
+        shards = np.searchsorted(self._starts, order, side="right") - 1
+        first = self._maps[0][name]
+        result = np.empty((len(order), *first.shape[1:]), first.dtype)
+        for shard in np.unique(shards):
+            chosen = shards == shard
+            result[chosen] = self._maps[shard][name][order[chosen] - self._starts[shard]]
+        return torch.from_numpy(result)
+
+    def all(self, name: str) -> torch.Tensor:
+        """Tensor ``name`` over all shards, copied into memory."""
+        return torch.cat([torch.from_numpy(np.array(tensors[name])) for tensors in self._maps])
+
+
+def map_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Memory-map every tensor of a safetensors file, read-only.
+
+    Raises:
+        InputError: the file is missing, cut off, or not safetensors.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        return {
+            name: np.memmap(
+                path,
+                dtype=_NUMPY_TYPES[entry["dtype"]],
+                mode="r",
+                offset=8 + length + entry["data_offsets"][0],
+                shape=tuple(entry["shape"]),
+            )
+            for name, entry in header.items()
+        }
+    except (OSError, ValueError, KeyError, struct.error, MemoryError, OverflowError) as error:
+        raise InputError(f"{path} is missing or damaged ({error}); remove its folder and make it again") from error

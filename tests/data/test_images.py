@@ -1,0 +1,97 @@
+"""Decoding: every colour mode, orientation, the crop, and files that are no images."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from far.data.images import centre_crop, find_images, read_image
+from far.errors import InputError
+
+
+def gradient(width: int, height: int) -> np.ndarray:
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([255 * x // max(1, width - 1), 255 * y // max(1, height - 1), np.full_like(x, 90)], axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp"])
+def test_lossless_files_keep_their_pixels(suffix: str, tmp_path: Path) -> None:
+    Image.fromarray(gradient(16, 16)).save(tmp_path / f"a{suffix}", lossless=True)
+    assert np.array_equal(read_image(tmp_path / f"a{suffix}", 16), gradient(16, 16))
+
+
+def test_modes_become_rgb(tmp_path: Path) -> None:
+    rgb = Image.fromarray(gradient(16, 16))
+    grey = np.asarray(rgb.convert("L"))
+    rgb.convert("L").save(tmp_path / "grey.png")
+    assert np.array_equal(read_image(tmp_path / "grey.png", 16), np.repeat(grey[..., None], 3, axis=-1))
+    rgb.convert("1").save(tmp_path / "bits.png")
+    assert set(np.unique(read_image(tmp_path / "bits.png", 16))) == {0, 255}
+    rgb.quantize(256).save(tmp_path / "palette.png")
+    assert np.abs(read_image(tmp_path / "palette.png", 16).astype(int) - gradient(16, 16)).mean() < 12
+    rgb.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    assert np.abs(read_image(tmp_path / "cmyk.jpg", 16).astype(int) - gradient(16, 16)).mean() < 12
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    assert np.array_equal(read_image(tmp_path / "deep.png", 16)[..., 0], grey)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_lies_on_white(mode: str, tmp_path: Path) -> None:
+    picture = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    picture.paste((0, 0, 0, 255), (0, 0, 4, 8))
+    picture.paste((0, 0, 0, 127), (4, 0, 6, 8))
+    picture.convert(mode).save(tmp_path / "a.png")
+    row = read_image(tmp_path / "a.png", 8)[0, :, 0]
+    assert row.tolist() == [0, 0, 0, 0, 128, 128, 255, 255]
+
+
+def test_orientation_is_applied(tmp_path: Path) -> None:
+    picture = Image.fromarray(gradient(16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90° clockwise to look upright
+    picture.save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(read_image(tmp_path / "a.png", 16), np.rot90(gradient(16, 16), k=-1))
+
+
+def test_crop_takes_the_centre_and_averages() -> None:
+    assert centre_crop(Image.fromarray(gradient(40, 16)), 16).size == (16, 16)
+    # Both sides are multiples: the crop is the mean over 4×4 boxes of the central square.
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8)
+    expected = pixels[:, 32:96].reshape(16, 4, 16, 4, 3).astype(float).mean(axis=(1, 3))
+    assert np.abs(np.asarray(centre_crop(Image.fromarray(pixels), 16)) - expected).max() <= 1.5
+
+
+@pytest.mark.parametrize("size", [(9, 200), (200, 9), (2, 2), (17, 31), (33, 16)])
+def test_any_shape_gives_the_asked_size(size: tuple[int, int], tmp_path: Path) -> None:
+    Image.fromarray(gradient(*size)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", 16).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "cut", "pixel", "thin", "missing", "bomb"])
+def test_broken_files_are_named(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "broken.png"
+    if kind == "text":
+        path.write_text("hello")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind in ("cut", "bomb"):
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+        if kind == "cut":
+            path.write_bytes(path.read_bytes()[:3000])
+        else:
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    elif kind != "missing":
+        Image.new("RGB", (1, 1) if kind == "pixel" else (50, 1)).save(path)
+    with pytest.raises(InputError, match=r"broken\.png"):
+        read_image(path, 16)
+
+
+def test_classes_are_the_sorted_subfolders(tmp_path: Path) -> None:
+    for name in ("b/2.PNG", "b/deep/1.jpg", "a/x.webp", "a/y.jpeg", "a/notes.txt", ".hidden/x.png", "empty/readme.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    classes, files = find_images(tmp_path)
+    assert classes == ["a", "b"]
+    found = [(str(path.relative_to(tmp_path)), label) for path, label in files]
+    assert found == [("a/x.webp", 0), ("a/y.jpeg", 0), ("b/2.PNG", 1), ("b/deep/1.jpg", 1)]

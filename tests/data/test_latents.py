@@ -1,0 +1,73 @@
+"""The latent cache: it holds what the autoencoder gives, for both flips, and knows its autoencoder."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from far.autoencoder import Autoencoder
+from far.data import latents
+from far.data.image_sets import read_images
+from far.data.latents import open_latents, write_latents
+from far.data.shards import ShardReader
+from far.errors import InputError
+from far.weights import load_autoencoder
+
+
+def test_moments_of_both_flips(image_set: Path, latents_folder: Path, autoencoder_folder: Path) -> None:
+    autoencoder = load_autoencoder(autoencoder_folder)
+    reader = open_latents(latents_folder, autoencoder)
+    source = ShardReader(image_set / "train", "images")
+    rows = torch.tensor([0, 59, 17])
+    images = read_images(source, rows)
+    assert torch.equal(images, source.rows("images", rows).permute(0, 3, 1, 2) / 127.5 - 1)
+    moments = reader.rows("moments", rows).float()
+    with torch.no_grad():
+        for flip, variant in enumerate((images, images.flip(-1))):
+            torch.testing.assert_close(moments[:, flip], autoencoder.moments(variant), atol=2e-3, rtol=2e-3)
+    assert reader.rows("labels", rows).tolist() == source.rows("labels", rows).tolist()
+
+
+def test_another_autoencoder_is_refused_but_not_another_scale(latents_folder: Path, autoencoder_folder: Path) -> None:
+    import dataclasses
+
+    autoencoder = load_autoencoder(autoencoder_folder)
+    rescaled = Autoencoder(dataclasses.replace(autoencoder.config, scale=9.0))
+    rescaled.load_state_dict(autoencoder.state_dict())
+    open_latents(latents_folder, rescaled)
+    with torch.no_grad():
+        autoencoder.encoder.conv_in.bias[0] += 1e-3
+    with pytest.raises(InputError, match="fingerprint"):
+        open_latents(latents_folder, autoencoder)
+
+
+def test_a_stopped_cache_goes_on(image_set: Path, latents_folder: Path, autoencoder_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(latents, "SHARD_ROWS", 16)
+    autoencoder = load_autoencoder(autoencoder_folder)
+    original, calls = latents._moments, 0
+
+    def stop(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(latents, "_moments", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_latents(image_set, autoencoder, tmp_path)
+    with pytest.raises(InputError, match="unfinished"):
+        open_latents(tmp_path, autoencoder)
+    monkeypatch.setattr(latents, "_moments", original)
+    write_latents(image_set, autoencoder, tmp_path)
+    a, b = open_latents(tmp_path, autoencoder), open_latents(latents_folder, autoencoder)
+    torch.testing.assert_close(a.all("moments"), b.all("moments"), atol=1e-3, rtol=1e-3)
+    assert a.all("labels").tolist() == b.all("labels").tolist()
+
+
+def test_moments_that_float16_cannot_hold_are_refused(image_set: Path, autoencoder_folder: Path, tmp_path: Path) -> None:
+    autoencoder = load_autoencoder(autoencoder_folder)
+    with torch.no_grad():
+        autoencoder.quant_conv.bias.fill_(1e6)
+    with pytest.raises(InputError, match="float16"):
+        write_latents(image_set, autoencoder, tmp_path)

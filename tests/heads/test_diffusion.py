@@ -1,0 +1,238 @@
+"""The diffusion head against Bayes' rule and torch.distributions. Its values are compared with MAR's in tests/reference."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
+
+from far.errors import InputError
+from far.heads.diffusion import (
+    DiffusionHead,
+    Schedule,
+    approximate_normal_cdf,
+    discretized_gaussian_log_likelihood,
+    normal_kl,
+    train_alphas_cumprod,
+)
+from far.heads.head import HeadConfig
+
+
+def test_training_schedule() -> None:
+    """A squared cosine of the time, signal to noise, with no step losing more than 99.9 % of the signal."""
+    levels = [math.cos((step / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for step in range(1001)]
+    expected = torch.tensor([level / levels[0] for level in levels[1:]], dtype=torch.float64)
+    # The limit touches the last step only, where it multiplies the level before by 0.001.
+    expected[-1] = 0.001 * expected[-2]
+    torch.testing.assert_close(train_alphas_cumprod(), expected, rtol=1e-9, atol=0)
+
+
+def published_timesteps(steps: int) -> list[int]:
+    """The rule of the published code, whose sum of strides rounds otherwise than a product."""
+    if steps == 1:
+        return [0]
+    found, time = [], 0.0
+    for _ in range(steps):
+        found.append(round(time))
+        time += 999 / (steps - 1)
+    return found
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 21, 23, 100, 250, 999, 1000])
+def test_respaced_schedule(steps: int) -> None:
+    schedule = Schedule.respaced(steps)
+    assert schedule.timesteps == published_timesteps(steps)
+    torch.testing.assert_close(schedule.alphas_cumprod, train_alphas_cumprod()[schedule.timesteps], rtol=1e-7, atol=0)
+    assert schedule.betas.dtype == torch.float64
+    assert float(schedule.betas.min()) > 0
+    assert float(schedule.betas.max()) < 1
+    assert schedule.posterior_logvar.shape == (steps,)
+    assert schedule.posterior_logvar.isfinite().all()
+
+
+def test_edges_of_respacing() -> None:
+    assert Schedule.respaced(1).timesteps == [0]
+    assert Schedule.respaced(2).timesteps == [0, 999]
+    assert Schedule.respaced(1000).timesteps == list(range(1000))
+
+
+def test_true_posterior_is_bayes_rule() -> None:
+    """``q(x_{t−1} | x_t, x_0)`` is the product of two Gaussians in ``x_{t−1}``; precisions add up."""
+    schedule = Schedule.respaced(20)
+    signal = schedule.alphas_cumprod
+    for t in range(1, 20):
+        x, x_t = torch.randn(2, 3, dtype=torch.float64)
+        prior_variance = 1 - signal[t - 1]
+        step_signal = 1 - schedule.betas[t]
+        precision = 1 / prior_variance + step_signal / schedule.betas[t]
+        mean = (signal[t - 1].sqrt() * x / prior_variance + step_signal.sqrt() * x_t / schedule.betas[t]) / precision
+        found_mean, found_logvar = schedule.true_posterior(x, x_t, torch.tensor(t))
+        torch.testing.assert_close(found_mean, mean, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found_logvar.squeeze(), -precision.log(), rtol=1e-9, atol=1e-9)
+
+
+def test_model_posterior_recovers_the_true_one_from_the_true_noise() -> None:
+    schedule = Schedule.respaced(50)
+    x, noise = torch.randn(2, 7, 3, dtype=torch.float64)
+    t = torch.tensor([1, 5, 10, 20, 30, 40, 49])
+    x_t = schedule.noisy(x, noise, t)
+    mean, logvar = schedule.true_posterior(x, x_t, t)
+    low_mean, low = schedule.model_posterior(x_t, noise, torch.full_like(x, -1), t)
+    torch.testing.assert_close(low_mean, mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(low, logvar.expand_as(low), rtol=1e-9, atol=1e-9)
+    high = schedule.model_posterior(x_t, noise, torch.ones_like(x), t)[1]
+    torch.testing.assert_close(high, schedule.betas[t].log().unsqueeze(-1).expand_as(high), rtol=1e-9, atol=1e-9)
+
+
+def test_normal_kl() -> None:
+    mean, other_mean, logvar, other_logvar = torch.randn(4, 1000, dtype=torch.float64)
+    expected = kl_divergence(Normal(mean, (logvar / 2).exp()), Normal(other_mean, (other_logvar / 2).exp()))
+    torch.testing.assert_close(normal_kl(mean, logvar, other_mean, other_logvar), expected)
+
+
+def test_likelihood_of_a_bin() -> None:
+    x = torch.tensor([-1.5, -0.9, -0.3, 0.0, 0.4, 0.998, 1.2], dtype=torch.float64)
+    mean, scale = torch.full_like(x, 0.1), torch.full_like(x, 0.2)
+    normal = Normal(mean, scale)
+    upper, lower = normal.cdf(x + 1 / 255), normal.cdf(x - 1 / 255)
+    expected = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    found = discretized_gaussian_log_likelihood(x, mean, scale.log()).exp()
+    torch.testing.assert_close(found, expected, rtol=0.03, atol=3e-4)  # its normal distribution function is approximate
+    points = torch.linspace(-6, 6, 500, dtype=torch.float64)
+    torch.testing.assert_close(approximate_normal_cdf(points), Normal(0.0, 1.0).cdf(points), rtol=0, atol=3e-4)
+
+
+class ExactNoise(nn.Module):
+    """``E[noise | x_t]`` for data ``N(z, deviation²)``, and the variance fraction that makes every reverse step exact."""
+
+    def __init__(self, deviation: float, steps: int) -> None:
+        super().__init__()
+        self.deviation, self.schedule = deviation, Schedule.respaced(steps)
+
+    def forward(self, x: Tensor, z: Tensor, time: Tensor) -> Tensor:
+        index = self.schedule.timesteps.index(int(time))
+        signal = self.schedule.alphas_cumprod[index]
+        marginal = signal * self.deviation**2 + 1 - signal
+        noise = (1 - signal).sqrt() / marginal * (x - signal.sqrt() * z)
+        if not index:
+            return torch.cat([noise, torch.zeros_like(noise)], dim=-1)
+        beta, previous = self.schedule.betas[index], self.schedule.alphas_cumprod[index - 1]
+        of_x = beta * previous.sqrt() / (1 - signal)
+        low = beta * (1 - previous) / (1 - signal)
+        unknown = self.deviation**2 * (1 - signal) / marginal  # Var(x_0 | x_t)
+        wanted = low + of_x**2 * unknown
+        fraction = 2 * (wanted.log() - low.log()) / (beta.log() - low.log()) - 1
+        return torch.cat([noise, torch.full_like(noise, float(fraction))], dim=-1)
+
+
+def exact_head(deviation: float, steps: int) -> DiffusionHead:
+    head = DiffusionHead(HeadConfig("diffusion", 8, 1), 1, 1)
+    head.network = ExactNoise(deviation, steps)  # type: ignore[assignment]
+    return head
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [3, 20, 1000])
+@pytest.mark.parametrize("deviation", [0.3, 1.5])
+def test_sampling_with_the_exact_noise(steps: int, deviation: float) -> None:
+    """Each reverse step is then the true one, so that mean and deviation are right at any number of steps."""
+    count = 20_000 if steps < 1000 else 4000
+    generator = torch.Generator().manual_seed(steps)
+    z = torch.full((count, 1), 0.7, dtype=torch.float64)
+    drawn = exact_head(deviation, steps).sample(z, lambda: torch.randn(count, 1, generator=generator, dtype=torch.float64), steps=steps)
+    assert float(drawn.mean()) == pytest.approx(0.7, abs=4 * deviation / count**0.5)
+    assert float(drawn.std()) == pytest.approx(deviation, rel=4 / (2 * count) ** 0.5)
+
+
+@torch.no_grad()
+def test_guidance_moves_the_mean_and_temperature_the_deviation() -> None:
+    noises = [torch.randn(4000, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in range(21)]
+
+    def draw(mean: float, **options: float | Tensor) -> Tensor:
+        draws = iter(noises)
+        z = torch.full((4000, 1), mean, dtype=torch.float64)
+        return exact_head(0.5, 20).sample(z, lambda: next(draws), steps=20, **options)  # type: ignore[arg-type]
+
+    z_uncond = torch.full((4000, 1), -0.2, dtype=torch.float64)
+    # The exact noise is linear in the mean, so guiding it is guiding the mean.
+    torch.testing.assert_close(draw(0.7, z_uncond=z_uncond, guidance=2.5), draw(-0.2 + 2.5 * 0.9), rtol=0, atol=1e-9)
+    assert float(draw(0.7, temperature=0.5).std()) < 0.8 * float(draw(0.7).std())
+
+
+def random_head(samples: int = 4) -> DiffusionHead:
+    torch.manual_seed(0)
+    head = DiffusionHead(HeadConfig("diffusion", 16, 1, samples), 3, 5)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return head
+
+
+@torch.no_grad()
+def test_guided_variance_is_the_conditional_one() -> None:
+    """Recomputed plainly for one step of two: guided ε, but the variance of the conditional half."""
+    head, steps = random_head(), 2
+    z, z_uncond, start, noise = torch.randn(4, 5), torch.randn(4, 5), torch.randn(4, 3), torch.randn(4, 3)
+    draws = iter([start, noise, torch.zeros(4, 3)])
+    drawn = head.sample(z, lambda: next(draws), steps=steps, z_uncond=z_uncond, guidance=3.0)
+    schedule, x = Schedule.respaced(steps), start
+    for index in (1, 0):
+        time = torch.tensor(float(schedule.timesteps[index]))
+        (cond, fraction), (uncond, _) = (head.network(x, c, time).chunk(2, dim=-1) for c in (z, z_uncond))
+        mean, logvar = schedule.model_posterior(x, uncond + 3 * (cond - uncond), fraction, torch.tensor(index))
+        x = mean + (0.5 * logvar).exp() * noise if index else mean
+    torch.testing.assert_close(drawn, x)
+
+
+def test_loss() -> None:
+    head = random_head()
+    x, z = torch.randn(6, 3), torch.randn(6, 5)
+    loss = head.loss(x, z, torch.Generator().manual_seed(0), head)
+    assert loss.value.shape == (6,)
+    assert loss.rows.shape == loss.t.shape == (24,)
+    torch.testing.assert_close(loss.parts["mse"] + loss.parts["bound"], loss.rows)
+    torch.testing.assert_close(loss.rows.view(4, 6).mean(dim=0), loss.value)
+    assert float(loss.t.min()) > 0
+    assert float(loss.t.max()) <= 1  # 1 is data
+    repeated = head.loss(x, z, torch.Generator().manual_seed(0), head)
+    assert torch.equal(repeated.value, loss.value)
+
+
+def test_bound_trains_the_variance_only() -> None:
+    head = random_head()
+    bound = head.loss_terms(torch.randn(6, 3), torch.randn(6, 5), torch.arange(0, 1000, 167), torch.randn(6, 3))[1]
+    bound.sum().backward()
+    gradient = head.network.output.linear.weight.grad
+    assert gradient is not None
+    assert torch.equal(gradient[:3], torch.zeros(3, 16))
+    assert gradient[3:].abs().min() > 0
+
+
+@torch.no_grad()
+def test_first_step_uses_the_likelihood() -> None:
+    """At t = 0 the bound is the likelihood of the token itself, which falls as the token is moved away."""
+    head = random_head()
+    z, t, noise = torch.randn(2, 5), torch.zeros(2, dtype=torch.long), torch.zeros(2, 3)
+    schedule = Schedule.respaced(1000)
+    x = torch.tensor([[0.1, 0.2, 0.3], [2.0, -3.0, 0.0]])
+    epsilon, fraction = head.network(schedule.noisy(x, noise, t), z, t).chunk(2, dim=-1)
+    mean, logvar = schedule.model_posterior(schedule.noisy(x, noise, t), epsilon, fraction, t)
+    expected = -discretized_gaussian_log_likelihood(x, mean, logvar / 2).mean(dim=-1) / math.log(2)
+    torch.testing.assert_close(head.loss_terms(x, z, t, noise)[1], expected)
+
+
+@torch.no_grad()
+def test_network_calls() -> None:
+    head, calls = random_head(), []
+    head.network.register_forward_hook(lambda *arguments: calls.append(1))
+    for steps in (1, 2, 7):
+        calls.clear()
+        assert head.sample(torch.zeros(2, 5), lambda: torch.randn(2, 3), steps=steps).isfinite().all()
+        assert len(calls) == steps
+
+
+@pytest.mark.parametrize("steps", [0, -5, 1001])
+def test_steps_out_of_range(steps: int) -> None:
+    with pytest.raises(InputError, match=f"head_steps {steps}: the DiffusionHead takes 1 to 1000 steps"):
+        random_head().sample(torch.zeros(1, 5), lambda: torch.zeros(1, 3), steps=steps)

@@ -1,0 +1,150 @@
+"""Solvers on closed-form fields, and the flow head with the exact velocity of Gaussian data in place of its network."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from far.errors import InputError
+from far.heads.flow import FlowHead, Velocity, draw_noise_and_time, euler, heun, interpolate
+from far.heads.head import HeadConfig, guided
+
+DEVIATION = 0.5
+
+
+def exact_velocity(x: Tensor, t: Tensor, mean: Tensor) -> Tensor:
+    """``E[data − noise | x_t = x]`` for data ``N(mean, DEVIATION²)``, by the regression formula for Gaussians."""
+    variance = (1 - t) ** 2 + (t * DEVIATION) ** 2
+    covariance = t * DEVIATION**2 - (1 - t)
+    return mean + covariance / variance * (x - t * mean)
+
+
+class ExactVelocity(nn.Module):
+    """Stands where the trained network would; ``z`` is the mean of the data."""
+
+    def forward(self, x: Tensor, z: Tensor, time: Tensor) -> Tensor:
+        return exact_velocity(x, time.unsqueeze(-1) / 1000, z)
+
+
+def exact_head(solver: str = "euler", samples: int = 4) -> FlowHead:
+    head = FlowHead(HeadConfig("flow", 8, 1, samples, solver), 1, 1)  # type: ignore[arg-type]
+    head.network = ExactVelocity()  # type: ignore[assignment]
+    return head
+
+
+def error(solve: Callable[[Velocity, Tensor, int], Tensor], steps: int, velocity: Velocity, start: float, end: float) -> float:
+    return abs(float(solve(velocity, torch.tensor([start], dtype=torch.float64), steps)) - end)
+
+
+@pytest.mark.parametrize(("solve", "order"), [(euler, 1), (heun, 2)])
+@pytest.mark.parametrize(
+    ("velocity", "start", "end"),
+    [(lambda x, t: 3 * t**2 + 0 * x, 0.0, 1.0), (lambda x, t: -x, 1.0, math.exp(-1))],
+    ids=["3t²", "−x"],
+)
+def test_solvers_converge_with_their_order(solve: Callable, order: int, velocity: Velocity, start: float, end: float) -> None:
+    coarse, fine = (error(solve, steps, velocity, start, end) for steps in (64, 128))
+    assert 0 < fine < 0.05
+    assert coarse / fine == pytest.approx(2**order, rel=0.05)
+
+
+def test_heun_is_exact_for_a_field_linear_in_time() -> None:
+    assert error(heun, 3, lambda x, t: 2 * t + 0 * x, 0.0, 1.0) < 1e-12
+
+
+def test_solvers_leave_their_input() -> None:
+    x = torch.ones(3)
+    for solve in (euler, heun):
+        solve(lambda x, t: -x, x, 4)
+        assert torch.equal(x, torch.ones(3))
+
+
+def test_guided() -> None:
+    z, z_uncond = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 5.0])
+    seen = []
+
+    def network(condition: Tensor) -> Tensor:
+        seen.append(condition)
+        return 10 * condition
+
+    assert torch.equal(guided(network, z, z_uncond, 3.0), torch.tensor([30.0, -40.0]))  # uncond + 3 · (cond − uncond)
+    assert torch.equal(guided(network, z, z_uncond, 0.0), 10 * z_uncond)
+    assert [tuple(condition.shape) for condition in seen] == [(2, 2), (2, 2)]
+    for condition, scale in ((z_uncond, 1.0), (None, 3.0)):
+        seen.clear()
+        assert torch.equal(guided(network, z, condition, scale), 10 * z)
+        assert len(seen) == 1
+        assert seen[0] is z
+
+
+def test_interpolate_runs_from_noise_to_data() -> None:
+    noise, x = torch.zeros(2, 3), torch.ones(2, 3)
+    assert torch.equal(interpolate(noise, x, torch.tensor([0.0, 0.25])), torch.tensor([[0.0] * 3, [0.25] * 3]))
+
+
+def test_noise_and_time() -> None:
+    noise, t = draw_noise_and_time(torch.zeros(2000, 2), 5, torch.Generator().manual_seed(0))
+    assert noise.shape == (5, 2000, 2)
+    assert t.shape == (5, 2000)
+    assert abs(float(noise.mean())) < 0.03
+    assert float(noise.std()) == pytest.approx(1, abs=0.02)
+    assert 0 <= float(t.min()) < 0.001
+    assert 0.999 < float(t.max()) < 1
+    assert float(t.mean()) == pytest.approx(0.5, abs=0.01)
+
+
+@torch.no_grad()
+def test_loss_of_the_exact_velocity_is_the_irreducible_one() -> None:
+    """``E[Var(data − noise | x_t)]``: no other velocity has a lower loss."""
+    generator = torch.Generator().manual_seed(0)
+    head = exact_head()
+    z = 2 * torch.rand(20_000, 1, generator=generator) - 1
+    x = z + DEVIATION * torch.randn(20_000, 1, generator=generator)
+    loss = head.loss(x, z, generator, head)
+    t = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    variance = (1 - t) ** 2 + (t * DEVIATION) ** 2
+    expected = DEVIATION**2 + 1 - (t * DEVIATION**2 - (1 - t)) ** 2 / variance
+    assert float(loss.value.mean()) == pytest.approx(float(torch.trapezoid(expected, t)), rel=0.02)
+    assert loss.value.shape == (20_000,)
+    assert loss.rows.shape == loss.t.shape == loss.parts["flow"].shape == (80_000,)
+    torch.testing.assert_close(loss.rows.view(4, -1).mean(dim=0), loss.value)
+    late = loss.t > 0.9
+    assert float(loss.rows[late].mean()) == pytest.approx(float(expected[t > 0.9].mean()), rel=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("solver", "steps"), [("euler", 400), ("heun", 40)])
+@pytest.mark.parametrize(("guidance", "temperature"), [(1.0, 1.0), (2.5, 0.8)])
+def test_sampling_with_the_exact_velocity(solver: str, steps: int, guidance: float, temperature: float) -> None:
+    """The flow of Gaussian data scales the noise by the deviation; guidance moves the mean only, temperature the deviation."""
+    noise = torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
+    z, z_uncond = torch.full((500, 1), 0.7), torch.full((500, 1), -0.2)
+    mean = -0.2 + guidance * 0.9
+    drawn = exact_head(solver).sample(z, lambda: noise, steps=steps, temperature=temperature, z_uncond=z_uncond, guidance=guidance)
+    torch.testing.assert_close(drawn, mean + DEVIATION * temperature * noise, rtol=0, atol=0.01)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("solver", "calls_a_step"), [("euler", 1), ("heun", 2)])
+def test_network_calls(solver: str, calls_a_step: int) -> None:
+    head = FlowHead(HeadConfig("flow", 8, 1, 4, solver), 2, 3)  # type: ignore[arg-type]
+    calls = []
+    head.network.register_forward_hook(lambda *arguments: calls.append(1))
+    for steps in (1, 3, 8):
+        calls.clear()
+        assert head.sample(torch.zeros(5, 3), lambda: torch.randn(5, 2), steps=steps).shape == (5, 2)
+        assert len(calls) == steps * calls_a_step
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_steps_out_of_range(steps: int) -> None:
+    with pytest.raises(InputError, match=f"head_steps {steps}: the FlowHead takes 1 to 1000 steps"):
+        exact_head().sample(torch.zeros(1, 1), lambda: torch.zeros(1, 1), steps=steps)
+
+
+@pytest.mark.parametrize("name", ["width", "depth", "samples_per_token"])
+def test_impossible_sizes(name: str) -> None:
+    with pytest.raises(InputError, match=f"head {name} 0 must be positive"):
+        HeadConfig(**{name: 0})  # type: ignore[arg-type]

@@ -1,0 +1,93 @@
+"""Imports within far point down: the floors of the house, held by the syntax trees of all its modules."""
+
+import ast
+import fnmatch
+from collections.abc import Iterator
+from pathlib import Path
+
+import far
+
+ROOT = Path(far.__file__).parent
+
+# From the ground up; the first pattern that fits a module counts. A module may import those of lower
+# floors, and those of its own floor in its own package.
+FLOORS = [
+    (0, ("far.errors", "far.files", "far.config", "far.tokens", "far.layers", "far.pictures")),
+    (1, ("far.autoencoder", "far.backbone*", "far.heads*", "far.evaluation*", "far.data.shards")),
+    (2, ("far.model",)),
+    (3, ("far.sampling", "far.weights")),
+    (4, ("far.pipeline", "far.data*")),
+    (5, ("far", "far.convert", "far.training*")),
+    (6, ("far.recipe",)),
+    (7, ("far.cli*",)),
+    (8, ("far.__main__",)),
+]
+
+
+def modules() -> dict[str, Path]:
+    """Every module by its dotted name."""
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def floor(module: str) -> int:
+    for number, patterns in FLOORS:
+        if any(fnmatch.fnmatchcase(module, pattern) for pattern in patterns):
+            return number
+    raise AssertionError(f"{module} has no floor; add it to FLOORS in {Path(__file__).name}")
+
+
+def package(module: str) -> str:
+    return module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+
+
+def imports(module: str) -> Iterator[tuple[str, int]]:
+    """The modules of far that a module imports, anywhere in it, with the lines."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = package(module).split(".")
+            parts = start[: len(start) - node.level + 1] if node.level else []
+            base = ".".join([*parts, *([node.module] if node.module else [])])
+            # What is imported from a package may be one of its modules.
+            names = [name if (name := f"{base}.{alias.name}") in MODULES else base for alias in node.names]
+        else:
+            continue
+        yield from ((name, node.lineno) for name in names if name.split(".")[0] == "far")
+
+
+def test_modules_are_found() -> None:
+    assert {"far", "far.tokens", "far.heads.shortcut", "far.cli.main"} <= MODULES.keys()
+    assert "far.heads.network" in dict(imports("far.heads.shortcut"))
+    assert "far.cli.generate" in dict(imports("far.cli.main")), "modules imported from a package are not seen"
+
+
+def test_every_module_has_a_floor() -> None:
+    for module in MODULES:
+        floor(module)
+
+
+def test_imports_point_down() -> None:
+    wrong = []
+    for module in sorted(MODULES):
+        for target, line in imports(module):
+            assert target in MODULES, f"{module} imports {target}, which does not exist"
+            beside = floor(target) == floor(module) and package(target) == package(module)
+            if floor(target) >= floor(module) and not beside:
+                wrong.append(
+                    f"{MODULES[module].relative_to(ROOT.parent)}:{line}: {module} (floor {floor(module)}) "
+                    f"imports {target} (floor {floor(target)})"
+                )
+    assert not wrong, "imports must point to a lower floor:\n" + "\n".join(wrong)
+
+
+def test_every_module_tells_what_lives_in_it() -> None:
+    silent = [module for module, path in MODULES.items() if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
+    assert not silent

@@ -1,0 +1,163 @@
+"""The whole model: its sizes, and the training loss through backbone and head."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from far.backbone.masked import MaskedConfig
+from far.errors import InputError
+from far.heads import HEADS, HeadConfig
+from far.model import FAR, PRESETS, ModelConfig, NetworkConfig, preset
+from far.training.ema import Ema
+
+KINDS = sorted(HEADS)
+BACKBONE = MaskedConfig(16, 1, 2, 24, 1, 2, buffer=2, dropout=0.0)
+
+
+def tiny(kind: str, patch: int = 1, grid: tuple[int, int] = (4, 6)) -> FAR:
+    torch.manual_seed(0)
+    model = FAR(ModelConfig(NetworkConfig(BACKBONE, HeadConfig(kind, 16, 1, 2), patch), 5, 3, grid))  # type: ignore[arg-type]
+    with torch.no_grad():  # freshly initialised heads give zeros
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def batch(size: int = 4, grid: tuple[int, int] = (4, 6)) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(size, 3, *grid, generator=generator), torch.randint(5, (size,), generator=generator)
+
+
+def loss(model: FAR, latents: Tensor, labels: Tensor, label_drop: float = 0.1, seed: int = 2) -> Tensor:
+    return model.loss(latents, labels, torch.Generator().manual_seed(seed), label_drop=label_drop, teacher=model).value
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "millions"),
+    [
+        ("mar-b", 207_924_768, 208),
+        ("mar-l", 478_326_304, 479),
+        ("mar-h", 942_403_104, 943),
+        ("far-b", 209_221_136, None),
+        ("far-l", 480_274_448, None),
+        ("far-h", 945_134_096, None),
+    ],
+)
+def test_preset_sizes(name: str, parameters: int, millions: int | None) -> None:
+    with torch.device("meta"):
+        model = FAR(ModelConfig(preset(name)))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    if millions is not None:  # as published
+        assert math.ceil(parameters / 1e6) == millions
+
+
+def test_every_preset_is_counted_above() -> None:
+    counted = test_preset_sizes.pytestmark[0].args[1]  # type: ignore[attr-defined]
+    assert {name for name, *_ in counted} == set(PRESETS)
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(InputError, match="unknown preset 'far-x'; choose one of mar-b, "):
+        preset("far-x")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("patch", [1, 2])
+def test_loss_shapes(kind: str, patch: int) -> None:
+    model, (latents, labels) = tiny(kind, patch), batch()
+    result = model.loss(latents, labels, torch.Generator().manual_seed(2), label_drop=0.1, teacher=model)
+    tokens = model.config.tokens
+    assert tokens == 24 // patch**2
+    per_sample, rest = divmod(len(result.value), len(labels))
+    assert rest == 0
+    assert math.ceil(0.7 * tokens) <= per_sample <= tokens
+    assert result.rows.shape == result.t.shape == (2 * len(result.value),)
+    assert result.value.isfinite().all()
+    assert float(result.t.min()) >= 0
+    assert float(result.t.max()) <= 1
+    for name, part in result.parts.items():
+        assert part.dim() == 1, name
+        assert part.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_repeats_with_the_generator_alone(kind: str) -> None:
+    model, (latents, labels) = tiny(kind), batch()
+    state = torch.get_rng_state()
+    first = loss(model, latents, labels)
+    assert torch.equal(torch.get_rng_state(), state), "the global generator was used"
+    torch.manual_seed(99)
+    assert torch.equal(loss(model, latents, labels), first)
+    assert loss(model, latents, labels, seed=3).mean() != first.mean()
+
+
+def test_dropped_labels_do_not_count() -> None:
+    model, (latents, labels) = tiny("flow"), batch()
+    others = (labels + 1) % 5
+    assert torch.equal(loss(model, latents, labels, 1.0), loss(model, latents, others, 1.0))
+    kept, moved = loss(model, latents, labels, 0.0), loss(model, latents, others, 0.0)
+    assert (kept - moved).abs().max() > 1e-4
+    null = torch.full_like(labels, model.null_label)
+    assert torch.equal(loss(model, latents, labels, 1.0), loss(model, latents, null, 0.0))
+
+
+def test_share_of_dropped_labels() -> None:
+    model, (latents, labels) = tiny("flow"), batch(2000)
+    seen: list[Tensor] = []
+    model.backbone.class_embedding.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0]))
+    loss(model, latents, labels, 0.1)
+    dropped = seen[0] == model.null_label
+    assert float(dropped.float().mean()) == pytest.approx(0.1, abs=0.03)
+    assert torch.equal(seen[0][~dropped], labels[~dropped])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_learns_and_the_teacher_does_not(kind: str) -> None:
+    model, (latents, labels) = tiny(kind), batch(32)
+    teacher = Ema(model, 0.9).module
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    for seed in range(5):  # some masks leave no token known
+        value = model.loss(latents, labels, torch.Generator().manual_seed(seed), label_drop=0.5, teacher=teacher).value
+        value.mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+
+
+def test_tokens_meet_their_own_conditions() -> None:
+    """Where every position always holds the same token, only a head that sees the right z can learn it."""
+    torch.manual_seed(0)
+    backbone = MaskedConfig(32, 1, 4, 32, 1, 4, buffer=1, dropout=0.0)
+    model = FAR(ModelConfig(NetworkConfig(backbone, HeadConfig("flow", 64, 2, 4)), 1, 2, (2, 3)))
+    latents = torch.randn(1, 2, 2, 3).expand(16, -1, -1, -1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    labels, values = torch.zeros(16, dtype=torch.long), []
+    for _ in range(250):
+        optimizer.zero_grad()
+        value = model.loss(latents, labels, generator, label_drop=0.0, teacher=model).value.mean()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    # Not knowing which of the tokens it is costs about half of the initial loss.
+    assert sum(values[-20:]) / 20 < 0.2 * values[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"grid": (4, 5), "network": NetworkConfig(patch=2)}, r"grid \[4, 5\] must be two positive multiples of the patch 2"),
+        ({"grid": (4,)}, r"grid \[4\]"),
+        ({"grid": (0, 4)}, r"grid \[0, 4\]"),
+        ({"network": NetworkConfig(patch=0)}, "patch 0"),
+        ({"classes": 0}, "classes 0"),
+        ({"latent_channels": -1}, "latent_channels -1"),
+    ],
+)
+def test_impossible_sizes(values: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ModelConfig(**values)

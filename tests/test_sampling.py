@@ -1,0 +1,253 @@
+"""The autoregressive loop. Its numbers are compared with MAR's in tests/reference."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from far.backbone.masked import MaskedConfig
+from far.errors import InputError
+from far.heads import HEADS, HeadConfig
+from far.model import FAR, ModelConfig, NetworkConfig
+from far.sampling import Progress, SamplingConfig, SeededNoise, sample
+from far.tokens import cosine_token_counts
+
+KINDS = sorted(HEADS)
+CPU = torch.device("cpu")
+
+
+def tiny(kind: str, patch: int = 1) -> FAR:
+    torch.manual_seed(0)
+    backbone = MaskedConfig(16, 2, 2, 24, 1, 2, buffer=2)
+    model = FAR(ModelConfig(NetworkConfig(backbone, HeadConfig(kind, 16, 1), patch), 5, 3, (4, 6)))  # type: ignore[arg-type]
+    with torch.no_grad():  # freshly initialised heads give zeros
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+MODELS = {kind: tiny(kind) for kind in KINDS}
+FLOW = MODELS["flow"]
+
+
+def draw(model: FAR, labels: list[int], seeds: list[int], config: SamplingConfig, **options: Any) -> Tensor:
+    return sample(model, torch.tensor(labels), SeededNoise(seeds, CPU), config, **options)
+
+
+# --- One seed and label, one image -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_an_image_does_not_depend_on_its_batch(kind: str, guidance: float) -> None:
+    config = SamplingConfig(ar_steps=5, head_steps=(4, 2), guidance=guidance, temperature=0.9)
+    labels, seeds = [0, 3, 3, 1], [11, 12, 13, 14]
+    together = draw(MODELS[kind], labels, seeds, config)
+    assert together.shape == (4, 3, 4, 6)
+    # An untrained diffusion head draws numbers in the hundreds, of which 1e-4 is less than float32 tells apart.
+    tolerance = 1e-4 * max(1.0, float(together.abs().max()))
+    order = [2, 0, 3, 1]
+    permuted = draw(MODELS[kind], [labels[place] for place in order], [seeds[place] for place in order], config)
+    torch.testing.assert_close(permuted, together[order], rtol=0, atol=tolerance)
+    for place in range(4):
+        alone = draw(MODELS[kind], labels[place : place + 1], seeds[place : place + 1], config)
+        torch.testing.assert_close(alone[0], together[place], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_seed_and_label_count(kind: str) -> None:
+    images = draw(MODELS[kind], [0, 1, 0, 0], [7, 7, 8, 7], SamplingConfig(ar_steps=5, head_steps=2))
+    assert torch.equal(images[0], images[3])
+    assert (images[0] - images[1]).abs().max() > 1e-3, "the label does not count"
+    assert (images[0] - images[2]).abs().max() > 0.1, "the seed does not count"
+
+
+def test_global_generator_is_left_alone() -> None:
+    state = torch.get_rng_state()
+    first = draw(FLOW, [0], [7], SamplingConfig(ar_steps=3, head_steps=2))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    assert torch.equal(draw(FLOW, [0], [7], SamplingConfig(ar_steps=3, head_steps=2)), first)
+
+
+def test_seeded_noise_is_standard_normal_and_goes_on() -> None:
+    noise = SeededNoise(list(range(50)), CPU)
+    first, second = noise.normal(30, 4), noise.normal(30, 4)
+    assert not torch.isclose(first, second).any(dim=-1).all()
+    assert float(torch.stack([first, second]).mean()) == pytest.approx(0, abs=0.03)
+    assert float(torch.stack([first, second]).std()) == pytest.approx(1, abs=0.03)
+
+
+def test_patches() -> None:
+    """With patches of 2, six tokens of 12 numbers fill the same grid."""
+    assert draw(tiny("flow", patch=2), [0], [7], SamplingConfig(ar_steps=6, head_steps=2)).shape == (1, 3, 4, 6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_weights(kind: str, dtype: torch.dtype) -> None:
+    """Tokens and noise stay in float32; the image stays about the same."""
+    config = SamplingConfig(ar_steps=5, head_steps=2, guidance=2.0)
+    exact = draw(MODELS[kind], [0, 1], [1, 2], config)
+    low = draw(tiny(kind).to(dtype), [0, 1], [1, 2], config)
+    assert low.dtype == torch.float32
+    assert (low - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
+# --- The loop ----------------------------------------------------------------------------------------
+
+
+# 13 is one of the counts where the last cosine rounds to below zero.
+@pytest.mark.parametrize("ar_steps", [1, 2, 7, 13, 24])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_callback_sees_tokens_become_known(ar_steps: int, guidance: float) -> None:
+    seen: list[Progress] = []
+    config = SamplingConfig(ar_steps=ar_steps, head_steps=2, guidance=guidance)
+    result = draw(FLOW, [0, 1], [1, 2], config, callback=seen.append)
+    assert [(progress.step, progress.steps) for progress in seen] == [(step, ar_steps) for step in range(ar_steps)]
+    counts = torch.tensor(cosine_token_counts(24, ar_steps)).cumsum(0)
+    before = torch.zeros(2, 24, dtype=torch.bool)
+    values = torch.zeros(2, 24, 3)
+    for progress, count in zip(seen, counts, strict=True):
+        assert progress.known.sum(dim=1).tolist() == [count, count]
+        assert (progress.known | ~before).all(), "a known token was forgotten"
+        tokens = FLOW.tokens(progress.latents)
+        assert torch.equal(tokens[before], values[before]), "a known token was changed"
+        assert torch.equal(tokens[~progress.known], torch.zeros_like(tokens[~progress.known]))
+        assert (tokens[progress.known] != 0).any(dim=-1).all()
+        before, values = progress.known, tokens
+    assert before.all()
+    assert torch.equal(seen[-1].latents, result)
+
+
+def test_order_differs_between_images_of_one_label() -> None:
+    seen: list[Progress] = []
+    draw(FLOW, [0, 0], [1, 2], SamplingConfig(ar_steps=24, head_steps=1), callback=seen.append)
+    assert not torch.equal(*seen[11].known)
+
+
+def count_rows(model: FAR, config: SamplingConfig) -> list[list[int]]:
+    """The labels of each backbone pass of a generation of classes 0 and 1."""
+    seen: list[list[int]] = []
+    hook = model.backbone.class_embedding.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0].tolist()))
+    draw(model, [0, 1], [1, 2], config)
+    hook.remove()
+    return seen
+
+
+def test_no_guidance_no_unconditional_rows() -> None:
+    assert count_rows(FLOW, SamplingConfig(ar_steps=4, head_steps=1)) == [[0, 1]] * 4
+    assert count_rows(FLOW, SamplingConfig(ar_steps=4, head_steps=1, guidance=2.0)) == [[0, 1, 5, 5]] * 4
+
+
+def test_unconditional_rows_only_within_the_interval() -> None:
+    known = [0, *torch.tensor(cosine_token_counts(24, 4)).cumsum(0).tolist()][:4]
+    start, end = known[1] / 24, known[2] / 24
+    config = SamplingConfig(ar_steps=4, head_steps=1, guidance=2.0, guidance_interval=(start, end))
+    assert [len(labels) for labels in count_rows(FLOW, config)] == [2, 4, 4, 2]
+
+
+def test_head_steps_follow_the_schedule() -> None:
+    calls: list[int] = []
+    hook = FLOW.head.network.register_forward_hook(lambda *arguments: calls.append(1))  # type: ignore[union-attr]
+    config = SamplingConfig(ar_steps=4, head_steps=(7, 1))
+    seen = []
+
+    def remember(progress: Progress) -> None:
+        seen.append(len(calls))
+        calls.clear()
+
+    draw(FLOW, [0], [1], config, callback=remember)
+    hook.remove()
+    assert seen == [7, 5, 3, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_guidance_and_temperature_act(kind: str) -> None:
+    plain = SamplingConfig(ar_steps=4, head_steps=4)
+    images = [
+        draw(MODELS[kind], [2], [3], config)
+        for config in (
+            plain,
+            dataclasses.replace(plain, guidance=4.0),
+            dataclasses.replace(plain, guidance=4.0, guidance_schedule="constant"),
+            dataclasses.replace(plain, temperature=0.5),
+        )
+    ]
+    for a in range(4):
+        for b in range(a):
+            assert (images[a] - images[b]).abs().max() > 1e-3
+
+
+# --- Schedules -----------------------------------------------------------------------------------------
+
+
+def test_linear_guidance() -> None:
+    """MAR's: 1 + (scale − 1) · known / tokens, where the last step still counts one token as unknown."""
+    config = SamplingConfig(guidance=3.0)
+    assert config.guidance_at(0, 4, 16) == pytest.approx(1 + 2 * 4 / 16)
+    assert config.guidance_at(4, 10, 16) == pytest.approx(1 + 2 * 10 / 16)
+    assert config.guidance_at(10, 16, 16) == pytest.approx(1 + 2 * 15 / 16)
+
+
+def test_constant_guidance_and_interval() -> None:
+    config = SamplingConfig(guidance=3.0, guidance_schedule="constant", guidance_interval=(0.25, 0.75))
+    found = [config.guidance_at(known, known + 1, 16) for known in (0, 3, 4, 8, 12, 13, 15)]
+    assert found == [1.0, 1.0, 3.0, 3.0, 3.0, 1.0, 1.0]
+    assert SamplingConfig(guidance=3.0, guidance_schedule="constant").guidance_at(15, 16, 16) == 3.0
+    linear = SamplingConfig(guidance=3.0, guidance_interval=(0.25, 0.75))
+    assert linear.guidance_at(0, 2, 16) == 1.0
+    assert linear.guidance_at(8, 10, 16) == pytest.approx(1 + 2 * 10 / 16)
+
+
+def test_annealed_head_steps() -> None:
+    assert [SamplingConfig(ar_steps=5, head_steps=8).head_steps_at(step) for step in range(5)] == [8] * 5
+    assert [SamplingConfig(ar_steps=5, head_steps=(50, 10)).head_steps_at(step) for step in range(5)] == [50, 40, 30, 20, 10]
+    assert [SamplingConfig(ar_steps=3, head_steps=(1, 8)).head_steps_at(step) for step in range(3)] == [1, 4, 8]
+    assert SamplingConfig(ar_steps=1, head_steps=(50, 10)).head_steps_at(0) == 50
+    assert SamplingConfig(ar_steps=2, head_steps=(6,)).head_steps_at(1) == 6
+
+
+# --- Bad values ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ar_steps": 0}, "ar_steps 0: give 1 to 24"),
+        ({"ar_steps": -3}, "ar_steps -3"),
+        ({"ar_steps": 25}, "ar_steps 25: give 1 to 24"),
+        ({"head_steps": 0}, "head_steps 0"),
+        ({"head_steps": -1}, "head_steps -1"),
+        ({"head_steps": 1001}, "head_steps 1001"),
+        ({"head_steps": (8, 0)}, "head_steps 0"),
+        ({"head_steps": (1001, 8)}, "head_steps 1001"),
+        ({"head_steps": (8, 4, 2)}, r"head_steps \[8, 4, 2\]: give one number, or the first and the last"),
+        ({"head_steps": ()}, r"head_steps \[\]"),
+        ({"guidance": -1.0}, "guidance -1.0"),
+        ({"guidance": math.nan}, "guidance nan"),
+        ({"guidance": math.inf}, "guidance inf"),
+        ({"guidance_schedule": "cosine"}, "guidance_schedule 'cosine': choose linear or constant"),
+        ({"guidance_interval": (0.5, 0.2)}, "guidance_interval"),
+        ({"guidance_interval": (-0.1, 0.5)}, "guidance_interval"),
+        ({"guidance_interval": (0.5, 1.1)}, "guidance_interval"),
+        ({"guidance_interval": (0.5,)}, "guidance_interval"),
+        ({"guidance_interval": (math.nan, 1.0)}, "guidance_interval"),
+        ({"temperature": 0.0}, "temperature 0.0"),
+        ({"temperature": -1.0}, "temperature -1.0"),
+        ({"temperature": math.nan}, "temperature nan"),
+    ],
+)
+def test_bad_values(values: dict[str, Any], message: str) -> None:
+    config = SamplingConfig(**{"ar_steps": 4, "head_steps": 2, **values})
+    with pytest.raises(InputError, match=message) as caught:
+        draw(FLOW, [0], [1], config)
+    assert "\n" not in str(caught.value)
+
+
+def test_shortcut_takes_at_most_128_steps() -> None:
+    with pytest.raises(InputError, match="head_steps 129: the ShortcutHead takes 1 to 128 steps"):
+        draw(MODELS["shortcut"], [0], [1], SamplingConfig(ar_steps=1, head_steps=129))

@@ -1,0 +1,79 @@
+"""Token order and schedules against plain re-statements of what they should be."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from far.tokens import cosine_token_counts, patchify, random_orders, sample_mask_ratio, unpatchify
+
+
+@pytest.mark.parametrize(("patch", "rows", "columns"), [(1, 4, 4), (2, 3, 5), (3, 2, 1), (4, 1, 2)])
+def test_patchify_is_channel_major_and_reversible(patch: int, rows: int, columns: int) -> None:
+    latents = torch.randn(2, 3, rows * patch, columns * patch)
+    tokens = patchify(latents, patch)
+    assert tokens.shape == (2, rows * columns, 3 * patch**2)
+    for row in range(rows):
+        for column in range(columns):
+            token = [
+                latents[1, channel, row * patch + y, column * patch + x] for channel in range(3) for y in range(patch) for x in range(patch)
+            ]
+            assert torch.equal(tokens[1, row * columns + column], torch.stack(token))
+    assert torch.equal(unpatchify(tokens, patch, rows, columns), latents)
+
+
+def test_patchify_needs_whole_patches() -> None:
+    with pytest.raises(ValueError, match="6×5 cannot be cut into patches of 2"):
+        patchify(torch.zeros(1, 3, 6, 5), 2)
+
+
+def mar_counts(tokens: int, steps: int) -> list[int]:
+    """MAR's rule, told as its sampler acts: a set of masked tokens that each step reduces, the last one to nothing."""
+    masked, counts = tokens, []
+    for step in range(steps):
+        wanted = int(np.floor(tokens * np.cos(np.pi / 2 * (step + 1) / steps)))
+        keep = max(1, min(masked - 1, wanted))
+        if step == steps - 1:
+            keep = 0
+        counts.append(masked - keep)
+        masked = keep
+    return counts
+
+
+def test_token_counts() -> None:
+    for tokens in range(1, 65):
+        for steps in range(1, tokens + 1):
+            counts = cosine_token_counts(tokens, steps)
+            assert counts == mar_counts(tokens, steps), (tokens, steps)
+            assert (len(counts), sum(counts), min(counts) >= 1) == (steps, tokens, True), (tokens, steps)
+    assert cosine_token_counts(256, 64) == mar_counts(256, 64)
+    assert cosine_token_counts(256, 256) == [1] * 256
+
+
+@pytest.mark.parametrize("steps", [0, -1, 17])
+def test_token_counts_out_of_range(steps: int) -> None:
+    with pytest.raises(ValueError, match=f"ar_steps {steps}: give 1 to 16"):
+        cosine_token_counts(16, steps)
+
+
+def test_mask_ratio_is_the_truncated_normal() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = np.array([sample_mask_ratio(generator) for _ in range(4000)])
+    expected = scipy.stats.truncnorm((0.7 - 1) / 0.25, 0, loc=1, scale=0.25)
+    assert scipy.stats.kstest(draws, expected.cdf).pvalue > 0.01
+    assert 0.7 <= draws.min() < 0.705
+    assert 0.995 < draws.max() <= 1
+
+
+def test_orders_are_uniform_permutations_of_their_own_generator() -> None:
+    orders = random_orders(16, [torch.Generator().manual_seed(seed) for seed in (3, 4, 3)])
+    assert torch.equal(orders.sort(dim=1).values, torch.arange(16).expand(3, 16))
+    assert torch.equal(orders[0], orders[2])
+    assert not torch.equal(orders[0], orders[1])
+    many = random_orders(4, [torch.Generator().manual_seed(seed) for seed in range(2400)])
+    codes = (many * torch.tensor([64, 16, 4, 1])).sum(dim=1)
+    counts = codes.unique(return_counts=True)[1]
+    assert len(counts) == math.factorial(4)
+    assert scipy.stats.chisquare(counts.numpy()).pvalue > 0.01
