@@ -180,8 +180,7 @@ class Pipeline:
         values = read_json(folder / "config.json")
         if not isinstance(values, dict) or "model" not in values:
             raise InputError(f"{source} describes no generator; give a folder with a 'model' entry")
-        if dtype not in _DTYPES:
-            raise InputError(f"dtype {dtype!r}: choose one of {', '.join(_DTYPES)}")
+        weights_dtype = _dtype(dtype)
         config = from_dict(ModelConfig, values["model"], source)
         defaults = from_dict(SamplingConfig, values.get("defaults", {}), source)
         classes = values.get("classes", [])
@@ -190,7 +189,7 @@ class Pipeline:
         model = FAR(config)
         load_module(model, folder / "model.safetensors")
         try:
-            model = model.to(device, _DTYPES[dtype])
+            model = model.to(device, weights_dtype)
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
         autoencoder = load_autoencoder(folder).to(device) if "autoencoder" in values else None
@@ -216,5 +215,11 @@ def load(name: Path | str, *, dtype: str = "float32", device: str = "cpu") -> Pi
     folder = find_folder(name)
     values = read_json(folder / "config.json")
     if isinstance(values, dict) and "autoencoder" in values and "model" not in values:
-        return load_autoencoder(folder).to(device, _DTYPES[dtype])
+        return load_autoencoder(folder).to(device, _dtype(dtype))
     return Pipeline.from_pretrained(folder, dtype=dtype, device=device)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise InputError(f"dtype {name!r}: choose one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]

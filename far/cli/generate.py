@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         "guidance_schedule": arguments.guidance_schedule,
         "guidance_interval": tuple(arguments.guidance_interval) if arguments.guidance_interval else None,
         "ar_steps": arguments.ar_steps,
-        "head_steps": tuple(arguments.head_steps) if arguments.head_steps else None,
+        "head_steps": _head_steps(arguments.head_steps),
         "temperature": arguments.temperature,
     }
     frames: list[Tensor] = []
@@ -79,6 +79,10 @@ def run(arguments: argparse.Namespace) -> None:
         save_gif([grid(frame) for frame in frames], arguments.gif)
         print(f"wrote {arguments.gif}")
     print(f"wrote {arguments.out} ({len(labels)} images)")
+
+
+def _head_steps(given: list[int] | None) -> int | tuple[int, ...] | None:
+    return given[0] if given and len(given) == 1 else tuple(given) if given else None
 
 
 def _labels(pipeline: Pipeline, arguments: argparse.Namespace) -> list[int]:

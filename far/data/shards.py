@@ -37,8 +37,8 @@ class ShardWriter:
         self.folder = folder
         self.index: dict[str, Any] = {"meta": dict(meta), "complete": False, "cursor": 0, "shards": [], "report": {}}
         if (folder / INDEX).exists():
-            existing = read_json(folder / INDEX)
-            if existing.get("meta") != json.loads(json.dumps(self.index["meta"])):
+            existing = _read_index(folder / INDEX)
+            if existing["meta"] != json.loads(json.dumps(self.index["meta"])):
                 raise InputError(f"{folder} already holds data made with other settings; remove it or choose another folder")
             self.index = existing
         else:
@@ -91,8 +91,8 @@ class ShardReader:
         self.folder = folder
         if not (folder / INDEX).exists():
             raise InputError(f"{folder} holds no {kind}: {folder / INDEX} does not exist; make it first (far data, far cache)")
-        index = read_json(folder / INDEX)
-        self.meta: dict[str, Any] = index.get("meta", {})
+        index = _read_index(folder / INDEX)
+        self.meta: dict[str, Any] = index["meta"]
         if self.meta.get("kind") != kind:
             raise InputError(f"{folder} holds {self.meta.get('kind', 'no data')!r}, where {kind!r} is needed")
         if not index["complete"]:
@@ -122,6 +122,14 @@ class ShardReader:
     def all(self, name: str) -> torch.Tensor:
         """Tensor ``name`` over all shards, copied into memory."""
         return torch.cat([torch.from_numpy(np.array(tensors[name])) for tensors in self._maps])
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    index = read_json(path)
+    wanted = {"meta": dict, "complete": bool, "cursor": int, "shards": list, "report": dict}
+    if not isinstance(index, dict) or any(not isinstance(index.get(key), kind) for key, kind in wanted.items()):
+        raise InputError(f"{path} is damaged; remove its folder and make it again")
+    return index
 
 
 def map_safetensors(path: Path) -> dict[str, np.ndarray]:

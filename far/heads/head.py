@@ -3,6 +3,7 @@
 The registry of heads is in ``far.heads``; the network that they share in ``far.heads.network``.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable
 from typing import Literal
@@ -47,19 +48,20 @@ class TokenLoss:
     parts: dict[str, Tensor]
 
 
-class Head(nn.Module):
+class Head(nn.Module, abc.ABC):
     """Base of all heads: ``loss(x, z)`` and ``sample(z)``."""
 
     default_steps: int
     max_steps: int
 
+    @abc.abstractmethod
     def loss(self, x: Tensor, z: Tensor, generator: torch.Generator, teacher: "Head") -> TokenLoss:
         """The training loss of tokens ``x [n, channels]`` given ``z [n, condition]``.
 
         ``teacher`` is this head with EMA weights; it gives targets to heads that bootstrap.
         """
-        raise TypeError(f"{type(self).__name__} defines no loss")
 
+    @abc.abstractmethod
     def sample(
         self,
         z: Tensor,
@@ -82,7 +84,6 @@ class Head(nn.Module):
         Raises:
             InputError: ``steps`` is out of range.
         """
-        raise TypeError(f"{type(self).__name__} defines no sample")
 
     def check_steps(self, steps: int) -> None:
         """Raise an :class:`InputError` unless ``steps`` is within 1 … ``max_steps``."""

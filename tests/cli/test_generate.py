@@ -44,7 +44,7 @@ def test_pictures_carry_their_settings(pipeline_folder: Path, tmp_path: Path) ->
     assert text["label"] == "2"
     assert text["class"] == "stripes"
     assert text["guidance"] == "2.5"
-    assert text["head_steps"] == "(1,)"
+    assert text["head_steps"] == "1"
     assert text["weights"] == str(pipeline_folder)
 
 

@@ -59,7 +59,7 @@ def test_crop_takes_the_centre_and_averages() -> None:
     # Both sides are multiples: the crop is the mean over 4×4 boxes of the central square.
     pixels = np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8)
     expected = pixels[:, 32:96].reshape(16, 4, 16, 4, 3).astype(float).mean(axis=(1, 3))
-    assert np.abs(np.asarray(centre_crop(Image.fromarray(pixels), 16)) - expected).max() <= 1.5
+    assert np.abs(np.asarray(centre_crop(Image.fromarray(pixels), 16)) - expected).max() <= 2  # two roundings
 
 
 @pytest.mark.parametrize("size", [(9, 200), (200, 9), (2, 2), (17, 31), (33, 16)])

@@ -174,7 +174,7 @@ def test_guided_variance_is_the_conditional_one() -> None:
     """Recomputed plainly for one step of two: guided ε, but the variance of the conditional half."""
     head, steps = random_head(), 2
     z, z_uncond, start, noise = torch.randn(4, 5), torch.randn(4, 5), torch.randn(4, 3), torch.randn(4, 3)
-    draws = iter([start, noise, torch.zeros(4, 3)])
+    draws = iter([start, noise, torch.full((4, 3), 1e9)])  # the last step adds no noise
     drawn = head.sample(z, lambda: next(draws), steps=steps, z_uncond=z_uncond, guidance=3.0)
     schedule, x = Schedule.respaced(steps), start
     for index in (1, 0):

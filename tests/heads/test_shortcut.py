@@ -207,6 +207,8 @@ def test_loss_of_the_exact_mean_velocity() -> None:
     assert float(loss.parts["consistency"].mean()) < 1e-4  # its finest half steps are velocities
     assert len(loss.parts["consistency"]) == 80_000 // CONSISTENCY_EVERY
     assert len(loss.parts["flow"]) == 80_000 - 80_000 // CONSISTENCY_EVERY
+    starts = loss.t[::CONSISTENCY_EVERY] * FINEST / 2
+    assert torch.equal(starts, starts.round()), "whole steps start at multiples of their size"
     assert loss.value.shape == (20_000,)
     torch.testing.assert_close(loss.rows.view(4, -1).mean(dim=0), loss.value)
 

@@ -1,0 +1,112 @@
+"""Training the autoencoder: it learns, measures its latents, and reports honest figures."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from far.autoencoder import Autoencoder, AutoencoderConfig, Posterior
+from far.cli.main import main
+from far.data.image_sets import read_images
+from far.data.latents import open_latents
+from far.data.shards import ShardReader
+from far.errors import InputError
+from far.weights import load_autoencoder
+
+
+@pytest.fixture
+def autoencoder_recipe(tmp_path: Path, image_set: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"""
+data: {image_set}
+run: {tmp_path / "run"}
+autoencoder:
+  model: {{width: 8, width_multipliers: [1, 2, 2], blocks: 1, latent_channels: 4, norm_groups: 2}}
+  loss: {{perceptual_weight: 0.1, kl_weight: 1.0e-4, evaluation_images: 12}}
+  training:
+    {{steps: 120, batch_size: 8, learning_rate: 3.0e-3, warmup_steps: 5, ema_decay: 0.9, log_every: 20,
+     checkpoint_every: 60, evaluate_every: 120, dtype: float32}}
+""")
+    return path
+
+
+def test_four_commands_make_a_generator(autoencoder_recipe: Path, tmp_path: Path, image_set: Path) -> None:
+    assert main(["train-autoencoder", str(autoencoder_recipe)]) == 0
+    run = tmp_path / "run"
+    entries = [json.loads(line) for line in (run / "autoencoder/log.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in entries if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    results = json.loads((run / "autoencoder/config.json").read_text())["results"]
+    assert results["images"] == 12
+
+    # The reported PSNR, computed again in the plainest way.
+    autoencoder = load_autoencoder(run / "autoencoder")
+    held_out = read_images(ShardReader(image_set / "held-out", "images"), torch.arange(12))
+    with torch.no_grad():
+        output = autoencoder.decode(autoencoder.encode(held_out).mean).clamp(-1, 1)
+        errors = ((output - held_out) / 2).square().mean(dim=(1, 2, 3))
+    assert results["psnr"] == pytest.approx(float((-10 * errors.log10()).mean()), abs=0.01)
+
+    # Scale and shift give the training images' latents mean 0 in every channel and deviation 1.
+    train = read_images(ShardReader(image_set / "train", "images"), torch.arange(60))
+    with torch.no_grad():
+        posterior = autoencoder.encode(train)
+        latents = autoencoder.normalize(posterior.sample(torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(1))))
+    assert latents.std() == pytest.approx(1, abs=0.1)
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.15
+    torch.testing.assert_close(autoencoder.denormalize(latents), latents / autoencoder.config.scale + autoencoder._shift(latents))
+
+    # And on to a generator: cache, train, generate.
+    small = [
+        "generator.network.patch=2", "generator.network.backbone={encoder_width: 16, encoder_depth: 1, encoder_heads: 2, "
+        "decoder_width: 16, decoder_depth: 1, decoder_heads: 2, buffer: 2}", "generator.network.head={width: 16, depth: 1}",
+        "generator.training.steps=10", "generator.sampling={ar_steps: 2, head_steps: 1}", "generator.evaluation={images: 6, references: 12}",
+    ]  # fmt: skip
+    assert main(["cache", str(autoencoder_recipe)]) == 0
+    assert len(open_latents(run / "latents", autoencoder)) == 60
+    assert main(["train", str(autoencoder_recipe), *small]) == 0
+    assert main(["generate", "--weights", str(run / "model"), "--count", "3", "--out", str(tmp_path / "grid.png")]) == 0
+    assert (tmp_path / "grid.png").stat().st_size > 100
+
+
+def test_images_that_the_stride_does_not_divide_are_refused(autoencoder_recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    override = "autoencoder.model={width: 8, width_multipliers: [1, 1, 1, 1, 1], norm_groups: 2}"
+    assert main(["train-autoencoder", str(autoencoder_recipe), override, "autoencoder.training.steps=1"]) == 0  # 16 pixels, stride 16
+    with pytest.raises(InputError, match="stride 16"):
+        Autoencoder(AutoencoderConfig(width=8, width_multipliers=(1,) * 5, norm_groups=2)).encode(torch.zeros(1, 3, 24, 16))
+    capsys.readouterr()
+
+
+def test_kl_against_torch_distributions() -> None:
+    moments = torch.randn(3, 8, 2, 2, generator=torch.Generator().manual_seed(0))
+    posterior = Posterior(moments)
+    exact = torch.distributions.kl_divergence(
+        torch.distributions.Normal(posterior.mean, (0.5 * posterior.logvar).exp()), torch.distributions.Normal(0.0, 1.0)
+    )
+    torch.testing.assert_close(posterior.kl(), exact.sum(dim=(1, 2, 3)))
+    samples = torch.stack(
+        [posterior.sample(torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(seed))) for seed in range(3000)]
+    )
+    torch.testing.assert_close(samples.mean(dim=0), posterior.mean, atol=0.2, rtol=0)
+    torch.testing.assert_close(samples.var(dim=0).log(), posterior.logvar, atol=0.2, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"width_multipliers": (1, 1)}, {"width_multipliers": (1,) * 6}, {"width_multipliers": (1, 0, 1)}, {"width": 0},
+        {"latent_channels": 0}, {"norm_groups": 7}, {"shift": (0.0, 1.0)}, {"scale": 0.0},
+    ],
+)  # fmt: skip
+def test_impossible_sizes_are_refused(values: dict) -> None:
+    with pytest.raises(InputError):
+        AutoencoderConfig(**values)
+
+
+@pytest.mark.parametrize(("levels", "stride"), [(3, 4), (4, 8), (5, 16)])
+def test_strides(levels: int, stride: int) -> None:
+    autoencoder = Autoencoder(AutoencoderConfig(width=4, width_multipliers=(1,) * levels, blocks=1, latent_channels=3, norm_groups=2))
+    images = torch.zeros(2, 3, 2 * stride, 3 * stride)
+    assert autoencoder.encode(images).mean.shape == (2, 3, 2, 3)
+    assert autoencoder.decode(torch.zeros(2, 3, 2, 3)).shape == images.shape
