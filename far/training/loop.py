@@ -149,7 +149,7 @@ class Trainer:
                 bar.update()
                 last = self.step == config.steps
                 if self.step % config.log_every == 0 or last:
-                    entry = {"step": self.step, **meter.read(), "learning_rate": self.learning_rate_scale() * self.peaks[0]}
+                    entry = {"step": self.step, **meter.read(), "learning_rate": self.optimizer.param_groups[0]["lr"]}
                     log.write(entry)
                     bar.set_postfix_str(f"loss {entry['loss']:.4f}, {entry['images_per_second']:.0f} img/s")
                 if self.step % config.checkpoint_every == 0 or last:

@@ -196,8 +196,8 @@ def test_ema_follows_the_closed_form() -> None:
         ema.update(module, step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * value
-        assert float(ema.module.weight) == pytest.approx(expected)
-    assert float(module.weight) == 0.5
+        assert ema.module.weight.item() == pytest.approx(expected)
+    assert module.weight.item() == 0.5
     assert not ema.module.weight.requires_grad
 
 
