@@ -98,6 +98,8 @@ class Pipeline:
         Raises:
             InputError: an unknown class, or a value out of range.
         """
+        if output not in ("pil", "tensor"):
+            raise InputError(f"output {output!r}: choose 'pil' or 'tensor'")
         seeds = [seed + index for index in range(len(labels))] if isinstance(seed, int) else list(seed)
         config = self.sampling_config(
             guidance=guidance, ar_steps=ar_steps, head_steps=head_steps, temperature=temperature,
