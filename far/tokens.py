@@ -55,8 +55,11 @@ def cosine_token_counts(count: int, steps: int) -> list[int]:
     return counts
 
 
-def sample_mask_ratio(generator: torch.Generator) -> float:
-    """One draw of MAR's masking ratio: a normal of mean 1 and deviation 0.25, truncated to [0.7, 1]."""
-    low, high = (torch.special.ndtr(torch.tensor((bound - 1.0) / 0.25, dtype=torch.float64)) for bound in (0.7, 1.0))
-    uniform = low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64)
-    return float((1.0 + 0.25 * torch.special.ndtri(uniform)).clamp(0.7, 1.0))
+def sample_mask_ratio(generator: torch.Generator, minimum: float, deviation: float) -> float:
+    """One draw of the masking ratio: a normal of mean 1, truncated to [``minimum``, 1].
+
+    MAR's own values are 0.7 and 0.25.
+    """
+    low = torch.special.ndtr(torch.tensor((minimum - 1.0) / deviation, dtype=torch.float64))
+    uniform = low + (0.5 - low) * torch.rand((), generator=generator, dtype=torch.float64)
+    return float((1.0 + deviation * torch.special.ndtri(uniform)).clamp(minimum, 1.0))

@@ -58,12 +58,13 @@ def test_token_counts_out_of_range(steps: int) -> None:
         cosine_token_counts(16, steps)
 
 
-def test_mask_ratio_is_the_truncated_normal() -> None:
+@pytest.mark.parametrize(("minimum", "deviation"), [(0.7, 0.25), (0.0, 0.5)])
+def test_mask_ratio_is_the_truncated_normal(minimum: float, deviation: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    draws = np.array([sample_mask_ratio(generator) for _ in range(4000)])
-    expected = scipy.stats.truncnorm((0.7 - 1) / 0.25, 0, loc=1, scale=0.25)
+    draws = np.array([sample_mask_ratio(generator, minimum, deviation) for _ in range(4000)])
+    expected = scipy.stats.truncnorm((minimum - 1) / deviation, 0, loc=1, scale=deviation)
     assert scipy.stats.kstest(draws, expected.cdf).pvalue > 0.01
-    assert 0.7 <= draws.min() < 0.705
+    assert minimum <= draws.min() < minimum + 0.01
     assert 0.995 < draws.max() <= 1
 
 

@@ -18,7 +18,12 @@ from far.tokens import sample_mask_ratio
 
 @dataclasses.dataclass(frozen=True)
 class MaskedConfig:
-    """Size of the backbone; ``buffer`` is the number of class-token copies before the sequence."""
+    """Size of the backbone, and how it is masked in training.
+
+    ``buffer`` is the number of class-token copies before the sequence. The masking ratio of a batch is
+    drawn from a normal of mean 1 and ``mask_ratio_deviation``, truncated to [``mask_ratio_min``, 1]; models of
+    few tokens want a low minimum, since there every token that becomes known changes the picture much.
+    """
 
     encoder_width: int = 768
     encoder_depth: int = 12
@@ -28,6 +33,8 @@ class MaskedConfig:
     decoder_heads: int = 12
     buffer: int = 64
     dropout: float = 0.1
+    mask_ratio_min: float = 0.7
+    mask_ratio_deviation: float = 0.25
 
     def __post_init__(self) -> None:
         for part in ("encoder", "decoder"):
@@ -40,6 +47,11 @@ class MaskedConfig:
             raise InputError(f"buffer {self.buffer} must be positive: with no token known, it is all that the encoder sees")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout {self.dropout} must be at least 0 and below 1")
+        if not 0 <= self.mask_ratio_min < 1 or self.mask_ratio_deviation <= 0:
+            raise InputError(
+                f"mask_ratio_min {self.mask_ratio_min} must be at least 0 and below 1, "
+                f"and mask_ratio_deviation {self.mask_ratio_deviation} positive"
+            )
 
 
 class MaskedBackbone(nn.Module):
@@ -123,7 +135,8 @@ class MaskedBackbone(nn.Module):
         One ratio a batch, from :func:`far.tokens.sample_mask_ratio`; other positions for every sample.
         """
         batch = len(tokens)
-        masked = math.ceil(self.tokens * sample_mask_ratio(generator))
+        ratio = sample_mask_ratio(generator, self.config.mask_ratio_min, self.config.mask_ratio_deviation)
+        masked = max(1, math.ceil(self.tokens * ratio))
         orders = torch.rand(batch, self.tokens, generator=generator).argsort(dim=1).to(tokens.device)
         wanted = orders[:, :masked]
         return self.condition(tokens, orders[:, masked:], wanted, labels), wanted
