@@ -94,7 +94,7 @@ def main() -> None:
                 with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                     value = loss(*draws)
                 value.backward()
-                return float(value)
+                return value.item()
 
             a, b = step(ours_loss), step(plain_loss)
             tolerance = 1e-4 if dtype == torch.float32 else 2e-2

@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from far.errors import InputError
@@ -103,7 +104,10 @@ class MaskedBackbone(nn.Module):
         positions = self.encoder_positions
         buffer = self.config.buffer
         prefix = self.class_embedding(labels).unsqueeze(1) + positions[:, :buffer]
-        seen = self.token_projection(_take(tokens, known).to(self.token_projection.weight.dtype)) + positions[0, buffer:][known]
+        # F.embedding, because the gradient of plain indexing is slow on a CPU.
+        seen = self.token_projection(_take(tokens, known).to(self.token_projection.weight.dtype)) + F.embedding(
+            known, positions[0, buffer:]
+        )
         x = self.token_norm(torch.cat([prefix, seen.to(prefix.dtype)], dim=1))
         for block in self.encoder_blocks:
             x = block(x)
@@ -120,7 +124,7 @@ class MaskedBackbone(nn.Module):
         for block in self.decoder_blocks:
             x = block(x)
         # The norm is per token, so it is computed only where z is wanted.
-        return self.decoder_norm(_take(x, wanted + buffer)) + self.condition_positions[0][wanted]
+        return self.decoder_norm(_take(x, wanted + buffer)) + F.embedding(wanted, self.condition_positions[0])
 
     def condition(self, tokens: Tensor, known: Tensor, wanted: Tensor, labels: Tensor) -> Tensor:
         """``z [b, m, width]`` at the positions ``wanted [b, m]``, given the tokens at ``known [b, k]``.
