@@ -16,7 +16,7 @@ from tqdm import tqdm
 import far
 from far.data.image_sets import read_images
 from far.data.shards import ShardReader
-from far.evaluation.features import FEATURES, NAME, load_feature_network
+from far.evaluation.features import load_feature_network
 from far.evaluation.metrics import FeatureStatistics, frechet_distance
 from far.pictures import grid, save_png
 from far.pipeline import Pipeline
@@ -40,7 +40,7 @@ def main() -> None:
     held_out = ShardReader(arguments.data / "held-out", "images")
 
     def statistics(name: str, count: int, images_of) -> FeatureStatistics:  # type: ignore[no-untyped-def]
-        found = FeatureStatistics.empty(FEATURES)
+        found = FeatureStatistics.empty(network.dimensions)
         for rows in tqdm(torch.arange(count).split(CHUNK), desc=name, unit="batch"):
             found.add(network(images_of(rows)))
         return found
@@ -71,7 +71,7 @@ def main() -> None:
         f"{arguments.weights}: {arguments.count} images of seeds 0 …, against {arguments.references} held-out ones; "
         f"{defaults.ar_steps} AR steps, guidance {defaults.guidance}, float32, {machine()}\n"
     )
-    print(f"| images | number | FD ({NAME}) |\n|---|---|---|")
+    print(f"| images | number | FD ({network.name}) |\n|---|---|---|")
     for name, found in results.items():
         print(f"| {name} | {found.count} | {frechet_distance(found, reference):.1f} |")
     rows = [pipeline.draw(range(classes), range(classes), pipeline.sampling_config(head_steps=steps)) for steps in STEPS]

@@ -28,19 +28,24 @@ class AutoencoderRecipe:
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorRecipe:
-    """Everything that ``far train`` needs besides latents: network, training, and how samples are drawn."""
+    """Everything that ``far train`` needs besides latents: network, training, and how samples are drawn.
+
+    ``frozen_backbone`` names a trained model's folder: its backbone is taken and kept, and only the head is trained.
+    """
 
     network: NetworkConfig = NetworkConfig()
     training: LoopConfig = LoopConfig()
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     label_drop: float = 0.1
+    frozen_backbone: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """``data`` is an image set that ``far data`` made; ``run`` receives ``autoencoder/``, ``latents/`` and ``model/``.
+    """``data`` is an image set that ``far data`` made; ``run`` receives ``autoencoder/``, ``latents/`` and the ``model`` folder.
 
+    Generators with other ``model`` names share a run's autoencoder and latents.
     ``autoencoder_from`` names a folder with a finished autoencoder to use instead of one trained by
     this recipe.
     """
@@ -50,6 +55,7 @@ class Recipe:
     autoencoder: AutoencoderRecipe = AutoencoderRecipe()
     generator: GeneratorRecipe = GeneratorRecipe()
     autoencoder_from: str | None = None
+    model: str = "model"
 
     @property
     def autoencoder_folder(self) -> Path:
@@ -61,7 +67,7 @@ class Recipe:
 
     @property
     def model_folder(self) -> Path:
-        return Path(self.run) / "model"
+        return Path(self.run) / self.model
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -13,11 +13,23 @@ ROOT = Path(far.__file__).parent
 # floors, and those of its own floor in its own package.
 FLOORS = [
     (0, ("far.errors", "far.files", "far.config", "far.tokens", "far.layers", "far.pictures")),
-    (1, ("far.autoencoder", "far.backbone*", "far.heads*", "far.evaluation*", "far.data.shards")),
+    (
+        1,
+        (
+            "far.autoencoder",
+            "far.backbone*",
+            "far.heads*",
+            "far.evaluation",
+            "far.evaluation.features",
+            "far.evaluation.inception",
+            "far.evaluation.metrics",
+            "far.data.shards",
+        ),
+    ),
     (2, ("far.model",)),
     (3, ("far.sampling", "far.weights")),
     (4, ("far.pipeline", "far.data*")),
-    (5, ("far", "far.convert", "far.training*")),
+    (5, ("far", "far.convert", "far.training*", "far.evaluation*")),
     (6, ("far.recipe",)),
     (7, ("far.cli*",)),
     (8, ("far.__main__",)),

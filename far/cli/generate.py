@@ -7,13 +7,14 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from far.cli.sampling_arguments import add_sampling_arguments, sampling_options
 from far.errors import InputError
-from far.files import atomic_path, check_writable
+from far.evaluation.images import write_npz
+from far.files import check_writable
 from far.pictures import grid, save_gif, save_png, to_pictures, to_uint8
 from far.pipeline import Pipeline
 from far.sampling import Progress
@@ -25,12 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, help="images in all, shared evenly by the labels (default: one a label)")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="grid .png, .npz, or a folder (default samples.png)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default 0)")
-    parser.add_argument("--guidance", type=float, help="guidance scale; 1 is off (default: the model's)")
-    parser.add_argument("--guidance-schedule", choices=["linear", "constant"], help="over the known tokens (default: the model's)")
-    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("START", "END"), help="shares of known tokens with guidance")
-    parser.add_argument("--ar-steps", type=int, help="autoregressive steps (default: the model's)")
-    parser.add_argument("--head-steps", type=int, nargs="+", metavar="N", help="steps of the head; two numbers: from first to last AR step")
-    parser.add_argument("--temperature", type=float, help="factor of the head's noise (default: the model's)")
+    add_sampling_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=64, help="images drawn together (default 64)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the generator's weights")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps … (default cpu)")
@@ -45,20 +41,12 @@ def run(arguments: argparse.Namespace) -> None:
     check_writable(arguments.out / "000000.png" if folder else arguments.out)
     if arguments.gif is not None:
         check_writable(arguments.gif)
-    options = {
-        "guidance": arguments.guidance,
-        "guidance_schedule": arguments.guidance_schedule,
-        "guidance_interval": tuple(arguments.guidance_interval) if arguments.guidance_interval else None,
-        "ar_steps": arguments.ar_steps,
-        "head_steps": _head_steps(arguments.head_steps),
-        "temperature": arguments.temperature,
-    }
     frames: list[Tensor] = []
 
     def remember(progress: Progress) -> None:
         frames.append(_partial_images(pipeline, progress))
 
-    config = pipeline.sampling_config(**options)
+    config = pipeline.sampling_config(**sampling_options(arguments))
     settings = {"weights": arguments.weights, **dataclasses.asdict(config), "dtype": arguments.dtype}
     parts = []
     with tqdm(total=len(labels), desc="generating", unit="img") as bar:
@@ -81,10 +69,6 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.out} ({len(labels)} images)")
 
 
-def _head_steps(given: list[int] | None) -> int | tuple[int, ...] | None:
-    return given[0] if given and len(given) == 1 else tuple(given) if given else None
-
-
 def _labels(pipeline: Pipeline, arguments: argparse.Namespace) -> list[int]:
     """The class of each image: every label as often as the count allows, equal ones together."""
     if arguments.batch_size < 1:
@@ -103,9 +87,7 @@ def _write_together(images: Tensor, labels: list[int], arguments: argparse.Names
         runs = " ".join(map(str, labels))
         save_png(grid(images), arguments.out, {**settings, "labels": runs, "seed": arguments.seed})
         return
-    with atomic_path(arguments.out) as temporary:
-        # arr_0 and arr_1 are the names that ADM's evaluation reads.
-        np.savez(temporary, arr_0=to_uint8(images), arr_1=np.array(labels))
+    write_npz(arguments.out, [to_uint8(images)], len(images), labels)
 
 
 def _partial_images(pipeline: Pipeline, progress: Progress) -> Tensor:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import far
-from far.cli import cache, convert, data, generate, train, train_autoencoder
+from far.cli import cache, convert, data, evaluate, generate, train, train_autoencoder
 from far.errors import InputError
 
 COMMANDS = {
     "generate": generate,
+    "evaluate": evaluate,
     "data": data,
     "train-autoencoder": train_autoencoder,
     "cache": cache,

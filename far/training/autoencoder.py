@@ -12,7 +12,7 @@ from far.autoencoder import Autoencoder, AutoencoderConfig, Posterior
 from far.data.image_sets import read_images
 from far.data.shards import ShardReader
 from far.errors import InputError
-from far.evaluation.features import FEATURES, NAME, FeatureNetwork, load_feature_network
+from far.evaluation.features import FeatureNetwork, load_feature_network
 from far.evaluation.metrics import FeatureStatistics, frechet_distance, psnr
 from far.pictures import grid, save_png
 from far.training.loop import LoopConfig, epoch_rows
@@ -107,7 +107,7 @@ def reconstruction_figures(autoencoder: Autoencoder, network: FeatureNetwork, im
     rows = torch.arange(min(count, len(images)))
     if len(rows) < 2:
         raise InputError(f"{images.folder} holds {len(rows)} image; a Fréchet distance needs two or more")
-    real, fake = FeatureStatistics.empty(FEATURES), FeatureStatistics.empty(FEATURES)
+    real, fake = FeatureStatistics.empty(network.dimensions), FeatureStatistics.empty(network.dimensions)
     ratios = []
     for chunk in rows.split(_CHUNK):
         batch = read_images(images, chunk).to(device)
@@ -116,7 +116,7 @@ def reconstruction_figures(autoencoder: Autoencoder, network: FeatureNetwork, im
         real.add(network(batch / 2 + 0.5).cpu())
         fake.add(network(output / 2 + 0.5).cpu())
     distance = frechet_distance(real, fake)
-    return {"psnr": float(torch.cat(ratios).mean()), f"reconstruction FD ({NAME})": distance, "images": len(rows)}
+    return {"psnr": float(torch.cat(ratios).mean()), f"reconstruction FD ({network.name})": distance, "images": len(rows)}
 
 
 def latent_statistics(autoencoder: Autoencoder, images: ShardReader, rows: Tensor) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from far.data.image_sets import read_images
 from far.data.latents import open_latents
 from far.data.shards import ShardReader
 from far.errors import InputError
-from far.evaluation.features import FEATURES, NAME, load_feature_network
+from far.evaluation.features import load_feature_network
 from far.evaluation.metrics import FeatureStatistics, frechet_distance
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pictures import grid, save_png
@@ -50,6 +50,7 @@ class GeneratorTask:
         images: Path,
         latents: Path,
         autoencoder: Autoencoder,
+        frozen_backbone: Path | None = None,
     ) -> None:
         if not 0 <= label_drop < 1:
             raise InputError(f"label_drop {label_drop} must be at least 0 and below 1")
@@ -64,22 +65,28 @@ class GeneratorTask:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(loop.seed)
             self.module = FAR(config)
+        if frozen_backbone is not None:
+            _take_backbone(self.module, frozen_backbone)
         sampling.check(self.module)
         self.results: dict[str, Any] = {}
         self._reference: FeatureStatistics | None = None
 
     def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
-        """As in MAR: decay for all of the backbone but norms and biases, none for the head, which has its own rate."""
+        """As in MAR: decay for all of the backbone but norms and biases, none for the head, which has its own rate.
+
+        A frozen backbone has no group.
+        """
         decayed: list[Tensor] = []
         plain: list[Tensor] = []
-        for parameter in self.module.backbone.parameters():
+        for parameter in filter(lambda parameter: parameter.requires_grad, self.module.backbone.parameters()):
             (decayed if parameter.dim() > 1 else plain).append(parameter)
         head_rate = config.learning_rate if config.head_learning_rate is None else config.head_learning_rate
-        return [
+        groups = [
             {"params": decayed, "lr": config.learning_rate, "weight_decay": config.weight_decay},
             {"params": plain, "lr": config.learning_rate, "weight_decay": 0.0},
             {"params": list(self.module.head.parameters()), "lr": head_rate, "weight_decay": 0.0},
         ]
+        return [group for group in groups if group["params"]]
 
     def batch(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Moments ``[b, 2c, h, w]`` of random flips, and labels ``[b]``."""
@@ -114,19 +121,19 @@ class GeneratorTask:
         network = load_feature_network().to(self.loop.device)
         with torch.no_grad():
             if self._reference is None:
-                self._reference = FeatureStatistics.empty(FEATURES)
+                self._reference = FeatureStatistics.empty(network.dimensions)
                 for rows in torch.arange(min(self.evaluation.references, len(self.held_out))).split(_CHUNK):
                     images = read_images(self.held_out, rows).to(self.loop.device)
                     self._reference.add(network(images / 2 + 0.5).cpu())
-            drawn = FeatureStatistics.empty(FEATURES)
+            drawn = FeatureStatistics.empty(network.dimensions)
             for start in range(0, self.evaluation.images, _CHUNK):
                 labels = [index % classes for index in range(start, min(start + _CHUNK, self.evaluation.images))]
                 seeds = range(1000 + start, 1000 + start + len(labels))
                 drawn.add(network(pipeline.draw(labels, seeds)).cpu())
         distance = frechet_distance(drawn, self._reference)
-        self.results = {"step": step, f"quick FD ({NAME})": distance, **dataclasses.asdict(self.evaluation)}
+        self.results = {"step": step, f"quick FD ({network.name})": distance, **dataclasses.asdict(self.evaluation)}
         self.publish(ema, folder)
-        return {f"quick FD ({NAME})": distance}
+        return {f"quick FD ({network.name})": distance}
 
     def publish(self, ema: nn.Module, folder: Path) -> None:
         """Write the EMA weights as a pipeline folder."""
@@ -135,3 +142,14 @@ class GeneratorTask:
     def _pipeline(self, ema: nn.Module) -> Pipeline:
         assert isinstance(ema, FAR)
         return Pipeline(ema, self.autoencoder, self.classes, self.sampling, self.results)
+
+
+def _take_backbone(module: FAR, folder: Path) -> None:
+    """Copy the backbone of a trained pipeline folder into ``module`` and freeze it; the head stays fresh."""
+    trained = Pipeline.from_pretrained(folder).model
+    if trained.config.network.backbone != module.config.network.backbone or trained.config.token_channels != module.config.token_channels:
+        raise InputError(f"the backbone of {folder} has other sizes than the recipe's; give both the same network.backbone and patch")
+    if (trained.config.classes, trained.config.grid) != (module.config.classes, module.config.grid):
+        raise InputError(f"the backbone of {folder} was trained on other classes or another grid of latents; train on the same data")
+    module.backbone.load_state_dict(trained.backbone.state_dict())
+    module.backbone.requires_grad_(False)

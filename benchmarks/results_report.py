@@ -1,0 +1,144 @@
+"""Tables, plot and sample grids of docs/results.md, from the recorded measurements."""
+
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from far.files import atomic_path, read_json
+from far.pictures import grid, save_png
+from far.pipeline import Pipeline
+
+HEADS = {"diffusion": "diffusion (MAR)", "flow": "flow", "shortcut": "shortcut (FAR)"}
+COLOURS = {"diffusion": "#c44e52", "flow": "#dd8452", "shortcut": "#4c72b0"}
+# Rows of the sample grids: a model and its head steps.
+GRID_ROWS = [("diffusion", 100), ("diffusion", 10), ("flow", 8), ("shortcut", 8), ("shortcut", 4), ("shortcut", 1)]
+
+
+def write_report(files: list[Path], report: Path) -> None:
+    """Replace the generated blocks of ``report`` and draw its pictures, for the image sets that were measured."""
+    text = report.read_text(encoding="utf-8")
+    measured = {path.stem: read_json(path) for path in files if path.exists()}
+    for name, values in measured.items():
+        text = _replace(text, name, _table(values))
+        text = _replace(text, f"{name}-guidance", _guidance_table(values))
+        sample_grid(name, values, report.parent / "images" / f"comparison-{name}.png")
+    plot(measured, report.parent / "images" / "distance-against-seconds.png")
+    with atomic_path(report) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _replace(text: str, name: str, block: str) -> str:
+    pattern = rf"(<!-- begin {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)"
+    assert re.search(pattern, text, re.DOTALL), f"no block {name}"
+    return re.sub(pattern, lambda found: found[1] + block + found[2], text, flags=re.DOTALL)
+
+
+def _steps(row: dict[str, Any]) -> str:
+    steps = row["steps"]
+    return str(steps) if isinstance(steps, int) else " → ".join(map(str, steps))
+
+
+def _table(values: dict[str, Any]) -> str:
+    distance = values["setting"]["distance"]
+    suffix = distance.removeprefix("FD ")
+    lines = [
+        f"| head | head steps | guidance | {distance} | of diffusion, 100 | KID × 1000 | precision | recall |"
+        f" IS {suffix} | class accuracy |"
+        " ms per image, batch 1 | ms per image, batch 64 | head's share, batch 1 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows = values["rows"]
+    base = _distances(values, rows["diffusion 100 seed 0"])
+    for row in rows.values():
+        if row.get("seed", 0) != 0:
+            continue
+        found = _distances(values, row)
+        spread = f" ± {statistics.stdev(found):.1f} ({len(found)} seeds)" if len(found) > 1 else ""
+        name = row["name"]
+        title = (
+            f"{HEADS[name.removeprefix('frozen-')]}{', on the frozen backbone' if name.startswith('frozen-') else ''}"
+            if "steps" in row
+            else name
+        )
+        ratio = f"{statistics.mean(found) / statistics.mean(base):.3f}" if "steps" in row else ""
+        times = values.get("times", {}).get(f"{name} {_steps(row)}" if "steps" in row else "", {})
+        cells = [
+            title, _steps(row) if "steps" in row else "", f"{row['guidance']:g}" if "guidance" in row else "",
+            f"{statistics.mean(found):.1f}{spread}", ratio, f"{1000 * row[f'KID {suffix}']:.2f}",
+            f"{row[f'precision {suffix}']:.3f}", f"{row[f'recall {suffix}']:.3f}",
+            f"{row[f'IS {suffix}']:.2f}", f"{row['class accuracy']:.3f}",
+            *(f"{1000 * times[key]:.1f}" if key in times else "" for key in ("batch 1", "batch 64")),
+            f"{times['head share 1']:.0%}" if "head share 1" in times else "",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _distances(values: dict[str, Any], row: dict[str, Any]) -> list[float]:
+    """The distances of a row's model and steps at every sampling seed."""
+    distance = values["setting"]["distance"]
+    return [other[distance] for other in values["rows"].values() if (other["name"], other.get("steps")) == (row["name"], row.get("steps"))]
+
+
+def _guidance_table(values: dict[str, Any]) -> str:
+    sweeps: dict[str, dict[str, float]] = {}
+    for key, found in values["sweeps"].items():
+        head, guidance = key.split()
+        sweeps.setdefault(head, {})[guidance] = found["distance"]
+    scales = list(dict.fromkeys(scale for found in sweeps.values() for scale in found))
+    lines = ["| head | " + " | ".join(f"guidance {scale}" for scale in scales) + " |", "|---" * (len(scales) + 1) + "|"]
+    lines += [f"| {HEADS[head]} | " + " | ".join(f"{found[scale]:.1f}" for scale in scales) + " |" for head, found in sweeps.items()]
+    return "\n".join(lines) + "\n"
+
+
+def plot(measured: dict[str, Any], path: Path) -> None:
+    """Distance against seconds per image at batch 1, a panel an image set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, len(measured), figsize=(6 * len(measured), 4.2), squeeze=False)
+    for panel, (name, values) in zip(panels[0], measured.items()):
+        distance = values["setting"]["distance"]
+        for head, title in HEADS.items():
+            found = [
+                (values["times"][f"{head} {_steps(row)}"]["batch 1"], row[distance], _steps(row))
+                for row in values["rows"].values()
+                if row["name"] == head and row.get("seed") == 0 and f"{head} {_steps(row)}" in values.get("times", {})
+            ]
+            points = sorted(point for point in found if "→" not in point[2])
+            panel.plot([p[0] for p in points], [p[1] for p in points], "o-", color=COLOURS[head], label=title)
+            for seconds, value, steps in found:
+                if "→" in steps:
+                    panel.plot([seconds], [value], "s", color=COLOURS[head], label=f"{title}, {steps} (DiSA)")
+                else:
+                    panel.annotate(steps, (seconds, value), textcoords="offset points", xytext=(4, 4), fontsize=8)
+        if "reconstructions" in values["rows"]:
+            panel.axhline(values["rows"]["reconstructions"][distance], color="grey", linestyle="--", label="reconstructions")
+        panel.set(xscale="log", title=name, xlabel="seconds per image, batch 1", ylabel=distance, ylim=(0, None))
+        panel.legend(fontsize=8)
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+
+
+def sample_grid(name: str, values: dict[str, Any], path: Path) -> None:
+    """The same seeds by each head, a row each; kept as it is where the weights are not at hand."""
+    if not Path("weights", name).is_dir():
+        return
+    rows = []
+    for head, steps in GRID_ROWS:
+        pipeline = Pipeline.from_pretrained(Path("weights") / name / head, dtype=values["setting"]["dtype"])
+        classes = len(pipeline.classes)
+        labels = [index % classes for index in range(16)]
+        guidance = values["rows"][f"{head} {steps} seed 0"]["guidance"]
+        config = pipeline.sampling_config(head_steps=steps, guidance=guidance)
+        rows.append(pipeline.draw(labels, list(range(16)), config))
+    settings = {"rows": ", ".join(f"{head} {steps}" for head, steps in GRID_ROWS), "seeds": "0 to 15"}
+    sheet = grid(torch.cat(rows), columns=16)
+    save_png(sheet.resize((sheet.width * 1024 // sheet.width, sheet.height * 1024 // sheet.width)), path, settings)

@@ -1,0 +1,26 @@
+"""The sampling options that every command that draws images shares."""
+
+import argparse
+from typing import Any
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--guidance", type=float, help="guidance scale; 1 is off (default: the model's)")
+    parser.add_argument("--guidance-schedule", choices=["linear", "constant"], help="over the known tokens (default: the model's)")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("START", "END"), help="shares of known tokens with guidance")
+    parser.add_argument("--ar-steps", type=int, help="autoregressive steps (default: the model's)")
+    parser.add_argument("--head-steps", type=int, nargs="+", metavar="N", help="steps of the head; two numbers: from first to last AR step")
+    parser.add_argument("--temperature", type=float, help="factor of the head's noise (default: the model's)")
+
+
+def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The given values by their names in :class:`far.sampling.SamplingConfig`; ``None`` where not given."""
+    steps = arguments.head_steps
+    return {
+        "guidance": arguments.guidance,
+        "guidance_schedule": arguments.guidance_schedule,
+        "guidance_interval": tuple(arguments.guidance_interval) if arguments.guidance_interval else None,
+        "ar_steps": arguments.ar_steps,
+        "head_steps": steps[0] if steps and len(steps) == 1 else tuple(steps) if steps else None,
+        "temperature": arguments.temperature,
+    }

@@ -1,0 +1,100 @@
+"""Features of many images, part by part: resumable, shared among processes, and kept in files.
+
+A part is a fixed run of image numbers in a file of its own, so any number of processes can work on one
+folder, and what is there is never computed twice.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from far.errors import InputError
+from far.evaluation.features import Extractor
+from far.files import atomic_path
+
+PART = 100
+
+
+def extract_parts(
+    folder: Path,
+    count: int,
+    images: Callable[[range], Tensor],
+    extractor: Extractor,
+    *,
+    keep_images: bool = False,
+    share: tuple[int, int] = (0, 1),
+    description: str = "features",
+) -> None:
+    """Write the parts of images 0 … ``count`` − 1 that are missing in ``folder``.
+
+    Args:
+        folder: one for each set of images and extractor.
+        images: image numbers → ``[n, 3, h, w]`` in [0, 1].
+        keep_images: also keep the images as uint8.
+        share: (rank, processes): every ``processes``-th missing part is this process's.
+
+    Raises:
+        InputError: a feature is not finite.
+    """
+    rank, processes = share
+    parts = part_ranges(count)
+    mine = [index for index in range(rank, len(parts), processes) if not part_path(folder, parts[index]).exists()]
+    total = sum(map(len, parts[rank::processes]))
+    missing = sum(len(parts[index]) for index in mine)
+    with tqdm(total=total, initial=total - missing, desc=description, unit="img", disable=rank > 0) as bar:
+        for index in mine:
+            rows = parts[index]
+            # Judged as they would be saved: with 8 bits.
+            quantized = (images(rows) * 255).round().clamp(0, 255)
+            tensors = {"features": _checked(extractor(quantized / 255).cpu(), rows)}
+            if keep_images:
+                tensors["images"] = quantized.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+            with atomic_path(part_path(folder, rows)) as temporary:
+                save_file(tensors, temporary)
+            bar.update(len(rows))
+
+
+def _checked(features: Tensor, rows: range) -> Tensor:
+    bad = ~features.isfinite().all(dim=1)
+    if bad.any():
+        raise InputError(f"image {rows.start + int(bad.nonzero()[0])} gives features that are not finite; check the weights and the image")
+    return features
+
+
+def part_ranges(count: int) -> list[range]:
+    """The image numbers of each part."""
+    return [range(start, min(start + PART, count)) for start in range(0, count, PART)]
+
+
+def part_path(folder: Path, rows: range) -> Path:
+    """The file of a part; its name holds the length, so that a part cut short by ``count`` is not taken for a whole one."""
+    return folder / f"part-{rows.start:08d}-{len(rows)}.safetensors"
+
+
+def read_parts(folder: Path, count: int, name: str = "features") -> Tensor:
+    """``features [count, d]`` or ``images [count, h, w, 3]`` of all parts.
+
+    Raises:
+        InputError: a part is missing or damaged.
+    """
+    return torch.cat([read_part(folder, rows, name) for rows in part_ranges(count)])
+
+
+def read_part(folder: Path, rows: range, name: str) -> Tensor:
+    """One part of :func:`read_parts`."""
+    path = part_path(folder, rows)
+    try:
+        return load_file(path)[name]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise InputError(f"{path} is missing or damaged ({error}); remove it and run the same command again") from error
+
+
+def process_share() -> tuple[int, int]:
+    """(rank, processes) of this process under torchrun; (0, 1) without."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

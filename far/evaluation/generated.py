@@ -1,0 +1,70 @@
+"""Features of generated images: which labels and seeds, and a folder of parts that any process can go on with."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from far.config import to_dict
+from far.errors import InputError
+from far.evaluation.extraction import extract_parts
+from far.evaluation.features import Extractor
+from far.files import sha256
+from far.pipeline import Pipeline, find_folder
+from far.sampling import SamplingConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What fixes a set of generated images, besides its length.
+
+    Image i has class i mod classes and seed ``seed`` + i. ``dtype`` is that of the generator's weights.
+    """
+
+    weights: str
+    sampling: SamplingConfig
+    seed: int
+    dtype: str
+
+    def describe(self) -> dict[str, Any]:
+        """All of it, with the SHA-256 of every file of the weights, ready for JSON."""
+        folder = find_folder(self.weights)
+        files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors")}
+        return {"weights": self.weights, "sha256": files, "sampling": to_dict(self.sampling), "seed": self.seed, "dtype": self.dtype}
+
+
+def parts_folder(base: Path, generation: Generation, extractor: Extractor, *, keep_images: bool = False) -> Path:
+    """The folder for the parts of a generation: another for other weights, settings, network, or content."""
+    described = {**generation.describe(), "extractor": extractor.name, "images": keep_images}
+    del described["weights"]  # the same files under another name are the same
+    return base / f"parts-{hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def extract_generated(
+    folder: Path,
+    count: int,
+    pipeline: Pipeline,
+    generation: Generation,
+    extractor: Extractor,
+    *,
+    batch_size: int,
+    keep_images: bool = False,
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Draw ``count`` images and write their parts; see :func:`far.evaluation.extraction.extract_parts`.
+
+    Raises:
+        InputError: fewer images than classes, so that some class would be empty.
+    """
+    classes = len(pipeline.classes)
+    if count < classes:
+        raise InputError(f"count {count} leaves some of the {classes} classes empty; give {classes} or more")
+
+    def images(rows: range) -> Tensor:
+        labels = [row % classes for row in rows]
+        return pipeline.draw(labels, [generation.seed + row for row in rows], generation.sampling, batch_size=batch_size)
+
+    extract_parts(folder, count, images, extractor, keep_images=keep_images, share=share, description="generating")

@@ -1,0 +1,163 @@
+"""``far evaluate`` end to end: models, folders and .npz files against references, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from far.cli.main import main
+from far.evaluation.features import load_feature_network
+from far.evaluation.images import open_images
+from far.evaluation.metrics import FeatureStatistics, frechet_distance
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Eight images in two classes."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    for index, image in enumerate(pixels):
+        path = tmp_path / "pictures" / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return tmp_path / "pictures"
+
+
+def evaluate(tmp_path: Path, *arguments: object) -> dict:
+    assert main(["evaluate", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), *map(str, arguments)]) == 0
+    return json.loads((tmp_path / "out" / "result.json").read_text())
+
+
+def test_a_model(tmp_path: Path, pipeline_folder: Path, image_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["--reference", image_set, "--count", 9, "--head-steps", 1, "--seed", 5]
+    result = evaluate(tmp_path, "--weights", pipeline_folder, *settings, "--save-npz", tmp_path / "samples.npz")
+    output = capsys.readouterr()
+    assert "FD (EfficientNet-Lite0)" in output.out
+    assert "far: warning: 9 images are fewer than the 1280 features" in output.err
+    assert result["judged"]["count"] == 9
+    assert result["judged"]["sampling"]["head_steps"] == 1
+    assert result["judged"]["seed"] == 5
+    assert set(result["judged"]["sha256"]) == {"config.json", "model.safetensors", "autoencoder.safetensors"}
+    assert result["reference"]["count"] == 12
+    assert result["extractor"] == "EfficientNet-Lite0"
+    assert not list((tmp_path / "out").glob("parts-*")), "parts are left behind"
+    # The saved images, judged as a file, give the same figures.
+    with np.load(tmp_path / "samples.npz") as saved:
+        assert saved["arr_0"].shape == (9, 16, 16, 3)
+        assert saved["arr_1"].tolist() == [0, 1, 2] * 3
+    again = evaluate(tmp_path, "--npz", tmp_path / "samples.npz", "--reference", image_set, "--seed", 5)
+    assert again["figures"] == pytest.approx(result["figures"])
+
+
+def test_the_distance_is_that_of_the_features(tmp_path: Path, folder: Path, image_set: Path) -> None:
+    result = evaluate(tmp_path, "--images", folder, "--reference", image_set)
+    network = load_feature_network()
+    with torch.no_grad():
+        sets = [network(open_images(path).tensor(range(count))) for path, count in ((folder, 8), (image_set, 12))]
+    expected = frechet_distance(*(FeatureStatistics.of(features) for features in sets))
+    assert result["figures"]["FD (EfficientNet-Lite0)"] == pytest.approx(expected, rel=1e-6)
+    assert result["judged"]["digest"].startswith("folder-")
+
+
+def test_saved_statistics_serve_as_a_reference(tmp_path: Path, folder: Path, image_set: Path) -> None:
+    cache = ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    assert main(["evaluate", "--images", str(image_set), "--save-statistics", str(tmp_path / "held-out.npz"), *cache]) == 0
+    direct = evaluate(tmp_path, "--images", folder, "--reference", image_set)
+    saved = evaluate(tmp_path, "--images", folder, "--reference", tmp_path / "held-out.npz")
+    assert saved["figures"] == pytest.approx(direct["figures"])
+
+
+def test_generation_goes_on_after_an_interruption(
+    tmp_path: Path, pipeline_folder: Path, image_set: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from far.pipeline import Pipeline
+
+    settings = ["--weights", pipeline_folder, "--reference", image_set, "--count", 230, "--head-steps", 1, "--ar-steps", 1]
+    whole = evaluate(tmp_path / "whole", *settings)
+    drawn: list[int] = []
+    draw = Pipeline.draw
+
+    def interrupted(self, labels, seeds, config, **options):  # type: ignore[no-untyped-def]
+        drawn.append(len(labels))
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return draw(self, labels, seeds, config, **options)
+
+    monkeypatch.setattr(Pipeline, "draw", interrupted)
+    out = ["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    assert main(["evaluate", *map(str, settings), *out]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    resumed = evaluate(tmp_path, *settings)
+    assert drawn == [100, 100, 100, 30], "the first part was drawn again, or one was left out"
+    assert resumed["figures"] == pytest.approx(whole["figures"])
+
+
+def test_two_processes(tmp_path: Path, pipeline_folder: Path, image_set: Path) -> None:
+    settings = ["--weights", pipeline_folder, "--reference", image_set, "--count", 230, "--head-steps", 1, "--ar-steps", 1]
+    single = evaluate(tmp_path / "single", *settings)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "far", "evaluate", *settings]
+    out = ["--out", tmp_path / "out", "--cache", tmp_path / "cache"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [*map(str, command), *map(str, out)], env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert finished.returncode == 0, finished.stderr
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["judged"]["processes"] == 2
+    assert result["figures"] == pytest.approx(single["figures"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--weights", "{model}"], "give --reference to compare with, or --save-statistics"),
+        (["--reference", "{images}"], "one of the arguments --weights --images --npz is required"),
+        (["--weights", "{model}", "--npz", "a.npz", "--reference", "{images}"], "not allowed with"),
+        (["--images", "{images}", "--reference", "{images}", "--guidance", "2"], "--guidance is for --weights only"),
+        (["--images", "{images}", "--reference", "{images}", "--save-npz", "x.npz"], "--save-npz is for --weights only"),
+        (["--images", "{images}", "--reference", "{images}", "--count", "99"], "holds 12 images"),
+        (["--weights", "{model}", "--reference", "{images}", "--count", "2"], "leaves some of the 3 classes empty"),
+        (["--weights", "{model}", "--reference", "{images}", "--count", "0"], "--count 0: give at least 2"),
+        (["--weights", "{model}", "--reference", "{images}", "--batch-size", "0"], "--batch-size 0 must be positive"),
+        (["--weights", "{model}", "--reference", "none"], "none does not exist"),
+        (["--weights", "none", "--reference", "{images}"], "weights 'none': no such folder"),
+        (["--weights", "{model}", "--reference", "{images}", "--inception", "none.pth"], "none.pth"),
+        (["--images", "{mixed}", "--reference", "{images}"], "bring all images to one size"),
+        (["--images", "{corrupt}", "--reference", "{images}"], "is no readable image"),
+        (["--images", "{empty}", "--reference", "{images}"], "is empty"),
+        (["--images", "{images}", "--reference", "{three}"], "need more than 3 images a side, got 12 and 3"),
+        (["--images", "{images}", "--reference", "{foreign}"], "holds statistics of Other, not of EfficientNet-Lite0"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tmp_path: Path,
+    folder: Path,
+    pipeline_folder: Path,
+    image_set: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if "{mixed}" in arguments:
+        Image.new("RGB", (5, 5)).save(folder / "b" / "z.png")
+    if "{corrupt}" in arguments:
+        (folder / "a" / "0.png").write_bytes(b"not a picture")
+    if "{empty}" in arguments:
+        (folder / "c").mkdir()
+    np.savez(tmp_path / "three.npz", arr_0=np.zeros((3, 16, 16, 3), np.uint8))
+    np.savez(tmp_path / "foreign.npz", mu=np.zeros(1280), sigma=np.eye(1280), extractor=np.array("Other"))
+    places = {
+        "model": pipeline_folder, "images": image_set, "mixed": folder, "corrupt": folder, "empty": folder,
+        "three": tmp_path / "three.npz", "foreign": tmp_path / "foreign.npz",
+    }  # fmt: skip
+    given = [argument.format(**places) for argument in arguments]
+    assert main(["evaluate", *given, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("far: error:")
+    assert message in error
+    assert not (tmp_path / "out" / "result.json").exists()

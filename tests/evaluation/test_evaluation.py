@@ -1,0 +1,270 @@
+"""From images to figures: parts, caching, statistics files, warnings, and generation that can be interrupted and shared."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from far.errors import InputError
+from far.evaluation.classifier import LinearClassifier
+from far.evaluation.extraction import PART, extract_parts, part_path, part_ranges, read_parts
+from far.evaluation.features import FID_NETWORK
+from far.evaluation.generated import Generation, extract_generated, parts_folder
+from far.evaluation.images import open_images
+from far.evaluation.metrics import FeatureStatistics, frechet_distance, kernel_distance, precision_recall
+from far.evaluation.references import Reference, features_of, open_reference, write_statistics
+from far.evaluation.report import figures
+from far.pipeline import Pipeline
+from far.sampling import SamplingConfig
+
+
+class MeanColours:
+    """A small real extractor: the mean of each colour in each quarter, and of its square."""
+
+    name = "mean colours"
+    dimensions = 24
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.seen += len(images)
+        pooled = torch.nn.functional.adaptive_avg_pool2d(torch.cat([images, images.square()], dim=1), 2)
+        return pooled.flatten(1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        return 10 * features[:, :3]
+
+
+class NamedInception(MeanColours):
+    name = FID_NETWORK
+
+
+def random_images(rows: range, seed: int = 0) -> Tensor:
+    """Each image depends on its number only."""
+    return torch.stack([torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(seed * 100_000 + row)) for row in rows])
+
+
+def test_parts_are_the_features_in_order(tmp_path: Path) -> None:
+    network = MeanColours()
+    extract_parts(tmp_path, 250, random_images, network, keep_images=True)
+    assert [len(rows) for rows in part_ranges(250)] == [PART, PART, 250 - 2 * PART]
+    images = (random_images(range(250)) * 255).round()
+    torch.testing.assert_close(read_parts(tmp_path, 250), network(images / 255))
+    assert torch.equal(read_parts(tmp_path, 250, "images"), images.to(torch.uint8).permute(0, 2, 3, 1))
+
+
+def test_features_are_those_of_eight_bits(tmp_path: Path) -> None:
+    """So a model's images score the same directly and from a file."""
+    network = MeanColours()
+    extract_parts(tmp_path / "exact", 5, random_images, network, keep_images=True)
+    images = read_parts(tmp_path / "exact", 5, "images").numpy()
+    np.savez(tmp_path / "saved.npz", arr_0=images)
+    saved = features_of(open_images(tmp_path / "saved.npz"), network, tmp_path / "cache")
+    assert torch.equal(saved, read_parts(tmp_path / "exact", 5))
+
+
+def test_only_missing_parts_are_computed(tmp_path: Path) -> None:
+    network = MeanColours()
+    extract_parts(tmp_path, 350, random_images, network)
+    whole = read_parts(tmp_path, 350)
+    part_path(tmp_path, part_ranges(350)[1]).unlink()
+    network.seen = 0
+    extract_parts(tmp_path, 350, random_images, network)
+    assert network.seen == PART
+    assert torch.equal(read_parts(tmp_path, 350), whole)
+    # Growing the count keeps the whole parts; the last one was cut short and is made anew.
+    network.seen = 0
+    extract_parts(tmp_path, 420, random_images, network)
+    assert network.seen == 420 - 3 * PART
+    assert torch.equal(read_parts(tmp_path, 420)[:350], whole)
+
+
+def test_processes_share_the_parts(tmp_path: Path) -> None:
+    single, networks = MeanColours(), [MeanColours() for _ in range(3)]
+    extract_parts(tmp_path / "single", 530, random_images, single)
+    for rank, network in enumerate(networks):
+        extract_parts(tmp_path / "shared", 530, random_images, network, share=(rank, 3))
+    assert torch.equal(read_parts(tmp_path / "shared", 530), read_parts(tmp_path / "single", 530))
+    assert sum(network.seen for network in networks) == 530
+    assert min(network.seen for network in networks) >= PART
+
+
+def test_an_interruption_loses_one_part_at_most(tmp_path: Path) -> None:
+    def failing(rows: range) -> Tensor:
+        if rows.start >= 2 * PART:
+            raise KeyboardInterrupt
+        return random_images(rows)
+
+    with pytest.raises(KeyboardInterrupt):
+        extract_parts(tmp_path, 400, failing, MeanColours())
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_nan_features_name_the_image(tmp_path: Path) -> None:
+    class Broken(MeanColours):
+        def __call__(self, images: Tensor) -> Tensor:
+            features = super().__call__(images)
+            features[37 % len(features), 2] = float("nan")
+            return features
+
+    with pytest.raises(InputError, match="image 37 gives features that are not finite"):
+        extract_parts(tmp_path, 60, random_images, Broken())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+    extract_parts(tmp_path, 50, random_images, MeanColours())
+    path = part_path(tmp_path, range(50))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"part-00000000-50\.safetensors is missing or damaged"):
+        read_parts(tmp_path, 50)
+
+
+def test_reference_features_are_computed_once(tmp_path: Path, image_set: Path) -> None:
+    network = MeanColours()
+    first = open_reference(image_set, network, tmp_path)
+    assert network.seen == 12
+    second = open_reference(image_set, network, tmp_path)
+    assert network.seen == 12
+    assert first.features is not None
+    assert torch.equal(first.features, second.features)
+    other = NamedInception()
+    open_reference(image_set, other, tmp_path)
+    assert other.seen == 12, "another network's features were taken"
+
+
+def test_a_statistics_file_equals_its_images(tmp_path: Path, image_set: Path) -> None:
+    network = MeanColours()
+    direct = open_reference(image_set, network, tmp_path / "cache")
+    assert direct.features is not None
+    write_statistics(tmp_path / "statistics.npz", network, direct.features)
+    network.seen = 0
+    read = open_reference(tmp_path / "statistics.npz", network, tmp_path / "cache")
+    assert network.seen == 0
+    assert read.statistics.count == 12
+    assert read.features is not None
+    assert torch.equal(read.features, direct.features)
+    assert frechet_distance(read.statistics, direct.statistics) == pytest.approx(0, abs=1e-9)
+
+
+def test_statistics_of_another_network_are_refused(tmp_path: Path) -> None:
+    write_statistics(tmp_path / "statistics.npz", MeanColours(), torch.rand(30, 24))
+    with pytest.raises(InputError, match=r"statistics\.npz holds statistics of mean colours, not of Inception-v3"):
+        open_reference(tmp_path / "statistics.npz", NamedInception(), tmp_path)
+
+
+def test_adms_statistics_are_inceptions(tmp_path: Path) -> None:
+    """They name no network and hold no features: a distance, but no KID."""
+    features = torch.rand(60, 24, dtype=torch.float64)
+    np.savez(tmp_path / "adm.npz", mu=features.mean(dim=0).numpy(), sigma=features.T.cov().numpy())
+    with pytest.raises(InputError, match="statistics of Inception-v3"):
+        open_reference(tmp_path / "adm.npz", MeanColours(), tmp_path)
+    reference = open_reference(tmp_path / "adm.npz", NamedInception(), tmp_path)
+    assert reference.features is None
+    found, warnings = figures(torch.rand(40, 24), reference, NamedInception())
+    assert set(found) == {"FID", "IS", "IS deviation"}
+    assert any("no KID, precision and recall" in warning for warning in warnings)
+
+
+def test_adms_reference_batch_gives_statistics_and_features(tmp_path: Path) -> None:
+    """Its mu and sigma come from more images than it holds; the distance is taken to those."""
+    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "batch.npz", arr_0=images, mu=np.full(24, 0.25), sigma=np.eye(24))
+    reference = open_reference(tmp_path / "batch.npz", NamedInception(), tmp_path)
+    assert reference.features is not None
+    assert reference.features.shape == (9, 24)
+    np.testing.assert_allclose(reference.statistics.mean, np.full(24, 0.25))
+    other = open_reference(tmp_path / "batch.npz", MeanColours(), tmp_path)
+    assert other.statistics.count == 9
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"mu": np.zeros(24)}, "neither images"),
+        ({"mu": np.zeros(23), "sigma": np.eye(23)}, "do not fit 24 features"),
+        ({"mu": np.full(24, np.nan), "sigma": np.eye(24)}, "not finite"),
+    ],
+)
+def test_bad_statistics(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
+    np.savez(tmp_path / "bad.npz", **arrays)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=message):
+        open_reference(tmp_path / "bad.npz", NamedInception(), tmp_path)
+
+
+def reference_of(features: Tensor) -> Reference:
+    return Reference("real", "0", FeatureStatistics.of(features), features)
+
+
+def test_figures_are_the_metrics() -> None:
+    generator = torch.Generator().manual_seed(0)
+    fake, real = torch.rand(120, 24, generator=generator), torch.rand(150, 24, generator=generator) * 1.1
+    found, warnings = figures(fake, reference_of(real), MeanColours())
+    assert warnings == []
+    assert found["FD (mean colours)"] == frechet_distance(FeatureStatistics.of(fake), FeatureStatistics.of(real))
+    assert (found["precision (mean colours)"], found["recall (mean colours)"]) == precision_recall(fake, real)
+    assert found["KID (mean colours)"] == pytest.approx(kernel_distance(fake, real, generator).value, abs=2e-3)
+    assert 1 < found["IS (mean colours)"] < 3
+    assert "FID" not in found
+    assert "FID" in figures(fake, reference_of(real), NamedInception())[0]
+    assert figures(fake, reference_of(real), MeanColours())[0] == found, "one seed, other figures"
+
+
+def test_few_images_are_warned_of_with_their_bias() -> None:
+    real = torch.randn(3000, 24, generator=torch.Generator().manual_seed(0))
+    fake = torch.randn(12, 24, generator=torch.Generator().manual_seed(1))
+    found, warnings = figures(fake, reference_of(real), MeanColours())
+    assert len(warnings) == 1
+    assert "12 images are fewer than the 24 features" in warnings[0]
+    # Both are real: all of the distance is bias.
+    assert found["bias of FD (mean colours)"] == pytest.approx(found["FD (mean colours)"], rel=0.3)
+
+
+def test_a_reference_smaller_than_the_neighbours() -> None:
+    with pytest.raises(InputError, match="need more than 3 images a side, got 40 and 3; give more images"):
+        figures(torch.rand(40, 24), reference_of(torch.rand(3, 24)), MeanColours())
+    with pytest.raises(InputError, match="needs two images a side"):
+        figures(torch.rand(40, 24), reference_of(torch.rand(1, 24)), MeanColours())
+
+
+def test_generated_features_do_not_depend_on_batches_or_processes(tmp_path: Path, pipeline_folder: Path) -> None:
+    pipeline = Pipeline.from_pretrained(pipeline_folder)
+    network = MeanColours()
+    generation = Generation(str(pipeline_folder), SamplingConfig(ar_steps=2, head_steps=1), 7, "float32")
+    extract_generated(tmp_path / "a", 130, pipeline, generation, network, batch_size=64)
+    for rank in (0, 1):
+        extract_generated(tmp_path / "b", 130, pipeline, generation, network, batch_size=9, share=(rank, 2))
+    torch.testing.assert_close(read_parts(tmp_path / "a", 130), read_parts(tmp_path / "b", 130), atol=2e-3, rtol=0)
+    expected = pipeline.draw([2, 0, 1], [7 + 128, 7 + 129, 7 + 127], generation.sampling)[[2, 0, 1]]
+    torch.testing.assert_close(read_parts(tmp_path / "a", 130)[127:], network((expected * 255).round() / 255), atol=2e-3, rtol=0)
+    with pytest.raises(InputError, match="leaves some of the 3 classes empty"):
+        extract_generated(tmp_path / "c", 2, pipeline, generation, network, batch_size=9)
+
+
+def test_every_change_has_parts_of_its_own(tmp_path: Path, pipeline_folder: Path) -> None:
+    network = MeanColours()
+    base = Generation(str(pipeline_folder), SamplingConfig(), 0, "float32")
+    others = [
+        Generation(str(pipeline_folder), SamplingConfig(guidance=2.0), 0, "float32"),
+        Generation(str(pipeline_folder), SamplingConfig(), 1, "float32"),
+        Generation(str(pipeline_folder), SamplingConfig(), 0, "bfloat16"),
+    ]
+    folders = {parts_folder(tmp_path, generation, network) for generation in (base, *others)}
+    folders |= {parts_folder(tmp_path, base, NamedInception()), parts_folder(tmp_path, base, network, keep_images=True)}
+    assert len(folders) == 6
+    assert parts_folder(tmp_path, base, network) in folders
+
+
+def test_classifier_separates_what_can_be_separated() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = 3 * torch.randn(4, 10, generator=generator)
+    labels = torch.arange(400) % 4
+    features = centres[labels] + torch.randn(400, 10, generator=generator)
+    classifier = LinearClassifier(features[:300], labels[:300])
+    assert classifier.accuracy(features[300:], labels[300:]) > 0.95
+    assert classifier.accuracy(features[300:], (labels[300:] + 1) % 4) < 0.05
+    shuffled = labels[torch.randperm(400, generator=generator)]
+    assert LinearClassifier(features[:300], shuffled[:300]).accuracy(features[300:], shuffled[300:]) < 0.5

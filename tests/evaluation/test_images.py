@@ -1,0 +1,145 @@
+"""Image sources of an evaluation: the same pictures as a folder, an .npz and an image set; and ADM's format."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from far.data.shards import ShardReader
+from far.errors import InputError
+from far.evaluation.images import map_npz_array, open_images, write_npz
+
+
+@pytest.fixture
+def pictures() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (7, 12, 10, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, pictures: np.ndarray) -> Path:
+    folder = tmp_path / "folder"
+    for index, picture in enumerate(pictures):
+        path = folder / "ab"[index // 4] / f"{index:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    return folder
+
+
+def test_a_folder(folder: Path, pictures: np.ndarray) -> None:
+    source = open_images(folder)
+    assert source.count == 7
+    np.testing.assert_array_equal(source.read(range(2, 6)), pictures[2:6])
+    tensor = source.tensor(range(7))
+    assert tensor.shape == (7, 3, 12, 10)
+    np.testing.assert_allclose(tensor[3].permute(1, 2, 0), pictures[3] / 255, rtol=1e-6)
+
+
+def test_the_digest_follows_the_content(folder: Path, pictures: np.ndarray) -> None:
+    before = open_images(folder).digest
+    assert open_images(folder).digest == before
+    Image.fromarray(pictures[0]).save(folder / "b" / "004.png")
+    assert open_images(folder).digest != before
+
+
+def test_an_image_set_gives_its_held_out_part(image_set: Path) -> None:
+    source = open_images(image_set)
+    assert source.count == 12
+    expected = ShardReader(image_set / "held-out", "images").all("images").numpy()
+    np.testing.assert_array_equal(source.read(range(3, 12)), expected[3:])
+    assert open_images(image_set / "train").count == 60
+    assert open_images(image_set / "train").digest != source.digest
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_npz_of_numpy(tmp_path: Path, pictures: np.ndarray, save) -> None:  # type: ignore[no-untyped-def]
+    save(tmp_path / "a.npz", arr_0=pictures, arr_1=np.arange(7), name=np.array("Σ of a network"))
+    source = open_images(tmp_path / "a.npz")
+    assert source.count == 7
+    np.testing.assert_array_equal(source.read(range(4, 7)), pictures[4:])
+    np.testing.assert_array_equal(map_npz_array(tmp_path / "a.npz", "arr_1"), np.arange(7))
+    assert str(map_npz_array(tmp_path / "a.npz", "name")) == "Σ of a network"
+    assert map_npz_array(tmp_path / "a.npz", "absent") is None
+
+
+def test_written_npz_is_numpys(tmp_path: Path, pictures: np.ndarray) -> None:
+    path = tmp_path / "b.npz"
+    write_npz(path, iter([pictures[:4], pictures[4:]]), 7, [3, 1, 2, 0, 0, 0, 9])
+    with np.load(path, allow_pickle=False) as found:
+        assert set(found) == {"arr_0", "arr_1"}
+        np.testing.assert_array_equal(found["arr_0"], pictures)
+        assert found["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(found["arr_1"], [3, 1, 2, 0, 0, 0, 9])
+    np.testing.assert_array_equal(open_images(path).read(range(7)), pictures)
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path, pictures: np.ndarray) -> None:
+    def batches():  # type: ignore[no-untyped-def]
+        yield pictures
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_npz(tmp_path / "c.npz", batches(), 14)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mixed_sizes_name_the_file(folder: Path) -> None:
+    Image.new("RGB", (9, 12)).save(folder / "b" / "odd.png")
+    source = open_images(folder)
+    with pytest.raises(InputError, match=r"odd\.png has 9×12 pixels, 000\.png 10×12"):
+        source.read(range(source.count))
+
+
+def test_a_corrupt_image_is_named(folder: Path) -> None:
+    path = folder / "a" / "001.png"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(InputError, match=r"001\.png is no readable image"):
+        open_images(folder).read(range(7))
+
+
+def test_an_empty_class_is_named(folder: Path) -> None:
+    (folder / "c").mkdir()
+    with pytest.raises(InputError, match=r"class .*c is empty"):
+        open_images(folder)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((3, 4, 4, 3), np.float32), r"arr_0 is float32 \[3, 4, 4, 3\]"),
+        (np.zeros((3, 4, 4), np.uint8), "where uint8"),
+        (np.zeros((0, 4, 4, 3), np.uint8), "where uint8"),
+        (np.array([{}], dtype=object), "pickled objects"),
+    ],
+)
+def test_bad_arrays(tmp_path: Path, array: np.ndarray, message: str) -> None:
+    np.savez(tmp_path / "bad.npz", arr_0=array)
+    with pytest.raises(InputError, match=message):
+        open_images(tmp_path / "bad.npz")
+
+
+def test_bad_files(tmp_path: Path, pictures: np.ndarray) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        open_images(tmp_path / "none.npz")
+    with pytest.raises(InputError, match="does not exist"):
+        open_images(tmp_path / "none")
+    with pytest.raises(InputError, match="holds no images"):
+        open_images(tmp_path)
+    np.savez(tmp_path / "cut.npz", arr_0=pictures)
+    content = (tmp_path / "cut.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"cut\.npz is damaged"):
+        open_images(tmp_path / "cut.npz")
+    np.savez(tmp_path / "other.npz", mu=np.zeros(3))
+    with pytest.raises(InputError, match="holds no array 'arr_0'"):
+        open_images(tmp_path / "other.npz")
+
+
+def test_rows_are_read_as_asked(tmp_path: Path) -> None:
+    """A large .npz is mapped, not loaded: reading a few rows touches only them."""
+    images = np.zeros((50, 8, 8, 3), np.uint8)
+    images[:, 0, 0, 0] = np.arange(50)
+    np.savez(tmp_path / "d.npz", arr_0=images)
+    assert isinstance(map_npz_array(tmp_path / "d.npz", "arr_0"), np.memmap)
+    assert torch.equal(open_images(tmp_path / "d.npz").tensor(range(48, 50))[:, 0, 0, 0] * 255, torch.tensor([48.0, 49.0]))

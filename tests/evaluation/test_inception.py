@@ -1,0 +1,219 @@
+"""FID's Inception-v3: names and shapes, resizing, pooling, preprocessing, and what loading refuses.
+
+The published weights cannot be had here, so the names and shapes are checked against a table written from
+the network's description, and each peculiarity of the graph by brute force.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from far.errors import InputError
+from far.evaluation.inception import (
+    InceptionA,
+    InceptionC,
+    InceptionE,
+    InceptionV3,
+    _average_pool,
+    _max_pool,
+    load_inception,
+    tensorflow_resize,
+)
+
+STEM = """
+Conv2d_1a_3x3 32 3 3 3
+Conv2d_2a_3x3 32 32 3 3
+Conv2d_2b_3x3 64 32 3 3
+Conv2d_3b_1x1 80 64 1 1
+Conv2d_4a_3x3 192 80 3 3
+"""
+A = (
+    "branch1x1 64 {i} 1 1|branch5x5_1 48 {i} 1 1|branch5x5_2 64 48 5 5|branch3x3dbl_1 64 {i} 1 1|"
+    "branch3x3dbl_2 96 64 3 3|branch3x3dbl_3 96 96 3 3|branch_pool {p} {i} 1 1"
+)
+B = "branch3x3 384 288 3 3|branch3x3dbl_1 64 288 1 1|branch3x3dbl_2 96 64 3 3|branch3x3dbl_3 96 96 3 3"
+C = (
+    "branch1x1 192 768 1 1|branch7x7_1 {c} 768 1 1|branch7x7_2 {c} {c} 1 7|branch7x7_3 192 {c} 7 1|branch7x7dbl_1 {c} 768 1 1|"
+    "branch7x7dbl_2 {c} {c} 7 1|branch7x7dbl_3 {c} {c} 1 7|branch7x7dbl_4 {c} {c} 7 1|branch7x7dbl_5 192 {c} 1 7|branch_pool 192 768 1 1"
+)
+D = (
+    "branch3x3_1 192 768 1 1|branch3x3_2 320 192 3 3|branch7x7x3_1 192 768 1 1|branch7x7x3_2 192 192 1 7|"
+    "branch7x7x3_3 192 192 7 1|branch7x7x3_4 192 192 3 3"
+)
+E = (
+    "branch1x1 320 {i} 1 1|branch3x3_1 384 {i} 1 1|branch3x3_2a 384 384 1 3|branch3x3_2b 384 384 3 1|branch3x3dbl_1 448 {i} 1 1|"
+    "branch3x3dbl_2 384 448 3 3|branch3x3dbl_3a 384 384 1 3|branch3x3dbl_3b 384 384 3 1|branch_pool 192 {i} 1 1"
+)
+BLOCKS = {
+    "Mixed_5b": A.format(i=192, p=32), "Mixed_5c": A.format(i=256, p=64), "Mixed_5d": A.format(i=288, p=64), "Mixed_6a": B,
+    "Mixed_6b": C.format(c=128), "Mixed_6c": C.format(c=160), "Mixed_6d": C.format(c=160), "Mixed_6e": C.format(c=192),
+    "Mixed_7a": D, "Mixed_7b": E.format(i=1280), "Mixed_7c": E.format(i=2048),
+}  # fmt: skip
+
+
+def published_shapes() -> dict[str, tuple[int, ...]]:
+    lines = STEM.split("\n") + [f"{block}.{line}" for block, text in BLOCKS.items() for line in text.split("|")]
+    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
+    for name, *sizes in (line.split() for line in lines if line.strip()):
+        shapes[f"{name}.conv.weight"] = tuple(map(int, sizes))
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.bn.{part}"] = (int(sizes[0]),)
+    return shapes
+
+
+@pytest.fixture(scope="module")
+def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights under the published names, without the counters that the published file lacks."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, shape in published_shapes().items():
+        normal = torch.randn(shape, generator=generator)
+        fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 1
+        weights[name] = normal.abs() + 0.5 if "running_var" in name or name.endswith("bn.weight") else normal * (1.4 / fan_in**0.5)
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(weights, path)
+    return path
+
+
+def test_names_and_shapes_are_the_published_ones() -> None:
+    found = {name: tuple(tensor.shape) for name, tensor in InceptionV3().state_dict().items() if "num_batches_tracked" not in name}
+    assert found == published_shapes()
+    assert len(found) == 94 * 5 + 2
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(5, 7, 13), (16, 9, 7), (3, 3, 3), (1, 2, 4)])
+def test_resize_by_brute_force(height: int, width: int, size: int) -> None:
+    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    expected = np.empty((2, 3, size, size))
+    for row in range(size):
+        for column in range(size):
+            y, x = row * height / size, column * width / size
+            top, left = int(y), int(x)
+            bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+            v, u = y - top, x - left
+            pixel = images.double().numpy()
+            upper = pixel[:, :, top, left] * (1 - u) + pixel[:, :, top, right] * u
+            lower = pixel[:, :, bottom, left] * (1 - u) + pixel[:, :, bottom, right] * u
+            expected[:, :, row, column] = upper * (1 - v) + lower * v
+    np.testing.assert_allclose(tensorflow_resize(images, size), expected, atol=1e-5)
+
+
+def brute_pool(x: Tensor, reduce) -> Tensor:  # type: ignore[no-untyped-def]
+    result = torch.empty_like(x)
+    for row in range(x.shape[2]):
+        for column in range(x.shape[3]):
+            window = x[:, :, max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2]
+            result[:, :, row, column] = reduce(window.flatten(2))
+    return result
+
+
+@pytest.mark.parametrize(
+    ("block", "reduce"),
+    [
+        (lambda: InceptionA(8, 4), lambda x: x.mean(dim=2)),
+        (lambda: InceptionC(8, 4), lambda x: x.mean(dim=2)),
+        (lambda: InceptionV3().Mixed_7b, lambda x: x.mean(dim=2)),
+        (lambda: InceptionV3().Mixed_7c, lambda x: x.amax(dim=2)),
+    ],
+    ids=["A", "C", "first E", "last E"],
+)
+@torch.no_grad()
+def test_pooling_of_the_blocks(block, reduce) -> None:  # type: ignore[no-untyped-def]
+    block = block().eval()
+    channels = block.branch_pool.conv.in_channels
+    x = torch.randn(1, channels, 4, 5, generator=torch.Generator().manual_seed(0))
+    expected = block.branch_pool(brute_pool(x, reduce))
+    torch.testing.assert_close(block(x)[:, -expected.shape[1] :], expected)
+
+
+@torch.no_grad()
+def test_order_of_the_branches() -> None:
+    """Features are judged by position: each branch must come out where the graph has it."""
+    block = InceptionE(16, pool=_max_pool).eval()
+    x = torch.randn(1, 16, 3, 3, generator=torch.Generator().manual_seed(0))
+    parts = block(x).split([320, 384, 384, 384, 384, 192], dim=1)
+    torch.testing.assert_close(parts[0], block.branch1x1(x))
+    torch.testing.assert_close(parts[1], block.branch3x3_2a(block.branch3x3_1(x)))
+    torch.testing.assert_close(parts[4], block.branch3x3dbl_3b(block.branch3x3dbl_2(block.branch3x3dbl_1(x))))
+    assert not torch.equal(_average_pool(x), _max_pool(x))
+
+
+def test_batch_norms_are_tensorflows() -> None:
+    norms = [module for module in InceptionV3().modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) == 94
+    assert all(norm.eps == 1e-3 for norm in norms)
+
+
+@torch.no_grad()
+def test_pixels_as_the_graph_sees_them(weights_file: Path) -> None:
+    network = load_inception(weights_file)
+    seen: list[Tensor] = []
+    network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    images = torch.stack([torch.zeros(3, 20, 20), torch.ones(3, 20, 20)])
+    network(images)
+    assert seen[0].shape == (2, 3, 299, 299)
+    torch.testing.assert_close(seen[0][0], torch.full((3, 299, 299), -1.0))
+    torch.testing.assert_close(seen[0][1], torch.full((3, 299, 299), 127 / 128))
+
+
+@torch.no_grad()
+def test_features_and_logits(weights_file: Path) -> None:
+    network = load_inception(weights_file)
+    images = torch.rand(3, 3, 32, 24, generator=torch.Generator().manual_seed(0))
+    features = network(images)
+    assert features.shape == (3, 2048)
+    assert features.std(dim=0).max() > 0
+    torch.testing.assert_close(network(images[1:2]), features[1:2], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(network.logits(features), features @ torch.load(weights_file, weights_only=True)["fc.weight"].T)
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def change(weights: dict[str, Tensor], kind: str) -> object:
+    if kind == "a list":
+        return [1, 2]
+    if kind == "missing":
+        del weights["Mixed_7c.branch1x1.conv.weight"]
+    elif kind == "unexpected":
+        weights["AuxLogits.fc.weight"] = torch.zeros(1)
+    elif kind == "torchvision's classes":
+        weights["fc.weight"] = torch.zeros(1000, 2048)
+    elif kind == "no tensor":
+        weights["fc.bias"] = 3.0  # type: ignore[assignment]
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("a list", "no state dict"),
+        ("missing", r"Mixed_7c\.branch1x1\.conv\.weight is in only one"),
+        ("unexpected", r"AuxLogits\.fc\.weight is in only one"),
+        ("torchvision's classes", r"fc\.weight is not of shape \[1008, 2048\]"),
+        ("no tensor", r"fc\.bias is not of shape"),
+    ],
+)
+def test_other_networks_are_refused(tmp_path: Path, weights_file: Path, kind: str, message: str) -> None:
+    weights = torch.load(weights_file, weights_only=True)
+    torch.save(change(weights, kind), tmp_path / "other.pth")
+    with pytest.raises(InputError, match=rf"other\.pth .*{message}.*get pt_inception"):
+        load_inception(tmp_path / "other.pth")
+
+
+class Foreign:
+    """Not a tensor."""
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path: Path, weights_file: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.pth does not exist"):
+        load_inception(tmp_path / "none.pth")
+    content = weights_file.read_bytes()
+    for name, damaged in (("cut", content[: len(content) // 2]), ("empty", b""), ("text", b"not weights")):
+        (tmp_path / f"{name}.pth").write_bytes(damaged)
+        with pytest.raises(InputError, match=rf"{name}\.pth is damaged"):
+            load_inception(tmp_path / f"{name}.pth")
+    torch.save({"fc.weight": Foreign()}, tmp_path / "foreign.pth")
+    with pytest.raises(InputError, match=r"foreign\.pth is damaged or holds more than tensors"):
+        load_inception(tmp_path / "foreign.pth")
