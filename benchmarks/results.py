@@ -124,8 +124,8 @@ def train_head(images: ImageSet, head: str, name: str, *overrides: str) -> None:
 
 
 def publish(images: ImageSet, name: str) -> None:
-    """The trained folder in the precision it is measured in."""
-    Pipeline.from_pretrained(images.runs / name).save_pretrained(images.weights(name), torch.bfloat16)
+    """The trained folder in half of its size; the figures are of these weights."""
+    Pipeline.from_pretrained(images.runs / name).save_pretrained(images.weights(name), torch.float16)
 
 
 def run(*command: str) -> None:

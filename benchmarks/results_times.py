@@ -7,14 +7,12 @@ figures; they are stored beside the rows in docs/results/SET.json.
 """
 
 import argparse
+import functools
 import statistics
-import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from results import BATCH_SIZES, HEAD_STEPS, RESULTS, SETS, Measurements, best_guidance, generation_of
-from timing import machine, paired, summary
+from timing import machine, paired, summary, with_head_share
 
 from far.pipeline import Pipeline
 
@@ -36,7 +34,10 @@ def main() -> None:
                     generation = generation_of(SETS[name].weights(head), head_steps=steps, guidance=best_guidance(store, head), seed=0)
                     pipeline = pipeline or Pipeline.from_pretrained(generation.weights, dtype=generation.dtype)
                     key = f"{head} {steps if isinstance(steps, int) else ' → '.join(map(str, steps))}"
-                    alternatives[key] = timed_call(pipeline, generation.sampling, batch, shares.setdefault(key, []))
+                    labels = [index % len(pipeline.classes) for index in range(batch)]
+                    draw = functools.partial(pipeline.draw, labels, range(batch), generation.sampling, batch_size=batch)
+                    shares[key] = []
+                    alternatives[key] = with_head_share(pipeline.model.head, draw, shares[key])
             for key, seconds in paired(alternatives, arguments.rounds).items():
                 found = times.setdefault(key, {})
                 found[f"batch {batch}"] = statistics.median(seconds) / batch
@@ -45,32 +46,6 @@ def main() -> None:
         store.values["times setting"] = {"machine": machine(), "rounds": arguments.rounds}
         for key, found in times.items():
             store.keep("times", key, found)
-
-
-def timed_call(pipeline: Pipeline, sampling: Any, batch: int, shares: list[float]) -> Callable[[], None]:
-    """A generation of ``batch`` images that appends the head's share of its time to ``shares``."""
-    labels = [index % len(pipeline.classes) for index in range(batch)]
-    inside = [0.0]
-
-    def call() -> None:
-        inside[0] = 0.0
-        sample = pipeline.model.head.sample
-
-        def measured(*values: Any, **options: Any) -> torch.Tensor:
-            start = time.perf_counter()
-            result = sample(*values, **options)
-            inside[0] += time.perf_counter() - start
-            return result
-
-        start = time.perf_counter()
-        pipeline.model.head.sample = measured  # type: ignore[method-assign]
-        try:
-            pipeline.draw(labels, range(batch), sampling, batch_size=batch)
-        finally:
-            del pipeline.model.head.sample
-        shares.append(inside[0] / (time.perf_counter() - start))
-
-    return call
 
 
 if __name__ == "__main__":

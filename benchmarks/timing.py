@@ -4,8 +4,11 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from far.heads.head import Head
 
 
 def paired(alternatives: dict[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
@@ -18,6 +21,31 @@ def paired(alternatives: dict[str, Callable[[], object]], rounds: int, warmup: i
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def with_head_share(head: Head, call: Callable[[], object], shares: list[float]) -> Callable[[], None]:
+    """``call``, which also appends the share of its time that ``head.sample`` took to ``shares``."""
+
+    def measured_call() -> None:
+        inside = 0.0
+        sample = head.sample
+
+        def measured(*values: Any, **options: Any) -> torch.Tensor:
+            nonlocal inside
+            start = time.perf_counter()
+            result = sample(*values, **options)
+            inside += time.perf_counter() - start
+            return result
+
+        start = time.perf_counter()
+        head.sample = measured  # type: ignore[method-assign]
+        try:
+            call()
+        finally:
+            del head.sample
+        shares.append(inside / (time.perf_counter() - start))
+
+    return measured_call
 
 
 def summary(seconds: list[float]) -> str:

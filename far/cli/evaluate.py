@@ -29,7 +29,7 @@ from far.evaluation.inception import load_inception
 from far.evaluation.references import Reference, default_cache, features_of, open_reference, write_statistics
 from far.evaluation.report import figures
 from far.files import check_writable, write_json
-from far.pipeline import Pipeline
+from far.pipeline import Pipeline, find_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,11 +67,13 @@ def run(arguments: argparse.Namespace) -> None:
         with torch.no_grad():
             # The reference comes first: what is wrong with it should show before hours of generation.
             reference = open_reference(arguments.reference, extractor, cache) if arguments.reference and rank == 0 else None
+            extraction_start = time.perf_counter()
             described, parts, features = _judged_features(arguments, extractor, device, cache)
+            seconds = {"extraction seconds": time.perf_counter() - extraction_start}
         if rank > 0:
             return
         if reference is not None:
-            _report(arguments, reference, features, extractor, described, time.perf_counter() - start)
+            _report(arguments, reference, features, extractor, described, seconds, start)
         if arguments.save_statistics:
             write_statistics(arguments.save_statistics, extractor, features)
             print(f"wrote {arguments.save_statistics}")
@@ -95,6 +97,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--count {arguments.count}: give at least 2")
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size} must be positive")
+    if arguments.weights is not None:
+        find_folder(arguments.weights)
     for path in (arguments.out / "result.json", arguments.save_npz, arguments.save_statistics):
         if path is not None:
             check_writable(path)
@@ -145,7 +149,8 @@ def _report(
     features: torch.Tensor,
     extractor: Extractor,
     described: dict[str, Any],
-    seconds: float,
+    seconds: dict[str, float],
+    start: float,
 ) -> None:
     found, warnings = figures(features, reference, extractor, seed=arguments.seed)
     for warning in warnings:
@@ -157,7 +162,8 @@ def _report(
         "reference": {"source": reference.source, "digest": reference.digest, "count": reference.statistics.count},
         "extractor": extractor.name,
         "seed": arguments.seed,
-        "seconds": seconds,
+        **seconds,
+        "seconds": time.perf_counter() - start,
         "command": ["far", *sys.argv[1:]],
         "threads": torch.get_num_threads(),
         "versions": {"far": far.__version__, "torch": torch.__version__, "python": platform.python_version()},
