@@ -1,0 +1,53 @@
+"""Training only a head on another model's frozen backbone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from far.cli.main import main
+from far.pipeline import Pipeline
+
+
+@pytest.fixture
+def joint(recipe: Path) -> Path:
+    """A briefly trained model whose backbone is to be taken."""
+    assert main(["train", str(recipe), "model=joint", "generator.network.head.kind=diffusion"]) == 0
+    return recipe.parent / "run" / "joint"
+
+
+def test_only_the_head_is_trained(recipe: Path, joint: Path) -> None:
+    assert main(["train", str(recipe), "model=frozen", f"generator.frozen_backbone={joint}"]) == 0
+    before = Pipeline.from_pretrained(joint).model
+    after = Pipeline.from_pretrained(recipe.parent / "run" / "frozen").model
+    assert after.config.network.head.kind == "shortcut"
+    for (name, old), new in zip(before.backbone.state_dict().items(), after.backbone.state_dict().values()):
+        assert torch.equal(old, new), name
+    fresh = after.head.network.state_dict()
+    assert any(tensor.abs().max() > 0 for name, tensor in fresh.items() if "out" in name or "final" in name), "the head did not move"
+    entries = [json.loads(line) for line in (recipe.parent / "run" / "frozen" / "log.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in entries if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_a_frozen_run_resumes(recipe: Path, joint: Path) -> None:
+    options = [str(recipe), f"generator.frozen_backbone={joint}"]
+    assert main(["train", *options, "model=whole"]) == 0
+    assert main(["train", *options, "model=half", "generator.training.steps=10"]) == 0
+    assert main(["train", *options, "model=half", "--resume"]) == 0
+    whole, half = (Pipeline.from_pretrained(recipe.parent / "run" / name).model.state_dict() for name in ("whole", "half"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(half[name], tensor, msg=name)
+
+
+@pytest.mark.parametrize("override", ["generator.network.backbone.encoder_width=32", "generator.network.patch=1"])
+def test_a_backbone_of_other_sizes_is_refused(recipe: Path, joint: Path, override: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(recipe), "model=other", f"generator.frozen_backbone={joint}", override]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"the backbone of {joint} has other sizes" in error
+
+
+def test_a_missing_backbone_is_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(recipe), "generator.frozen_backbone=nowhere"]) == 2
+    assert "weights 'nowhere': no such folder" in capsys.readouterr().err
