@@ -1,5 +1,6 @@
 # make generate: install, draw a grid of images    make check: lint, format, types
 # make test:     install, run the tests            make bench: the README's speed figures
+# make results:  regenerate docs/results.md's tables and plots; TRAIN=1 trains first (hours), TIMES=1 measures the seconds again
 # make train-small: render, train and draw from a small model of one's own in under half an hour
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: generate test check bench train-small
+.PHONY: generate test check bench results train-small
 
 generate: $(VENV)/installed
 	$(BIN)/far generate --weights avatars-64 --count 64 --out samples.png
@@ -23,6 +24,10 @@ check: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/generation.py
+
+results: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/results.py $(if $(TRAIN),--train)
+	$(if $(TIMES),$(BIN)/python benchmarks/results_times.py && $(BIN)/python benchmarks/results.py)
 
 train-small: $(VENV)/installed-dev
 	$(BIN)/far data avatars data/avatars-32 --size 32 --per-class 1500 --held-out-per-class 125
