@@ -37,6 +37,7 @@ WORK = Path("runs/results")
 COUNT = 10_000
 SWEEP_COUNT = 2_000
 BATCH = 100
+UNLIMITED = "diffusion without limit"
 BATCH_SIZES = (1, 64)
 DTYPE = "bfloat16"
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)
@@ -165,6 +166,7 @@ def measure(images: ImageSet, seeds: list[int]) -> None:
     measure_floors(images, store, judge, training, training_labels, classifier.accuracy(real, held_out_labels))
     for head in HEAD_STEPS:
         sweep(images, store, judge, head)
+    measure_unlimited(images, store, judge)
     for seed in seeds:
         for head, all_steps in HEAD_STEPS.items():
             for steps in all_steps:
@@ -220,6 +222,23 @@ def sweep(images: ImageSet, store: Measurements, judge: Judge, head: str) -> Non
         features, _ = generate(generation, judge.network, SWEEP_COUNT)
         distance = frechet_distance(FeatureStatistics.of(features), judge.reference.statistics)
         store.keep("sweeps", f"{head} {guidance}", {"distance": distance, "count": SWEEP_COUNT, **generation.describe()})
+
+
+def measure_unlimited(images: ImageSet, store: Measurements, judge: Judge) -> None:
+    """The diffusion head sampled as published, without a limit of the predicted token, over the sweep's images."""
+    if not images.weights("diffusion").is_dir():
+        return
+    folder = WORK / f"{images.name}-unlimited"
+    pipeline = Pipeline.from_pretrained(images.weights("diffusion"))
+    head = pipeline.model.config.network.head
+    network = dataclasses.replace(pipeline.model.config.network, head=dataclasses.replace(head, token_limit=None))
+    pipeline.model.config = dataclasses.replace(pipeline.model.config, network=network)
+    pipeline.save_pretrained(folder, torch.float16)
+    generation = generation_of(folder, head_steps=100, guidance=best_guidance(store, "diffusion"), seed=1_000_000)
+    if not current(store.values["sweeps"].get(UNLIMITED), generation):
+        features, _ = generate(generation, judge.network, SWEEP_COUNT)
+        distance = frechet_distance(FeatureStatistics.of(features), judge.reference.statistics)
+        store.keep("sweeps", UNLIMITED, {"distance": distance, "count": SWEEP_COUNT, **generation.describe()})
 
 
 def best_guidance(store: Measurements, head: str) -> float:

@@ -86,11 +86,16 @@ def _distances(values: dict[str, Any], row: dict[str, Any]) -> list[float]:
 def _guidance_table(values: dict[str, Any]) -> str:
     sweeps: dict[str, dict[str, float]] = {}
     for key, found in values["sweeps"].items():
-        head, guidance = key.split()
+        if key == "diffusion without limit":
+            continue
+        head, _, guidance = key.rpartition(" ")
         sweeps.setdefault(head, {})[guidance] = found["distance"]
     scales = list(dict.fromkeys(scale for found in sweeps.values() for scale in found))
     lines = ["| head | " + " | ".join(f"guidance {scale}" for scale in scales) + " |", "|---" * (len(scales) + 1) + "|"]
     lines += [f"| {HEADS[head]} | " + " | ".join(f"{found[scale]:.1f}" for scale in scales) + " |" for head, found in sweeps.items()]
+    unlimited = values["sweeps"].get("diffusion without limit")
+    if unlimited:
+        lines += ["", f"The diffusion head at 100 steps without a limit of the predicted token: {unlimited['distance']:.1f}."]
     return "\n".join(lines) + "\n"
 
 

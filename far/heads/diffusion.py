@@ -75,7 +75,7 @@ class DiffusionHead(Head):
             step = torch.tensor(index, device=x.device)
             time = x.new_tensor(schedule.timesteps[index])
             epsilon, fraction = self._predict(x, time, z, z_uncond, guidance)
-            mean, logvar = schedule.model_posterior(x, epsilon, fraction, step)
+            mean, logvar = schedule.model_posterior(x, epsilon, fraction, step, self.config.token_limit)
             noise = normal()
             x = mean + (0.5 * logvar).exp() * noise * temperature if index else mean
         return x
@@ -136,10 +136,17 @@ class Schedule:
         of_x_t = (1 - previous) * (1 - self.betas).sqrt() / (1 - signal)
         return _at(of_x, t, x_t) * x + _at(of_x_t, t, x_t) * x_t, _at(self.posterior_logvar, t, x_t)
 
-    def model_posterior(self, x_t: Tensor, epsilon: Tensor, fraction: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of ``p(x_{t−1} | x_t)`` from the network's two outputs."""
+    def model_posterior(
+        self, x_t: Tensor, epsilon: Tensor, fraction: Tensor, t: Tensor, token_limit: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of ``p(x_{t−1} | x_t)`` from the network's two outputs.
+
+        At the noisy end the token follows from ε by a factor of up to 20,000: ``token_limit`` bounds it.
+        """
         signal = self.alphas_cumprod
         x = _at((1 / signal).sqrt(), t, x_t) * x_t - _at((1 / signal - 1).sqrt(), t, x_t) * epsilon
+        if token_limit is not None:
+            x = x.clamp(-token_limit, token_limit)
         mean, low = self.true_posterior(x, x_t, t)
         share = (fraction + 1) / 2  # −1 … 1 spans the bounds
         return mean, share * _at(self.betas.log(), t, x_t) + (1 - share) * low

@@ -19,7 +19,8 @@ class HeadConfig:
     """Kind and size of a head.
 
     ``samples_per_token`` noise samples share each ``z`` in training (MAR's ``diffusion_batch_mul``);
-    ``solver`` is the flow head's only.
+    ``solver`` is the flow head's only. ``token_limit`` is the diffusion head's: in sampling, the token that each
+    step predicts is clipped to it, in deviations of the latents. MAR has none, and needs long training for that.
     """
 
     kind: Literal["diffusion", "flow", "shortcut"] = "shortcut"
@@ -27,11 +28,14 @@ class HeadConfig:
     depth: int = 6
     samples_per_token: int = 4
     solver: Literal["euler", "heun"] = "euler"
+    token_limit: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "samples_per_token"):
             if getattr(self, name) < 1:
                 raise InputError(f"head {name} {getattr(self, name)} must be positive")
+        if self.token_limit is not None and not self.token_limit > 0:
+            raise InputError(f"head token_limit {self.token_limit} must be positive; leave it out for none")
 
 
 @dataclasses.dataclass(frozen=True)

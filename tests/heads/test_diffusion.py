@@ -236,3 +236,46 @@ def test_network_calls() -> None:
 def test_steps_out_of_range(steps: int) -> None:
     with pytest.raises(InputError, match=f"head_steps {steps}: the DiffusionHead takes 1 to 1000 steps"):
         random_head().sample(torch.zeros(1, 5), lambda: torch.zeros(1, 3), steps=steps)
+
+
+class NearlyRight(nn.Module):
+    """The exact ε of data that are all zero, off by a little, as after short training."""
+
+    def __init__(self, error: float) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        signal = train_alphas_cumprod()[int(t)]
+        return torch.cat([x / float((1 - signal).sqrt()) + self.error, torch.full_like(x, -1.0)], dim=-1)
+
+
+def spread(error: float, limit: float | None) -> float:
+    head = DiffusionHead(HeadConfig("diffusion", 8, 1, 1, token_limit=limit), 4, 4)
+    head.network = NearlyRight(error)  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(0)
+    drawn = head.sample(torch.zeros(50, 4), lambda: torch.randn(50, 4, generator=generator), steps=100)
+    return float(drawn.abs().max())
+
+
+def test_a_token_limit_bounds_what_a_small_error_does() -> None:
+    """At the noisy end the token follows from ε by a factor of 20,000; an exact ε needs no limit."""
+    assert spread(0.0, None) < 0.1
+    assert spread(0.03, None) > 3
+    assert spread(0.03, 1.0) < 0.5 * spread(0.03, None)
+
+
+def test_the_limit_clips_the_predicted_token_only() -> None:
+    schedule = Schedule.respaced(100)
+    generator = torch.Generator().manual_seed(0)
+    x_t, epsilon, fraction = torch.randn(3, 6, 4, generator=generator)
+    for index in (0, 50, 99):
+        t = torch.full((6,), index)
+        signal = schedule.alphas_cumprod[index]
+        token = (x_t - epsilon * (1 - signal).sqrt()) / signal.sqrt()
+        expected, _ = schedule.true_posterior(token.clamp(-1.5, 1.5).float(), x_t, t)
+        mean, logvar = schedule.model_posterior(x_t, epsilon, fraction, t, 1.5)
+        torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(logvar, schedule.model_posterior(x_t, epsilon, fraction, t)[1])
+    with pytest.raises(InputError, match="token_limit 0 must be positive"):
+        HeadConfig(token_limit=0)
