@@ -40,7 +40,7 @@ BATCH = 100
 UNLIMITED = "diffusion without limit"
 BATCH_SIZES = (1, 64)
 DTYPE = "bfloat16"
-GUIDANCES = (1.0, 1.5, 2.0, 3.0)
+GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.0)
 HEAD_STEPS: dict[str, list[int | tuple[int, ...]]] = {
     "diffusion": [100, 50, 25, 10, 5, (50, 5)],
     "flow": [32, 8, 4, 2, 1],

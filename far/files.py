@@ -52,7 +52,8 @@ def check_writable(path: Path) -> None:
         raise InputError(f"cannot write {path}: permission denied; choose another path")
     with atomic_path(path.with_name(f".{path.name}.probe")) as temporary:
         temporary.write_bytes(b"")
-    path.with_name(f".{path.name}.probe").unlink()
+    # Another process that writes to the same folder may have removed it already.
+    path.with_name(f".{path.name}.probe").unlink(missing_ok=True)
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the path of a file")
 
