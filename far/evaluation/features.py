@@ -46,7 +46,7 @@ class Extractor(Protocol):
         """Features an image."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features ``[n, dimensions]`` of images ``[n, 3, h, w]`` in [0, 1]."""
+        """Features ``[n, dimensions]`` of images ``[n, 3, h, w]`` in [0, 1], which may lie on another device."""
 
     def logits(self, features: Tensor) -> Tensor:
         """ImageNet class logits ``[n, classes]`` from features."""
@@ -72,6 +72,7 @@ class FeatureNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Pooled features ``[n, 1280]`` of images ``[n, 3, h, w]`` in [0, 1], resized to 112 pixels."""
+        images = images.to(self._fc.weight.device)
         chunk = _CPU_CHUNK if images.device.type == "cpu" else len(images)
         return torch.cat([self._features(part) for part in images.split(chunk)])
 
@@ -84,7 +85,7 @@ class FeatureNetwork(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """ImageNet class logits ``[n, 1000]`` from pooled features."""
-        return self._fc(features)
+        return self._fc(features.to(self._fc.weight.device))
 
     def perceptual_distance(self, images: Tensor, references: Tensor) -> Tensor:
         """Mean squared difference of unit-normalised early features: ``[n]``, differentiable.

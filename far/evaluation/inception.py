@@ -50,12 +50,13 @@ class InceptionV3(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Pooled features ``[n, 2048]`` of images ``[n, 3, h, w]`` in [0, 1], resized to 299 pixels."""
+        images = images.to(self.fc.weight.device)
         chunk = _CPU_CHUNK if images.device.type == "cpu" else len(images)
         return torch.cat([self._features(part) for part in images.split(chunk)])
 
     def logits(self, features: Tensor) -> Tensor:
         """Class logits ``[n, 1008]`` without the bias, which the Inception Score on this graph leaves out."""
-        return F.linear(features, self.fc.weight)
+        return F.linear(features.to(self.fc.weight.device), self.fc.weight)
 
     def _features(self, images: Tensor) -> Tensor:
         x = (tensorflow_resize(images * 255, INPUT_SIZE) - 128) / 128
