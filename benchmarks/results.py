@@ -105,12 +105,13 @@ def main() -> None:
         default=[0, 1, 2],
         help="of sampling; all but the first for the main rows only",
     )
+    parser.add_argument("--heads", nargs="+", default=list(HEAD_STEPS), help="only these, where processes share the work")
     arguments = parser.parse_args()
     for name in arguments.sets:
         if arguments.train:
             train(SETS[name])
         with torch.no_grad():
-            measure(SETS[name], arguments.seeds)
+            measure(SETS[name], arguments.heads, arguments.seeds)
     write_report([RESULTS / f"{name}.json" for name in SETS], Path("docs/results.md"))
 
 
@@ -144,18 +145,22 @@ def run(*command: str) -> None:
 
 
 class Measurements:
-    """The rows of one image set, in a file that is written after each."""
+    """The rows of one image set, in a file that is read and written again for each, so that processes can share the work."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.values: dict[str, Any] = read_json(path) if path.exists() else {"rows": {}, "sweeps": {}}
+        self.load()
+
+    def load(self) -> None:
+        self.values: dict[str, Any] = read_json(self.path) if self.path.exists() else {"rows": {}, "sweeps": {}}
 
     def keep(self, kind: str, key: str, value: Any) -> None:
+        self.load()
         self.values.setdefault(kind, {})[key] = value
         write_json(self.path, self.values)
 
 
-def measure(images: ImageSet, seeds: list[int]) -> None:
+def measure(images: ImageSet, heads: list[str], seeds: list[int]) -> None:
     """Floors, guidance sweeps and rows of one image set, as far as they are missing."""
     network = load_feature_network()
     store = Measurements(RESULTS / f"{images.name}.json")
@@ -166,23 +171,23 @@ def measure(images: ImageSet, seeds: list[int]) -> None:
     training_labels = ShardReader(images.data / "train", "images").all("labels")[:COUNT]
     classifier = LinearClassifier(training, training_labels)
     judge = Judge(network, reference, classifier)
-    store.values["setting"] = {
-        "count": COUNT, "reference": held_out.count, "dtype": DTYPE, "batch size": BATCH, "machine": machine(),
-        "distance": distance_name(network),
-    }  # fmt: skip
+    setting = {"count": COUNT, "reference": held_out.count, "dtype": DTYPE, "batch size": BATCH, "machine": machine()}
+    for key, value in {**setting, "distance": distance_name(network)}.items():
+        store.keep("setting", key, value)
     held_out_labels = ShardReader(images.data / "held-out", "images").all("labels")
     measure_floors(images, store, judge, training, training_labels, classifier.accuracy(real, held_out_labels))
-    for head in HEAD_STEPS:
+    for head in heads:
         sweep(images, store, judge, head)
-    measure_unlimited(images, store, judge)
-    for head, all_steps in HEAD_STEPS.items():
-        for steps in all_steps:
+    if "diffusion" in heads:
+        measure_unlimited(images, store, judge)
+    for head in heads:
+        for steps in HEAD_STEPS[head]:
             measure_row(images, store, judge, head, head, steps, seeds[0])
-    for head, all_steps in FROZEN_STEPS.items():
-        for steps in all_steps:
+    for head in FROZEN_STEPS.keys() & heads:
+        for steps in FROZEN_STEPS[head]:
             measure_row(images, store, judge, f"frozen-{head}", head, steps, seeds[0])
     for seed in seeds[1:]:
-        for head, steps in SPREAD:
+        for head, steps in (row for row in SPREAD if row[0] in heads):
             measure_row(images, store, judge, head, head, steps, seed)
 
 

@@ -43,7 +43,7 @@ def main() -> None:
                 found[f"batch {batch}"] = statistics.median(seconds) / batch
                 found[f"head share {batch}"] = statistics.median(shares[key])
                 print(f"{name}, batch {batch}, {key}: {summary(seconds)}, head {found[f'head share {batch}']:.0%}", flush=True)
-        store.values["times setting"] = {"machine": machine(), "rounds": arguments.rounds}
+        store.keep("setting", "times", {"machine": machine(), "rounds": arguments.rounds})
         for key, found in times.items():
             store.keep("times", key, found)
 
