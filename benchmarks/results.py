@@ -20,6 +20,7 @@ from timing import machine
 from torch import Tensor
 
 from far.cli.main import main as far_command
+from far.config import from_dict
 from far.data.shards import ShardReader
 from far.evaluation.classifier import LinearClassifier
 from far.evaluation.extraction import extract_parts, read_parts
@@ -31,6 +32,7 @@ from far.evaluation.references import Reference, features_of
 from far.evaluation.report import distance_name, figures
 from far.files import read_json, write_json
 from far.pipeline import Pipeline
+from far.sampling import SamplingConfig
 
 RESULTS = Path("docs/results")
 WORK = Path("runs/results")
@@ -160,35 +162,50 @@ class Measurements:
         write_json(self.path, self.values)
 
 
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A model's folder under weights/, its head, and how it is sampled."""
+
+    name: str
+    head: str
+    steps: int | tuple[int, ...]
+    seed: int
+
+    @property
+    def key(self) -> str:
+        steps = self.steps if isinstance(self.steps, int) else "-".join(map(str, self.steps))
+        return f"{self.name} {steps} seed {self.seed}"
+
+
+def planned_rows(heads: list[str], seeds: list[int]) -> list[Row]:
+    """All rows in order of importance."""
+    rows = [Row(head, head, steps, seeds[0]) for head in heads for steps in HEAD_STEPS[head]]
+    rows += [Row(f"frozen-{head}", head, steps, seeds[0]) for head in heads for steps in FROZEN_STEPS.get(head, [])]
+    return rows + [Row(head, head, steps, seed) for seed in seeds[1:] for head, steps in SPREAD if head in heads]
+
+
 def measure(images: ImageSet, heads: list[str], seeds: list[int]) -> None:
     """Floors, guidance sweeps and rows of one image set, as far as they are missing."""
-    network = load_feature_network()
     store = Measurements(RESULTS / f"{images.name}.json")
-    held_out = open_images(images.data / "held-out")
-    real = features_of(held_out, network, WORK)
-    reference = Reference(held_out.name, held_out.digest, FeatureStatistics.of(real), real)
-    training = features_of(open_images(images.data / "train"), network, WORK, count=COUNT)
-    training_labels = ShardReader(images.data / "train", "images").all("labels")[:COUNT]
-    classifier = LinearClassifier(training, training_labels)
-    judge = Judge(network, reference, classifier)
-    setting = {"count": COUNT, "reference": held_out.count, "dtype": DTYPE, "batch size": BATCH, "machine": machine()}
-    for key, value in {**setting, "distance": distance_name(network)}.items():
-        store.keep("setting", key, value)
-    held_out_labels = ShardReader(images.data / "held-out", "images").all("labels")
-    measure_floors(images, store, judge, training, training_labels, classifier.accuracy(real, held_out_labels))
+    if complete(images, store, heads, seeds):
+        return
+    judge = measure_floors(images, store)
     for head in heads:
         sweep(images, store, judge, head)
     if "diffusion" in heads:
         measure_unlimited(images, store, judge)
-    for head in heads:
-        for steps in HEAD_STEPS[head]:
-            measure_row(images, store, judge, head, head, steps, seeds[0])
-    for head in FROZEN_STEPS.keys() & heads:
-        for steps in FROZEN_STEPS[head]:
-            measure_row(images, store, judge, f"frozen-{head}", head, steps, seeds[0])
-    for seed in seeds[1:]:
-        for head, steps in (row for row in SPREAD if row[0] in heads):
-            measure_row(images, store, judge, head, head, steps, seed)
+    for row in planned_rows(heads, seeds):
+        measure_row(images, store, judge, row)
+
+
+def complete(images: ImageSet, store: Measurements, heads: list[str], seeds: list[int]) -> bool:
+    """Whether every figure that the weights at hand can give is recorded, so that no image is needed."""
+    at_hand = [head for head in heads if images.weights(head).is_dir()]
+    sweeps = [current(store.values["sweeps"].get(f"{head} {scale}"), swept(images, head, scale)) for head in at_hand for scale in GUIDANCES]
+    if "reconstructions" not in store.values["rows"] or not all(sweeps):
+        return False
+    rows = [row for row in planned_rows(heads, seeds) if images.weights(row.name).is_dir()]
+    return all(current(store.values["rows"].get(row.key), planned(images, store, row)) for row in rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,38 +221,50 @@ class Judge:
         return {**found, "class accuracy": self.classifier.accuracy(features, labels)}
 
 
-def measure_floors(images: ImageSet, store: Measurements, judge: Judge, training: Tensor, labels: Tensor, accuracy: float) -> None:
-    """Training images, and their reconstructions, against the held-out ones; and the classifier on the latter."""
-    autoencoder_folder = images.weights("diffusion")
-    if "reconstructions" in store.values["rows"] or not autoencoder_folder.is_dir():
-        return
-    store.keep("rows", "real", {"name": "real images", **judge.figures(training, labels), "class accuracy": accuracy})
-    pipeline = Pipeline.from_pretrained(autoencoder_folder)
-    assert pipeline.autoencoder is not None
-    autoencoder = pipeline.autoencoder
+def measure_floors(images: ImageSet, store: Measurements) -> Judge:
+    """Training images, and their reconstructions, against the held-out ones; returns what everything else is judged by."""
+    network = load_feature_network()
+    held_out = open_images(images.data / "held-out")
+    real = features_of(held_out, network, WORK)
     source = open_images(images.data / "train")
+    training = features_of(source, network, WORK, count=COUNT)
+    labels = ShardReader(images.data / "train", "images").all("labels")[:COUNT]
+    judge = Judge(network, Reference(held_out.name, held_out.digest, FeatureStatistics.of(real), real), LinearClassifier(training, labels))
+    setting = {"count": COUNT, "reference": held_out.count, "dtype": DTYPE, "batch size": BATCH, "machine": machine()}
+    for key, value in {**setting, "distance": distance_name(network)}.items():
+        store.keep("setting", key, value)
+    if "reconstructions" in store.values["rows"] or not images.weights("diffusion").is_dir():
+        return judge
+    accuracy = judge.classifier.accuracy(real, ShardReader(images.data / "held-out", "images").all("labels"))
+    store.keep("rows", "real", {"name": "real images", **judge.figures(training, labels), "class accuracy": accuracy})
+    autoencoder = Pipeline.from_pretrained(images.weights("diffusion")).autoencoder
+    assert autoencoder is not None
 
     def reconstruct(rows: range) -> Tensor:
         latents = autoencoder.encode(source.tensor(rows) * 2 - 1).mean
         return (autoencoder.decode(latents) / 2 + 0.5).clamp(0, 1)
 
     folder = WORK / "features" / f"{source.digest}-reconstructions-{autoencoder.fingerprint()}"
-    extract_parts(folder, COUNT, reconstruct, judge.network, description="reconstructions")
+    extract_parts(folder, COUNT, reconstruct, network, description="reconstructions")
     store.keep("rows", "reconstructions", {"name": "reconstructions", **judge.figures(read_parts(folder, COUNT), labels)})
+    return judge
 
 
 def sweep(images: ImageSet, store: Measurements, judge: Judge, head: str) -> None:
     """The distance at each guidance scale over fewer images; the smallest wins."""
-    weights = images.weights(head)
-    if not weights.is_dir():
+    if not images.weights(head).is_dir():
         return
     for guidance in GUIDANCES:
-        generation = generation_of(weights, head_steps=SWEEP_STEPS[head], guidance=guidance, seed=1_000_000)
+        generation = swept(images, head, guidance)
         if current(store.values["sweeps"].get(f"{head} {guidance}"), generation):
             continue
         features, _ = generate(generation, judge.network, SWEEP_COUNT)
         distance = frechet_distance(FeatureStatistics.of(features), judge.reference.statistics)
         store.keep("sweeps", f"{head} {guidance}", {"distance": distance, "count": SWEEP_COUNT, **generation.describe()})
+
+
+def swept(images: ImageSet, head: str, guidance: float) -> Generation:
+    return generation_of(images.weights(head), head_steps=SWEEP_STEPS[head], guidance=guidance, seed=1_000_000)
 
 
 def measure_unlimited(images: ImageSet, store: Measurements, judge: Judge) -> None:
@@ -259,23 +288,27 @@ def best_guidance(store: Measurements, head: str) -> float:
     return min(GUIDANCES, key=lambda guidance: store.values["sweeps"][f"{head} {guidance}"]["distance"])
 
 
-def measure_row(images: ImageSet, store: Measurements, judge: Judge, name: str, head: str, steps: int | tuple[int, ...], seed: int) -> None:
-    weights = images.weights(name)
-    key = f"{name} {steps if isinstance(steps, int) else '-'.join(map(str, steps))} seed {seed}"
-    if not weights.is_dir():
-        print(f"{images.name}: {weights} is not here; {'the recorded' if key in store.values['rows'] else 'no'} row {key!r}")
+def measure_row(images: ImageSet, store: Measurements, judge: Judge, row: Row) -> None:
+    if not images.weights(row.name).is_dir():
+        recorded = "the recorded" if row.key in store.values["rows"] else "no"
+        print(f"{images.name}: {images.weights(row.name)} is not here; {recorded} row {row.key!r}")
         return
-    generation = generation_of(weights, head_steps=steps, guidance=best_guidance(store, head), seed=seed * COUNT)
-    if current(store.values["rows"].get(key), generation):
+    generation = planned(images, store, row)
+    if current(store.values["rows"].get(row.key), generation):
         return
     features, labels = generate(generation, judge.network, COUNT)
-    row = {"name": name, "steps": steps, "guidance": generation.sampling.guidance, **judge.figures(features, labels)}
-    print(json.dumps({key: row}), flush=True)
-    store.keep("rows", key, {**row, **generation.describe()})
+    figures = {"name": row.name, "steps": row.steps, "guidance": generation.sampling.guidance, **judge.figures(features, labels)}
+    print(json.dumps({row.key: figures}), flush=True)
+    store.keep("rows", row.key, {**figures, **generation.describe()})
+
+
+def planned(images: ImageSet, store: Measurements, row: Row) -> Generation:
+    guidance = best_guidance(store, row.head)
+    return generation_of(images.weights(row.name), head_steps=row.steps, guidance=guidance, seed=row.seed * COUNT)
 
 
 def generation_of(weights: Path, *, seed: int, **sampling: Any) -> Generation:
-    defaults = Pipeline.from_pretrained(weights).defaults
+    defaults = from_dict(SamplingConfig, read_json(weights / "config.json")["defaults"], str(weights))
     return Generation(str(weights), dataclasses.replace(defaults, **sampling), seed, DTYPE)
 
 
