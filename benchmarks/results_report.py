@@ -25,7 +25,9 @@ def write_report(files: list[Path], report: Path) -> None:
         text = _replace(text, name, _table(values))
         text = _replace(text, f"{name}-guidance", _guidance_table(values))
         sample_grid(name, values, report.parent / "images" / f"comparison-{name}.png")
-    plot(measured, report.parent / "images" / "distance-against-seconds.png")
+    measured = {name: values for name, values in measured.items() if "times" in values}
+    if measured:
+        plot(measured, report.parent / "images" / "distance-against-seconds.png")
     with atomic_path(report) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
