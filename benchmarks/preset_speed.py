@@ -15,7 +15,7 @@ from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.model import FAR, ModelConfig, preset
 from far.sampling import SamplingConfig, SeededNoise, sample
 
-STEPS = {"mar": (100,), "far": (8, 4, 1)}
+STEPS = {"mar": (100,), "far": (8, 4)}
 
 
 def draw(model: FAR, config: SamplingConfig, batch: int) -> None:
