@@ -6,7 +6,6 @@ last block pools by maximum, and images are enlarged by TensorFlow 1's rule. The
 ``far.evaluation.metrics``.
 """
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -216,13 +215,13 @@ def load_inception(path: Path) -> InceptionV3:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist; {remedy}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # Of a damaged file torch.load raises nearly anything: IndexError, struct.error, AssertionError.
         raise InputError(f"{path} is damaged or holds more than tensors; {remedy}") from error
     network = InceptionV3()
     expected = network.state_dict()
     if not isinstance(weights, dict):
         raise InputError(f"{path} is no state dict; {remedy}")
-    # The counters of the batch norms are younger than the file, and unused here.
+    # The counters of the batch norms are unused here, and may be absent from the file.
     weights = {**{name: tensor for name, tensor in expected.items() if name.endswith("num_batches_tracked")}, **weights}
     differing = sorted(map(str, weights.keys() ^ expected.keys()))
     if differing:

@@ -1,7 +1,8 @@
 """FID's Inception-v3: names and shapes, resizing, pooling, preprocessing, and what loading refuses.
 
 The published weights cannot be had here, so the names and shapes are checked against a table written from
-the network's description, and each peculiarity of the graph by brute force.
+the network's description, each peculiarity of the graph by brute force, and the whole against features that
+torch-fidelity computed from the same random weights.
 """
 
 from pathlib import Path
@@ -66,13 +67,13 @@ def published_shapes() -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights under the published names, without the counters that the published file lacks."""
-    generator = torch.Generator().manual_seed(0)
+    """Random weights under the published names, without counters; NumPy keeps the stream of RandomState for ever."""
+    random = np.random.RandomState(0)
     weights = {}
     for name, shape in published_shapes().items():
-        normal = torch.randn(shape, generator=generator)
-        fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 1
-        weights[name] = normal.abs() + 0.5 if "running_var" in name or name.endswith("bn.weight") else normal * (1.4 / fan_in**0.5)
+        normal = torch.from_numpy(random.standard_normal(shape)).float()
+        fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 100
+        weights[name] = normal.abs() / 2 + 0.75 if "running_var" in name or name.endswith("bn.weight") else normal * (2 / fan_in) ** 0.5
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(weights, path)
     return path
@@ -82,6 +83,8 @@ def test_names_and_shapes_are_the_published_ones() -> None:
     found = {name: tuple(tensor.shape) for name, tensor in InceptionV3().state_dict().items() if "num_batches_tracked" not in name}
     assert found == published_shapes()
     assert len(found) == 94 * 5 + 2
+    # torchvision documents 27,161,264: less its auxiliary head, plus 8 classes.
+    assert sum(parameter.numel() for parameter in InceptionV3().parameters()) == 27_161_264 - 3_326_696 + 8 * 2049
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(5, 7, 13), (16, 9, 7), (3, 3, 3), (1, 2, 4)])
@@ -152,11 +155,38 @@ def test_pixels_as_the_graph_sees_them(weights_file: Path) -> None:
     network = load_inception(weights_file)
     seen: list[Tensor] = []
     network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    images = torch.stack([torch.zeros(3, 20, 20), torch.ones(3, 20, 20)])
+    images = torch.stack([torch.full((3, 20, 20), value) for value in (0, 1, 0.3)])
     network(images)
-    assert seen[0].shape == (2, 3, 299, 299)
+    assert seen[0].shape == (3, 3, 299, 299)
     torch.testing.assert_close(seen[0][0], torch.full((3, 299, 299), -1.0))
     torch.testing.assert_close(seen[0][1], torch.full((3, 299, 299), 127 / 128))
+    torch.testing.assert_close(seen[0][2], torch.full((3, 299, 299), (76.5 - 128) / 128))  # not rounded to 8 bits
+
+
+# Features 0, 256, ... of two images (rows) by torch-fidelity 0.4.0, whose graph knows nothing of ours:
+# FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=FILE OF THE FIXTURE).
+TORCH_FIDELITY = [
+    [0.0, 2.0117, 76.267, 75.8343, 29.1398, 18.4054, 2.681, 25.0439],
+    [0.0, 2.0836, 64.3028, 72.2951, 27.4364, 16.836, 3.6011, 27.957],
+]
+
+
+@torch.no_grad()
+def test_features_are_torch_fidelitys(weights_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("far.evaluation.inception._CPU_CHUNK", 1)
+    pixels = np.random.RandomState(1).randint(0, 256, (2, 3, 40, 56))
+    pixels[1] //= 3
+    features = load_inception(weights_file)(torch.from_numpy(pixels).float() / 255)
+    torch.testing.assert_close(features[:, ::256], torch.tensor(TORCH_FIDELITY), rtol=1e-4, atol=1e-4)
+
+
+def test_counters_are_read_past(tmp_path: Path, weights_file: Path) -> None:
+    weights = torch.load(weights_file, weights_only=True)
+    norms = [name.removesuffix("running_mean") for name in weights if name.endswith("running_mean")]
+    torch.save({**weights, **{f"{norm}num_batches_tracked": torch.tensor(5) for norm in norms}}, tmp_path / "counters.pth")
+    found = load_inception(tmp_path / "counters.pth").state_dict()
+    for name, tensor in weights.items():
+        assert torch.equal(found[name], tensor)
 
 
 @torch.no_grad()
@@ -176,6 +206,8 @@ def change(weights: dict[str, Tensor], kind: str) -> object:
         return [1, 2]
     if kind == "missing":
         del weights["Mixed_7c.branch1x1.conv.weight"]
+    elif kind == "missing norm":
+        del weights["Mixed_5b.branch1x1.bn.running_var"]
     elif kind == "unexpected":
         weights["AuxLogits.fc.weight"] = torch.zeros(1)
     elif kind == "torchvision's classes":
@@ -190,6 +222,7 @@ def change(weights: dict[str, Tensor], kind: str) -> object:
     [
         ("a list", "no state dict"),
         ("missing", r"Mixed_7c\.branch1x1\.conv\.weight is in only one"),
+        ("missing norm", r"Mixed_5b\.branch1x1\.bn\.running_var is in only one"),
         ("unexpected", r"AuxLogits\.fc\.weight is in only one"),
         ("torchvision's classes", r"fc\.weight is not of shape \[1008, 2048\]"),
         ("no tensor", r"fc\.bias is not of shape"),
@@ -214,6 +247,12 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path, weights_file: Pat
         (tmp_path / f"{name}.pth").write_bytes(damaged)
         with pytest.raises(InputError, match=rf"{name}\.pth is damaged"):
             load_inception(tmp_path / f"{name}.pth")
+    torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "old.pth").read_bytes()
+    for length in range(len(content)):  # the format before torch 1.6, where each length fails in its own way
+        (tmp_path / "old.pth").write_bytes(content[:length])
+        with pytest.raises(InputError, match=r"old\.pth is damaged"):
+            load_inception(tmp_path / "old.pth")
     torch.save({"fc.weight": Foreign()}, tmp_path / "foreign.pth")
     with pytest.raises(InputError, match=r"foreign\.pth is damaged or holds more than tensors"):
         load_inception(tmp_path / "foreign.pth")
