@@ -52,7 +52,7 @@ HEAD_STEPS: dict[str, list[int | tuple[int, ...]]] = {
 SWEEP_STEPS = {"diffusion": 25, "flow": 8, "shortcut": 8}
 FROZEN_STEPS: dict[str, list[int | tuple[int, ...]]] = {"shortcut": [8, 4], "flow": [8]}
 # The rows that the claim is about are drawn from further sampling seeds.
-SPREAD = [("shortcut", 8), ("shortcut", 4), ("diffusion", 100)]
+SPREAD = [("shortcut", 8), ("shortcut", 4), ("flow", 8), ("diffusion", 100)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +79,7 @@ SETS = {
         Path("recipes/comparison/avatars-64.yaml"),
         (
             ("data", "avatars", "data/avatars-64"),
-            ("train-autoencoder", "recipes/avatars-64.yaml", "--resume"),
-            ("cache", "recipes/avatars-64.yaml"),
+            ("cache", "recipes/comparison/avatars-64.yaml"),
         ),
     ),
     "fashion-mnist": ImageSet(
@@ -104,7 +103,7 @@ def main() -> None:
         "--seeds",
         type=int,
         nargs="+",
-        default=[0],
+        default=[0, 1, 2],
         help="of sampling; all but the first for the main rows only",
     )
     parser.add_argument("--heads", nargs="+", default=list(HEAD_STEPS), help="only these, where processes share the work")
@@ -125,7 +124,7 @@ def train(images: ImageSet) -> None:
         train_head(images, head, head)
     for head in FROZEN_STEPS:
         train_head(
-            images, head, f"frozen-{head}", f"generator.frozen_backbone={images.runs / 'diffusion'}", "generator.training.steps=800"
+            images, head, f"frozen-{head}", f"generator.frozen_backbone={images.weights('diffusion')}", "generator.training.steps=800"
         )  # fmt: skip
 
 
