@@ -228,7 +228,9 @@ def measure_floors(images: ImageSet, store: Measurements) -> Judge:
     source = open_images(images.data / "train")
     training = features_of(source, network, WORK, count=COUNT)
     labels = ShardReader(images.data / "train", "images").all("labels")[:COUNT]
-    judge = Judge(network, Reference(held_out.name, held_out.digest, FeatureStatistics.of(real), real), LinearClassifier(training, labels))
+    statistics = FeatureStatistics.of(real)
+    reference = Reference(held_out.name, held_out.digest, statistics, real, held_out.count, held_out.size)
+    judge = Judge(network, reference, LinearClassifier(training, labels))
     setting = {"count": COUNT, "reference": held_out.count, "dtype": DTYPE, "batch size": BATCH, "machine": machine()}
     for key, value in {**setting, "distance": distance_name(network)}.items():
         store.keep("setting", key, value)

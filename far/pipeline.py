@@ -20,7 +20,7 @@ from far.files import read_json, write_json
 from far.model import FAR, ModelConfig
 from far.pictures import to_pictures
 from far.sampling import Progress, SamplingConfig, SeededNoise, sample
-from far.weights import load_autoencoder, load_module, save_tensors
+from far.weights import load_autoencoder, load_module, save_tensors, to_device
 
 BUNDLED = Path(__file__).parent / "bundled"
 # On a CPU, few images at a time and channels last stay in the caches: twice as fast at 64 × 64 pixels.
@@ -197,10 +197,7 @@ class Pipeline:
             raise InputError(f"{source} names {len(classes)} classes for a model of {config.classes}; name them all")
         model = FAR(config)
         load_module(model, folder / "model.safetensors")
-        try:
-            model = model.to(device, weights_dtype)
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
+        model = to_device(model, device, weights_dtype)
         autoencoder = load_autoencoder(folder).to(device) if "autoencoder" in values else None
         if autoencoder is not None:
             autoencoder = autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

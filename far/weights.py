@@ -5,7 +5,7 @@ Published checkpoints of other projects are read by ``far.convert``, training st
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +17,8 @@ from far.config import from_dict, to_dict
 from far.errors import InputError
 from far.files import atomic_path, read_json, write_json
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
     """Write tensors as safetensors, atomically; floating point ones as ``dtype`` where given."""
@@ -26,6 +28,18 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | No
     }
     with atomic_path(path) as temporary:
         save_file(converted, temporary)
+
+
+def to_device(module: M, device: str, dtype: torch.dtype | None = None) -> M:
+    """``module`` on a device, and in a dtype where given.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    try:
+        return module.to(device, dtype)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
 
 
 def load_module(module: nn.Module, path: Path) -> None:

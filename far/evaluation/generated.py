@@ -38,9 +38,15 @@ class Generation:
 
 def parts_folder(base: Path, generation: Generation, extractor: Extractor, *, keep_images: bool = False) -> Path:
     """The folder for the parts of a generation: another for other weights, settings, network, or content."""
-    described = {**generation.describe(), "extractor": extractor.name, "images": keep_images}
+    described = {**generation.describe(), "extractor": [extractor.name, extractor.digest], "images": keep_images}
     del described["weights"]  # the same files under another name are the same
     return base / f"parts-{hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def check_class_balance(count: int, classes: int) -> None:
+    """Raise an :class:`InputError` if ``count`` images cannot show every class."""
+    if count < classes:
+        raise InputError(f"count {count} leaves some of the {classes} classes empty; give {classes} or more")
 
 
 def extract_generated(
@@ -60,8 +66,7 @@ def extract_generated(
         InputError: fewer images than classes, so that some class would be empty.
     """
     classes = len(pipeline.classes)
-    if count < classes:
-        raise InputError(f"count {count} leaves some of the {classes} classes empty; give {classes} or more")
+    check_class_balance(count, classes)
 
     def images(rows: range) -> Tensor:
         labels = [row % classes for row in rows]

@@ -4,27 +4,33 @@ Everything is read by row range, so no set has to fit in memory. What is compute
 ``far.evaluation.extraction``.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
+import lzma
+import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from far.data.images import SUFFIXES
+from far.data.images import SUFFIXES, decode_image
 from far.data.shards import INDEX, ShardReader
 from far.errors import InputError
 from far.files import atomic_path, sha256
 
 # The names under which ADM's evaluation reads samples and labels.
 NPZ_IMAGES, NPZ_LABELS = "arr_0", "arr_1"
+# What reading a damaged archive raises, besides OSError: RuntimeError and NotImplementedError for encryption and unknown methods.
+_ARCHIVE_ERRORS = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +40,14 @@ class ImageSource:
     Attributes:
         name: what the user called it.
         count: number of images.
+        size: (height, width) in pixels.
         digest: of the contents; equal for equal images in equal order.
         read: rows ``range`` → ``[n, h, w, 3]`` uint8.
     """
 
     name: str
     count: int
+    size: tuple[int, int]
     digest: str
     read: Callable[[range], np.ndarray]
 
@@ -56,10 +64,11 @@ def open_images(path: Path) -> ImageSource:
     Raises:
         InputError: nothing is there, or it holds no images, an empty class, or images of different sizes.
     """
-    if path.suffix.lower() == ".npz":
+    if path.suffix.lower() == ".npz" and not path.is_dir():
         return _open_npz(path)
     if not path.is_dir():
-        raise InputError(f"{path} does not exist; give a folder of images, an .npz, or an image set that far data made")
+        wrong = "is no folder and no .npz" if path.exists() else "does not exist"
+        raise InputError(f"{path} {wrong}; give a folder of images, an .npz, or an image set that far data made")
     for folder in (path, path / "held-out"):
         if (folder / INDEX).exists():
             return _open_image_set(folder)
@@ -71,18 +80,16 @@ def _open_image_set(folder: Path) -> ImageSource:
     return ImageSource(
         str(folder),
         len(reader),
+        (reader.meta["size"], reader.meta["size"]),
         f"shards-{sha256(folder / INDEX)}",
         lambda rows: reader.rows("images", torch.arange(rows.start, rows.stop)).numpy(),
     )
 
 
 def _open_folder(folder: Path) -> ImageSource:
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = _image_files(folder)
     if not files:
         raise InputError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
-    for subfolder in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        if not any(subfolder in file.parents for file in files):
-            raise InputError(f"class {subfolder} is empty; add images to it or remove it")
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.relative_to(folder)} {sha256(file)}\n".encode())
@@ -100,25 +107,76 @@ def _open_folder(folder: Path) -> ImageSource:
                 )
         return np.stack(images)
 
-    return ImageSource(str(folder), len(files), f"folder-{digest.hexdigest()}", read)
+    return ImageSource(str(folder), len(files), (size[0], size[1]), f"folder-{digest.hexdigest()}", read)
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """All images, those of each subfolder in turn, so that the first ones are of all classes; hidden ones are left out."""
+    classes: dict[str, list[Path]] = {}
+    seen = set()
+    for place, subfolders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        # A link to a folder above would be walked for ever.
+        subfolders[:] = [] if real in seen else sorted(name for name in subfolders if not name.startswith("."))
+        if real in seen:
+            continue
+        seen.add(real)
+        within = Path(place).relative_to(folder).parts
+        found = classes.setdefault(within[0] if within else "", [])
+        found += [Path(place, name) for name in names if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")]
+    for name, found in classes.items():
+        if name and not found:
+            raise InputError(f"class {folder / name} is empty; add images to it or remove it")
+    rows = itertools.zip_longest(*(sorted(found) for _, found in sorted(classes.items())))
+    return [file for row in rows for file in row if file is not None]
 
 
 def _decode(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is no readable image ({reason}); replace or remove it") from error
+    return np.asarray(decode_image(path))
 
 
 def _open_npz(path: Path) -> ImageSource:
+    check_npz(path)
     images = map_npz_array(path, NPZ_IMAGES)
     if images is None:
         raise InputError(f"{path} holds no array {NPZ_IMAGES!r} of images; write it with far generate --out FILE.npz")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
         raise InputError(f"{path}: {NPZ_IMAGES} is {images.dtype} {list(images.shape)}, where uint8 [n, height, width, 3] is needed")
-    return ImageSource(str(path), len(images), f"npz-{sha256(path)}", lambda rows: np.array(images[rows.start : rows.stop]))
+    size = (images.shape[1], images.shape[2])
+    return ImageSource(str(path), len(images), size, f"npz-{sha256(path)}", lambda rows: np.array(images[rows.start : rows.stop]))
+
+
+def npz_names(path: Path) -> set[str]:
+    """The names of the arrays of an ``.npz``.
+
+    Raises:
+        InputError: the file is missing, cut off, or no ``.npz``.
+    """
+    with _archive(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
+def check_npz(path: Path) -> None:
+    """Read all of an ``.npz`` once against its checksums, which a memory map does not look at.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    with _archive(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise InputError(f"{path} is damaged (the checksum of {damaged} differs); restore or remake it")
+
+
+@contextlib.contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
+    except _ARCHIVE_ERRORS as error:
+        raise InputError(f"{path} is damaged or no .npz ({error}); restore or remake it") from error
 
 
 def map_npz_array(path: Path, name: str) -> np.ndarray | None:
@@ -127,27 +185,22 @@ def map_npz_array(path: Path, name: str) -> np.ndarray | None:
     Raises:
         InputError: the file is missing, cut off, no ``.npz``, or the array is pickled.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if f"{name}.npy" not in archive.namelist():
-                return None
-            entry = archive.getinfo(f"{name}.npy")
-            if entry.compress_type == zipfile.ZIP_STORED:
-                with path.open("rb") as file:
-                    # A local header is 30 bytes, of which the last four hold the lengths of the name and the extra field.
-                    file.seek(entry.header_offset + 26)
-                    name_length, extra_length = np.frombuffer(file.read(4), "<u2").tolist()
-                    file.seek(entry.header_offset + 30 + name_length + extra_length)
-                    return _map_npy(file)
-            with archive.open(entry) as packed, tempfile.TemporaryFile() as unpacked:
-                while chunk := packed.read(1 << 24):
-                    unpacked.write(chunk)
-                unpacked.seek(0)
-                return _map_npy(unpacked)
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist") from error
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is damaged or no .npz ({error}); restore or remake it") from error
+    with _archive(path) as archive:
+        if f"{name}.npy" not in archive.namelist():
+            return None
+        entry = archive.getinfo(f"{name}.npy")
+        if entry.compress_type == zipfile.ZIP_STORED:
+            with path.open("rb") as file:
+                # A local header is 30 bytes, of which the last four hold the lengths of the name and the extra field.
+                file.seek(entry.header_offset + 26)
+                name_length, extra_length = np.frombuffer(file.read(4), "<u2").tolist()
+                file.seek(entry.header_offset + 30 + name_length + extra_length)
+                return _map_npy(file)
+        with archive.open(entry) as packed, tempfile.TemporaryFile() as unpacked:
+            while chunk := packed.read(1 << 24):
+                unpacked.write(chunk)
+            unpacked.seek(0)
+            return _map_npy(unpacked)
 
 
 def _map_npy(file: IO[bytes]) -> np.ndarray:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from far.errors import InputError
 from far.evaluation.features import FID_NETWORK
+from far.files import sha256
 
 INPUT_SIZE = 299
 CLASSES = 1008
@@ -26,6 +27,7 @@ class InceptionV3(nn.Module):
 
     name = FID_NETWORK
     dimensions = 2048
+    digest = ""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,5 +232,6 @@ def load_inception(path: Path) -> InceptionV3:
         if not isinstance(weights[name], Tensor) or weights[name].shape != tensor.shape:
             raise InputError(f"{path} holds another network: {name} is not of shape {list(tensor.shape)}; {remedy}")
     network.load_state_dict(weights)
+    network.digest = sha256(path)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.eval().requires_grad_(False)

@@ -15,25 +15,28 @@ from torch import Tensor
 from far.errors import InputError
 from far.evaluation.extraction import extract_parts, read_parts
 from far.evaluation.features import FID_NETWORK, Extractor
-from far.evaluation.images import NPZ_IMAGES, ImageSource, map_npz_array, open_images
+from far.evaluation.images import NPZ_IMAGES, ImageSource, check_npz, map_npz_array, npz_names, open_images
 from far.evaluation.metrics import FeatureStatistics
 from far.files import atomic_path, sha256
 
-# Files without a count come from ADM; its ImageNet statistics are of the whole training set.
-_UNKNOWN_COUNT = 1_281_167
+# Where a file names no count, any large one stands in: it matters for nothing but rounding.
+_UNKNOWN_COUNT = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
     """Statistics, and the features ``[n, d]`` they come from where these are at hand.
 
-    ``source`` says where from, ``digest`` identifies the content.
+    ``source`` says where from, ``digest`` identifies the content. ``count`` of images and their ``size``
+    (height, width) are ``None`` where a file does not tell.
     """
 
     source: str
     digest: str
     statistics: FeatureStatistics
     features: Tensor | None
+    count: int | None
+    size: tuple[int, int] | None
 
 
 def default_cache() -> Path:
@@ -50,52 +53,82 @@ def open_reference(path: Path, extractor: Extractor, cache: Path) -> Reference:
     Raises:
         InputError: statistics of another network, damaged files, or features that are not finite.
     """
-    is_npz = path.suffix.lower() == ".npz"
-    if is_npz and map_npz_array(path, NPZ_IMAGES) is None:
+    names = npz_names(path) if path.suffix.lower() == ".npz" else set()
+    if names and NPZ_IMAGES not in names:
         return _read_statistics(path, extractor)
     source = open_images(path)
     features = features_of(source, extractor, cache)
-    if is_npz and extractor.name == FID_NETWORK and map_npz_array(path, "mu") is not None:
-        return dataclasses.replace(_read_statistics(path, extractor), features=features)
-    return Reference(source.name, source.digest, FeatureStatistics.of(features), features)
+    if extractor.name == FID_NETWORK and {"mu", "sigma"} <= names:
+        return dataclasses.replace(_read_statistics(path, extractor), features=features, size=source.size)
+    return Reference(source.name, source.digest, FeatureStatistics.of(features), features, source.count, source.size)
 
 
 def features_of(source: ImageSource, extractor: Extractor, cache: Path, *, count: int | None = None) -> Tensor:
     """Features of the first ``count`` images (default all), from ``cache`` where they are there."""
     count = source.count if count is None else count
-    folder = cache / "features" / f"{source.digest}-{''.join(filter(str.isalnum, extractor.name))}"
+    folder = cache / "features" / f"{source.digest}-{''.join(filter(str.isalnum, extractor.name))}-{extractor.digest[:16]}"
     extract_parts(folder, count, source.tensor, extractor, description=f"features of {source.name}")
     return read_parts(folder, count)
 
 
 def _read_statistics(path: Path, extractor: Extractor) -> Reference:
-    arrays = {name: map_npz_array(path, name) for name in ("mu", "sigma", "extractor", "count", "features")}
-    mean, covariance = arrays["mu"], arrays["sigma"]
+    check_npz(path)
+    arrays = {name: map_npz_array(path, name) for name in ("mu", "sigma", "extractor", "extractor_digest", "count", "features")}
+    mean, covariance, features = arrays["mu"], arrays["sigma"], arrays["features"]
     if mean is None or covariance is None:
         raise InputError(f"{path} holds neither images ({NPZ_IMAGES}) nor statistics (mu and sigma)")
     recorded = FID_NETWORK if arrays["extractor"] is None else str(arrays["extractor"])
     if recorded != extractor.name:
         raise InputError(f"{path} holds statistics of {recorded}, not of {extractor.name}; compare with images, or use that network")
-    dimensions = extractor.dimensions
+    if arrays["extractor_digest"] is not None and str(arrays["extractor_digest"]) != extractor.digest:
+        raise InputError(f"{path} holds statistics of {recorded} with other weights; compare with images, or use those weights")
+    _check_moments(path, mean, covariance, extractor.dimensions)
+    count = None if arrays["count"] is None else _read_count(path, arrays["count"])
+    if features is not None:
+        _check_features(path, features, count, extractor.dimensions)
+    statistics = FeatureStatistics.known(count or _UNKNOWN_COUNT, torch.tensor(np.array(mean)), torch.tensor(np.array(covariance)))
+    kept = None if features is None else torch.tensor(np.array(features))
+    return Reference(str(path), f"npz-{sha256(path)}", statistics, kept, count, None)
+
+
+def _check_moments(path: Path, mean: np.ndarray, covariance: np.ndarray, dimensions: int) -> None:
     if mean.shape != (dimensions,) or covariance.shape != (dimensions, dimensions):
         raise InputError(f"{path}: mu {list(mean.shape)} and sigma {list(covariance.shape)} do not fit {dimensions} features")
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise InputError(f"{path}: mu or sigma hold values that are not finite; make the file again")
-    count = _UNKNOWN_COUNT if arrays["count"] is None else int(arrays["count"])
-    statistics = FeatureStatistics.known(count, torch.tensor(np.array(mean)), torch.tensor(np.array(covariance)))
-    features = None if arrays["features"] is None else torch.tensor(np.array(arrays["features"]))
-    return Reference(str(path), f"npz-{sha256(path)}", statistics, features)
+    for name, array in (("mu", mean), ("sigma", covariance)):
+        if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+            raise InputError(f"{path}: {name} holds values that are not finite numbers; make the file again")
+    scale = np.abs(covariance).max()
+    if not np.allclose(covariance, covariance.T, rtol=0, atol=1e-5 * scale):
+        raise InputError(f"{path}: sigma is not symmetric, so it is no covariance; make the file again")
+    lowest = float(torch.linalg.eigvalsh(torch.tensor(np.array(covariance)).double())[0])
+    if lowest < -1e-3 * scale:
+        raise InputError(f"{path}: sigma has the negative eigenvalue {lowest:.3g}, so it is no covariance; make the file again")
+
+
+def _read_count(path: Path, array: np.ndarray) -> int:
+    if array.shape != () or array.dtype.kind not in "iu" or array < 2:
+        raise InputError(f"{path}: count is {array.tolist()!r}, where the number of images (2 or more) is needed; make the file again")
+    return int(array)
+
+
+def _check_features(path: Path, features: np.ndarray, count: int | None, dimensions: int) -> None:
+    if features.ndim != 2 or features.shape[1] != dimensions or (count is not None and len(features) != count):
+        raise InputError(f"{path}: features {list(features.shape)} are not [{count or 'count'}, {dimensions}]; make the file again")
+    if features.dtype.kind != "f" or not np.isfinite(features).all():
+        raise InputError(f"{path}: features hold values that are not finite numbers; make the file again")
 
 
 def write_statistics(path: Path, extractor: Extractor, features: Tensor) -> None:
     """Write a statistics file that :func:`open_reference` reads."""
     statistics = FeatureStatistics.of(features)
-    with atomic_path(path) as temporary:
+    # An open file, because numpy would add a suffix to a name.
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez(
-            temporary,
+            file,
             mu=statistics.mean.numpy(),
             sigma=statistics.covariance.numpy(),
             extractor=np.array(extractor.name),
+            extractor_digest=np.array(extractor.digest),
             count=np.array(len(features)),
             features=features.numpy(),
         )

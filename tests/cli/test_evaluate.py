@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from far.cli.main import main
+from far.data.images import read_image
 from far.evaluation.features import load_feature_network
 from far.evaluation.images import open_images
 from far.evaluation.metrics import FeatureStatistics, frechet_distance
@@ -45,6 +46,8 @@ def test_a_model(tmp_path: Path, pipeline_folder: Path, image_set: Path, capsys:
     assert set(result["judged"]["sha256"]) == {"config.json", "model.safetensors", "autoencoder.safetensors"}
     assert result["reference"]["count"] == 12
     assert result["extractor"] == "EfficientNet-Lite0"
+    assert len(result["extractor sha256"]) == 64
+    assert result["judged"]["size"] == result["reference"]["size"] == [16, 16]
     assert not list((tmp_path / "out").glob("parts-*")), "parts are left behind"
     # The saved images, judged as a file, give the same figures.
     with np.load(tmp_path / "samples.npz") as saved:
@@ -70,6 +73,28 @@ def test_saved_statistics_serve_as_a_reference(tmp_path: Path, folder: Path, ima
     direct = evaluate(tmp_path, "--images", folder, "--reference", image_set)
     saved = evaluate(tmp_path, "--images", folder, "--reference", tmp_path / "held-out.npz")
     assert saved["figures"] == pytest.approx(direct["figures"])
+
+
+def test_images_of_another_size_are_warned_of(tmp_path: Path, image_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "larger.npz", arr_0=np.random.default_rng(0).integers(0, 256, (5, 20, 24, 3), dtype=np.uint8))
+    evaluate(tmp_path, "--npz", tmp_path / "larger.npz", "--reference", image_set)
+    assert "judged images and reference have 24×20 and 16×16 pixels" in capsys.readouterr().err
+
+
+def test_a_folder_is_judged_as_far_data_reads_it(tmp_path: Path) -> None:
+    """Transparent, 16-bit and rotated pictures of a folder are those of the image set made from it."""
+    generator = np.random.default_rng(0)
+    for index in range(4):
+        path = tmp_path / "pictures" / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (16, 16, 4), dtype=np.uint8), "RGBA").save(path)
+    Image.fromarray(generator.integers(0, 65536, (16, 16), dtype=np.uint16)).save(tmp_path / "pictures" / "a" / "deep.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "pictures" / "b" / "turned.png", exif=exif)
+    folder = open_images(tmp_path / "pictures")
+    for index, file in enumerate(["a/0.png", "b/1.png", "a/2.png", "b/3.png", "a/deep.png", "b/turned.png"]):
+        np.testing.assert_array_equal(folder.read(range(index, index + 1))[0], read_image(tmp_path / "pictures" / file, 16))
 
 
 def test_generation_goes_on_after_an_interruption(
@@ -131,6 +156,19 @@ def test_two_processes(tmp_path: Path, pipeline_folder: Path, image_set: Path) -
         (["--images", "{corrupt}", "--reference", "{images}"], "is no readable image"),
         (["--images", "{empty}", "--reference", "{images}"], "is empty"),
         (["--images", "{images}", "--reference", "{three}"], "need more than 3 images a side, got 12 and 3"),
+        (["--weights", "{model}", "--reference", "{three}"], "need more than 3 images a side, got 10000 and 3"),
+        (["--weights", "{model}", "--reference", "{images}", "--count", "3"], "need more than 3 images a side, got 3 and 12"),
+        (["--weights", "{model}", "--reference", "{images}", "--seed", "-1"], "--seed -1: give a number of at least 0"),
+        (["--images", "{images}", "--reference", "{images}", "--seed", str(10**25)], "--seed 10000000000000000000000000"),
+        (["--weights", "{model}", "--reference", "{images}", "--device", "nowhere"], "device 'nowhere' cannot be used here"),
+        (["--images", "{images}", "--save-statistics", "statistics"], "--save-statistics statistics: give a name that ends in .npz"),
+        (["--weights", "{model}", "--reference", "{images}", "--save-npz", "x.NPZ"], "--save-npz x.NPZ: give a name that ends in .npz"),
+        (["--images", "{images}", "--reference", "{file}"], "is no folder and no .npz"),
+        (["--npz", "{cut}", "--reference", "{images}"], "is damaged or no .npz"),
+        (["--npz", "{flipped}", "--reference", "{images}"], "the checksum of arr_0.npy differs"),
+        (["--npz", "{packed}", "--reference", "{images}"], "is damaged"),
+        (["--npz", "{pickled}", "--reference", "{images}"], "pickled objects, which are not loaded"),
+        (["--images", "{images}", "--reference", "{nan}"], "features hold values that are not finite numbers"),
         (["--images", "{images}", "--reference", "{foreign}"], "holds statistics of Other, not of EfficientNet-Lite0"),
     ],
 )
@@ -150,10 +188,20 @@ def test_bad_input_is_one_line(
     if "{empty}" in arguments:
         (folder / "c").mkdir()
     np.savez(tmp_path / "three.npz", arr_0=np.zeros((3, 16, 16, 3), np.uint8))
+    network = np.array("EfficientNet-Lite0")
     np.savez(tmp_path / "foreign.npz", mu=np.zeros(1280), sigma=np.eye(1280), extractor=np.array("Other"))
+    np.savez(tmp_path / "nan.npz", mu=np.zeros(1280), sigma=np.eye(1280), extractor=network, features=np.full((9, 1280), np.nan))
+    np.savez(tmp_path / "pickled.npz", arr_0=np.array([{}], dtype=object))
+    whole = (tmp_path / "three.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[:1000])
+    (tmp_path / "flipped.npz").write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
+    np.savez_compressed(tmp_path / "packed.npz", arr_0=np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8))
+    packed = (tmp_path / "packed.npz").read_bytes()
+    (tmp_path / "packed.npz").write_bytes(packed[:200] + bytes(200) + packed[400:])
     places = {
         "model": pipeline_folder, "images": image_set, "mixed": folder, "corrupt": folder, "empty": folder,
-        "three": tmp_path / "three.npz", "foreign": tmp_path / "foreign.npz",
+        "file": folder / "b" / "1.png",
+        **{name: tmp_path / f"{name}.npz" for name in ("three", "foreign", "nan", "cut", "flipped", "packed", "pickled")},
     }  # fmt: skip
     given = [argument.format(**places) for argument in arguments]
     assert main(["evaluate", *given, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]) == 2
@@ -161,3 +209,4 @@ def test_bad_input_is_one_line(
     assert error.startswith("far: error:")
     assert message in error
     assert not (tmp_path / "out" / "result.json").exists()
+    assert not list((tmp_path / "out").glob("parts-*")), "images were generated first"

@@ -13,7 +13,7 @@ from far.evaluation.extraction import PART, extract_parts, part_path, part_range
 from far.evaluation.features import FID_NETWORK
 from far.evaluation.generated import Generation, extract_generated, parts_folder
 from far.evaluation.images import open_images
-from far.evaluation.metrics import FeatureStatistics, frechet_distance, kernel_distance, precision_recall
+from far.evaluation.metrics import FeatureStatistics, frechet_distance, inception_score, kernel_distance, precision_recall
 from far.evaluation.references import Reference, features_of, open_reference, write_statistics
 from far.evaluation.report import figures
 from far.pipeline import Pipeline
@@ -24,6 +24,7 @@ class MeanColours:
     """A small real extractor: the mean of each colour in each quarter, and of its square."""
 
     name = "mean colours"
+    digest = "1" * 64
     dimensions = 24
 
     def __init__(self) -> None:
@@ -134,6 +135,10 @@ def test_reference_features_are_computed_once(tmp_path: Path, image_set: Path) -
     other = NamedInception()
     open_reference(image_set, other, tmp_path)
     assert other.seen == 12, "another network's features were taken"
+    retrained = MeanColours()
+    retrained.digest = "2" * 64
+    open_reference(image_set, retrained, tmp_path)
+    assert retrained.seen == 12, "the features of other weights were taken"
 
 
 def test_a_statistics_file_equals_its_images(tmp_path: Path, image_set: Path) -> None:
@@ -144,7 +149,7 @@ def test_a_statistics_file_equals_its_images(tmp_path: Path, image_set: Path) ->
     network.seen = 0
     read = open_reference(tmp_path / "statistics.npz", network, tmp_path / "cache")
     assert network.seen == 0
-    assert read.statistics.count == 12
+    assert read.statistics.count == read.count == 12
     assert read.features is not None
     assert torch.equal(read.features, direct.features)
     assert frechet_distance(read.statistics, direct.statistics) == pytest.approx(0, abs=1e-9)
@@ -154,6 +159,16 @@ def test_statistics_of_another_network_are_refused(tmp_path: Path) -> None:
     write_statistics(tmp_path / "statistics.npz", MeanColours(), torch.rand(30, 24))
     with pytest.raises(InputError, match=r"statistics\.npz holds statistics of mean colours, not of Inception-v3"):
         open_reference(tmp_path / "statistics.npz", NamedInception(), tmp_path)
+    retrained = MeanColours()
+    retrained.digest = "2" * 64
+    with pytest.raises(InputError, match=r"statistics\.npz holds statistics of mean colours with other weights"):
+        open_reference(tmp_path / "statistics.npz", retrained, tmp_path)
+
+
+def test_statistics_are_written_whole_under_any_name(tmp_path: Path) -> None:
+    write_statistics(tmp_path / "STATISTICS.NPZ", MeanColours(), torch.rand(30, 24))
+    assert [path.name for path in tmp_path.iterdir()] == ["STATISTICS.NPZ"]
+    assert open_reference(tmp_path / "STATISTICS.NPZ", MeanColours(), tmp_path).count == 30
 
 
 def test_adms_statistics_are_inceptions(tmp_path: Path) -> None:
@@ -164,6 +179,7 @@ def test_adms_statistics_are_inceptions(tmp_path: Path) -> None:
         open_reference(tmp_path / "adm.npz", MeanColours(), tmp_path)
     reference = open_reference(tmp_path / "adm.npz", NamedInception(), tmp_path)
     assert reference.features is None
+    assert reference.count is None, "a count was made up"
     found, warnings = figures(torch.rand(40, 24), reference, NamedInception())
     assert set(found) == {"FID", "IS", "IS deviation"}
     assert any("no KID, precision and recall" in warning for warning in warnings)
@@ -186,7 +202,21 @@ def test_adms_reference_batch_gives_statistics_and_features(tmp_path: Path) -> N
     [
         ({"mu": np.zeros(24)}, "neither images"),
         ({"mu": np.zeros(23), "sigma": np.eye(23)}, "do not fit 24 features"),
-        ({"mu": np.full(24, np.nan), "sigma": np.eye(24)}, "not finite"),
+        ({"mu": np.full(24, np.nan), "sigma": np.eye(24)}, "mu holds values that are not finite"),
+        ({"mu": np.zeros(24), "sigma": np.full((24, 24), np.inf)}, "sigma holds values that are not finite"),
+        ({"mu": np.full(24, "0.5"), "sigma": np.eye(24)}, "mu holds values that are not finite"),
+        ({"mu": np.zeros(24), "sigma": np.triu(np.ones((24, 24)))}, "sigma is not symmetric"),
+        ({"mu": np.zeros(24), "sigma": -np.eye(24)}, "sigma has the negative eigenvalue -1"),
+        ({"mu": np.zeros(24), "sigma": np.eye(24), "count": np.array([5, 6])}, r"count is \[5, 6\]"),
+        ({"mu": np.zeros(24), "sigma": np.eye(24), "count": np.array("many")}, "count is 'many'"),
+        ({"mu": np.zeros(24), "sigma": np.eye(24), "count": np.array(1)}, "count is 1"),
+        ({"mu": np.zeros(24), "sigma": np.eye(24), "features": np.zeros((50, 7))}, r"features \[50, 7\] are not"),
+        (
+            {"mu": np.zeros(24), "sigma": np.eye(24), "count": np.array(9), "features": np.zeros((8, 24))},
+            r"features \[8, 24\] are not \[9, 24\]",
+        ),
+        ({"mu": np.zeros(24), "sigma": np.eye(24), "features": np.full((9, 24), np.nan)}, "features hold values that are not finite"),
+        ({"mu": np.zeros(24), "sigma": np.eye(24), "features": np.zeros((9, 24), int)}, "features hold values that are not finite"),
     ],
 )
 def test_bad_statistics(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
@@ -196,7 +226,7 @@ def test_bad_statistics(tmp_path: Path, arrays: dict[str, np.ndarray], message: 
 
 
 def reference_of(features: Tensor) -> Reference:
-    return Reference("real", "0", FeatureStatistics.of(features), features)
+    return Reference("real", "0", FeatureStatistics.of(features), features, len(features), None)
 
 
 def test_figures_are_the_metrics() -> None:
@@ -207,7 +237,10 @@ def test_figures_are_the_metrics() -> None:
     assert found["FD (mean colours)"] == frechet_distance(FeatureStatistics.of(fake), FeatureStatistics.of(real))
     assert (found["precision (mean colours)"], found["recall (mean colours)"]) == precision_recall(fake, real)
     assert found["KID (mean colours)"] == pytest.approx(kernel_distance(fake, real, generator).value, abs=2e-3)
-    assert 1 < found["IS (mean colours)"] < 3
+    # The splits are the first draws from the seed.
+    score = inception_score(MeanColours().logits(fake), torch.Generator().manual_seed(0), splits=10)
+    assert (found["IS (mean colours)"], found["IS deviation (mean colours)"]) == (score.value, score.deviation)
+    assert score.value > 1.2
     assert "FID" not in found
     assert "FID" in figures(fake, reference_of(real), NamedInception())[0]
     assert figures(fake, reference_of(real), MeanColours())[0] == found, "one seed, other figures"
@@ -223,11 +256,25 @@ def test_few_images_are_warned_of_with_their_bias() -> None:
     assert found["bias of FD (mean colours)"] == pytest.approx(found["FD (mean colours)"], rel=0.3)
 
 
+def test_a_small_reference_is_warned_of_with_its_bias() -> None:
+    real = torch.randn(12, 24, generator=torch.Generator().manual_seed(0))
+    fake = torch.randn(3000, 24, generator=torch.Generator().manual_seed(1))
+    found, warnings = figures(fake, reference_of(real), MeanColours())
+    assert len(warnings) == 1
+    assert "the reference's 12 images are fewer than the 24 features" in warnings[0]
+    assert found["bias of FD (mean colours) by the reference"] == pytest.approx(found["FD (mean colours)"], rel=0.3)
+    # Where both are small neither can tell the whole of it.
+    _, warnings = figures(fake[:10], reference_of(real), MeanColours())
+    assert len(warnings) == 2
+    assert all("at least" in warning for warning in warnings)
+
+
 def test_a_reference_smaller_than_the_neighbours() -> None:
     with pytest.raises(InputError, match="need more than 3 images a side, got 40 and 3; give more images"):
         figures(torch.rand(40, 24), reference_of(torch.rand(3, 24)), MeanColours())
-    with pytest.raises(InputError, match="needs two images a side"):
-        figures(torch.rand(40, 24), reference_of(torch.rand(1, 24)), MeanColours())
+    statistics_only = Reference("real", "0", FeatureStatistics.of(torch.rand(40, 24)), None, 40, None)
+    with pytest.raises(InputError, match="needs two images or more, got 1"):
+        figures(torch.rand(1, 24), statistics_only, MeanColours())
 
 
 def test_generated_features_do_not_depend_on_batches_or_processes(tmp_path: Path, pipeline_folder: Path) -> None:

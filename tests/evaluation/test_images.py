@@ -29,11 +29,30 @@ def folder(tmp_path: Path, pictures: np.ndarray) -> Path:
 
 def test_a_folder(folder: Path, pictures: np.ndarray) -> None:
     source = open_images(folder)
-    assert source.count == 7
+    assert (source.count, source.size) == (7, (12, 10))
+    # The classes take turns, so that the first images are of all of them.
+    pictures = pictures[[0, 4, 1, 5, 2, 6, 3]]
     np.testing.assert_array_equal(source.read(range(2, 6)), pictures[2:6])
     tensor = source.tensor(range(7))
     assert tensor.shape == (7, 3, 12, 10)
     np.testing.assert_allclose(tensor[3].permute(1, 2, 0), pictures[3] / 255, rtol=1e-6)
+
+
+def test_a_folder_without_classes(tmp_path: Path, pictures: np.ndarray) -> None:
+    for index, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / f"{index}.png")
+    np.testing.assert_array_equal(open_images(tmp_path).read(range(7)), pictures)
+
+
+def test_links_are_followed_and_hidden_files_left_out(folder: Path, tmp_path: Path, pictures: np.ndarray) -> None:
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "a").symlink_to(folder / "a")
+    (tmp_path / "linked" / "a" / "round").symlink_to(tmp_path / "linked")
+    (tmp_path / "linked" / ".hidden").mkdir()
+    Image.fromarray(pictures[6]).save(tmp_path / "linked" / ".hidden" / "x.png")
+    Image.fromarray(pictures[6]).save(tmp_path / "linked" / ".x.png")
+    source = open_images(tmp_path / "linked")
+    np.testing.assert_array_equal(source.read(range(source.count)), pictures[:4])
 
 
 def test_the_digest_follows_the_content(folder: Path, pictures: np.ndarray) -> None:

@@ -243,10 +243,47 @@ def test_precision_and_recall_of_equal_and_of_distant_sets() -> None:
     x = features(30, 4, 0)
     assert precision_recall(x, x) == (1.0, 1.0)
     assert precision_recall(x, x + 1000) == (0.0, 0.0)
-    # Far from the origin little is left of the squares: the rows are centred first.
-    assert precision_recall(x + 1e6, x + 1e6) == (1.0, 1.0)
     with pytest.raises(ValueError, match="need more than 3 images a side, got 3 and 30"):
         precision_recall(x[:3], x)
+
+
+def test_precision_and_recall_far_from_the_origin() -> None:
+    """There little is left of the squares, unless the rows are centred first."""
+    fake, real = features(60, 4, 0, 0.7), features(50, 4, 1)
+    assert precision_recall(fake + 1e8, real + 1e8) == precision_recall(fake, real)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_precision_and_recall_of_repeated_images(scale: float) -> None:
+    """With more than k equal rows a reach is zero, and equal rows must be found within it, in whatever chunk they are."""
+    distinct = scale * features(90, 50, 0)
+    fake, real = distinct.repeat_interleave(7, dim=0), distinct.repeat(10, 1)
+    assert precision_recall(fake, real) == (1.0, 1.0)
+    assert precision_recall(fake[:350], real)[1] == pytest.approx(50 / 90)
+    assert precision_recall(fake, real[torch.arange(900) % 90 < 30])[0] == pytest.approx(30 / 90)
+
+
+def test_frechet_and_kernel_distance_against_torchmetrics_with_a_network() -> None:
+    """Its whole metrics, with this network for their own, fed in batches."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    class Pooled(torch.nn.Module):
+        num_features = 12
+
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.nn.functional.adaptive_avg_pool2d(images.double(), 2).flatten(1)
+
+    fake, real = (torch.rand(200, 3, 8, 8, generator=seeded(seed), dtype=torch.float64) * scale for seed, scale in ((0, 0.9), (1, 1.0)))
+    distance = FrechetInceptionDistance(feature=Pooled(), input_img_size=(3, 8, 8)).set_dtype(torch.float64)
+    kernel = KernelInceptionDistance(feature=Pooled(), subsets=1, subset_size=200).set_dtype(torch.float64)
+    for metric in (distance, kernel):
+        for start in range(0, 200, 50):
+            metric.update(real[start : start + 50], real=True)
+            metric.update(fake[start : start + 50], real=False)
+    a, b = (Pooled()(images) for images in (fake, real))
+    assert frechet_distance(FeatureStatistics.of(a), FeatureStatistics.of(b)) == pytest.approx(float(distance.compute()), rel=1e-6)
+    assert kernel_distance(a, b, seeded(), subsets=1, subset_size=200).value == pytest.approx(float(kernel.compute()[0]), rel=1e-3)
 
 
 def test_too_few_images_for_a_kernel_distance() -> None:
