@@ -52,7 +52,7 @@ HEAD_STEPS: dict[str, list[int | tuple[int, ...]]] = {
 SWEEP_STEPS = {"diffusion": 25, "flow": 8, "shortcut": 8}
 FROZEN_STEPS: dict[str, list[int | tuple[int, ...]]] = {"shortcut": [8, 4], "flow": [8]}
 # The rows that the claim is about are drawn from further sampling seeds.
-SPREAD = [("shortcut", 8), ("shortcut", 4), ("flow", 8), ("diffusion", 100)]
+SPREAD = [("shortcut", 8), ("shortcut", 4), ("diffusion", 100)]
 
 
 @dataclasses.dataclass(frozen=True)
