@@ -4,6 +4,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,4 +61,17 @@ def median_ratio(a: list[float], b: list[float]) -> float:
 
 def machine() -> str:
     """One line that says where the figures come from."""
-    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {platform.machine()}"
+    threads = f"{torch.get_num_threads()} threads"
+    return (
+        f"torch {torch.__version__}, {threads}, Python {platform.python_version()}, {processor()} {torch.backends.cpu.get_cpu_capability()}"
+    )
+
+
+def processor() -> str:
+    """The processor's name where Linux tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
