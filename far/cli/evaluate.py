@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
         if rank > 0:
             return
         if reference is not None:
-            _report(arguments, reference, features, extractor, judged, {**seconds, "seconds": time.perf_counter() - start})
+            _report(arguments, reference, features, extractor, judged, seconds, start)
         if arguments.save_statistics:
             write_statistics(arguments.save_statistics, extractor, features)
             print(f"wrote {arguments.save_statistics}")
@@ -182,6 +182,7 @@ def _report(
     extractor: Extractor,
     judged: Judged,
     seconds: dict[str, float],
+    start: float,
 ) -> None:
     found, warnings = figures(features, reference, extractor, seed=arguments.seed)
     if reference.size is not None and judged.size is not None and reference.size != judged.size:
@@ -198,6 +199,7 @@ def _report(
         "extractor sha256": extractor.digest,
         "seed": arguments.seed,
         **seconds,
+        "seconds": time.perf_counter() - start,
         "command": ["far", *sys.argv[1:]],
         "threads": torch.get_num_threads(),
         "versions": {"far": far.__version__, "torch": torch.__version__, "python": platform.python_version()},
