@@ -4,8 +4,7 @@
 
 Every measured row is kept in docs/results/SET.json with the SHA-256 of the weights it comes from, so work goes on
 where it stopped and a row is measured again only when its weights changed. A row whose weights are not at hand keeps
-its recorded figures. ``--train`` first runs the recipes of recipes/comparison for every head (hours), which is the
-only way to get the weights of the additional rows with a frozen backbone.
+its recorded figures. ``--train`` first runs the recipes of recipes/comparison for every model (hours).
 """
 
 import argparse
@@ -43,16 +42,34 @@ UNLIMITED = "diffusion without limit"
 BATCH_SIZES = (1, 64)
 DTYPE = "bfloat16"
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.0)
-HEAD_STEPS: dict[str, list[int | tuple[int, ...]]] = {
-    "diffusion": [100, 50, 25, 10, 5, (50, 5)],
-    "flow": [32, 8, 4, 2, 1],
-    "shortcut": [32, 8, 4, 2, 1],
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model of the comparison: how it is trained, and the head steps that it is sampled with.
+
+    ``sweep_steps`` are those of the guidance sweep; without them the guidance of the model ``guidance_of`` is taken.
+    """
+
+    head: str
+    steps: tuple[int | tuple[int, ...], ...]
+    sweep_steps: int | None = None
+    guidance_of: str | None = None
+    recipe: str = ""
+    frozen: bool = False
+
+
+MODELS = {
+    "diffusion": Model("diffusion", (100, 50, 25, 10, 5, (50, 5)), 25),
+    "flow": Model("flow", (32, 8, 4, 2, 1), 8),
+    "shortcut": Model("shortcut", (32, 8, 4, 2, 1), 8),
+    "causal": Model("shortcut", (8, 4, 2, 1), 8, recipe="-causal"),
+    # Heads trained on the diffusion model's backbone, which stays as it is.
+    "frozen-shortcut": Model("shortcut", (8, 4), guidance_of="shortcut", frozen=True),
+    "frozen-flow": Model("flow", (8,), guidance_of="flow", frozen=True),
 }
-# Steps of the guidance sweep, and of the additional rows with heads trained on the diffusion model's frozen backbone.
-SWEEP_STEPS = {"diffusion": 25, "flow": 8, "shortcut": 8}
-FROZEN_STEPS: dict[str, list[int | tuple[int, ...]]] = {"shortcut": [8, 4], "flow": [8]}
-# The rows that the claim is about are drawn from further sampling seeds.
-SPREAD = [("shortcut", 8), ("shortcut", 4), ("diffusion", 100)]
+# The rows that the claims are about are drawn from further sampling seeds.
+SPREAD = [("shortcut", 8), ("shortcut", 4), ("causal", 8), ("causal", 4), ("diffusion", 100)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,22 +78,23 @@ class ImageSet:
 
     name: str
     data: Path
-    recipe: Path
     preparation: tuple[tuple[str, ...], ...]
+
+    def recipe(self, model: Model) -> str:
+        return f"recipes/comparison/{self.name}{model.recipe}.yaml"
 
     def weights(self, name: str) -> Path:
         return Path("weights") / self.name / name
 
     @property
     def runs(self) -> Path:
-        return Path("runs") / self.name / "comparison"
+        return Path("runs/comparison") / self.name
 
 
 SETS = {
     "avatars-64": ImageSet(
         "avatars-64",
         Path("data/avatars-64"),
-        Path("recipes/comparison/avatars-64.yaml"),
         (
             ("data", "avatars", "data/avatars-64"),
             ("cache", "recipes/comparison/avatars-64.yaml"),
@@ -85,7 +103,6 @@ SETS = {
     "fashion-mnist": ImageSet(
         "fashion-mnist",
         Path("data/fashion-mnist"),
-        Path("recipes/comparison/fashion-mnist.yaml"),
         (
             ("data", "fashion-mnist", "data/fashion-mnist", "--from", "/usr/share/datasets/fashion-mnist"),
             ("train-autoencoder", "recipes/comparison/fashion-mnist.yaml", "--resume"),
@@ -106,32 +123,27 @@ def main() -> None:
         default=[0, 1, 2],
         help="of sampling; all but the first for the main rows only",
     )
-    parser.add_argument("--heads", nargs="+", default=list(HEAD_STEPS), help="only these, where processes share the work")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="only these; processes can share the work")
     arguments = parser.parse_args()
     for name in arguments.sets:
         if arguments.train:
-            train(SETS[name])
+            train(SETS[name], arguments.models)
         with torch.no_grad():
-            measure(SETS[name], arguments.heads, arguments.seeds)
+            measure(SETS[name], arguments.models, arguments.seeds)
     write_report([RESULTS / f"{name}.json" for name in SETS], Path("docs/results.md"))
 
 
-def train(images: ImageSet) -> None:
-    """Data, autoencoder, latents; three matched models; then two heads on the frozen backbone of the first."""
+def train(images: ImageSet, models: list[str]) -> None:
+    """Data, autoencoder, latents; then the models, the one whose backbone others take first."""
     for command in images.preparation:
         run(*command)
-    for head in HEAD_STEPS:
-        train_head(images, head, head)
-    for head in FROZEN_STEPS:
-        train_head(
-            images, head, f"frozen-{head}", f"generator.frozen_backbone={images.weights('diffusion')}", "generator.training.steps=800"
-        )  # fmt: skip
-
-
-def train_head(images: ImageSet, head: str, name: str, *overrides: str) -> None:
-    recipe = str(images.recipe)
-    run("train", recipe, f"generator.network.head.kind={head}", f"model=comparison/{name}", *overrides, "--resume")
-    publish(images, name)
+    for name in models:
+        model = MODELS[name]
+        overrides = [f"generator.network.head.kind={model.head}", f"model={name}"]
+        if model.frozen:
+            overrides += [f"generator.frozen_backbone={images.weights('diffusion')}", "generator.training.steps=800"]
+        run("train", images.recipe(model), *overrides, "--resume")
+        publish(images, name)
 
 
 def publish(images: ImageSet, name: str) -> None:
@@ -163,10 +175,9 @@ class Measurements:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A model's folder under weights/, its head, and how it is sampled."""
+    """A model, and how it is sampled."""
 
     name: str
-    head: str
     steps: int | tuple[int, ...]
     seed: int
 
@@ -176,34 +187,36 @@ class Row:
         return f"{self.name} {steps} seed {self.seed}"
 
 
-def planned_rows(heads: list[str], seeds: list[int]) -> list[Row]:
+def planned_rows(models: list[str], seeds: list[int]) -> list[Row]:
     """All rows in order of importance."""
-    rows = [Row(head, head, steps, seeds[0]) for head in heads for steps in HEAD_STEPS[head]]
-    rows += [Row(f"frozen-{head}", head, steps, seeds[0]) for head in heads for steps in FROZEN_STEPS.get(head, [])]
-    return rows + [Row(head, head, steps, seed) for seed in seeds[1:] for head, steps in SPREAD if head in heads]
+    rows = [Row(name, steps, seeds[0]) for name in models for steps in MODELS[name].steps]
+    return rows + [Row(name, steps, seed) for seed in seeds[1:] for name, steps in SPREAD if name in models]
 
 
-def measure(images: ImageSet, heads: list[str], seeds: list[int]) -> None:
+def measure(images: ImageSet, models: list[str], seeds: list[int]) -> None:
     """Floors, guidance sweeps and rows of one image set, as far as they are missing."""
     store = Measurements(RESULTS / f"{images.name}.json")
-    if complete(images, store, heads, seeds):
+    if complete(images, store, models, seeds):
         return
     judge = measure_floors(images, store)
-    for head in heads:
-        sweep(images, store, judge, head)
-    if "diffusion" in heads:
+    for name in models:
+        sweep(images, store, judge, name)
+    if "diffusion" in models:
         measure_unlimited(images, store, judge)
-    for row in planned_rows(heads, seeds):
+    for row in planned_rows(models, seeds):
         measure_row(images, store, judge, row)
 
 
-def complete(images: ImageSet, store: Measurements, heads: list[str], seeds: list[int]) -> bool:
+def complete(images: ImageSet, store: Measurements, models: list[str], seeds: list[int]) -> bool:
     """Whether every figure that the weights at hand can give is recorded, so that no image is needed."""
-    at_hand = [head for head in heads if images.weights(head).is_dir()]
-    sweeps = [current(store.values["sweeps"].get(f"{head} {scale}"), swept(images, head, scale)) for head in at_hand for scale in GUIDANCES]
+    at_hand = [name for name in models if images.weights(name).is_dir()]
+    swept_models = [name for name in at_hand if MODELS[name].sweep_steps]
+    sweeps = [
+        current(store.values["sweeps"].get(f"{name} {scale}"), swept(images, name, scale)) for name in swept_models for scale in GUIDANCES
+    ]
     if "reconstructions" not in store.values["rows"] or not all(sweeps):
         return False
-    rows = [row for row in planned_rows(heads, seeds) if images.weights(row.name).is_dir()]
+    rows = [row for row in planned_rows(models, seeds) if row.name in at_hand]
     return all(current(store.values["rows"].get(row.key), planned(images, store, row)) for row in rows)
 
 
@@ -251,21 +264,21 @@ def measure_floors(images: ImageSet, store: Measurements) -> Judge:
     return judge
 
 
-def sweep(images: ImageSet, store: Measurements, judge: Judge, head: str) -> None:
+def sweep(images: ImageSet, store: Measurements, judge: Judge, name: str) -> None:
     """The distance at each guidance scale over fewer images; the smallest wins."""
-    if not images.weights(head).is_dir():
+    if not images.weights(name).is_dir() or not MODELS[name].sweep_steps:
         return
     for guidance in GUIDANCES:
-        generation = swept(images, head, guidance)
-        if current(store.values["sweeps"].get(f"{head} {guidance}"), generation):
+        generation = swept(images, name, guidance)
+        if current(store.values["sweeps"].get(f"{name} {guidance}"), generation):
             continue
         features, _ = generate(generation, judge.network, SWEEP_COUNT)
         distance = frechet_distance(FeatureStatistics.of(features), judge.reference.statistics)
-        store.keep("sweeps", f"{head} {guidance}", {"distance": distance, "count": SWEEP_COUNT, **generation.describe()})
+        store.keep("sweeps", f"{name} {guidance}", {"distance": distance, "count": SWEEP_COUNT, **generation.describe()})
 
 
-def swept(images: ImageSet, head: str, guidance: float) -> Generation:
-    return generation_of(images.weights(head), head_steps=SWEEP_STEPS[head], guidance=guidance, seed=1_000_000)
+def swept(images: ImageSet, name: str, guidance: float) -> Generation:
+    return generation_of(images.weights(name), head_steps=MODELS[name].sweep_steps, guidance=guidance, seed=1_000_000)
 
 
 def measure_unlimited(images: ImageSet, store: Measurements, judge: Judge) -> None:
@@ -285,8 +298,9 @@ def measure_unlimited(images: ImageSet, store: Measurements, judge: Judge) -> No
         store.keep("sweeps", UNLIMITED, {"distance": distance, "count": SWEEP_COUNT, **generation.describe()})
 
 
-def best_guidance(store: Measurements, head: str) -> float:
-    return min(GUIDANCES, key=lambda guidance: store.values["sweeps"][f"{head} {guidance}"]["distance"])
+def best_guidance(store: Measurements, name: str) -> float:
+    name = MODELS[name].guidance_of or name
+    return min(GUIDANCES, key=lambda guidance: store.values["sweeps"][f"{name} {guidance}"]["distance"])
 
 
 def measure_row(images: ImageSet, store: Measurements, judge: Judge, row: Row) -> None:
@@ -304,7 +318,7 @@ def measure_row(images: ImageSet, store: Measurements, judge: Judge, row: Row) -
 
 
 def planned(images: ImageSet, store: Measurements, row: Row) -> Generation:
-    guidance = best_guidance(store, row.head)
+    guidance = best_guidance(store, row.name)
     return generation_of(images.weights(row.name), head_steps=row.steps, guidance=guidance, seed=row.seed * COUNT)
 
 

@@ -11,10 +11,19 @@ from far.files import atomic_path, read_json
 from far.pictures import grid, save_png
 from far.pipeline import Pipeline
 
-HEADS = {"diffusion": "diffusion (MAR)", "flow": "flow", "shortcut": "shortcut (FAR)"}
-COLOURS = {"diffusion": "#c44e52", "flow": "#dd8452", "shortcut": "#4c72b0"}
+TITLES = {
+    "diffusion": "diffusion (MAR)",
+    "flow": "flow",
+    "shortcut": "shortcut (FAR)",
+    "causal": "shortcut (FAR-Causal)",
+    "frozen-shortcut": "shortcut (FAR), on the frozen backbone",
+    "frozen-flow": "flow, on the frozen backbone",
+}
+COLOURS = {"diffusion": "#c44e52", "flow": "#dd8452", "shortcut": "#4c72b0", "causal": "#55a868"}
 # Rows of the sample grids: a model and its head steps.
-GRID_ROWS = [("diffusion", 100), ("diffusion", 10), ("flow", 8), ("shortcut", 8), ("shortcut", 4), ("shortcut", 1)]
+GRID_ROWS = [
+    ("diffusion", 100), ("diffusion", 10), ("flow", 8), ("shortcut", 8), ("shortcut", 4), ("shortcut", 1), ("causal", 8), ("causal", 4)
+]  # fmt: skip
 
 
 def write_report(files: list[Path], report: Path) -> None:
@@ -60,11 +69,7 @@ def _table(values: dict[str, Any]) -> str:
         found = _distances(values, row)
         spread = f" ± {statistics.stdev(found):.1f} ({len(found)} seeds)" if len(found) > 1 else ""
         name = row["name"]
-        title = (
-            f"{HEADS[name.removeprefix('frozen-')]}{', on the frozen backbone' if name.startswith('frozen-') else ''}"
-            if "steps" in row
-            else name
-        )
+        title = TITLES.get(name, name)
         ratio = f"{statistics.mean(found) / statistics.mean(base):.3f}" if "steps" in row else ""
         times = values.get("times", {}).get(f"{name} {_steps(row)}" if "steps" in row else "", {})
         cells = [
@@ -90,11 +95,11 @@ def _guidance_table(values: dict[str, Any]) -> str:
     for key, found in values["sweeps"].items():
         if key == "diffusion without limit":
             continue
-        head, _, guidance = key.rpartition(" ")
-        sweeps.setdefault(head, {})[guidance] = found["distance"]
+        name, _, guidance = key.rpartition(" ")
+        sweeps.setdefault(name, {})[guidance] = found["distance"]
     scales = list(dict.fromkeys(scale for found in sweeps.values() for scale in found))
     lines = ["| head | " + " | ".join(f"guidance {scale}" for scale in scales) + " |", "|---" * (len(scales) + 1) + "|"]
-    lines += [f"| {HEADS[head]} | " + " | ".join(f"{found[scale]:.1f}" for scale in scales) + " |" for head, found in sweeps.items()]
+    lines += [f"| {TITLES[name]} | " + " | ".join(f"{found[scale]:.1f}" for scale in scales) + " |" for name, found in sweeps.items()]
     unlimited = values["sweeps"].get("diffusion without limit")
     if unlimited:
         lines += ["", f"The diffusion head at 100 steps without a limit of the predicted token: {unlimited['distance']:.1f}."]
@@ -111,17 +116,20 @@ def plot(measured: dict[str, Any], path: Path) -> None:
     figure, panels = plt.subplots(1, len(measured), figsize=(6 * len(measured), 4.2), squeeze=False)
     for panel, (name, values) in zip(panels[0], measured.items()):
         distance = values["setting"]["distance"]
-        for head, title in HEADS.items():
+        for model, colour in COLOURS.items():
+            title = TITLES[model]
             found = [
-                (values["times"][f"{head} {_steps(row)}"]["batch 1"], row[distance], _steps(row))
+                (values["times"][f"{model} {_steps(row)}"]["batch 1"], row[distance], _steps(row))
                 for row in values["rows"].values()
-                if row["name"] == head and row.get("seed") == 0 and f"{head} {_steps(row)}" in values.get("times", {})
+                if row["name"] == model and row.get("seed") == 0 and f"{model} {_steps(row)}" in values.get("times", {})
             ]
+            if not found:
+                continue
             points = sorted(point for point in found if "→" not in point[2])
-            panel.plot([p[0] for p in points], [p[1] for p in points], "o-", color=COLOURS[head], label=title)
+            panel.plot([p[0] for p in points], [p[1] for p in points], "o-", color=colour, label=title)
             for seconds, value, steps in found:
                 if "→" in steps:
-                    panel.plot([seconds], [value], "s", color=COLOURS[head], label=f"{title}, {steps} (DiSA)")
+                    panel.plot([seconds], [value], "s", color=colour, label=f"{title}, {steps} (DiSA)")
                 else:
                     panel.annotate(steps, (seconds, value), textcoords="offset points", xytext=(4, 4), fontsize=8)
         if "reconstructions" in values["rows"]:
@@ -138,14 +146,14 @@ def sample_grid(name: str, values: dict[str, Any], path: Path) -> None:
     """The same seeds by each head, a row each; kept as it is where the weights are not at hand."""
     if not Path("weights", name).is_dir():
         return
-    rows = []
-    for head, steps in GRID_ROWS:
-        pipeline = Pipeline.from_pretrained(Path("weights") / name / head, dtype=values["setting"]["dtype"])
+    rows, shown = [], [(model, steps) for model, steps in GRID_ROWS if f"{model} {steps} seed 0" in values["rows"]]
+    for model, steps in shown:
+        pipeline = Pipeline.from_pretrained(Path("weights") / name / model, dtype=values["setting"]["dtype"])
         classes = len(pipeline.classes)
         labels = [index % classes for index in range(16)]
-        guidance = values["rows"][f"{head} {steps} seed 0"]["guidance"]
+        guidance = values["rows"][f"{model} {steps} seed 0"]["guidance"]
         config = pipeline.sampling_config(head_steps=steps, guidance=guidance)
         rows.append(pipeline.draw(labels, list(range(16)), config))
-    settings = {"rows": ", ".join(f"{head} {steps}" for head, steps in GRID_ROWS), "seeds": "0 to 15"}
+    settings = {"rows": ", ".join(f"{model} {steps}" for model, steps in shown), "seeds": "0 to 15"}
     sheet = grid(torch.cat(rows), columns=16)
     save_png(sheet.resize((sheet.width * 1024 // sheet.width, sheet.height * 1024 // sheet.width)), path, settings)

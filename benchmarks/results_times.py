@@ -11,7 +11,7 @@ import functools
 import statistics
 
 import torch
-from results import BATCH_SIZES, HEAD_STEPS, RESULTS, SETS, Measurements, best_guidance, generation_of
+from results import BATCH_SIZES, MODELS, RESULTS, SETS, Measurements, best_guidance, generation_of
 from timing import machine, paired, summary, with_head_share
 
 from far.pipeline import Pipeline
@@ -28,12 +28,13 @@ def main() -> None:
         for batch in BATCH_SIZES:
             alternatives = {}
             shares: dict[str, list[float]] = {}
-            for head, all_steps in HEAD_STEPS.items():
+            timed = [model for model in MODELS if not MODELS[model].frozen and SETS[name].weights(model).is_dir()]
+            for model in timed:
                 pipeline = None
-                for steps in all_steps:
-                    generation = generation_of(SETS[name].weights(head), head_steps=steps, guidance=best_guidance(store, head), seed=0)
+                for steps in MODELS[model].steps:
+                    generation = generation_of(SETS[name].weights(model), head_steps=steps, guidance=best_guidance(store, model), seed=0)
                     pipeline = pipeline or Pipeline.from_pretrained(generation.weights, dtype=generation.dtype)
-                    key = f"{head} {steps if isinstance(steps, int) else ' → '.join(map(str, steps))}"
+                    key = f"{model} {steps if isinstance(steps, int) else ' → '.join(map(str, steps))}"
                     labels = [index % len(pipeline.classes) for index in range(batch)]
                     draw = functools.partial(pipeline.draw, labels, range(batch), generation.sampling, batch_size=batch)
                     shares[key] = []

@@ -10,10 +10,12 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from far.errors import InputError
+from far.tokens import on_sphere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,8 @@ class AutoencoderConfig:
     A latent leaves the tokenizer as ``(latent − shift) · scale``, with deviation 1 over the training
     images; ``shift`` is a number, or one number a channel. ``norm_groups`` divides every width; narrow
     autoencoders want few groups, since a group of one channel loses that channel's mean.
+    ``spherical`` ones scale every latent vector to the norm √latent_channels, both what they encode and what they decode
+    (SphereAR, arXiv 2509.24335).
     """
 
     width: int = 128
@@ -33,6 +37,7 @@ class AutoencoderConfig:
     norm_groups: int = 32
     scale: float = 0.2325
     shift: float | tuple[float, ...] = 0.0
+    spherical: bool = False
 
     def __post_init__(self) -> None:
         if not 3 <= len(self.width_multipliers) <= 5:
@@ -96,10 +101,16 @@ class Autoencoder(nn.Module):
         height, width = images.shape[-2:]
         if height % self.config.stride or width % self.config.stride:
             raise InputError(f"image of {height}×{width} pixels: both sides must be multiples of the stride {self.config.stride}")
-        return self.quant_conv(self.encoder(images))
+        moments = self.quant_conv(self.encoder(images))
+        if not self.config.spherical:
+            return moments
+        mean, logvar = moments.chunk(2, dim=1)
+        return torch.cat([on_sphere(mean, dim=1), logvar], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images ``[b, 3, H, W]``, about [−1, 1], from unscaled latents ``[b, c, h, w]``."""
+        if self.config.spherical:
+            latents = on_sphere(latents, dim=1)
         return self.decoder(self.post_quant_conv(latents))
 
     def normalize(self, latents: Tensor) -> Tensor:
@@ -116,7 +127,7 @@ class Autoencoder(nn.Module):
 
     def fingerprint(self) -> str:
         """A digest of the encoder's weights: moments of another fingerprint are of another autoencoder."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"spherical" if self.config.spherical else b"")
         for part in (self.encoder, self.quant_conv):
             for name, tensor in part.state_dict().items():
                 digest.update(name.encode())

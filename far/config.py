@@ -42,6 +42,8 @@ def _convert(hint: Any, value: Any, source: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, source)
     if origin in (typing.Union, types.UnionType):
+        if all(map(dataclasses.is_dataclass, arguments)) and isinstance(value, Mapping):
+            return _by_kind(arguments, value, source)
         for option in arguments:
             try:
                 return _convert(option, value, source)
@@ -60,6 +62,15 @@ def _convert(hint: Any, value: Any, source: str) -> Any:
     wanted = " or ".join(map(repr, arguments)) if origin is typing.Literal else getattr(hint, "__name__", str(hint))
     hint_for_exponents = "; write 1.0e-4, not 1e-4, in YAML" if hint is float and isinstance(value, str) else ""
     raise InputError(f"{source} is {value!r}, expected {wanted}{hint_for_exponents}")
+
+
+def _by_kind(options: tuple[Any, ...], values: Mapping[str, Any], source: str) -> Any:
+    """The dataclass among ``options`` whose ``kind`` the values name; the first one where they name none."""
+    kinds = {option.kind: option for option in options}
+    kind = values.get("kind", options[0].kind)
+    if kind not in list(kinds):  # a list, since what stands there need not be hashable
+        raise InputError(f"{source}: kind is {kind!r}, expected {' or '.join(map(repr, kinds))}")
+    return from_dict(kinds[kind], values, source)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

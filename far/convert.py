@@ -94,10 +94,12 @@ def convert_mar(source: Path, folder: Path, *, ema: bool = True) -> None:
     embedding = _class_embedding(weights, config, source)
     del wanted[_CLASS_EMBEDDING]
     tensors = {_CLASS_EMBEDDING: embedding, **_renamed(wanted, weights, _mar_name, source)}
+    backbone = config.network.backbone
+    assert isinstance(backbone, MaskedConfig)
     defaults = SamplingConfig(
         ar_steps=min(_number(settings, "num_iter", 64), config.tokens),
         head_steps=min(_number(settings, "num_sampling_steps", 100), 1000),
-        guidance=_MAR_GUIDANCE.get(config.network.backbone.encoder_width, 3.0),
+        guidance=_MAR_GUIDANCE.get(backbone.encoder_width, 3.0),
     )
     entries = {
         "format": 1,
@@ -258,6 +260,7 @@ def _heads(settings: dict[str, Any], part: str, width: int) -> int:
 
 def _class_embedding(weights: dict[str, Tensor], config: ModelConfig, source: Path) -> Tensor:
     """MAR's class embedding and, as its last row, the vector that stands for "no class"."""
+    assert isinstance(config.network.backbone, MaskedConfig)
     width = config.network.backbone.encoder_width
     null = weights.pop("fake_latent", torch.empty(0))
     classes = weights.pop("class_emb.weight")

@@ -1,8 +1,10 @@
-"""Building blocks that the networks share: attention, feed-forward, the Transformer block.
+"""Building blocks that the networks share: attention, feed-forward, Transformer block, rotary positions, key-value cache.
 
-Parameter names are those of the published MAR checkpoints (which are timm's).
+Parameter names of :class:`Attention`, :class:`FeedForward` and :class:`Block` are those of the published MAR
+checkpoints (which are timm's).
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -51,3 +53,54 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+
+class SwiGLU(nn.Module):
+    """LLaMA's feed-forward: ``down(silu(gate(x)) · up(x))`` (arXiv 2002.05202), gate and up as one product, no biases."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden_width, bias=False)
+        self.down = nn.Linear(hidden_width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+def rotary_table(positions: Tensor, width: int) -> Tensor:
+    """Cosines and sines ``[n, width/2, 2]`` for heads of ``width`` numbers (arXiv 2104.09864).
+
+    Args:
+        positions: ``[n, axes]``; each axis turns its own ``width/2/axes`` pairs, by 1 down to 1e-4 radians a position.
+    """
+    pairs = width // 2 // positions.shape[1]
+    frequencies = 10_000.0 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+    angles = (positions.double().unsqueeze(-1) * frequencies).flatten(1)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn the pairs (i, i + width/2) of ``x [b, heads, n, width]`` by the angles of ``table [n, width/2, 2]``."""
+    cosine, sine = table.to(x.dtype).unbind(-1)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1)
+
+
+class KeyValueCache:
+    """Keys and values of all blocks of a causal Transformer, allocated once for the longest sequence.
+
+    ``length`` places are held; whoever appends to all blocks moves it on.
+    """
+
+    def __init__(self, like: Tensor, depth: int, rows: int, heads: int, length: int, head_width: int) -> None:
+        self.keys = like.new_empty(depth, rows, heads, length, head_width)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+
+    def append(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write ``[b, heads, m, head_width]`` behind what is held of a block's first b rows; returns all of it."""
+        rows, end = len(keys), self.length + keys.shape[2]
+        self.keys[block, :rows, :, self.length : end] = keys
+        self.values[block, :rows, :, self.length : end] = values
+        return self.keys[block, :rows, :, :end], self.values[block, :rows, :, :end]

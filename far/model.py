@@ -9,19 +9,24 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from far.backbone.masked import MaskedBackbone, MaskedConfig
+from far.backbone import CausalConfig, MaskedConfig, build_backbone
 from far.errors import InputError
 from far.heads import HeadConfig, TokenLoss, build_head
-from far.tokens import patchify, unpatchify
+from far.tokens import on_sphere, patchify, unpatchify
 
 
 @dataclasses.dataclass(frozen=True)
 class NetworkConfig:
-    """What can be chosen freely: the sizes of backbone and head, and latents a token along a side."""
+    """What can be chosen freely: the sizes of backbone and head, and latents a token along a side.
 
-    backbone: MaskedConfig = MaskedConfig()
+    ``spherical`` models see and draw latents of the norm √channels only (SphereAR, arXiv 2509.24335): a drawn token's
+    norm can then not drift, whatever guidance does. The autoencoder should be a spherical one too.
+    """
+
+    backbone: MaskedConfig | CausalConfig = MaskedConfig()
     head: HeadConfig = HeadConfig()
     patch: int = 1
+    spherical: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +65,7 @@ class FAR(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = MaskedBackbone(config.network.backbone, config.tokens, config.token_channels, config.classes)
+        self.backbone = build_backbone(config.network.backbone, config.token_grid, config.token_channels, config.classes)
         self.head = build_head(config.network.head, config.token_channels, self.backbone.width)
 
     @property
@@ -76,6 +81,12 @@ class FAR(nn.Module):
         """Tokens ``[b, n, d]`` → latents ``[b, c, h, w]``."""
         return unpatchify(tokens, self.config.network.patch, *self.config.token_grid)
 
+    def constrain(self, tokens: Tensor) -> Tensor:
+        """Tokens ``[…, d]`` as the model wants them: on the sphere, or as they are."""
+        if not self.config.network.spherical:
+            return tokens
+        return on_sphere(tokens.unflatten(-1, (self.config.latent_channels, -1)), dim=-2).flatten(-2)
+
     def loss(self, latents: Tensor, labels: Tensor, generator: torch.Generator, *, label_drop: float, teacher: "FAR") -> TokenLoss:
         """The head's loss at every token that the backbone predicts.
 
@@ -87,7 +98,7 @@ class FAR(nn.Module):
         """
         dropped = (torch.rand(len(labels), generator=generator) < label_drop).to(labels.device)
         labels = torch.where(dropped, self.null_label, labels)
-        tokens = self.tokens(latents)
+        tokens = self.constrain(self.tokens(latents))
         z, positions = self.backbone.training_conditions(tokens, labels, generator)
         wanted = tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
         return self.head.loss(wanted.flatten(0, 1), z.flatten(0, 1), generator, teacher.head)
@@ -96,6 +107,10 @@ class FAR(nn.Module):
 def _masked(width: int, depth: int, heads: int, kind: str, head_depth: int, head_width: int) -> NetworkConfig:
     backbone = MaskedConfig(width, depth, heads, width, depth, heads)
     return NetworkConfig(backbone, HeadConfig(kind, head_width, head_depth))  # type: ignore[arg-type]
+
+
+def _causal(width: int, depth: int, heads: int, kind: str, head_depth: int, head_width: int) -> NetworkConfig:
+    return NetworkConfig(CausalConfig(width=width, depth=depth, heads=heads), HeadConfig(kind, head_width, head_depth))  # type: ignore[arg-type]
 
 
 # MAR's sizes (arXiv 2406.11838), at 16 × 16 tokens of 16 channels and 1000 classes.
@@ -107,6 +122,10 @@ PRESETS: dict[str, NetworkConfig] = {
     "far-b": _masked( 768, 12, 12, "shortcut",   6, 1024),  # 210 M
     "far-l": _masked(1024, 16, 16, "shortcut",   8, 1280),  # 481 M
     "far-h": _masked(1280, 20, 16, "shortcut",  12, 1536),  # 946 M
+    # LlamaGen's blocks (arXiv 2406.06525); its 111, 343 and 775 M include two vocabulary tables, which are not needed here.
+    "far-causal-b":  _causal( 768, 12, 12, "shortcut",  6, 1024),  # 123 M
+    "far-causal-l":  _causal(1024, 24, 16, "shortcut",  8, 1280),  # 384 M
+    "far-causal-xl": _causal(1280, 36, 20, "shortcut", 12, 1536),  # 887 M
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ known as in DiSA.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from far.errors import InputError
+from far.layers import KeyValueCache
 from far.model import FAR
-from far.tokens import cosine_token_counts, random_orders
+from far.tokens import cosine_token_counts, random_orders, raster_orders
 
 
 class Noise(Protocol):
@@ -70,6 +72,11 @@ class SamplingConfig:
     def check(self, model: FAR) -> None:
         """Raise an :class:`InputError` that names the first value that ``model`` cannot be sampled with."""
         tokens = model.config.tokens
+        if not model.backbone.any_order and self.ar_steps != tokens:
+            raise InputError(
+                f"ar_steps {self.ar_steps}: a causal backbone draws its {tokens} tokens one by one, so give {tokens}; "
+                "for fewer AR steps take a masked model, for less time fewer head_steps"
+            )
         if not 1 <= self.ar_steps <= tokens:
             raise InputError(f"ar_steps {self.ar_steps}: give 1 to {tokens}, the model's number of tokens")
         if not 1 <= len(self._head_ends) <= 2:
@@ -105,6 +112,11 @@ class SamplingConfig:
         # MAR counts one token as unknown even in the last step, and its published figures include that.
         return 1.0 + (self.guidance - 1.0) * min(known_after, tokens - 1) / tokens
 
+    def guidance_scales(self, counts: list[int]) -> list[float]:
+        """The guidance scale of every AR step, given how many tokens each draws."""
+        known = list(itertools.accumulate(counts, initial=0))
+        return [self.guidance_at(before, after, known[-1]) for before, after in itertools.pairwise(known)]
+
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
@@ -134,15 +146,19 @@ def sample(
     batch, tokens, channels = len(labels), model.config.tokens, model.config.token_channels
     # Step 0. Nothing is known; the order in which positions become known is drawn once.
     sequence = torch.zeros(batch, tokens, channels, device=labels.device)
-    orders = noise.orders(tokens)
+    orders = noise.orders(tokens) if model.backbone.any_order else raster_orders(tokens, batch).to(labels.device)
+    counts = cosine_token_counts(tokens, config.ar_steps)
+    scales = config.guidance_scales(counts)
+    cache = model.backbone.new_cache(2 * batch if any(scale != 1.0 for scale in scales) else batch)
     known_count = 0
-    for step, count in enumerate(cosine_token_counts(tokens, config.ar_steps)):
+    for step, (count, guidance) in enumerate(zip(counts, scales)):
         # Step 1. The next positions in each image's order.
         known = orders[:, :known_count]
         wanted = orders[:, known_count : known_count + count].sort(dim=1).values
         # Step 2. Their conditions, with and without the class, in one pass of the backbone.
-        guidance = config.guidance_at(known_count, known_count + count, tokens)
-        z, z_uncond = _conditions(model, sequence, known, wanted, labels, with_uncond=guidance != 1.0)
+        # A cache wants the unconditional rows of all steps up to the last guided one.
+        with_uncond = guidance != 1.0 or (cache is not None and any(scale != 1.0 for scale in scales[step:]))
+        z, z_uncond = _conditions(model, sequence, known, wanted, labels, cache, with_uncond=with_uncond)
         # Step 3. The head draws the tokens.
         drawn = model.head.sample(
             z,
@@ -152,7 +168,7 @@ def sample(
             z_uncond=z_uncond,
             guidance=guidance,
         )
-        sequence = sequence.scatter(1, wanted.unsqueeze(-1).expand(-1, -1, channels), drawn)
+        sequence = sequence.scatter(1, wanted.unsqueeze(-1).expand(-1, -1, channels), model.constrain(drawn))
         known_count += count
         if callback is not None:
             mask = torch.zeros(batch, tokens, dtype=torch.bool, device=labels.device)
@@ -161,11 +177,11 @@ def sample(
 
 
 def _conditions(
-    model: FAR, sequence: Tensor, known: Tensor, wanted: Tensor, labels: Tensor, *, with_uncond: bool
+    model: FAR, sequence: Tensor, known: Tensor, wanted: Tensor, labels: Tensor, cache: KeyValueCache | None, *, with_uncond: bool
 ) -> tuple[Tensor, Tensor | None]:
     if not with_uncond:
-        return model.backbone.condition(sequence, known, wanted, labels), None
+        return model.backbone.condition(sequence, known, wanted, labels, cache), None
     both = torch.cat([labels, torch.full_like(labels, model.null_label)])
-    z = model.backbone.condition(sequence.repeat(2, 1, 1), known.repeat(2, 1), wanted.repeat(2, 1), both)
+    z = model.backbone.condition(sequence.repeat(2, 1, 1), known.repeat(2, 1), wanted.repeat(2, 1), both, cache)
     cond, uncond = z.chunk(2)
     return cond, uncond

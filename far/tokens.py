@@ -34,6 +34,17 @@ def random_orders(count: int, generators: list[torch.Generator]) -> Tensor:
     return torch.stack([torch.randperm(count, generator=generator) for generator in generators])
 
 
+def raster_orders(count: int, batch: int) -> Tensor:
+    """The order from left to right and top to bottom, for each of ``batch`` images: ``[b, count]``."""
+    return torch.arange(count).expand(batch, -1)
+
+
+def on_sphere(latents: Tensor, dim: int) -> Tensor:
+    """Scale every latent vector along ``dim`` to the norm √channels, which a deviation of 1 gives it on average."""
+    norm = latents.float().norm(dim=dim, keepdim=True).clamp(min=1e-6)  # squares leave the range of float16
+    return (latents / norm * latents.shape[dim] ** 0.5).to(latents.dtype)
+
+
 def cosine_token_counts(count: int, steps: int) -> list[int]:
     """How many of ``count`` tokens each of ``steps`` AR steps predicts (MAR's cosine schedule).
 

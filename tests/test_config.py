@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from far.autoencoder import AutoencoderConfig
-from far.backbone.masked import MaskedConfig
+from far.backbone import CausalConfig, MaskedConfig
 from far.config import from_dict, to_dict
 from far.errors import InputError
 from far.heads import HeadConfig
@@ -113,6 +113,29 @@ def test_errors_name_the_place_and_the_remedy(values: Any, message: str) -> None
 def test_values_that_the_dataclass_refuses() -> None:
     with pytest.raises(InputError, match="norm_groups 32 must divide the width 20"):
         from_dict(AutoencoderConfig, {"width": 20}, "test")
+
+
+def test_the_kind_chooses_the_backbone() -> None:
+    """A backbone that names no kind is a masked one: files written before there was a choice."""
+    assert from_dict(NetworkConfig, {"backbone": {"encoder_depth": 3}}, "x").backbone == MaskedConfig(encoder_depth=3)
+    assert from_dict(NetworkConfig, {"backbone": {"kind": "masked"}}, "x").backbone == MaskedConfig()
+    assert from_dict(NetworkConfig, {"backbone": {"kind": "causal", "depth": 3}}, "x").backbone == CausalConfig(depth=3)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kind": "casual"}, "test: backbone: kind is 'casual', expected 'masked' or 'causal'"),
+        ({"kind": ["causal"]}, "test: backbone: kind is ['causal'], expected 'masked' or 'causal'"),
+        ({"kind": "causal", "encoder_depth": 3}, "test: backbone: unknown key 'encoder_depth'"),
+        ({"kind": "causal", "heads": 5}, "width 768 must be a positive multiple of heads 5"),
+        (5, "test: backbone is 5, expected"),
+    ],
+)
+def test_wrong_backbones(values: Any, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        from_dict(NetworkConfig, {"backbone": values}, "test")
+    assert str(caught.value).startswith(message)
 
 
 def test_to_dict_is_plain() -> None:

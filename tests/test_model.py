@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from far.backbone.masked import MaskedConfig
+from far.backbone import CausalConfig, MaskedConfig
 from far.errors import InputError
 from far.heads import HEADS, HeadConfig
 from far.model import FAR, PRESETS, ModelConfig, NetworkConfig, preset
@@ -14,11 +14,13 @@ from far.training.ema import Ema
 
 KINDS = sorted(HEADS)
 BACKBONE = MaskedConfig(16, 1, 2, 24, 1, 2, buffer=2, dropout=0.0)
+CAUSAL = CausalConfig(width=16, depth=2, heads=2, buffer=2, dropout=0.0)
+BACKBONES = {"masked": BACKBONE, "causal": CAUSAL}
 
 
-def tiny(kind: str, patch: int = 1, grid: tuple[int, int] = (4, 6)) -> FAR:
+def tiny(kind: str, patch: int = 1, grid: tuple[int, int] = (4, 6), backbone: MaskedConfig | CausalConfig = BACKBONE) -> FAR:
     torch.manual_seed(0)
-    model = FAR(ModelConfig(NetworkConfig(BACKBONE, HeadConfig(kind, 16, 1, 2), patch), 5, 3, grid))  # type: ignore[arg-type]
+    model = FAR(ModelConfig(NetworkConfig(backbone, HeadConfig(kind, 16, 1, 2), patch), 5, 3, grid))  # type: ignore[arg-type]
     with torch.no_grad():  # freshly initialised heads give zeros
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -43,6 +45,9 @@ def loss(model: FAR, latents: Tensor, labels: Tensor, label_drop: float = 0.1, s
         ("far-b", 209_221_136, None),
         ("far-l", 480_274_448, None),
         ("far-h", 945_134_096, None),
+        ("far-causal-b", 122_781_968, None),
+        ("far-causal-l", 383_552_528, None),
+        ("far-causal-xl", 886_716_176, None),
     ],
 )
 def test_preset_sizes(name: str, parameters: int, millions: int | None) -> None:
@@ -51,6 +56,14 @@ def test_preset_sizes(name: str, parameters: int, millions: int | None) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     if millions is not None:  # as published
         assert math.ceil(parameters / 1e6) == millions
+
+
+@pytest.mark.parametrize(("name", "published", "width"), [("b", 111, 768), ("l", 343, 1024), ("xl", 775, 1280)])
+def test_causal_backbones_are_llamagens_but_for_its_vocabulary(name: str, published: int, width: int) -> None:
+    with torch.device("meta"):
+        backbone = FAR(ModelConfig(preset(f"far-causal-{name}"))).backbone
+    vocabulary = 2 * 16_384 * width  # input table and output layer of a VQ model of 16,384 codes
+    assert round((sum(parameter.numel() for parameter in backbone.parameters()) + vocabulary) / 1e6) == pytest.approx(published, abs=1)
 
 
 def test_every_preset_is_counted_above() -> None:
@@ -83,8 +96,27 @@ def test_loss_shapes(kind: str, patch: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_repeats_with_the_generator_alone(kind: str) -> None:
-    model, (latents, labels) = tiny(kind), batch()
+def test_a_causal_backbone_gives_a_loss_at_every_token(kind: str) -> None:
+    model, (latents, labels) = tiny(kind, backbone=CAUSAL), batch()
+    result = model.loss(latents, labels, torch.Generator().manual_seed(2), label_drop=0.1, teacher=model)
+    assert result.value.shape == (4 * 24,)
+    assert result.rows.shape == (2 * 4 * 24,)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_spherical_models_see_directions_only(backbone: str) -> None:
+    torch.manual_seed(0)
+    network = NetworkConfig(BACKBONES[backbone], HeadConfig("flow", 16, 1, 2), 2, spherical=True)
+    (latents, labels), model = batch(), FAR(ModelConfig(network, 5, 3, (4, 6)))
+    torch.testing.assert_close(loss(model, 7 * latents, labels), loss(model, latents, labels), rtol=0, atol=1e-4)
+    bent = latents * torch.tensor([1.0, 2.0, 1.0]).view(1, 3, 1, 1)
+    assert (loss(model, bent, labels) - loss(model, latents, labels)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_loss_repeats_with_the_generator_alone(kind: str, backbone: str) -> None:
+    model, (latents, labels) = tiny(kind, backbone=BACKBONES[backbone]), batch()
     state = torch.get_rng_state()
     first = loss(model, latents, labels)
     assert torch.equal(torch.get_rng_state(), state), "the global generator was used"
@@ -114,8 +146,9 @@ def test_share_of_dropped_labels() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_parameter_learns_and_the_teacher_does_not(kind: str) -> None:
-    model, (latents, labels) = tiny(kind), batch(32)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_parameter_learns_and_the_teacher_does_not(kind: str, backbone: str) -> None:
+    model, (latents, labels) = tiny(kind, backbone=BACKBONES[backbone]), batch(32)
     teacher = Ema(model, 0.9).module
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     for seed in range(5):  # some masks leave no token known
@@ -128,10 +161,12 @@ def test_every_parameter_learns_and_the_teacher_does_not(kind: str) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
 
 
-def test_tokens_meet_their_own_conditions() -> None:
+@pytest.mark.parametrize(
+    "backbone", [MaskedConfig(32, 1, 4, 32, 1, 4, buffer=1, dropout=0.0), CausalConfig(width=32, depth=2, heads=4, dropout=0.0)]
+)
+def test_tokens_meet_their_own_conditions(backbone: MaskedConfig | CausalConfig) -> None:
     """Where every position always holds the same token, only a head that sees the right z can learn it."""
     torch.manual_seed(0)
-    backbone = MaskedConfig(32, 1, 4, 32, 1, 4, buffer=1, dropout=0.0)
     model = FAR(ModelConfig(NetworkConfig(backbone, HeadConfig("flow", 64, 2, 4)), 1, 2, (2, 3)))
     latents = torch.randn(1, 2, 2, 3).expand(16, -1, -1, -1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from far.backbone.masked import MaskedConfig
+from far.backbone import CausalBackbone, CausalConfig, MaskedConfig
 from far.errors import InputError
 from far.heads import HEADS, HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
@@ -19,10 +19,11 @@ KINDS = sorted(HEADS)
 CPU = torch.device("cpu")
 
 
-def tiny(kind: str, patch: int = 1) -> FAR:
+def tiny(kind: str, patch: int = 1, causal: bool = False, spherical: bool = False, token_limit: float | None = None) -> FAR:
     torch.manual_seed(0)
-    backbone = MaskedConfig(16, 2, 2, 24, 1, 2, buffer=2)
-    model = FAR(ModelConfig(NetworkConfig(backbone, HeadConfig(kind, 16, 1), patch), 5, 3, (4, 6)))  # type: ignore[arg-type]
+    backbone = CausalConfig(width=16, depth=2, heads=2, buffer=2) if causal else MaskedConfig(16, 2, 2, 24, 1, 2, buffer=2)
+    network = NetworkConfig(backbone, HeadConfig(kind, 16, 1, token_limit=token_limit), patch, spherical)  # type: ignore[arg-type]
+    model = FAR(ModelConfig(network, 5, 3, (4, 6)))
     with torch.no_grad():  # freshly initialised heads give zeros
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -30,7 +31,14 @@ def tiny(kind: str, patch: int = 1) -> FAR:
 
 
 MODELS = {kind: tiny(kind) for kind in KINDS}
-FLOW = MODELS["flow"]
+CAUSAL = {f"causal {kind}": tiny(kind, causal=True) for kind in KINDS}
+ALL = {**MODELS, **CAUSAL}
+FLOW, CAUSAL_FLOW = MODELS["flow"], CAUSAL["causal flow"]
+
+
+def ar_steps(name: str, wanted: int) -> int:
+    """The AR steps of a model of 24 tokens: a causal one takes no other number."""
+    return 24 if name in CAUSAL else wanted
 
 
 def draw(model: FAR, labels: list[int], seeds: list[int], config: SamplingConfig, **options: Any) -> Tensor:
@@ -40,26 +48,26 @@ def draw(model: FAR, labels: list[int], seeds: list[int], config: SamplingConfig
 # --- One seed and label, one image -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_an_image_does_not_depend_on_its_batch(kind: str, guidance: float) -> None:
-    config = SamplingConfig(ar_steps=5, head_steps=(4, 2), guidance=guidance, temperature=0.9)
+    config = SamplingConfig(ar_steps=ar_steps(kind, 5), head_steps=(4, 2), guidance=guidance, temperature=0.9)
     labels, seeds = [0, 3, 3, 1], [11, 12, 13, 14]
-    together = draw(MODELS[kind], labels, seeds, config)
+    together = draw(ALL[kind], labels, seeds, config)
     assert together.shape == (4, 3, 4, 6)
     # An untrained diffusion head draws numbers in the hundreds, of which 1e-4 is less than float32 tells apart.
     tolerance = 1e-4 * max(1.0, float(together.abs().max()))
     order = [2, 0, 3, 1]
-    permuted = draw(MODELS[kind], [labels[place] for place in order], [seeds[place] for place in order], config)
+    permuted = draw(ALL[kind], [labels[place] for place in order], [seeds[place] for place in order], config)
     torch.testing.assert_close(permuted, together[order], rtol=0, atol=tolerance)
     for place in range(4):
-        alone = draw(MODELS[kind], labels[place : place + 1], seeds[place : place + 1], config)
+        alone = draw(ALL[kind], labels[place : place + 1], seeds[place : place + 1], config)
         torch.testing.assert_close(alone[0], together[place], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_seed_and_label_count(kind: str) -> None:
-    images = draw(MODELS[kind], [0, 1, 0, 0], [7, 7, 8, 7], SamplingConfig(ar_steps=5, head_steps=2))
+    images = draw(ALL[kind], [0, 1, 0, 0], [7, 7, 8, 7], SamplingConfig(ar_steps=ar_steps(kind, 5), head_steps=2))
     assert torch.equal(images[0], images[3])
     assert (images[0] - images[1]).abs().max() > 1e-3, "the label does not count"
     assert (images[0] - images[2]).abs().max() > 0.1, "the seed does not count"
@@ -86,13 +94,15 @@ def test_patches() -> None:
     assert draw(tiny("flow", patch=2), [0], [7], SamplingConfig(ar_steps=6, head_steps=2)).shape == (1, 3, 4, 6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_weights(kind: str, dtype: torch.dtype) -> None:
     """Tokens and noise stay in float32; the image stays about the same."""
-    config = SamplingConfig(ar_steps=5, head_steps=2, guidance=2.0)
-    exact = draw(MODELS[kind], [0, 1], [1, 2], config)
-    low = draw(tiny(kind).to(dtype), [0, 1], [1, 2], config)
+    config = SamplingConfig(ar_steps=ar_steps(kind, 5), head_steps=2, guidance=2.0)
+    # An untrained diffusion head draws numbers in the thousands; fed back token by token, they leave the range of float16.
+    model = tiny(kind.split()[-1], causal=kind in CAUSAL, token_limit=5.0 if kind in CAUSAL else None)
+    exact = draw(model, [0, 1], [1, 2], config)
+    low = draw(model.to(dtype), [0, 1], [1, 2], config)
     assert low.dtype == torch.float32
     assert (low - exact).abs().mean() < 0.1 * exact.abs().mean()
 
@@ -101,20 +111,20 @@ def test_low_precision_weights(kind: str, dtype: torch.dtype) -> None:
 
 
 # 13 is one of the counts where the last cosine rounds to below zero.
-@pytest.mark.parametrize("ar_steps", [1, 2, 7, 13, 24])
+@pytest.mark.parametrize(("model", "steps"), [*((FLOW, steps) for steps in (1, 2, 7, 13, 24)), (CAUSAL_FLOW, 24)])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_callback_sees_tokens_become_known(ar_steps: int, guidance: float) -> None:
+def test_callback_sees_tokens_become_known(model: FAR, steps: int, guidance: float) -> None:
     seen: list[Progress] = []
-    config = SamplingConfig(ar_steps=ar_steps, head_steps=2, guidance=guidance)
-    result = draw(FLOW, [0, 1], [1, 2], config, callback=seen.append)
-    assert [(progress.step, progress.steps) for progress in seen] == [(step, ar_steps) for step in range(ar_steps)]
-    counts = torch.tensor(cosine_token_counts(24, ar_steps)).cumsum(0)
+    config = SamplingConfig(ar_steps=steps, head_steps=2, guidance=guidance)
+    result = draw(model, [0, 1], [1, 2], config, callback=seen.append)
+    assert [(progress.step, progress.steps) for progress in seen] == [(step, steps) for step in range(steps)]
+    counts = torch.tensor(cosine_token_counts(24, steps)).cumsum(0)
     before = torch.zeros(2, 24, dtype=torch.bool)
     values = torch.zeros(2, 24, 3)
     for progress, count in zip(seen, counts, strict=True):
         assert progress.known.sum(dim=1).tolist() == [count, count]
         assert (progress.known | ~before).all(), "a known token was forgotten"
-        tokens = FLOW.tokens(progress.latents)
+        tokens = model.tokens(progress.latents)
         assert torch.equal(tokens[before], values[before]), "a known token was changed"
         assert torch.equal(tokens[~progress.known], torch.zeros_like(tokens[~progress.known]))
         assert (tokens[progress.known] != 0).any(dim=-1).all()
@@ -127,6 +137,65 @@ def test_order_differs_between_images_of_one_label() -> None:
     seen: list[Progress] = []
     draw(FLOW, [0, 0], [1, 2], SamplingConfig(ar_steps=24, head_steps=1), callback=seen.append)
     assert not torch.equal(*seen[11].known)
+
+
+def test_causal_order_is_row_by_row() -> None:
+    seen: list[Progress] = []
+    draw(CAUSAL_FLOW, [0, 1], [1, 2], SamplingConfig(ar_steps=24, head_steps=1), callback=seen.append)
+    for progress in seen:
+        expected = torch.arange(24) <= progress.step
+        assert torch.equal(progress.known, expected.expand(2, -1))
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"guidance": 3.0},
+        {"guidance": 3.0, "guidance_schedule": "constant", "guidance_interval": (0.3, 0.7)},
+        {"guidance": 3.0, "guidance_interval": (0.0, 0.2)},
+        {"guidance": 3.0, "guidance_interval": (0.9, 1.0)},
+    ],
+)
+def test_generation_with_and_without_cache(kind: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SamplingConfig(ar_steps=24, head_steps=2, **values)
+    cached = draw(ALL[kind], [0, 3, 1], [1, 2, 3], config)
+    monkeypatch.setattr(CausalBackbone, "new_cache", lambda self, rows: None)
+    torch.testing.assert_close(cached, draw(ALL[kind], [0, 3, 1], [1, 2, 3], config), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_a_causal_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class is read once; unconditional rows stay in the cache until the last guided step, and are dropped after it."""
+    allocated: list[int] = []
+    new_cache = CausalBackbone.new_cache
+    monkeypatch.setattr(CausalBackbone, "new_cache", lambda self, rows: (allocated.append(rows), new_cache(self, rows))[1])
+    assert count_rows(CAUSAL_FLOW, SamplingConfig(ar_steps=24, head_steps=1)) == [[0, 1]]
+    assert count_rows(CAUSAL_FLOW, SamplingConfig(ar_steps=24, head_steps=1, guidance=2.0)) == [[0, 1, 5, 5]]
+    rows: list[int] = []
+    hook = CAUSAL_FLOW.backbone.norm.register_forward_hook(  # type: ignore[union-attr, operator]
+        lambda module, arguments, output: rows.append(len(output))
+    )
+    draw(CAUSAL_FLOW, [0, 1], [1, 2], SamplingConfig(ar_steps=24, head_steps=1, guidance=2.0, guidance_interval=(0.25, 0.5)))
+    hook.remove()
+    assert rows == [4] * 13 + [2] * 11
+    assert allocated == [2, 4, 4], "memory for rows that are not needed"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("patch", [1, 2])
+def test_spherical_models_draw_on_the_sphere(causal: bool, patch: int) -> None:
+    model = tiny("flow", patch, causal, spherical=True)
+    config = SamplingConfig(ar_steps=model.config.tokens, head_steps=2, guidance=30.0)
+    norms = draw(model, [0, 1], [1, 2], config).norm(dim=1)
+    torch.testing.assert_close(norms, torch.full_like(norms, math.sqrt(3)))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 8, 23, 25])
+def test_a_causal_model_draws_one_token_a_step(steps: int) -> None:
+    with pytest.raises(InputError, match=f"ar_steps {steps}: a causal backbone draws its 24 tokens one by one, so give 24") as caught:
+        draw(CAUSAL_FLOW, [0], [1], SamplingConfig(ar_steps=steps, head_steps=1))
+    assert "\n" not in str(caught.value)
 
 
 def count_rows(model: FAR, config: SamplingConfig) -> list[list[int]]:

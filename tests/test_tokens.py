@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from far.tokens import cosine_token_counts, patchify, random_orders, sample_mask_ratio, unpatchify
+from far.tokens import cosine_token_counts, on_sphere, patchify, random_orders, raster_orders, sample_mask_ratio, unpatchify
 
 
 @pytest.mark.parametrize(("patch", "rows", "columns"), [(1, 4, 4), (2, 3, 5), (3, 2, 1), (4, 1, 2)])
@@ -78,3 +78,21 @@ def test_orders_are_uniform_permutations_of_their_own_generator() -> None:
     counts = codes.unique(return_counts=True)[1]
     assert len(counts) == math.factorial(4)
     assert scipy.stats.chisquare(counts.numpy()).pvalue > 0.01
+
+
+@pytest.mark.parametrize("dim", [1, -2])
+def test_on_sphere(dim: int) -> None:
+    latents = torch.randn(3, 8, 5, 2, generator=torch.Generator().manual_seed(0)) * 7
+    scaled = on_sphere(latents, dim)
+    norms = scaled.norm(dim=dim)
+    torch.testing.assert_close(norms, torch.full_like(norms, latents.shape[dim] ** 0.5))
+    cosine = (scaled * latents).sum(dim) / (norms * latents.norm(dim=dim))
+    torch.testing.assert_close(cosine, torch.ones_like(cosine))
+    torch.testing.assert_close(on_sphere(scaled, dim), scaled)
+    for values in (torch.zeros_like(latents), 2000 * latents):  # up to near 65504, float16's largest
+        assert on_sphere(values.half(), dim).isfinite().all()
+    assert float(on_sphere(30_000 * torch.ones(16, 1, dtype=torch.float16), 0)[0, 0]) == 1
+
+
+def test_raster_orders() -> None:
+    assert raster_orders(4, 2).tolist() == [[0, 1, 2, 3]] * 2

@@ -7,13 +7,15 @@ known, in which order they become so, and what is drawn from ``z`` is decided el
 
 import dataclasses
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from far.backbone.backbone import Backbone
 from far.errors import InputError
-from far.layers import Block
+from far.layers import Block, KeyValueCache
 from far.tokens import sample_mask_ratio
 
 
@@ -36,6 +38,7 @@ class MaskedConfig:
     dropout: float = 0.1
     mask_ratio_min: float = 0.7
     mask_ratio_deviation: float = 0.25
+    kind: Literal["masked"] = "masked"
 
     def __post_init__(self) -> None:
         for part in ("encoder", "decoder"):
@@ -55,11 +58,10 @@ class MaskedConfig:
             )
 
 
-class MaskedBackbone(nn.Module):
-    """Known tokens and a class → ``z [b, m, decoder_width]`` at chosen positions.
+class MaskedBackbone(Backbone):
+    """Known tokens, in any order, and a class → ``z [b, m, decoder_width]`` at chosen positions."""
 
-    A label equal to ``classes`` stands for "no class" (guidance's unconditional half).
-    """
+    any_order = True
 
     def __init__(self, config: MaskedConfig, tokens: int, channels: int, classes: int) -> None:
         super().__init__()
@@ -126,11 +128,8 @@ class MaskedBackbone(nn.Module):
         # The norm is per token, so it is computed only where z is wanted.
         return self.decoder_norm(_take(x, wanted + buffer)) + F.embedding(wanted, self.condition_positions[0])
 
-    def condition(self, tokens: Tensor, known: Tensor, wanted: Tensor, labels: Tensor) -> Tensor:
-        """``z [b, m, width]`` at the positions ``wanted [b, m]``, given the tokens at ``known [b, k]``.
-
-        Shapes of ``tokens`` and ``labels`` as in :meth:`encode`.
-        """
+    def condition(self, tokens: Tensor, known: Tensor, wanted: Tensor, labels: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """See :class:`Backbone`; known and wanted positions may be any, and nothing is kept between calls."""
         return self.decode(self.encode(tokens, known, labels), known, wanted)
 
     def training_conditions(self, tokens: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

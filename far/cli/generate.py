@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         frames.append(_partial_images(pipeline, progress))
 
     config = pipeline.sampling_config(**sampling_options(arguments))
+    config.check(pipeline.model)  # before the bar appears
     settings = {"weights": arguments.weights, **dataclasses.asdict(config), "dtype": arguments.dtype}
     parts = []
     with tqdm(total=len(labels), desc="generating", unit="img") as bar:

@@ -20,7 +20,8 @@ class HeadConfig:
 
     ``samples_per_token`` noise samples share each ``z`` in training (MAR's ``diffusion_batch_mul``);
     ``solver`` is the flow head's only. ``token_limit`` is the diffusion head's: in sampling, the token that each
-    step predicts is clipped to it, in deviations of the latents. MAR has none, and needs long training for that.
+    step predicts is clipped to it, in deviations of the latents. MAR has none, and needs long training for that;
+    a causal backbone, which feeds every token back, needs it longest.
     """
 
     kind: Literal["diffusion", "flow", "shortcut"] = "shortcut"

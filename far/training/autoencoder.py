@@ -120,7 +120,9 @@ def reconstruction_figures(autoencoder: Autoencoder, network: FeatureNetwork, im
 
 
 def latent_statistics(autoencoder: Autoencoder, images: ShardReader, rows: Tensor) -> dict[str, Any]:
-    """``scale`` and per-channel ``shift`` that give the sampled latents deviation 1 and mean 0."""
+    """``scale`` and per-channel ``shift`` that give the sampled latents deviation 1 and mean 0; a sphere stays where it is."""
+    if autoencoder.config.spherical:
+        return {"scale": 1.0, "shift": 0.0}
     device = next(autoencoder.parameters()).device
     generator = torch.Generator().manual_seed(0)
     latents = []

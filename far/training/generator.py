@@ -67,6 +67,8 @@ class GeneratorTask:
             self.module = FAR(config)
         if frozen_backbone is not None:
             _take_backbone(self.module, frozen_backbone)
+        if network.spherical and not autoencoder.config.spherical:
+            raise InputError("network.spherical needs an autoencoder whose decoder knows such latents: train it with model.spherical=true")
         sampling.check(self.module)
         self.results: dict[str, Any] = {}
         self._reference: FeatureStatistics | None = None
@@ -147,8 +149,9 @@ class GeneratorTask:
 def _take_backbone(module: FAR, folder: Path) -> None:
     """Copy the backbone of a trained pipeline folder into ``module`` and freeze it; the head stays fresh."""
     trained = Pipeline.from_pretrained(folder).model
-    if trained.config.network.backbone != module.config.network.backbone or trained.config.token_channels != module.config.token_channels:
-        raise InputError(f"the backbone of {folder} has other sizes than the recipe's; give both the same network.backbone and patch")
+    ours, theirs = module.config.network, trained.config.network
+    if (theirs.backbone, theirs.spherical, trained.config.token_channels) != (ours.backbone, ours.spherical, module.config.token_channels):
+        raise InputError(f"the backbone of {folder} is another than the recipe's; give both the same network.backbone, spherical and patch")
     if (trained.config.classes, trained.config.grid) != (module.config.classes, module.config.grid):
         raise InputError(f"the backbone of {folder} was trained on other classes or another grid of latents; train on the same data")
     module.backbone.load_state_dict(trained.backbone.state_dict())

@@ -1,5 +1,6 @@
 """Training the autoencoder: it learns, measures its latents, and reports honest figures."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from far.data.image_sets import read_images
 from far.data.latents import open_latents
 from far.data.shards import ShardReader
 from far.errors import InputError
+from far.training.autoencoder import latent_statistics
 from far.weights import load_autoencoder
 
 
@@ -110,3 +112,24 @@ def test_strides(levels: int, stride: int) -> None:
     images = torch.zeros(2, 3, 2 * stride, 3 * stride)
     assert autoencoder.encode(images).mean.shape == (2, 3, 2, 3)
     assert autoencoder.decode(torch.zeros(2, 3, 2, 3)).shape == images.shape
+
+
+@torch.no_grad()
+def test_spherical_autoencoders_encode_onto_the_sphere_and_decode_directions() -> None:
+    torch.manual_seed(0)
+    config = AutoencoderConfig(width=8, width_multipliers=(1, 1, 2), blocks=1, latent_channels=3, norm_groups=4)
+    plain, spherical = Autoencoder(config), Autoencoder(dataclasses.replace(config, spherical=True))
+    spherical.load_state_dict(plain.state_dict())
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    expected, found = plain.encode(images), spherical.encode(images)
+    torch.testing.assert_close(found.mean.norm(dim=1), torch.full((2, 4, 4), 3**0.5))
+    torch.testing.assert_close(found.mean / 3**0.5, expected.mean / expected.mean.norm(dim=1, keepdim=True))
+    assert torch.equal(found.logvar, expected.logvar)
+    # A plain decoder given latents of that norm is what a spherical one does with latents of any.
+    torch.testing.assert_close(spherical.decode(7 * found.mean), plain.decode(found.mean), rtol=1e-4, atol=1e-5)
+
+
+def test_a_spherical_autoencoder_leaves_the_sphere_where_it_is(image_set: Path) -> None:
+    config = AutoencoderConfig(width=8, width_multipliers=(1, 1, 2), blocks=1, latent_channels=3, norm_groups=4, spherical=True)
+    reader = ShardReader(image_set / "train", "images")
+    assert latent_statistics(Autoencoder(config), reader, torch.arange(10)) == {"scale": 1.0, "shift": 0.0}

@@ -41,11 +41,13 @@ def test_a_frozen_run_resumes(recipe: Path, joint: Path) -> None:
         torch.testing.assert_close(half[name], tensor, msg=name)
 
 
-@pytest.mark.parametrize("override", ["generator.network.backbone.encoder_width=32", "generator.network.patch=1"])
+@pytest.mark.parametrize(
+    "override", ["generator.network.backbone.encoder_width=32", "generator.network.patch=1", "generator.network.spherical=true"]
+)
 def test_a_backbone_of_other_sizes_is_refused(recipe: Path, joint: Path, override: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(recipe), "model=other", f"generator.frozen_backbone={joint}", override]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"the backbone of {joint} has other sizes" in error
+    assert f"the backbone of {joint} is another than the recipe's" in error
 
 
 def test_a_missing_backbone_is_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

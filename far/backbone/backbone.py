@@ -1,0 +1,50 @@
+"""What every backbone is: known tokens and a class → conditions ``z`` at chosen positions.
+
+A backbone knows no head, no generation schedule, no guidance; those ask it one question. The registry
+of backbones is in ``far.backbone``.
+"""
+
+import abc
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from far.layers import KeyValueCache
+
+
+class Backbone(nn.Module, abc.ABC):
+    """Base of all backbones. A label equal to ``classes`` stands for "no class" (guidance's unconditional half).
+
+    ``any_order`` tells whether tokens may become known in any order and several at once; otherwise they are drawn
+    one by one, row by row.
+    """
+
+    any_order: bool
+    config: Any
+    tokens: int
+
+    @property
+    @abc.abstractmethod
+    def width(self) -> int:
+        """The width of ``z``."""
+
+    @abc.abstractmethod
+    def condition(self, tokens: Tensor, known: Tensor, wanted: Tensor, labels: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """``z [b, m, width]`` at the positions ``wanted [b, m]``.
+
+        Args:
+            tokens: ``[b, n, channels]``; only the known ones are read.
+            known: positions ``[b, k]`` of the known tokens.
+            wanted: positions ``[b, m]``.
+            labels: ``[b]``, 0 … classes.
+            cache: of :meth:`new_cache`; the same one at each step of a generation.
+        """
+
+    @abc.abstractmethod
+    def training_conditions(self, tokens: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """``z [b, m, width]`` at the positions ``[b, m]`` that one training step predicts, and these positions."""
+
+    def new_cache(self, rows: int) -> KeyValueCache | None:
+        """Memory that :meth:`condition` keeps between the steps of a generation of ``rows`` rows; None if it has none."""
+        return None

@@ -1,0 +1,189 @@
+"""FAR-Causal's backbone: a decoder-only Transformer of the LLaMA kind over continuous tokens, in raster order.
+
+Its input is the class (one or several copies) and the tokens so far, its output at each place the
+condition ``z`` of the next token. Nothing is special to images but the two-dimensional rotary
+positions. What is drawn from ``z`` is decided elsewhere.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from far.backbone.backbone import Backbone
+from far.errors import InputError
+from far.layers import KeyValueCache, SwiGLU, rotary_table, rotate
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalConfig:
+    """Size of the backbone, and how it is trained.
+
+    ``buffer`` is the number of class-token copies before the sequence. ``positions`` of the rotary embedding are
+    (row, column), or the number in the sequence. ``input_noise`` is the deviation of the noise on the tokens that are
+    fed in training: in sampling the backbone sees tokens with the head's errors, here it learns to bear them.
+    """
+
+    kind: Literal["causal"] = "causal"
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    buffer: int = 1
+    positions: Literal["grid", "sequence"] = "grid"
+    dropout: float = 0.1
+    input_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.heads < 1 or self.width % self.heads:
+            raise InputError(f"width {self.width} must be a positive multiple of heads {self.heads}")
+        axes = 2 if self.positions == "grid" else 1
+        if self.width // self.heads % (2 * axes):
+            raise InputError(
+                f"width {self.width} / heads {self.heads} must be a multiple of {2 * axes} for rotary positions on a {self.positions}"
+            )
+        for name in ("depth", "buffer"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} must be positive")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout {self.dropout} must be at least 0 and below 1")
+        if not (math.isfinite(self.input_noise) and self.input_noise >= 0):
+            raise InputError(f"input_noise {self.input_noise} must be a number of at least 0")
+
+    @property
+    def hidden_width(self) -> int:
+        """Of the feed-forward part: 8/3 of the width, rounded up to a multiple of 256 (LLaMA's rule)."""
+        return -(-8 * self.width // (3 * 256)) * 256
+
+
+class CausalBackbone(Backbone):
+    """Class and tokens so far → ``z`` of the next token."""
+
+    any_order = False
+    rotary: Tensor
+
+    def __init__(self, config: CausalConfig, grid: tuple[int, int], channels: int, classes: int) -> None:
+        super().__init__()
+        self.config, self.tokens = config, grid[0] * grid[1]
+        width = config.width
+        self.class_embedding = nn.Embedding(classes + 1, width)
+        self.class_positions = nn.Parameter(torch.empty(1, config.buffer, width))
+        self.token_projection = nn.Linear(channels, width, bias=False)
+        self.blocks = nn.ModuleList(CausalBlock(config) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        rotary = rotary_table(_positions(config, grid), width // config.heads)
+        self.register_buffer("rotary", rotary, persistent=False)
+        self._initialize()
+
+    @property
+    def width(self) -> int:
+        """The width of ``z``."""
+        return self.config.width
+
+    @property
+    def length(self) -> int:
+        """Of the longest sequence: the last token is never fed back."""
+        return self.config.buffer + self.tokens - 1
+
+    def _initialize(self) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                # What is added to the residual stream by 2 · depth branches keeps its scale.
+                branch = name.endswith(("project.weight", "down.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.depth) if branch else 0.02)
+        nn.init.xavier_uniform_(self.token_projection.weight)
+
+    def condition(self, tokens: Tensor, known: Tensor, wanted: Tensor, labels: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """See :class:`Backbone`; the known tokens are the first ones in raster order, and the wanted ones among them or next.
+
+        With a cache, only what it does not hold yet goes through the network, so only ``z`` of later tokens can be asked for.
+        A cache with more rows than ``tokens`` is used by its first ones.
+        """
+        start = 0 if cache is None else cache.length
+        end = self.config.buffer + known.shape[1]
+        x = self._inputs(tokens, labels, start, end)
+        for index, block in enumerate(self.blocks):
+            x = block(x, self.rotary[start:end], cache, index)
+        if cache is not None:
+            cache.length = end
+        places = wanted + self.config.buffer - 1 - start
+        return self.norm(x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1])))
+
+    def _inputs(self, tokens: Tensor, labels: Tensor, start: int, end: int) -> Tensor:
+        """The embedded sequence ``[b, end − start, width]`` of class copies and tokens from ``start``."""
+        buffer = self.config.buffer
+        fed = tokens[:, max(0, start - buffer) : end - buffer]
+        x = self.token_projection(fed.to(self.token_projection.weight.dtype))
+        if start == 0:
+            prefix = self.class_embedding(labels).unsqueeze(1) + self.class_positions
+            x = torch.cat([prefix, x.to(prefix.dtype)], dim=1)
+        return x
+
+    def training_conditions(self, tokens: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Teacher forcing: ``z [b, n, width]`` of every token, given those before it, in one pass; positions ``[b, n]``."""
+        positions = torch.arange(self.tokens, device=tokens.device).expand(len(tokens), -1)
+        if self.config.input_noise > 0:
+            noise = torch.randn(tokens.shape, generator=generator).to(tokens.device)
+            tokens = tokens + self.config.input_noise * noise
+        return self.condition(tokens, positions[:, :-1], positions, labels), positions
+
+    def new_cache(self, rows: int) -> KeyValueCache:
+        """An empty cache for the longest sequence, in the dtype and on the device of the weights."""
+        config, like = self.config, self.token_projection.weight
+        return KeyValueCache(like, config.depth, rows, config.heads, self.length, config.width // config.heads)
+
+
+class CausalBlock(nn.Module):
+    """Pre-norm block: RMSNorm, causal attention, RMSNorm, SwiGLU; no biases."""
+
+    def __init__(self, config: CausalConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.attention = CausalAttention(config.width, config.heads)
+        self.feed_forward_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.feed_forward = SwiGLU(config.width, config.hidden_width)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None, index: int) -> Tensor:
+        x = x + self.drop(self.attention(self.attention_norm(x), rotary, cache, index))
+        return x + self.drop(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class CausalAttention(nn.Module):
+    """Multi-head attention of ``[b, m, width]`` to itself and to what the cache holds before it."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.project = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None, index: int) -> Tensor:
+        batch, count, width = x.shape
+        joint = self.query_key_value(x).view(batch, count, 3, self.heads, width // self.heads)
+        query, key, value = joint.permute(2, 0, 3, 1, 4)
+        query, key = rotate(query, rotary), rotate(key, rotary)
+        if cache is not None:
+            key, value = cache.append(index, key, value)
+        mask = _causal_mask(count, key.shape[2], x.device)
+        y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None and count > 1)
+        return self.project(y.transpose(1, 2).reshape(batch, count, width))
+
+
+def _causal_mask(queries: int, keys: int, device: torch.device) -> Tensor | None:
+    """Which keys each query sees, where the queries are the last of the keys; None for all, or where ``is_causal`` says it."""
+    if queries in (1, keys):
+        return None
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def _positions(config: CausalConfig, grid: tuple[int, int]) -> Tensor:
+    """Rotary positions ``[length, axes]``: the class copies', then the tokens' (all but the last)."""
+    rows, columns = grid
+    if config.positions == "sequence":
+        return torch.arange(config.buffer + rows * columns - 1).unsqueeze(-1)
+    # The class stands outside the grid, at its corner.
+    place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)) + 1
+    return torch.cat([place.new_zeros(config.buffer, 2), place[:-1]])
