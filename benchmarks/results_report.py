@@ -58,8 +58,8 @@ def _table(values: dict[str, Any]) -> str:
     lines = [
         f"| head | head steps | guidance | {distance} | of diffusion, 100 | KID × 1000 | precision | recall |"
         f" IS {suffix} | class accuracy |"
-        " ms per image, batch 1 | ms per image, batch 64 | head's share, batch 1 |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        " ms per image, batch 1 | ms per image, batch 64 | head's share, batch 1 | the same, batch 64 |",
+        "|---" * 14 + "|",
     ]
     rows = values["rows"]
     base = _distances(values, rows["diffusion 100 seed 0"])
@@ -78,7 +78,7 @@ def _table(values: dict[str, Any]) -> str:
             f"{row[f'precision {suffix}']:.3f}", f"{row[f'recall {suffix}']:.3f}",
             f"{row[f'IS {suffix}']:.2f}", f"{row['class accuracy']:.3f}",
             *(f"{1000 * times[key]:.1f}" if key in times else "" for key in ("batch 1", "batch 64")),
-            f"{times['head share 1']:.0%}" if "head share 1" in times else "",
+            *(f"{times[key]:.0%}" if key in times else "" for key in ("head share 1", "head share 64")),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -56,7 +56,10 @@ class Block(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """LLaMA's feed-forward: ``down(silu(gate(x)) · up(x))`` (arXiv 2002.05202), gate and up as one product, no biases."""
+    """LLaMA's feed-forward ``down(silu(gate(x)) · up(x))`` of ``[…, width]`` (arXiv 2002.05202); no biases.
+
+    Gate and up are one product.
+    """
 
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
@@ -88,7 +91,9 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class KeyValueCache:
-    """Keys and values of all blocks of a causal Transformer, allocated once for the longest sequence.
+    """Keys and values of all blocks of a causal Transformer, ``[depth, rows, heads, length, head_width]`` each.
+
+    Allocated once for the longest sequence, in the dtype and on the device of ``like``.
 
     ``length`` places are held; whoever appends to all blocks moves it on.
     """

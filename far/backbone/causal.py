@@ -59,7 +59,7 @@ class CausalConfig:
 
 
 class CausalBackbone(Backbone):
-    """Class and tokens so far → ``z`` of the next token."""
+    """Class and tokens so far → ``z [b, m, width]`` of the next ones, for a ``grid`` of (rows, columns) tokens of ``channels``."""
 
     any_order = False
     rotary: Tensor
