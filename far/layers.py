@@ -84,7 +84,7 @@ def rotary_table(positions: Tensor, width: int) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn the pairs (i, i + width/2) of ``x [b, heads, n, width]`` by the angles of ``table [n, width/2, 2]``."""
+    """Turn the pairs (i, i + width/2) of ``x […, n, width]`` by the angles of ``table [n, width/2, 2]``."""
     cosine, sine = table.to(x.dtype).unbind(-1)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1)
@@ -101,11 +101,13 @@ class KeyValueCache:
     def __init__(self, like: Tensor, depth: int, rows: int, heads: int, length: int, head_width: int) -> None:
         self.keys = like.new_empty(depth, rows, heads, length, head_width)
         self.values = torch.empty_like(self.keys)
-        self.length = 0
+        self.length, self.rows = 0, rows
 
     def append(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write ``[b, heads, m, head_width]`` behind what is held of a block's first b rows; returns all of it."""
         rows, end = len(keys), self.length + keys.shape[2]
+        assert rows <= self.rows, "rows that were left out have gaps"
+        self.rows = rows
         self.keys[block, :rows, :, self.length : end] = keys
         self.values[block, :rows, :, self.length : end] = values
         return self.keys[block, :rows, :, :end], self.values[block, :rows, :, :end]

@@ -221,7 +221,7 @@ def test_unconditional_rows_only_within_the_interval() -> None:
 
 def test_head_steps_follow_the_schedule() -> None:
     calls: list[int] = []
-    hook = FLOW.head.network.register_forward_hook(lambda *arguments: calls.append(1))  # type: ignore[union-attr]
+    hook = FLOW.head.network.output.register_forward_hook(lambda *arguments: calls.append(1))  # type: ignore[union-attr]
     config = SamplingConfig(ar_steps=4, head_steps=(7, 1))
     seen = []
 

@@ -34,7 +34,7 @@ class CausalConfig:
     buffer: int = 1
     positions: Literal["grid", "sequence"] = "grid"
     dropout: float = 0.1
-    input_noise: float = 0.0
+    input_noise: float = 0.1
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.heads < 1 or self.width % self.heads:
@@ -88,12 +88,14 @@ class CausalBackbone(Backbone):
         return self.config.buffer + self.tokens - 1
 
     def _initialize(self) -> None:
-        for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
                 # What is added to the residual stream by 2 · depth branches keeps its scale.
-                branch = name.endswith(("project.weight", "down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.depth) if branch else 0.02)
-        nn.init.xavier_uniform_(self.token_projection.weight)
+                branch = name.endswith(("project", "down"))
+                deviation = module.in_features**-0.5
+                nn.init.normal_(module.weight, std=deviation / math.sqrt(2 * self.config.depth) if branch else deviation)
+        nn.init.normal_(self.class_embedding.weight)
+        nn.init.normal_(self.class_positions, std=0.02)
 
     def condition(self, tokens: Tensor, known: Tensor, wanted: Tensor, labels: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """See :class:`Backbone`; the known tokens are the first ones in raster order, and the wanted ones among them or next.
@@ -104,8 +106,9 @@ class CausalBackbone(Backbone):
         start = 0 if cache is None else cache.length
         end = self.config.buffer + known.shape[1]
         x = self._inputs(tokens, labels, start, end)
+        rotary = self.rotary[start:end].to(x.dtype)
         for index, block in enumerate(self.blocks):
-            x = block(x, self.rotary[start:end], cache, index)
+            x = block(x, rotary, cache, index)
         if cache is not None:
             cache.length = end
         places = wanted + self.config.buffer - 1 - start
@@ -163,13 +166,26 @@ class CausalAttention(nn.Module):
     def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None, index: int) -> Tensor:
         batch, count, width = x.shape
         joint = self.query_key_value(x).view(batch, count, 3, self.heads, width // self.heads)
-        query, key, value = joint.permute(2, 0, 3, 1, 4)
-        query, key = rotate(query, rotary), rotate(key, rotary)
+        joint = joint.permute(2, 0, 3, 1, 4)
+        (query, key), value = rotate(joint[:2], rotary), joint[2]
         if cache is not None:
             key, value = cache.append(index, key, value)
-        mask = _causal_mask(count, key.shape[2], x.device)
-        y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None and count > 1)
+        if count == 1 and x.device.type == "cpu":
+            y = _attend_once(query, key, value)
+        else:
+            mask = _causal_mask(count, key.shape[2], x.device)
+            y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None and count > 1)
         return self.project(y.transpose(1, 2).reshape(batch, count, width))
+
+
+def _attend_once(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of one query ``[b, heads, 1, head_width]`` to all keys, by plain products.
+
+    The CPU's fused kernel is made for many queries: in bfloat16 it takes several times as long. Scores are rounded to the
+    dtype of the weights here.
+    """
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    return scores.softmax(dim=-1) @ value
 
 
 def _causal_mask(queries: int, keys: int, device: torch.device) -> Tensor | None:

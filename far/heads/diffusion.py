@@ -71,25 +71,28 @@ class DiffusionHead(Head):
         self.check_steps(steps)
         schedule = Schedule.respaced(steps)
         x = normal()
+        # What does not change from step to step, or does not depend on the token, goes through its layers once.
+        times = self.network.embed_times(x.new_tensor(schedule.timesteps))
+        cond = self.network.embed_condition(z)
+        uncond = None if z_uncond is None else self.network.embed_condition(z_uncond)
         for index in reversed(range(steps)):
             step = torch.tensor(index, device=x.device)
-            time = x.new_tensor(schedule.timesteps[index])
-            epsilon, fraction = self._predict(x, time, z, z_uncond, guidance)
+            epsilon, fraction = self._predict(x, times[index], cond, uncond, guidance)
             mean, logvar = schedule.model_posterior(x, epsilon, fraction, step, self.config.token_limit)
             noise = normal()
             x = mean + (0.5 * logvar).exp() * noise * temperature if index else mean
         return x
 
-    def _predict(self, x: Tensor, time: Tensor, z: Tensor, z_uncond: Tensor | None, guidance: float) -> tuple[Tensor, ...]:
-        """ε, guided, and the variance's fraction, which stays the conditional one."""
+    def _predict(self, x: Tensor, time: Tensor, cond: Tensor, uncond: Tensor | None, guidance: float) -> tuple[Tensor, ...]:
+        """ε, guided, and the variance's fraction, which stays the conditional one; of embedded time and conditions."""
         fractions = []
 
         def epsilon_of(condition: Tensor) -> Tensor:
-            epsilon, fraction = self.network(x, condition, time).to(x.dtype).chunk(2, dim=-1)
-            fractions.append(fraction if condition.shape == z.shape else fraction[0])
+            epsilon, fraction = self.network.conditioned(x, condition, time).to(x.dtype).chunk(2, dim=-1)
+            fractions.append(fraction if condition.shape == cond.shape else fraction[0])
             return epsilon
 
-        return guided(epsilon_of, z, z_uncond, guidance), fractions[0]
+        return guided(epsilon_of, cond, uncond, guidance), fractions[0]
 
 
 @dataclasses.dataclass(frozen=True)

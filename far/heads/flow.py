@@ -45,7 +45,14 @@ class FlowHead(Head):
     ) -> Tensor:
         self.check_steps(steps)
         solve = heun if self.config.solver == "heun" else euler
-        return solve(lambda x, t: guided(lambda c: self.velocity(x, t, c), z, z_uncond, guidance), normal() * temperature, steps)
+        cond = self.network.embed_condition(z)
+        uncond = None if z_uncond is None else self.network.embed_condition(z_uncond)
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            time = self.network.embed_times(t * TIME_UNIT)
+            return guided(lambda c: self.network.conditioned(x, c, time).to(x.dtype), cond, uncond, guidance)
+
+        return solve(velocity, normal() * temperature, steps)
 
 
 def interpolate(noise: Tensor, x: Tensor, t: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ It maps (noisy token, condition, times) to an output of the token's shape or a m
 the output means (noise, velocity, mean velocity) and how it is trained is each head's own matter.
 """
 
+import functools
 import math
 
 import torch
@@ -46,12 +47,20 @@ class HeadNetwork(nn.Module):
             z: conditions ``[…, condition]``; their leading axes broadcast with those of ``x``.
             times: in units of the embedding (0 … 1000), each broadcastable to the leading axes.
         """
-        dtype = self.input_projection.weight.dtype
-        embedding = self.condition_embedding(z.to(dtype))
-        for embed, time in zip(self.time_embeddings, times, strict=True):
-            embedding = embedding + embed(time)
-        embedding = F.silu(embedding)
-        x = self.input_projection(x.to(dtype))
+        return self.conditioned(x, self.embed_condition(z), self.embed_times(*times))
+
+    def embed_condition(self, z: Tensor) -> Tensor:
+        """``z […, condition]`` → ``[…, width]``; the same at every step of a token."""
+        return self.condition_embedding(z.to(self.condition_embedding.weight.dtype))
+
+    def embed_times(self, *times: Tensor) -> Tensor:
+        """Times ``[…]`` → the sum of their embeddings ``[…, width]``; the same for every token of a step."""
+        return functools.reduce(torch.add, (embed(time) for embed, time in zip(self.time_embeddings, times, strict=True)))
+
+    def conditioned(self, x: Tensor, condition: Tensor, time: Tensor) -> Tensor:
+        """Outputs ``[…, outputs]`` for both embeddings ``[…, width]``, broadcastable to the leading axes of ``x``."""
+        embedding = F.silu(condition + time)
+        x = self.input_projection(x.to(self.input_projection.weight.dtype))
         for block in self.blocks:
             x = block(x, embedding)
         return self.output(x, embedding)

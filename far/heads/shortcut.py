@@ -14,7 +14,7 @@ from far.heads.head import Head, HeadConfig, TokenLoss, guided
 from far.heads.network import HeadNetwork
 
 FINEST = 128
-# One row in this many carries the self-consistency target (the released shortcut models' choice).
+# One noise sample in this many carries the self-consistency target (the released shortcut models' choice).
 CONSISTENCY_EVERY = 8
 TARGET_LIMIT = 4.0
 
@@ -32,16 +32,15 @@ class ShortcutHead(Head):
 
     def mean_velocity(self, x: Tensor, t: Tensor, d: Tensor, z: Tensor) -> Tensor:
         """``s(x_t, t, d | z)``, ``[…, channels]``; ``t`` and ``d`` broadcast to the leading axes."""
-        d = torch.where(d <= 1 / FINEST, torch.zeros_like(d), d)
-        return self.network(x, z, t * TIME_UNIT, d * TIME_UNIT).to(x.dtype)
+        return self.network(x, z, *_times(t, d)).to(x.dtype)
 
     def loss(self, x: Tensor, z: Tensor, generator: torch.Generator, teacher: Head) -> TokenLoss:
-        """Flow matching at ``d = 0``, and in one row of eight self-consistency over a whole step."""
+        """Flow matching at ``d = 0``, and for one noise sample in eight self-consistency over a whole step."""
         assert isinstance(teacher, ShortcutHead)
         samples = self.config.samples_per_token
         noise, t = draw_noise_and_time(x, samples, generator)
         target = x - noise
-        rows = torch.arange(0, samples * len(x), CONSISTENCY_EVERY, device=x.device)
+        rows = consistency_rows(samples * len(x), generator).to(x.device)
         whole, start = draw_steps(len(rows), generator)
         t.view(-1)[rows] = start.to(x.device)
         d = torch.zeros_like(t)
@@ -71,12 +70,20 @@ class ShortcutHead(Head):
     ) -> Tensor:
         self.check_steps(steps)
         x = normal() * temperature
-        t = 0.0
-        for d in step_sizes(steps):
-            time, size = x.new_tensor(t), x.new_tensor(d)
-            x = x + d * guided(lambda c: self.mean_velocity(x, time, size, c), z, z_uncond, guidance)
-            t += d
+        sizes = step_sizes(steps)
+        starts = [sum(sizes[:step]) for step in range(steps)]
+        # What does not change from step to step, or does not depend on the token, goes through its layers once.
+        times = self.network.embed_times(*_times(x.new_tensor(starts), x.new_tensor(sizes)))
+        cond = self.network.embed_condition(z)
+        uncond = None if z_uncond is None else self.network.embed_condition(z_uncond)
+        for d, time in zip(sizes, times):
+            x = x + d * guided(lambda c: self.network.conditioned(x, c, time).to(x.dtype), cond, uncond, guidance)
         return x
+
+
+def _times(t: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Time and step size as the network is given them."""
+    return t * TIME_UNIT, torch.where(d <= 1 / FINEST, torch.zeros_like(d), d) * TIME_UNIT
 
 
 def step_sizes(steps: int) -> list[float]:
@@ -88,6 +95,14 @@ def step_sizes(steps: int) -> list[float]:
     coarse = 2 ** (steps.bit_length() - 1)
     halved = steps - coarse
     return [1 / coarse] * (coarse - halved) + [0.5 / coarse] * (2 * halved)
+
+
+def consistency_rows(count: int, generator: torch.Generator) -> Tensor:
+    """Which of ``count`` noise samples carry the self-consistency target.
+
+    Drawn anew each time: rows of tokens lie in the order of the sequence, and every eighth would be the same positions for ever.
+    """
+    return torch.randperm(count, generator=generator)[: -(-count // CONSISTENCY_EVERY)]
 
 
 def draw_steps(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

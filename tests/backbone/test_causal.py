@@ -20,9 +20,9 @@ ORDER = torch.arange(TOKENS)
 
 def build(grid: tuple[int, int] = (ROWS, COLUMNS), **values: object) -> CausalBackbone:
     torch.manual_seed(0)
-    settings = {"width": 16, "depth": 2, "heads": 2, "buffer": 2, "dropout": 0.0, **values}
+    settings = {"width": 16, "depth": 2, "heads": 2, "buffer": 2, "dropout": 0.0, "input_noise": 0.0, **values}
     backbone = CausalBackbone(CausalConfig(**settings), grid, CHANNELS, CLASSES).eval()  # type: ignore[arg-type]
-    with torch.no_grad():  # freshly initialised, classes hardly count
+    with torch.no_grad():  # freshly initialised, branches hardly count
         for parameter in backbone.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return backbone
@@ -221,8 +221,10 @@ def test_branches_start_small_and_the_table_is_no_weight() -> None:
     assert set(backbone.state_dict()) == {name for name, _ in backbone.named_parameters()}
     for name, parameter in backbone.named_parameters():
         if name.startswith("blocks") and parameter.dim() == 2:
-            expected = 0.02 / 4 if name.endswith(("project.weight", "down.weight")) else 0.02
+            expected = parameter.shape[1] ** -0.5 / (4 if name.endswith(("project.weight", "down.weight")) else 1)
             assert float(parameter.detach().std()) == pytest.approx(expected, rel=0.05), name
+    assert float(backbone.token_projection.weight.detach().std()) == pytest.approx(CHANNELS**-0.5, rel=0.1)
+    assert float(backbone.class_embedding.weight.detach().std()) == pytest.approx(1, rel=0.15)
 
 
 @pytest.mark.parametrize(

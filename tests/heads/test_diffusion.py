@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from exact import ExactNetwork
+from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from far.errors import InputError
@@ -103,7 +104,7 @@ def test_likelihood_of_a_bin() -> None:
     torch.testing.assert_close(approximate_normal_cdf(points), Normal(0.0, 1.0).cdf(points), rtol=0, atol=3e-4)
 
 
-class ExactNoise(nn.Module):
+class ExactNoise(ExactNetwork):
     """``E[noise | x_t]`` for data ``N(z, deviation²)``, and the variance fraction that makes every reverse step exact."""
 
     def __init__(self, deviation: float, steps: int) -> None:
@@ -225,7 +226,7 @@ def test_first_step_uses_the_likelihood() -> None:
 @torch.no_grad()
 def test_network_calls() -> None:
     head, calls = random_head(), []
-    head.network.register_forward_hook(lambda *arguments: calls.append(1))
+    head.network.output.register_forward_hook(lambda *arguments: calls.append(1))
     for steps in (1, 2, 7):
         calls.clear()
         assert head.sample(torch.zeros(2, 5), lambda: torch.randn(2, 3), steps=steps).isfinite().all()
@@ -238,7 +239,7 @@ def test_steps_out_of_range(steps: int) -> None:
         random_head().sample(torch.zeros(1, 5), lambda: torch.zeros(1, 3), steps=steps)
 
 
-class NearlyRight(nn.Module):
+class NearlyRight(ExactNetwork):
     """The ε of data that are all zero, off by a little and, as of any network, only right for inputs like those of training."""
 
     def __init__(self, error: float) -> None:

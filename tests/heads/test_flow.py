@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from exact import ExactNetwork
+from torch import Tensor
 
 from far.errors import InputError
 from far.heads.flow import FlowHead, Velocity, draw_noise_and_time, euler, heun, interpolate
@@ -21,7 +22,7 @@ def exact_velocity(x: Tensor, t: Tensor, mean: Tensor) -> Tensor:
     return mean + covariance / variance * (x - t * mean)
 
 
-class ExactVelocity(nn.Module):
+class ExactVelocity(ExactNetwork):
     """Stands where the trained network would; ``z`` is the mean of the data."""
 
     def forward(self, x: Tensor, z: Tensor, time: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ def test_sampling_with_the_exact_velocity(solver: str, steps: int, guidance: flo
 def test_network_calls(solver: str, calls_a_step: int) -> None:
     head = FlowHead(HeadConfig("flow", 8, 1, 4, solver), 2, 3)  # type: ignore[arg-type]
     calls = []
-    head.network.register_forward_hook(lambda *arguments: calls.append(1))
+    head.network.output.register_forward_hook(lambda *arguments: calls.append(1))
     for steps in (1, 3, 8):
         calls.clear()
         assert head.sample(torch.zeros(5, 3), lambda: torch.randn(5, 2), steps=steps).shape == (5, 2)
