@@ -27,6 +27,7 @@ bench: $(VENV)/installed-dev
 
 results: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/results.py $(if $(TRAIN),--train)
+	$(BIN)/python benchmarks/causal_ablation.py $(if $(TRAIN),--train)
 	$(if $(TIMES),$(BIN)/python benchmarks/results_times.py && $(BIN)/python benchmarks/results.py)
 
 train-small: $(VENV)/installed-dev

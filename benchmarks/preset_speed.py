@@ -63,13 +63,16 @@ def read_bandwidth() -> float:
 
 
 def weights_read(model: FAR, config: SamplingConfig) -> int:
-    """Bytes of weights that one generation reads: the backbone at each AR step, the head at each of its steps."""
+    """Bytes of weights that one generation reads: backbone and embeddings of times and condition at each AR step, the head's rest
+    at each of its steps."""
 
     def size(module: nn.Module) -> int:
         return sum(parameter.nbytes for parameter in module.parameters())
 
     assert isinstance(config.head_steps, int)
-    return config.ar_steps * (size(model.backbone) + config.head_steps * size(model.head))
+    network = model.head.network
+    once = size(network.time_embeddings) + size(network.condition_embedding)
+    return config.ar_steps * (size(model.backbone) + once + config.head_steps * (size(network) - once))
 
 
 def speed(arguments: argparse.Namespace) -> None:

@@ -48,12 +48,14 @@ GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.0)
 class Model:
     """A model of the comparison: how it is trained, and the head steps that it is sampled with.
 
-    ``sweep_steps`` are those of the guidance sweep; without them the guidance of the model ``guidance_of`` is taken.
+    ``sweep_steps`` are those of the guidance sweep over ``guidances``; without them the guidance of the model
+    ``guidance_of`` is taken.
     """
 
     head: str
     steps: tuple[int | tuple[int, ...], ...]
     sweep_steps: int | None = None
+    guidances: tuple[float, ...] = GUIDANCES
     guidance_of: str | None = None
     recipe: str = ""
     frozen: bool = False
@@ -63,7 +65,7 @@ MODELS = {
     "diffusion": Model("diffusion", (100, 50, 25, 10, 5, (50, 5)), 25),
     "flow": Model("flow", (32, 8, 4, 2, 1), 8),
     "shortcut": Model("shortcut", (32, 8, 4, 2, 1), 8),
-    "causal": Model("shortcut", (8, 4, 2, 1), 8, recipe="-causal"),
+    "causal": Model("shortcut", (8, 4, 2, 1), 8, guidances=(1.0, 2.0, 4.0, 6.0, 8.0), recipe="-causal"),
     # Heads trained on the diffusion model's backbone, which stays as it is.
     "frozen-shortcut": Model("shortcut", (8, 4), guidance_of="shortcut", frozen=True),
     "frozen-flow": Model("flow", (8,), guidance_of="flow", frozen=True),
@@ -212,7 +214,9 @@ def complete(images: ImageSet, store: Measurements, models: list[str], seeds: li
     at_hand = [name for name in models if images.weights(name).is_dir()]
     swept_models = [name for name in at_hand if MODELS[name].sweep_steps]
     sweeps = [
-        current(store.values["sweeps"].get(f"{name} {scale}"), swept(images, name, scale)) for name in swept_models for scale in GUIDANCES
+        current(store.values["sweeps"].get(f"{name} {scale}"), swept(images, name, scale))
+        for name in swept_models
+        for scale in MODELS[name].guidances
     ]
     if "reconstructions" not in store.values["rows"] or not all(sweeps):
         return False
@@ -244,7 +248,7 @@ def measure_floors(images: ImageSet, store: Measurements) -> Judge:
     statistics = FeatureStatistics.of(real)
     reference = Reference(held_out.name, held_out.digest, statistics, real, held_out.count, held_out.size)
     judge = Judge(network, reference, LinearClassifier(training, labels))
-    setting = {"count": COUNT, "reference": held_out.count, "dtype": DTYPE, "batch size": BATCH, "machine": machine()}
+    setting = {"count": COUNT, "reference": held_out.count, "dtype": DTYPE, "batch size": BATCH}
     for key, value in {**setting, "distance": distance_name(network)}.items():
         store.keep("setting", key, value)
     if "reconstructions" in store.values["rows"] or not images.weights("diffusion").is_dir():
@@ -268,13 +272,15 @@ def sweep(images: ImageSet, store: Measurements, judge: Judge, name: str) -> Non
     """The distance at each guidance scale over fewer images; the smallest wins."""
     if not images.weights(name).is_dir() or not MODELS[name].sweep_steps:
         return
-    for guidance in GUIDANCES:
+    for guidance in MODELS[name].guidances:
         generation = swept(images, name, guidance)
         if current(store.values["sweeps"].get(f"{name} {guidance}"), generation):
             continue
         features, _ = generate(generation, judge.network, SWEEP_COUNT)
         distance = frechet_distance(FeatureStatistics.of(features), judge.reference.statistics)
-        store.keep("sweeps", f"{name} {guidance}", {"distance": distance, "count": SWEEP_COUNT, **generation.describe()})
+        store.keep(
+            "sweeps", f"{name} {guidance}", {"distance": distance, "count": SWEEP_COUNT, "machine": machine(), **generation.describe()}
+        )
 
 
 def swept(images: ImageSet, name: str, guidance: float) -> Generation:
@@ -295,12 +301,12 @@ def measure_unlimited(images: ImageSet, store: Measurements, judge: Judge) -> No
     if not current(store.values["sweeps"].get(UNLIMITED), generation):
         features, _ = generate(generation, judge.network, SWEEP_COUNT)
         distance = frechet_distance(FeatureStatistics.of(features), judge.reference.statistics)
-        store.keep("sweeps", UNLIMITED, {"distance": distance, "count": SWEEP_COUNT, **generation.describe()})
+        store.keep("sweeps", UNLIMITED, {"distance": distance, "count": SWEEP_COUNT, "machine": machine(), **generation.describe()})
 
 
 def best_guidance(store: Measurements, name: str) -> float:
     name = MODELS[name].guidance_of or name
-    return min(GUIDANCES, key=lambda guidance: store.values["sweeps"][f"{name} {guidance}"]["distance"])
+    return min(MODELS[name].guidances, key=lambda guidance: store.values["sweeps"][f"{name} {guidance}"]["distance"])
 
 
 def measure_row(images: ImageSet, store: Measurements, judge: Judge, row: Row) -> None:
@@ -314,7 +320,7 @@ def measure_row(images: ImageSet, store: Measurements, judge: Judge, row: Row) -
     features, labels = generate(generation, judge.network, COUNT)
     figures = {"name": row.name, "steps": row.steps, "guidance": generation.sampling.guidance, **judge.figures(features, labels)}
     print(json.dumps({row.key: figures}), flush=True)
-    store.keep("rows", row.key, {**figures, **generation.describe()})
+    store.keep("rows", row.key, {**figures, "machine": machine(), **generation.describe()})
 
 
 def planned(images: ImageSet, store: Measurements, row: Row) -> Generation:

@@ -31,8 +31,8 @@ def write_report(files: list[Path], report: Path) -> None:
     text = report.read_text(encoding="utf-8")
     measured = {path.stem: read_json(path) for path in files if path.exists()}
     for name, values in measured.items():
-        text = _replace(text, name, _table(values))
-        text = _replace(text, f"{name}-guidance", _guidance_table(values))
+        text = replace_block(text, name, _table(values))
+        text = replace_block(text, f"{name}-guidance", _guidance_table(values))
         sample_grid(name, values, report.parent / "images" / f"comparison-{name}.png")
     measured = {name: values for name, values in measured.items() if "times" in values}
     if measured:
@@ -41,7 +41,8 @@ def write_report(files: list[Path], report: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _replace(text: str, name: str, block: str) -> str:
+def replace_block(text: str, name: str, block: str) -> str:
+    """``text`` with the lines between the marks of ``name`` replaced."""
     pattern = rf"(<!-- begin {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)"
     assert re.search(pattern, text, re.DOTALL), f"no block {name}"
     return re.sub(pattern, lambda found: found[1] + block + found[2], text, flags=re.DOTALL)
@@ -99,7 +100,10 @@ def _guidance_table(values: dict[str, Any]) -> str:
         sweeps.setdefault(name, {})[guidance] = found["distance"]
     scales = list(dict.fromkeys(scale for found in sweeps.values() for scale in found))
     lines = ["| head | " + " | ".join(f"guidance {scale}" for scale in scales) + " |", "|---" * (len(scales) + 1) + "|"]
-    lines += [f"| {TITLES[name]} | " + " | ".join(f"{found[scale]:.1f}" for scale in scales) + " |" for name, found in sweeps.items()]
+    lines += [
+        f"| {TITLES[name]} | " + " | ".join(f"{found[scale]:.1f}" if scale in found else "" for scale in scales) + " |"
+        for name, found in sweeps.items()
+    ]
     unlimited = values["sweeps"].get("diffusion without limit")
     if unlimited:
         lines += ["", f"The diffusion head at 100 steps without a limit of the predicted token: {unlimited['distance']:.1f}."]
@@ -146,7 +150,14 @@ def sample_grid(name: str, values: dict[str, Any], path: Path) -> None:
     """The same seeds by each head, a row each; kept as it is where the weights are not at hand."""
     if not Path("weights", name).is_dir():
         return
-    rows, shown = [], [(model, steps) for model, steps in GRID_ROWS if f"{model} {steps} seed 0" in values["rows"]]
+    rows, shown = (
+        [],
+        [
+            (model, steps)
+            for model, steps in GRID_ROWS
+            if f"{model} {steps} seed 0" in values["rows"] and Path("weights", name, model).is_dir()
+        ],
+    )
     for model, steps in shown:
         pipeline = Pipeline.from_pretrained(Path("weights") / name / model, dtype=values["setting"]["dtype"])
         classes = len(pipeline.classes)

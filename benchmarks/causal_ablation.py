@@ -1,0 +1,189 @@
+"""What keeps a causal model's tokens from drifting? Each cure by itself on Fashion-MNIST, then docs/results.md's table.
+
+    python benchmarks/causal_ablation.py [--train]
+
+Figures are kept in docs/results/causal-ablation.json and measured again where weights changed. The models are in runs/ once
+``--train`` has trained them (25 minutes each on one core, and 10 for an autoencoder), and keep their recorded figures until then.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import RESULTS, SETS, SWEEP_COUNT, WORK, Judge, Measurements, current, generate, generation_of, measure_floors, run
+from results_report import replace_block
+from timing import machine
+
+from far.evaluation.extraction import extract_parts, read_parts
+from far.evaluation.generated import Generation
+from far.evaluation.images import open_images
+from far.evaluation.metrics import FeatureStatistics, frechet_distance
+from far.files import atomic_path, sha256
+from far.pipeline import Pipeline
+from far.sampling import SeededNoise, sample
+
+IMAGES = SETS["fashion-mnist"]
+RECIPE = "recipes/comparison/fashion-mnist-causal.yaml"
+HEAD_STEPS = 8
+GUIDANCES = (2.0, 4.0, 8.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A trained model, and how it is sampled; ``spherical`` where not as it was trained."""
+
+    folder: Path
+    overrides: tuple[str, ...] = ()
+    sampling: tuple[tuple[str, Any], ...] = ()
+    spherical: bool | None = None
+
+
+PLAIN = Path("runs/comparison/fashion-mnist/causal-plain")
+NOISY = Path("runs/comparison/fashion-mnist/causal")
+SPHERE = Path("runs/comparison/fashion-mnist-spherical/causal-plain")
+WITHOUT_NOISE = ("generator.network.backbone.input_noise=0",)
+SPHERICAL = (
+    "run=runs/comparison/fashion-mnist-spherical",
+    "autoencoder.model.spherical=true",
+    "generator.network.spherical=true",
+    *WITHOUT_NOISE,
+)
+VARIANTS = {
+    "plain": Variant(PLAIN, WITHOUT_NOISE),
+    "guidance constant": Variant(PLAIN, WITHOUT_NOISE, sampling=(("guidance_schedule", "constant"),)),
+    "guidance off for the first half": Variant(PLAIN, WITHOUT_NOISE, sampling=(("guidance_interval", (0.5, 1.0)),)),
+    "tokens renormalised in sampling only": Variant(PLAIN, WITHOUT_NOISE, spherical=True),
+    "input noise 0.1 (the default)": Variant(NOISY),
+    "spherical latents": Variant(SPHERE, SPHERICAL),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", action="store_true", help="train what is not trained yet")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="only these")
+    arguments = parser.parse_args()
+    if arguments.train:
+        for command in IMAGES.preparation:
+            run(*command)
+        for variant in dict.fromkeys((VARIANTS[name].folder, VARIANTS[name].overrides) for name in arguments.variants):
+            train(*variant)
+    store = Measurements(RESULTS / "causal-ablation.json")
+    with torch.no_grad():
+        for name in arguments.variants:
+            if (VARIANTS[name].folder / "config.json").exists():
+                measure(name, store)
+    report = Path("docs/results.md")
+    text = replace_block(report.read_text(encoding="utf-8"), "causal-ablation", table(store.values))
+    with atomic_path(report) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def train(folder: Path, overrides: tuple[str, ...]) -> None:
+    if overrides == SPHERICAL:
+        run("train-autoencoder", RECIPE, *overrides, "--resume")
+        run("cache", RECIPE, *overrides)
+    run("train", RECIPE, f"model={folder.name}", *overrides, "--resume")
+
+
+def measure(name: str, store: Measurements) -> None:
+    """The distance at each guidance scale, and how far the latents run off."""
+    variant = VARIANTS[name]
+    folder = as_sampled(variant)
+    judge: Judge | None = None
+    for guidance in GUIDANCES:
+        generation = generation_of(folder, head_steps=HEAD_STEPS, guidance=guidance, seed=1_000_000, **dict(variant.sampling))
+        key = f"{name}, guidance {guidance:g}"
+        if current(store.values["rows"].get(key), generation):
+            continue
+        judge = judge or measure_floors(IMAGES, Measurements(RESULTS / f"{IMAGES.name}.json"))
+        features, labels = generate(generation, judge.network, SWEEP_COUNT)
+        found = {
+            "distance": frechet_distance(FeatureStatistics.of(features), judge.reference.statistics),
+            "class accuracy": judge.classifier.accuracy(features, labels),
+            "reconstructions": reconstruction_distance(folder, judge),
+            "deviations": deviations(folder, generation),
+            "data deviations": data_deviations(folder),
+            "count": SWEEP_COUNT,
+            "machine": machine(),
+        }
+        store.keep("rows", key, {**found, **generation.describe()})
+
+
+def as_sampled(variant: Variant) -> Path:
+    """The model's folder, or a copy that is sampled otherwise than it was trained."""
+    if variant.spherical is None:
+        return variant.folder
+    pipeline = Pipeline.from_pretrained(variant.folder)
+    network = dataclasses.replace(pipeline.model.config.network, spherical=variant.spherical)
+    pipeline.model.config = dataclasses.replace(pipeline.model.config, network=network)
+    folder = WORK / f"{variant.folder.parent.name}-spherical-{variant.spherical}"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def deviations(folder: Path, generation: Generation) -> list[float]:
+    """The root mean square of the first and of the last row of latents of 500 images."""
+    pipeline = Pipeline.from_pretrained(folder, dtype=generation.dtype)
+    labels = torch.arange(500) % len(pipeline.classes)
+    latents = sample(pipeline.model, labels, SeededNoise(range(500), torch.device("cpu")), generation.sampling)
+    return [float(latents[:, :, row].square().mean().sqrt()) for row in (0, -1)]
+
+
+def data_deviations(folder: Path) -> list[float]:
+    """The same of 2,000 training images."""
+    autoencoder = Pipeline.from_pretrained(folder).autoencoder
+    assert autoencoder is not None
+    images = open_images(IMAGES.data / "train").tensor(range(2000)) * 2 - 1
+    latents = torch.cat([autoencoder.normalize(autoencoder.encode(part).mean) for part in images.split(100)])
+    return [float(latents[:, :, row].square().mean().sqrt()) for row in (0, -1)]
+
+
+def reconstruction_distance(folder: Path, judge: Judge) -> float:
+    """The floor of a model: its autoencoder's reconstructions of as many training images."""
+    autoencoder = Pipeline.from_pretrained(folder).autoencoder
+    assert autoencoder is not None
+    source = open_images(IMAGES.data / "train")
+
+    def reconstruct(rows: range) -> torch.Tensor:
+        latents = autoencoder.encode(source.tensor(rows) * 2 - 1).mean
+        return (autoencoder.decode(latents) / 2 + 0.5).clamp(0, 1)
+
+    parts = WORK / "features" / f"{source.digest}-{SWEEP_COUNT}-reconstructions-{sha256(folder / 'autoencoder.safetensors')[:16]}"
+    extract_parts(parts, SWEEP_COUNT, reconstruct, judge.network, description="reconstructions")
+    return frechet_distance(FeatureStatistics.of(read_parts(parts, SWEEP_COUNT)), judge.reference.statistics)
+
+
+def table(values: dict[str, Any]) -> str:
+    lines = [
+        "| causal model | " + " | ".join(f"guidance {scale:g}" for scale in GUIDANCES) + " | class accuracy at the best |"
+        f" its reconstructions | first → last row's deviation / the data's, at the best | at guidance {GUIDANCES[-1]:g} |",
+        "|---" * (len(GUIDANCES) + 5) + "|",
+    ]
+    for name in VARIANTS:
+        found = [values["rows"].get(f"{name}, guidance {scale:g}") for scale in GUIDANCES]
+        rows = [row for row in found if row]
+        if not rows:
+            continue
+        best = min(rows, key=lambda row: row["distance"])
+        cells = [
+            name,
+            *("" if row is None else f"**{row['distance']:.1f}**" if row is best else f"{row['distance']:.1f}" for row in found),
+            f"{best['class accuracy']:.3f}",
+            f"{best['reconstructions']:.1f}",
+            _drift(best),
+            _drift(found[-1]) if found[-1] else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _drift(row: dict[str, Any]) -> str:
+    ratios = [value / of_data for value, of_data in zip(row["deviations"], row["data deviations"])]
+    return " → ".join(f"{ratio:.2f}" for ratio in ratios)
+
+
+if __name__ == "__main__":
+    main()
