@@ -18,6 +18,7 @@ from torch import nn
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.model import FAR, ModelConfig, preset
+from far.packing import pack_linear_layers
 from far.sampling import SamplingConfig, SeededNoise, sample
 
 # Masked backbones in float32, as MAR was released; the causal one, which is bound by reading its weights, in bfloat16 too.
@@ -47,9 +48,11 @@ def build(name: str, dtype: str) -> FAR:
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, dtype))  # so that no float32 copy of the weights counts as peak memory
     try:
-        return FAR(ModelConfig(preset(name))).eval().to(getattr(torch, dtype))
+        model = FAR(ModelConfig(preset(name))).eval()
     finally:
         torch.set_default_dtype(torch.float32)
+    pack_linear_layers(model)
+    return model
 
 
 def draw(model: FAR, config: SamplingConfig, batch: int) -> None:

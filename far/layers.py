@@ -93,13 +93,13 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 class KeyValueCache:
     """Keys and values of all blocks of a causal Transformer, ``[depth, rows, heads, length, head_width]`` each.
 
-    Allocated once for the longest sequence, in the dtype and on the device of ``like``.
+    Allocated once for the longest sequence.
 
     ``length`` places are held; whoever appends to all blocks moves it on.
     """
 
-    def __init__(self, like: Tensor, depth: int, rows: int, heads: int, length: int, head_width: int) -> None:
-        self.keys = like.new_empty(depth, rows, heads, length, head_width)
+    def __init__(self, depth: int, rows: int, heads: int, length: int, head_width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.keys = torch.empty(depth, rows, heads, length, head_width, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
         self.length, self.rows = 0, rows
 

@@ -18,6 +18,7 @@ from far.config import from_dict, to_dict
 from far.errors import InputError
 from far.files import read_json, write_json
 from far.model import FAR, ModelConfig
+from far.packing import pack_linear_layers
 from far.pictures import to_pictures
 from far.sampling import Progress, SamplingConfig, SeededNoise, sample
 from far.weights import load_autoencoder, load_module, save_tensors, to_device
@@ -198,6 +199,7 @@ class Pipeline:
         model = FAR(config)
         load_module(model, folder / "model.safetensors")
         model = to_device(model, device, weights_dtype)
+        pack_linear_layers(model)
         autoencoder = load_autoencoder(folder).to(device) if "autoencoder" in values else None
         if autoencoder is not None:
             autoencoder = autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -22,10 +22,14 @@ M = TypeVar("M", bound=nn.Module)
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
     """Write tensors as safetensors, atomically; floating point ones as ``dtype`` where given."""
-    converted = {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous().clone()
-        for name, tensor in tensors.items()
-    }
+
+    def plain(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        if tensor.is_mkldnn:  # of a packed linear layer
+            tensor = tensor.to_dense()
+        return tensor.to("cpu", dtype if tensor.is_floating_point() else None).contiguous().clone()
+
+    converted = {name: plain(tensor) for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(converted, temporary)
 

@@ -135,7 +135,7 @@ class CausalBackbone(Backbone):
     def new_cache(self, rows: int) -> KeyValueCache:
         """An empty cache for the longest sequence, in the dtype and on the device of the weights."""
         config, like = self.config, self.token_projection.weight
-        return KeyValueCache(like, config.depth, rows, config.heads, self.length, config.width // config.heads)
+        return KeyValueCache(config.depth, rows, config.heads, self.length, config.width // config.heads, like.dtype, like.device)
 
 
 class CausalBlock(nn.Module):
