@@ -26,6 +26,7 @@ from tqdm import tqdm
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.backbone import MaskedBackbone
 from far.errors import InputError
+from far.heads.flow import FlowHead
 from far.model import FAR, PRESETS, ModelConfig, preset
 from far.pipeline import Pipeline, find_folder, prepare
 from far.sampling import SamplingConfig, SeededNoise, sample
@@ -121,7 +122,7 @@ def _folder(name: str) -> Path:
     try:
         return find_folder(name)
     except InputError as error:
-        raise InputError(f"model {name!r} is no preset ({', '.join(PRESETS)}); and as {error}") from None
+        raise InputError(f"model {name!r} is no preset ({', '.join(PRESETS)}) and no folder: {error}") from None
 
 
 def load_models(rows: Sequence[Row], device: str) -> dict[tuple[str, str], Pipeline]:
@@ -132,7 +133,7 @@ def load_models(rows: Sequence[Row], device: str) -> dict[tuple[str, str], Pipel
     Raises:
         InputError: there is no such device here, or a folder's files are damaged.
     """
-    to_device(nn.Linear(1, 1), device)  # the device is refused before weights are drawn
+    to_device(nn.LayerNorm(1), device)  # the device is refused before weights are drawn
     wanted = dict.fromkeys((row.model, row.dtype) for row in rows)
     autoencoder = None
     pipelines = {}
@@ -302,12 +303,17 @@ def size(module: nn.Module) -> int:
 
 
 def weights_read(model: FAR, config: SamplingConfig) -> int:
-    """Bytes of weights that one generation reads: backbone and embeddings of times and condition at each AR step, the head's rest
-    at each of its steps."""
+    """Bytes of weights that one generation reads: backbone and embedding of the condition at each AR step, the head's network at
+    each pass, and the embeddings of times as often as the head asks for them."""
     network: Any = model.head.network
-    once = size(network.time_embeddings) + size(network.condition_embedding)
-    head_steps = sum(config.head_steps_at(step) for step in range(config.ar_steps))
-    return config.ar_steps * (size(model.backbone) + once) + head_steps * (size(network) - once)
+    times, condition = size(network.time_embeddings), size(network.condition_embedding)
+    passes = sum(config.head_steps_at(step) for step in range(config.ar_steps))
+    flow = isinstance(model.head, FlowHead)
+    if flow and model.head.config.solver == "heun":
+        passes *= 2
+    # A flow head embeds the time at each pass, the others all times of an AR step at once.
+    embedded = passes if flow else config.ar_steps
+    return config.ar_steps * (size(model.backbone) + condition) + embedded * times + passes * (size(network) - times - condition)
 
 
 def read_bandwidth(device: str = "cpu") -> float:
