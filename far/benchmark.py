@@ -105,7 +105,7 @@ def rows_of(
             config = dataclasses.replace(defaults, ar_steps=ar, head_steps=head, guidance=scale)
             config.check(model)
             rows.append(Row(name, config, dtype, batch))
-    return list(dict.fromkeys(rows))
+    return rows
 
 
 def _outline(name: str) -> tuple[FAR, SamplingConfig]:
@@ -308,11 +308,10 @@ def weights_read(model: FAR, config: SamplingConfig) -> int:
     network: Any = model.head.network
     times, condition = size(network.time_embeddings), size(network.condition_embedding)
     passes = sum(config.head_steps_at(step) for step in range(config.ar_steps))
-    flow = isinstance(model.head, FlowHead)
-    if flow and model.head.config.solver == "heun":
-        passes *= 2
-    # A flow head embeds the time at each pass, the others all times of an AR step at once.
-    embedded = passes if flow else config.ar_steps
+    embedded = config.ar_steps  # all times of an AR step at once
+    if isinstance(model.head, FlowHead):
+        passes *= 2 if model.head.config.solver == "heun" else 1
+        embedded = passes
     return config.ar_steps * (size(model.backbone) + condition) + embedded * times + passes * (size(network) - times - condition)
 
 
