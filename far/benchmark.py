@@ -346,6 +346,7 @@ def peak_memory(call: Callable[[], object]) -> int | None:
         Path("/proc/self/clear_refs").write_text("5")  # the mark falls to what is resident now
         before = _resident("VmRSS")
     except OSError:
+        call()
         return None
     call()
     return max(0, _resident("VmHWM") - before)
@@ -363,7 +364,8 @@ class Finding:
     Attributes:
         timed_steps: AR steps that were timed in each round.
         weights: bytes of the model's weights and the autoencoder's.
-        peak: bytes beyond what was resident before, while the batch was drawn and decoded.
+        peak: bytes beyond what was resident before, while the batch was first drawn and decoded; of a masked model, the AR steps
+            that were run.
         fastest: seconds that the counted operations would take at the measured peak of each network's dtype.
         reading: seconds that reading each network's weights once a pass would take at the measured bandwidth.
     """
@@ -442,18 +444,24 @@ def measure(rows: Sequence[Row], *, rounds: int = 3, full: bool = False, device:
 
 
 def _first_look(pipeline: Pipeline, row: Row, full: bool, report: Report) -> Finding:
-    """Everything of a row but its time; warms it up at once."""
-    plan = segments(row.sampling.ar_steps, full=full)
-    with flop_counter() as counter:
-        flop = generate(pipeline, row, plan, counter.get_total_flops)
-    fastest = sum(flop[part] / _peak_of(pipeline.model, report) for part in PARTS if part != "autoencoder")
+    """Everything of a row but its time, from its first run, which warms it up at once.
+
+    The first run is the one whose memory counts: from it on, the kernels that were made for each length of sequence stay.
+    """
+    speeds = {part: _peak_of(pipeline.model, report) for part in PARTS}
     weights, read = size(pipeline.model), weights_read(pipeline.model, row.sampling)
     if pipeline.autoencoder is not None:
-        fastest += flop["autoencoder"] / _peak_of(pipeline.autoencoder, report)
+        speeds["autoencoder"] = _peak_of(pipeline.autoencoder, report)
         weights += size(pipeline.autoencoder)
         read += size(pipeline.autoencoder.decoder) + size(pipeline.autoencoder.post_quant_conv)
-    timed = sum(len(segment.timed) for segment in plan)
-    return Finding(row, timed, weights, _peak_of_row(pipeline, row), flop, fastest, read / report.bandwidth)
+    # A causal model's cache would catch up with many tokens in one pass, which takes more memory than it ever needs.
+    plan = segments(row.sampling.ar_steps, full=full or not pipeline.model.backbone.any_order)
+    flop: dict[str, float] = {}
+    with flop_counter() as counter:
+        peak = peak_memory(lambda: flop.update(generate(pipeline, row, plan, counter.get_total_flops)))
+    fastest = sum(flop[part] / speeds[part] for part in PARTS)
+    timed = sum(len(segment.timed) for segment in segments(row.sampling.ar_steps, full=full))
+    return Finding(row, timed, weights, peak if pipeline.device.type == "cpu" else None, flop, fastest, read / report.bandwidth)
 
 
 def _peak_of(module: nn.Module, report: Report) -> float:
@@ -463,15 +471,6 @@ def _peak_of(module: nn.Module, report: Report) -> float:
     if name not in report.peaks:
         report.peaks[name] = product_peak(like.dtype, str(like.device))
     return report.peaks[name]
-
-
-def _peak_of_row(pipeline: Pipeline, row: Row) -> int | None:
-    """Memory of a row, from the last AR steps, when most is known, and the decoding."""
-    if pipeline.device.type != "cpu":
-        return None
-    # A causal model's cache would catch up with many tokens in one pass, which takes more memory than it ever needs.
-    plan = segments(row.sampling.ar_steps, full=not pipeline.model.backbone.any_order)[-1:]
-    return peak_memory(lambda: generate(pipeline, row, plan, time.perf_counter))
 
 
 def paired(alternatives: dict[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:

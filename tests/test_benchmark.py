@@ -130,15 +130,6 @@ def test_a_skipped_step_answers_with_zeros_of_the_right_kind(backbone: str) -> N
     assert torch.equal(z, torch.zeros(2, 3, 32, dtype=torch.bfloat16))
 
 
-def test_memory_is_of_the_last_steps_or_of_a_cache_that_grows_as_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = {}
-    monkeypatch.setattr(far.benchmark, "generate", lambda pipeline, row, plan, reading: plans.update({row.model: plan}))
-    for backbone in BACKBONES:
-        far.benchmark._peak_of_row(pipeline(backbone), Row(backbone, SamplingConfig(16), "float32"))
-    if plans:  # the system tells
-        assert plans == {"masked": [segments(16)[-1]], "causal": segments(16, full=True)}
-
-
 def test_a_cache_catches_up_with_skipped_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     causal = pipeline("causal")
     network = causal.model.backbone
@@ -362,6 +353,28 @@ def test_presets_have_the_same_weights_each_time_and_disturb_no_random_state(tin
     assert first[tiny, "bfloat16"].model.backbone.class_embedding.weight.dtype == torch.bfloat16
 
 
+@each_backbone
+def test_a_causal_model_is_first_run_whole_so_that_its_cache_grows_as_in_use(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = []
+    real = far.benchmark.generate
+    monkeypatch.setattr(far.benchmark, "generate", lambda *values: plans.append(values[2]) or real(*values))
+    report = Report([], 1.0, {"float32": 1.0})
+    found = far.benchmark._first_look(pipeline(backbone), Row("x", SamplingConfig(16, 1), "float32"), False, report)
+    assert plans == [segments(16, full=backbone == "causal")]
+    assert found.timed_steps == 8
+    assert found.peak is None or found.peak >= 0
+
+
+def test_peak_memory_calls_once_where_the_system_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError
+
+    calls = []
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert peak_memory(lambda: calls.append(1)) is None
+    assert calls == [1]
+
+
 def test_rows_take_turns_after_a_warm_up(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of([tiny], head_steps=[2, 3])
     order = []
@@ -373,7 +386,7 @@ def test_rows_take_turns_after_a_warm_up(tiny: str, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(far.benchmark, "generate", recorded)
     report = measure(rows, rounds=2)
-    assert order == [(2, 8), (2, 2), (3, 8), (3, 2), (2, 8), (3, 8), (2, 8), (3, 8)]
+    assert order == [(2, 8), (3, 8)] * 3
     assert [len(found.rounds) for found in report.findings] == [2, 2]
     assert report.peaks.keys() == {"float32"}
     assert report.times_faster(report.findings[0]) == 1.0

@@ -139,10 +139,11 @@ def _notes(report: Report) -> str:
         if estimated
         else "Times are of whole images."
     )
+    part = ", of these steps in masked models," if estimated else ""
     return f"""
 {how}
 Seconds: median (lowest to highest round); encoder … sampler: shares of them. A causal backbone decodes only.
-Memory: the most that drawing and decoding the batch took beyond what was resident before, which the weights were.
+Memory: the most that the first run{part} took beyond what was resident before, which the weights were.
 TFLOP: multiplications and additions an image; of peak: the share of time they would take at the speed of a large matrix product.
 Of reading: the share of time that reading each network's weights once a pass would take."""
 
