@@ -364,8 +364,9 @@ class Finding:
     Attributes:
         timed_steps: AR steps that were timed in each round.
         weights: bytes of the model's weights and the autoencoder's.
-        peak: bytes beyond what was resident before, while the batch was first drawn and decoded; of a masked model, the AR steps
-            that were run.
+        peak: bytes beyond what was resident before, while the batch was drawn and decoded; of a masked model, its last AR steps.
+        first_peak: the same of the first run. What torch keeps from it, such as kernels for each length of sequence, serves
+            later rows too, so it depends on the rows before.
         fastest: seconds that the counted operations would take at the measured peak of each network's dtype.
         reading: seconds that reading each network's weights once a pass would take at the measured bandwidth.
     """
@@ -374,6 +375,7 @@ class Finding:
     timed_steps: int
     weights: int
     peak: int | None
+    first_peak: int | None
     flop: dict[str, float]
     fastest: float
     reading: float
@@ -444,10 +446,7 @@ def measure(rows: Sequence[Row], *, rounds: int = 3, full: bool = False, device:
 
 
 def _first_look(pipeline: Pipeline, row: Row, full: bool, report: Report) -> Finding:
-    """Everything of a row but its time, from its first run, which warms it up at once.
-
-    The first run is the one whose memory counts: from it on, the kernels that were made for each length of sequence stay.
-    """
+    """Everything of a row but its time; warms it up at once."""
     speeds = {part: _peak_of(pipeline.model, report) for part in PARTS}
     weights, read = size(pipeline.model), weights_read(pipeline.model, row.sampling)
     if pipeline.autoencoder is not None:
@@ -458,10 +457,19 @@ def _first_look(pipeline: Pipeline, row: Row, full: bool, report: Report) -> Fin
     plan = segments(row.sampling.ar_steps, full=full or not pipeline.model.backbone.any_order)
     flop: dict[str, float] = {}
     with flop_counter() as counter:
-        peak = peak_memory(lambda: flop.update(generate(pipeline, row, plan, counter.get_total_flops)))
-    fastest = sum(flop[part] / speeds[part] for part in PARTS)
+        first_peak = _host_peak(pipeline, lambda: flop.update(generate(pipeline, row, plan, counter.get_total_flops)))
+    # In the last steps of a masked model most is known.
+    last = segments(row.sampling.ar_steps)[-1:] if pipeline.model.backbone.any_order else plan
+    peak = _host_peak(pipeline, lambda: generate(pipeline, row, last, time.perf_counter))
     timed = sum(len(segment.timed) for segment in segments(row.sampling.ar_steps, full=full))
-    return Finding(row, timed, weights, peak if pipeline.device.type == "cpu" else None, flop, fastest, read / report.bandwidth)
+    fastest = sum(flop[part] / speeds[part] for part in PARTS)
+    return Finding(row, timed, weights, peak, first_peak, flop, fastest, read / report.bandwidth)
+
+
+def _host_peak(pipeline: Pipeline, call: Callable[[], object]) -> int | None:
+    """:func:`peak_memory` of ``call``, which is run in any case; None where the memory in use is not the process's own."""
+    peak = peak_memory(call)
+    return peak if pipeline.device.type == "cpu" else None
 
 
 def _peak_of(module: nn.Module, report: Report) -> float:

@@ -139,11 +139,10 @@ def _notes(report: Report) -> str:
         if estimated
         else "Times are of whole images."
     )
-    part = ", of these steps in masked models," if estimated else ""
     return f"""
 {how}
 Seconds: median (lowest to highest round); encoder … sampler: shares of them. A causal backbone decodes only.
-Memory: the most that the first run{part} took beyond what was resident before, which the weights were.
+Memory: the most that drawing and decoding a batch took beyond what was resident before, once torch's own kernels were made.
 TFLOP: multiplications and additions an image; of peak: the share of time they would take at the speed of a large matrix product.
 Of reading: the share of time that reading each network's weights once a pass would take."""
 
@@ -178,6 +177,7 @@ def _row_record(finding: Finding, report: Report) -> dict[str, Any]:
         "shares": finding.shares,
         "weights bytes": finding.weights,
         "memory bytes": finding.peak,
+        "first run's memory bytes": finding.first_peak,
         "flop per image": {part: finding.flop[part] / row.batch for part in PARTS},
         "share of peak": finding.share_of_time(finding.fastest),
         "share of reading": finding.share_of_time(finding.reading),
