@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 import torch
 from timing import machine, median_ratio, paired, summary, with_head_share
-from torch import nn
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
+from far.benchmark import read_bandwidth, weights_read
 from far.model import FAR, ModelConfig, preset
 from far.packing import pack_linear_layers
 from far.sampling import SamplingConfig, SeededNoise, sample
@@ -57,25 +57,6 @@ def build(name: str, dtype: str) -> FAR:
 
 def draw(model: FAR, config: SamplingConfig, batch: int) -> None:
     sample(model, torch.arange(batch), SeededNoise(range(batch), torch.device("cpu")), config)
-
-
-def read_bandwidth() -> float:
-    """Bytes a second at which a gigabyte is read, the best of five."""
-    block = torch.ones(2**28)
-    return block.nbytes / min(paired({"read": block.sum}, 5)["read"])
-
-
-def weights_read(model: FAR, config: SamplingConfig) -> int:
-    """Bytes of weights that one generation reads: backbone and embeddings of times and condition at each AR step, the head's rest
-    at each of its steps."""
-
-    def size(module: nn.Module) -> int:
-        return sum(parameter.nbytes for parameter in module.parameters())
-
-    assert isinstance(config.head_steps, int)
-    network = model.head.network
-    once = size(network.time_embeddings) + size(network.condition_embedding)
-    return config.ar_steps * (size(model.backbone) + once + config.head_steps * (size(network) - once))
 
 
 def speed(arguments: argparse.Namespace) -> None:

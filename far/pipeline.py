@@ -190,7 +190,7 @@ class Pipeline:
         values = read_json(folder / "config.json")
         if not isinstance(values, dict) or "model" not in values:
             raise InputError(f"{source} describes no generator; give a folder with a 'model' entry")
-        weights_dtype = _dtype(dtype)
+        _dtype(dtype)  # refused before weights are read
         config = from_dict(ModelConfig, values["model"], source)
         defaults = from_dict(SamplingConfig, values.get("defaults", {}), source)
         classes = values.get("classes", [])
@@ -198,8 +198,7 @@ class Pipeline:
             raise InputError(f"{source} names {len(classes)} classes for a model of {config.classes}; name them all")
         model = FAR(config)
         load_module(model, folder / "model.safetensors")
-        model = to_device(model, device, weights_dtype)
-        pack_linear_layers(model)
+        model = prepare(model, dtype, device)
         autoencoder = load_autoencoder(folder).to(device) if "autoencoder" in values else None
         if autoencoder is not None:
             autoencoder = autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -227,6 +226,17 @@ def load(name: Path | str, *, dtype: str = "float32", device: str = "cpu") -> Pi
     if isinstance(values, dict) and "autoencoder" in values and "model" not in values:
         return load_autoencoder(folder).to(device, _dtype(dtype))
     return Pipeline.from_pretrained(folder, dtype=dtype, device=device)
+
+
+def prepare(model: FAR, dtype: str, device: str) -> FAR:
+    """``model`` as a pipeline runs it, changed in place: on a device, its weights in a dtype, laid out for inference.
+
+    Raises:
+        InputError: there is no such dtype, or no such device here.
+    """
+    model = to_device(model, device, _dtype(dtype))
+    pack_linear_layers(model)
+    return model
 
 
 def _dtype(name: str) -> torch.dtype:

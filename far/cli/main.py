@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import far
-from far.cli import cache, convert, data, evaluate, generate, train, train_autoencoder
+from far.cli import benchmark, cache, convert, data, evaluate, generate, train, train_autoencoder
 from far.errors import InputError
 
 COMMANDS = {
@@ -18,6 +18,7 @@ COMMANDS = {
     "cache": cache,
     "train": train,
     "convert": convert,
+    "benchmark": benchmark,
 }
 
 

@@ -119,6 +119,40 @@ def test_generate_refuses_damaged_weights(
     assert not (tmp_path / "a.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--models", "mar-c"], ["'mar-c'", "mar-b", "avatars-64"]),
+        (["--models", "mar-b", "--head-steps", "0"], ["head_steps 0", "1 to 1000"]),
+        (["--models", "mar-b", "far-b", "--head-steps", "129"], ["head_steps 129", "1 to 128"]),
+        (["--models", "mar-b", "--ar-steps", "257"], ["ar_steps 257", "1 to 256"]),
+        (["--models", "mar-b", "--dtypes", "int3"], ["int3", "bfloat16"]),
+        (["--models", "mar-b", "--device", "nonsense"], ["nonsense"]),
+        (["--models", "mar-b", "--batch", "1", "0"], ["batch 0", "positive"]),
+        (["--batch", "-1"], ["batch -1", "positive"]),
+        (["--guidance", "nan"], ["guidance nan"]),
+        (["--rounds", "0"], ["--rounds 0", "positive"]),
+        (["--head-steps", "4"], ["--head-steps", "--models"]),
+        (["--plot", "a.jpg"], ["a.jpg", ".png"]),
+        (["--json", "file/a.json"], ["cannot write file/", "check the path"]),
+    ],
+)
+def test_benchmark_refuses_before_it_starts(
+    options: list[str], expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.setattr("far.benchmark.read_bandwidth", lambda device: pytest.fail("it started"))
+    refused(capsys, ["benchmark", *options], *expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_benchmark_names_the_package_that_a_plot_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(capsys, ["benchmark", "--plot", "a.png"], "matplotlib", "pip install")
+
+
 def test_a_misspelt_recipe_key_names_the_right_one(recipe: Path, capsys: pytest.CaptureFixture) -> None:
     refused(capsys, ["train", recipe, "generator.training.learning_rat=0.1"], "'learning_rat'", "'learning_rate'")
     recipe.write_text(recipe.read_text().replace("label_drop", "label_drp").replace("generator:", "generatr:"))

@@ -1,0 +1,212 @@
+"""Tell where the time of generation goes on this machine, against MAR as released, in one table.
+
+Without --models, MAR's base model at 64 × 100 steps in float32 is compared with it in bfloat16, with the shortcut head,
+and with the causal backbone, in a few minutes. With --models, every combination of the given values is a row, and the
+first is the base. Presets have random weights: this is about time, not quality.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import platform
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import far
+from far.benchmark import PARTS, SEED, Finding, Report, default_rows, machine, measure, processor, rows_of
+from far.errors import InputError
+from far.files import atomic_path, check_writable, write_json
+
+_COLOURS = ("#4c72b0", "#55a868", "#dd8452", "#8172b3", "#8c8c8c")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="presets (such as far-b), bundled names or folders (./far-b)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="images drawn together (default 1)")
+    parser.add_argument("--ar-steps", type=int, nargs="+", metavar="N", help="of masked models (default: 64, or the folder's)")
+    parser.add_argument("--head-steps", type=int, nargs="+", metavar="N", help="steps of the head, each a row (default: the model's)")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], help="of the generator's weights (default float32)"
+    )
+    parser.add_argument("--guidance", type=float, help="guidance scale; 1 is off (default: 2.9, or the folder's)")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each row is timed, in turn (default 3)")
+    parser.add_argument("--full", action="store_true", help="time whole images; otherwise some AR steps stand for all")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps … (default cpu)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures and settings")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the seconds of each row by part, as PNG")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    _check(arguments)
+    rows = _rows(arguments)
+    report = measure(rows, rounds=arguments.rounds, full=arguments.full, device=arguments.device)
+    print(_heading(report, arguments))
+    print(_table(report))
+    print(_notes(report))
+    if arguments.json is not None:
+        write_json(arguments.json, _record(report, arguments))
+        print(f"wrote {arguments.json}")
+    if arguments.plot is not None:
+        _plot(report, arguments.plot)
+        print(f"wrote {arguments.plot}")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.rounds < 1:
+        raise InputError(f"--rounds {arguments.rounds} must be positive")
+    if arguments.plot is not None and arguments.plot.suffix.lower() != ".png":
+        raise InputError(f"--plot {arguments.plot}: give a name that ends in .png")
+    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise InputError("--plot needs matplotlib, which is not installed: pip install matplotlib")
+    for path in (arguments.json, arguments.plot):
+        if path is not None:
+            check_writable(path)
+
+
+def _rows(arguments: argparse.Namespace) -> list[Any]:
+    if arguments.models is None:
+        for option in ("ar_steps", "head_steps", "dtypes"):
+            if getattr(arguments, option) is not None:
+                raise InputError(f"--{option.replace('_', '-')} goes with --models; name the models, or leave it out for the usual rows")
+        return default_rows(batches=arguments.batch, guidance=arguments.guidance)
+    return rows_of(
+        arguments.models, batches=arguments.batch, ar_steps=arguments.ar_steps, head_steps=arguments.head_steps,
+        dtypes=arguments.dtypes or ["float32"], guidance=arguments.guidance,
+    )  # fmt: skip
+
+
+def _heading(report: Report, arguments: argparse.Namespace) -> str:
+    scales = " or ".join(dict.fromkeys(f"{finding.row.sampling.guidance:g}" for finding in report.findings))
+    peaks = ", ".join(f"{peak / 1e12:.3g} TFLOP/s in {name}" for name, peak in report.peaks.items())
+    device = "" if arguments.device == "cpu" else f"device {arguments.device}, "
+    return (
+        f"Guidance {scales}, seed {SEED}, {arguments.rounds} rounds in turn, {device}{machine()}; "
+        f"measured: {report.bandwidth / 1e9:.3g} GB/s of reading, {peaks}.\n"
+    )
+
+
+_COLUMNS = (
+    "model", "steps", "dtype", "batch", "seconds per image", *PARTS,
+    "weights", "memory", "TFLOP", "of peak", "of reading", "times faster",
+)  # fmt: skip
+
+
+def _table(report: Report) -> str:
+    """Markdown, padded so that it can be read as it is."""
+    lines = [_COLUMNS, *(_cells(finding, report) for finding in report.findings)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    padded = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]
+    return "\n".join([padded[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *padded[1:]])
+
+
+def _cells(finding: Finding, report: Report) -> tuple[str, ...]:
+    row, seconds = finding.row, finding.image_seconds
+    shares = [f"{share:.0%}" if share else "–" for share in finding.shares.values()]
+    return (
+        row.model, _steps(finding), row.dtype, str(row.batch),
+        f"{statistics.median(seconds):.4g} ({min(seconds):.4g} to {max(seconds):.4g})",
+        *shares,
+        _gigabytes(finding.weights), _gigabytes(finding.peak),
+        f"{sum(finding.flop.values()) / row.batch / 1e12:.3g}",
+        f"{finding.share_of_time(finding.fastest):.0%}", f"{finding.share_of_time(finding.reading):.0%}",
+        f"{report.times_faster(finding):.2f}",
+    )  # fmt: skip
+
+
+def _steps(finding: Finding) -> str:
+    """AR steps × head steps, and what else of the sampling is not as usual."""
+    config = finding.row.sampling
+    usual = dataclasses.asdict(type(config)())
+    named = ("ar_steps", "head_steps", "guidance")
+    unusual = [f", {name} {value}" for name, value in dataclasses.asdict(config).items() if name not in named and value != usual[name]]
+    head = config.head_steps if isinstance(config.head_steps, int) else " to ".join(map(str, config.head_steps))
+    return f"{config.ar_steps} × {head}{''.join(unusual)}"
+
+
+def _gigabytes(count: int | None) -> str:
+    return "–" if count is None else f"{count / 2**30:.3g} GB" if count >= 2**30 / 10 else f"{count / 2**20:.3g} MB"
+
+
+def _notes(report: Report) -> str:
+    estimated = [finding for finding in report.findings if finding.estimated]
+    steps = ", ".join(dict.fromkeys(f"{finding.timed_steps} of {finding.row.sampling.ar_steps}" for finding in estimated))
+    how = (
+        f"Times are estimated: {steps} AR steps were timed, spread evenly, and stand for all; --full times whole images."
+        if estimated
+        else "Times are of whole images."
+    )
+    return f"""
+{how}
+Seconds: median (lowest to highest round); encoder … sampler: shares of them. A causal backbone decodes only.
+Memory: the most that drawing and decoding a batch took beyond what was resident before, once torch's own kernels were made.
+TFLOP: multiplications and additions an image; of peak: the share of time they would take at the speed of a large matrix product.
+Of reading: the share of time that reading each network's weights once a pass would take."""
+
+
+def _record(report: Report, arguments: argparse.Namespace) -> dict[str, Any]:
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items() if name != "run"}
+    return {
+        "settings": {**options, "seed": SEED},
+        "machine": {
+            "processor": processor(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else arguments.device,
+            "threads": torch.get_num_threads(),
+            "bytes read a second": report.bandwidth,
+            "peak flop a second": report.peaks,
+        },
+        "versions": {"far": far.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "command": ["far", *sys.argv[1:]],
+        "rows": [_row_record(finding, report) for finding in report.findings],
+    }
+
+
+def _row_record(finding: Finding, report: Report) -> dict[str, Any]:
+    row, seconds = finding.row, finding.image_seconds
+    return {
+        **dataclasses.asdict(row),
+        "estimated": finding.estimated,
+        "timed ar steps": finding.timed_steps,
+        "seconds per image": {"median": statistics.median(seconds), "minimum": min(seconds), "maximum": max(seconds)},
+        "rounds": [{part: value / row.batch for part, value in parts.items()} for parts in finding.rounds],
+        "shares": finding.shares,
+        "weights bytes": finding.weights,
+        "memory bytes": finding.peak,
+        "first run's memory bytes": finding.first_peak,
+        "flop per image": {part: finding.flop[part] / row.batch for part in PARTS},
+        "share of peak": finding.share_of_time(finding.fastest),
+        "share of reading": finding.share_of_time(finding.reading),
+        "times faster": report.times_faster(finding),
+    }
+
+
+def _plot(report: Report, path: Path) -> None:
+    """Seconds per image, a bar a row, stacked by part."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [f"{f.row.model}, {_steps(f)}\n{f.row.dtype}, batch {f.row.batch}" for f in report.findings]
+    totals = [statistics.median(finding.image_seconds) for finding in report.findings]
+    figure, panel = plt.subplots(figsize=(9, 1 + 0.6 * len(names)))
+    places, left = range(len(names)), [0.0] * len(names)
+    for part, colour in zip(PARTS, _COLOURS):
+        widths = [total * finding.shares[part] for total, finding in zip(totals, report.findings)]
+        panel.barh(places, widths, left=left, color=colour, label=part)
+        left = [start + width for start, width in zip(left, widths)]
+    for place, total, finding in zip(places, totals, report.findings):
+        panel.text(total, place, f" {total:.3g} s, {report.times_faster(finding):.1f}×", va="center", fontsize=8)
+    panel.set_yticks(places, names, fontsize=8)
+    panel.invert_yaxis()
+    panel.set(xlabel="seconds per image", xlim=(0, 1.2 * max(totals)))
+    panel.legend(fontsize=8)
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)

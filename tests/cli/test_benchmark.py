@@ -1,0 +1,102 @@
+"""`far benchmark`: the table, the file of figures and the picture of tiny models; no speed is asserted."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import far.benchmark
+from far.autoencoder import AutoencoderConfig
+from far.backbone import CausalConfig
+from far.cli import benchmark
+from far.cli.main import main
+from far.heads import HeadConfig
+from far.model import PRESETS, NetworkConfig
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "tiny", NetworkConfig(CausalConfig(width=16, depth=1, heads=2), HeadConfig("shortcut", 16, 1)))
+    monkeypatch.setattr(far.benchmark, "AutoencoderConfig", lambda: AutoencoderConfig(width=8, blocks=1, norm_groups=4))
+    monkeypatch.setattr(far.benchmark, "_BANDWIDTH_BYTES", 2**16)
+    monkeypatch.setattr(far.benchmark, "_PRODUCT_SIDE", 32)
+
+
+def table(text: str) -> list[dict[str, str]]:
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    assert all(set(cell) == {"-"} for cell in lines[1])
+    assert len({len(line) for line in lines}) == 1
+    return [dict(zip(lines[0], line)) for line in lines[2:]]
+
+
+def test_table_figures_and_picture_agree(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    figures, picture = tmp_path / "a.json", tmp_path / "a.png"
+    options = ["--models", str(pipeline_folder), "--batch", "2", "--head-steps", "4", "1", "--dtypes", "float32", "bfloat16"]
+    assert main(["benchmark", *options, "--ar-steps", "3", "--rounds", "2", "--json", str(figures), "--plot", str(picture)]) == 0
+    captured = capsys.readouterr()
+    rows, found = table(captured.out), json.loads(figures.read_text())
+    assert [(row["steps"], row["dtype"]) for row in rows] == [(f"3 × {n}", t) for n in (4, 1) for t in ("float32", "bfloat16")]
+    assert "Times are of whole images." in captured.out
+    assert "warm-up" in captured.err
+    assert "warm-up" not in captured.out
+    assert rows[0]["times faster"] == "1.00"
+    assert rows[0]["batch"] == "2"
+    assert found["settings"]["seed"] == 0
+    assert found["machine"]["threads"] >= 1
+    assert found["machine"]["peak flop a second"].keys() == {"float32", "bfloat16"}
+    assert len(found["rows"]) == 4
+    for row, record in zip(rows, found["rows"]):
+        assert row["model"] == record["model"] == str(pipeline_folder)
+        assert record["sampling"]["ar_steps"] == 3
+        assert not record["estimated"]
+        assert len(record["rounds"]) == 2
+        assert sum(record["shares"].values()) == pytest.approx(1)
+        assert all(share > 0 for share in record["shares"].values())
+        seconds = record["seconds per image"]
+        assert seconds["minimum"] <= seconds["median"] <= seconds["maximum"]
+        assert seconds["minimum"] == pytest.approx(min(sum(parts.values()) for parts in record["rounds"]))
+        assert row["seconds per image"].startswith(f"{seconds['median']:.4g} ")
+        assert row["head"] == f"{record['shares']['head']:.0%}"
+    assert found["rows"][1]["weights bytes"] < found["rows"][0]["weights bytes"]
+    assert Image.open(picture).format == "PNG"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.png"]
+
+
+def test_a_causal_preset_is_estimated_unless_full(capsys: pytest.CaptureFixture) -> None:
+    options = ["benchmark", "--models", "tiny", "--head-steps", "1", "--ar-steps", "8", "--rounds", "1"]
+    assert main(options) == 0
+    text = capsys.readouterr().out
+    (row,) = table(text)
+    assert row["steps"] == "256 × 1"
+    assert row["encoder"] == "–"
+    assert "Times are estimated: 32 of 256 AR steps" in text
+    assert "Guidance 2.9" in text
+    assert main([*options, "--full"]) == 0
+    assert "Times are of whole images." in capsys.readouterr().out
+
+
+def test_without_models_the_usual_rows_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def stop(rows, **options):  # type: ignore[no-untyped-def]
+        asked.update(options, rows=rows)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark, "measure", stop)
+    assert main(["benchmark", "--batch", "2", "--guidance", "1", "--rounds", "5", "--full"]) == 130
+    assert asked["rows"] == far.benchmark.default_rows(batches=[2], guidance=1.0)
+    assert {**asked, "rows": None} == {"rows": None, "rounds": 5, "full": True, "device": "cpu"}
+
+
+def test_unusual_sampling_is_told_in_the_row(pipeline_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = Path(pipeline_folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["defaults"]["temperature"] = 0.9
+    copy = folder.parent / "warm"
+    copy.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    (copy / "config.json").write_text(json.dumps(config))
+    assert main(["benchmark", "--models", str(copy), "--rounds", "1"]) == 0
+    assert table(capsys.readouterr().out)[0]["steps"] == "4 × 2, temperature 0.9"

@@ -1,0 +1,401 @@
+"""The benchmark's arithmetic: what is skipped, what is counted, and how a part stands for the whole. No speed is asserted."""
+
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import far.benchmark
+from far.autoencoder import AutoencoderConfig
+from far.backbone import CausalConfig, MaskedBackbone, MaskedConfig
+from far.benchmark import (
+    PARTS,
+    Finding,
+    Report,
+    Row,
+    Segment,
+    default_rows,
+    flop_counter,
+    generate,
+    load_models,
+    measure,
+    peak_memory,
+    rows_of,
+    segments,
+    size,
+    watched,
+    weights_read,
+)
+from far.errors import InputError
+from far.heads import HeadConfig
+from far.heads.head import Head
+from far.model import FAR, PRESETS, ModelConfig, NetworkConfig
+from far.pipeline import Pipeline, prepare
+from far.sampling import SamplingConfig, SeededNoise, sample
+
+BACKBONES = {"masked": MaskedConfig(32, 2, 2, 32, 3, 2, 3), "causal": CausalConfig(width=32, depth=2, heads=2)}
+each_backbone = pytest.mark.parametrize("backbone", BACKBONES)
+
+
+def model(backbone: str, dtype: str = "float32", kind: str = "shortcut", solver: str = "euler") -> FAR:
+    """A model of 16 tokens with random (not zero) outputs."""
+    torch.manual_seed(0)
+    head = HeadConfig(kind, 16, 1, 2, solver)  # type: ignore[arg-type]
+    made = FAR(ModelConfig(NetworkConfig(BACKBONES[backbone], head, patch=2), 3, 2, (8, 8))).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return prepare(made, dtype, "cpu")
+
+
+def pipeline(backbone: str, dtype: str = "float32") -> Pipeline:
+    return Pipeline(model(backbone, dtype), None, ["a", "b", "c"], SamplingConfig())
+
+
+def count_calls(counts: Counter, name: str, module: nn.Module) -> None:
+    module.register_forward_hook(lambda *_: counts.update([name]))
+
+
+@pytest.mark.parametrize("ar_steps", [*range(1, 70), 100, 128, 255, 256])
+@pytest.mark.parametrize("full", [False, True])
+def test_segments_stand_for_every_step(ar_steps: int, full: bool) -> None:
+    plan = segments(ar_steps, full=full)
+    assert sum(segment.stands_for for segment in plan) == ar_steps
+    run = [step for segment in plan for step in (*segment.untimed, *segment.timed)]
+    assert run == sorted(set(run))
+    assert set(run) <= set(range(ar_steps))
+    for segment in plan:
+        assert len(segment.timed) >= 1
+        assert all(step == segment.timed[0] - 1 for step in segment.untimed)
+    if full or ar_steps < 12:
+        assert [step for segment in plan for step in segment.timed] == list(range(ar_steps))
+
+
+def test_segments_of_the_presets_are_short_and_in_the_middle_of_what_they_stand_for() -> None:
+    assert segments(64) == [Segment(range(s + 6, s + 7), range(s + 7, s + 9), 16) for s in (0, 16, 32, 48)]
+    assert segments(256) == [Segment(range(s + 27, s + 28), range(s + 28, s + 36), 64) for s in (0, 64, 128, 192)]
+
+
+@each_backbone
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_watched_generation_of_all_steps_draws_the_same_latents(backbone: str, dtype: str) -> None:
+    watched_model = model(backbone, dtype)
+    labels, config = torch.tensor([0, 2]), SamplingConfig(16, 2, 2.0)
+
+    def draw() -> torch.Tensor:
+        return sample(watched_model, labels, SeededNoise([3, 4], torch.device("cpu")), config)
+
+    plain = draw()
+    with watched(watched_model, range(16), lambda: 0.0):
+        assert torch.equal(draw(), plain)
+    with watched(watched_model, range(8), lambda: 0.0):
+        assert not torch.equal(draw(), plain)
+    assert torch.equal(draw(), plain), "the model is not as it was"
+
+
+def test_a_model_is_as_it_was_after_an_error() -> None:
+    broken = model("masked")
+    with pytest.raises(RuntimeError), watched(broken, range(16), lambda: 0.0):
+        raise RuntimeError
+    assert not {"condition", "encode"} & vars(broken.backbone).keys()
+    assert "sample" not in vars(broken.head)
+
+
+@each_backbone
+def test_skipped_steps_call_no_network(backbone: str) -> None:
+    watched_pipeline = pipeline(backbone)
+    counts: Counter = Counter()
+    network = watched_pipeline.model.backbone
+    assert isinstance(network.blocks if backbone == "causal" else network.decoder_blocks, nn.ModuleList)
+    count_calls(counts, "backbone", (network.blocks if backbone == "causal" else network.decoder_blocks)[0])
+    count_calls(counts, "head", watched_pipeline.model.head.network.output)
+    generate(watched_pipeline, Row("x", SamplingConfig(16, 3, 2.0), "float32", 2), segments(16), lambda: 0.0)
+    assert counts == {"backbone": 12, "head": 12 * 3}  # 4 stretches of 1 + 2 steps
+    counts.clear()
+    generate(watched_pipeline, Row("x", SamplingConfig(16, 3, 2.0), "float32", 2), segments(16, full=True), lambda: 0.0)
+    assert counts == {"backbone": 16, "head": 16 * 3}
+
+
+@each_backbone
+def test_a_skipped_step_answers_with_zeros_of_the_right_kind(backbone: str) -> None:
+    skipping = model(backbone, "bfloat16")
+    tokens, wanted = torch.zeros(2, 16, 8), torch.zeros(2, 3, dtype=torch.long)
+    with watched(skipping, range(0), lambda: 0.0):
+        z = skipping.backbone.condition(tokens, wanted[:, :0], wanted, torch.tensor([0, 1]))
+        assert torch.equal(skipping.head.sample(z, lambda: torch.ones(2, 3, 8), steps=1), torch.ones(2, 3, 8))
+    assert z.dtype == torch.bfloat16
+    assert torch.equal(z, torch.zeros(2, 3, 32, dtype=torch.bfloat16))
+
+
+def test_a_cache_catches_up_with_skipped_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    causal = pipeline("causal")
+    network = causal.model.backbone
+    condition = type(network).condition
+    errors = []
+
+    def compared(self, tokens, known, wanted, labels, cache):  # type: ignore[no-untyped-def]
+        z = condition(self, tokens, known, wanted, labels, cache)
+        errors.append((z - condition(self, tokens, known, wanted, labels)).abs().max().item())
+        return z
+
+    monkeypatch.setattr(type(network), "condition", compared)
+    generate(causal, Row("x", SamplingConfig(16, 1, 2.0), "float32", 2), segments(16), lambda: 0.0)
+    assert len(errors) == 12
+    assert max(errors) < 1e-5
+
+
+class Ticks:
+    """A clock that only the networks move on: 3 an encoding, 5 a decoding, 7 more at each call of the head, 2 a noise."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, masked: MaskedBackbone, head: Head) -> None:
+        self.now, self.head_calls = 0.0, 0
+        encode, decode, draw = type(masked).encode, type(masked).decode, type(head).sample
+
+        def encoding(*values):  # type: ignore[no-untyped-def]
+            self.now += 3
+            return encode(*values)
+
+        def decoding(*values):  # type: ignore[no-untyped-def]
+            self.now += 5
+            return decode(*values)
+
+        def drawing(head, z, normal, **options):  # type: ignore[no-untyped-def]
+            self.now += 7 * z.shape[1]
+            return draw(head, z, normal, **options)
+
+        monkeypatch.setattr(type(masked), "encode", encoding)
+        monkeypatch.setattr(type(masked), "decode", decoding)
+        monkeypatch.setattr(type(head), "sample", drawing)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_timed_steps_stand_for_the_others(full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    masked = pipeline("masked")
+    ticks = Ticks(monkeypatch, masked.model.backbone, masked.model.head)  # type: ignore[arg-type]
+    row = Row("x", SamplingConfig(16, 1), "float32", 1)  # one token a step
+    found = generate(masked, row, segments(16, full=full), lambda: ticks.now)
+    assert found == {"encoder": 16 * 3, "decoder": 16 * 5, "head": 16 * 7, "autoencoder": 0, "sampler": 0}
+    assert tuple(found) == PARTS
+
+
+def test_what_no_network_takes_is_the_samplers(monkeypatch: pytest.MonkeyPatch) -> None:
+    masked = pipeline("masked")
+    ticks = Ticks(monkeypatch, masked.model.backbone, masked.model.head)  # type: ignore[arg-type]
+    constrain = FAR.constrain
+
+    def slow_constrain(self, tokens):  # type: ignore[no-untyped-def]
+        ticks.now += 2
+        return constrain(self, tokens)
+
+    monkeypatch.setattr(FAR, "constrain", slow_constrain)
+    found = generate(masked, Row("x", SamplingConfig(16, 1), "float32", 1), segments(16), lambda: ticks.now)
+    assert found["sampler"] == 16 * 2
+    assert found["head"] == 16 * 7
+
+
+def test_the_estimate_follows_work_that_grows() -> None:
+    """Work of step k is k: the middles of the quarters give the exact sum."""
+    watch = far.benchmark.Watch(model("masked"), range(0), lambda: 64 * 63 / 2)
+    watch.borders = [float(step * (step - 1) / 2) for step in range(64)]
+    watch.begin = 0.0
+    watch.inside = [{"encoder": 0.0, "backbone": 0.0, "head": 0.0} for _ in range(64)]
+    assert watch.parts(segments(64))["sampler"] == 64 * 63 / 2
+    assert watch.parts([Segment(range(0), range(0, 2), 64)])["sampler"] == 64 * 0.5
+
+
+def linear(rows: int, inputs: int, outputs: int) -> int:
+    return 2 * rows * inputs * outputs
+
+
+def head_flop(rows: int, guided: bool, steps: int, width: int, condition: int, channels: int) -> int:
+    """The shortcut head's operations on ``rows`` tokens: embeddings once, the network at each step."""
+    both = rows * (2 if guided else 1)
+    times = 2 * (linear(steps, 256, width) + linear(steps, width, width))
+    network = linear(rows, channels, width) + linear(both, width, 3 * width) + 2 * linear(both, width, width)
+    network += linear(both, width, 2 * width) + linear(both, width, channels)
+    return times + linear(both, condition, width) + steps * network
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_counted_operations_of_a_masked_model_are_those_of_the_formula(guidance: float, dtype: str) -> None:
+    batch, rows, width, channels = 2, 2 if guidance == 1 else 4, 32, 8
+
+    def blocks(depth: int, length: int) -> int:
+        return depth * rows * (linear(length, width, 12 * width) + 4 * length * length * width)
+
+    expected = Counter(dict.fromkeys(PARTS, 0))
+    config = SamplingConfig(4, 3, guidance, "constant")
+    counts = far.sampling.cosine_token_counts(16, 4)
+    for known, count in zip(itertools.accumulate(counts, initial=0), counts):
+        expected["encoder"] += linear(rows * known, channels, width) + blocks(2, 3 + known)
+        expected["decoder"] += linear(rows * (3 + known), width, width) + blocks(3, 3 + 16)
+        expected["head"] += head_flop(batch * count, guidance != 1, 3, 16, width, channels)
+    with flop_counter() as counter:
+        found = generate(pipeline("masked", dtype), Row("x", config, dtype, batch), segments(4), counter.get_total_flops)
+    assert found == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_counted_operations_of_a_causal_model_are_those_of_the_formula(dtype: str) -> None:
+    batch, rows, width, hidden, channels = 2, 4, 32, 256, 8
+    backbone = 0
+    for known in range(16):
+        if known:
+            backbone += linear(rows, channels, width)
+        block = linear(rows, width, 4 * width) + linear(rows, width, 2 * hidden) + linear(rows, hidden, width)
+        backbone += 2 * (block + 4 * rows * (known + 1) * width)
+    config = SamplingConfig(16, 3, 2.0, "constant")
+    with flop_counter() as counter:
+        plan = segments(16, full=True)
+        found = generate(pipeline("causal", dtype), Row("x", config, dtype, batch), plan, counter.get_total_flops)
+    head = 16 * head_flop(batch, True, 3, 16, width, channels)
+    assert found == {"encoder": 0, "decoder": backbone, "head": head, "autoencoder": 0, "sampler": 0}
+
+
+@each_backbone
+@pytest.mark.parametrize(("kind", "solver"), [("shortcut", "euler"), ("diffusion", "euler"), ("flow", "euler"), ("flow", "heun")])
+def test_weights_read_are_those_of_the_passes(backbone: str, kind: str, solver: str) -> None:
+    watched_model = model(backbone, kind=kind, solver=solver)
+    network = watched_model.head.network
+    counts: Counter = Counter()
+    count_calls(counts, "backbone", watched_model.backbone.token_projection)
+    for name, module in network.named_children():
+        # A list is read at each step as its first member is.
+        count_calls(counts, name, module[0] if isinstance(module, nn.ModuleList) else module)
+    config = SamplingConfig(16, (5, 2))
+    sample(watched_model, torch.tensor([0]), SeededNoise([0], torch.device("cpu")), config)
+    expected = 16 * size(watched_model.backbone)
+    expected += sum(counts[name] * size(module) for name, module in network.named_children())
+    assert counts["output"] > counts["condition_embedding"] == 16
+    assert weights_read(watched_model, config) == expected
+
+
+def test_size_is_in_bytes() -> None:
+    assert size(nn.Linear(3, 5)) == 4 * (15 + 5)
+    assert size(nn.Linear(3, 5, dtype=torch.bfloat16)) == 2 * (15 + 5)
+
+
+def test_peak_memory_is_of_the_call_alone() -> None:
+    def use(megabytes: int) -> None:
+        torch.ones(megabytes * 2**18)
+
+    kept = torch.ones(32 * 2**18)
+    use(400)
+    found = peak_memory(lambda: use(100))
+    if found is None:
+        pytest.skip("the system does not tell")
+    assert 95 * 2**20 <= found <= 130 * 2**20
+    assert (peak_memory(lambda: None) or 0) < 20 * 2**20
+    assert len(kept)
+
+
+def finding(batch: int, seconds: list[float]) -> Finding:
+    rounds = [{**dict.fromkeys(PARTS, 0.0), "encoder": value / 4, "head": value * 3 / 4} for value in seconds]
+    return Finding(Row("x", SamplingConfig(16), "float32", batch), 8, 0, None, None, {}, 1.0, 2.0, rounds)
+
+
+def test_figures_of_a_row() -> None:
+    base, other = finding(1, [10.0, 20.0, 60.0]), finding(4, [20.0, 10.0, 40.0])
+    assert other.image_seconds == [5.0, 2.5, 10.0]
+    assert other.shares == {"encoder": 0.25, "decoder": 0, "head": 0.75, "autoencoder": 0, "sampler": 0}
+    assert other.share_of_time(other.reading) == 2.0 / 20.0
+    assert other.estimated
+    # Round by round 2, 8 and 6 times; the ratio of the medians would be 4.
+    assert Report([base, other], 1.0, {}).times_faster(other) == 6.0
+
+
+def test_rows_are_every_combination_and_a_causal_model_takes_its_number_of_tokens() -> None:
+    rows = rows_of(["far-b", "far-causal-b"], batches=[1, 2], ar_steps=[8, 32], head_steps=[1, 4], dtypes=["float32", "bfloat16"])
+    assert len(rows) == 2 * 2 * 2 * 2 + 2 * 2 * 2
+    assert rows[0] == Row("far-b", SamplingConfig(8, 1, 2.9), "float32", 1)
+    assert {row.sampling.ar_steps for row in rows if row.model == "far-causal-b"} == {256}
+    assert rows_of(["mar-b"]) == [Row("mar-b", SamplingConfig(64, 100, 2.9), "float32", 1)]
+
+
+def test_a_folder_brings_its_own_sampling(pipeline_folder: Path) -> None:
+    (row,) = rows_of([str(pipeline_folder)], guidance=1.5)
+    assert row == Row(str(pipeline_folder), SamplingConfig(4, 2, 1.5), "float32", 1)
+
+
+def test_the_default_rows_start_with_mar_as_released() -> None:
+    rows = default_rows(batches=[2], guidance=3.0)
+    assert rows[0] == Row("mar-b", SamplingConfig(64, 100, 3.0), "float32", 2)
+    assert [row.model for row in rows].count("far-causal-b") == 2
+    assert default_rows()[0].sampling.guidance == 2.9
+    with pytest.raises(InputError, match="batch 0"):
+        default_rows(batches=[0])
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A preset and an autoencoder small enough for a test, and a small measurement of the machine."""
+    monkeypatch.setitem(PRESETS, "tiny", NetworkConfig(MaskedConfig(16, 1, 2, 16, 1, 2, 2), HeadConfig("diffusion", 16, 1)))
+    monkeypatch.setattr(far.benchmark, "AutoencoderConfig", lambda: AutoencoderConfig(width=8, blocks=1, norm_groups=4))
+    monkeypatch.setattr(far.benchmark, "_BANDWIDTH_BYTES", 2**16)
+    monkeypatch.setattr(far.benchmark, "_PRODUCT_SIDE", 32)
+    return "tiny"
+
+
+def test_presets_have_the_same_weights_each_time_and_disturb_no_random_state(tiny: str) -> None:
+    rows = rows_of([tiny], dtypes=["float32", "bfloat16"], head_steps=[1, 2])
+    state = torch.get_rng_state()
+    first = load_models(rows, "cpu")
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(12345)
+    second = load_models(rows, "cpu")
+    assert list(first) == [(tiny, "float32"), (tiny, "bfloat16")]
+    a, b = (found[tiny, "float32"].model.backbone.token_projection.weight for found in (first, second))
+    assert torch.equal(a, b)
+    assert first[tiny, "bfloat16"].model.backbone.class_embedding.weight.dtype == torch.bfloat16
+
+
+@each_backbone
+def test_memory_is_of_the_last_steps_or_of_a_cache_that_grows_as_in_use(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = []
+    real = far.benchmark.generate
+    monkeypatch.setattr(far.benchmark, "generate", lambda *values: plans.append(values[2]) or real(*values))
+    report = Report([], 1.0, {"float32": 1.0})
+    found = far.benchmark._first_look(pipeline(backbone), Row("x", SamplingConfig(16, 1), "float32"), False, report)
+    assert plans == ([segments(16, full=True)] * 2 if backbone == "causal" else [segments(16), segments(16)[-1:]])
+    assert found.timed_steps == 8
+
+
+def test_peak_memory_calls_once_where_the_system_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError
+
+    calls = []
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert peak_memory(lambda: calls.append(1)) is None
+    assert calls == [1]
+
+
+def test_rows_take_turns_after_a_warm_up(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_of([tiny], head_steps=[2, 3])
+    order = []
+    real = far.benchmark.generate
+
+    def recorded(pipeline, row, plan, reading):  # type: ignore[no-untyped-def]
+        order.append((row.sampling.head_steps, sum(len(segment.timed) for segment in plan)))
+        return real(pipeline, row, plan, reading)
+
+    monkeypatch.setattr(far.benchmark, "generate", recorded)
+    report = measure(rows, rounds=2)
+    assert order == [(2, 8), (2, 2), (3, 8), (3, 2), *[(2, 8), (3, 8)] * 2]
+    assert [len(found.rounds) for found in report.findings] == [2, 2]
+    assert report.peaks.keys() == {"float32"}
+    assert report.times_faster(report.findings[0]) == 1.0
+    for found in report.findings:
+        assert found.flop["autoencoder"] > 0
+        assert found.rounds[0]["autoencoder"] > 0
+        operations = sum(found.flop.values())
+        assert found.fastest == pytest.approx(operations / report.peaks["float32"])
+        pipeline = load_models(rows, "cpu")[tiny, "float32"]
+        assert pipeline.autoencoder is not None
+        decoder = size(pipeline.autoencoder.decoder) + size(pipeline.autoencoder.post_quant_conv)
+        assert found.reading == pytest.approx((weights_read(pipeline.model, found.row.sampling) + decoder) / report.bandwidth)
+        assert found.weights == size(pipeline.model) + size(pipeline.autoencoder)
