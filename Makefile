@@ -24,6 +24,7 @@ check: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/generation.py
+	$(BIN)/far benchmark
 
 results: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/results.py $(if $(TRAIN),--train)

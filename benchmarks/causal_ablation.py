@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from results import RESULTS, SETS, SWEEP_COUNT, WORK, Judge, Measurements, current, generate, generation_of, measure_floors, run
 from results_report import replace_block
-from timing import machine
 
+from far.benchmark import machine
 from far.evaluation.extraction import extract_parts, read_parts
 from far.evaluation.generated import Generation
 from far.evaluation.images import open_images

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timing import machine
 from torch import Tensor
 from tqdm import tqdm
 
+from far.benchmark import machine
 from far.data.image_sets import read_images
 from far.data.shards import ShardReader
 from far.evaluation.features import load_feature_network

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import torch
-from timing import machine
 
+from far.benchmark import machine
 from far.evaluation.metrics import precision_recall
 
 

@@ -9,9 +9,9 @@ import dataclasses
 import statistics
 
 import torch
-from timing import machine, median_ratio, paired, summary
 
 import far
+from far.benchmark import machine, median_ratio, paired, summary
 from far.heads import build_head
 from far.model import FAR
 from far.pipeline import Pipeline

@@ -9,11 +9,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from timing import machine
 from torch import Tensor
 from tqdm import tqdm
 
 import far
+from far.benchmark import machine
 from far.data.image_sets import read_images
 from far.data.shards import ShardReader
 from far.evaluation.features import load_feature_network

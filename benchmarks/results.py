@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from results_report import write_report
-from timing import machine
 from torch import Tensor
 
+from far.benchmark import machine
 from far.cli.main import main as far_command
 from far.config import from_dict
 from far.data.shards import ShardReader

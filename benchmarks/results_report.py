@@ -86,9 +86,10 @@ def _table(values: dict[str, Any]) -> str:
 
 
 def _distances(values: dict[str, Any], row: dict[str, Any]) -> list[float]:
-    """The distances of a row's model and steps at every sampling seed."""
-    distance = values["setting"]["distance"]
-    return [other[distance] for other in values["rows"].values() if (other["name"], other.get("steps")) == (row["name"], row.get("steps"))]
+    """The distances of a row's model and steps at every sampling seed, as far as they are of the same weights."""
+    same = ("name", "steps", "sha256")
+    alike = [other for other in values["rows"].values() if all(other.get(key) == row.get(key) for key in same)]
+    return [other[values["setting"]["distance"]] for other in alike]
 
 
 def _guidance_table(values: dict[str, Any]) -> str:

@@ -9,11 +9,12 @@ figures; they are stored beside the rows in docs/results/SET.json.
 import argparse
 import functools
 import statistics
+import time
 
 import torch
-from results import BATCH_SIZES, MODELS, RESULTS, SETS, Measurements, best_guidance, generation_of
-from timing import machine, paired, summary, with_head_share
+from results import BATCH_SIZES, DTYPE, MODELS, RESULTS, SETS, Measurements, best_guidance, generation_of
 
+from far.benchmark import Row, generate, machine, segments, summary
 from far.pipeline import Pipeline
 
 
@@ -26,27 +27,34 @@ def main() -> None:
         store = Measurements(RESULTS / f"{name}.json")
         times: dict[str, dict[str, float]] = {}
         for batch in BATCH_SIZES:
-            alternatives = {}
-            shares: dict[str, list[float]] = {}
-            timed = [model for model in MODELS if not MODELS[model].frozen and SETS[name].weights(model).is_dir()]
-            for model in timed:
-                pipeline = None
-                for steps in MODELS[model].steps:
-                    generation = generation_of(SETS[name].weights(model), head_steps=steps, guidance=best_guidance(store, model), seed=0)
-                    pipeline = pipeline or Pipeline.from_pretrained(generation.weights, dtype=generation.dtype)
-                    key = f"{model} {steps if isinstance(steps, int) else ' → '.join(map(str, steps))}"
-                    labels = [index % len(pipeline.classes) for index in range(batch)]
-                    draw = functools.partial(pipeline.draw, labels, range(batch), generation.sampling, batch_size=batch)
-                    shares[key] = []
-                    alternatives[key] = with_head_share(pipeline.model.head, draw, shares[key])
-            for key, seconds in paired(alternatives, arguments.rounds).items():
-                found = times.setdefault(key, {})
-                found[f"batch {batch}"] = statistics.median(seconds) / batch
-                found[f"head share {batch}"] = statistics.median(shares[key])
-                print(f"{name}, batch {batch}, {key}: {summary(seconds)}, head {found[f'head share {batch}']:.0%}", flush=True)
+            for key, found in measure(name, store, batch, arguments.rounds).items():
+                seconds = [sum(parts.values()) for parts in found]
+                share = statistics.median(parts["head"] / sum(parts.values()) for parts in found)
+                times.setdefault(key, {}).update({f"batch {batch}": statistics.median(seconds) / batch, f"head share {batch}": share})
+                print(f"{name}, batch {batch}, {key}: {summary(seconds)}, head {share:.0%}", flush=True)
         store.keep("setting", "times", {"machine": machine(), "rounds": arguments.rounds})
         for key, found in times.items():
             store.keep("times", key, found)
+
+
+def measure(name: str, store: Measurements, batch: int, rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Seconds by part of each round, a list a row of the comparison, taken in turn after a round that warms up."""
+    calls = {}
+    for model in (model for model in MODELS if not MODELS[model].frozen and SETS[name].weights(model).is_dir()):
+        pipeline = Pipeline.from_pretrained(SETS[name].weights(model), dtype=DTYPE)
+        for steps in MODELS[model].steps:
+            generation = generation_of(SETS[name].weights(model), head_steps=steps, guidance=best_guidance(store, model), seed=0)
+            row = Row(generation.weights, generation.sampling, generation.dtype, batch)
+            plan = segments(generation.sampling.ar_steps, full=True)
+            key = f"{model} {steps if isinstance(steps, int) else ' → '.join(map(str, steps))}"
+            calls[key] = functools.partial(generate, pipeline, row, plan, time.perf_counter)
+    found: dict[str, list[dict[str, float]]] = {key: [] for key in calls}
+    for turn in range(1 + rounds):
+        for key, call in calls.items():
+            parts = call()
+            if turn > 0:
+                found[key].append(parts)
+    return found
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from timing import machine
-
+from far.benchmark import machine
 from far.recipe import load_recipe
 
 

@@ -10,9 +10,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timing import machine, median_ratio, paired, summary
 from torch import Tensor
 
+from far.benchmark import machine, median_ratio, paired, summary
 from far.heads.diffusion import DiffusionHead
 from far.layers import Block
 from far.model import FAR, ModelConfig, preset

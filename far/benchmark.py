@@ -493,6 +493,11 @@ def paired(alternatives: dict[str, Callable[[], object]], rounds: int, warmup: i
     return seconds
 
 
+def summary(seconds: Sequence[float]) -> str:
+    """Median and range in seconds."""
+    return f"{statistics.median(seconds):.3f} s ({min(seconds):.3f} to {max(seconds):.3f})"
+
+
 def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
     """The median over rounds of ``a / b``, pair by pair."""
     return statistics.median(x / y for x, y in zip(a, b))

@@ -28,7 +28,7 @@ class PackedLinear(nn.Module):
 
 def pack_linear_layers(module: nn.Module) -> None:
     """Replace the bfloat16 linear layers within ``module`` by packed ones, in place, where this makes them faster."""
-    if not _packs():
+    if not can_pack():
         return
     for name, child in module.named_children():
         if type(child) is nn.Linear and child.weight.device.type == "cpu" and child.weight.dtype == torch.bfloat16:
@@ -37,8 +37,8 @@ def pack_linear_layers(module: nn.Module) -> None:
             pack_linear_layers(child)
 
 
-def _packs() -> bool:
-    """Whether this build of torch has the operators, which are those of its own compiler, and this processor the instructions."""
+def can_pack() -> bool:
+    """Whether this build of torch has the operators (those of its own compiler) and this processor the bfloat16 instructions."""
     return (
         torch.backends.mkldnn.is_available()
         and all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported"))

@@ -13,12 +13,12 @@ from far.backbone.causal import CausalConfig
 from far.backbone.masked import MaskedConfig
 from far.heads import HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
-from far.packing import PackedLinear, _packs, pack_linear_layers
+from far.packing import PackedLinear, can_pack, pack_linear_layers
 from far.sampling import SamplingConfig, SeededNoise, sample
 from far.weights import save_tensors
 
 BACKBONES = [MaskedConfig(32, 1, 2, 32, 1, 2, 2), CausalConfig(width=32, depth=2, heads=2)]
-pytestmark = pytest.mark.skipif(not _packs(), reason="the processor has no bfloat16 matrix instructions")
+pytestmark = pytest.mark.skipif(not can_pack(), reason="the processor has no bfloat16 matrix instructions")
 
 
 @pytest.mark.parametrize("bias", [True, False])
