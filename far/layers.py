@@ -4,9 +4,16 @@ Parameter names of :class:`Attention`, :class:`FeedForward` and :class:`Block` a
 checkpoints (which are timm's).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# What becomes of a block's new keys and values: all that its queries are to see.
+Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# Scores that the plain products of attention have in memory at once: they stay in the caches.
+_SCORES = 2_500_000
 
 
 class Attention(nn.Module):
@@ -19,12 +26,39 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.proj_drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, wanted: Tensor | None = None, remember: Remember | None = None) -> Tensor:
+        """``[b, n, width]``, or ``[b, m, width]`` at the places ``wanted [b, m]`` alone, which see all the others.
+
+        ``remember`` maps keys and values ``[b, heads, n, head_width]`` of ``x`` to those that are seen.
+        """
         batch, count, width = x.shape
         qkv = self.qkv(x).view(batch, count, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return self.proj_drop(self.proj(y.transpose(1, 2).reshape(batch, count, width)))
+        if wanted is not None:
+            q = take(qkv[:, :, 0].flatten(2), wanted).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        if remember is not None:
+            k, v = remember(k, v)
+        y = attend(q, k, v, dropout=self.dropout if self.training else 0.0)
+        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
+    """Attention of all queries ``[b, heads, m, head_width]`` to all keys ``[b, heads, n, head_width]``.
+
+    The CPU's fused kernel takes longer in bfloat16 than plain products of a few rows at a time, several times as long for a
+    single query; the scores of these are rounded to bfloat16.
+    """
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or query.requires_grad:
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    rows = max(1, _SCORES // (query.shape[1] * query.shape[2] * key.shape[2]))
+    query = query * query.shape[-1] ** -0.5
+    parts = [(q @ k.transpose(-1, -2)).softmax(dim=-1) @ v for q, k, v in zip(query.split(rows), key.split(rows), value.split(rows))]
+    return torch.cat(parts)
+
+
+def take(x: Tensor, places: Tensor) -> Tensor:
+    """Rows ``[b, m, c]`` of ``x [b, n, c]`` at ``places [b, m]``."""
+    return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 class FeedForward(nn.Module):
@@ -50,8 +84,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = FeedForward(width, dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, wanted: Tensor | None = None, remember: Remember | None = None) -> Tensor:
+        """See :meth:`Attention.forward`."""
+        seen = x if wanted is None else take(x, wanted)
+        x = seen + self.attn(self.norm1(x), wanted, remember)
         return x + self.mlp(self.norm2(x))
 
 
@@ -91,23 +127,36 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class KeyValueCache:
-    """Keys and values of all blocks of a causal Transformer, ``[depth, rows, heads, length, head_width]`` each.
+    """Keys and values of all blocks of a Transformer, ``[depth, rows, heads, length, head_width]`` each.
 
-    Allocated once for the longest sequence.
-
-    ``length`` places are held; whoever appends to all blocks moves it on.
+    Allocated once for the longest sequence. ``length`` places are held; whoever writes to all blocks moves it on.
+    Rows can be left out on the way, the last ones first; from then on they have gaps, until the cache is cleared.
     """
 
     def __init__(self, depth: int, rows: int, heads: int, length: int, head_width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.keys = torch.empty(depth, rows, heads, length, head_width, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
-        self.length, self.rows = 0, rows
+        self.clear()
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        self.length, self.rows = 0, self.keys.shape[1]
 
     def append(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write ``[b, heads, m, head_width]`` behind what is held of a block's first b rows; returns all of it."""
-        rows, end = len(keys), self.length + keys.shape[2]
-        assert rows <= self.rows, "rows that were left out have gaps"
-        self.rows = rows
+        rows = self._keep(len(keys))
+        end = self.length + keys.shape[2]
         self.keys[block, :rows, :, self.length : end] = keys
         self.values[block, :rows, :, self.length : end] = values
         return self.keys[block, :rows, :, :end], self.values[block, :rows, :, :end]
+
+    def put(self, block: int, places: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write ``[b, heads, m, head_width]`` over the places ``[b, m]`` of a block's first b rows; returns the whole length of them."""
+        rows = self._keep(len(keys))
+        index = places[:, None, :, None].expand_as(keys)
+        return self.keys[block, :rows].scatter_(2, index, keys), self.values[block, :rows].scatter_(2, index, values)
+
+    def _keep(self, rows: int) -> int:
+        assert rows <= self.rows, "rows that were left out have gaps"
+        self.rows = rows
+        return rows

@@ -2,7 +2,7 @@
 
 A pure function of a model: it knows orders, guidance, temperature and step counts, but no file and
 no picture. Arithmetic as in MAR (arXiv 2406.11838, section 3.3); fewer head steps as more tokens are
-known as in DiSA.
+known as in DiSA; keys, values and guidance kept over several AR steps as in LazyMAR (arXiv 2503.12450).
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from far.errors import InputError
-from far.layers import KeyValueCache
+from far.layers import take
 from far.model import FAR
-from far.tokens import cosine_token_counts, random_orders, raster_orders
+from far.tokens import cosine_token_counts, halton_orders, random_orders, raster_orders
 
 
 class Noise(Protocol):
@@ -60,6 +60,12 @@ class SamplingConfig:
             (``cfg_schedule``), ``constant`` is the same at every step.
         guidance_interval: shares of known tokens (start, end) outside which guidance is off.
         temperature: multiplies the head's noise.
+        order: in which positions become known, of masked models: ``random``, or ``halton``, which spreads those of a step
+            evenly over the image.
+        refresh_every: of masked models: the network runs over all positions at every so many AR steps only; between them, over
+            what became known and what is wanted, with the keys and values of all the rest as they were. 1 is exact.
+        guidance_every: of masked models: the unconditional half is computed at every so many AR steps only; between them, its
+            difference from the conditional one is taken as it was. 1 is exact.
     """
 
     ar_steps: int = 16
@@ -68,6 +74,9 @@ class SamplingConfig:
     guidance_schedule: Literal["linear", "constant"] = "linear"
     guidance_interval: tuple[float, ...] = (0.0, 1.0)
     temperature: float = 1.0
+    order: Literal["random", "halton"] = "random"
+    refresh_every: int = 1
+    guidance_every: int = 1
 
     def check(self, model: FAR) -> None:
         """Raise an :class:`InputError` that names the first value that ``model`` cannot be sampled with."""
@@ -91,6 +100,19 @@ class SamplingConfig:
             raise InputError(f"temperature {self.temperature} must be a positive number")
         if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
             raise InputError(f"guidance_interval {list(self.guidance_interval)}: give a start and an end within 0 … 1")
+        self._check_masked_only(model)
+
+    def _check_masked_only(self, model: FAR) -> None:
+        usual = SamplingConfig()
+        for name in ("order", "refresh_every", "guidance_every"):
+            value = getattr(self, name)
+            if not model.backbone.any_order and value != getattr(usual, name):
+                raise InputError(f"{name} {value} is for masked models; a causal backbone draws row by row and keeps all exactly")
+        if self.order not in ("random", "halton"):
+            raise InputError(f"order {self.order!r}: choose random or halton")
+        for name in ("refresh_every", "guidance_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} must be positive; 1 is exact")
 
     @property
     def _head_ends(self) -> tuple[int, ...]:
@@ -146,19 +168,17 @@ def sample(
     batch, tokens, channels = len(labels), model.config.tokens, model.config.token_channels
     # Step 0. Nothing is known; the order in which positions become known is drawn once.
     sequence = torch.zeros(batch, tokens, channels, device=labels.device)
-    orders = noise.orders(tokens) if model.backbone.any_order else raster_orders(tokens, batch).to(labels.device)
+    orders = _orders(model, noise, config, batch).to(labels.device)
     counts = cosine_token_counts(tokens, config.ar_steps)
     scales = config.guidance_scales(counts)
-    cache = model.backbone.new_cache(2 * batch if any(scale != 1.0 for scale in scales) else batch)
+    conditions = _Conditions(model, labels, config, scales)
     known_count = 0
     for step, (count, guidance) in enumerate(zip(counts, scales)):
         # Step 1. The next positions in each image's order.
         known = orders[:, :known_count]
         wanted = orders[:, known_count : known_count + count].sort(dim=1).values
-        # Step 2. Their conditions, with and without the class, in one pass of the backbone.
-        # A cache wants the unconditional rows of all steps up to the last guided one.
-        with_uncond = guidance != 1.0 or (cache is not None and any(scale != 1.0 for scale in scales[step:]))
-        z, z_uncond = _conditions(model, sequence, known, wanted, labels, cache, with_uncond=with_uncond)
+        # Step 2. Their conditions, with and without the class.
+        z, z_uncond = conditions.of_step(step, sequence, known, wanted)
         # Step 3. The head draws the tokens.
         drawn = model.head.sample(
             z,
@@ -176,12 +196,66 @@ def sample(
     return model.latents(sequence)
 
 
-def _conditions(
-    model: FAR, sequence: Tensor, known: Tensor, wanted: Tensor, labels: Tensor, cache: KeyValueCache | None, *, with_uncond: bool
-) -> tuple[Tensor, Tensor | None]:
-    if not with_uncond:
-        return model.backbone.condition(sequence, known, wanted, labels, cache), None
-    both = torch.cat([labels, torch.full_like(labels, model.null_label)])
-    z = model.backbone.condition(sequence.repeat(2, 1, 1), known.repeat(2, 1), wanted.repeat(2, 1), both, cache)
-    cond, uncond = z.chunk(2)
-    return cond, uncond
+def _orders(model: FAR, noise: Noise, config: SamplingConfig, batch: int) -> Tensor:
+    tokens = model.config.tokens
+    if not model.backbone.any_order:
+        return raster_orders(tokens, batch)
+    random = noise.orders(tokens)
+    return halton_orders(*model.config.token_grid, random[:, 0]) if config.order == "halton" else random
+
+
+class _Conditions:
+    """The backbone's part of one generation, and what is kept of it from step to step."""
+
+    def __init__(self, model: FAR, labels: Tensor, config: SamplingConfig, scales: list[float]) -> None:
+        self.model, self.config, self.scales = model, config, scales
+        self.labels = torch.cat([labels, torch.full_like(labels, model.null_label)])
+        # A causal model's cache is exact; a masked one is asked for where steps are to be skipped.
+        self.exact = not model.backbone.any_order
+        rows = 2 * len(labels) if any(scale != 1.0 for scale in scales) else len(labels)
+        self.cache = model.backbone.new_cache(rows) if self.exact or config.refresh_every > 1 else None
+        self.difference: Tensor | None = None
+
+    def of_step(self, step: int, sequence: Tensor, known: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``z [b, m, width]`` at ``wanted [b, m]``, and the same without the class where the step is guided."""
+        if self.cache is not None and not self.exact and step % self.config.refresh_every == 0:
+            self.cache.clear()
+        if self.config.guidance_every == 1:
+            return self._halves(sequence, known, wanted, uncond=self._wants_uncond(step))
+        return self._with_kept_difference(step, sequence, known, wanted)
+
+    def _wants_uncond(self, step: int) -> bool:
+        """Whether the unconditional half is needed at this step, or by one that finds it in the cache."""
+        if self.cache is None:
+            return self.scales[step] != 1.0
+        every = self.config.refresh_every
+        until = len(self.scales) if self.exact else step - step % every + every
+        return any(scale != 1.0 for scale in self.scales[step:until])
+
+    def _halves(self, sequence: Tensor, known: Tensor, wanted: Tensor, *, uncond: bool) -> tuple[Tensor, Tensor | None]:
+        """The conditional half; with the unconditional one in the same pass of the backbone, or without it."""
+        if not uncond:
+            return self.model.backbone.condition(sequence, known, wanted, self.labels[: len(sequence)], self.cache), None
+        z, z_uncond = self._both(sequence, known, wanted)
+        return z, z_uncond
+
+    def _both(self, sequence: Tensor, known: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        twice = sequence.repeat(2, 1, 1), known.repeat(2, 1), wanted.repeat(2, 1)
+        z, z_uncond = self.model.backbone.condition(*twice, self.labels, self.cache).chunk(2)
+        return z, z_uncond
+
+    def _with_kept_difference(self, step: int, sequence: Tensor, known: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Between the steps that compute both halves everywhere, the difference of each position stays."""
+        if step % self.config.guidance_every == 0:
+            self.difference = None
+        if self.scales[step] == 1.0:
+            return self._halves(sequence, known, wanted, uncond=False)
+        if self.difference is None:
+            everywhere = torch.arange(sequence.shape[1], device=sequence.device).expand(len(sequence), -1)
+            if self.cache is not None:  # all positions are computed, and the unconditional half may have gaps
+                self.cache.clear()
+            z, z_uncond = self._both(sequence, known, everywhere)
+            self.difference = z_uncond - z
+            return take(z, wanted), take(z_uncond, wanted)
+        z, _ = self._halves(sequence, known, wanted, uncond=False)
+        return z, z + take(self.difference, wanted)

@@ -4,6 +4,7 @@ Pure functions of tensors and numbers; no parameter and no network lives here.
 """
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -37,6 +38,32 @@ def random_orders(count: int, generators: list[torch.Generator]) -> Tensor:
 def raster_orders(count: int, batch: int) -> Tensor:
     """The order from left to right and top to bottom, for each of ``batch`` images: ``[b, count]``."""
     return torch.arange(count).expand(batch, -1)
+
+
+def halton_orders(rows: int, columns: int, first: Tensor) -> Tensor:
+    """Low-discrepancy orders of the positions of a grid, one for each position ``first [b]`` that they begin with: ``[b, rows·columns]``.
+
+    The Halton sequence of bases 2 and 3 visits the cells of the grid, each at its first point, so that the cells of any stretch
+    lie spread over it (arXiv 2503.17076). An order is shifted over the edges until it begins where it is asked to.
+    """
+    cells: dict[tuple[int, int], None] = {}
+    index = 0
+    while len(cells) < rows * columns:
+        cells.setdefault((int(_radical_inverse(index, 2) * rows), int(_radical_inverse(index, 3) * columns)))
+        index += 1
+    y, x = torch.tensor(list(cells), device=first.device).unbind(-1)
+    first = first.unsqueeze(-1)
+    return (y + first // columns) % rows * columns + (x + first % columns) % columns
+
+
+def _radical_inverse(number: int, base: int) -> Fraction:
+    """The digits of ``number`` mirrored at the point, within [0, 1): the Halton sequence of one base, exactly."""
+    result, scale = Fraction(0), Fraction(1)
+    while number:
+        number, digit = divmod(number, base)
+        scale /= base
+        result += digit * scale
+    return result
 
 
 def on_sphere(latents: Tensor, dim: int) -> Tensor:

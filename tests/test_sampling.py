@@ -68,7 +68,8 @@ def test_an_image_does_not_depend_on_its_batch(kind: str, guidance: float) -> No
 @pytest.mark.parametrize("kind", ALL)
 def test_seed_and_label_count(kind: str) -> None:
     images = draw(ALL[kind], [0, 1, 0, 0], [7, 7, 8, 7], SamplingConfig(ar_steps=ar_steps(kind, 5), head_steps=2))
-    assert torch.equal(images[0], images[3])
+    # The place in the batch can change the rounding; an untrained diffusion head magnifies that.
+    torch.testing.assert_close(images[3], images[0], rtol=0, atol=1e-4 * max(1.0, float(images.abs().max())))
     assert (images[0] - images[1]).abs().max() > 1e-3, "the label does not count"
     assert (images[0] - images[2]).abs().max() > 0.1, "the seed does not count"
 

@@ -5,12 +5,17 @@ of backbones is in ``far.backbone``.
 """
 
 import abc
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from far.layers import KeyValueCache
+
+class Cache(Protocol):
+    """What a backbone keeps between the AR steps of a generation."""
+
+    def clear(self) -> None:
+        """Hold nothing; the next step computes everything."""
 
 
 class Backbone(nn.Module, abc.ABC):
@@ -30,7 +35,7 @@ class Backbone(nn.Module, abc.ABC):
         """The width of ``z``."""
 
     @abc.abstractmethod
-    def condition(self, tokens: Tensor, known: Tensor, wanted: Tensor, labels: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def condition(self, tokens: Tensor, known: Tensor, wanted: Tensor, labels: Tensor, cache: Any = None) -> Tensor:
         """``z [b, m, width]`` at the positions ``wanted [b, m]``.
 
         Args:
@@ -38,13 +43,13 @@ class Backbone(nn.Module, abc.ABC):
             known: positions ``[b, k]`` of the known tokens.
             wanted: positions ``[b, m]``.
             labels: ``[b]``, 0 … classes.
-            cache: of :meth:`new_cache`; the same one at each step of a generation.
+            cache: of :meth:`new_cache`, the same one at each step of a generation; or None to compute all anew.
         """
 
     @abc.abstractmethod
     def training_conditions(self, tokens: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """``z [b, m, width]`` at the positions ``[b, m]`` that one training step predicts, and these positions."""
 
-    def new_cache(self, rows: int) -> KeyValueCache | None:
-        """Memory that :meth:`condition` keeps between the steps of a generation of ``rows`` rows; None if it has none."""
-        return None
+    @abc.abstractmethod
+    def new_cache(self, rows: int) -> Cache:
+        """Memory that :meth:`condition` keeps between the steps of a generation of ``rows`` rows."""

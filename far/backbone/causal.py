@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from far.backbone.backbone import Backbone
 from far.errors import InputError
-from far.layers import KeyValueCache, SwiGLU, rotary_table, rotate
+from far.layers import KeyValueCache, SwiGLU, attend, rotary_table, rotate, take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ class CausalBackbone(Backbone):
         if cache is not None:
             cache.length = end
         places = wanted + self.config.buffer - 1 - start
-        return self.norm(x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1])))
+        return self.norm(take(x, places))
 
     def _inputs(self, tokens: Tensor, labels: Tensor, start: int, end: int) -> Tensor:
         """The embedded sequence ``[b, end − start, width]`` of class copies and tokens from ``start``."""
@@ -170,27 +170,17 @@ class CausalAttention(nn.Module):
         (query, key), value = rotate(joint[:2], rotary), joint[2]
         if cache is not None:
             key, value = cache.append(index, key, value)
-        if count == 1 and x.device.type == "cpu":
-            y = _attend_once(query, key, value)
+        if count == 1:
+            y = attend(query, key, value)
         else:
             mask = _causal_mask(count, key.shape[2], x.device)
-            y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None and count > 1)
+            y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None)
         return self.project(y.transpose(1, 2).reshape(batch, count, width))
 
 
-def _attend_once(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of one query ``[b, heads, 1, head_width]`` to all keys, by plain products.
-
-    The CPU's fused kernel is made for many queries: in bfloat16 it takes several times as long. Scores are rounded to the
-    dtype of the weights here.
-    """
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    return scores.softmax(dim=-1) @ value
-
-
 def _causal_mask(queries: int, keys: int, device: torch.device) -> Tensor | None:
-    """Which keys each query sees, where the queries are the last of the keys; None for all, or where ``is_causal`` says it."""
-    if queries in (1, keys):
+    """Which keys each of several queries sees, where they are the last of the keys; None where ``is_causal`` says it."""
+    if queries == keys:
         return None
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 

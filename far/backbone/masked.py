@@ -6,6 +6,7 @@ known, in which order they become so, and what is drawn from ``z`` is decided el
 """
 
 import dataclasses
+import functools
 import math
 from typing import Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from far.backbone.backbone import Backbone
 from far.errors import InputError
-from far.layers import Block, KeyValueCache
+from far.layers import Block, KeyValueCache, take
 from far.tokens import sample_mask_ratio
 
 
@@ -95,42 +96,91 @@ class MaskedBackbone(Backbone):
             elif parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
 
-    def encode(self, tokens: Tensor, known: Tensor, labels: Tensor) -> Tensor:
+    def encode(self, tokens: Tensor, known: Tensor, labels: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """The encoder's output ``[b, buffer + k, encoder_width]``.
 
         Args:
             tokens: ``[b, n, channels]``; only the known ones are read.
             known: positions ``[b, k]`` of the known tokens.
             labels: ``[b]``, 0 … classes.
+            cache: if it holds the buffer and the first tokens of ``known``, only the other ones are computed and returned.
         """
-        positions = self.encoder_positions
         buffer = self.config.buffer
-        prefix = self.class_embedding(labels).unsqueeze(1) + positions[:, :buffer]
+        held = 0 if cache is None else cache.length
+        known = known[:, max(0, held - buffer) :]
         # F.embedding, because the gradient of plain indexing is slow on a CPU.
-        seen = self.token_projection(_take(tokens, known).to(self.token_projection.weight.dtype)) + F.embedding(
-            known, positions[0, buffer:]
-        )
-        x = self.token_norm(torch.cat([prefix, seen.to(prefix.dtype)], dim=1))
-        for block in self.encoder_blocks:
-            x = block(x)
+        x = self.token_projection(take(tokens, known).to(self.token_projection.weight.dtype))
+        x = x + F.embedding(known, self.encoder_positions[0, buffer:])
+        if not held:
+            prefix = self.class_embedding(labels).unsqueeze(1) + self.encoder_positions[:, :buffer]
+            x = torch.cat([prefix, x.to(prefix.dtype)], dim=1)
+        x = self.token_norm(x)
+        for index, block in enumerate(self.encoder_blocks):
+            x = block(x, remember=None if cache is None else functools.partial(cache.append, index))
+        if cache is not None:
+            cache.length += x.shape[1]
         return self.encoder_norm(x)
 
-    def decode(self, encoded: Tensor, known: Tensor, wanted: Tensor) -> Tensor:
-        """``z [b, m, decoder_width]`` at the positions ``wanted [b, m]`` from the encoder's output."""
+    def decode(self, encoded: Tensor, known: Tensor, wanted: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """``z [b, m, decoder_width]`` at the positions ``wanted [b, m]``.
+
+        Args:
+            encoded: the encoder's output: of the buffer and the tokens at ``known [b, k]``; with a cache that holds
+                something, of the last ones of them alone, and only their places and the wanted ones are computed.
+        """
+        if cache is None or not cache.length:
+            x, places = self._decoder_inputs(encoded, known), wanted + self.config.buffer
+            remember = [None if cache is None else functools.partial(cache.append, index) for index in range(len(self.decoder_blocks))]
+        else:
+            x, written = self._new_decoder_inputs(encoded, known, wanted)
+            places = torch.arange(encoded.shape[1], x.shape[1], device=x.device).expand(len(x), -1)
+            remember = [functools.partial(cache.put, index, written) for index in range(len(self.decoder_blocks))]
+        for block, keep in zip(self.decoder_blocks[:-1], remember):
+            x = block(x, remember=keep)
+        # After the last attention each place is by itself, so only those where z is wanted go on.
+        x = self.decoder_blocks[-1](x, places, remember[-1])
+        if cache is not None:
+            cache.length = self.config.buffer + self.tokens
+        return self.decoder_norm(x) + F.embedding(wanted, self.condition_positions[0])
+
+    def _decoder_inputs(self, encoded: Tensor, known: Tensor) -> Tensor:
+        """Buffer, known tokens and mask tokens, all in their places: ``[b, buffer + n, decoder_width]``."""
         buffer = self.config.buffer
         x = self.decoder_projection(encoded)
         grid = self.mask_token.to(x.dtype).expand(len(x), self.tokens, -1)
         index = known.unsqueeze(-1).expand(-1, -1, x.shape[-1])
         grid = grid.scatter(1, index, x[:, buffer:])
-        x = torch.cat([x[:, :buffer], grid], dim=1) + self.decoder_positions
-        for block in self.decoder_blocks:
-            x = block(x)
-        # The norm is per token, so it is computed only where z is wanted.
-        return self.decoder_norm(_take(x, wanted + buffer)) + F.embedding(wanted, self.condition_positions[0])
+        return torch.cat([x[:, :buffer], grid], dim=1) + self.decoder_positions
 
-    def condition(self, tokens: Tensor, known: Tensor, wanted: Tensor, labels: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """See :class:`Backbone`; known and wanted positions may be any, and nothing is kept between calls."""
-        return self.decode(self.encode(tokens, known, labels), known, wanted)
+    def _new_decoder_inputs(self, encoded: Tensor, known: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens that became known and mask tokens where z is wanted, ``[b, k + m, decoder_width]``, and their places."""
+        x = self.decoder_projection(encoded)
+        places = torch.cat([known[:, known.shape[1] - x.shape[1] :], wanted], dim=1) + self.config.buffer
+        masks = self.mask_token.to(x.dtype).expand(len(x), wanted.shape[1], -1)
+        return torch.cat([x, masks], dim=1) + F.embedding(places, self.decoder_positions[0]), places
+
+    def condition(self, tokens: Tensor, known: Tensor, wanted: Tensor, labels: Tensor, cache: "MaskedCache | None" = None) -> Tensor:
+        """See :class:`Backbone`; known and wanted positions may be any.
+
+        A cache that was filled before makes ``z`` an approximation: only what became known since then, and what is wanted, goes
+        through the network, and sees the keys and values of all the rest as they were (LazyMAR, arXiv 2503.12450). The known
+        tokens must be those of the call before and then the new ones.
+        """
+        if cache is None:
+            return self.decode(self.encode(tokens, known, labels), known, wanted)
+        return self.decode(self.encode(tokens, known, labels, cache.encoder), known, wanted, cache.decoder)
+
+    def new_cache(self, rows: int) -> "MaskedCache":
+        """An empty cache, in the dtype and on the device of the weights."""
+        config, like, length = self.config, self.encoder_norm.weight, self.config.buffer + self.tokens
+
+        def part(depth: int, heads: int, width: int) -> KeyValueCache:
+            return KeyValueCache(depth, rows, heads, length, width // heads, like.dtype, like.device)
+
+        return MaskedCache(
+            part(config.encoder_depth, config.encoder_heads, config.encoder_width),
+            part(config.decoder_depth, config.decoder_heads, config.decoder_width),
+        )
 
     def training_conditions(self, tokens: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Mask a random share of the tokens; returns ``z [b, m, width]`` and its positions ``[b, m]``.
@@ -145,6 +195,14 @@ class MaskedBackbone(Backbone):
         return self.condition(tokens, orders[:, masked:], wanted, labels), wanted
 
 
-def _take(x: Tensor, positions: Tensor) -> Tensor:
-    """Rows ``[b, m, c]`` of ``x [b, n, c]`` at ``positions [b, m]``."""
-    return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+@dataclasses.dataclass(frozen=True)
+class MaskedCache:
+    """The encoder's keys and values lie in the order of generation, the decoder's by place."""
+
+    encoder: KeyValueCache
+    decoder: KeyValueCache
+
+    def clear(self) -> None:
+        """Hold nothing; the next step computes everything."""
+        self.encoder.clear()
+        self.decoder.clear()

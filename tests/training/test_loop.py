@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,16 @@ def test_a_run_is_not_overwritten_and_a_finished_one_is_left_alone(recipe: Path,
     assert "already trained" in capsys.readouterr().out
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums of several threads can be rounded otherwise than those of one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_ctrl_c_saves_and_resuming_gives_the_uninterrupted_weights(recipe: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for run in (whole, cut):
