@@ -334,9 +334,11 @@ def generation_of(weights: Path, *, seed: int, **sampling: Any) -> Generation:
 
 
 def current(row: dict[str, Any] | None, generation: Generation) -> bool:
-    """Whether a recorded row comes from these weights and settings."""
+    """Whether a recorded row comes from these weights and settings; what it does not name was as usual."""
     described = generation.describe()
-    return row is not None and all(row.get(key) == described[key] for key in ("sha256", "sampling", "seed", "dtype"))
+    if row is None or any(row.get(key) != described[key] for key in ("sha256", "seed", "dtype")):
+        return False
+    return from_dict(SamplingConfig, row["sampling"], "a recorded row") == generation.sampling
 
 
 def generate(generation: Generation, network: FeatureNetwork, count: int) -> tuple[Tensor, Tensor]:

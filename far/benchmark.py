@@ -28,7 +28,8 @@ from far.backbone import MaskedBackbone
 from far.errors import InputError
 from far.heads.flow import FlowHead
 from far.model import FAR, PRESETS, ModelConfig, preset
-from far.pipeline import Pipeline, find_folder, prepare
+from far.packing import Int8Linear
+from far.pipeline import Pipeline, find_folder, prepare, prepare_autoencoder
 from far.sampling import SamplingConfig, SeededNoise, sample
 from far.weights import to_device
 
@@ -53,14 +54,22 @@ class Row:
 # MAR's own choice of AR steps, and its guidance scale for published figures.
 _PRESET_AR_STEPS = 64
 _PRESET_GUIDANCE = 2.9
-# MAR as it was released comes first: all others are compared with it. Model, AR steps, head steps, dtype.
-_DEFAULT_ROWS = (
-    ("mar-b", 64, 100, "float32"),
-    ("mar-b", 64, 100, "bfloat16"),
-    ("far-b", 64, 4, "float32"),
-    ("far-b", 64, 4, "bfloat16"),
-    ("far-causal-b", 256, 4, "bfloat16"),
-    ("far-causal-b", 256, 2, "bfloat16"),
+# Approximations of masked models together: what of them cost less than 5 % of distance on small models, and less than 10 %.
+FAST: dict[str, Any] = {"refresh_every": 4, "guidance_every": 4}
+FASTEST: dict[str, Any] = {"order": "halton", "refresh_every": 4, "guidance_every": 4}
+_MASKED_ONLY = ("order", "refresh_every", "guidance_every")
+# MAR as it was released comes first: all others are compared with it. Model, AR steps, head steps, dtype, what else is unusual.
+_DEFAULT_ROWS: tuple[tuple[str, int, int, str, dict[str, Any]], ...] = (
+    ("mar-b", 64, 100, "float32", {}),
+    ("mar-b", 64, 100, "bfloat16", {}),
+    ("far-b", 64, 4, "float32", {}),
+    ("far-b", 64, 4, "bfloat16", {}),
+    ("far-b", 64, 4, "int8", FAST),
+    ("far-b", 32, 4, "int8", FASTEST),
+    ("far-causal-b", 256, 4, "bfloat16", {}),
+    ("far-causal-b", 256, 2, "bfloat16", {}),
+    ("far-causal-b", 256, 2, "int8", {}),
+    ("far-causal-b", 256, 1, "int8", {}),
 )
 
 
@@ -71,8 +80,9 @@ def default_rows(*, batches: Sequence[int] = (1,), guidance: float | None = None
         InputError: a batch or the guidance is out of range.
     """
     rows = []
-    for batch, (model, ar, head, dtype) in itertools.product(batches, _DEFAULT_ROWS):
-        rows += rows_of([model], batches=[batch], ar_steps=[ar], head_steps=[head], dtypes=[dtype], guidance=guidance)
+    for batch, (model, ar, head, dtype, unusual) in itertools.product(batches, _DEFAULT_ROWS):
+        options = {**unusual, "guidance": guidance}
+        rows += rows_of([model], batches=[batch], ar_steps=[ar], head_steps=[head], dtypes=[dtype], **options)
     return rows
 
 
@@ -83,10 +93,11 @@ def rows_of(
     ar_steps: Sequence[int] | None = None,
     head_steps: Sequence[int] | None = None,
     dtypes: Sequence[str] = ("float32",),
-    guidance: float | None = None,
+    **options: Any,
 ) -> list[Row]:
     """Every combination of the given values, models outermost; a causal model always takes its number of tokens as AR steps.
 
+    ``options`` are further values of :class:`far.sampling.SamplingConfig`; a causal model is spared those of masked ones.
     What is ``None`` is the model's default: a folder's own, and for a preset 64 AR steps, its head's usual steps and guidance 2.9.
 
     Raises:
@@ -99,10 +110,12 @@ def rows_of(
     for name in models:
         model, defaults = _outline(name)
         ar_choices = (ar_steps or [defaults.ar_steps]) if model.backbone.any_order else [model.config.tokens]
+        given = {name: value for name, value in options.items() if value is not None}
+        if not model.backbone.any_order:
+            given = {name: value for name, value in given.items() if name not in _MASKED_ONLY}
         head_choices: Sequence[int | tuple[int, ...]] = head_steps or [defaults.head_steps]
         for batch, ar, head, dtype in itertools.product(batches, ar_choices, head_choices, dtypes):
-            scale = defaults.guidance if guidance is None else guidance
-            config = dataclasses.replace(defaults, ar_steps=ar, head_steps=head, guidance=scale)
+            config = dataclasses.replace(defaults, ar_steps=ar, head_steps=head, **given)
             config.check(model)
             rows.append(Row(name, config, dtype, batch))
     return rows
@@ -135,7 +148,6 @@ def load_models(rows: Sequence[Row], device: str) -> dict[tuple[str, str], Pipel
     """
     to_device(nn.LayerNorm(1), device)  # the device is refused before weights are drawn
     wanted = dict.fromkeys((row.model, row.dtype) for row in rows)
-    autoencoder = None
     pipelines = {}
     for name, dtype in tqdm(wanted, desc="loading", unit="model"):
         if name not in PRESETS:
@@ -143,15 +155,10 @@ def load_models(rows: Sequence[Row], device: str) -> dict[tuple[str, str], Pipel
             continue
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
-            autoencoder = autoencoder or _published_autoencoder(device)
+            autoencoder = prepare_autoencoder(Autoencoder(AutoencoderConfig()).eval(), dtype, device)
             model = prepare(FAR(ModelConfig(preset(name))), dtype, device)
         pipelines[name, dtype] = Pipeline(model, autoencoder, [str(label) for label in range(model.config.classes)], SamplingConfig())
     return pipelines
-
-
-def _published_autoencoder(device: str) -> Autoencoder:
-    autoencoder = Autoencoder(AutoencoderConfig()).eval().to(device)
-    return autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,20 +170,23 @@ class Segment:
     stands_for: int
 
 
-def segments(ar_steps: int, *, full: bool = False) -> list[Segment]:
-    """What is run of a generation of ``ar_steps``: all of it if ``full`` or short, else four stretches spread evenly over it.
+def segments(sampling: SamplingConfig, *, full: bool = False) -> list[Segment]:
+    """What is run of a generation: all of it if ``full`` or short, else four stretches spread evenly over it.
 
     The timed steps lie in the middle of the quarter that they stand for, since a step's work grows as tokens become known.
-    The untimed step before them lets a cache catch up with what was skipped.
+    Where some steps compute what others reuse, a stretch is of whole periods of them; otherwise an untimed step before it lets
+    a cache catch up with what was skipped.
     """
-    timed = max(2, ar_steps // 32)
-    if full or ar_steps < _SEGMENTS * (timed + 1):
+    ar_steps, period = sampling.ar_steps, math.lcm(sampling.refresh_every, sampling.guidance_every)
+    untimed = 1 if period == 1 else 0
+    timed = -(-max(2, ar_steps // 32) // period) * period
+    if full or ar_steps < _SEGMENTS * (timed + untimed):
         return [Segment(range(0), range(ar_steps), ar_steps)]
     borders = [index * ar_steps // _SEGMENTS for index in range(_SEGMENTS + 1)]
     plan = []
     for start, end in itertools.pairwise(borders):
-        first = max(start + 1, (start + end - timed) // 2)
-        plan.append(Segment(range(first - 1, first), range(first, first + timed), end - start))
+        first = max(start + untimed, (start + end - timed) // 2) // period * period
+        plan.append(Segment(range(first - untimed, first), range(first, first + timed), end - start))
     return plan
 
 
@@ -292,6 +302,8 @@ def flop_counter() -> FlopCounterMode:
         return sdpa_flop_count(query, key, value)  # type: ignore[no-any-return]
 
     mapping: dict[Any, Callable[..., int]] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    if hasattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32"):
+        mapping[torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32] = linear
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # of packed layers
         mapping[torch.ops.mkldnn._linear_pointwise] = linear
     return FlopCounterMode(display=False, custom_mapping=mapping)
@@ -299,7 +311,8 @@ def flop_counter() -> FlopCounterMode:
 
 def size(module: nn.Module) -> int:
     """Bytes of a module's weights."""
-    return sum(tensor.nbytes for tensor in itertools.chain(module.parameters(), module.buffers()))
+    integers = sum(part.nbytes for part in module.modules() if isinstance(part, Int8Linear))
+    return integers + sum(tensor.nbytes for tensor in itertools.chain(module.parameters(), module.buffers()))
 
 
 def weights_read(model: FAR, config: SamplingConfig) -> int:
@@ -324,8 +337,17 @@ def read_bandwidth(device: str = "cpu") -> float:
 def product_peak(dtype: torch.dtype, device: str = "cpu") -> float:
     """Operations a second of a large matrix product, the best of five."""
     a = torch.randn(_PRODUCT_SIDE, _PRODUCT_SIDE, device=device).to(dtype)
-    seconds = paired({"product": _finished(lambda: a @ a, a.device)}, 5)["product"]
-    return 2 * _PRODUCT_SIDE**3 / min(seconds)
+    return _product_speed(lambda: a @ a, a.device)
+
+
+def int8_product_peak() -> float:
+    """The same of a linear layer of 8-bit integers, its inputs' conversion included."""
+    layer, a = Int8Linear(nn.Linear(_PRODUCT_SIDE, _PRODUCT_SIDE, bias=False)), torch.randn(_PRODUCT_SIDE, _PRODUCT_SIDE)
+    return _product_speed(lambda: layer(a), a.device)
+
+
+def _product_speed(call: Callable[[], object], device: torch.device) -> float:
+    return 2 * _PRODUCT_SIDE**3 / min(paired({"product": _finished(call, device)}, 5)["product"])
 
 
 def _finished(call: Callable[[], object], device: torch.device) -> Callable[[], None]:
@@ -439,7 +461,7 @@ def measure(rows: Sequence[Row], *, rounds: int = 3, full: bool = False, device:
                 row = finding.row
                 bar.set_postfix_str(f"round {turn + 1}, {row.model}")
                 pipeline = pipelines[row.model, row.dtype]
-                plan = segments(row.sampling.ar_steps, full=full)
+                plan = segments(row.sampling, full=full)
                 finding.rounds.append(generate(pipeline, row, plan, clock(pipeline.device)))
                 bar.update()
     return report
@@ -454,14 +476,14 @@ def _first_look(pipeline: Pipeline, row: Row, full: bool, report: Report) -> Fin
         weights += size(pipeline.autoencoder)
         read += size(pipeline.autoencoder.decoder) + size(pipeline.autoencoder.post_quant_conv)
     # A causal model's cache would catch up with many tokens in one pass, which takes more memory than it ever needs.
-    plan = segments(row.sampling.ar_steps, full=full or not pipeline.model.backbone.any_order)
+    plan = segments(row.sampling, full=full or not pipeline.model.backbone.any_order)
     flop: dict[str, float] = {}
     with flop_counter() as counter:
         first_peak = _host_peak(pipeline, lambda: flop.update(generate(pipeline, row, plan, counter.get_total_flops)))
     # In the last steps of a masked model most is known.
-    last = segments(row.sampling.ar_steps)[-1:] if pipeline.model.backbone.any_order else plan
+    last = segments(row.sampling)[-1:] if pipeline.model.backbone.any_order else plan
     peak = _host_peak(pipeline, lambda: generate(pipeline, row, last, time.perf_counter))
-    timed = sum(len(segment.timed) for segment in segments(row.sampling.ar_steps, full=full))
+    timed = sum(len(segment.timed) for segment in segments(row.sampling, full=full))
     fastest = sum(flop[part] / speeds[part] for part in PARTS)
     return Finding(row, timed, weights, peak, first_peak, flop, fastest, read / report.bandwidth)
 
@@ -474,6 +496,10 @@ def _host_peak(pipeline: Pipeline, call: Callable[[], object]) -> int | None:
 
 def _peak_of(module: nn.Module, report: Report) -> float:
     """The measured operations a second in the dtype of a network's weights."""
+    if any(isinstance(part, Int8Linear) for part in module.modules()):
+        if "int8" not in report.peaks:
+            report.peaks["int8"] = int8_product_peak()
+        return report.peaks["int8"]
     like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
     name = str(like.dtype).removeprefix("torch.")
     if name not in report.peaks:

@@ -18,7 +18,7 @@ from far.config import from_dict, to_dict
 from far.errors import InputError
 from far.files import read_json, write_json
 from far.model import FAR, ModelConfig
-from far.packing import pack_linear_layers
+from far.packing import Int8Linear, can_pack, can_quantize, pack_linear_layers, quantize_linear_layers
 from far.pictures import to_pictures
 from far.sampling import Progress, SamplingConfig, SeededNoise, sample
 from far.weights import load_autoencoder, load_module, save_tensors, to_device
@@ -26,7 +26,10 @@ from far.weights import load_autoencoder, load_module, save_tensors, to_device
 BUNDLED = Path(__file__).parent / "bundled"
 # On a CPU, few images at a time and channels last stay in the caches: twice as fast at 64 × 64 pixels.
 _CPU_DECODE_CHUNK = 16
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of "int8" models, all but the wide linear layers.
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
+# What a command may be given.
+DTYPES = ("auto", *_DTYPES)
 
 
 class Pipeline:
@@ -82,6 +85,9 @@ class Pipeline:
         temperature: float | None = None,
         guidance_schedule: Literal["linear", "constant"] | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        order: Literal["random", "halton"] | None = None,
+        refresh_every: int | None = None,
+        guidance_every: int | None = None,
         batch_size: int = 64,
         output: Literal["pil", "tensor"] = "pil",
         callback: Callable[[Progress], None] | None = None,
@@ -92,8 +98,8 @@ class Pipeline:
             labels: class numbers or names.
             seed: of the first image, the next ones counting up; or one seed an image. An image depends
                 on its seed and label only, not on the others.
-            guidance, ar_steps, head_steps, temperature, guidance_schedule, guidance_interval: see
-                :class:`far.sampling.SamplingConfig`; ``None`` takes the model's default.
+            guidance, ar_steps, head_steps, temperature, guidance_schedule, guidance_interval, order, refresh_every,
+                guidance_every: see :class:`far.sampling.SamplingConfig`; ``None`` takes the model's default.
             batch_size: images drawn together.
             output: ``"pil"`` for pictures, ``"tensor"`` for ``[n, 3, h, w]`` in [0, 1].
             callback: called after each AR step of each batch.
@@ -106,7 +112,8 @@ class Pipeline:
         seeds = [seed + index for index in range(len(labels))] if isinstance(seed, int) else list(seed)
         config = self.sampling_config(
             guidance=guidance, ar_steps=ar_steps, head_steps=head_steps, temperature=temperature,
-            guidance_schedule=guidance_schedule, guidance_interval=guidance_interval,
+            guidance_schedule=guidance_schedule, guidance_interval=guidance_interval, order=order, refresh_every=refresh_every,
+            guidance_every=guidance_every,
         )  # fmt: skip
         images = self.draw(labels, seeds, config, batch_size=batch_size, callback=callback)
         return images if output == "tensor" else to_pictures(images)
@@ -159,8 +166,14 @@ class Pipeline:
         return torch.cat(parts).contiguous()
 
     def save_pretrained(self, folder: Path | str, dtype: torch.dtype | None = None) -> None:
-        """Write the folder; weights as ``dtype`` where given. ``config.json`` is written last."""
+        """Write the folder; weights as ``dtype`` where given. ``config.json`` is written last.
+
+        Raises:
+            InputError: the weights are 8-bit integers, of which there is no way back.
+        """
         folder = Path(folder)
+        if any(isinstance(module, Int8Linear) for module in self.model.modules()):
+            raise InputError(f"{folder}: int8 weights are for running only; load the model in another dtype to save it")
         save_tensors(folder / "model.safetensors", self.model.state_dict(), dtype)
         config: dict[str, Any] = {
             "format": 1,
@@ -180,7 +193,9 @@ class Pipeline:
 
         Args:
             name: a folder that :meth:`save_pretrained` wrote, or the name of a bundled model.
-            dtype: of the generator's weights: float32, bfloat16 or float16; the autoencoder keeps float32.
+            dtype: of the generator's weights: float32; bfloat16; float16; int8, an approximation for CPUs; or auto, which is
+                bfloat16 where the device has the instructions and else float32. The autoencoder is bfloat16 with bfloat16 and
+                with int8 where the device has the instructions, and float32 otherwise.
 
         Raises:
             InputError: no such folder or name, or its files are damaged or do not fit together.
@@ -190,7 +205,7 @@ class Pipeline:
         values = read_json(folder / "config.json")
         if not isinstance(values, dict) or "model" not in values:
             raise InputError(f"{source} describes no generator; give a folder with a 'model' entry")
-        _dtype(dtype)  # refused before weights are read
+        dtype = resolve_dtype(dtype, device)  # refused before weights are read
         config = from_dict(ModelConfig, values["model"], source)
         defaults = from_dict(SamplingConfig, values.get("defaults", {}), source)
         classes = values.get("classes", [])
@@ -199,9 +214,7 @@ class Pipeline:
         model = FAR(config)
         load_module(model, folder / "model.safetensors")
         model = prepare(model, dtype, device)
-        autoencoder = load_autoencoder(folder).to(device) if "autoencoder" in values else None
-        if autoencoder is not None:
-            autoencoder = autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        autoencoder = prepare_autoencoder(load_autoencoder(folder), dtype, device) if "autoencoder" in values else None
         return cls(model, autoencoder, classes, defaults, values.get("results"))
 
 
@@ -224,7 +237,7 @@ def load(name: Path | str, *, dtype: str = "float32", device: str = "cpu") -> Pi
     folder = find_folder(name)
     values = read_json(folder / "config.json")
     if isinstance(values, dict) and "autoencoder" in values and "model" not in values:
-        return load_autoencoder(folder).to(device, _dtype(dtype))
+        return load_autoencoder(folder).to(device, _DTYPES[resolve_dtype(dtype, device)])
     return Pipeline.from_pretrained(folder, dtype=dtype, device=device)
 
 
@@ -234,12 +247,34 @@ def prepare(model: FAR, dtype: str, device: str) -> FAR:
     Raises:
         InputError: there is no such dtype, or no such device here.
     """
-    model = to_device(model, device, _dtype(dtype))
+    dtype = resolve_dtype(dtype, device)
+    model = to_device(model, device, _DTYPES[dtype])
+    if dtype == "int8":
+        quantize_linear_layers(model)
     pack_linear_layers(model)
     return model
 
 
-def _dtype(name: str) -> torch.dtype:
-    if name not in _DTYPES:
-        raise InputError(f"dtype {name!r}: choose one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+def prepare_autoencoder(autoencoder: Autoencoder, dtype: str, device: str) -> Autoencoder:
+    """The same for the autoencoder of a generator in a dtype. In float16 its values can leave the range."""
+    dtype = resolve_dtype(dtype, device)
+    low = dtype == "bfloat16" or (dtype == "int8" and can_pack())
+    autoencoder = to_device(autoencoder, device, torch.bfloat16 if low else torch.float32)
+    return autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def resolve_dtype(name: str, device: str) -> str:
+    """The dtype that ``auto`` stands for on a device, or ``name`` itself.
+
+    Raises:
+        InputError: there is no such dtype, or it cannot be used on this device.
+    """
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r}: choose one of {', '.join(DTYPES)}")
+    kind = device.partition(":")[0]
+    if name == "int8" and (kind != "cpu" or not can_quantize()):
+        raise InputError(f"dtype int8 is for CPUs with 8-bit matrix products, not for device {device!r} here; try auto")
+    if name != "auto":
+        return name
+    fast = can_pack() if kind == "cpu" else kind == "cuda" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return "bfloat16" if fast else "float32"

@@ -118,7 +118,7 @@ class CausalBackbone(Backbone):
         """The embedded sequence ``[b, end − start, width]`` of class copies and tokens from ``start``."""
         buffer = self.config.buffer
         fed = tokens[:, max(0, start - buffer) : end - buffer]
-        x = self.token_projection(fed.to(self.token_projection.weight.dtype))
+        x = self.token_projection(fed.to(self.norm.weight.dtype))
         if start == 0:
             prefix = self.class_embedding(labels).unsqueeze(1) + self.class_positions
             x = torch.cat([prefix, x.to(prefix.dtype)], dim=1)
@@ -133,9 +133,9 @@ class CausalBackbone(Backbone):
         return self.condition(tokens, positions[:, :-1], positions, labels), positions
 
     def new_cache(self, rows: int) -> KeyValueCache:
-        """An empty cache for the longest sequence, in the dtype and on the device of the weights."""
-        config, like = self.config, self.token_projection.weight
-        return KeyValueCache(config.depth, rows, config.heads, self.length, config.width // config.heads, like.dtype, like.device)
+        """An empty cache, in the dtype and on the device of the weights."""
+        config, like = self.config, self.norm.weight
+        return KeyValueCache(config.depth, rows, config.heads, config.width // config.heads, like.dtype, like.device)
 
 
 class CausalBlock(nn.Module):
@@ -168,21 +168,20 @@ class CausalAttention(nn.Module):
         joint = self.query_key_value(x).view(batch, count, 3, self.heads, width // self.heads)
         joint = joint.permute(2, 0, 3, 1, 4)
         (query, key), value = rotate(joint[:2], rotary), joint[2]
+        bias = None
         if cache is not None:
-            key, value = cache.append(index, key, value)
+            key, value, bias = cache.append(index, key, value)
         if count == 1:
-            y = attend(query, key, value)
+            y = attend(query, key, value, bias)
         else:
-            mask = _causal_mask(count, key.shape[2], x.device)
+            mask = None if cache is None or not cache.length else _causal_mask(count, key.shape[2], cache.length, x.device)
             y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None)
         return self.project(y.transpose(1, 2).reshape(batch, count, width))
 
 
-def _causal_mask(queries: int, keys: int, device: torch.device) -> Tensor | None:
-    """Which keys each of several queries sees, where they are the last of the keys; None where ``is_causal`` says it."""
-    if queries == keys:
-        return None
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+def _causal_mask(queries: int, keys: int, held: int, device: torch.device) -> Tensor:
+    """Which keys each of several queries sees, where ``held`` keys are before them; none of the room behind."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(held)
 
 
 def _positions(config: CausalConfig, grid: tuple[int, int]) -> Tensor:

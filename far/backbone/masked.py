@@ -109,7 +109,7 @@ class MaskedBackbone(Backbone):
         held = 0 if cache is None else cache.length
         known = known[:, max(0, held - buffer) :]
         # F.embedding, because the gradient of plain indexing is slow on a CPU.
-        x = self.token_projection(take(tokens, known).to(self.token_projection.weight.dtype))
+        x = self.token_projection(take(tokens, known).to(self.token_norm.weight.dtype))
         x = x + F.embedding(known, self.encoder_positions[0, buffer:])
         if not held:
             prefix = self.class_embedding(labels).unsqueeze(1) + self.encoder_positions[:, :buffer]
@@ -172,14 +172,12 @@ class MaskedBackbone(Backbone):
 
     def new_cache(self, rows: int) -> "MaskedCache":
         """An empty cache, in the dtype and on the device of the weights."""
-        config, like, length = self.config, self.encoder_norm.weight, self.config.buffer + self.tokens
-
-        def part(depth: int, heads: int, width: int) -> KeyValueCache:
-            return KeyValueCache(depth, rows, heads, length, width // heads, like.dtype, like.device)
-
+        config, like = self.config, self.encoder_norm.weight
+        encoder = config.encoder_depth, rows, config.encoder_heads, config.encoder_width // config.encoder_heads
+        decoder = config.decoder_depth, rows, config.decoder_heads, config.decoder_width // config.decoder_heads
+        places = config.buffer + self.tokens
         return MaskedCache(
-            part(config.encoder_depth, config.encoder_heads, config.encoder_width),
-            part(config.decoder_depth, config.decoder_heads, config.decoder_width),
+            KeyValueCache(*encoder, like.dtype, like.device), KeyValueCache(*decoder, like.dtype, like.device, growth=places)
         )
 
     def training_conditions(self, tokens: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ import far
 from far.benchmark import PARTS, SEED, Finding, Report, default_rows, machine, measure, processor, rows_of
 from far.errors import InputError
 from far.files import atomic_path, check_writable, write_json
+from far.pipeline import DTYPES
 
 _COLOURS = ("#4c72b0", "#55a868", "#dd8452", "#8172b3", "#8c8c8c")
 
@@ -29,11 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="images drawn together (default 1)")
     parser.add_argument("--ar-steps", type=int, nargs="+", metavar="N", help="of masked models (default: 64, or the folder's)")
     parser.add_argument("--head-steps", type=int, nargs="+", metavar="N", help="steps of the head, each a row (default: the model's)")
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], help="of the generator's weights (default float32)"
-    )
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES[1:], help="of the weights (default float32)")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1 is off (default: 2.9, or the folder's)")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each row is timed, in turn (default 3)")
+    parser.add_argument("--order", choices=["random", "halton"], help="of positions, of masked models")
+    parser.add_argument("--refresh-every", type=int, metavar="N", help="masked models: all positions at every N-th AR step only")
+    parser.add_argument("--guidance-every", type=int, metavar="N", help="masked models: no-class half at every N-th AR step only")
+    parser.add_argument("--rounds", type=int, default=2, help="times that each row is timed, in turn (default 2)")
     parser.add_argument("--full", action="store_true", help="time whole images; otherwise some AR steps stand for all")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps … (default cpu)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures and settings")
@@ -69,13 +71,14 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _rows(arguments: argparse.Namespace) -> list[Any]:
     if arguments.models is None:
-        for option in ("ar_steps", "head_steps", "dtypes"):
+        for option in ("ar_steps", "head_steps", "dtypes", "order", "refresh_every", "guidance_every"):
             if getattr(arguments, option) is not None:
                 raise InputError(f"--{option.replace('_', '-')} goes with --models; name the models, or leave it out for the usual rows")
         return default_rows(batches=arguments.batch, guidance=arguments.guidance)
     return rows_of(
         arguments.models, batches=arguments.batch, ar_steps=arguments.ar_steps, head_steps=arguments.head_steps,
         dtypes=arguments.dtypes or ["float32"], guidance=arguments.guidance,
+        order=arguments.order, refresh_every=arguments.refresh_every, guidance_every=arguments.guidance_every,
     )  # fmt: skip
 
 

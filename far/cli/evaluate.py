@@ -31,7 +31,7 @@ from far.evaluation.inception import load_inception
 from far.evaluation.references import Reference, default_cache, features_of, open_reference, write_statistics
 from far.evaluation.report import check_counts, figures
 from far.files import check_writable, write_json
-from far.pipeline import Pipeline
+from far.pipeline import DTYPES, Pipeline
 from far.weights import to_device
 
 _DEFAULT_COUNT = 10_000
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; also of subsets and splits (default 0)")
     add_sampling_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=64, help="images drawn together, at most 100 (default 64)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the generator's weights")
+    parser.add_argument("--dtype", choices=DTYPES[1:], default="float32", help="of the weights (default float32)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps … (default cpu)")
     parser.add_argument("--save-npz", type=Path, metavar="FILE", help="also write the model's images in ADM's format")
     parser.add_argument("--save-statistics", type=Path, metavar="FILE", help="write mu, sigma and features, to be a --reference later")

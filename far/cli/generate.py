@@ -16,7 +16,7 @@ from far.errors import InputError
 from far.evaluation.images import write_npz
 from far.files import check_writable
 from far.pictures import grid, save_gif, save_png, to_pictures, to_uint8
-from far.pipeline import Pipeline
+from far.pipeline import DTYPES, Pipeline, resolve_dtype
 from far.sampling import Progress
 
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default 0)")
     add_sampling_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=64, help="images drawn together (default 64)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the generator's weights")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default auto: bfloat16 where it is fast)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps … (default cpu)")
     parser.add_argument("--gif", type=Path, help="also write an animation of the first batch's tokens appearing")
 
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     config = pipeline.sampling_config(**sampling_options(arguments))
     config.check(pipeline.model)  # before the bar appears
-    settings = {"weights": arguments.weights, **dataclasses.asdict(config), "dtype": arguments.dtype}
+    settings = {"weights": arguments.weights, **dataclasses.asdict(config), "dtype": resolve_dtype(arguments.dtype, arguments.device)}
     parts = []
     with tqdm(total=len(labels), desc="generating", unit="img") as bar:
         for start in range(0, len(labels), arguments.batch_size):

@@ -49,18 +49,23 @@ class HeadNetwork(nn.Module):
         """
         return self.conditioned(x, self.embed_condition(z), self.embed_times(*times))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the network computes. A norm tells; linear layers may be of integers."""
+        return self.blocks[0].norm.weight.dtype  # type: ignore[union-attr, return-value]
+
     def embed_condition(self, z: Tensor) -> Tensor:
         """``z […, condition]`` → ``[…, width]``; the same at every step of a token."""
-        return self.condition_embedding(z.to(self.condition_embedding.weight.dtype))
+        return self.condition_embedding(z.to(self.dtype))
 
     def embed_times(self, *times: Tensor) -> Tensor:
         """Times ``[…]`` → the sum of their embeddings ``[…, width]``; the same for every token of a step."""
-        return functools.reduce(torch.add, (embed(time) for embed, time in zip(self.time_embeddings, times, strict=True)))
+        return functools.reduce(torch.add, (embed(time, self.dtype) for embed, time in zip(self.time_embeddings, times, strict=True)))
 
     def conditioned(self, x: Tensor, condition: Tensor, time: Tensor) -> Tensor:
         """Outputs ``[…, outputs]`` for both embeddings ``[…, width]``, broadcastable to the leading axes of ``x``."""
         embedding = F.silu(condition + time)
-        x = self.input_projection(x.to(self.input_projection.weight.dtype))
+        x = self.input_projection(x.to(self.dtype))
         for block in self.blocks:
             x = block(x, embedding)
         return self.output(x, embedding)
@@ -74,11 +79,11 @@ class TimeEmbedding(nn.Module):
         self.linear_in = nn.Linear(2 * _FREQUENCIES, width)
         self.linear_out = nn.Linear(width, width)
 
-    def forward(self, time: Tensor) -> Tensor:
+    def forward(self, time: Tensor, dtype: torch.dtype) -> Tensor:
         exponents = torch.arange(_FREQUENCIES, device=time.device, dtype=torch.float32) / _FREQUENCIES
         angles = time.float().unsqueeze(-1) * torch.exp(-math.log(10_000) * exponents)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.linear_out(F.silu(self.linear_in(waves.to(self.linear_in.weight.dtype))))
+        return self.linear_out(F.silu(self.linear_in(waves.to(dtype))))
 
 
 class ResidualBlock(nn.Module):

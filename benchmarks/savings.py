@@ -1,0 +1,142 @@
+"""What each way to draw faster saves and costs: seconds at ImageNet's size, distances on the matched small models.
+
+    python benchmarks/savings.py [--sets SET …] [--seconds] [--rounds N]
+
+Distances are kept in docs/results/savings.json and measured where they are missing or their weights changed, by any number
+of processes. ``--seconds`` times every row in turn, for which the machine should be free. Then docs/results.md's table is
+written. The same options are given to both sizes, but for the AR steps: 64 of 256 tokens there are 8 of 16 tokens here.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import RESULTS, SETS, ImageSet, Measurements, best_guidance, current, generate, generation_of, measure_floors
+from results_report import replace_block
+
+from far.benchmark import FAST, FASTEST, machine, measure, rows_of
+from far.evaluation.generated import Generation
+from far.evaluation.metrics import FeatureStatistics, frechet_distance
+from far.files import atomic_path
+
+FILE = RESULTS / "savings.json"
+COUNT = 4_000
+PRESETS = {"diffusion": "mar-b", "shortcut": "far-b", "causal": "far-causal-b"}
+AR_STEPS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A row: a model, and how it is drawn. ``ar_share`` of the usual AR steps are taken."""
+
+    model: str
+    head_steps: int | tuple[int, ...]
+    dtype: str
+    ar_share: float = 1.0
+    sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def generation(self, images: ImageSet) -> Generation:
+        """What is drawn of its small model."""
+        guidance = best_guidance(Measurements(RESULTS / f"{images.name}.json"), self.model)
+        usual = generation_of(images.weights(self.model), seed=0, head_steps=self.head_steps, guidance=guidance, **self.sampling)
+        ar_steps = round(usual.sampling.ar_steps * self.ar_share)
+        return dataclasses.replace(usual, sampling=dataclasses.replace(usual.sampling, ar_steps=ar_steps), dtype=self.dtype)
+
+
+WAYS = {
+    "MAR": Way("diffusion", 100, "float32"),
+    "MAR in bfloat16": Way("diffusion", 100, "bfloat16"),
+    "shortcut head": Way("shortcut", 4, "float32"),
+    "+ bfloat16": Way("shortcut", 4, "bfloat16"),
+    "+ int8": Way("shortcut", 4, "int8"),
+    "bfloat16, all positions every 2nd AR step": Way("shortcut", 4, "bfloat16", sampling={"refresh_every": 2}),
+    "bfloat16, all positions every 4th AR step": Way("shortcut", 4, "bfloat16", sampling={"refresh_every": 4}),
+    "bfloat16, guidance's difference every 4th AR step": Way("shortcut", 4, "bfloat16", sampling={"guidance_every": 4}),
+    "bfloat16, guidance from a quarter on": Way("shortcut", 4, "bfloat16", sampling={"guidance_interval": (0.25, 1.0)}),
+    "bfloat16, head steps from 4 to 2": Way("shortcut", (4, 2), "bfloat16"),
+    "bfloat16, Halton order": Way("shortcut", 4, "bfloat16", sampling={"order": "halton"}),
+    "bfloat16, half of the AR steps": Way("shortcut", 4, "bfloat16", 0.5),
+    "bfloat16, half of the AR steps, Halton order": Way("shortcut", 4, "bfloat16", 0.5, {"order": "halton"}),
+    "together": Way("shortcut", 4, "int8", sampling=FAST),
+    "together, half of the AR steps": Way("shortcut", 4, "int8", 0.5, FASTEST),
+    "FAR-Causal": Way("causal", 4, "float32"),
+    "FAR-Causal, bfloat16": Way("causal", 2, "bfloat16"),
+    "FAR-Causal, int8": Way("causal", 2, "int8"),
+    "FAR-Causal, int8, 1 head step": Way("causal", 1, "int8"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", nargs="*", choices=list(SETS), default=list(SETS), help="whose distances are measured (default: all)")
+    parser.add_argument("--seconds", action="store_true", help="time all rows at ImageNet's size")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each row is timed, in turn (default 3)")
+    arguments = parser.parse_args()
+    store = Measurements(FILE)
+    with torch.no_grad():
+        for name in arguments.sets:
+            measure_distances(SETS[name], store)
+    if arguments.seconds:
+        measure_seconds(store, arguments.rounds)
+    report = Path("docs/results.md")
+    store.load()
+    with atomic_path(report) as temporary:
+        temporary.write_text(replace_block(report.read_text(), "savings", table(store.values)))
+
+
+def measure_distances(images: ImageSet, store: Measurements) -> None:
+    missing = {name: way.generation(images) for name, way in WAYS.items()}
+    missing = {name: drawn for name, drawn in missing.items() if not current(store.values["rows"].get(f"{images.name}, {name}"), drawn)}
+    if not missing:
+        return
+    judge = measure_floors(images, Measurements(RESULTS / f"{images.name}.json"))
+    for name, generation in missing.items():
+        features, labels = generate(generation, judge.network, COUNT)
+        distance = frechet_distance(FeatureStatistics.of(features), judge.reference.statistics)
+        accuracy = judge.classifier.accuracy(features, labels)
+        print(images.name, name, f"{distance:.1f} {accuracy:.3f}", flush=True)
+        row = {"distance": distance, "class accuracy": accuracy, "count": COUNT, "machine": machine(), **generation.describe()}
+        store.keep("rows", f"{images.name}, {name}", row)
+
+
+def measure_seconds(store: Measurements, rounds: int) -> None:
+    rows = []
+    for way in WAYS.values():
+        ar_steps = [round(AR_STEPS * way.ar_share)]
+        rows += rows_of(
+            [PRESETS[way.model]], ar_steps=ar_steps, head_steps=[way.head_steps], dtypes=[way.dtype], **way.sampling
+        )  # fmt: skip
+    report = measure(rows, rounds=rounds)
+    for name, finding in zip(WAYS, report.findings):
+        seconds = {"rounds": finding.image_seconds, "times faster": report.times_faster(finding)}
+        store.keep("seconds", name, {**seconds, "machine": machine(), **dataclasses.asdict(finding.row)})
+
+
+def table(values: dict[str, Any]) -> str:
+    """A row a way: seconds and ratio at ImageNet's size, then each set's distance and its share of the first row's of its kind."""
+    lines = [
+        "| way | s per image | times faster | " + " | ".join(f"{name} | of MAR's | of the plain" for name in SETS) + " |",
+        "|---" * (3 + 3 * len(SETS)) + "|",
+    ]
+    plain = {way.model: name for name, way in reversed(WAYS.items())}
+    for name, way in WAYS.items():
+        timed = values.get("seconds", {}).get(name)
+        cells = [
+            name,
+            *(["", ""] if timed is None else [f"{sorted(timed['rounds'])[len(timed['rounds']) // 2]:.1f}", f"{timed['times faster']:.1f}"]),
+        ]
+        for images in SETS:
+            distances = [values["rows"].get(f"{images}, {key}", {}).get("distance") for key in (name, "MAR", plain[way.model])]
+            if None in distances:
+                cells += [""] * 3
+                continue
+            own, of_mar, of_plain = distances
+            cells += [f"{own:.1f}", f"{own / of_mar:.3f}", f"{own / of_plain:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
