@@ -47,7 +47,6 @@ class Way:
 
 WAYS = {
     "MAR": Way("diffusion", 100, "float32"),
-    "MAR in bfloat16": Way("diffusion", 100, "bfloat16"),
     "shortcut head": Way("shortcut", 4, "float32"),
     "+ bfloat16": Way("shortcut", 4, "bfloat16"),
     "+ int8": Way("shortcut", 4, "int8"),

@@ -237,6 +237,8 @@ def load(name: Path | str, *, dtype: str = "float32", device: str = "cpu") -> Pi
     folder = find_folder(name)
     values = read_json(folder / "config.json")
     if isinstance(values, dict) and "autoencoder" in values and "model" not in values:
+        if dtype == "int8":
+            raise InputError(f"dtype int8 is for generators; {folder} holds an autoencoder alone, so take another dtype")
         return load_autoencoder(folder).to(device, _DTYPES[resolve_dtype(dtype, device)])
     return Pipeline.from_pretrained(folder, dtype=dtype, device=device)
 

@@ -1,6 +1,7 @@
 """The benchmark's arithmetic: what is skipped, what is counted, and how a part stands for the whole. No speed is asserted."""
 
 import itertools
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from far.errors import InputError
 from far.heads import HeadConfig
 from far.heads.head import Head
 from far.model import FAR, PRESETS, ModelConfig, NetworkConfig
+from far.packing import Int8Linear, can_quantize
 from far.pipeline import Pipeline, prepare
 from far.sampling import SamplingConfig, SeededNoise, sample
 
@@ -62,7 +64,7 @@ def count_calls(counts: Counter, name: str, module: nn.Module) -> None:
 @pytest.mark.parametrize("ar_steps", [*range(1, 70), 100, 128, 255, 256])
 @pytest.mark.parametrize("full", [False, True])
 def test_segments_stand_for_every_step(ar_steps: int, full: bool) -> None:
-    plan = segments(ar_steps, full=full)
+    plan = segments(SamplingConfig(ar_steps), full=full)
     assert sum(segment.stands_for for segment in plan) == ar_steps
     run = [step for segment in plan for step in (*segment.untimed, *segment.timed)]
     assert run == sorted(set(run))
@@ -75,8 +77,32 @@ def test_segments_stand_for_every_step(ar_steps: int, full: bool) -> None:
 
 
 def test_segments_of_the_presets_are_short_and_in_the_middle_of_what_they_stand_for() -> None:
-    assert segments(64) == [Segment(range(s + 6, s + 7), range(s + 7, s + 9), 16) for s in (0, 16, 32, 48)]
-    assert segments(256) == [Segment(range(s + 27, s + 28), range(s + 28, s + 36), 64) for s in (0, 64, 128, 192)]
+    assert segments(SamplingConfig(64)) == [Segment(range(s + 6, s + 7), range(s + 7, s + 9), 16) for s in (0, 16, 32, 48)]
+    assert segments(SamplingConfig(256)) == [Segment(range(s + 27, s + 28), range(s + 28, s + 36), 64) for s in (0, 64, 128, 192)]
+
+
+@pytest.mark.parametrize("ar_steps", [16, 24, 30, 32, 64])
+@pytest.mark.parametrize(("refresh", "guidance"), [(2, 1), (4, 1), (1, 4), (4, 4), (2, 3)])
+def test_segments_are_of_whole_periods(ar_steps: int, refresh: int, guidance: int) -> None:
+    plan = segments(SamplingConfig(ar_steps, refresh_every=refresh, guidance_every=guidance))
+    assert sum(segment.stands_for for segment in plan) == ar_steps
+    run = [step for segment in plan for step in segment.timed]
+    assert run == sorted(set(run))
+    if len(plan) == 1:
+        assert run == list(range(ar_steps))
+        return
+    period = math.lcm(refresh, guidance)
+    assert all(not segment.untimed and segment.timed[0] % period == len(segment.timed) % period == 0 for segment in plan)
+    assert run[-1] < ar_steps
+
+
+@pytest.mark.skipif(not can_quantize(), reason="this build of torch has no 8-bit matrix products")
+def test_eight_bit_weights_and_products_are_counted() -> None:
+    layer = Int8Linear(torch.nn.Linear(96, 80))
+    assert size(torch.nn.Sequential(layer)) == 96 * 80 + 4 * 80 + 4 * 80
+    with flop_counter() as counter:
+        layer(torch.randn(3, 5, 96))
+    assert counter.get_total_flops() == linear(15, 96, 80)
 
 
 @each_backbone
@@ -112,10 +138,10 @@ def test_skipped_steps_call_no_network(backbone: str) -> None:
     assert isinstance(network.blocks if backbone == "causal" else network.decoder_blocks, nn.ModuleList)
     count_calls(counts, "backbone", (network.blocks if backbone == "causal" else network.decoder_blocks)[0])
     count_calls(counts, "head", watched_pipeline.model.head.network.output)
-    generate(watched_pipeline, Row("x", SamplingConfig(16, 3, 2.0), "float32", 2), segments(16), lambda: 0.0)
+    generate(watched_pipeline, Row("x", SamplingConfig(16, 3, 2.0), "float32", 2), segments(SamplingConfig(16)), lambda: 0.0)
     assert counts == {"backbone": 12, "head": 12 * 3}  # 4 stretches of 1 + 2 steps
     counts.clear()
-    generate(watched_pipeline, Row("x", SamplingConfig(16, 3, 2.0), "float32", 2), segments(16, full=True), lambda: 0.0)
+    generate(watched_pipeline, Row("x", SamplingConfig(16, 3, 2.0), "float32", 2), segments(SamplingConfig(16), full=True), lambda: 0.0)
     assert counts == {"backbone": 16, "head": 16 * 3}
 
 
@@ -142,7 +168,7 @@ def test_a_cache_catches_up_with_skipped_steps(monkeypatch: pytest.MonkeyPatch) 
         return z
 
     monkeypatch.setattr(type(network), "condition", compared)
-    generate(causal, Row("x", SamplingConfig(16, 1, 2.0), "float32", 2), segments(16), lambda: 0.0)
+    generate(causal, Row("x", SamplingConfig(16, 1, 2.0), "float32", 2), segments(SamplingConfig(16)), lambda: 0.0)
     assert len(errors) == 12
     assert max(errors) < 1e-5
 
@@ -176,7 +202,7 @@ def test_timed_steps_stand_for_the_others(full: bool, monkeypatch: pytest.Monkey
     masked = pipeline("masked")
     ticks = Ticks(monkeypatch, masked.model.backbone, masked.model.head)  # type: ignore[arg-type]
     row = Row("x", SamplingConfig(16, 1), "float32", 1)  # one token a step
-    found = generate(masked, row, segments(16, full=full), lambda: ticks.now)
+    found = generate(masked, row, segments(SamplingConfig(16), full=full), lambda: ticks.now)
     assert found == {"encoder": 16 * 3, "decoder": 16 * 5, "head": 16 * 7, "autoencoder": 0, "sampler": 0}
     assert tuple(found) == PARTS
 
@@ -191,7 +217,7 @@ def test_what_no_network_takes_is_the_samplers(monkeypatch: pytest.MonkeyPatch) 
         return constrain(self, tokens)
 
     monkeypatch.setattr(FAR, "constrain", slow_constrain)
-    found = generate(masked, Row("x", SamplingConfig(16, 1), "float32", 1), segments(16), lambda: ticks.now)
+    found = generate(masked, Row("x", SamplingConfig(16, 1), "float32", 1), segments(SamplingConfig(16)), lambda: ticks.now)
     assert found["sampler"] == 16 * 2
     assert found["head"] == 16 * 7
 
@@ -202,7 +228,7 @@ def test_the_estimate_follows_work_that_grows() -> None:
     watch.borders = [float(step * (step - 1) / 2) for step in range(64)]
     watch.begin = 0.0
     watch.inside = [{"encoder": 0.0, "backbone": 0.0, "head": 0.0} for _ in range(64)]
-    assert watch.parts(segments(64))["sampler"] == 64 * 63 / 2
+    assert watch.parts(segments(SamplingConfig(64)))["sampler"] == 64 * 63 / 2
     assert watch.parts([Segment(range(0), range(0, 2), 64)])["sampler"] == 64 * 0.5
 
 
@@ -227,15 +253,19 @@ def test_counted_operations_of_a_masked_model_are_those_of_the_formula(guidance:
     def blocks(depth: int, length: int) -> int:
         return depth * rows * (linear(length, width, 12 * width) + 4 * length * length * width)
 
+    def last_block(length: int, wanted: int) -> int:
+        """Keys and values of all places (queries too, in one product), the rest where z is wanted."""
+        return rows * (linear(length, width, 3 * width) + linear(wanted, width, 9 * width) + 4 * wanted * length * width)
+
     expected = Counter(dict.fromkeys(PARTS, 0))
     config = SamplingConfig(4, 3, guidance, "constant")
     counts = far.sampling.cosine_token_counts(16, 4)
     for known, count in zip(itertools.accumulate(counts, initial=0), counts):
         expected["encoder"] += linear(rows * known, channels, width) + blocks(2, 3 + known)
-        expected["decoder"] += linear(rows * (3 + known), width, width) + blocks(3, 3 + 16)
+        expected["decoder"] += linear(rows * (3 + known), width, width) + blocks(2, 3 + 16) + last_block(3 + 16, count)
         expected["head"] += head_flop(batch * count, guidance != 1, 3, 16, width, channels)
     with flop_counter() as counter:
-        found = generate(pipeline("masked", dtype), Row("x", config, dtype, batch), segments(4), counter.get_total_flops)
+        found = generate(pipeline("masked", dtype), Row("x", config, dtype, batch), segments(SamplingConfig(4)), counter.get_total_flops)
     assert found == expected
 
 
@@ -247,10 +277,11 @@ def test_counted_operations_of_a_causal_model_are_those_of_the_formula(dtype: st
         if known:
             backbone += linear(rows, channels, width)
         block = linear(rows, width, 4 * width) + linear(rows, width, 2 * hidden) + linear(rows, hidden, width)
-        backbone += 2 * (block + 4 * rows * (known + 1) * width)
+        keys = 64 if known else 1  # the cache grows by 64 places, and what it does not hold yet is hidden
+        backbone += 2 * (block + 4 * rows * keys * width)
     config = SamplingConfig(16, 3, 2.0, "constant")
     with flop_counter() as counter:
-        plan = segments(16, full=True)
+        plan = segments(SamplingConfig(16), full=True)
         found = generate(pipeline("causal", dtype), Row("x", config, dtype, batch), plan, counter.get_total_flops)
     head = 16 * head_flop(batch, True, 3, 16, width, channels)
     assert found == {"encoder": 0, "decoder": backbone, "head": head, "autoencoder": 0, "sampler": 0}
@@ -324,7 +355,8 @@ def test_a_folder_brings_its_own_sampling(pipeline_folder: Path) -> None:
 def test_the_default_rows_start_with_mar_as_released() -> None:
     rows = default_rows(batches=[2], guidance=3.0)
     assert rows[0] == Row("mar-b", SamplingConfig(64, 100, 3.0), "float32", 2)
-    assert [row.model for row in rows].count("far-causal-b") == 2
+    assert [row.model for row in rows].count("far-causal-b") == 4
+    assert {row.dtype for row in rows} == {"float32", "bfloat16", "int8"}
     assert default_rows()[0].sampling.guidance == 2.9
     with pytest.raises(InputError, match="batch 0"):
         default_rows(batches=[0])
@@ -360,7 +392,11 @@ def test_memory_is_of_the_last_steps_or_of_a_cache_that_grows_as_in_use(backbone
     monkeypatch.setattr(far.benchmark, "generate", lambda *values: plans.append(values[2]) or real(*values))
     report = Report([], 1.0, {"float32": 1.0})
     found = far.benchmark._first_look(pipeline(backbone), Row("x", SamplingConfig(16, 1), "float32"), False, report)
-    assert plans == ([segments(16, full=True)] * 2 if backbone == "causal" else [segments(16), segments(16)[-1:]])
+    assert plans == (
+        [segments(SamplingConfig(16), full=True)] * 2
+        if backbone == "causal"
+        else [segments(SamplingConfig(16)), segments(SamplingConfig(16))[-1:]]
+    )
     assert found.timed_steps == 8
 
 

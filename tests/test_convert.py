@@ -92,7 +92,7 @@ def test_both_into_one_folder(tmp_path: Path, kl16: Path, mar_first: bool) -> No
 def test_kl16_alone_is_an_autoencoder(tmp_path: Path, kl16: Path) -> None:
     convert_kl16(kl16, tmp_path / "out")
     assert isinstance(far.load(tmp_path / "out"), Autoencoder)
-    with pytest.raises(InputError, match="dtype 'int8': choose one of float32"):
+    with pytest.raises(InputError, match="dtype int8 is for generators"):
         far.load(tmp_path / "out", dtype="int8")
 
 

@@ -1,4 +1,4 @@
-"""Packed linear layers compute what plain ones do, and are saved as if they had never been packed."""
+"""Packed linear layers compute what plain ones do, and are saved as if they had never been packed; 8-bit ones nearly."""
 
 import copy
 from pathlib import Path
@@ -11,16 +11,20 @@ from torch import nn
 import far
 from far.backbone.causal import CausalConfig
 from far.backbone.masked import MaskedConfig
+from far.errors import InputError
 from far.heads import HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
-from far.packing import PackedLinear, can_pack, pack_linear_layers
+from far.packing import Int8Linear, PackedLinear, can_pack, can_quantize, pack_linear_layers, quantize_linear_layers
+from far.pipeline import resolve_dtype
 from far.sampling import SamplingConfig, SeededNoise, sample
 from far.weights import save_tensors
 
 BACKBONES = [MaskedConfig(32, 1, 2, 32, 1, 2, 2), CausalConfig(width=32, depth=2, heads=2)]
-pytestmark = pytest.mark.skipif(not can_pack(), reason="the processor has no bfloat16 matrix instructions")
+packing = pytest.mark.skipif(not can_pack(), reason="the processor has no bfloat16 matrix instructions")
+integers = pytest.mark.skipif(not can_quantize(), reason="this build of torch has no 8-bit matrix products")
 
 
+@packing
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(0,), (1,), (2,), (7,), (3, 5), (4, 0), (128,), (2, 300)])
 def test_the_product_is_the_same_to_the_bit(shape: tuple[int, ...], bias: bool) -> None:
@@ -36,6 +40,7 @@ def test_the_product_is_the_same_to_the_bit(shape: tuple[int, ...], bias: bool) 
     assert torch.equal(packed.weight.to_dense(), linear.weight)
 
 
+@packing
 def test_other_dtypes_and_other_layers_stay() -> None:
     module = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Conv2d(4, 4, 1, dtype=torch.bfloat16)})
     pack_linear_layers(module)
@@ -43,6 +48,7 @@ def test_other_dtypes_and_other_layers_stay() -> None:
     assert type(module["b"]) is nn.Conv2d
 
 
+@packing
 @pytest.mark.parametrize("backbone", BACKBONES, ids=[config.kind for config in BACKBONES])
 def test_a_packed_model_draws_the_same_tokens(backbone: MaskedConfig | CausalConfig) -> None:
     torch.manual_seed(0)
@@ -63,6 +69,7 @@ def test_a_packed_model_draws_the_same_tokens(backbone: MaskedConfig | CausalCon
     assert torch.equal(*drawn)
 
 
+@packing
 def test_a_packed_model_is_saved_plain(tmp_path: Path) -> None:
     pipeline = far.Pipeline.from_pretrained("avatars-64", dtype="bfloat16")
     assert any(isinstance(module, PackedLinear) for module in pipeline.model.modules())
@@ -73,7 +80,84 @@ def test_a_packed_model_is_saved_plain(tmp_path: Path) -> None:
     assert all(torch.equal(saved[name], plain[name].to(torch.bfloat16)) for name in plain)
 
 
+@packing
 def test_tensors_of_a_packed_module_are_saved_in_another_dtype(tmp_path: Path) -> None:
     linear = nn.Linear(16, 8).to(torch.bfloat16)
     save_tensors(tmp_path / "x.safetensors", PackedLinear(linear).state_dict(), torch.float32)
     assert torch.equal(load_file(tmp_path / "x.safetensors")["weight"], linear.weight.float())
+
+
+# --- Eight bits ----------------------------------------------------------------------------------------------
+
+
+def integer_product(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """Row by row in whole numbers, in float64."""
+    weight = linear.weight.double()
+    weight_scales, scales = weight.abs().amax(dim=1) / 127, x.double().abs().amax(dim=-1, keepdim=True) / 127
+    product = (x / scales).round() @ (weight / weight_scales.unsqueeze(1)).round().T
+    return product * scales * weight_scales + (0 if linear.bias is None else linear.bias)
+
+
+@integers
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (2,), (7,), (3, 5), (130,)])
+def test_eight_bit_products_are_those_of_whole_numbers(shape: tuple[int, ...], bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(96, 80, bias=bias)
+    x = torch.randn(*shape, 96, generator=generator) * torch.rand(*shape, 1, generator=generator) * 10
+    found = Int8Linear(linear)(x)
+    # A value halfway between two whole numbers may be rounded to either.
+    step = (x.abs().amax(dim=-1, keepdim=True) / 127 * linear.weight.abs().max()).double()
+    assert ((found - integer_product(linear, x)).abs() <= 2 * step + 1e-6).all()
+    assert (found - integer_product(linear, x)).abs().mean() < 0.02 * step.mean()
+    assert (found - linear(x)).std() < 0.02 * linear(x).std()
+
+
+@integers
+@torch.no_grad()
+def test_a_row_of_an_eight_bit_product_does_not_depend_on_the_others() -> None:
+    layer = Int8Linear(nn.Linear(96, 80))
+    x = torch.randn(4, 96) * torch.tensor([[1.0], [1e3], [1e-3], [0.0]])
+    for row in range(4):
+        torch.testing.assert_close(layer(x[row : row + 1])[0], layer(x)[row], rtol=1e-6, atol=1e-7)
+    assert torch.equal(layer(x)[3], layer.bias)
+
+
+@integers
+@pytest.mark.parametrize("name", ["avatars-64", "avatars-64-causal"])
+def test_an_eight_bit_model_draws_nearly_the_same_images(name: str) -> None:
+    steps = {"ar_steps": 4} if name == "avatars-64" else {}
+    exact, low = (far.load(name, dtype=dtype).generate([3, 5], seed=1, output="tensor", **steps) for dtype in ("float32", "int8"))
+    difference = (low - exact).abs().mean()
+    assert 1e-5 < difference < 0.03
+
+
+@integers
+def test_narrow_layers_stay() -> None:
+    module = nn.ModuleDict({"narrow": nn.Linear(16, 256), "wide": nn.Linear(256, 256)})
+    quantize_linear_layers(module)
+    assert type(module["narrow"]) is nn.Linear
+    assert isinstance(module["wide"], Int8Linear)
+    assert module["wide"].nbytes == 256 * 256 + 4 * 256
+
+
+@integers
+def test_an_eight_bit_model_is_not_saved(tmp_path: Path) -> None:
+    pipeline = far.Pipeline.from_pretrained("avatars-64", dtype="int8")
+    with pytest.raises(InputError, match="int8 weights are for running only; load the model in another dtype to save it"):
+        pipeline.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_auto_is_what_the_device_is_fast_at() -> None:
+    assert resolve_dtype("auto", "cpu") == ("bfloat16" if can_pack() else "float32")
+    assert resolve_dtype("float16", "cpu") == "float16"
+    with pytest.raises(InputError, match="dtype 'half': choose one of auto, float32"):
+        resolve_dtype("half", "cpu")
+    with pytest.raises(InputError, match="dtype int8 is for CPUs"):
+        resolve_dtype("int8", "cuda:0")
+    pipeline = far.Pipeline.from_pretrained("avatars-64", dtype="auto")
+    assert pipeline.autoencoder is not None
+    dtypes = {next(part.parameters()).dtype for part in (pipeline.model.backbone, pipeline.autoencoder)}
+    assert dtypes == {torch.bfloat16 if can_pack() else torch.float32}

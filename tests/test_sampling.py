@@ -13,7 +13,7 @@ from far.errors import InputError
 from far.heads import HEADS, HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.sampling import Progress, SamplingConfig, SeededNoise, sample
-from far.tokens import cosine_token_counts
+from far.tokens import cosine_token_counts, halton_orders
 
 KINDS = sorted(HEADS)
 CPU = torch.device("cpu")
@@ -252,6 +252,91 @@ def test_guidance_and_temperature_act(kind: str) -> None:
             assert (images[a] - images[b]).abs().max() > 1e-3
 
 
+# --- Approximations of masked models ---------------------------------------------------------------------
+
+
+def record_conditions(model: FAR, config: SamplingConfig, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor | None, Progress]]:
+    """``z``, ``z_uncond`` and what is known after it, of each AR step."""
+    found: list[tuple[Tensor, Tensor | None]] = []
+    after: list[Progress] = []
+    head = model.head.sample
+    monkeypatch.setattr(model.head, "sample", lambda z, normal, **rest: (found.append((z, rest["z_uncond"])), head(z, normal, **rest))[1])
+    draw(model, [0, 3], [1, 2], config, callback=after.append)
+    monkeypatch.undo()
+    return [(z, z_uncond, progress) for (z, z_uncond), progress in zip(found, after, strict=True)]
+
+
+@pytest.mark.parametrize("values", [{"refresh_every": 4}, {"refresh_every": 2, "guidance_every": 4}, {"guidance_every": 4}])
+def test_whole_steps_are_exact_and_the_others_are_not(values: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SamplingConfig(8, 2, 3.0, **values)  # type: ignore[arg-type]
+    known = torch.zeros(2, 0, dtype=torch.long)
+    tokens = torch.zeros(2, 24, 3)
+    differences = torch.zeros(2, 24, 1)
+    for step, (z, z_uncond, progress) in enumerate(record_conditions(FLOW, config, monkeypatch)):
+        now = torch.stack([row.nonzero()[:, 0] for row in progress.known])
+        wanted = torch.stack([torch.tensor(sorted(set(a.tolist()) - set(b.tolist()))) for a, b in zip(now, known)])
+        labels, everywhere = torch.tensor([0, 3]), torch.arange(24).expand(2, -1)
+        exact, exact_uncond = (FLOW.backbone.condition(tokens, known, everywhere, label) for label in (labels, torch.full_like(labels, 5)))
+        if step % config.guidance_every == 0:
+            differences = exact_uncond - exact
+        index = wanted.unsqueeze(-1).expand(-1, -1, z.shape[-1])
+        assert z_uncond is not None
+        if step % config.refresh_every == 0:
+            torch.testing.assert_close(z, exact.gather(1, index), rtol=0, atol=1e-4)
+        else:
+            assert (z - exact.gather(1, index)).abs().max() > 1e-4
+        if config.guidance_every > 1:
+            torch.testing.assert_close(z_uncond - z, differences.gather(1, index), rtol=0, atol=1e-4)
+        elif step % config.refresh_every == 0:
+            torch.testing.assert_close(z_uncond, exact_uncond.gather(1, index), rtol=0, atol=1e-4)
+        known, tokens = now, FLOW.tokens(progress.latents)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"guidance_every": 4}, [4, 2, 2, 2, 4, 2, 2, 2]),
+        ({"refresh_every": 4}, [4] * 8),
+        ({"refresh_every": 4, "guidance_every": 4}, [4, 2, 2, 2, 4, 2, 2, 2]),
+        ({"refresh_every": 3, "guidance_every": 4}, [4, 2, 2, 2, 4, 2, 2, 2]),
+        # The interval holds steps 5 and 6, before which 11 and 15 of 24 tokens are known.
+        ({"guidance_every": 4, "guidance_interval": (0.4, 0.65)}, [2, 2, 2, 2, 2, 4, 2, 2]),
+        ({"refresh_every": 4, "guidance_every": 4, "guidance_interval": (0.4, 0.65)}, [2, 2, 2, 2, 2, 4, 2, 2]),
+        ({"refresh_every": 4, "guidance_interval": (0.4, 0.65)}, [2, 2, 2, 2, 4, 4, 4, 2]),
+    ],
+)
+def test_rows_of_approximate_generations(values: dict[str, Any], expected: list[int]) -> None:
+    rows: list[int] = []
+    hook = FLOW.backbone.decoder_norm.register_forward_hook(  # type: ignore[union-attr, operator]
+        lambda module, arguments, output: rows.append(len(output))
+    )
+    images = draw(FLOW, [0, 1], [1, 2], SamplingConfig(8, 1, 2.0, **values))
+    hook.remove()
+    assert rows == expected
+    assert images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "values", [{"refresh_every": 3}, {"guidance_every": 2}, {"order": "halton", "refresh_every": 2, "guidance_every": 3}]
+)
+def test_an_approximate_image_does_not_depend_on_its_batch(values: dict[str, Any]) -> None:
+    config = SamplingConfig(8, 2, 3.0, **values)
+    together = draw(FLOW, [0, 3, 1], [11, 12, 13], config)
+    for place, (label, seed) in enumerate(zip([0, 3, 1], [11, 12, 13])):
+        torch.testing.assert_close(draw(FLOW, [label], [seed], config)[0], together[place], rtol=0, atol=1e-4)
+
+
+def test_halton_order_begins_where_the_seed_says() -> None:
+    seen: list[Progress] = []
+    draw(FLOW, [0, 0], [1, 2], SamplingConfig(24, 1, order="halton"), callback=seen.append)
+    firsts = SeededNoise([1, 2], CPU).orders(24)[:, :1]
+    assert torch.equal(seen[0].known.nonzero()[:, 1:], firsts)
+    expected = halton_orders(4, 6, firsts[:, 0])
+    for progress in seen:
+        places = progress.known.nonzero()[:, 1].view(2, -1)
+        assert torch.equal(places, expected[:, : progress.step + 1].sort(dim=1).values)
+
+
 # --- Schedules -----------------------------------------------------------------------------------------
 
 
@@ -307,6 +392,9 @@ def test_annealed_head_steps() -> None:
         ({"guidance_interval": (0.5,)}, "guidance_interval"),
         ({"guidance_interval": (math.nan, 1.0)}, "guidance_interval"),
         ({"temperature": 0.0}, "temperature 0.0"),
+        ({"order": "checkerboard"}, "order 'checkerboard': choose random or halton"),
+        ({"refresh_every": 0}, "refresh_every 0 must be positive; 1 is exact"),
+        ({"guidance_every": -1}, "guidance_every -1 must be positive; 1 is exact"),
         ({"temperature": -1.0}, "temperature -1.0"),
         ({"temperature": math.nan}, "temperature nan"),
     ],
@@ -315,6 +403,14 @@ def test_bad_values(values: dict[str, Any], message: str) -> None:
     config = SamplingConfig(**{"ar_steps": 4, "head_steps": 2, **values})
     with pytest.raises(InputError, match=message) as caught:
         draw(FLOW, [0], [1], config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [{"order": "halton"}, {"refresh_every": 2}, {"guidance_every": 2}])
+def test_causal_models_refuse_what_is_for_masked_ones(values: dict[str, Any]) -> None:
+    name, value = next(iter(values.items()))
+    with pytest.raises(InputError, match=f"{name} {value} is for masked models") as caught:
+        draw(CAUSAL_FLOW, [0], [1], SamplingConfig(24, 1, **values))
     assert "\n" not in str(caught.value)
 
 

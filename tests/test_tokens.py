@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from far.tokens import cosine_token_counts, on_sphere, patchify, random_orders, raster_orders, sample_mask_ratio, unpatchify
+from far.tokens import cosine_token_counts, halton_orders, on_sphere, patchify, random_orders, raster_orders, sample_mask_ratio, unpatchify
 
 
 @pytest.mark.parametrize(("patch", "rows", "columns"), [(1, 4, 4), (2, 3, 5), (3, 2, 1), (4, 1, 2)])
@@ -96,3 +96,29 @@ def test_on_sphere(dim: int) -> None:
 
 def test_raster_orders() -> None:
     assert raster_orders(4, 2).tolist() == [[0, 1, 2, 3]] * 2
+
+
+# --- Halton order ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (4, 4), (3, 7), (16, 16)])
+def test_a_halton_order_visits_every_position_once_from_where_it_is_asked_to(rows: int, columns: int) -> None:
+    first = torch.arange(rows * columns)
+    orders = halton_orders(rows, columns, first)
+    assert torch.equal(orders[:, 0], first)
+    assert torch.equal(orders.sort(dim=1).values, first.expand(len(first), -1))
+
+
+def test_a_halton_order_follows_the_sequence() -> None:
+    """Bases 2 and 3: (0, 0), (1/2, 1/3), (1/4, 2/3), (3/4, 1/9), (1/8, 4/9), (5/8, 7/9), …"""
+    (order,) = halton_orders(8, 9, torch.tensor([0])).tolist()
+    assert order[:6] == [0, 4 * 9 + 3, 2 * 9 + 6, 6 * 9 + 1, 1 * 9 + 4, 5 * 9 + 7]
+    (shifted,) = halton_orders(8, 9, torch.tensor([7 * 9 + 8])).tolist()
+    assert shifted[:3] == [7 * 9 + 8, 3 * 9 + 2, 1 * 9 + 5]
+
+
+def test_a_halton_order_spreads_each_step_over_the_image() -> None:
+    """Of any 16 positions in a row, more of the 16 blocks of 4 × 4 positions are met than by chance (10.3)."""
+    (order,) = halton_orders(16, 16, torch.tensor([37])).tolist()
+    met = [len({(place // 64, place % 16 // 4) for place in order[start : start + 16]}) for start in range(160)]
+    assert sum(met) / len(met) > 12

@@ -153,3 +153,95 @@ def test_dropout_acts_in_training_only(tokens: Tensor) -> None:
 def test_impossible_sizes(values: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         MaskedConfig(**values)
+
+
+# --- Keys and values kept between AR steps ------------------------------------------------------------------
+
+STEPS = [0, 2, 5, 6]  # how many tokens are known at each of some steps; the next ones are wanted
+
+
+class Remembering:
+    """The network written again, place by place: keys and values of every block lie in a dictionary until they are written anew."""
+
+    def __init__(self, backbone: MaskedBackbone) -> None:
+        self.backbone = backbone
+        self.held: dict[tuple[str, int], dict[int, tuple[Tensor, Tensor]]] = {}
+
+    def attend(self, part: str, index: int, places: list[int], x: Tensor) -> Tensor:
+        block = getattr(self.backbone, f"{part}_blocks")[index]
+        heads = block.attn.heads
+        q, k, v = block.attn.qkv(block.norm1(x)).chunk(3, dim=-1)
+        held = self.held.setdefault((part, index), {})
+        held.update({place: (k[row], v[row]) for row, place in enumerate(places)})
+        keys, values = (torch.stack(list(column)) for column in zip(*held.values()))
+        y = torch.cat(
+            [
+                (a @ b.T / a.shape[-1] ** 0.5).softmax(dim=-1) @ c
+                for a, b, c in zip(q.chunk(heads, -1), keys.chunk(heads, -1), values.chunk(heads, -1))
+            ],
+            dim=-1,
+        )
+        x = x + block.attn.proj(y)
+        return x + block.mlp(block.norm2(x))
+
+    def condition(self, tokens: Tensor, known: list[int], new: list[int], wanted: list[int], label: int, whole: bool) -> Tensor:
+        """``z`` of one sample; places of the buffer are negative."""
+        net, buffer = self.backbone, self.backbone.config.buffer
+        copies = list(range(-buffer, 0))
+        x = net.token_projection(tokens[new]) + net.encoder_positions[0, buffer:][new]
+        places = new
+        if whole:
+            self.held.clear()
+            x = torch.cat([net.class_embedding.weight[label] + net.encoder_positions[0, :buffer], x])
+            places = copies + new
+        x = net.token_norm(x)
+        for index in range(net.config.encoder_depth):
+            x = self.attend("encoder", index, places, x)
+        x = net.decoder_projection(net.encoder_norm(x))
+        masked = [place for place in range(TOKENS) if place not in known] if whole else wanted
+        x = torch.cat([x, net.mask_token[0].expand(len(masked), -1)])
+        places = places + masked
+        x = x + net.decoder_positions[0][[place + buffer for place in places]]
+        for index in range(net.config.decoder_depth):
+            x = self.attend("decoder", index, places, x)
+        return net.decoder_norm(x[[places.index(place) for place in wanted]]) + net.condition_positions[0][wanted]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("refresh", [1, 2, 4])
+def test_cached_conditions_are_those_of_a_network_that_remembers(backbone: MaskedBackbone, tokens: Tensor, refresh: int) -> None:
+    order = orders(4)
+    plain = [Remembering(backbone) for _ in range(BATCH)]
+    cache = backbone.new_cache(BATCH)
+    before = 0
+    for step, count in enumerate(STEPS):
+        known, wanted = order[:, :count], order[:, count : count + 3]
+        whole = step % refresh == 0
+        if whole:
+            cache.clear()
+        z = backbone.condition(tokens, known, wanted, LABELS, cache)
+        for sample in range(BATCH):
+            places = known[sample].tolist()
+            new = places if whole else places[before:]
+            expected = plain[sample].condition(tokens[sample], places, new, wanted[sample].tolist(), int(LABELS[sample]), whole)
+            torch.testing.assert_close(z[sample], expected, rtol=0, atol=1e-5)
+        exact = backbone.condition(tokens, known, wanted, LABELS)
+        if whole:
+            torch.testing.assert_close(z, exact, rtol=0, atol=1e-5)
+        else:
+            assert (z - exact).abs().max() > 1e-3, "nothing was kept"
+        before = count
+
+
+@torch.no_grad()
+def test_a_cache_goes_on_with_its_first_rows_until_it_is_cleared(backbone: MaskedBackbone, tokens: Tensor) -> None:
+    order, cache = orders(4), backbone.new_cache(BATCH)
+    backbone.condition(tokens, order[:, :2], order[:, 2:4], LABELS, cache)
+    alone = backbone.new_cache(2)
+    backbone.condition(tokens[:2], order[:2, :2], order[:2, 2:4], LABELS[:2], alone)
+    both = [backbone.condition(tokens[:2], order[:2, :4], order[:2, 4:6], LABELS[:2], kept) for kept in (cache, alone)]
+    torch.testing.assert_close(*both, rtol=0, atol=1e-5)
+    with pytest.raises(AssertionError, match="gaps"):
+        backbone.condition(tokens, order[:, :6], order[:, 6:8], LABELS, cache)
+    cache.clear()
+    backbone.condition(tokens, order[:, :6], order[:, 6:8], LABELS, cache)

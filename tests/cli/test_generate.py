@@ -51,7 +51,7 @@ def test_pictures_carry_their_settings(pipeline_folder: Path, tmp_path: Path) ->
 def test_the_written_settings_draw_the_image_again(pipeline_folder: Path, tmp_path: Path) -> None:
     generate(pipeline_folder, tmp_path / "folder", "--count", "6", "--seed", "3")
     picture = Image.open(tmp_path / "folder" / "000004.png")
-    pipeline = far.load(pipeline_folder)
+    pipeline = far.load(pipeline_folder, dtype=picture.text["dtype"])
     assert isinstance(pipeline, Pipeline)
     (again,) = pipeline.generate([int(picture.text["label"])], seed=int(picture.text["seed"]))
     assert np.abs(np.asarray(again).astype(int) - np.asarray(picture)).max() <= 1

@@ -81,7 +81,7 @@ def test_time_embedding_frequencies() -> None:
         angles = [time * 10_000 ** (-index / 128) for index in range(128)]
         waves = [math.cos(angle) for angle in angles] + [math.sin(angle) for angle in angles]
         expected = torch.tensor([wave / (1 + math.exp(-wave)) for wave in waves])
-        torch.testing.assert_close(embedding(torch.tensor(time)), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(embedding(torch.tensor(time), torch.float32), expected, rtol=0, atol=1e-4)
 
 
 @torch.no_grad()

@@ -1,0 +1,35 @@
+"""Attention against its definition in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from far.layers import attend
+
+
+def definition(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    q, k, v = q.double(), k.double(), v.double()
+    scores = torch.einsum("bhmd,bhnd->bhmn", q, k) / q.shape[-1] ** 0.5
+    if bias is not None:
+        scores = scores + bias.double()
+    return torch.einsum("bhmn,bhnd->bhmd", scores.softmax(dim=-1), v)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("queries", [1, 3, 40])
+@pytest.mark.parametrize("hidden", [0, 15])
+@pytest.mark.parametrize("scores", [1, 2_500_000])
+def test_attention(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, queries: int, hidden: int, scores: int) -> None:
+    """In one piece and row by row, with the last keys hidden and without."""
+    monkeypatch.setattr("far.layers._SCORES", scores)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 2, count, 16, generator=generator).to(dtype) for count in (queries, 40, 40))
+    bias = None
+    if hidden:
+        bias = torch.zeros(40, dtype=dtype)
+        bias[-hidden:] = -torch.inf
+    found = attend(q, k, v, bias)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), definition(q, k, v, bias), rtol=0, atol=tolerance)
+    if hidden:
+        torch.testing.assert_close(found, attend(q, k[:, :, :-hidden], v[:, :, :-hidden]), rtol=0, atol=tolerance)
