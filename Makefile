@@ -22,9 +22,9 @@ check: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/installed-dev
-	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/training_step.py --batch-size 8
 	$(BIN)/python benchmarks/generation.py
-	$(BIN)/far benchmark
+	$(BIN)/python benchmarks/speed_report.py
 
 results: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/results.py $(if $(TRAIN),--train)

@@ -16,10 +16,11 @@ import torch
 from results import RESULTS, SETS, ImageSet, Measurements, best_guidance, current, generate, generation_of, measure_floors
 from results_report import replace_block
 
-from far.benchmark import FAST, FASTEST, machine, measure, rows_of
+from far.benchmark import FASTEST, machine, measure, rows_of
 from far.evaluation.generated import Generation
 from far.evaluation.metrics import FeatureStatistics, frechet_distance
 from far.files import atomic_path
+from far.sampling import FAST
 
 FILE = RESULTS / "savings.json"
 COUNT = 4_000

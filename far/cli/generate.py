@@ -15,9 +15,10 @@ from far.cli.sampling_arguments import add_sampling_arguments, sampling_options
 from far.errors import InputError
 from far.evaluation.images import write_npz
 from far.files import check_writable
+from far.packing import can_quantize
 from far.pictures import grid, save_gif, save_png, to_pictures, to_uint8
 from far.pipeline import DTYPES, Pipeline, resolve_dtype
-from far.sampling import Progress
+from far.sampling import FAST, Progress, SamplingConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="grid .png, .npz, or a folder (default samples.png)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default 0)")
     add_sampling_arguments(parser)
+    parser.add_argument(
+        "--fast", action="store_true", help="approximate: int8 weights on a CPU, and in masked models parts of every 4th AR step reused"
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="images drawn together (default 64)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default auto: bfloat16 where it is fast)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps … (default cpu)")
@@ -34,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    pipeline = Pipeline.from_pretrained(arguments.weights, dtype=arguments.dtype, device=arguments.device)
+    dtype = _dtype(arguments)
+    pipeline = Pipeline.from_pretrained(arguments.weights, dtype=dtype, device=arguments.device)
     labels = _labels(pipeline, arguments)
     seeds = [arguments.seed + index for index in range(len(labels))]
     folder = arguments.out.suffix.lower() not in (".png", ".npz")
@@ -46,9 +51,9 @@ def run(arguments: argparse.Namespace) -> None:
     def remember(progress: Progress) -> None:
         frames.append(_partial_images(pipeline, progress))
 
-    config = pipeline.sampling_config(**sampling_options(arguments))
+    config = _sampling(pipeline, arguments)
     config.check(pipeline.model)  # before the bar appears
-    settings = {"weights": arguments.weights, **dataclasses.asdict(config), "dtype": resolve_dtype(arguments.dtype, arguments.device)}
+    settings = {"weights": arguments.weights, **dataclasses.asdict(config), "dtype": resolve_dtype(dtype, arguments.device)}
     parts = []
     with tqdm(total=len(labels), desc="generating", unit="img") as bar:
         for start in range(0, len(labels), arguments.batch_size):
@@ -68,6 +73,20 @@ def run(arguments: argparse.Namespace) -> None:
         save_gif([grid(frame) for frame in frames], arguments.gif)
         print(f"wrote {arguments.gif}")
     print(f"wrote {arguments.out} ({len(labels)} images)")
+
+
+def _dtype(arguments: argparse.Namespace) -> str:
+    """What was asked for; with ``--fast`` and nothing else said, int8 where it can be had."""
+    if arguments.fast and arguments.dtype == "auto" and arguments.device == "cpu" and can_quantize():
+        return "int8"
+    return str(arguments.dtype)
+
+
+def _sampling(pipeline: Pipeline, arguments: argparse.Namespace) -> SamplingConfig:
+    options = sampling_options(arguments)
+    if arguments.fast and pipeline.model.backbone.any_order:
+        options |= {name: value for name, value in FAST.items() if options[name] is None}
+    return pipeline.sampling_config(**options)
 
 
 def _labels(pipeline: Pipeline, arguments: argparse.Namespace) -> list[int]:

@@ -100,7 +100,7 @@ class Trainer:
         self.task, self.config, self.folder = task, config, folder
         self.module = task.module.to(config.device).train()
         self.ema = Ema(self.module, config.ema_decay)
-        self.optimizer = torch.optim.AdamW(task.parameter_groups(config), betas=(0.9, 0.95))
+        self.optimizer = torch.optim.AdamW(task.parameter_groups(config), betas=(0.9, 0.95), fused=True)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.step = 0
 

@@ -101,3 +101,21 @@ def test_saving_and_loading_again_gives_the_same_images(pipeline_folder: Path, t
     assert (pipeline.draw([0, 1], [4, 5]) == again.draw([0, 1], [4, 5])).all()
     assert again.classes == pipeline.classes
     assert again.defaults == pipeline.defaults
+
+
+def test_fast_is_the_options_that_it_stands_for(pipeline_folder: Path, tmp_path: Path) -> None:
+    options = ["--count", "2", "--guidance", "3"]
+    generate(pipeline_folder, tmp_path / "fast.png", *options, "--fast")
+    generate(pipeline_folder, tmp_path / "same.png", *options, "--refresh-every", "4", "--guidance-every", "4", "--dtype", "int8")
+    generate(pipeline_folder, tmp_path / "other.png", *options, "--fast", "--refresh-every", "1")
+    fast, same, other = (Image.open(tmp_path / f"{name}.png") for name in ("fast", "same", "other"))
+    assert np.array_equal(np.asarray(fast), np.asarray(same))
+    assert fast.text == same.text
+    assert (fast.text["refresh_every"], fast.text["guidance_every"], fast.text["dtype"]) == ("4", "4", "int8")
+    assert (other.text["refresh_every"], other.text["guidance_every"]) == ("1", "4")
+
+
+def test_fast_leaves_a_causal_model_exact_but_for_its_weights(tmp_path: Path) -> None:
+    assert main(["generate", "--weights", "avatars-64-causal", "--labels", "1", "--fast", "--out", str(tmp_path / "a.png")]) == 0
+    text = Image.open(tmp_path / "a.png").text
+    assert (text["refresh_every"], text["dtype"]) == ("1", "int8")

@@ -1,0 +1,47 @@
+"""Run ``far benchmark``'s usual rows, and write its table into docs/results.md and README.md, and its plot into docs/images.
+
+    python benchmarks/speed_report.py
+
+About ten minutes on 2 cores, which should have nothing else to do.
+"""
+
+import contextlib
+import io
+from pathlib import Path
+
+from results_report import replace_block
+
+from far.cli.main import main as far_command
+from far.files import atomic_path
+
+README_COLUMNS = ("model", "steps", "dtype", "seconds per image", "memory", "times faster")
+
+
+def main() -> None:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        status = far_command(["benchmark", "--json", "docs/results/benchmark.json", "--plot", "docs/images/benchmark.png"])
+    print(printed.getvalue())
+    if status != 0:
+        raise SystemExit(status)
+    lines = [line for line in printed.getvalue().splitlines() if line.startswith("|")]
+    heading = printed.getvalue().splitlines()[0]
+    write(Path("docs/results.md"), "\n".join([heading, "", *lines]) + "\n")
+    write(Path("README.md"), "\n".join(columns(lines)) + "\n")
+
+
+def columns(lines: list[str]) -> list[str]:
+    """The table with the columns that the README has room for."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    places = [cells[0].index(name) for name in README_COLUMNS]
+    return ["| " + " | ".join("---" if row == 1 else line[place] for place in places) + " |" for row, line in enumerate(cells)]
+
+
+def write(path: Path, block: str) -> None:
+    text = replace_block(path.read_text(encoding="utf-8"), "benchmark", block)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
