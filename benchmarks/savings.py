@@ -1,6 +1,6 @@
 """What each way to draw faster saves and costs: seconds at ImageNet's size, distances on the matched small models.
 
-    python benchmarks/savings.py [--sets SET …] [--seconds] [--rounds N]
+    python benchmarks/savings.py [--sets SET …] [--seconds] [--rounds N] [--batch N --ways WAY …]
 
 Distances are kept in docs/results/savings.json and measured where they are missing or their weights changed, by any number
 of processes. ``--seconds`` times every row in turn, for which the machine should be free. Then docs/results.md's table is
@@ -9,6 +9,7 @@ written. The same options are given to both sizes, but for the AR steps: 64 of 2
 
 import argparse
 import dataclasses
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ FILE = RESULTS / "savings.json"
 COUNT = 4_000
 PRESETS = {"diffusion": "mar-b", "shortcut": "far-b", "causal": "far-causal-b"}
 AR_STEPS = 64
+BATCHES = (1, 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +75,15 @@ def main() -> None:
     parser.add_argument("--sets", nargs="*", choices=list(SETS), default=list(SETS), help="whose distances are measured (default: all)")
     parser.add_argument("--seconds", action="store_true", help="time all rows at ImageNet's size")
     parser.add_argument("--rounds", type=int, default=3, help="times that each row is timed, in turn (default 3)")
+    parser.add_argument("--batch", type=int, choices=BATCHES, default=1, help="images drawn together when timed (default 1)")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="what is timed; the first is compared with")
     arguments = parser.parse_args()
     store = Measurements(FILE)
     with torch.no_grad():
         for name in arguments.sets:
             measure_distances(SETS[name], store)
     if arguments.seconds:
-        measure_seconds(store, arguments.rounds)
+        measure_seconds(store, arguments.ways, arguments.batch, arguments.rounds)
     report = Path("docs/results.md")
     store.load()
     with atomic_path(report) as temporary:
@@ -101,32 +105,29 @@ def measure_distances(images: ImageSet, store: Measurements) -> None:
         store.keep("rows", f"{images.name}, {name}", row)
 
 
-def measure_seconds(store: Measurements, rounds: int) -> None:
+def measure_seconds(store: Measurements, names: list[str], batch: int, rounds: int) -> None:
     rows = []
-    for way in WAYS.values():
+    for way in map(WAYS.__getitem__, names):
         ar_steps = [round(AR_STEPS * way.ar_share)]
         rows += rows_of(
-            [PRESETS[way.model]], ar_steps=ar_steps, head_steps=[way.head_steps], dtypes=[way.dtype], **way.sampling
+            [PRESETS[way.model]], batches=[batch], ar_steps=ar_steps, head_steps=[way.head_steps], dtypes=[way.dtype], **way.sampling
         )  # fmt: skip
     report = measure(rows, rounds=rounds)
-    for name, finding in zip(WAYS, report.findings):
+    for name, finding in zip(names, report.findings):
         seconds = {"rounds": finding.image_seconds, "times faster": report.times_faster(finding)}
-        store.keep("seconds", name, {**seconds, "machine": machine(), **dataclasses.asdict(finding.row)})
+        store.keep(f"seconds, batch {batch}", name, {**seconds, "machine": machine(), **dataclasses.asdict(finding.row)})
 
 
 def table(values: dict[str, Any]) -> str:
-    """A row a way: seconds and ratio at ImageNet's size, then each set's distance and its share of the first row's of its kind."""
-    lines = [
-        "| way | s per image | times faster | " + " | ".join(f"{name} | of MAR's | of the plain" for name in SETS) + " |",
-        "|---" * (3 + 3 * len(SETS)) + "|",
-    ]
+    """A row a way: seconds and ratio at ImageNet's size, then each set's distance and its share of MAR's and of the plain model's."""
+    heads = [f"s per image, batch {batch} | times faster" for batch in BATCHES] + [f"{name} | of MAR's | of the plain" for name in SETS]
+    lines = ["| way | " + " | ".join(heads) + " |", "|---" * (1 + 2 * len(BATCHES) + 3 * len(SETS)) + "|"]
     plain = {way.model: name for name, way in reversed(WAYS.items())}
     for name, way in WAYS.items():
-        timed = values.get("seconds", {}).get(name)
-        cells = [
-            name,
-            *(["", ""] if timed is None else [f"{sorted(timed['rounds'])[len(timed['rounds']) // 2]:.1f}", f"{timed['times faster']:.1f}"]),
-        ]
+        cells = [name]
+        for batch in BATCHES:
+            timed = values.get(f"seconds, batch {batch}", {}).get(name)
+            cells += ["", ""] if timed is None else [f"{statistics.median(timed['rounds']):.3g}", f"{timed['times faster']:.1f}"]
         for images in SETS:
             distances = [values["rows"].get(f"{images}, {key}", {}).get("distance") for key in (name, "MAR", plain[way.model])]
             if None in distances:
