@@ -316,14 +316,13 @@ def size(module: nn.Module) -> int:
 
 def weights_read(model: FAR, config: SamplingConfig) -> int:
     """Bytes of weights that one generation reads: backbone and embedding of the condition at each AR step, the head's network at
-    each pass, and the embeddings of times as often as the head asks for them."""
+    each pass, and the embeddings of times once for each number of head steps."""
     network: Any = model.head.network
     times, condition = size(network.time_embeddings), size(network.condition_embedding)
     passes = sum(config.head_steps_at(step) for step in range(config.ar_steps))
-    embedded = config.ar_steps  # all times of an AR step at once
+    embedded = len({config.head_steps_at(step) for step in range(config.ar_steps)})
     if isinstance(model.head, FlowHead):
         passes *= 2 if model.head.config.solver == "heun" else 1
-        embedded = passes
     return config.ar_steps * (size(model.backbone) + condition) + embedded * times + passes * (size(network) - times - condition)
 
 

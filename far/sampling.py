@@ -176,6 +176,7 @@ def sample(
     counts = cosine_token_counts(tokens, config.ar_steps)
     scales = config.guidance_scales(counts)
     conditions = _Conditions(model, labels, config, scales)
+    times: dict[int, Tensor] = {}
     known_count = 0
     for step, (count, guidance) in enumerate(zip(counts, scales)):
         # Step 1. The next positions in each image's order.
@@ -184,13 +185,17 @@ def sample(
         # Step 2. Their conditions, with and without the class.
         z, z_uncond = conditions.of_step(step, sequence, known, wanted)
         # Step 3. The head draws the tokens.
+        head_steps = config.head_steps_at(step)
+        if head_steps not in times:
+            times[head_steps] = model.head.embed_times(head_steps, sequence)
         drawn = model.head.sample(
             z,
             lambda: noise.normal(count, channels),
-            steps=config.head_steps_at(step),
+            steps=head_steps,
             temperature=config.temperature,
             z_uncond=z_uncond,
             guidance=guidance,
+            times=times[head_steps],
         )
         sequence = sequence.scatter(1, wanted.unsqueeze(-1).expand(-1, -1, channels), model.constrain(drawn))
         known_count += count

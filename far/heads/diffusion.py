@@ -67,12 +67,13 @@ class DiffusionHead(Head):
         temperature: float = 1.0,
         z_uncond: Tensor | None = None,
         guidance: float = 1.0,
+        times: Tensor | None = None,
     ) -> Tensor:
         self.check_steps(steps)
         schedule = Schedule.respaced(steps)
         x = normal()
         # What does not change from step to step, or does not depend on the token, goes through its layers once.
-        times = self.network.embed_times(x.new_tensor(schedule.timesteps))
+        times = self.embed_times(steps, x) if times is None else times
         cond = self.network.embed_condition(z)
         uncond = None if z_uncond is None else self.network.embed_condition(z_uncond)
         for index in reversed(range(steps)):
@@ -82,6 +83,9 @@ class DiffusionHead(Head):
             noise = normal()
             x = mean + (0.5 * logvar).exp() * noise * temperature if index else mean
         return x
+
+    def embed_times(self, steps: int, like: Tensor) -> Tensor:
+        return self.network.embed_times(like.new_tensor(Schedule.respaced(steps).timesteps))
 
     def _predict(self, x: Tensor, time: Tensor, cond: Tensor, uncond: Tensor | None, guidance: float) -> tuple[Tensor, ...]:
         """ε, guided, and the variance's fraction, which stays the conditional one; of embedded time and conditions."""

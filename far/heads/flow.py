@@ -10,7 +10,7 @@ from far.heads.network import HeadNetwork
 
 # The network's time embedding was designed for 0 … 1000.
 TIME_UNIT = 1000.0
-Velocity = Callable[[Tensor, Tensor], Tensor]
+Velocity = Callable[[Tensor, float], Tensor]
 
 
 class FlowHead(Head):
@@ -42,17 +42,25 @@ class FlowHead(Head):
         temperature: float = 1.0,
         z_uncond: Tensor | None = None,
         guidance: float = 1.0,
+        times: Tensor | None = None,
     ) -> Tensor:
         self.check_steps(steps)
         solve = heun if self.config.solver == "heun" else euler
+        x = normal() * temperature
+        # What does not change from step to step, or does not depend on the token, goes through its layers once.
+        times = self.embed_times(steps, x) if times is None else times
         cond = self.network.embed_condition(z)
         uncond = None if z_uncond is None else self.network.embed_condition(z_uncond)
 
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            time = self.network.embed_times(t * TIME_UNIT)
+        def velocity(x: Tensor, t: float) -> Tensor:
+            time = times[round(t * steps)]
             return guided(lambda c: self.network.conditioned(x, c, time).to(x.dtype), cond, uncond, guidance)
 
-        return solve(velocity, normal() * temperature, steps)
+        return solve(velocity, x, steps)
+
+    def embed_times(self, steps: int, like: Tensor) -> Tensor:
+        """Of the steps' beginnings and of the last one's end."""
+        return self.network.embed_times(torch.arange(steps + 1, device=like.device, dtype=like.dtype) / steps * TIME_UNIT)
 
 
 def interpolate(noise: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -71,14 +79,14 @@ def draw_noise_and_time(x: Tensor, samples: int, generator: torch.Generator) -> 
 def euler(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
     """Integrate ``dx/dt = velocity(x, t)`` from 0 to 1 by ``steps`` Euler steps."""
     for step in range(steps):
-        x = x + velocity(x, x.new_tensor(step / steps)) / steps
+        x = x + velocity(x, step / steps) / steps
     return x
 
 
 def heun(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
     """The same by Heun's second-order steps: two evaluations a step."""
     for step in range(steps):
-        start = velocity(x, x.new_tensor(step / steps))
-        end = velocity(x + start / steps, x.new_tensor((step + 1) / steps))
+        start = velocity(x, step / steps)
+        end = velocity(x + start / steps, (step + 1) / steps)
         x = x + (start + end) / (2 * steps)
     return x

@@ -76,6 +76,7 @@ class Head(nn.Module, abc.ABC):
         temperature: float = 1.0,
         z_uncond: Tensor | None = None,
         guidance: float = 1.0,
+        times: Tensor | None = None,
     ) -> Tensor:
         """Draw tokens ``[…, channels]`` for conditions ``z […, condition]``.
 
@@ -85,10 +86,15 @@ class Head(nn.Module, abc.ABC):
             temperature: multiplies the noise (for the diffusion head: of each denoising step).
             z_uncond: unconditional conditions, shaped as ``z``; without them guidance is off.
             guidance: 1 is off; the prediction is ``uncond + guidance · (cond − uncond)``.
+            times: of :meth:`embed_times` for as many steps, to spare the embedding; computed where not given.
 
         Raises:
             InputError: ``steps`` is out of range.
         """
+
+    @abc.abstractmethod
+    def embed_times(self, steps: int, like: Tensor) -> Tensor:
+        """The network's embedding ``[steps, …]`` of each step's time, the same for all tokens; ``like`` is a token, or noise."""
 
     def check_steps(self, steps: int) -> None:
         """Raise an :class:`InputError` unless ``steps`` is within 1 … ``max_steps``."""

@@ -67,18 +67,22 @@ class ShortcutHead(Head):
         temperature: float = 1.0,
         z_uncond: Tensor | None = None,
         guidance: float = 1.0,
+        times: Tensor | None = None,
     ) -> Tensor:
         self.check_steps(steps)
         x = normal() * temperature
-        sizes = step_sizes(steps)
-        starts = [sum(sizes[:step]) for step in range(steps)]
         # What does not change from step to step, or does not depend on the token, goes through its layers once.
-        times = self.network.embed_times(*_times(x.new_tensor(starts), x.new_tensor(sizes)))
+        times = self.embed_times(steps, x) if times is None else times
         cond = self.network.embed_condition(z)
         uncond = None if z_uncond is None else self.network.embed_condition(z_uncond)
-        for d, time in zip(sizes, times):
+        for d, time in zip(step_sizes(steps), times):
             x = x + d * guided(lambda c: self.network.conditioned(x, c, time).to(x.dtype), cond, uncond, guidance)
         return x
+
+    def embed_times(self, steps: int, like: Tensor) -> Tensor:
+        sizes = step_sizes(steps)
+        starts = [sum(sizes[:step]) for step in range(steps)]
+        return self.network.embed_times(*_times(like.new_tensor(starts), like.new_tensor(sizes)))
 
 
 def _times(t: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
