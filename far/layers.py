@@ -46,11 +46,10 @@ class Attention(nn.Module):
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """Attention of all queries ``[b, heads, m, head_width]`` to all keys ``[b, heads, n, head_width]``; ``bias [n]`` is added to scores.
 
-    The CPU's fused kernel takes longer in bfloat16, and for a single query, than plain products of a few rows at a time; the
-    scores of these are rounded to bfloat16.
+    The CPU's fused kernel takes longer in bfloat16 than plain products of a few rows at a time, several times as long for a
+    single query; the scores of these are rounded to bfloat16.
     """
-    plain = query.dtype == torch.bfloat16 or query.shape[2] == 1
-    if query.device.type != "cpu" or not plain or query.requires_grad:
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or query.requires_grad:
         mask = None if bias is None else bias.expand(query.shape[2], -1)
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout)
     rows = max(1, _SCORES // (query.shape[1] * query.shape[2] * key.shape[2]))
@@ -134,19 +133,6 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turn the pairs (i, i + width/2) of ``x […, n, width]`` by ``table [2, n, width]``: a · cos − b · sin, and b · cos + a · sin."""
     cosine, sine = table.to(x.dtype)
     return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, dims=-1), sine)
-
-
-class RMSNorm(nn.RMSNorm):
-    """The same numbers as torch's, which on a CPU takes twice as many small operations."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.requires_grad:
-            return super().forward(x)
-        width = x.shape[-1]
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        # √(norm² + width · eps) is √width times the root of the mean square and eps.
-        scale = width**0.5 / torch.hypot(norm, norm.new_tensor((width * self.eps) ** 0.5))  # type: ignore[operator]
-        return (x * scale * self.weight).to(x.dtype)
 
 
 class KeyValueCache:

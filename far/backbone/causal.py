@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from far.backbone.backbone import Backbone
 from far.errors import InputError
-from far.layers import KeyValueCache, RMSNorm, SwiGLU, attend, rotary_table, rotate, take
+from far.layers import KeyValueCache, SwiGLU, attend, rotary_table, rotate, take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class CausalBackbone(Backbone):
         self.class_positions = nn.Parameter(torch.empty(1, config.buffer, width))
         self.token_projection = nn.Linear(channels, width, bias=False)
         self.blocks = nn.ModuleList(CausalBlock(config) for _ in range(config.depth))
-        self.norm = RMSNorm(width, eps=1e-6)
+        self.norm = nn.RMSNorm(width, eps=1e-6)
         rotary = rotary_table(_positions(config, grid), width // config.heads)
         self.register_buffer("rotary", rotary, persistent=False)
         self._initialize()
@@ -143,9 +143,9 @@ class CausalBlock(nn.Module):
 
     def __init__(self, config: CausalConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.width, eps=1e-6)
+        self.attention_norm = nn.RMSNorm(config.width, eps=1e-6)
         self.attention = CausalAttention(config.width, config.heads)
-        self.feed_forward_norm = RMSNorm(config.width, eps=1e-6)
+        self.feed_forward_norm = nn.RMSNorm(config.width, eps=1e-6)
         self.feed_forward = SwiGLU(config.width, config.hidden_width)
         self.drop = nn.Dropout(config.dropout)
 
