@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from far.backbone import CausalConfig, MaskedConfig
 from far.errors import InputError
 from far.heads import HEADS, HeadConfig
 from far.model import FAR, PRESETS, ModelConfig, NetworkConfig, preset
+from far.sampling import SamplingConfig, SeededNoise, sample
 from far.training.ema import Ema
 
 KINDS = sorted(HEADS)
@@ -196,3 +198,26 @@ def test_tokens_meet_their_own_conditions(backbone: MaskedConfig | CausalConfig)
 def test_impossible_sizes(values: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         ModelConfig(**values)
+
+
+@pytest.mark.parametrize(
+    "backbone", [MaskedConfig(32, 1, 2, 32, 1, 2, 2), CausalConfig(width=32, depth=2, heads=2)], ids=["masked", "causal"]
+)
+def test_blocks_are_compiled_whole_and_for_few_shapes(backbone: MaskedConfig | CausalConfig) -> None:
+    """For torch.compile: without a break in the graph, and not anew at each AR step, though lengths change."""
+    model = FAR(ModelConfig(NetworkConfig(backbone, HeadConfig("shortcut", 16, 1), patch=1), 3, 4, (8, 8))).eval()
+    config = SamplingConfig(64 if isinstance(backbone, CausalConfig) else 16, 1, 2.0)
+    parts = [*model.head.network.blocks]  # type: ignore[union-attr, misc]
+    for name in ("blocks", "encoder_blocks", "decoder_blocks"):
+        parts += [*getattr(model.backbone, name, [])]
+
+    def draw() -> torch.Tensor:
+        return sample(model, torch.tensor([0, 2]), SeededNoise([3, 4], torch.device("cpu")), config)
+
+    plain = draw()
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    for part in parts:
+        part.compile(backend=counter, fullgraph=True, dynamic=True)
+    torch.testing.assert_close(draw(), plain, rtol=0, atol=1e-5)
+    assert len(parts) <= counter.frame_count <= 5 * len(parts)
