@@ -108,10 +108,8 @@ def measure_distances(images: ImageSet, store: Measurements) -> None:
 def measure_seconds(store: Measurements, names: list[str], batch: int, rounds: int) -> None:
     rows = []
     for way in map(WAYS.__getitem__, names):
-        ar_steps = [round(AR_STEPS * way.ar_share)]
-        rows += rows_of(
-            [PRESETS[way.model]], batches=[batch], ar_steps=ar_steps, head_steps=[way.head_steps], dtypes=[way.dtype], **way.sampling
-        )  # fmt: skip
+        steps = {"ar_steps": [round(AR_STEPS * way.ar_share)], "head_steps": [way.head_steps]}
+        rows += rows_of([PRESETS[way.model]], batches=[batch], dtypes=[way.dtype], **steps, **way.sampling)
     report = measure(rows, rounds=rounds)
     for name, finding in zip(names, report.findings):
         seconds = {"rounds": finding.image_seconds, "times faster": report.times_faster(finding)}

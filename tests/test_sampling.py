@@ -236,6 +236,16 @@ def test_head_steps_follow_the_schedule() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_times_embedded_once_are_those_of_each_step(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though head steps change on the way; left to itself, a head embeds its times at each call."""
+    model, config = MODELS[kind], SamplingConfig(ar_steps=4, head_steps=(7, 2))
+    once = draw(model, [0, 1], [1, 2], config)
+    head = model.head.sample
+    monkeypatch.setattr(model.head, "sample", lambda *values, times, **options: head(*values, **options))
+    assert torch.equal(draw(model, [0, 1], [1, 2], config), once)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_guidance_and_temperature_act(kind: str) -> None:
     plain = SamplingConfig(ar_steps=4, head_steps=4)
     images = [
