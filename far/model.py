@@ -87,21 +87,33 @@ class FAR(nn.Module):
             return tokens
         return on_sphere(tokens.unflatten(-1, (self.config.latent_channels, -1)), dim=-2).flatten(-2)
 
-    def loss(self, latents: Tensor, labels: Tensor, generator: torch.Generator, *, label_drop: float, teacher: "FAR") -> TokenLoss:
+    def loss(
+        self, latents: Tensor, labels: Tensor, generator: torch.Generator, *, label_drop: float, teacher: "FAR", step: int = 0
+    ) -> TokenLoss:
         """The head's loss at every token that the backbone predicts.
+
+        For a head that learns guidance, half of the images go through the backbone a second time, without their class.
 
         Args:
             latents: normalized latents ``[b, c, h, w]``.
             labels: ``[b]``, 0 … classes − 1.
             label_drop: the share of samples that train the unconditional half of guidance.
-            teacher: this model with EMA weights; its head gives the self-consistency targets.
+            teacher: this model with EMA weights; its head gives targets to heads that bootstrap.
+            step: of the training.
         """
         dropped = (torch.rand(len(labels), generator=generator) < label_drop).to(labels.device)
         labels = torch.where(dropped, self.null_label, labels)
         tokens = self.constrain(self.tokens(latents))
-        z, positions = self.backbone.training_conditions(tokens, labels, generator)
+        fed, known, positions = self.backbone.training_inputs(tokens, generator)
+        z = self.backbone.condition(fed, known, positions, labels)
         wanted = tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-        return self.head.loss(wanted.flatten(0, 1), z.flatten(0, 1), generator, teacher.head)
+        z_uncond = None
+        if self.head.max_guidance > 1:
+            half = -(-len(labels) // 2)
+            with torch.no_grad():
+                null = torch.full_like(labels[:half], self.null_label)
+                z_uncond = self.backbone.condition(fed[:half], known[:half], positions[:half], null).flatten(0, 1)
+        return self.head.loss(wanted.flatten(0, 1), z.flatten(0, 1), generator, teacher.head, step=step, z_uncond=z_uncond)
 
 
 def _masked(width: int, depth: int, heads: int, kind: str, head_depth: int, head_width: int) -> NetworkConfig:

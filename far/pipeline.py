@@ -88,6 +88,7 @@ class Pipeline:
         order: Literal["random", "halton"] | None = None,
         refresh_every: int | None = None,
         guidance_every: int | None = None,
+        guidance_passes: int | None = None,
         batch_size: int = 64,
         output: Literal["pil", "tensor"] = "pil",
         callback: Callable[[Progress], None] | None = None,
@@ -99,7 +100,7 @@ class Pipeline:
             seed: of the first image, the next ones counting up; or one seed an image. An image depends
                 on its seed and label only, not on the others.
             guidance, ar_steps, head_steps, temperature, guidance_schedule, guidance_interval, order, refresh_every,
-                guidance_every: see :class:`far.sampling.SamplingConfig`; ``None`` takes the model's default.
+                guidance_every, guidance_passes: see :class:`far.sampling.SamplingConfig`; ``None`` takes the model's default.
             batch_size: images drawn together.
             output: ``"pil"`` for pictures, ``"tensor"`` for ``[n, 3, h, w]`` in [0, 1].
             callback: called after each AR step of each batch.
@@ -113,7 +114,7 @@ class Pipeline:
         config = self.sampling_config(
             guidance=guidance, ar_steps=ar_steps, head_steps=head_steps, temperature=temperature,
             guidance_schedule=guidance_schedule, guidance_interval=guidance_interval, order=order, refresh_every=refresh_every,
-            guidance_every=guidance_every,
+            guidance_every=guidance_every, guidance_passes=guidance_passes,
         )  # fmt: skip
         images = self.draw(labels, seeds, config, batch_size=batch_size, callback=callback)
         return images if output == "tensor" else to_pictures(images)

@@ -66,6 +66,8 @@ class SamplingConfig:
             what became known and what is wanted, with the keys and values of all the rest as they were. 1 is exact.
         guidance_every: of masked models: the unconditional half is computed at every so many AR steps only; between them, its
             difference from the conditional one is taken as it was. 1 is exact.
+        guidance_passes: 2 computes the backbone with and without the class; 1 gives the scale to a head that has learnt the
+            guided field. None is 1 where the head knows the scale, and else 2.
     """
 
     ar_steps: int = 16
@@ -77,6 +79,7 @@ class SamplingConfig:
     order: Literal["random", "halton"] = "random"
     refresh_every: int = 1
     guidance_every: int = 1
+    guidance_passes: int | None = None
 
     def check(self, model: FAR) -> None:
         """Raise an :class:`InputError` that names the first value that ``model`` cannot be sampled with."""
@@ -101,6 +104,18 @@ class SamplingConfig:
         if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
             raise InputError(f"guidance_interval {list(self.guidance_interval)}: give a start and an end within 0 … 1")
         self._check_masked_only(model)
+        if self.guidance_passes not in (None, 1, 2):
+            raise InputError(f"guidance_passes {self.guidance_passes}: give 1 or 2, or leave it out")
+        if self.guidance_passes == 1 and not self._head_knows_guidance(model):
+            learnt = f"up to {model.head.max_guidance:g}" if model.head.max_guidance > 1 else "none"
+            raise InputError(f"guidance_passes 1: this model's head has learnt no guidance of {self.guidance:g} ({learnt}); give 2")
+
+    def _head_knows_guidance(self, model: FAR) -> bool:
+        return self.guidance == 1.0 or 1 < self.guidance <= model.head.max_guidance
+
+    def guided_in_head(self, model: FAR) -> bool:
+        """Whether guidance is the head's, so that the backbone is computed with the class only."""
+        return self.guidance_passes != 2 and self._head_knows_guidance(model)
 
     def _check_masked_only(self, model: FAR) -> None:
         usual = SamplingConfig()
@@ -175,7 +190,8 @@ def sample(
     orders = _orders(model, noise, config, batch).to(labels.device)
     counts = cosine_token_counts(tokens, config.ar_steps)
     scales = config.guidance_scales(counts)
-    conditions = _Conditions(model, labels, config, scales)
+    # Guidance that the head has learnt is no matter of the backbone.
+    conditions = _Conditions(model, labels, config, [1.0] * len(scales) if config.guided_in_head(model) else scales)
     times: dict[int, Tensor] = {}
     known_count = 0
     for step, (count, guidance) in enumerate(zip(counts, scales)):

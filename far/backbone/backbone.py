@@ -47,8 +47,8 @@ class Backbone(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
-    def training_conditions(self, tokens: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """``z [b, m, width]`` at the positions ``[b, m]`` that one training step predicts, and these positions."""
+    def training_inputs(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """What :meth:`condition` is asked in one training step: tokens as they are fed ``[b, n, channels]``, known and wanted positions."""
 
     @abc.abstractmethod
     def new_cache(self, rows: int) -> Cache:

@@ -124,13 +124,13 @@ class CausalBackbone(Backbone):
             x = torch.cat([prefix, x.to(prefix.dtype)], dim=1)
         return x
 
-    def training_conditions(self, tokens: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Teacher forcing: ``z [b, n, width]`` of every token, given those before it, in one pass; positions ``[b, n]``."""
+    def training_inputs(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Teacher forcing: every token ``[b, n]`` is wanted, given those before it, in one pass."""
         positions = torch.arange(self.tokens, device=tokens.device).expand(len(tokens), -1)
         if self.config.input_noise > 0:
             noise = torch.randn(tokens.shape, generator=generator).to(tokens.device)
             tokens = tokens + self.config.input_noise * noise
-        return self.condition(tokens, positions[:, :-1], positions, labels), positions
+        return tokens, positions[:, :-1], positions
 
     def new_cache(self, rows: int) -> KeyValueCache:
         """An empty cache, in the dtype and on the device of the weights."""

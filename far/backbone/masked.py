@@ -180,8 +180,8 @@ class MaskedBackbone(Backbone):
             KeyValueCache(*encoder, like.dtype, like.device), KeyValueCache(*decoder, like.dtype, like.device, growth=places)
         )
 
-    def training_conditions(self, tokens: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Mask a random share of the tokens; returns ``z [b, m, width]`` and its positions ``[b, m]``.
+    def training_inputs(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """A random share of the tokens is masked: these positions ``[b, m]`` are wanted, the others known.
 
         One ratio a batch, from :func:`far.tokens.sample_mask_ratio`; other positions for every sample.
         """
@@ -189,8 +189,7 @@ class MaskedBackbone(Backbone):
         ratio = sample_mask_ratio(generator, self.config.mask_ratio_min, self.config.mask_ratio_deviation)
         masked = max(1, math.ceil(self.tokens * ratio))
         orders = torch.rand(batch, self.tokens, generator=generator).argsort(dim=1).to(tokens.device)
-        wanted = orders[:, :masked]
-        return self.condition(tokens, orders[:, masked:], wanted, labels), wanted
+        return tokens, orders[:, masked:], orders[:, :masked]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance-every", type=int, metavar="N", help="masked models: no-class half at every N-th AR step only; 1 is exact"
     )
+    parser.add_argument(
+        "--guidance-passes", type=int, choices=[1, 2], help="of the backbone; 1 if the head has learnt guidance (default: 1 where it has)"
+    )
     parser.add_argument("--temperature", type=float, help="factor of the head's noise (default: the model's)")
 
 
@@ -32,5 +35,6 @@ def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "order": arguments.order,
         "refresh_every": arguments.refresh_every,
         "guidance_every": arguments.guidance_every,
+        "guidance_passes": arguments.guidance_passes,
         "temperature": arguments.temperature,
     }

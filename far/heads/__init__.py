@@ -2,12 +2,14 @@
 
 from far.heads.diffusion import DiffusionHead
 from far.heads.flow import FlowHead
+from far.heads.flow_map import FlowMapHead
 from far.heads.head import Head, HeadConfig, TokenLoss
 from far.heads.shortcut import ShortcutHead
 
 HEADS: dict[str, type[Head]] = {
     "diffusion": DiffusionHead,
     "flow": FlowHead,
+    "flow_map": FlowMapHead,
     "shortcut": ShortcutHead,
 }
 

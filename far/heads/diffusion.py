@@ -30,7 +30,16 @@ class DiffusionHead(Head):
         self.config = config
         self.network = HeadNetwork(channels, 2 * channels, condition, config.width, config.depth)
 
-    def loss(self, x: Tensor, z: Tensor, generator: torch.Generator, teacher: Head) -> TokenLoss:
+    def loss(
+        self,
+        x: Tensor,
+        z: Tensor,
+        generator: torch.Generator,
+        teacher: Head,
+        *,
+        step: int = 0,
+        z_uncond: Tensor | None = None,
+    ) -> TokenLoss:
         samples = self.config.samples_per_token
         t = torch.randint(0, TRAINING_STEPS, (samples, len(x)), generator=generator).to(x.device)
         noise = torch.randn(samples, *x.shape, generator=generator).to(x.device)

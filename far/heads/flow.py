@@ -28,7 +28,16 @@ class FlowHead(Head):
         """``[…, channels]`` for ``x […, channels]`` and ``t`` in [0, 1], broadcastable to the leading axes."""
         return self.network(x, z, t * TIME_UNIT).to(x.dtype)
 
-    def loss(self, x: Tensor, z: Tensor, generator: torch.Generator, teacher: Head) -> TokenLoss:
+    def loss(
+        self,
+        x: Tensor,
+        z: Tensor,
+        generator: torch.Generator,
+        teacher: Head,
+        *,
+        step: int = 0,
+        z_uncond: Tensor | None = None,
+    ) -> TokenLoss:
         noise, t = draw_noise_and_time(x, self.config.samples_per_token, generator)
         rows = (self.velocity(interpolate(noise, x, t), t, z) - (x - noise)).square().mean(dim=-1)
         return TokenLoss(rows.mean(dim=0), rows.detach().flatten(), t.flatten(), {"flow": rows.detach().flatten()})

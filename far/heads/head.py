@@ -5,6 +5,7 @@ The registry of heads is in ``far.heads``; the network that they share in ``far.
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -22,14 +23,19 @@ class HeadConfig:
     ``solver`` is the flow head's only. ``token_limit`` is the diffusion head's: in sampling, the token that each
     step predicts is clipped to it, in deviations of the latents. MAR has none, and needs long training for that;
     a causal backbone, which feeds every token back, needs it longest.
+    The flow-map head's are ``objective``; ``flow_steps``, the training steps of plain flow matching before it begins; and
+    ``max_guidance``, up to which scale the head learns the guided field (without it, guidance takes two passes).
     """
 
-    kind: Literal["diffusion", "flow", "shortcut"] = "shortcut"
+    kind: Literal["diffusion", "flow", "shortcut", "flow_map", "energy"] = "shortcut"
     width: int = 1024
     depth: int = 6
     samples_per_token: int = 4
     solver: Literal["euler", "heun"] = "euler"
     token_limit: float | None = None
+    objective: Literal["lagrangian", "mean_flow"] = "lagrangian"
+    flow_steps: int = 0
+    max_guidance: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "samples_per_token"):
@@ -37,6 +43,14 @@ class HeadConfig:
                 raise InputError(f"head {name} {getattr(self, name)} must be positive")
         if self.token_limit is not None and not self.token_limit > 0:
             raise InputError(f"head token_limit {self.token_limit} must be positive; leave it out for none")
+        if self.flow_steps < 0:
+            raise InputError(f"head flow_steps {self.flow_steps} must be at least 0")
+        if self.max_guidance is not None and not (math.isfinite(self.max_guidance) and self.max_guidance > 1):
+            raise InputError(f"head max_guidance {self.max_guidance} must be a number above 1; leave it out for none")
+        if self.max_guidance is not None and self.kind != "flow_map":
+            raise InputError(
+                f"head max_guidance {self.max_guidance}: only a flow_map head learns guidance; choose kind flow_map, or leave it out"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +72,30 @@ class Head(nn.Module, abc.ABC):
 
     default_steps: int
     max_steps: int
+    config: HeadConfig
+
+    @property
+    def max_guidance(self) -> float:
+        """The largest guidance scale that :meth:`sample` knows without ``z_uncond``; 1 if it has learnt none."""
+        return self.config.max_guidance or 1.0
 
     @abc.abstractmethod
-    def loss(self, x: Tensor, z: Tensor, generator: torch.Generator, teacher: "Head") -> TokenLoss:
+    def loss(
+        self,
+        x: Tensor,
+        z: Tensor,
+        generator: torch.Generator,
+        teacher: "Head",
+        *,
+        step: int = 0,
+        z_uncond: Tensor | None = None,
+    ) -> TokenLoss:
         """The training loss of tokens ``x [n, channels]`` given ``z [n, condition]``.
 
-        ``teacher`` is this head with EMA weights; it gives targets to heads that bootstrap.
+        Args:
+            teacher: this head with EMA weights; it gives targets to heads that bootstrap.
+            step: of the training, for heads that change their loss on the way.
+            z_uncond: unconditional conditions ``[m, condition]`` of the first ``m ≤ n`` tokens, for heads that learn guidance.
         """
 
     @abc.abstractmethod
@@ -84,7 +116,7 @@ class Head(nn.Module, abc.ABC):
             normal: returns a fresh standard normal ``[…, channels]`` at each call.
             steps: how often the network is applied (1 … ``max_steps``).
             temperature: multiplies the noise (for the diffusion head: of each denoising step).
-            z_uncond: unconditional conditions, shaped as ``z``; without them guidance is off.
+            z_uncond: unconditional conditions, shaped as ``z``; without them guidance is what the head has learnt, or off.
             guidance: 1 is off; the prediction is ``uncond + guidance · (cond − uncond)``.
             times: of :meth:`embed_times` for as many steps, to spare the embedding; computed where not given.
 

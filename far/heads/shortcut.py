@@ -34,7 +34,16 @@ class ShortcutHead(Head):
         """``s(x_t, t, d | z)``, ``[…, channels]``; ``t`` and ``d`` broadcast to the leading axes."""
         return self.network(x, z, *_times(t, d)).to(x.dtype)
 
-    def loss(self, x: Tensor, z: Tensor, generator: torch.Generator, teacher: Head) -> TokenLoss:
+    def loss(
+        self,
+        x: Tensor,
+        z: Tensor,
+        generator: torch.Generator,
+        teacher: Head,
+        *,
+        step: int = 0,
+        z_uncond: Tensor | None = None,
+    ) -> TokenLoss:
         """Flow matching at ``d = 0``, and for one noise sample in eight self-consistency over a whole step."""
         assert isinstance(teacher, ShortcutHead)
         samples = self.config.samples_per_token

@@ -62,7 +62,7 @@ class AutoencoderTask:
         images[flip] = images[flip].flip(-1)
         return images.to(self.loop.device)
 
-    def loss(self, batch: Tensor, ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, step: int, batch: Tensor, ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
         posterior = self.module.encode(batch)
         posterior = Posterior(torch.cat([posterior.mean, posterior.logvar], dim=1).float())

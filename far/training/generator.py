@@ -97,13 +97,13 @@ class GeneratorTask:
         moments = self.latents.rows("moments", rows)[torch.arange(len(rows)), flips].float()
         return moments.to(self.loop.device), self.labels[rows].to(self.loop.device)
 
-    def loss(self, batch: tuple[Tensor, Tensor], ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, step: int, batch: tuple[Tensor, Tensor], ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         assert isinstance(ema, FAR)
         moments, labels = batch
         posterior = Posterior(moments)
         noise = torch.randn(posterior.mean.shape, generator=generator).to(moments.device)
         latents = self.autoencoder.normalize(posterior.sample(noise))
-        loss = self.module.loss(latents, labels, generator, label_drop=self.label_drop, teacher=ema)
+        loss = self.module.loss(latents, labels, generator, label_drop=self.label_drop, teacher=ema, step=step)
         values = {f"loss_{name}": part.mean() for name, part in loss.parts.items()}
         buckets = (loss.t * _TIME_BUCKETS).long().clamp(max=_TIME_BUCKETS - 1)
         for bucket in range(_TIME_BUCKETS):

@@ -70,7 +70,7 @@ class Task(Protocol):
     def batch(self, step: int, generator: torch.Generator) -> Any:
         """Read the batch of a step (its time is reported as the loader's share)."""
 
-    def loss(self, batch: Any, ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, step: int, batch: Any, ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss and named scalars to log."""
 
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
@@ -182,7 +182,7 @@ class Trainer:
         batch = self.task.batch(self.step, generator)
         loaded = time.perf_counter()
         with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            loss, values = self.task.loss(batch, self.ema.module, generator)
+            loss, values = self.task.loss(self.step, batch, self.ema.module, generator)
         scale = self.learning_rate_scale()
         for group, peak in zip(self.optimizer.param_groups, self.peaks):
             group["lr"] = peak * scale

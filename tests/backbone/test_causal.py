@@ -38,7 +38,7 @@ def make_tokens(batch: int = BATCH, tokens: int = TOKENS, seed: int = 1) -> Tens
 
 def teacher_forced(backbone: CausalBackbone, tokens: Tensor, labels: Tensor = LABELS) -> Tensor:
     with torch.no_grad():
-        return backbone.training_conditions(tokens, labels, torch.Generator())[0]
+        return backbone.condition(*backbone.training_inputs(tokens, torch.Generator()), labels)
 
 
 # --- Values ------------------------------------------------------------------------------------------
@@ -200,7 +200,8 @@ def test_input_noise_is_on_the_fed_tokens_only() -> None:
     tokens = make_tokens()
     z = teacher_forced(build(), tokens)
     noisy = build(input_noise=0.5)
-    draws = [noisy.training_conditions(tokens, LABELS, torch.Generator().manual_seed(seed))[0] for seed in (0, 0, 1)]
+    inputs = [noisy.training_inputs(tokens, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    draws = [noisy.condition(*arguments, LABELS) for arguments in inputs]
     assert torch.equal(draws[0], draws[1])
     assert not torch.isclose(draws[0], draws[2])[:, 1:].all(dim=-1).any()
     torch.testing.assert_close(draws[0][:, 0], z[:, 0], rtol=0, atol=1e-5)

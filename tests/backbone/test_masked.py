@@ -106,25 +106,20 @@ def test_samples_of_a_batch_are_independent(backbone: MaskedBackbone, tokens: Te
         torch.testing.assert_close(alone[0], z[sample], rtol=0, atol=1e-5)
 
 
-@torch.no_grad()
-def test_training_conditions(backbone: MaskedBackbone, tokens: Tensor) -> None:
+def test_training_inputs(backbone: MaskedBackbone, tokens: Tensor) -> None:
     counts = set()
     for seed in range(40):
-        z, wanted = backbone.training_conditions(tokens, LABELS, torch.Generator().manual_seed(seed))
-        count = wanted.shape[1]
-        counts.add(count)
-        assert z.shape == (BATCH, count, backbone.width)
-        assert all(len(set(row)) == count for row in wanted.tolist())
-        # z is that of the other positions' tokens, and of nothing else.
-        known = torch.tensor([sorted(set(range(TOKENS)) - set(row)) for row in wanted.tolist()], dtype=torch.long).view(BATCH, -1)
-        torch.testing.assert_close(z, backbone.condition(tokens, known, wanted, LABELS), rtol=0, atol=1e-5)
+        fed, known, wanted = backbone.training_inputs(tokens, torch.Generator().manual_seed(seed))
+        assert torch.equal(fed, tokens)
+        counts.add(wanted.shape[1])
+        for row in torch.cat([known, wanted], dim=1).tolist():
+            assert sorted(row) == list(range(TOKENS))
     # Shares of 0.7 to 1 of 12 tokens, rounded up.
     assert counts == {math.ceil(0.7 * TOKENS), 10, 11, 12}
 
 
-@torch.no_grad()
 def test_training_masks_differ_between_samples_and_repeat_with_the_seed(backbone: MaskedBackbone, tokens: Tensor) -> None:
-    first, second = (backbone.training_conditions(tokens, LABELS, torch.Generator().manual_seed(5))[1] for _ in range(2))
+    first, second = (backbone.training_inputs(tokens, torch.Generator().manual_seed(5))[2] for _ in range(2))
     assert torch.equal(first, second)
     assert len({tuple(sorted(row)) for row in first.tolist()}) == BATCH
 

@@ -1,0 +1,198 @@
+"""The flow-map head: one network for the map between any two times of the flow, and with it tokens in one or two steps.
+
+``X_{s,t}(x) = x + (t − s) · v_{s,t}(x | z)`` takes a point of the flow at time ``s`` to where it is at ``t``; on the
+diagonal, ``v_{t,t}`` is the flow-matching velocity. Two objectives teach the rest: Lagrangian self-distillation (Boffi et al.,
+arXiv 2505.18825) and MeanFlow (Geng et al., arXiv 2505.13447). Both differentiate this head alone, forwards. The head can
+learn the guided field as well, with the guidance scale as an input: guidance then needs no second pass of the backbone.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from far.errors import InputError
+from far.heads.flow import draw_noise_and_time, interpolate
+from far.heads.head import Head, HeadConfig, TokenLoss, guided
+from far.heads.network import HeadNetwork, TimeEmbedding
+
+# Derivatives in time enter the loss: times are embedded in a unit in which the fastest wave is slow.
+TIME_UNIT = 10.0
+# The share of a token's noise samples that is off the diagonal.
+OFF_DIAGONAL = 0.25
+# Of MeanFlow: the logistic normal of its times, whose mean is on the side of the data.
+LOGIT_MEAN, LOGIT_DEVIATION = 0.4, 1.0
+# Losses are divided by their own size to this power (MeanFlow's p), plus a small number.
+ADAPTIVE_POWER, ADAPTIVE_EPSILON = 1.0, 1e-3
+
+MeanVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class FlowMapHead(Head):
+    """The mean velocity ``v_{s,t}`` between any two times; guided too, if ``max_guidance`` is set."""
+
+    default_steps = 2
+    max_steps = 128
+
+    def __init__(self, config: HeadConfig, channels: int, condition: int) -> None:
+        super().__init__()
+        if config.samples_per_token < 2:
+            raise InputError("head samples_per_token 1: a flow_map head needs at least 2, on and off the diagonal")
+        self.config = config
+        self.network = HeadNetwork(channels, channels, condition, config.width, config.depth, times=2)
+        self.guidance_embedding = None if config.max_guidance is None else TimeEmbedding(config.width)
+
+    def embed_condition(self, z: Tensor, guidance: Tensor | float = 1.0) -> Tensor:
+        """``z […, condition]`` and scales that broadcast to its leading axes → ``[…, width]``."""
+        embedded = self.network.embed_condition(z)
+        if self.guidance_embedding is None:
+            return embedded
+        scale = torch.as_tensor(guidance, dtype=torch.float32, device=z.device)
+        return embedded + self.guidance_embedding((scale - 1) * TIME_UNIT, self.network.dtype)
+
+    def mean_velocity(self, x: Tensor, s: Tensor, t: Tensor, z: Tensor, guidance: Tensor | float = 1.0) -> Tensor:
+        """``v_{s,t}(x | z)``, ``[…, channels]``; ``s``, ``t`` and ``guidance`` broadcast to the leading axes."""
+        time = self.network.embed_times(*_times(s, t))
+        return self.network.conditioned(x, self.embed_condition(z, guidance), time).to(x.dtype)
+
+    def velocity(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
+        """The flow-matching velocity ``v_{t,t}(x | z)``, not guided."""
+        return self.mean_velocity(x, t, t, z)
+
+    def loss(
+        self,
+        x: Tensor,
+        z: Tensor,
+        generator: torch.Generator,
+        teacher: Head,
+        *,
+        step: int = 0,
+        z_uncond: Tensor | None = None,
+    ) -> TokenLoss:
+        """Flow matching on the diagonal; from step ``flow_steps`` on, a quarter of a token's noise samples is off it.
+
+        The first tokens, those that ``z_uncond`` has, learn the guided field at scales drawn between 1 and ``max_guidance``.
+        """
+        assert isinstance(teacher, FlowMapHead)
+        off = max(1, round(OFF_DIAGONAL * self.config.samples_per_token)) if step >= self.config.flow_steps else 0
+        noise, s, t = self._draw(x, off, generator)
+        field = _Field(teacher, z.detach(), z_uncond, self._draw_scales(s, z_uncond, generator))
+        point = interpolate(noise, x, s)
+        velocity = x - noise + field.shift(point, s)
+        predicted = self.mean_velocity(point[off:], s[off:], s[off:], z, field.scale[off:])
+        rows = (predicted - velocity[off:]).square().mean(dim=-1)
+        parts = {"flow": rows.detach().flatten()}
+        if off:
+            residual = self._mean_flow if self.config.objective == "mean_flow" else self._lagrangian
+            jumps = residual(point[:off], velocity[:off], s[:off], t[:off], z, field.first(off)).square().mean(dim=-1)
+            parts[self.config.objective] = jumps.detach().flatten()
+            rows = torch.cat([jumps, rows])
+        # The flow's targets are noisy, and weighting moves what is learnt off their mean: MeanFlow accepts that.
+        weighted = len(rows) if self.config.objective == "mean_flow" else off
+        value = torch.cat([adaptive(rows[:weighted]), rows[weighted:]])
+        return TokenLoss(value.mean(dim=0), rows.detach().flatten(), s.flatten(), parts)
+
+    def _draw(self, x: Tensor, off: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise ``[samples, n, channels]`` and times ``s ≤ t [samples, n]``, which differ in the first ``off`` samples."""
+        noise, s = draw_noise_and_time(x, self.config.samples_per_token, generator)
+        other = torch.rand(off, len(x), generator=generator).to(x.device)
+        if self.config.objective == "mean_flow":
+            s, other = logistic_normal(s), logistic_normal(other)
+        first, last = torch.minimum(s[:off], other), torch.maximum(s[:off], other)
+        return noise, torch.cat([first, s[off:]]), torch.cat([last, s[off:]])
+
+    def _draw_scales(self, like: Tensor, z_uncond: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Guidance scales ``[samples, n]``: uniform for the tokens that learn guidance, 1 for the others."""
+        scale = torch.ones_like(like)
+        if z_uncond is not None:
+            drawn = torch.rand(len(like), len(z_uncond), generator=generator).to(like.device)
+            scale[:, : len(z_uncond)] += drawn * (self.max_guidance - 1)
+        return scale
+
+    def _lagrangian(self, point: Tensor, velocity: Tensor, s: Tensor, t: Tensor, z: Tensor, field: "_Field") -> Tensor:
+        """How far the map's end moves otherwise than the field there: ``∂_t X_{s,t} − v_{t,t}(X_{s,t})`` (equation 13 of the paper)."""
+        mean, change = torch.func.jvp(  # type: ignore[misc]
+            lambda end: self.mean_velocity(point, s, end, z, field.scale), (t,), (torch.ones_like(t),)
+        )
+        length = (t - s).unsqueeze(-1)
+        end = (point + length * mean).detach()
+        return mean + length * change - field.velocity(end, t)
+
+    def _mean_flow(self, point: Tensor, velocity: Tensor, s: Tensor, t: Tensor, z: Tensor, field: "_Field") -> Tensor:
+        """How far the mean velocity is from ``v + (t − s) · dv_{s,t}/ds``, the derivative taken along the flow (equation 6 of the paper)."""
+        mean, change = torch.func.jvp(  # type: ignore[misc]
+            lambda x, start: self.mean_velocity(x, start, t, z, field.scale), (point, s), (velocity, torch.ones_like(s))
+        )
+        return mean - (velocity + (t - s).unsqueeze(-1) * change).detach()
+
+    def sample(
+        self,
+        z: Tensor,
+        normal: Callable[[], Tensor],
+        *,
+        steps: int,
+        temperature: float = 1.0,
+        z_uncond: Tensor | None = None,
+        guidance: float = 1.0,
+        times: Tensor | None = None,
+    ) -> Tensor:
+        """See :class:`Head`; without ``z_uncond`` a head that has learnt guidance is given the scale."""
+        self.check_steps(steps)
+        x = normal() * temperature
+        # What does not change from step to step, or does not depend on the token, goes through its layers once.
+        times = self.embed_times(steps, x) if times is None else times
+        cond = self.embed_condition(z, guidance if z_uncond is None else 1.0)
+        uncond = None if z_uncond is None else self.embed_condition(z_uncond)
+        for time in times:
+            x = x + guided(lambda c: self.network.conditioned(x, c, time).to(x.dtype), cond, uncond, guidance) / steps
+        return x
+
+    def embed_times(self, steps: int, like: Tensor) -> Tensor:
+        starts = torch.arange(steps, device=like.device, dtype=like.dtype) / steps
+        return self.network.embed_times(*_times(starts, starts + 1 / steps))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    """The velocity field that the map belongs to, from the teacher: guided at each token's ``scale [samples, n]``."""
+
+    teacher: FlowMapHead
+    z: Tensor
+    z_uncond: Tensor | None
+    scale: Tensor
+
+    def first(self, samples: int) -> "_Field":
+        return dataclasses.replace(self, scale=self.scale[:samples])
+
+    @torch.no_grad()
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """At points ``x [samples, n, channels]`` and times ``t [samples, n]``."""
+        return self.teacher.velocity(x, t, self.z) + self.shift(x, t)
+
+    @torch.no_grad()
+    def shift(self, x: Tensor, t: Tensor) -> Tensor:
+        """What guidance adds to the velocity: ``(scale − 1) · (cond − uncond)``, zero where there is no unconditional ``z``."""
+        shift = torch.zeros_like(x)
+        if self.z_uncond is not None:
+            count = len(self.z_uncond)
+            x, t = x[:, :count], t[:, :count]
+            difference = self.teacher.velocity(x, t, self.z[:count]) - self.teacher.velocity(x, t, self.z_uncond)
+            shift[:, :count] = (self.scale[:, :count] - 1).unsqueeze(-1) * difference
+        return shift
+
+
+def _times(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Beginning and length of a step as the network is given them."""
+    return s * TIME_UNIT, (t - s) * TIME_UNIT
+
+
+def logistic_normal(uniform: Tensor) -> Tensor:
+    """Uniform numbers in (0, 1) → MeanFlow's times."""
+    normal = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
+    return (LOGIT_MEAN + LOGIT_DEVIATION * normal).sigmoid()
+
+
+def adaptive(rows: Tensor) -> Tensor:
+    """Losses divided by their own size, which is not differentiated: large ones do not drown the small."""
+    return rows / (rows.detach() + ADAPTIVE_EPSILON) ** ADAPTIVE_POWER
