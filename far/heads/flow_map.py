@@ -23,10 +23,7 @@ TIME_UNIT = 10.0
 OFF_DIAGONAL = 0.25
 # Of MeanFlow: the logistic normal of its times, whose mean is on the side of the data.
 LOGIT_MEAN, LOGIT_DEVIATION = 0.4, 1.0
-# Losses are divided by their own size to this power (MeanFlow's p), plus a small number.
-ADAPTIVE_POWER, ADAPTIVE_EPSILON = 1.0, 1e-3
-
-MeanVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+ADAPTIVE_EPSILON = 1e-3
 
 
 class FlowMapHead(Head):
@@ -56,9 +53,9 @@ class FlowMapHead(Head):
         time = self.network.embed_times(*_times(s, t))
         return self.network.conditioned(x, self.embed_condition(z, guidance), time).to(x.dtype)
 
-    def velocity(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        """The flow-matching velocity ``v_{t,t}(x | z)``, not guided."""
-        return self.mean_velocity(x, t, t, z)
+    def velocity(self, x: Tensor, t: Tensor, z: Tensor, z_uncond: Tensor | None = None, guidance: Tensor | float = 1.0) -> Tensor:
+        """See :class:`Head`: ``v_{t,t}(x | z)``, guided from both conditions."""
+        return guided(lambda c: self.mean_velocity(x, t, t, c), z, z_uncond, guidance)
 
     def loss(
         self,
@@ -88,9 +85,7 @@ class FlowMapHead(Head):
             jumps = residual(point[:off], velocity[:off], s[:off], t[:off], z, field.first(off)).square().mean(dim=-1)
             parts[self.config.objective] = jumps.detach().flatten()
             rows = torch.cat([jumps, rows])
-        # The flow's targets are noisy, and weighting moves what is learnt off their mean: MeanFlow accepts that.
-        weighted = len(rows) if self.config.objective == "mean_flow" else off
-        value = torch.cat([adaptive(rows[:weighted]), rows[weighted:]])
+        value = adaptive(rows) if self.config.objective == "mean_flow" else rows
         return TokenLoss(value.mean(dim=0), rows.detach().flatten(), s.flatten(), parts)
 
     def _draw(self, x: Tensor, off: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +106,7 @@ class FlowMapHead(Head):
         return scale
 
     def _lagrangian(self, point: Tensor, velocity: Tensor, s: Tensor, t: Tensor, z: Tensor, field: "_Field") -> Tensor:
-        """How far the map's end moves otherwise than the field there: ``∂_t X_{s,t} − v_{t,t}(X_{s,t})`` (equation 13 of the paper)."""
+        """How far the map's end moves otherwise than the field there: ``∂_t X_{s,t} − v_{t,t}(X_{s,t})``."""
         mean, change = torch.func.jvp(  # type: ignore[misc]
             lambda end: self.mean_velocity(point, s, end, z, field.scale), (t,), (torch.ones_like(t),)
         )
@@ -120,7 +115,7 @@ class FlowMapHead(Head):
         return mean + length * change - field.velocity(end, t)
 
     def _mean_flow(self, point: Tensor, velocity: Tensor, s: Tensor, t: Tensor, z: Tensor, field: "_Field") -> Tensor:
-        """How far the mean velocity is from ``v + (t − s) · dv_{s,t}/ds``, the derivative taken along the flow (equation 6 of the paper)."""
+        """How far the mean velocity is from ``v + (t − s) · dv_{s,t}/ds``, differentiated along the flow (the paper's equation 6)."""
         mean, change = torch.func.jvp(  # type: ignore[misc]
             lambda x, start: self.mean_velocity(x, start, t, z, field.scale), (point, s), (velocity, torch.ones_like(s))
         )
@@ -194,5 +189,5 @@ def logistic_normal(uniform: Tensor) -> Tensor:
 
 
 def adaptive(rows: Tensor) -> Tensor:
-    """Losses divided by their own size, which is not differentiated: large ones do not drown the small."""
-    return rows / (rows.detach() + ADAPTIVE_EPSILON) ** ADAPTIVE_POWER
+    """MeanFlow's weighting: losses divided by their own size, which is not differentiated, so that the large do not drown the small."""
+    return rows / (rows.detach() + ADAPTIVE_EPSILON)
