@@ -18,8 +18,17 @@ TITLES = {
     "causal": "shortcut (FAR-Causal)",
     "frozen-shortcut": "shortcut (FAR), on the frozen backbone",
     "frozen-flow": "flow, on the frozen backbone",
+    "flow-map": "flow map, Lagrangian",
+    "flow-map-1": "flow map, Lagrangian, guided in one pass",
+    "mean-flow": "flow map, MeanFlow",
+    "mean-flow-1": "flow map, MeanFlow, guided in one pass",
+    "energy": "energy",
+    "distilled": "flow map, distilled from MAR, guided in one pass",
 }
-COLOURS = {"diffusion": "#c44e52", "flow": "#dd8452", "shortcut": "#4c72b0", "causal": "#55a868"}
+COLOURS = {
+    "diffusion": "#c44e52", "flow": "#dd8452", "shortcut": "#4c72b0", "causal": "#55a868", "flow-map-1": "#8172b3",
+    "mean-flow-1": "#da8bc3", "energy": "#937860", "distilled": "#64b5cd",
+}  # fmt: skip
 # Rows of the sample grids: a model and its head steps.
 GRID_ROWS = [
     ("diffusion", 100), ("diffusion", 10), ("flow", 8), ("shortcut", 8), ("shortcut", 4), ("shortcut", 1), ("causal", 8), ("causal", 4)

@@ -40,10 +40,11 @@ def main() -> None:
 def measure(name: str, store: Measurements, batch: int, rounds: int) -> dict[str, list[dict[str, float]]]:
     """Seconds by part of each round, a list a row of the comparison, taken in turn after a round that warms up."""
     calls = {}
-    for model in (model for model in MODELS if not MODELS[model].frozen and SETS[name].weights(model).is_dir()):
+    for model in (model for model in MODELS if MODELS[model].timed and SETS[name].weights(model).is_dir()):
         pipeline = Pipeline.from_pretrained(SETS[name].weights(model), dtype=DTYPE)
         for steps in MODELS[model].steps:
-            generation = generation_of(SETS[name].weights(model), head_steps=steps, guidance=best_guidance(store, model), seed=0)
+            options = {"head_steps": steps, "guidance": best_guidance(store, model), "guidance_passes": MODELS[model].passes}
+            generation = generation_of(SETS[name].weights(model), seed=0, **options)
             row = Row(generation.weights, generation.sampling, generation.dtype, batch)
             plan = segments(generation.sampling.ar_steps, full=True)
             key = f"{model} {steps if isinstance(steps, int) else ' → '.join(map(str, steps))}"
