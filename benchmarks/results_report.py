@@ -31,8 +31,11 @@ COLOURS = {
 }  # fmt: skip
 # Rows of the sample grids: a model and its head steps.
 GRID_ROWS = [
-    ("diffusion", 100), ("diffusion", 10), ("flow", 8), ("shortcut", 8), ("shortcut", 4), ("shortcut", 1), ("causal", 8), ("causal", 4)
+    ("diffusion", 100), ("diffusion", 10), ("flow", 8), ("shortcut", 8), ("shortcut", 1), ("causal", 4),
+    ("flow-map-1", 2), ("flow-map-1", 1), ("mean-flow-1", 2), ("mean-flow-1", 1), ("energy", 1), ("distilled", 2),
 ]  # fmt: skip
+# Models whose guidance takes two passes and, by the same weights, one.
+GUIDED_TWICE = {"flow-map": "flow-map-1", "mean-flow": "mean-flow-1"}
 
 
 def write_report(files: list[Path], report: Path) -> None:
@@ -46,6 +49,7 @@ def write_report(files: list[Path], report: Path) -> None:
     measured = {name: values for name, values in measured.items() if "times" in values}
     if measured:
         plot(measured, report.parent / "images" / "distance-against-seconds.png")
+        plot_guidance(measured, report.parent / "images" / "guidance-passes.png")
     with atomic_path(report) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -156,25 +160,44 @@ def plot(measured: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def plot_guidance(measured: dict[str, Any], path: Path) -> None:
+    """Distance against guidance scale, in two passes of the backbone and in one, a panel an image set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, len(measured), figsize=(6 * len(measured), 3.6), squeeze=False)
+    for panel, (name, values) in zip(panels[0], measured.items()):
+        for pair, colour in zip(GUIDED_TWICE.items(), ("#8172b3", "#da8bc3")):
+            for model, style in zip(pair, ("o--", "o-")):
+                found = sorted((float(key.split()[1]), row["distance"]) for key, row in values["sweeps"].items() if key.split()[0] == model)
+                panel.plot([scale for scale, _ in found], [distance for _, distance in found], style, color=colour, label=_passes(model))
+        panel.set(title=name, xlabel="guidance scale", ylabel=f"{values['setting']['distance']}, 2,000 images")
+        panel.legend(fontsize=8)
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+
+
+def _passes(model: str) -> str:
+    return TITLES[model] if model in GUIDED_TWICE.values() else f"{TITLES[model]}, in two passes"
+
+
 def sample_grid(name: str, values: dict[str, Any], path: Path) -> None:
     """The same seeds by each head, a row each; kept as it is where the weights are not at hand."""
-    if not Path("weights", name).is_dir():
+    found = [(model, steps, values["rows"].get(f"{model} {steps} seed 0")) for model, steps in GRID_ROWS]
+    shown = [(model, steps, row) for model, steps, row in found if row is not None and Path(row["weights"]).is_dir()]
+    if not shown:
         return
-    rows, shown = (
-        [],
-        [
-            (model, steps)
-            for model, steps in GRID_ROWS
-            if f"{model} {steps} seed 0" in values["rows"] and Path("weights", name, model).is_dir()
-        ],
-    )
-    for model, steps in shown:
-        pipeline = Pipeline.from_pretrained(Path("weights") / name / model, dtype=values["setting"]["dtype"])
-        classes = len(pipeline.classes)
-        labels = [index % classes for index in range(16)]
-        guidance = values["rows"][f"{model} {steps} seed 0"]["guidance"]
-        config = pipeline.sampling_config(head_steps=steps, guidance=guidance)
+    rows = []
+    for _, steps, row in shown:
+        pipeline = Pipeline.from_pretrained(row["weights"], dtype=values["setting"]["dtype"])
+        labels = [index % len(pipeline.classes) for index in range(16)]
+        passes = row["sampling"].get("guidance_passes")
+        config = pipeline.sampling_config(head_steps=steps, guidance=row["guidance"], guidance_passes=passes)
         rows.append(pipeline.draw(labels, list(range(16)), config))
-    settings = {"rows": ", ".join(f"{model} {steps}" for model, steps in shown), "seeds": "0 to 15"}
+    settings = {"rows": ", ".join(f"{model} {steps}" for model, steps, _ in shown), "seeds": "0 to 15"}
     sheet = grid(torch.cat(rows), columns=16)
     save_png(sheet.resize((sheet.width * 1024 // sheet.width, sheet.height * 1024 // sheet.width)), path, settings)
