@@ -164,7 +164,7 @@ def train(images: ImageSet, models: list[str]) -> None:
             continue
         overrides = [f"generator.network.head.{override}" for override in (f"kind={model.head}", *model.overrides)] + [f"model={name}"]
         if model.head == "energy":  # a quarter of the others' rate, as in EAR
-            overrides.append("generator.training.head_learning_rate=2.5e-4")
+            overrides += ["generator.training.head_learning_rate=2.5e-4", "generator.sampling.head_steps=1"]
         if model.frozen:
             overrides += [f"generator.frozen_backbone={images.weights('diffusion')}", "generator.training.steps=800"]
         run("train", images.recipe(model), *overrides, "--resume")
