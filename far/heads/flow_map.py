@@ -21,9 +21,11 @@ from far.heads.network import HeadNetwork, TimeEmbedding
 TIME_UNIT = 10.0
 # The share of a token's noise samples that is off the diagonal.
 OFF_DIAGONAL = 0.25
-# Of MeanFlow: the logistic normal of its times, whose mean is on the side of the data.
+# MeanFlow's times, a logistic normal with its mean on the side of the data, and the small number in its weights.
 LOGIT_MEAN, LOGIT_DEVIATION = 0.4, 1.0
 ADAPTIVE_EPSILON = 1e-3
+# Of Lagrangian rows; about what a row of flow matching has by its adaptive weight.
+LAGRANGIAN_WEIGHT = 1.5
 
 
 class FlowMapHead(Head):
@@ -78,22 +80,21 @@ class FlowMapHead(Head):
         point = interpolate(noise, x, s)
         velocity = x - noise + field.shift(point, s)
         predicted = self.mean_velocity(point[off:], s[off:], s[off:], z, field.scale[off:])
-        rows = (predicted - velocity[off:]).square().mean(dim=-1)
-        parts = {"flow": rows.detach().flatten()}
+        flow = (predicted - velocity[off:]).square().mean(dim=-1)
+        rows, value, parts = flow, adaptive(flow), {"flow": flow.detach().flatten()}
         if off:
             residual = self._mean_flow if self.config.objective == "mean_flow" else self._lagrangian
-            jumps = residual(point[:off], velocity[:off], s[:off], t[:off], z, field.first(off)).square().mean(dim=-1)
-            parts[self.config.objective] = jumps.detach().flatten()
-            rows = torch.cat([jumps, rows])
-        value = adaptive(rows) if self.config.objective == "mean_flow" else rows
+            jump = residual(point[:off], velocity[:off], s[:off], t[:off], z, field.first(off)).square().mean(dim=-1)
+            weighted = adaptive(jump) if self.config.objective == "mean_flow" else LAGRANGIAN_WEIGHT * jump
+            rows, value = torch.cat([jump, rows]), torch.cat([weighted, value])
+            parts[self.config.objective] = jump.detach().flatten()
         return TokenLoss(value.mean(dim=0), rows.detach().flatten(), s.flatten(), parts)
 
     def _draw(self, x: Tensor, off: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Noise ``[samples, n, channels]`` and times ``s ≤ t [samples, n]``, which differ in the first ``off`` samples."""
         noise, s = draw_noise_and_time(x, self.config.samples_per_token, generator)
         other = torch.rand(off, len(x), generator=generator).to(x.device)
-        if self.config.objective == "mean_flow":
-            s, other = logistic_normal(s), logistic_normal(other)
+        s, other = logistic_normal(s), logistic_normal(other)
         first, last = torch.minimum(s[:off], other), torch.maximum(s[:off], other)
         return noise, torch.cat([first, s[off:]]), torch.cat([last, s[off:]])
 
@@ -189,5 +190,5 @@ def logistic_normal(uniform: Tensor) -> Tensor:
 
 
 def adaptive(rows: Tensor) -> Tensor:
-    """MeanFlow's weighting: losses divided by their own size, which is not differentiated, so that the large do not drown the small."""
+    """MeanFlow's weights: losses divided by their own size, which is not differentiated, so that the large do not drown the small."""
     return rows / (rows.detach() + ADAPTIVE_EPSILON)
