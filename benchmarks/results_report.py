@@ -45,6 +45,7 @@ def write_report(files: list[Path], report: Path) -> None:
     for name, values in measured.items():
         text = replace_block(text, name, _table(values))
         text = replace_block(text, f"{name}-guidance", _guidance_table(values))
+        text = replace_block(text, f"{name}-passes", _passes_table(values))
         sample_grid(name, values, report.parent / "images" / f"comparison-{name}.png")
     measured = {name: values for name, values in measured.items() if "times" in values}
     if measured:
@@ -121,6 +122,31 @@ def _guidance_table(values: dict[str, Any]) -> str:
     unlimited = values["sweeps"].get("diffusion without limit")
     if unlimited:
         lines += ["", f"The diffusion head at 100 steps without a limit of the predicted token: {unlimited['distance']:.1f}."]
+    return "\n".join(lines) + "\n"
+
+
+def _passes_table(values: dict[str, Any]) -> str:
+    """Guidance in one pass of the backbone as a share of that in two: distance, each at its best scale, and seconds."""
+    distance = values["setting"]["distance"]
+    lines = [
+        f"| head | head steps | best scale, two passes | one pass | {distance}, two passes | one pass | of two |"
+        " backbone's seconds, one pass of two, batch 1 | batch 64 | all seconds, batch 1 | batch 64 |",
+        "|---" * 11 + "|",
+    ]
+    for two, one in GUIDED_TWICE.items():
+        for steps in (1, 2, 4):
+            rows = [values["rows"].get(f"{model} {steps} seed 0") for model in (two, one)]
+            if not all(rows):
+                continue
+            times = [values.get("times", {}).get(f"{model} {steps}", {}) for model in (two, one)]
+            shares = [
+                f"{times[1][key] / times[0][key]:.2f}" if all(key in found for found in times) else ""
+                for key in ("backbone 1", "backbone 64", "batch 1", "batch 64")
+            ]
+            found = [row[distance] for row in rows]
+            scales = [f"{row['guidance']:g}" for row in rows]
+            cells = [TITLES[two], str(steps), *scales, *(f"{d:.1f}" for d in found), f"{found[1] / found[0]:.3f}", *shares]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

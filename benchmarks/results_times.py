@@ -1,4 +1,4 @@
-"""Seconds per image of every row of the comparison, and the head's share of them; run it with nothing else on the machine.
+"""Seconds per image of every row of the comparison, the backbone's part and the head's share of them; run it with nothing else on the machine.
 
     python benchmarks/results_times.py [SET …] [--rounds 5]
 
@@ -30,8 +30,11 @@ def main() -> None:
             for key, found in measure(name, store, batch, arguments.rounds).items():
                 seconds = [sum(parts.values()) for parts in found]
                 share = statistics.median(parts["head"] / sum(parts.values()) for parts in found)
-                times.setdefault(key, {}).update({f"batch {batch}": statistics.median(seconds) / batch, f"head share {batch}": share})
-                print(f"{name}, batch {batch}, {key}: {summary(seconds)}, head {share:.0%}", flush=True)
+                backbone = statistics.median(parts["encoder"] + parts["decoder"] for parts in found)
+                values = {f"batch {batch}": statistics.median(seconds), f"backbone {batch}": backbone}
+                values = {kind: value / batch for kind, value in values.items()} | {f"head share {batch}": share}
+                times.setdefault(key, {}).update(values)
+                print(f"{name}, batch {batch}, {key}: {summary(seconds)}, head {share:.0%}, backbone {backbone:.3f} s", flush=True)
         store.keep("setting", "times", {"machine": machine(), "rounds": arguments.rounds})
         for key, found in times.items():
             store.keep("times", key, found)
