@@ -1,11 +1,13 @@
 """A tiny image set, autoencoder, latent cache and model that many tests share; real files, made once."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
+from far.backbone.causal import CausalConfig
 from far.backbone.masked import MaskedConfig
 from far.data.latents import write_latents
 from far.data.shards import ShardWriter
@@ -75,6 +77,33 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory, autoencoder_folder
     folder = tmp_path_factory.mktemp("pipeline")
     Pipeline(model, load_autoencoder(autoencoder_folder), CLASSES, SamplingConfig(ar_steps=4, head_steps=2)).save_pretrained(folder)
     return folder
+
+
+def save_diffusion_model(network: NetworkConfig, autoencoder: Path, folder: Path) -> Path:
+    """An untrained pipeline of 4 tokens with MAR's head, random as the one above."""
+    from far.weights import load_autoencoder
+
+    torch.manual_seed(1)
+    # The limit keeps what a random ε does at the noisy end from becoming large.
+    head = HeadConfig("diffusion", 16, 1, 2, token_limit=3.0)
+    model = FAR(ModelConfig(dataclasses.replace(network, head=head), len(CLASSES), 2, (4, 4)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    defaults = SamplingConfig(ar_steps=4, head_steps=5, guidance=3.0)
+    Pipeline(model, load_autoencoder(autoencoder), CLASSES, defaults).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def diffusion_folder(tmp_path_factory: pytest.TempPathFactory, autoencoder_folder: Path) -> Path:
+    return save_diffusion_model(NETWORK, autoencoder_folder, tmp_path_factory.mktemp("diffusion"))
+
+
+@pytest.fixture(scope="session")
+def causal_diffusion_folder(tmp_path_factory: pytest.TempPathFactory, autoencoder_folder: Path) -> Path:
+    network = NetworkConfig(CausalConfig(width=16, depth=1, heads=2), patch=2)
+    return save_diffusion_model(network, autoencoder_folder, tmp_path_factory.mktemp("causal-diffusion"))
 
 
 @pytest.fixture

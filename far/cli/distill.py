@@ -7,10 +7,11 @@ them. Ctrl-C saves a checkpoint and exits. OUT can be given to far generate --we
 import argparse
 from pathlib import Path
 
+from far.errors import InputError
 from far.pipeline import find_folder
 from far.recipe import from_overrides
 from far.training.distillation import DistillationConfig, DistillationTask
-from far.training.loop import train
+from far.training.loop import check_unused, train
 from far.training.trajectories import load_teacher, write_trajectories
 
 
@@ -25,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     config = from_overrides(DistillationConfig(), arguments.overrides)
     folder = find_folder(arguments.teacher)
+    # Before the trajectories, which take long.
+    if arguments.out.resolve() == folder.resolve():
+        raise InputError(f"{arguments.out} is the teacher, which would be overwritten; choose another folder")
+    check_unused(arguments.out, arguments.resume)
     teacher = load_teacher(folder, config.trajectories, config.training.device)
     write_trajectories(teacher, folder, config.trajectories, arguments.out / "trajectories", arguments.latents)
     task = DistillationTask(teacher, config, arguments.out / "trajectories")

@@ -140,7 +140,9 @@ class Head(nn.Module, abc.ABC):
         Raises:
             InputError: the head knows none; such a head cannot be distilled from.
         """
-        raise InputError(f"a {self.config.kind} head has no velocity field to learn from; take a teacher with a diffusion or flow head")
+        raise InputError(
+            f"a head of kind {self.config.kind} has no velocity field to learn from; take a teacher with a diffusion or flow head"
+        )
 
     def check_steps(self, steps: int) -> None:
         """Raise an :class:`InputError` unless ``steps`` is within 1 … ``max_steps``."""

@@ -46,6 +46,8 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         if self.training.batch_size % GROUP:
             raise InputError(f"training.batch_size {self.training.batch_size} must be a multiple of {GROUP}, the images of a group")
+        if self.trajectories.images <= GROUP:
+            raise InputError(f"trajectories.images {self.trajectories.images}: give more than {GROUP}, since a group is held out")
         if self.samples_per_token < 1 or self.adapter_rank < 0:
             raise InputError(f"samples_per_token {self.samples_per_token} must be positive, adapter_rank {self.adapter_rank} at least 0")
 
@@ -57,8 +59,6 @@ class DistillationTask:
         self.teacher, self.config = teacher, config
         self.rows = ShardReader(trajectories, "trajectories", verify=True)
         self.groups = len(self.rows) // GROUP - 1  # the last one is held out
-        if self.groups < 1:
-            raise InputError(f"trajectories.images {config.trajectories.images}: give more than {GROUP}, since a group is held out")
         self.module = _student(teacher.model, config)
         self.adapters: list[nn.Parameter] = []
         if config.adapter_rank:

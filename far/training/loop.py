@@ -93,6 +93,17 @@ def train(task: Task, config: LoopConfig, folder: Path, *, resume: bool = False)
     trainer.run()
 
 
+def check_unused(folder: Path, resume: bool) -> None:
+    """Raise an :class:`InputError` if ``folder`` holds a run that is not to be resumed."""
+    existing = list_checkpoints(_checkpoints(folder))
+    if existing and not resume:
+        raise InputError(f"{folder} already holds a run at step {existing[-1][0]}; add --resume, or choose another folder")
+
+
+def _checkpoints(folder: Path) -> Path:
+    return folder / "checkpoints"
+
+
 class Trainer:
     """The state of a run: module, EMA, optimizer, and the number of finished steps."""
 
@@ -106,13 +117,12 @@ class Trainer:
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+        return _checkpoints(self.folder)
 
     def restore(self, resume: bool) -> None:
         """Load the newest checkpoint, or make sure that there is none to overwrite."""
+        check_unused(self.folder, resume)
         existing = list_checkpoints(self.checkpoints)
-        if existing and not resume:
-            raise InputError(f"{self.folder} already holds a run at step {existing[-1][0]}; add --resume, or choose another folder")
         if existing:
             path = existing[-1][1]
             state = load_checkpoint(path)

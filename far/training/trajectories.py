@@ -6,6 +6,7 @@ How a student learns from it is in ``far.training.distillation``.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from far.autoencoder import Autoencoder, Posterior
 from far.data.latents import open_latents
-from far.data.shards import ShardWriter
+from far.data.shards import INDEX, ShardWriter
 from far.errors import InputError
 from far.files import sha256
 from far.heads.flow import heun
@@ -58,6 +59,8 @@ class TrajectoryConfig:
                 raise InputError(f"{name} {getattr(self, name)} must be positive")
         if not 0 <= self.label_drop < 1:
             raise InputError(f"label_drop {self.label_drop} must be at least 0 and below 1")
+        if not (math.isfinite(self.max_guidance) and self.max_guidance > 1):
+            raise InputError(f"max_guidance {self.max_guidance} must be a number above 1")
 
 
 def load_teacher(folder: Path, config: TrajectoryConfig, device: str) -> Pipeline:
@@ -80,8 +83,10 @@ def write_trajectories(teacher: Pipeline, weights: Path, config: TrajectoryConfi
         latents: a latent cache; without it, the teacher draws the images itself, as its default sampling values say.
 
     Raises:
-        InputError: the teacher's head has no velocity, or the folder holds other trajectories.
+        InputError: the teacher's head has no velocity, the latents are not the teacher's, or the folder holds other trajectories.
     """
+    # What is refused is so before the folder is made: it would stay bound to these settings. A finished one needs no latents.
+    images = None if (folder / INDEX).exists() else _open(teacher, latents, config.seed)
     meta = {
         "kind": "trajectories", "teacher": sha256(weights / "model.safetensors"), "classes": teacher.classes,
         "latents": "drawn by the teacher" if latents is None else str(latents), **dataclasses.asdict(config),
@@ -89,8 +94,8 @@ def write_trajectories(teacher: Pipeline, weights: Path, config: TrajectoryConfi
     writer = ShardWriter(folder, meta)
     if writer.complete:
         return
+    images = images or _open(teacher, latents, config.seed)
     groups = -(-config.images // GROUP)
-    images = _drawn(teacher, config.seed) if latents is None else _cached(teacher, latents, config.seed)
     with tqdm(total=groups * GROUP, initial=writer.cursor * GROUP, desc="teacher's trajectories", unit="img", mininterval=1) as bar:
         while writer.cursor < groups:
             chunk = range(writer.cursor, min(writer.cursor + _SHARD_GROUPS, groups))
@@ -104,6 +109,14 @@ def write_trajectories(teacher: Pipeline, weights: Path, config: TrajectoryConfi
 
 
 Images = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+
+
+def _open(teacher: Pipeline, latents: Path | None, seed: int) -> Images:
+    """The source of images, once it is sure that the head has a velocity (if not, asking for one is an error)."""
+    model = teacher.model
+    like = next(model.parameters())
+    model.head.velocity(like.new_zeros(1, model.config.token_channels), like.new_zeros(1), like.new_zeros(1, model.backbone.width))
+    return _drawn(teacher, seed) if latents is None else _cached(teacher, latents, seed)
 
 
 def _cached(teacher: Pipeline, folder: Path, seed: int) -> Images:

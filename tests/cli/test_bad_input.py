@@ -13,6 +13,10 @@ from PIL import Image
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.cli.main import main
+from far.heads import Head
+from far.heads.shortcut import ShortcutHead
+from far.pipeline import Pipeline
+from far.training.checkpoint import save_checkpoint
 from far.weights import save_autoencoder
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -193,6 +197,50 @@ def test_a_cache_of_another_autoencoder_is_refused(recipe: Path, tmp_path: Path,
 
 def test_a_cache_that_does_not_exist_names_the_command(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     refused(capsys, ["train", recipe, f"run={tmp_path / 'elsewhere'}"], "far cache")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["training.batch_size=100"], ["training.batch_size 100", "multiple of 64"]),
+        (["trajectories.images=64"], ["trajectories.images 64", "more than 64"]),
+        (["trajectories.images=0"], ["images 0", "positive"]),
+        (["trajectories.max_guidance=1"], ["max_guidance 1", "above 1"]),
+        (["trajectories.label_drop=1.5"], ["label_drop 1.5"]),
+        (["trajectories.token_limit=0"], ["token_limit 0"]),
+        (["samples_per_token=0"], ["samples_per_token 0"]),
+        (["adapter_rank=-1"], ["adapter_rank -1"]),
+        (["training.step=5"], ["'step'", "'steps'"]),
+        (["trajectory.images=128"], ["'trajectory'", "'trajectories'"]),
+        (["128"], ["'128'", "key=value"]),
+        (["--latents", "nowhere"], ["nowhere", "far cache"]),
+        (["training.device=nonsense"], ["nonsense"]),
+    ],
+)
+def test_distill_refuses_before_it_starts(
+    options: list[str], expected: list[str], pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    refused(capsys, ["distill", pipeline_folder, tmp_path / "out", *options], *expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_distill_refuses_teachers_and_folders(
+    pipeline_folder: Path, latents_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("far.training.trajectories.group_rows", lambda *arguments: pytest.fail("it started"))
+    refused(capsys, ["distill", "no-such-model", tmp_path / "out"], "'no-such-model'", "bundled")
+    refused(capsys, ["distill", pipeline_folder, pipeline_folder], "is the teacher", "another folder")
+    teacher = Pipeline.from_pretrained(pipeline_folder)
+    teacher.autoencoder = None
+    teacher.save_pretrained(tmp_path / "bare")
+    refused(capsys, ["distill", tmp_path / "bare", tmp_path / "out", "--latents", latents_folder], "no autoencoder", "far convert kl16")
+    with monkeypatch.context() as patch:
+        patch.setattr(ShortcutHead, "velocity", Head.velocity)
+        refused(capsys, ["distill", pipeline_folder, tmp_path / "out"], "shortcut", "no velocity field", "diffusion or flow head")
+    assert not (tmp_path / "out").exists()
+    save_checkpoint(tmp_path / "out" / "checkpoints", 7, {})
+    refused(capsys, ["distill", pipeline_folder, tmp_path / "out"], "already holds a run at step 7", "--resume")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoints"]
 
 
 def image(path: Path, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> None:

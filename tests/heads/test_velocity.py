@@ -1,0 +1,169 @@
+"""``Head.velocity`` of every kind of head: for Gaussian data the flow-matching velocity is known, and guidance is linear in it."""
+
+import numpy as np
+import pytest
+import torch
+from exact import ExactNetwork
+from torch import Tensor
+
+from far.errors import InputError
+from far.heads import HEADS, Head, HeadConfig, build_head
+from far.heads.diffusion import DiffusionHead, flow_times, train_alphas_cumprod, training_steps
+from far.heads.flow import FlowHead
+from far.heads.flow_map import TIME_UNIT, FlowMapHead
+from far.heads.shortcut import ShortcutHead
+
+DEVIATION = 0.5
+KINDS = ["diffusion", "flow", "flow_map", "shortcut"]
+MEANS = torch.linspace(-1, 1, 50, dtype=torch.float64).unsqueeze(-1)
+# The first and last times that a diffusion head knows.
+FIRST, LAST = float(flow_times()[-1]), float(flow_times()[0])
+
+
+def exact_velocity(x: Tensor, t: Tensor, mean: Tensor) -> Tensor:
+    """``E[data − noise | x_t = x]`` for data ``N(mean, DEVIATION²)``, by the regression formula for Gaussians."""
+    return mean + (t * DEVIATION**2 - (1 - t)) / ((1 - t) ** 2 + (t * DEVIATION) ** 2) * (x - t * mean)
+
+
+class ExactNoise(ExactNetwork):
+    """``E[ε | noisy token]`` at a training step, or between two; ``z`` is the mean of the data."""
+
+    def forward(self, x: Tensor, z: Tensor, step: Tensor) -> Tensor:
+        t = torch.as_tensor(np.interp(step.numpy(), np.arange(1000), flow_times().numpy()))
+        signal, noise = (part.unsqueeze(-1) / (t**2 + (1 - t) ** 2).sqrt().unsqueeze(-1) for part in (t, 1 - t))
+        epsilon = noise / (signal**2 * DEVIATION**2 + noise**2) * (x - signal * z)
+        return torch.cat([epsilon, torch.full_like(epsilon, 9.0)], dim=-1)
+
+
+class ExactVelocity(ExactNetwork):
+    """The velocity in the units of time of the head that it stands in; a step size, where there is one, must be none."""
+
+    def __init__(self, unit: float) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def forward(self, x: Tensor, z: Tensor, time: Tensor, size: Tensor | None = None) -> Tensor:
+        assert size is None or not size.any()
+        return exact_velocity(x, time.unsqueeze(-1) / self.unit, z)
+
+
+def exact_head(kind: str) -> Head:
+    head = build_head(HeadConfig(kind, 8, 1), 1, 1)  # type: ignore[arg-type]
+    networks = {
+        "diffusion": ExactNoise(),
+        "flow": ExactVelocity(1000),
+        "flow_map": ExactVelocity(TIME_UNIT),
+        "shortcut": ExactVelocity(1000),
+    }
+    head.network = networks[kind]
+    return head
+
+
+def random_head(kind: str) -> Head:
+    torch.manual_seed(0)
+    head = build_head(HeadConfig(kind, 16, 1), 3, 5).double()  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return head
+
+
+def test_every_head_is_here() -> None:
+    assert set(KINDS) <= set(HEADS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("time", [0.0, FIRST, 1e-3, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.9, LAST, 1.0])
+def test_velocity_of_gaussian_data(kind: str, time: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 1, generator=generator, dtype=torch.float64)
+    t = torch.full((50,), time, dtype=torch.float64)
+    # A diffusion head knows no times beyond its schedule's ends, and takes the nearest.
+    known = t.clamp(FIRST, LAST) if kind == "diffusion" else t
+    expected = exact_velocity(x, known.unsqueeze(-1), MEANS)
+    torch.testing.assert_close(exact_head(kind).velocity(x, t, MEANS), expected, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(exact_head(kind).velocity(x, t[0], MEANS), expected, rtol=1e-7, atol=1e-7)  # one time for all
+    assert float((expected - exact_velocity(x, t.unsqueeze(-1), MEANS)).abs().max()) < 0.1
+
+
+def test_a_diffusion_head_is_asked_at_the_noise_level_of_its_training() -> None:
+    """At a training step ``√ᾱ x + √(1 − ᾱ) ε`` is what the network sees, of whatever scale the flow's point is."""
+    head, seen = DiffusionHead(HeadConfig("diffusion", 8, 1), 1, 1), []
+    head.network = ExactNoise()  # type: ignore[assignment]
+    head.network.register_forward_pre_hook(lambda module, arguments: seen.append(arguments))
+    steps = torch.tensor([0, 1, 10, 500, 900, 998, 999])
+    signal = train_alphas_cumprod()[steps]
+    token, noise = torch.randn(2, 7, 1, dtype=torch.float64)
+    t = signal.sqrt() / (signal.sqrt() + (1 - signal).sqrt())
+    head.velocity((1 - t).unsqueeze(-1) * noise + t.unsqueeze(-1) * token, t, MEANS[:7])
+    noisy, _, asked = seen[0]
+    torch.testing.assert_close(noisy, signal.sqrt().unsqueeze(-1) * token + (1 - signal).sqrt().unsqueeze(-1) * noise)
+    torch.testing.assert_close(asked, steps.double(), rtol=0, atol=1e-6)
+
+
+def test_flow_times_and_training_steps() -> None:
+    times = flow_times()
+    assert times.shape == (1000,)
+    assert bool((times.diff() < 0).all()), "training steps run from data to noise"
+    assert 0.98 < float(times[0]) < 1
+    assert 0 < float(times[-1]) < 1e-3
+    steps = torch.cat([torch.arange(1000.0, dtype=torch.float64), 999 * torch.rand(500, dtype=torch.float64)])
+    low = steps.floor().long().clamp(max=998)
+    between = times[low] + (steps - low) * (times[low + 1] - times[low])
+    torch.testing.assert_close(training_steps(between, times), steps, rtol=0, atol=1e-8)
+    torch.testing.assert_close(training_steps(between.float(), times).double(), steps, rtol=0, atol=0.05)
+    assert training_steps(between.view(3, 500), times).shape == (3, 500)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_guidance_is_linear_in_the_velocity(kind: str) -> None:
+    head = random_head(kind)
+    x, t = torch.randn(2, 6, 3, dtype=torch.float64), 0.1 + 0.8 * torch.rand(2, 6, dtype=torch.float64)
+    z, z_uncond = torch.randn(2, 2, 6, 5, dtype=torch.float64)
+    cond, uncond = head.velocity(x, t, z), head.velocity(x, t, z_uncond)
+    assert not torch.isclose(cond, uncond).any()
+    scale = 1 + 3 * torch.rand(2, 6, 1, dtype=torch.float64)
+    torch.testing.assert_close(head.velocity(x, t, z, z_uncond, scale), uncond + scale * (cond - uncond))
+    torch.testing.assert_close(head.velocity(x, t, z, z_uncond, 2.5), uncond + 2.5 * (cond - uncond))
+    torch.testing.assert_close(head.velocity(x, t, z, z_uncond, torch.ones(2, 6, 1)), cond)
+    assert torch.equal(head.velocity(x, t, z, None, 2.5), cond)
+
+
+@torch.no_grad()
+def test_a_token_limit_bounds_the_guided_token() -> None:
+    head = random_head("diffusion")
+    x, t = 2 * torch.randn(400, 3, dtype=torch.float64), 0.02 + 0.96 * torch.rand(400, 1, dtype=torch.float64)
+    z, z_uncond = torch.randn(2, 400, 5, dtype=torch.float64)
+    scale = 1 + 3 * torch.rand(400, 1, dtype=torch.float64)
+
+    def token(limit: float | None) -> Tensor:
+        head.config = HeadConfig("diffusion", 16, 1, token_limit=limit)
+        return x + (1 - t) * head.velocity(x, t.squeeze(-1), z, z_uncond, scale)
+
+    free = token(None)
+    assert float(free.abs().max()) > 3
+    torch.testing.assert_close(token(1.5), free.clamp(-1.5, 1.5))
+
+
+@torch.no_grad()
+def test_velocities_are_those_of_the_networks_at_no_step_size() -> None:
+    flow, flow_map, shortcut = random_head("flow"), random_head("flow_map"), random_head("shortcut")
+    assert isinstance(flow, FlowHead)
+    assert isinstance(flow_map, FlowMapHead)
+    assert isinstance(shortcut, ShortcutHead)
+    x, z = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    t, none = torch.rand(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+    torch.testing.assert_close(flow.velocity(x, t, z), flow.network(x, z, 1000 * t))
+    torch.testing.assert_close(shortcut.velocity(x, t, z), shortcut.mean_velocity(x, t, none, z))
+    torch.testing.assert_close(flow_map.velocity(x, t, z), flow_map.mean_velocity(x, t, t, z))
+
+
+class WithoutVelocity(FlowHead):
+    velocity = Head.velocity  # type: ignore[assignment]
+
+
+def test_a_head_without_a_velocity() -> None:
+    head = WithoutVelocity(HeadConfig("energy", 8, 1), 1, 1)
+    with pytest.raises(InputError, match=r"a head of kind energy has no velocity field .* diffusion or flow head"):
+        head.velocity(torch.zeros(1, 1), torch.zeros(1), torch.zeros(1, 1))

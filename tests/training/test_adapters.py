@@ -1,0 +1,80 @@
+"""Low-rank adapters: they start as nothing, are alone trained, and merge into plain layers."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from far.backbone.backbone import Backbone
+from far.pipeline import Pipeline
+from far.training.adapters import AdaptedLinear, add_adapters, merged
+
+RANK = 2
+
+
+@pytest.fixture(params=["diffusion_folder", "causal_diffusion_folder"])
+def backbone(request: pytest.FixtureRequest) -> Backbone:
+    return Pipeline.from_pretrained(request.getfixturevalue(request.param)).model.backbone
+
+
+def outputs(backbone: nn.Module) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    tokens, positions = torch.randn(5, 4, 8, generator=generator), torch.arange(4).expand(5, -1)
+    return backbone.condition(tokens, positions[:, :2], positions[:, 2:3], torch.tensor([0, 1, 2, 3, 0]))  # type: ignore[operator]
+
+
+def stir(adapters: list[nn.Parameter]) -> None:
+    with torch.no_grad():
+        for adapter in adapters:
+            adapter.add_(0.3 * torch.randn(adapter.shape, generator=torch.Generator().manual_seed(1)))
+
+
+def test_nothing_changes_at_first(backbone: Backbone) -> None:
+    before = outputs(backbone)
+    linear = [layer for layer in backbone.modules() if isinstance(layer, nn.Linear)]
+    adapters = add_adapters(backbone, RANK)
+    torch.testing.assert_close(outputs(backbone), before, rtol=1e-6, atol=1e-6)
+    assert len(adapters) == 2 * len(linear), "every linear layer is adapted"
+    assert sum(adapter.numel() for adapter in adapters) == sum(RANK * (layer.in_features + layer.out_features) for layer in linear)
+    trained = {id(parameter) for parameter in backbone.parameters() if parameter.requires_grad}
+    assert trained == {id(adapter) for adapter in adapters}
+
+
+def test_a_step_changes_the_adapters_only(backbone: Backbone) -> None:
+    adapters = add_adapters(backbone, RANK)
+    before = copy.deepcopy(backbone.state_dict())
+    for _ in range(2):  # at the first, the gradient of ``down`` is still zero
+        backbone.zero_grad()
+        outputs(backbone).square().sum().backward()
+        torch.optim.SGD(adapters, lr=0.01).step()
+    for name, tensor in backbone.state_dict().items():
+        assert torch.equal(tensor, before[name]) != name.endswith((".up", ".down")), name
+
+
+def test_merged(backbone: Backbone) -> None:
+    plain = copy.deepcopy(backbone)
+    adapters = add_adapters(backbone, RANK)
+    stir(adapters)
+    before, expected = copy.deepcopy(backbone.state_dict()), outputs(backbone)
+    found = merged(backbone)
+    assert not any(isinstance(layer, AdaptedLinear) for layer in found.modules())
+    assert list(found.state_dict()) == list(plain.state_dict())
+    torch.testing.assert_close(outputs(found), expected, rtol=1e-4, atol=1e-5)
+    assert float((expected - outputs(plain)).detach().abs().max()) > 0.05
+    plain.load_state_dict(found.state_dict())
+    torch.testing.assert_close(outputs(plain), expected, rtol=1e-4, atol=1e-5)
+    # The original goes on in training as it was.
+    assert list(backbone.state_dict()) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
+    assert torch.equal(outputs(backbone), expected)
+
+
+def test_a_linear_layer_by_its_formula() -> None:
+    layer = nn.Linear(3, 2)
+    adapted = AdaptedLinear(layer, 1)
+    stir([adapted.up, adapted.down])
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(adapted(x), x @ (layer.weight + adapted.up @ adapted.down).T + layer.bias)
+    assert not layer.weight.requires_grad
+    assert not layer.bias.requires_grad

@@ -1,0 +1,321 @@
+"""Distillation: its loss against exact mean velocities, and ``far distill`` from a teacher's folder to drawn images."""
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor
+
+import far
+from far.cli.main import main
+from far.convert import convert_mar
+from far.data.shards import ShardReader, ShardWriter
+from far.errors import InputError
+from far.pipeline import Pipeline
+from far.training.checkpoint import list_checkpoints, load_checkpoint
+from far.training.distillation import DistillationConfig, DistillationTask, draw_spans, end_points
+from far.training.loop import LoopConfig
+from far.training.trajectories import GROUP, POINTS, TrajectoryConfig
+from far.weights import save_autoencoder
+
+DEVIATION = 0.5
+ROOT = Path(far.__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums of several threads can be rounded otherwise than those of one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# --- The loss ----------------------------------------------------------------------------------------
+
+
+def test_spans_are_any_length_alike_and_then_any_start() -> None:
+    start, end = draw_spans((4, 5000), torch.Generator().manual_seed(0))
+    assert start.shape == end.shape == (4, 5000)
+    assert int(start.min()) == 0
+    assert int(end.max()) == POINTS - 1
+    assert bool((start < end).all())
+    length = end - start
+    assert scipy.stats.chisquare(length.flatten().bincount(minlength=POINTS)[1:].numpy()).pvalue > 0.01
+    for size in range(1, POINTS - 1):
+        counts = start[length == size].bincount()
+        assert len(counts) == POINTS - size
+        assert scipy.stats.chisquare(counts.numpy()).pvalue > 0.01
+
+
+def mean_of(z: Tensor, scale: Tensor) -> Tensor:
+    """Of the Gaussian tokens of :func:`exact_task`: it hangs on condition and guidance both."""
+    return scale.unsqueeze(-1) * z[..., :8]
+
+
+def spread(t: Tensor) -> Tensor:
+    return ((1 - t) ** 2 + (t * DEVIATION) ** 2).sqrt()
+
+
+def exact_mean_velocity(x: Tensor, s: Tensor, t: Tensor, z: Tensor, scale: Tensor) -> Tensor:
+    s, t = s.unsqueeze(-1), t.unsqueeze(-1)
+    mean = mean_of(z, scale)
+    return (t * mean + spread(t) / spread(s) * (x - s * mean) - x) / (t - s)
+
+
+GROUPS = 5
+
+
+@pytest.fixture
+def exact_task(diffusion_folder: Path, tmp_path: Path) -> DistillationTask:
+    """Of exact trajectories of Gaussian tokens; the scales of a group are all 1, 2, … so that it can be told."""
+    rows, generator = GROUPS * GROUP, torch.Generator().manual_seed(0)
+    z = 0.5 * torch.randn(rows, 3, 16, generator=generator)
+    scale = (1.0 + torch.arange(rows) // GROUP).unsqueeze(1).expand(-1, 3)
+    t = torch.linspace(0, 1, POINTS).view(-1, 1)
+    noise = torch.randn(rows, 3, 1, 8, generator=generator)
+    paths = t * mean_of(z, scale).unsqueeze(-2) + spread(t) * noise
+    writer = ShardWriter(tmp_path / "rows", {"kind": "trajectories"})
+    writer.write({name: value.to(torch.float16) for name, value in (("z", z), ("scale", scale), ("paths", paths))}, cursor=1)
+    writer.finish()
+    config = DistillationConfig(training=LoopConfig(batch_size=2 * GROUP))
+    task = DistillationTask(Pipeline.from_pretrained(diffusion_folder), config, tmp_path / "rows")
+    task.module.head.mean_velocity = exact_mean_velocity  # type: ignore[assignment, method-assign]
+    return task
+
+
+def loss_of(task: DistillationTask) -> float:
+    losses = []
+    for step in range(6):
+        generator = torch.Generator().manual_seed(step)
+        losses.append(float(task.loss(step, task.batch(step, generator), task.module, generator)[0]))
+    return sum(losses) / len(losses)
+
+
+def test_the_exact_mean_velocity_has_no_loss(exact_task: DistillationTask) -> None:
+    assert loss_of(exact_task) < 5e-4  # points of a trajectory are float16
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x, s, t, z, scale: exact_mean_velocity(x, s, t, z, torch.ones_like(scale)),
+        lambda x, s, t, z, scale: exact_mean_velocity(x, s, t, z.roll(1, 0), scale),
+        lambda x, s, t, z, scale: exact_mean_velocity(x, t, s, z, scale),
+        lambda x, s, t, z, scale: exact_mean_velocity(x, s, s + 1e-3, z, scale),
+        lambda x, s, t, z, scale: (t - s).unsqueeze(-1) * exact_mean_velocity(x, s, t, z, scale),
+        lambda x, s, t, z, scale: exact_mean_velocity(x, torch.zeros_like(s), t, z, scale),
+    ],
+    ids=["no scale", "another z", "backwards", "the velocity", "the way", "from noise"],
+)
+def test_a_wrong_one_has(exact_task: DistillationTask, wrong: Any) -> None:
+    exact_task.module.head.mean_velocity = wrong
+    assert loss_of(exact_task) > 0.02
+
+
+def test_batches_are_whole_groups_and_never_the_held_out_one(exact_task: DistillationTask) -> None:
+    assert exact_task.groups == GROUPS - 1
+    seen: list[float] = []
+    for step in range(6):
+        scale = exact_task.batch(step, torch.Generator())["scale"]
+        assert scale.shape == (2 * GROUP, 3)
+        seen += [float(group.unique()) for group in scale.split(GROUP)]
+    assert sorted(seen) == sorted(3 * [1.0, 2.0, 3.0, 4.0]), "each epoch has every group but the last once"
+
+
+def test_the_head_alone_is_trained(exact_task: DistillationTask) -> None:
+    found = {id(parameter) for group in exact_task.parameter_groups(LoopConfig()) for parameter in group["params"]}
+    assert found == {id(parameter) for parameter in exact_task.module.parameters() if parameter.requires_grad}
+    assert found == {id(parameter) for parameter in exact_task.module.head.parameters()}
+
+
+def test_errors_are_those_of_the_held_out_group(exact_task: DistillationTask, tmp_path: Path) -> None:
+    def off_when_trained(x: Tensor, s: Tensor, t: Tensor, z: Tensor, scale: Tensor) -> Tensor:
+        """0.1 too much, and far more for any group but the last, whose scale is 5."""
+        off = torch.where(scale == GROUPS, 0.1, 7.0).unsqueeze(-1)
+        return exact_mean_velocity(x, s, t, z, scale) + off
+
+    exact_task.module.head.mean_velocity = off_when_trained  # type: ignore[assignment, method-assign]
+    exact_task.teacher.autoencoder = None
+    exact_task.publish = lambda ema, folder: None  # type: ignore[method-assign, assignment]
+    found = exact_task.evaluate(exact_task.module, tmp_path, 3)
+    assert set(found) == {"error of 1 steps", "error of 2 steps", "error of 4 steps"}
+    # The offset shrinks with the spread on the way to the data.
+    half, one = (float(spread(torch.tensor(time))) for time in (0.5, 1.0))
+    assert found["error of 1 steps"] == pytest.approx(0.1, rel=0.02)
+    assert found["error of 2 steps"] == pytest.approx(0.05 * (1 + one / half), rel=0.02)
+    assert exact_task.results["step"] == 3
+
+
+def test_end_points_of_exact_mean_velocities(exact_task: DistillationTask) -> None:
+    batch = exact_task.batch(0, torch.Generator())
+    for steps in (1, 2, 3):
+        ends = end_points(exact_task.module.head, batch["paths"][:, :, 0], batch["z"], batch["scale"], steps)
+        torch.testing.assert_close(ends, batch["paths"][:, :, -1], rtol=0, atol=0.02)
+
+
+def test_impossible_settings() -> None:
+    for values, message in (
+        ({"training": LoopConfig(batch_size=100)}, "training.batch_size 100 must be a multiple of 64"),
+        ({"trajectories": TrajectoryConfig(images=64)}, "trajectories.images 64: give more than 64"),
+        ({"samples_per_token": 0}, "samples_per_token 0"),
+        ({"adapter_rank": -1}, "adapter_rank -1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            DistillationConfig(**values)  # type: ignore[arg-type]
+
+
+# --- The command ---------------------------------------------------------------------------------------
+
+TINY = [
+    "trajectories.images=192", "trajectories.tokens_per_image=2", "training.steps=4", "training.batch_size=64",
+    "training.warmup_steps=2", "training.dtype=float32", "training.log_every=2",
+]  # fmt: skip
+
+
+def distill(teacher: Path, out: Path, *options: str) -> None:
+    assert main(["distill", str(teacher), str(out), *TINY, *options]) == 0
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return Pipeline.from_pretrained(folder).model.state_dict()
+
+
+@pytest.mark.parametrize("teacher", ["diffusion_folder", "causal_diffusion_folder"])
+def test_a_distilled_model(
+    teacher: str, latents_folder: Path, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = request.getfixturevalue(teacher), tmp_path / "out"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    distill(folder, out, "--latents", str(latents_folder))
+    assert f"far generate --weights {out}" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert (out / "samples" / "step-00000004.png").stat().st_size > 100
+
+    pipeline, original = far.load(out), far.load(folder)
+    assert isinstance(pipeline, Pipeline)
+    assert isinstance(original, Pipeline)
+    head = pipeline.model.config.network.head
+    assert (head.kind, head.width, head.depth, head.max_guidance, head.token_limit) == ("flow_map", 16, 1, 4.0, None)
+    assert pipeline.classes == original.classes
+    assert pipeline.results["step"] == 4
+    for name, tensor in original.model.backbone.state_dict().items():
+        assert torch.equal(pipeline.model.backbone.state_dict()[name], tensor), name
+    assert (pipeline.defaults.head_steps, pipeline.defaults.guidance) == (2, 3.0)
+    one, two = (pipeline.generate([0, 1, 2], guidance=3.0, guidance_passes=passes, output="tensor") for passes in (1, 2))
+    for images in (one, two):
+        assert isinstance(images, Tensor)
+        assert images.shape == (3, 3, 16, 16)
+        assert images.isfinite().all()
+    assert not torch.equal(one, two)  # type: ignore[arg-type]
+
+
+def test_errors_fall_for_a_teacher_that_is_easily_learnt(pipeline_folder: Path, tmp_path: Path) -> None:
+    options = ["training.steps=80", "training.evaluate_every=10", "training.learning_rate=5.0e-3", "training.warmup_steps=30"]
+    distill(pipeline_folder, tmp_path / "out", *options, "training.ema_decay=0.9", "trajectories.max_guidance=2.0")
+    entries = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    for steps in (1, 2, 4):
+        errors = [entry[f"error of {steps} steps"] for entry in entries if f"error of {steps} steps" in entry]
+        assert len(errors) == 8
+        assert errors[-1] < 0.6 * errors[0], (steps, errors)
+    losses = [entry["loss"] for entry in entries if "loss" in entry]
+    assert losses[-1] < 0.3 * losses[0]
+    pipeline = Pipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.results["error of 1 steps"] == entries[-1]["error of 1 steps"]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_half_and_half_equal_the_whole(rank: int, diffusion_folder: Path, tmp_path: Path) -> None:
+    options = ["training.schedule=constant", f"adapter_rank={rank}"]
+    distill(diffusion_folder, tmp_path / "whole", *options)
+    distill(diffusion_folder, tmp_path / "half", *options, "training.steps=2")
+    halfway = weights(tmp_path / "half")
+    distill(diffusion_folder, tmp_path / "half", *options, "--resume")
+    whole, half = weights(tmp_path / "whole"), weights(tmp_path / "half")
+    assert all(torch.equal(half[name], tensor) for name, tensor in whole.items())
+    assert not all(torch.equal(half[name], tensor) for name, tensor in halfway.items())
+    states = [load_checkpoint(list_checkpoints(tmp_path / run / "checkpoints")[-1][1]) for run in ("whole", "half")]
+    assert [state["step"] for state in states] == [4, 4]
+    for index, values in states[0]["optimizer"]["state"].items():
+        assert all(torch.equal(value, states[1]["optimizer"]["state"][index][name]) for name, value in values.items())
+
+
+@pytest.mark.parametrize("teacher", ["diffusion_folder", "causal_diffusion_folder"])
+def test_adapters_end_to_end(teacher: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """What is published is plain: the teacher's names, other weights in its linear layers, and the same elsewhere."""
+    folder, out = request.getfixturevalue(teacher), tmp_path / "out"
+    distill(folder, out, "adapter_rank=2", "training.ema_decay=0.5")
+    old, new = (Pipeline.from_pretrained(path).model.backbone for path in (folder, out))
+    linear = {f"{name}.weight" for name, layer in old.named_modules() if isinstance(layer, torch.nn.Linear)}
+    changed = {name for name, tensor in old.state_dict().items() if not torch.equal(tensor, new.state_dict()[name])}
+    assert changed == linear
+    for name in linear:
+        assert torch.linalg.matrix_rank(new.state_dict()[name] - old.state_dict()[name], atol=1e-5) <= 2, name
+    assert Pipeline.from_pretrained(out).draw([0, 1], [1, 2]).isfinite().all()
+
+
+def test_the_adapted_backbone_is_asked_what_was_written(diffusion_folder: Path, tmp_path: Path) -> None:
+    """Before its first step its conditions are those on disk, a group at a time."""
+    distill(diffusion_folder, tmp_path / "out")
+    config = DistillationConfig(training=LoopConfig(batch_size=2 * GROUP), adapter_rank=2)
+    task = DistillationTask(Pipeline.from_pretrained(diffusion_folder), config, tmp_path / "out" / "trajectories")
+    batch = task.batch(0, torch.Generator())
+    known = [int(group[0]) for group in batch["known"].split(GROUP)]
+    assert len(set(known)) > 1, "the groups of this test should differ"
+    rows = ShardReader(tmp_path / "out" / "trajectories", "trajectories")
+    written = rows.all("z")[[int((rows.all("paths") == path.half()).flatten(1).all(1).nonzero()[0]) for path in batch["paths"]]]
+    torch.testing.assert_close(task._conditions(task.module.eval(), batch), written.float(), rtol=2e-3, atol=5e-3)
+
+
+def test_another_adapter_rank_cannot_go_on(diffusion_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    distill(diffusion_folder, tmp_path / "out")
+    capsys.readouterr()
+    assert main(["distill", str(diffusion_folder), str(tmp_path / "out"), *TINY, "adapter_rank=2", "--resume"]) == 2
+    assert "another model" in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- From MAR's published form ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """``benchmarks/distillation.py``."""
+    spec = importlib.util.spec_from_file_location("distillation_script", ROOT / "benchmarks" / "distillation.py")
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def test_from_the_published_pickle(script: ModuleType, diffusion_folder: Path, tmp_path: Path) -> None:
+    teacher = Pipeline.from_pretrained(diffusion_folder)
+    assert teacher.autoencoder is not None
+    save_autoencoder(teacher.autoencoder, tmp_path / "mar")
+    script.write_published(teacher.model, tmp_path / "checkpoint.pth")
+    convert_mar(tmp_path / "checkpoint.pth", tmp_path / "mar")
+    converted = Pipeline.from_pretrained(tmp_path / "mar")
+    assert converted.defaults.ar_steps == 4  # of 8, at most the tokens
+    assert converted.defaults.head_steps == 100
+    generator = torch.Generator().manual_seed(0)
+    tokens, order = torch.randn(4, 4, 8, generator=generator), torch.rand(4, 4, generator=generator).argsort(dim=1)
+    labels = torch.tensor([0, 1, 2, 3])  # the last is no class
+    converted.model.head.config = teacher.model.head.config  # the published form knows no token limit
+    conditions, drawn = [], []
+    for model in (teacher.model, converted.model):
+        noise = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            conditions.append(model.backbone.condition(tokens, order[:, :1], order[:, 1:], labels))
+            drawn.append(model.head.sample(conditions[-1], lambda: torch.randn(4, 3, 8, generator=noise), steps=5))
+    torch.testing.assert_close(conditions[1], conditions[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(drawn[1], drawn[0], rtol=1e-5, atol=1e-5)
+
+    distill(tmp_path / "mar", tmp_path / "out", "trajectories.token_limit=3.0", "trajectories.images=128")
+    published, original = weights(tmp_path / "out"), teacher.model.state_dict()
+    assert all(torch.equal(tensor, original[name]) for name, tensor in published.items() if name.startswith("backbone."))

@@ -1,0 +1,352 @@
+"""What heads are distilled from: trajectories against closed forms and finer integration, rows against a recomputation of each."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor
+
+from far.backbone.causal import CausalConfig
+from far.backbone.masked import MaskedConfig
+from far.data.shards import ShardReader, ShardWriter
+from far.errors import InputError
+from far.heads import Head, HeadConfig
+from far.heads.diffusion import DiffusionHead
+from far.heads.flow import FlowHead
+from far.model import FAR, ModelConfig, NetworkConfig
+from far.pipeline import Pipeline
+from far.tokens import cosine_token_counts
+from far.training import trajectories as module
+from far.training.trajectories import (
+    GROUP,
+    POINTS,
+    SUBSTEPS,
+    TrajectoryConfig,
+    draw_positions,
+    load_teacher,
+    trajectories,
+    write_trajectories,
+)
+
+DEVIATION = 0.5
+MEANS = torch.linspace(-1, 1, 200, dtype=torch.float64).unsqueeze(-1)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def rms(difference: Tensor) -> float:
+    return float(difference.square().mean().sqrt())
+
+
+# --- The integration -------------------------------------------------------------------------------
+
+
+def exact_velocity(x: Tensor, t: float) -> Tensor:
+    return MEANS + (t * DEVIATION**2 - (1 - t)) / ((1 - t) ** 2 + (t * DEVIATION) ** 2) * (x - t * MEANS)
+
+
+def exact_path(noise: Tensor, points: int) -> Tensor:
+    """Of Gaussian data: a point keeps how many deviations it is off the mean."""
+    t = torch.linspace(0, 1, points, dtype=torch.float64)
+    return (t * MEANS + ((1 - t) ** 2 + (t * DEVIATION) ** 2).sqrt() * noise).unsqueeze(-1)
+
+
+def test_trajectories_of_gaussian_data() -> None:
+    noise = torch.randn(200, 1, generator=generator(), dtype=torch.float64)
+    for points in (2, 5, POINTS):
+        path = trajectories(exact_velocity, noise, points, 64)
+        assert path.shape == (200, points, 1)
+        torch.testing.assert_close(path, exact_path(noise, points), rtol=0, atol=2e-4)
+    kept = trajectories(exact_velocity, noise, POINTS, SUBSTEPS)
+    assert float((kept - exact_path(noise, POINTS)).abs().max()) < 0.02
+    assert torch.equal(kept[:, 0], noise)
+
+
+def test_trajectories_converge_with_the_second_order() -> None:
+    noise = torch.randn(200, 1, generator=generator(), dtype=torch.float64)
+    errors = [rms(trajectories(exact_velocity, noise, 5, substeps) - exact_path(noise, 5)) for substeps in (8, 16, 32)]
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
+    assert errors[1] / errors[2] == pytest.approx(4, rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def trained() -> DiffusionHead:
+    """A small diffusion head after a short training on Gaussian tokens; ``z`` tells their mean."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = DiffusionHead(HeadConfig("diffusion", 32, 1, 4, token_limit=3.0), 2, 2)
+    optimizer, draws = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=0.0), generator()
+    for _ in range(120):
+        z = torch.randn(64, 2, generator=draws)
+        optimizer.zero_grad()
+        head.loss(0.7 * z + 0.3 * torch.randn(64, 2, generator=draws), z, draws, head).value.mean().backward()
+        optimizer.step()
+    return head
+
+
+@torch.no_grad()
+def test_targets_against_a_fine_integration_of_a_trained_teacher(trained: DiffusionHead) -> None:
+    """What is kept is within 5 % of a deviation of 32 Heun steps from each point to the next; the straight line is not."""
+    z, noise = torch.randn(200, 2, generator=generator(1)), torch.randn(200, 2, generator=generator(2))
+    scale = 1 + 3 * torch.rand(200, 1, generator=generator(3))
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        return trained.velocity(x, x.new_full(x.shape[:-1], t), z, torch.zeros_like(z), scale)
+
+    kept, fine = trajectories(velocity, noise, POINTS, SUBSTEPS), trajectories(velocity, noise, POINTS, 32)
+    errors = [rms(kept[:, point] - fine[:, point]) for point in range(POINTS)]
+    assert max(errors) < 0.05, errors
+    assert rms(fine[:, -1] - noise) > 0.5
+    assert rms(fine[:, 4] - (fine[:, 0] + fine[:, -1]) / 2) > 3 * errors[4]
+
+
+# --- Positions ---------------------------------------------------------------------------------------
+
+
+def small_model(causal: bool = False) -> FAR:
+    backbone = CausalConfig(width=16, depth=1, heads=2) if causal else MaskedConfig(16, 1, 2, 16, 1, 2, 2, 0.1)
+    return FAR(ModelConfig(NetworkConfig(backbone, HeadConfig("flow", 8, 1), patch=2), 3, 2, (8, 8)))
+
+
+@pytest.mark.parametrize("wanted", [1, 5, 16, 40])
+def test_positions_of_a_masked_model(wanted: int) -> None:
+    model, draws, tokens, steps = small_model(), generator(wanted), 16, 6
+    kept = min(wanted, tokens)
+    counts = cosine_token_counts(tokens, steps)
+    expected: dict[int, float] = {}
+    for step, count in enumerate(counts):
+        known = min(sum(counts[:step]), tokens - kept)
+        expected[known] = expected.get(known, 0) + count / tokens
+    found = dict.fromkeys(expected, 0)
+    for _ in range(1500):
+        order, known, positions = draw_positions(model, 3, wanted, steps, draws)
+        assert torch.equal(order.sort(dim=1).values, torch.arange(tokens).expand(3, -1))
+        assert positions.shape == (3, kept)
+        both = torch.cat([order[:, :known], positions], dim=1)
+        assert all(len(row.unique()) == known + kept for row in both), "known and wanted are disjoint"
+        found[known] += 1
+    if len(expected) > 1:
+        share = torch.tensor(list(expected.values()), dtype=torch.float64)
+        assert scipy.stats.chisquare(list(found.values()), (1500 * share).numpy()).pvalue > 0.01
+
+
+def test_orders_of_a_masked_model_are_random() -> None:
+    model, draws = small_model(), generator()
+    first = torch.cat([draw_positions(model, 8, 2, 6, draws)[0][:, 0] for _ in range(200)])
+    assert scipy.stats.chisquare(first.bincount(minlength=16).numpy()).pvalue > 0.01
+
+
+def test_more_ar_steps_than_tokens() -> None:
+    assert draw_positions(small_model(), 2, 2, 64, generator())[1] < 16
+
+
+@pytest.mark.parametrize("wanted", [1, 5, 16, 40])
+def test_positions_of_a_causal_model(wanted: int) -> None:
+    model, draws, kept = small_model(causal=True), generator(wanted), min(wanted, 16)
+    lasts = []
+    for _ in range(400):
+        order, known, positions = draw_positions(model, 3, wanted, 16, draws)
+        assert torch.equal(order, torch.arange(16).expand(3, -1))
+        # The last one wanted comes just after the known ones, the others are among them.
+        assert torch.equal(positions, torch.arange(known + 1 - kept, known + 1).expand(3, -1))
+        lasts.append(known)
+    assert set(lasts) == set(range(kept - 1, 16))
+
+
+# --- Rows ----------------------------------------------------------------------------------------------
+
+CONFIG = TrajectoryConfig(images=100, tokens_per_image=2, label_drop=0.3, seed=5)
+
+
+@pytest.fixture
+def rows(request: pytest.FixtureRequest, tmp_path: Path, latents_folder: Path) -> tuple[Pipeline, ShardReader]:
+    """A teacher (its fixture is the parameter), and what was written of it from the cache."""
+    teacher_folder = request.getfixturevalue(request.param)
+    teacher = load_teacher(teacher_folder, CONFIG, "cpu")
+    write_trajectories(teacher, teacher_folder, CONFIG, tmp_path / "rows", latents_folder)
+    return teacher, ShardReader(tmp_path / "rows", "trajectories", verify=True)
+
+
+both = pytest.mark.parametrize("rows", ["diffusion_folder", "causal_diffusion_folder"], indirect=True)
+
+
+@torch.no_grad()
+@both
+def test_rows_are_the_teachers(rows: tuple[Pipeline, ShardReader]) -> None:
+    """Recomputed an image at a time: ``z`` of its tokens, class and positions, and where the flow goes at its own scales."""
+    teacher, reader = rows
+    model, null = teacher.model, teacher.model.null_label
+    assert len(reader) == 2 * GROUP
+    names = ("tokens", "labels", "order", "known", "wanted", "z", "scale", "paths")
+    found = {name: reader.all(name) for name in names}
+    for row in range(0, 2 * GROUP, 9):
+        tokens, label, order, known, wanted, z, scale, paths = (found[name][row] for name in names)
+        tokens, order, wanted = tokens.float().unsqueeze(0), order[: int(known)].unsqueeze(0), wanted.unsqueeze(0)
+        expected = model.backbone.condition(tokens, order, wanted, label.view(1))[0]
+        torch.testing.assert_close(z.float(), expected, rtol=2e-3, atol=5e-3)
+        uncond = model.backbone.condition(tokens, order, wanted, torch.tensor([null]))[0]
+        for token in range(2):
+            guidance = float(scale[token])
+
+            def velocity(x: Tensor, t: float) -> Tensor:
+                return model.head.velocity(x, torch.tensor(t), expected[token], uncond[token], guidance)
+
+            path = trajectories(velocity, paths[token, 0].float(), POINTS, SUBSTEPS)
+            torch.testing.assert_close(paths[token].float(), path, rtol=0.01, atol=0.05)
+
+
+@both
+def test_what_is_drawn_for_rows(rows: tuple[Pipeline, ShardReader]) -> None:
+    teacher, reader = rows
+    paths, scale, labels, known = (reader.all(name) for name in ("paths", "scale", "labels", "known"))
+    assert paths.shape == (2 * GROUP, 2, POINTS, 8)
+    assert scipy.stats.kstest(paths[..., 0, :].float().flatten().numpy(), "norm").pvalue > 0.01
+    assert scipy.stats.kstest(scale.float().flatten().numpy(), scipy.stats.uniform(1, 3).cdf).pvalue > 0.01
+    dropped = int((labels == teacher.model.null_label).sum())
+    assert scipy.stats.binomtest(dropped, 2 * GROUP, 0.3).pvalue > 0.01
+    assert set(labels.tolist()) == {0, 1, 2, 3}
+    assert all(len(group.unique()) == 1 for group in known.split(GROUP)), "a group knows equally many tokens"
+    assert not torch.equal(paths[:GROUP], paths[GROUP:])
+
+
+def test_latents_of_a_cache(diffusion_folder: Path, latents_folder: Path, tmp_path: Path) -> None:
+    """Every image of the set comes once before one comes again, with its own label, in both flips."""
+    # Each image and flip has a mean of its own, and a deviation of 0.01.
+    means = 3 * torch.randn(60, 2, 2, 4, 4, generator=generator())
+    labels = torch.randint(0, 3, (60,), generator=generator())
+    writer = ShardWriter(tmp_path / "cache", json.loads((latents_folder / "index.json").read_text())["meta"])
+    moments = torch.cat([means, torch.full_like(means, 2 * math.log(0.01))], dim=2)
+    writer.write({"moments": moments.to(torch.float16), "labels": labels}, cursor=60)
+    writer.finish()
+
+    config = TrajectoryConfig(images=GROUP, tokens_per_image=1, label_drop=0.0)
+    teacher = load_teacher(diffusion_folder, config, "cpu")
+    assert teacher.autoencoder is not None
+    write_trajectories(teacher, diffusion_folder, config, tmp_path / "rows", tmp_path / "cache")
+    reader = ShardReader(tmp_path / "rows", "trajectories")
+    latents = teacher.autoencoder.denormalize(teacher.model.latents(reader.all("tokens").float()))
+    off = (latents[:, None, None] - means).square().mean(dim=(-3, -2, -1)).sqrt().flatten(1)
+    nearest, found = off.min(dim=1)
+    assert 0.005 < float(nearest.min()) < float(nearest.max()) < 0.03
+    image, flip = found // 2, found % 2
+    assert torch.equal(reader.all("labels"), labels[image])
+    assert image[:60].sort().values.tolist() == list(range(60))
+    assert torch.equal(image[60:], image[:4])
+    assert image[:60].tolist() != list(range(60))
+    assert 15 < int(flip.sum()) < GROUP - 15
+
+
+def test_without_a_cache_the_teacher_draws(diffusion_folder: Path, tmp_path: Path) -> None:
+    config = TrajectoryConfig(images=GROUP + 1, tokens_per_image=1, label_drop=0.0, seed=2)
+    teacher = load_teacher(diffusion_folder, config, "cpu")
+    write_trajectories(teacher, diffusion_folder, config, tmp_path / "rows", None)
+    reader = ShardReader(tmp_path / "rows", "trajectories")
+    labels = reader.all("labels")
+    assert labels.tolist() == [number % 3 for number in range(2 * GROUP)]
+    drawn = teacher.draw(labels[60:70].tolist(), range(2 * 1_000_003 + 60, 2 * 1_000_003 + 70))
+    found = teacher.decode(teacher.model.latents(reader.all("tokens")[60:70].float()))
+    torch.testing.assert_close(found, drawn, rtol=0, atol=5e-3)
+    assert float((drawn[0] - drawn[3]).abs().max()) > 0.02
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_interrupted_writing_goes_on_to_the_same_files(
+    cached: bool, diffusion_folder: Path, latents_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrajectoryConfig(images=4 * GROUP, tokens_per_image=1)
+    teacher = load_teacher(diffusion_folder, config, "cpu")
+    monkeypatch.setattr(module, "_SHARD_GROUPS", 1)
+    whole, cut, latents = tmp_path / "whole", tmp_path / "cut", latents_folder if cached else None
+    write_trajectories(teacher, diffusion_folder, config, whole, latents)
+    original, calls = module.group_rows, []
+
+    def interrupted(*arguments: object) -> dict[str, Tensor]:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "group_rows", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_trajectories(teacher, diffusion_folder, config, cut, latents)
+    with pytest.raises(InputError, match="unfinished"):
+        ShardReader(cut, "trajectories")
+    write_trajectories(teacher, diffusion_folder, config, cut, latents)
+    assert len(calls) == 5, "the two groups that were whole are not made again"
+    assert files(cut) == files(whole)
+    assert len(files(whole)) == 5
+    noise = ShardReader(whole, "trajectories").all("paths")[:, 0, 0].split(GROUP)
+    assert len({tuple(group.flatten().tolist()) for group in noise}) == 4, "every group draws anew"
+    monkeypatch.setattr(module, "open_latents", lambda *arguments: pytest.fail("a finished folder needs no latents"))
+    write_trajectories(teacher, diffusion_folder, config, cut, latents)
+    assert len(calls) == 5
+
+
+def test_rows_of_another_teacher_or_config_are_refused(diffusion_folder: Path, pipeline_folder: Path, tmp_path: Path) -> None:
+    config = TrajectoryConfig(images=GROUP, tokens_per_image=1)
+    write_trajectories(load_teacher(diffusion_folder, config, "cpu"), diffusion_folder, config, tmp_path / "rows", None)
+    before = files(tmp_path / "rows")
+    others = [(pipeline_folder, config), (diffusion_folder, TrajectoryConfig(images=GROUP, tokens_per_image=1, max_guidance=2.0))]
+    for folder, other in others:
+        with pytest.raises(InputError, match=r"^\S*rows already holds data made with other settings; remove it or choose another folder$"):
+            write_trajectories(load_teacher(folder, other, "cpu"), folder, other, tmp_path / "rows", None)
+    assert files(tmp_path / "rows") == before
+
+
+class WithoutVelocity(FlowHead):
+    velocity = Head.velocity  # type: ignore[assignment]
+
+
+def test_a_refusal_leaves_no_folder(diffusion_folder: Path, latents_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would hold settings that do not work, and so refuse those that do."""
+    config = TrajectoryConfig(images=GROUP, tokens_per_image=1)
+    teacher = load_teacher(diffusion_folder, config, "cpu")
+
+    def refusal(latents: Path | None) -> str:
+        with pytest.raises(InputError) as caught:
+            write_trajectories(teacher, diffusion_folder, config, tmp_path / "rows", latents)
+        assert not (tmp_path / "rows").exists()
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "no moments" in refusal(tmp_path)
+    other = json.loads((latents_folder / "index.json").read_text())["meta"]
+    writer = ShardWriter(tmp_path / "other", {**other, "classes": ["a", "b"]})
+    writer.finish()
+    assert "other has 2 classes, the teacher 3; give latents of its own data" in refusal(tmp_path / "other")
+    autoencoder, teacher.autoencoder = teacher.autoencoder, None
+    assert "the teacher has no autoencoder" in refusal(latents_folder)
+    teacher.autoencoder = autoencoder
+    monkeypatch.setattr(DiffusionHead, "velocity", Head.velocity)
+    monkeypatch.setattr(module, "sample", lambda *arguments: pytest.fail("the teacher drew images first"))
+    assert "no velocity field" in refusal(None)
+
+
+def test_the_token_limit_of_the_teacher(diffusion_folder: Path) -> None:
+    assert load_teacher(diffusion_folder, TrajectoryConfig(), "cpu").model.head.config.token_limit == 3.0
+    assert load_teacher(diffusion_folder, TrajectoryConfig(token_limit=1.5), "cpu").model.head.config.token_limit == 1.5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("images", 0),
+        ("tokens_per_image", 0),
+        ("label_drop", 1.0),
+        ("label_drop", -0.1),
+        ("max_guidance", 1.0),
+        ("max_guidance", math.nan),
+    ],
+)
+def test_impossible_settings(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=name):
+        TrajectoryConfig(**{name: value})
