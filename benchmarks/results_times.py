@@ -1,4 +1,4 @@
-"""Seconds per image of every row of the comparison, the backbone's part and the head's share of them; run it with nothing else on the machine.
+"""Seconds per image of every row of the comparison, of the backbone, and the head's share; run it with nothing else on the machine.
 
     python benchmarks/results_times.py [SET …] [--rounds 5]
 

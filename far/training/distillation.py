@@ -101,6 +101,7 @@ class DistillationTask:
         """``z [b, m, width]``: as they were written, or of the adapted backbone, a group at a time."""
         if not self.adapters:
             return batch["z"]
+        module.backbone.eval()  # no dropout: the trajectories know none
         parts = []
         for tokens, order, known, wanted, labels in zip(
             *(batch[name].split(GROUP) for name in ("tokens", "order", "known", "wanted", "labels"))

@@ -85,16 +85,14 @@ def write_trajectories(teacher: Pipeline, weights: Path, config: TrajectoryConfi
     Raises:
         InputError: the teacher's head has no velocity, the latents are not the teacher's, or the folder holds other trajectories.
     """
-    # What is refused is so before the folder is made: it would stay bound to these settings. A finished one needs no latents.
-    images = None if (folder / INDEX).exists() else _open(teacher, latents, config.seed)
     meta = {
         "kind": "trajectories", "teacher": sha256(weights / "model.safetensors"), "classes": teacher.classes,
         "latents": "drawn by the teacher" if latents is None else str(latents), **dataclasses.asdict(config),
     }  # fmt: skip
-    writer = ShardWriter(folder, meta)
-    if writer.complete:
+    if (folder / INDEX).exists() and ShardWriter(folder, meta).complete:
         return
-    images = images or _open(teacher, latents, config.seed)
+    images = _open(teacher, latents, config.seed)
+    writer = ShardWriter(folder, meta)  # not before: a folder that is made stays bound to its settings
     groups = -(-config.images // GROUP)
     with tqdm(total=groups * GROUP, initial=writer.cursor * GROUP, desc="teacher's trajectories", unit="img", mininterval=1) as bar:
         while writer.cursor < groups:
