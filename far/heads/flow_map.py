@@ -111,7 +111,7 @@ class FlowMapHead(Head):
         return scale
 
     def _lagrangian(self, point: Tensor, velocity: Tensor, s: Tensor, t: Tensor, z: Tensor, field: "_Field") -> Tensor:
-        """How far the map's end moves otherwise than the field there: ``∂_t X_{s,t} − v_{t,t}(X_{s,t})`` (the paper's equation 13)."""
+        """How far the map's end moves otherwise than the field there: ``∂_t X_{s,t} − v_{t,t}(X_{s,t})`` (equation 13 of the paper)."""
         mean, change = torch.func.jvp(  # type: ignore[misc]
             lambda end: self.mean_velocity(point, s, end, z, field.scale), (t,), (torch.ones_like(t),)
         )
@@ -120,7 +120,7 @@ class FlowMapHead(Head):
         return mean + length * change - field.velocity(end, t)
 
     def _mean_flow(self, point: Tensor, velocity: Tensor, s: Tensor, t: Tensor, z: Tensor, field: "_Field") -> Tensor:
-        """How far the mean velocity is from ``v + (t − s) · dv_{s,t}/ds``, the derivative taken along the flow (the paper's equation 6)."""
+        """How far the mean velocity is from ``v + (t − s) · dv_{s,t}/ds``, the derivative taken along the flow (equation 6 of the paper)."""
         mean, change = torch.func.jvp(  # type: ignore[misc]
             lambda x, start: self.mean_velocity(x, start, t, z, field.scale), (point, s), (velocity, torch.ones_like(s))
         )
