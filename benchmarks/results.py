@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from distillation import distill
 from results_report import write_report
 from torch import Tensor
 
@@ -49,7 +50,8 @@ class Model:
     """A model of the comparison: how it is trained, and the head steps that it is sampled with.
 
     ``sweep_steps`` are those of the guidance sweep over ``guidances``; without them the guidance of the model
-    ``guidance_of`` is taken.
+    ``guidance_of`` is taken. ``overrides`` are of the recipe's head. Without ``timed`` no seconds are measured.
+    ``weights_of`` is a model whose weights these are too, sampled in another way: with ``passes`` of the backbone.
     """
 
     head: str
@@ -59,16 +61,30 @@ class Model:
     guidance_of: str | None = None
     recipe: str = ""
     frozen: bool = False
+    overrides: tuple[str, ...] = ()
+    timed: bool = True
+    weights_of: str | None = None
+    passes: int | None = None
 
 
+# Heads that learn guidance up to 4 are trained as the others, after a quarter of plain flow matching.
+FLOW_MAP = ("flow_steps=400", "max_guidance=4.0")
 MODELS = {
     "diffusion": Model("diffusion", (100, 50, 25, 10, 5, (50, 5)), 25),
     "flow": Model("flow", (32, 8, 4, 2, 1), 8),
     "shortcut": Model("shortcut", (32, 8, 4, 2, 1), 8),
     "causal": Model("shortcut", (8, 4, 2, 1), 8, guidances=(1.0, 2.0, 4.0, 6.0, 8.0), recipe="-causal"),
     # Heads trained on the diffusion model's backbone, which stays as it is.
-    "frozen-shortcut": Model("shortcut", (8, 4), guidance_of="shortcut", frozen=True),
-    "frozen-flow": Model("flow", (8,), guidance_of="flow", frozen=True),
+    "frozen-shortcut": Model("shortcut", (8, 4), guidance_of="shortcut", frozen=True, timed=False),
+    "frozen-flow": Model("flow", (8,), guidance_of="flow", frozen=True, timed=False),
+    # Heads for one or two steps, guided in two passes of the backbone and in one.
+    "flow-map": Model("flow_map", (4, 2, 1), 2, passes=2, overrides=FLOW_MAP),
+    "flow-map-1": Model("flow_map", (4, 2, 1), 2, passes=1, weights_of="flow-map"),
+    "mean-flow": Model("flow_map", (4, 2, 1), 2, passes=2, overrides=("objective=mean_flow", *FLOW_MAP)),
+    "mean-flow-1": Model("flow_map", (4, 2, 1), 2, passes=1, weights_of="mean-flow"),
+    "energy": Model("energy", (1,), 1, overrides=("samples_per_token=4",)),
+    # The diffusion model, saved as MAR's checkpoints are, converted and distilled.
+    "distilled": Model("distilled", (4, 2, 1), 2, passes=1),
 }
 # The row that all others are compared with is drawn from further sampling seeds.
 SPREAD = [("diffusion", 100)]
@@ -86,7 +102,7 @@ class ImageSet:
         return f"recipes/comparison/{self.name}{model.recipe}.yaml"
 
     def weights(self, name: str) -> Path:
-        return Path("weights") / self.name / name
+        return Path("weights") / self.name / (MODELS[name].weights_of or name)
 
     @property
     def runs(self) -> Path:
@@ -141,7 +157,14 @@ def train(images: ImageSet, models: list[str]) -> None:
         run(*command)
     for name in models:
         model = MODELS[name]
-        overrides = [f"generator.network.head.kind={model.head}", f"model={name}"]
+        if model.weights_of:
+            continue
+        if name == "distilled":
+            distill(images.name)
+            continue
+        overrides = [f"generator.network.head.{override}" for override in (f"kind={model.head}", *model.overrides)] + [f"model={name}"]
+        if model.head == "energy":  # a quarter of the others' rate, as in EAR
+            overrides += ["generator.training.head_learning_rate=2.5e-4", "generator.sampling.head_steps=1"]
         if model.frozen:
             overrides += [f"generator.frozen_backbone={images.weights('diffusion')}", "generator.training.steps=800"]
         run("train", images.recipe(model), *overrides, "--resume")
@@ -284,7 +307,10 @@ def sweep(images: ImageSet, store: Measurements, judge: Judge, name: str) -> Non
 
 
 def swept(images: ImageSet, name: str, guidance: float) -> Generation:
-    return generation_of(images.weights(name), head_steps=MODELS[name].sweep_steps, guidance=guidance, seed=1_000_000)
+    model = MODELS[name]
+    return generation_of(
+        images.weights(name), head_steps=model.sweep_steps, guidance=guidance, guidance_passes=model.passes, seed=1_000_000
+    )
 
 
 def measure_unlimited(images: ImageSet, store: Measurements, judge: Judge) -> None:
@@ -325,7 +351,8 @@ def measure_row(images: ImageSet, store: Measurements, judge: Judge, row: Row) -
 
 def planned(images: ImageSet, store: Measurements, row: Row) -> Generation:
     guidance = best_guidance(store, row.name)
-    return generation_of(images.weights(row.name), head_steps=row.steps, guidance=guidance, seed=row.seed * COUNT)
+    passes = MODELS[row.name].passes
+    return generation_of(images.weights(row.name), head_steps=row.steps, guidance=guidance, guidance_passes=passes, seed=row.seed * COUNT)
 
 
 def generation_of(weights: Path, *, seed: int, **sampling: Any) -> Generation:

@@ -18,12 +18,24 @@ TITLES = {
     "causal": "shortcut (FAR-Causal)",
     "frozen-shortcut": "shortcut (FAR), on the frozen backbone",
     "frozen-flow": "flow, on the frozen backbone",
+    "flow-map": "flow map, Lagrangian",
+    "flow-map-1": "flow map, Lagrangian, guided in one pass",
+    "mean-flow": "flow map, MeanFlow",
+    "mean-flow-1": "flow map, MeanFlow, guided in one pass",
+    "energy": "energy",
+    "distilled": "flow map, distilled from MAR, guided in one pass",
 }
-COLOURS = {"diffusion": "#c44e52", "flow": "#dd8452", "shortcut": "#4c72b0", "causal": "#55a868"}
+COLOURS = {
+    "diffusion": "#c44e52", "flow": "#dd8452", "shortcut": "#4c72b0", "causal": "#55a868", "flow-map-1": "#8172b3",
+    "mean-flow-1": "#da8bc3", "energy": "#937860", "distilled": "#64b5cd",
+}  # fmt: skip
 # Rows of the sample grids: a model and its head steps.
 GRID_ROWS = [
-    ("diffusion", 100), ("diffusion", 10), ("flow", 8), ("shortcut", 8), ("shortcut", 4), ("shortcut", 1), ("causal", 8), ("causal", 4)
+    ("diffusion", 100), ("diffusion", 10), ("flow", 8), ("shortcut", 8), ("shortcut", 1), ("causal", 4),
+    ("flow-map-1", 2), ("flow-map-1", 1), ("mean-flow-1", 2), ("mean-flow-1", 1), ("energy", 1), ("distilled", 2),
 ]  # fmt: skip
+# Models whose guidance takes two passes and, by the same weights, one.
+GUIDED_TWICE = {"flow-map": "flow-map-1", "mean-flow": "mean-flow-1"}
 
 
 def write_report(files: list[Path], report: Path) -> None:
@@ -33,10 +45,12 @@ def write_report(files: list[Path], report: Path) -> None:
     for name, values in measured.items():
         text = replace_block(text, name, _table(values))
         text = replace_block(text, f"{name}-guidance", _guidance_table(values))
+        text = replace_block(text, f"{name}-passes", _passes_table(values))
         sample_grid(name, values, report.parent / "images" / f"comparison-{name}.png")
     measured = {name: values for name, values in measured.items() if "times" in values}
     if measured:
         plot(measured, report.parent / "images" / "distance-against-seconds.png")
+        plot_guidance(measured, report.parent / "images" / "guidance-passes.png")
     with atomic_path(report) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -111,6 +125,31 @@ def _guidance_table(values: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _passes_table(values: dict[str, Any]) -> str:
+    """Guidance in one pass of the backbone as a share of that in two: distance, each at its best scale, and seconds."""
+    distance = values["setting"]["distance"]
+    lines = [
+        f"| head | head steps | best scale, two passes | one pass | {distance}, two passes | one pass | of two |"
+        " backbone's seconds, one pass of two, batch 1 | batch 64 | all seconds, batch 1 | batch 64 |",
+        "|---" * 11 + "|",
+    ]
+    for two, one in GUIDED_TWICE.items():
+        for steps in (1, 2, 4):
+            rows = [values["rows"].get(f"{model} {steps} seed 0") for model in (two, one)]
+            if not all(rows):
+                continue
+            times = [values.get("times", {}).get(f"{model} {steps}", {}) for model in (two, one)]
+            shares = [
+                f"{times[1][key] / times[0][key]:.2f}" if all(key in found for found in times) else ""
+                for key in ("backbone 1", "backbone 64", "batch 1", "batch 64")
+            ]
+            found = [row[distance] for row in rows]
+            scales = [f"{row['guidance']:g}" for row in rows]
+            cells = [TITLES[two], str(steps), *scales, *(f"{d:.1f}" for d in found), f"{found[1] / found[0]:.3f}", *shares]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def plot(measured: dict[str, Any], path: Path) -> None:
     """Distance against seconds per image at batch 1, a panel an image set."""
     import matplotlib
@@ -147,25 +186,44 @@ def plot(measured: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def plot_guidance(measured: dict[str, Any], path: Path) -> None:
+    """Distance against guidance scale, in two passes of the backbone and in one, a panel an image set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, len(measured), figsize=(6 * len(measured), 3.6), squeeze=False)
+    for panel, (name, values) in zip(panels[0], measured.items()):
+        for pair, colour in zip(GUIDED_TWICE.items(), ("#8172b3", "#da8bc3")):
+            for model, style in zip(pair, ("o--", "o-")):
+                found = sorted((float(key.split()[1]), row["distance"]) for key, row in values["sweeps"].items() if key.split()[0] == model)
+                panel.plot([scale for scale, _ in found], [distance for _, distance in found], style, color=colour, label=_passes(model))
+        panel.set(title=name, xlabel="guidance scale", ylabel=f"{values['setting']['distance']}, 2,000 images")
+        panel.legend(fontsize=8)
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+
+
+def _passes(model: str) -> str:
+    return TITLES[model] if model in GUIDED_TWICE.values() else f"{TITLES[model]}, in two passes"
+
+
 def sample_grid(name: str, values: dict[str, Any], path: Path) -> None:
     """The same seeds by each head, a row each; kept as it is where the weights are not at hand."""
-    if not Path("weights", name).is_dir():
+    found = [(model, steps, values["rows"].get(f"{model} {steps} seed 0")) for model, steps in GRID_ROWS]
+    shown = [(model, steps, row) for model, steps, row in found if row is not None and Path(row["weights"]).is_dir()]
+    if not shown:
         return
-    rows, shown = (
-        [],
-        [
-            (model, steps)
-            for model, steps in GRID_ROWS
-            if f"{model} {steps} seed 0" in values["rows"] and Path("weights", name, model).is_dir()
-        ],
-    )
-    for model, steps in shown:
-        pipeline = Pipeline.from_pretrained(Path("weights") / name / model, dtype=values["setting"]["dtype"])
-        classes = len(pipeline.classes)
-        labels = [index % classes for index in range(16)]
-        guidance = values["rows"][f"{model} {steps} seed 0"]["guidance"]
-        config = pipeline.sampling_config(head_steps=steps, guidance=guidance)
+    rows = []
+    for _, steps, row in shown:
+        pipeline = Pipeline.from_pretrained(row["weights"], dtype=values["setting"]["dtype"])
+        labels = [index % len(pipeline.classes) for index in range(16)]
+        passes = row["sampling"].get("guidance_passes")
+        config = pipeline.sampling_config(head_steps=steps, guidance=row["guidance"], guidance_passes=passes)
         rows.append(pipeline.draw(labels, list(range(16)), config))
-    settings = {"rows": ", ".join(f"{model} {steps}" for model, steps in shown), "seeds": "0 to 15"}
+    settings = {"rows": ", ".join(f"{model} {steps}" for model, steps, _ in shown), "seeds": "0 to 15"}
     sheet = grid(torch.cat(rows), columns=16)
     save_png(sheet.resize((sheet.width * 1024 // sheet.width, sheet.height * 1024 // sheet.width)), path, settings)

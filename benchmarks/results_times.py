@@ -1,4 +1,4 @@
-"""Seconds per image of every row of the comparison, and the head's share of them; run it with nothing else on the machine.
+"""Seconds per image of every row of the comparison, the backbone's part and the head's share of them; run it with nothing else on the machine.
 
     python benchmarks/results_times.py [SET …] [--rounds 5]
 
@@ -30,8 +30,11 @@ def main() -> None:
             for key, found in measure(name, store, batch, arguments.rounds).items():
                 seconds = [sum(parts.values()) for parts in found]
                 share = statistics.median(parts["head"] / sum(parts.values()) for parts in found)
-                times.setdefault(key, {}).update({f"batch {batch}": statistics.median(seconds) / batch, f"head share {batch}": share})
-                print(f"{name}, batch {batch}, {key}: {summary(seconds)}, head {share:.0%}", flush=True)
+                backbone = statistics.median(parts["encoder"] + parts["decoder"] for parts in found)
+                values = {f"batch {batch}": statistics.median(seconds), f"backbone {batch}": backbone}
+                values = {kind: value / batch for kind, value in values.items()} | {f"head share {batch}": share}
+                times.setdefault(key, {}).update(values)
+                print(f"{name}, batch {batch}, {key}: {summary(seconds)}, head {share:.0%}, backbone {backbone:.3f} s", flush=True)
         store.keep("setting", "times", {"machine": machine(), "rounds": arguments.rounds})
         for key, found in times.items():
             store.keep("times", key, found)
@@ -40,10 +43,11 @@ def main() -> None:
 def measure(name: str, store: Measurements, batch: int, rounds: int) -> dict[str, list[dict[str, float]]]:
     """Seconds by part of each round, a list a row of the comparison, taken in turn after a round that warms up."""
     calls = {}
-    for model in (model for model in MODELS if not MODELS[model].frozen and SETS[name].weights(model).is_dir()):
+    for model in (model for model in MODELS if MODELS[model].timed and SETS[name].weights(model).is_dir()):
         pipeline = Pipeline.from_pretrained(SETS[name].weights(model), dtype=DTYPE)
         for steps in MODELS[model].steps:
-            generation = generation_of(SETS[name].weights(model), head_steps=steps, guidance=best_guidance(store, model), seed=0)
+            options = {"head_steps": steps, "guidance": best_guidance(store, model), "guidance_passes": MODELS[model].passes}
+            generation = generation_of(SETS[name].weights(model), seed=0, **options)
             row = Row(generation.weights, generation.sampling, generation.dtype, batch)
             plan = segments(generation.sampling.ar_steps, full=True)
             key = f"{model} {steps if isinstance(steps, int) else ' → '.join(map(str, steps))}"

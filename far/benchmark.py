@@ -315,15 +315,18 @@ def size(module: nn.Module) -> int:
 
 
 def weights_read(model: FAR, config: SamplingConfig) -> int:
-    """Bytes of weights that one generation reads: backbone and embedding of the condition at each AR step, the head's network at
+    """Bytes of weights that one generation reads: backbone and embeddings of the condition at each AR step, the head's network at
     each pass, and the embeddings of times once for each number of head steps."""
     network: Any = model.head.network
     times, condition = size(network.time_embeddings), size(network.condition_embedding)
+    # Beside its network a head holds nothing, or an embedding of guidance.
+    guidance = size(model.head) - size(network)
     passes = sum(config.head_steps_at(step) for step in range(config.ar_steps))
     embedded = len({config.head_steps_at(step) for step in range(config.ar_steps)})
     if isinstance(model.head, FlowHead):
         passes *= 2 if model.head.config.solver == "heun" else 1
-    return config.ar_steps * (size(model.backbone) + condition) + embedded * times + passes * (size(network) - times - condition)
+    at_each_step = size(model.backbone) + condition + guidance
+    return config.ar_steps * at_each_step + embedded * times + passes * (size(network) - times - condition)
 
 
 def read_bandwidth(device: str = "cpu") -> float:

@@ -93,7 +93,7 @@ def convert_mar(source: Path, folder: Path, *, ema: bool = True) -> None:
         wanted = FAR(config).state_dict()
     embedding = _class_embedding(weights, config, source)
     del wanted[_CLASS_EMBEDDING]
-    tensors = {_CLASS_EMBEDDING: embedding, **_renamed(wanted, weights, _mar_name, source)}
+    tensors = {_CLASS_EMBEDDING: embedding, **_renamed(wanted, weights, mar_name, source)}
     backbone = config.network.backbone
     assert isinstance(backbone, MaskedConfig)
     defaults = SamplingConfig(
@@ -270,7 +270,8 @@ def _class_embedding(weights: dict[str, Tensor], config: ModelConfig, source: Pa
     return torch.cat([classes[: config.classes], null])
 
 
-def _mar_name(ours: str) -> str:
+def mar_name(ours: str) -> str:
+    """MAR's name of a tensor of ours; the class embedding is two tensors there and has none."""
     for pattern, theirs in _MAR_NAMES:
         name, found = re.subn(rf"^{pattern}(?=\.|$)", theirs, ours)
         if found:

@@ -3,18 +3,20 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from far.autoencoder import AutoencoderConfig
-from far.config import from_dict
+from far.config import from_dict, to_dict
 from far.errors import InputError
 from far.model import NetworkConfig
 from far.sampling import SamplingConfig
 from far.training.autoencoder import AutoencoderLossConfig
 from far.training.generator import EvaluationConfig
 from far.training.loop import LoopConfig
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,18 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply(values, override)
     return from_dict(Recipe, values, str(path))
+
+
+def from_overrides(default: T, overrides: Sequence[str]) -> T:
+    """The dataclass ``default`` with values replaced, as a recipe's are.
+
+    Raises:
+        InputError: a key or value is wrong.
+    """
+    values = to_dict(default)
+    for override in overrides:
+        _apply(values, override)
+    return from_dict(type(default), values, "the command line")
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

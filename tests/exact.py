@@ -11,7 +11,7 @@ class ExactNetwork(nn.Module):
         return z
 
     def embed_times(self, *times: Tensor) -> Tensor:
-        return torch.stack(times, dim=-1)
+        return torch.stack(times, dim=-1) if times else torch.empty(0)
 
     def conditioned(self, x: Tensor, condition: Tensor, times: Tensor) -> Tensor:
         return self(x, condition, *times.unbind(-1))

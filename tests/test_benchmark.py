@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,10 +43,10 @@ BACKBONES = {"masked": MaskedConfig(32, 2, 2, 32, 3, 2, 3), "causal": CausalConf
 each_backbone = pytest.mark.parametrize("backbone", BACKBONES)
 
 
-def model(backbone: str, dtype: str = "float32", kind: str = "shortcut", solver: str = "euler") -> FAR:
+def model(backbone: str, dtype: str = "float32", kind: str = "shortcut", **options: Any) -> FAR:
     """A model of 16 tokens with random (not zero) outputs."""
     torch.manual_seed(0)
-    head = HeadConfig(kind, 16, 1, 2, solver)  # type: ignore[arg-type]
+    head = HeadConfig(kind, 16, 1, 2, **options)  # type: ignore[arg-type]
     made = FAR(ModelConfig(NetworkConfig(BACKBONES[backbone], head, patch=2), 3, 2, (8, 8))).eval()
     with torch.no_grad():
         for parameter in made.parameters():
@@ -293,20 +294,33 @@ def test_counted_operations_of_a_causal_model_are_those_of_the_formula(dtype: st
 
 
 @each_backbone
-@pytest.mark.parametrize(("kind", "solver"), [("shortcut", "euler"), ("diffusion", "euler"), ("flow", "euler"), ("flow", "heun")])
-def test_weights_read_are_those_of_the_passes(backbone: str, kind: str, solver: str) -> None:
-    watched_model = model(backbone, kind=kind, solver=solver)
-    network = watched_model.head.network
+@pytest.mark.parametrize(
+    ("kind", "options", "steps"),
+    [
+        ("shortcut", {}, (5, 2)),
+        ("diffusion", {}, (5, 2)),
+        ("flow", {}, (5, 2)),
+        ("flow", {"solver": "heun"}, (5, 2)),
+        ("flow_map", {}, (5, 2)),
+        ("flow_map", {"max_guidance": 4.0}, (5, 2)),
+        ("energy", {}, (1,)),
+    ],
+)
+def test_weights_read_are_those_of_the_passes(backbone: str, kind: str, options: dict[str, Any], steps: tuple[int, ...]) -> None:
+    watched_model = model(backbone, kind=kind, **options)
+    head = watched_model.head
+    parts = [*head.network.named_children(), *((name, module) for name, module in head.named_children() if name != "network")]
     counts: Counter = Counter()
     count_calls(counts, "backbone", watched_model.backbone.token_projection)
-    for name, module in network.named_children():
+    for name, module in parts:
         # A list is read at each step as its first member is.
-        count_calls(counts, name, module[0] if isinstance(module, nn.ModuleList) else module)
-    config = SamplingConfig(16, (5, 2))
+        for read in module[:1] if isinstance(module, nn.ModuleList) else [module]:
+            count_calls(counts, name, read)
+    config = SamplingConfig(16, steps)
     sample(watched_model, torch.tensor([0]), SeededNoise([0], torch.device("cpu")), config)
     expected = 16 * size(watched_model.backbone)
-    expected += sum(counts[name] * size(module) for name, module in network.named_children())
-    assert counts["output"] > counts["condition_embedding"] == 16
+    expected += sum(counts[name] * size(module) for name, module in parts)
+    assert counts["output"] >= counts["condition_embedding"] == 16
     assert weights_read(watched_model, config) == expected
 
 

@@ -27,6 +27,8 @@ def tiny(kind: str, patch: int = 1, causal: bool = False, spherical: bool = Fals
     with torch.no_grad():  # freshly initialised heads give zeros
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        if kind == "energy":  # untrained, its tokens follow z so closely that feeding them back magnifies rounding 1e5 times
+            model.head.network.output.linear.weight.mul_(0.2)  # type: ignore[union-attr, operator]
     return model.eval()
 
 
@@ -41,6 +43,11 @@ def ar_steps(name: str, wanted: int) -> int:
     return 24 if name in CAUSAL else wanted
 
 
+def head_steps(name: str, *wanted: int) -> tuple[int, ...]:
+    """As many of the wanted head steps as the model's head takes."""
+    return tuple(min(steps, ALL[name].head.max_steps) for steps in wanted)
+
+
 def draw(model: FAR, labels: list[int], seeds: list[int], config: SamplingConfig, **options: Any) -> Tensor:
     return sample(model, torch.tensor(labels), SeededNoise(seeds, CPU), config, **options)
 
@@ -51,7 +58,7 @@ def draw(model: FAR, labels: list[int], seeds: list[int], config: SamplingConfig
 @pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_an_image_does_not_depend_on_its_batch(kind: str, guidance: float) -> None:
-    config = SamplingConfig(ar_steps=ar_steps(kind, 5), head_steps=(4, 2), guidance=guidance, temperature=0.9)
+    config = SamplingConfig(ar_steps=ar_steps(kind, 5), head_steps=head_steps(kind, 4, 2), guidance=guidance, temperature=0.9)
     labels, seeds = [0, 3, 3, 1], [11, 12, 13, 14]
     together = draw(ALL[kind], labels, seeds, config)
     assert together.shape == (4, 3, 4, 6)
@@ -67,11 +74,11 @@ def test_an_image_does_not_depend_on_its_batch(kind: str, guidance: float) -> No
 
 @pytest.mark.parametrize("kind", ALL)
 def test_seed_and_label_count(kind: str) -> None:
-    images = draw(ALL[kind], [0, 1, 0, 0], [7, 7, 8, 7], SamplingConfig(ar_steps=ar_steps(kind, 5), head_steps=2))
+    images = draw(ALL[kind], [0, 1, 0, 0], [7, 7, 8, 7], SamplingConfig(ar_steps=ar_steps(kind, 5), head_steps=head_steps(kind, 2)))
     # The place in the batch can change the rounding; an untrained diffusion head magnifies that.
     torch.testing.assert_close(images[3], images[0], rtol=0, atol=1e-4 * max(1.0, float(images.abs().max())))
     assert (images[0] - images[1]).abs().max() > 1e-3, "the label does not count"
-    assert (images[0] - images[2]).abs().max() > 0.1, "the seed does not count"
+    assert (images[0] - images[2]).abs().max() > 0.02, "the seed does not count"
 
 
 def test_global_generator_is_left_alone() -> None:
@@ -99,7 +106,7 @@ def test_patches() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_weights(kind: str, dtype: torch.dtype) -> None:
     """Tokens and noise stay in float32; the image stays about the same."""
-    config = SamplingConfig(ar_steps=ar_steps(kind, 5), head_steps=2, guidance=2.0)
+    config = SamplingConfig(ar_steps=ar_steps(kind, 5), head_steps=head_steps(kind, 2), guidance=2.0)
     # An untrained diffusion head draws numbers in the thousands; fed back token by token, they leave the range of float16.
     model = tiny(kind.split()[-1], causal=kind in CAUSAL, token_limit=5.0 if kind in CAUSAL else None)
     exact = draw(model, [0, 1], [1, 2], config)
@@ -160,7 +167,7 @@ def test_causal_order_is_row_by_row() -> None:
     ],
 )
 def test_generation_with_and_without_cache(kind: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    config = SamplingConfig(ar_steps=24, head_steps=2, **values)
+    config = SamplingConfig(ar_steps=24, head_steps=head_steps(kind, 2), **values)
     cached = draw(ALL[kind], [0, 3, 1], [1, 2, 3], config)
     monkeypatch.setattr(CausalBackbone, "new_cache", lambda self, rows: None)
     torch.testing.assert_close(cached, draw(ALL[kind], [0, 3, 1], [1, 2, 3], config), rtol=1e-4, atol=1e-4)
@@ -238,7 +245,7 @@ def test_head_steps_follow_the_schedule() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_times_embedded_once_are_those_of_each_step(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though head steps change on the way; left to itself, a head embeds its times at each call."""
-    model, config = MODELS[kind], SamplingConfig(ar_steps=4, head_steps=(7, 2))
+    model, config = MODELS[kind], SamplingConfig(ar_steps=4, head_steps=head_steps(kind, 7, 2))
     once = draw(model, [0, 1], [1, 2], config)
     head = model.head.sample
     monkeypatch.setattr(model.head, "sample", lambda *values, times, **options: head(*values, **options))
@@ -247,7 +254,7 @@ def test_times_embedded_once_are_those_of_each_step(kind: str, monkeypatch: pyte
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_guidance_and_temperature_act(kind: str) -> None:
-    plain = SamplingConfig(ar_steps=4, head_steps=4)
+    plain = SamplingConfig(ar_steps=4, head_steps=head_steps(kind, 4))
     images = [
         draw(MODELS[kind], [2], [3], config)
         for config in (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import far
-from far.cli import benchmark, cache, convert, data, evaluate, generate, train, train_autoencoder
+from far.cli import benchmark, cache, convert, data, distill, evaluate, generate, train, train_autoencoder
 from far.errors import InputError
 
 COMMANDS = {
@@ -17,6 +17,7 @@ COMMANDS = {
     "train-autoencoder": train_autoencoder,
     "cache": cache,
     "train": train,
+    "distill": distill,
     "convert": convert,
     "benchmark": benchmark,
 }

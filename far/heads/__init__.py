@@ -1,6 +1,7 @@
 """Heads: generative models of one token given its condition ``z``. To add one, see CONTRIBUTING.md."""
 
 from far.heads.diffusion import DiffusionHead
+from far.heads.energy import EnergyHead
 from far.heads.flow import FlowHead
 from far.heads.flow_map import FlowMapHead
 from far.heads.head import Head, HeadConfig, TokenLoss
@@ -8,6 +9,7 @@ from far.heads.shortcut import ShortcutHead
 
 HEADS: dict[str, type[Head]] = {
     "diffusion": DiffusionHead,
+    "energy": EnergyHead,
     "flow": FlowHead,
     "flow_map": FlowMapHead,
     "shortcut": ShortcutHead,

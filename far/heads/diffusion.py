@@ -67,6 +67,21 @@ class DiffusionHead(Head):
         bound = torch.where(t == 0, likelihood, kl) / math.log(2)
         return (epsilon - noise).square().mean(dim=-1), bound
 
+    def velocity(self, x: Tensor, t: Tensor, z: Tensor, z_uncond: Tensor | None = None, guidance: Tensor | float = 1.0) -> Tensor:
+        """See :class:`Head`; the velocity of the deterministic (DDIM) trajectories, in the time of flow matching.
+
+        ``x_t`` is the noisy token of the training step with the same share of noise, scaled to ``t x + (1 − t) ε``.
+        """
+        times = flow_times().to(x.device)
+        t = t.clamp(float(times[-1]), float(times[0]))
+        step, t = training_steps(t, times), t.unsqueeze(-1)
+        noisy = x / (t.square() + (1 - t).square()).sqrt()
+        epsilon = guided(lambda c: self.network(noisy, c, step).to(x.dtype).chunk(2, dim=-1)[0], z, z_uncond, guidance)
+        token = (x - (1 - t) * epsilon) / t
+        if self.config.token_limit is not None:
+            token = token.clamp(-self.config.token_limit, self.config.token_limit)
+        return (token - x) / (1 - t)
+
     def sample(
         self,
         z: Tensor,
@@ -183,6 +198,21 @@ def train_alphas_cumprod() -> Tensor:
     ratios = [level((step + 1) / TRAINING_STEPS) / level(step / TRAINING_STEPS) for step in range(TRAINING_STEPS)]
     betas = torch.tensor([min(1 - ratio, 0.999) for ratio in ratios], dtype=torch.float64)
     return (1 - betas).cumprod(dim=0)
+
+
+@functools.lru_cache(maxsize=1)
+def flow_times() -> Tensor:
+    """The time of flow matching, 0 noise … 1 data, at which the share of noise is that of each training step: ``[1000]``, falling."""
+    signal = train_alphas_cumprod().sqrt()
+    return signal / (signal + (1 - train_alphas_cumprod()).sqrt())
+
+
+def training_steps(t: Tensor, times: Tensor) -> Tensor:
+    """Where times ``t`` lie in the falling table ``times``, between its entries too."""
+    rising = times.flip(0).to(t.dtype)
+    upper = torch.searchsorted(rising, t.contiguous()).clamp(1, len(rising) - 1)
+    share = (t - rising[upper - 1]) / (rising[upper] - rising[upper - 1])
+    return len(rising) - 1 - (upper - 1 + share)
 
 
 def normal_kl(mean: Tensor, logvar: Tensor, other_mean: Tensor, other_logvar: Tensor) -> Tensor:

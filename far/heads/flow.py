@@ -24,9 +24,8 @@ class FlowHead(Head):
         self.config = config
         self.network = HeadNetwork(channels, channels, condition, config.width, config.depth)
 
-    def velocity(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        """``[…, channels]`` for ``x […, channels]`` and ``t`` in [0, 1], broadcastable to the leading axes."""
-        return self.network(x, z, t * TIME_UNIT).to(x.dtype)
+    def velocity(self, x: Tensor, t: Tensor, z: Tensor, z_uncond: Tensor | None = None, guidance: Tensor | float = 1.0) -> Tensor:
+        return guided(lambda c: self.network(x, c, t * TIME_UNIT).to(x.dtype), z, z_uncond, guidance)
 
     def loss(
         self,

@@ -21,12 +21,11 @@ from far.heads.network import HeadNetwork, TimeEmbedding
 TIME_UNIT = 10.0
 # The share of a token's noise samples that is off the diagonal.
 OFF_DIAGONAL = 0.25
-# Of MeanFlow: the logistic normal of its times, whose mean is on the side of the data.
+# MeanFlow's times, a logistic normal with its mean on the side of the data, and the small number in its weights.
 LOGIT_MEAN, LOGIT_DEVIATION = 0.4, 1.0
-# Losses are divided by their own size to this power (MeanFlow's p), plus a small number.
-ADAPTIVE_POWER, ADAPTIVE_EPSILON = 1.0, 1e-3
-
-MeanVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+ADAPTIVE_EPSILON = 1e-3
+# Of Lagrangian rows; about what a row of flow matching has by its adaptive weight.
+LAGRANGIAN_WEIGHT = 1.5
 
 
 class FlowMapHead(Head):
@@ -56,9 +55,9 @@ class FlowMapHead(Head):
         time = self.network.embed_times(*_times(s, t))
         return self.network.conditioned(x, self.embed_condition(z, guidance), time).to(x.dtype)
 
-    def velocity(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        """The flow-matching velocity ``v_{t,t}(x | z)``, not guided."""
-        return self.mean_velocity(x, t, t, z)
+    def velocity(self, x: Tensor, t: Tensor, z: Tensor, z_uncond: Tensor | None = None, guidance: Tensor | float = 1.0) -> Tensor:
+        """See :class:`Head`: ``v_{t,t}(x | z)``, guided from both conditions."""
+        return guided(lambda c: self.mean_velocity(x, t, t, c), z, z_uncond, guidance)
 
     def loss(
         self,
@@ -81,24 +80,21 @@ class FlowMapHead(Head):
         point = interpolate(noise, x, s)
         velocity = x - noise + field.shift(point, s)
         predicted = self.mean_velocity(point[off:], s[off:], s[off:], z, field.scale[off:])
-        rows = (predicted - velocity[off:]).square().mean(dim=-1)
-        parts = {"flow": rows.detach().flatten()}
+        flow = (predicted - velocity[off:]).square().mean(dim=-1)
+        rows, value, parts = flow, adaptive(flow), {"flow": flow.detach().flatten()}
         if off:
             residual = self._mean_flow if self.config.objective == "mean_flow" else self._lagrangian
-            jumps = residual(point[:off], velocity[:off], s[:off], t[:off], z, field.first(off)).square().mean(dim=-1)
-            parts[self.config.objective] = jumps.detach().flatten()
-            rows = torch.cat([jumps, rows])
-        # The flow's targets are noisy, and weighting moves what is learnt off their mean: MeanFlow accepts that.
-        weighted = len(rows) if self.config.objective == "mean_flow" else off
-        value = torch.cat([adaptive(rows[:weighted]), rows[weighted:]])
+            jump = residual(point[:off], velocity[:off], s[:off], t[:off], z, field.first(off)).square().mean(dim=-1)
+            weighted = adaptive(jump) if self.config.objective == "mean_flow" else LAGRANGIAN_WEIGHT * jump
+            rows, value = torch.cat([jump, rows]), torch.cat([weighted, value])
+            parts[self.config.objective] = jump.detach().flatten()
         return TokenLoss(value.mean(dim=0), rows.detach().flatten(), s.flatten(), parts)
 
     def _draw(self, x: Tensor, off: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Noise ``[samples, n, channels]`` and times ``s ≤ t [samples, n]``, which differ in the first ``off`` samples."""
         noise, s = draw_noise_and_time(x, self.config.samples_per_token, generator)
         other = torch.rand(off, len(x), generator=generator).to(x.device)
-        if self.config.objective == "mean_flow":
-            s, other = logistic_normal(s), logistic_normal(other)
+        s, other = logistic_normal(s), logistic_normal(other)
         first, last = torch.minimum(s[:off], other), torch.maximum(s[:off], other)
         return noise, torch.cat([first, s[off:]]), torch.cat([last, s[off:]])
 
@@ -111,7 +107,7 @@ class FlowMapHead(Head):
         return scale
 
     def _lagrangian(self, point: Tensor, velocity: Tensor, s: Tensor, t: Tensor, z: Tensor, field: "_Field") -> Tensor:
-        """How far the map's end moves otherwise than the field there: ``∂_t X_{s,t} − v_{t,t}(X_{s,t})`` (equation 13 of the paper)."""
+        """How far the map's end moves otherwise than the field there: ``∂_t X_{s,t} − v_{t,t}(X_{s,t})``."""
         mean, change = torch.func.jvp(  # type: ignore[misc]
             lambda end: self.mean_velocity(point, s, end, z, field.scale), (t,), (torch.ones_like(t),)
         )
@@ -120,7 +116,7 @@ class FlowMapHead(Head):
         return mean + length * change - field.velocity(end, t)
 
     def _mean_flow(self, point: Tensor, velocity: Tensor, s: Tensor, t: Tensor, z: Tensor, field: "_Field") -> Tensor:
-        """How far the mean velocity is from ``v + (t − s) · dv_{s,t}/ds``, the derivative taken along the flow (equation 6 of the paper)."""
+        """How far the mean velocity is from ``v + (t − s) · dv_{s,t}/ds``, differentiated along the flow (the paper's equation 6)."""
         mean, change = torch.func.jvp(  # type: ignore[misc]
             lambda x, start: self.mean_velocity(x, start, t, z, field.scale), (point, s), (velocity, torch.ones_like(s))
         )
@@ -194,5 +190,5 @@ def logistic_normal(uniform: Tensor) -> Tensor:
 
 
 def adaptive(rows: Tensor) -> Tensor:
-    """Losses divided by their own size, which is not differentiated: large ones do not drown the small."""
-    return rows / (rows.detach() + ADAPTIVE_EPSILON) ** ADAPTIVE_POWER
+    """MeanFlow's weights: losses divided by their own size, which is not differentiated, so that the large do not drown the small."""
+    return rows / (rows.detach() + ADAPTIVE_EPSILON)

@@ -128,18 +128,32 @@ class Head(nn.Module, abc.ABC):
     def embed_times(self, steps: int, like: Tensor) -> Tensor:
         """The network's embedding ``[steps, …]`` of each step's time, the same for all tokens; ``like`` is a token, or noise."""
 
+    def velocity(self, x: Tensor, t: Tensor, z: Tensor, z_uncond: Tensor | None = None, guidance: Tensor | float = 1.0) -> Tensor:
+        """The velocity ``E[x − ε | x_t]`` of the flow from noise (0) to token (1), ``[…, channels]``.
+
+        Args:
+            x: points of the flow ``[…, channels]``.
+            t: times, shaped as the leading axes, or broadcastable to them.
+            z_uncond: shaped as ``z``; without it there is no guidance.
+            guidance: one scale, or ``[…, 1]`` of them.
+
+        Raises:
+            InputError: the head knows none; such a head cannot be distilled from.
+        """
+        raise InputError(f"a {self.config.kind} head has no velocity field to learn from; take a teacher with a diffusion or flow head")
+
     def check_steps(self, steps: int) -> None:
         """Raise an :class:`InputError` unless ``steps`` is within 1 … ``max_steps``."""
         if not 1 <= steps <= self.max_steps:
             raise InputError(f"head_steps {steps}: the {type(self).__name__} takes 1 to {self.max_steps} steps")
 
 
-def guided(network: Callable[[Tensor], Tensor], z: Tensor, z_uncond: Tensor | None, guidance: float) -> Tensor:
+def guided(network: Callable[[Tensor], Tensor], z: Tensor, z_uncond: Tensor | None, guidance: Tensor | float) -> Tensor:
     """The guided prediction; both halves go through ``network`` (a function of ``z``) in one pass.
 
     ``network`` may return ``[…]`` of any shape whose leading axes are those of ``z``.
     """
-    if z_uncond is None or guidance == 1.0:
+    if z_uncond is None or (not isinstance(guidance, Tensor) and guidance == 1.0):
         return network(z)
     cond, uncond = network(torch.stack([z, z_uncond]))
     return uncond + guidance * (cond - uncond)

@@ -4,7 +4,6 @@ It maps (noisy token, condition, times) to an output of the token's shape or a m
 the output means (noise, velocity, mean velocity) and how it is trained is each head's own matter.
 """
 
-import functools
 import math
 
 import torch
@@ -17,7 +16,7 @@ _FREQUENCIES = 128
 class HeadNetwork(nn.Module):
     """``depth`` residual blocks of ``width``; time and condition embeddings are summed and modulate each.
 
-    ``times`` is how many scalars the network is conditioned on (time alone, or time and step size).
+    ``times`` is how many scalars the network is conditioned on (none, time alone, or time and step size).
     """
 
     def __init__(self, channels: int, outputs: int, condition: int, width: int, depth: int, times: int = 1) -> None:
@@ -59,8 +58,9 @@ class HeadNetwork(nn.Module):
         return self.condition_embedding(z.to(self.dtype))
 
     def embed_times(self, *times: Tensor) -> Tensor:
-        """Times ``[…]`` → the sum of their embeddings ``[…, width]``; the same for every token of a step."""
-        return functools.reduce(torch.add, (embed(time, self.dtype) for embed, time in zip(self.time_embeddings, times, strict=True)))
+        """Times ``[…]`` → the sum of their embeddings ``[…, width]``, 0 if there are none; the same for every token of a step."""
+        embedded = (embed(time, self.dtype) for embed, time in zip(self.time_embeddings, times, strict=True))
+        return sum(embedded, start=torch.zeros(()))  # which, without axes, changes neither dtype nor device
 
     def conditioned(self, x: Tensor, condition: Tensor, time: Tensor) -> Tensor:
         """Outputs ``[…, outputs]`` for both embeddings ``[…, width]``, broadcastable to the leading axes of ``x``."""

@@ -34,6 +34,9 @@ class ShortcutHead(Head):
         """``s(x_t, t, d | z)``, ``[…, channels]``; ``t`` and ``d`` broadcast to the leading axes."""
         return self.network(x, z, *_times(t, d)).to(x.dtype)
 
+    def velocity(self, x: Tensor, t: Tensor, z: Tensor, z_uncond: Tensor | None = None, guidance: Tensor | float = 1.0) -> Tensor:
+        return guided(lambda c: self.mean_velocity(x, t, torch.zeros_like(t), c), z, z_uncond, guidance)
+
     def loss(
         self,
         x: Tensor,

@@ -11,7 +11,7 @@ from far.heads.network import HeadNetwork, TimeEmbedding
 CHANNELS, OUTPUTS, CONDITION, WIDTH = 3, 5, 7, 16
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[0, 1, 2])
 def network(request: pytest.FixtureRequest) -> HeadNetwork:
     torch.manual_seed(0)
     network = HeadNetwork(CHANNELS, OUTPUTS, CONDITION, WIDTH, depth=2, times=request.param)
@@ -27,7 +27,7 @@ def inputs(network: HeadNetwork, *leading: int) -> tuple[Tensor, Tensor, list[Te
     return torch.randn(*leading, CHANNELS), torch.randn(*leading, CONDITION), times
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [0, 1, 2])
 def test_starts_as_zero_and_can_learn(times: int) -> None:
     torch.manual_seed(0)
     network = HeadNetwork(CHANNELS, OUTPUTS, CONDITION, WIDTH, 2, times)
@@ -52,12 +52,22 @@ def test_everything_counts(network: HeadNetwork) -> None:
 
 
 @torch.no_grad()
+def test_embeddings_are_summed(network: HeadNetwork) -> None:
+    """That of the condition and those of the times, of which there may be none."""
+    x, z, times = inputs(network, 4)
+    both = network.embed_condition(z)
+    for embed, time in zip(network.time_embeddings, times, strict=True):
+        both = both + embed(time, torch.float32)
+    torch.testing.assert_close(network(x, z, *times), network.conditioned(x, both, torch.zeros(4, WIDTH)), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
 def test_inputs_broadcast(network: HeadNetwork) -> None:
     """Noise samples ``[4, 6]`` share conditions ``[6]``; a time may be one number."""
     x, z, times = inputs(network, 4, 6)
-    shared, time = z[0], times[0][0, 0]
-    y = network(x, shared, *[time] * len(times))
-    whole = network(x, shared.expand(4, 6, -1), *[time.expand(4, 6)] * len(times))
+    shared, numbers = z[0], [time[0, 0] for time in times]
+    y = network(x, shared, *numbers)
+    whole = network(x, shared.expand(4, 6, -1), *(number.expand(4, 6) for number in numbers))
     torch.testing.assert_close(y, whole, rtol=0, atol=1e-5)
     rows = network(x.flatten(0, 1), z.flatten(0, 1), *(t.flatten() for t in times))
     torch.testing.assert_close(network(x, z, *times).flatten(0, 1), rows, rtol=0, atol=1e-5)
@@ -66,7 +76,7 @@ def test_inputs_broadcast(network: HeadNetwork) -> None:
 def test_number_of_times_is_checked(network: HeadNetwork) -> None:
     x, z, times = inputs(network, 4)
     with pytest.raises(ValueError):
-        network(x, z, *times, times[0])
+        network(x, z, *times, torch.zeros(4))
 
 
 @torch.no_grad()

@@ -38,9 +38,10 @@ def test_train_resume_and_generate(recipe: Path, tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "none.png").exists()
 
 
-@pytest.mark.parametrize("head", ["diffusion", "flow"])
-def test_any_head_fits(recipe: Path, head: str) -> None:
-    assert main(["train", str(recipe), *CAUSAL, f"generator.network.head.kind={head}"]) == 0
+@pytest.mark.parametrize(("head", "steps"), [("diffusion", 2), ("flow", 2), ("flow_map", 2), ("energy", 1)])
+def test_any_head_fits(recipe: Path, head: str, steps: int) -> None:
+    overrides = [*CAUSAL, f"generator.network.head.kind={head}", f"generator.sampling.head_steps={steps}"]
+    assert main(["train", str(recipe), *overrides]) == 0
     pipeline = Pipeline.from_pretrained(recipe.parent / "run" / "model")
     assert pipeline.model.config.network.head.kind == head
     assert pipeline.draw([0, 1], [1, 2]).shape == (2, 3, 16, 16)

@@ -1,0 +1,32 @@
+"""Give a trained model, such as a converted MAR, a head that draws a token in one or two steps; --resume goes on.
+
+First the teacher's conditions and trajectories are computed and kept in OUT/trajectories, then a flow-map head learns
+them. Ctrl-C saves a checkpoint and exits. OUT can be given to far generate --weights at any time.
+"""
+
+import argparse
+from pathlib import Path
+
+from far.pipeline import find_folder
+from far.recipe import from_overrides
+from far.training.distillation import DistillationConfig, DistillationTask
+from far.training.loop import train
+from far.training.trajectories import load_teacher, write_trajectories
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("teacher", help="folder or bundled name of a model with a diffusion or flow head")
+    parser.add_argument("out", type=Path, help="folder of the distilled model, made where missing")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as training.steps=2000 or trajectories.images=50000")
+    parser.add_argument("--latents", type=Path, help="a latent cache of the teacher's data (default: the teacher draws images itself)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    config = from_overrides(DistillationConfig(), arguments.overrides)
+    folder = find_folder(arguments.teacher)
+    teacher = load_teacher(folder, config.trajectories, config.training.device)
+    write_trajectories(teacher, folder, config.trajectories, arguments.out / "trajectories", arguments.latents)
+    task = DistillationTask(teacher, config, arguments.out / "trajectories")
+    train(task, config.training, arguments.out, resume=arguments.resume)
+    print(f"{arguments.out}: draw from it with far generate --weights {arguments.out}")

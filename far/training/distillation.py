@@ -1,0 +1,169 @@
+"""Distillation: a few-step head for a trained model, learnt from its own head's trajectories (``far.training.trajectories``).
+
+The backbone stays as it is, so its conditions are read from disk; or low-rank adapters tune it, and it runs in training.
+"""
+
+import copy
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from far.data.shards import ShardReader
+from far.errors import InputError
+from far.heads.flow_map import FlowMapHead
+from far.model import FAR
+from far.pictures import grid, save_png
+from far.pipeline import Pipeline
+from far.training.adapters import add_adapters, merged
+from far.training.loop import LoopConfig, epoch_rows
+from far.training.trajectories import GROUP, POINTS, TrajectoryConfig
+
+# What an adapted backbone is asked again; otherwise its z is read.
+_ADAPTED = ("tokens", "order", "known", "wanted", "labels")
+_LOOP = LoopConfig(
+    steps=4000, batch_size=256, learning_rate=1e-3, schedule="cosine", weight_decay=0.0, gradient_clip=1.0, ema_decay=0.999,
+    checkpoint_every=500, evaluate_every=1000,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationConfig:
+    """What ``far distill`` can be told.
+
+    ``samples_per_token`` steps of each trajectory are learnt at a time; ``adapter_rank`` is that of the backbone's low-rank
+    adapters, 0 for none. The student's head has the size of the teacher's.
+    """
+
+    trajectories: TrajectoryConfig = TrajectoryConfig()
+    training: LoopConfig = _LOOP
+    samples_per_token: int = 4
+    adapter_rank: int = 0
+
+    def __post_init__(self) -> None:
+        if self.training.batch_size % GROUP:
+            raise InputError(f"training.batch_size {self.training.batch_size} must be a multiple of {GROUP}, the images of a group")
+        if self.samples_per_token < 1 or self.adapter_rank < 0:
+            raise InputError(f"samples_per_token {self.samples_per_token} must be positive, adapter_rank {self.adapter_rank} at least 0")
+
+
+class DistillationTask:
+    """See :class:`far.training.loop.Task`."""
+
+    def __init__(self, teacher: Pipeline, config: DistillationConfig, trajectories: Path) -> None:
+        self.teacher, self.config = teacher, config
+        self.rows = ShardReader(trajectories, "trajectories", verify=True)
+        self.groups = len(self.rows) // GROUP - 1  # the last one is held out
+        if self.groups < 1:
+            raise InputError(f"trajectories.images {config.trajectories.images}: give more than {GROUP}, since a group is held out")
+        self.module = _student(teacher.model, config)
+        self.adapters: list[nn.Parameter] = []
+        if config.adapter_rank:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(config.training.seed)
+                self.adapters = add_adapters(self.module.backbone, config.adapter_rank)
+        self.results: dict[str, Any] = {}
+
+    def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
+        """The head, and the adapters where there are any; weight decay, if any, is the same for all."""
+        return [
+            {"params": [*self.module.head.parameters(), *self.adapters], "lr": config.learning_rate, "weight_decay": config.weight_decay}
+        ]
+
+    def batch(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Whole groups of rows."""
+        groups = epoch_rows(step, self.config.training.batch_size // GROUP, self.groups, self.config.training.seed)
+        return self._read(groups)
+
+    def _read(self, groups: Tensor) -> dict[str, Tensor]:
+        rows = (groups.unsqueeze(1) * GROUP + torch.arange(GROUP)).flatten()
+        names = ["paths", "scale", *(_ADAPTED if self.adapters else ("z",))]
+        found = {name: self.rows.rows(name, rows) for name in names}
+        return {name: (tensor.float() if tensor.is_floating_point() else tensor).to(self.teacher.device) for name, tensor in found.items()}
+
+    def loss(self, step: int, batch: dict[str, Tensor], ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean velocity over a step of a trajectory, of random start and length, against where the trajectory goes."""
+        head = self.module.head
+        assert isinstance(head, FlowMapHead)
+        paths, scale, z = batch["paths"].flatten(0, 1), batch["scale"].flatten(), self._conditions(self.module, batch).flatten(0, 1)
+        start, end = draw_spans((self.config.samples_per_token, len(paths)), generator)
+        s, t = start.to(paths.device) / (POINTS - 1), end.to(paths.device) / (POINTS - 1)
+        token = torch.arange(len(paths), device=paths.device)
+        x, goal = paths[token, start.to(paths.device)], paths[token, end.to(paths.device)]
+        target = (goal - x) / (t - s).unsqueeze(-1)
+        loss = (head.mean_velocity(x, s, t, z, scale) - target).square().mean()
+        return loss, {}
+
+    def _conditions(self, module: FAR, batch: dict[str, Tensor]) -> Tensor:
+        """``z [b, m, width]``: as they were written, or of the adapted backbone, a group at a time."""
+        if not self.adapters:
+            return batch["z"]
+        parts = []
+        for tokens, order, known, wanted, labels in zip(
+            *(batch[name].split(GROUP) for name in ("tokens", "order", "known", "wanted", "labels"))
+        ):
+            parts.append(module.backbone.condition(tokens, order[:, : int(known[0])], wanted, labels))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        """How far 1, 2 and 4 steps end from the teacher's held-out trajectories, in deviations; and a sample sheet."""
+        assert isinstance(ema, FAR)
+        batch = self._read(torch.tensor([self.groups]))
+        z = self._conditions(ema, batch)
+        for steps in (1, 2, 4):
+            error = (end_points(ema.head, batch["paths"][..., 0, :], z, batch["scale"], steps) - batch["paths"][..., -1, :]).square().mean()
+            self.results[f"error of {steps} steps"] = math.sqrt(float(error))
+        pipeline = self._pipeline(ema)
+        if pipeline.autoencoder is not None:
+            shown = [number % len(pipeline.classes) for number in range(64)]
+            save_png(grid(pipeline.draw(sorted(shown), range(64))), folder / "samples" / f"step-{step:08d}.png", {"step": step})
+        self.results["step"] = step
+        self.publish(ema, folder)
+        return {name: value for name, value in self.results.items() if name != "step"}
+
+    def publish(self, ema: nn.Module, folder: Path) -> None:
+        """Write the EMA weights as a pipeline folder, adapters merged."""
+        self._pipeline(ema).save_pretrained(folder)
+
+    def _pipeline(self, ema: nn.Module) -> Pipeline:
+        assert isinstance(ema, FAR)
+        teacher = self.teacher
+        defaults = dataclasses.replace(
+            teacher.defaults, head_steps=2, guidance=min(teacher.defaults.guidance, self.config.trajectories.max_guidance)
+        )
+        return Pipeline(merged(ema), teacher.autoencoder, teacher.classes, defaults, self.results)
+
+
+def _student(teacher: FAR, config: DistillationConfig) -> FAR:
+    """The teacher's backbone, frozen, and a fresh flow-map head of the teacher's size."""
+    head = dataclasses.replace(
+        teacher.config.network.head, kind="flow_map", samples_per_token=max(2, config.samples_per_token),
+        max_guidance=config.trajectories.max_guidance, token_limit=None, flow_steps=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.training.seed)
+        student = FAR(dataclasses.replace(teacher.config, network=dataclasses.replace(teacher.config.network, head=head)))
+    student.backbone.load_state_dict(copy.deepcopy(teacher.backbone.state_dict()))
+    student.backbone.requires_grad_(False)
+    return student
+
+
+def draw_spans(shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """First and last point of steps along trajectories: any length alike, then any start that it fits."""
+    length = torch.randint(1, POINTS, shape, generator=generator)
+    start = (torch.rand(shape, generator=generator) * (POINTS - length)).long()
+    return start, start + length
+
+
+def end_points(head: nn.Module, noise: Tensor, z: Tensor, scale: Tensor, steps: int) -> Tensor:
+    """Where ``steps`` steps of the map end, at a scale a token: ``[…, channels]``."""
+    assert isinstance(head, FlowMapHead)
+    x = noise
+    for step in range(steps):
+        s, t = x.new_tensor(step / steps), x.new_tensor((step + 1) / steps)
+        x = x + (t - s) * head.mean_velocity(x, s, t, z, scale)
+    return x

@@ -1,0 +1,194 @@
+"""What a head is distilled from: conditions of a teacher's backbone, and its head's deterministic trajectories over them.
+
+The backbone runs once an image (twice for guidance), whatever the number of head steps, and the result stays on disk.
+How a student learns from it is in ``far.training.distillation``.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from far.autoencoder import Autoencoder, Posterior
+from far.data.latents import open_latents
+from far.data.shards import ShardWriter
+from far.errors import InputError
+from far.files import sha256
+from far.heads.flow import heun
+from far.model import FAR
+from far.pipeline import Pipeline
+from far.sampling import SeededNoise, sample
+from far.tokens import cosine_token_counts, raster_orders
+
+# Images that know equally many tokens, so that the backbone can take them together.
+GROUP = 64
+# A trajectory is kept at 0, 1/8 … 1, and integrated by this many Heun steps from one point to the next.
+POINTS = 9
+SUBSTEPS = 2
+_SHARD_GROUPS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class TrajectoryConfig:
+    """What is computed once, before training.
+
+    Attributes:
+        images: how many, rounded up to whole groups of 64.
+        tokens_per_image: of which conditions and trajectories are kept, at most the model's tokens.
+        max_guidance: scales are drawn between 1 and this.
+        label_drop: the share of images without their class, so that the student keeps the unconditional half of guidance.
+        token_limit: for teachers trained briefly, see :class:`far.heads.HeadConfig`; None takes the teacher's.
+        seed: of everything drawn.
+    """
+
+    images: int = 20_000
+    tokens_per_image: int = 8
+    max_guidance: float = 4.0
+    label_drop: float = 0.1
+    token_limit: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("images", "tokens_per_image"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} must be positive")
+        if not 0 <= self.label_drop < 1:
+            raise InputError(f"label_drop {self.label_drop} must be at least 0 and below 1")
+
+
+def load_teacher(folder: Path, config: TrajectoryConfig, device: str) -> Pipeline:
+    """The model to be distilled, its head's predicted tokens limited where the config says so."""
+    teacher = Pipeline.from_pretrained(folder, device=device)
+    if config.token_limit is not None:
+        teacher.model.head.config = dataclasses.replace(teacher.model.head.config, token_limit=config.token_limit)
+    return teacher
+
+
+@torch.no_grad()
+def write_trajectories(teacher: Pipeline, weights: Path, config: TrajectoryConfig, folder: Path, latents: Path | None) -> None:
+    """Fill ``folder``; continues where it stopped.
+
+    Rows are images: ``tokens [n, channels]``, ``labels``, ``order [n]`` of positions, of which the first ``known`` are known,
+    ``wanted [m]`` positions, their ``z [m, width]``, guidance ``scale [m]``, and ``paths [m, 9, channels]``.
+
+    Args:
+        weights: the teacher's folder, whose fingerprint is kept with the rows.
+        latents: a latent cache; without it, the teacher draws the images itself, as its default sampling values say.
+
+    Raises:
+        InputError: the teacher's head has no velocity, or the folder holds other trajectories.
+    """
+    meta = {
+        "kind": "trajectories", "teacher": sha256(weights / "model.safetensors"), "classes": teacher.classes,
+        "latents": "drawn by the teacher" if latents is None else str(latents), **dataclasses.asdict(config),
+    }  # fmt: skip
+    writer = ShardWriter(folder, meta)
+    if writer.complete:
+        return
+    groups = -(-config.images // GROUP)
+    images = _drawn(teacher, config.seed) if latents is None else _cached(teacher, latents, config.seed)
+    with tqdm(total=groups * GROUP, initial=writer.cursor * GROUP, desc="teacher's trajectories", unit="img", mininterval=1) as bar:
+        while writer.cursor < groups:
+            chunk = range(writer.cursor, min(writer.cursor + _SHARD_GROUPS, groups))
+            rows = []
+            for group in chunk:
+                generator = torch.Generator().manual_seed(config.seed * 1_000_003 + group)
+                rows.append(group_rows(teacher.model, *images(group, generator), config, teacher.defaults.ar_steps, generator))
+                bar.update(GROUP)
+            writer.write({name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]}, cursor=chunk.stop)
+    writer.finish()
+
+
+Images = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+
+
+def _cached(teacher: Pipeline, folder: Path, seed: int) -> Images:
+    """Latents ``[64, c, h, w]`` and labels of a group, drawn from a latent cache: another part of a permutation each, and flips."""
+    autoencoder = _autoencoder(teacher)
+    reader = open_latents(folder, autoencoder)
+    if len(reader.meta["classes"]) != len(teacher.classes):
+        raise InputError(
+            f"{folder} has {len(reader.meta['classes'])} classes, the teacher {len(teacher.classes)}; give latents of its own data"
+        )
+    order, labels = torch.randperm(len(reader), generator=torch.Generator().manual_seed(seed)), reader.all("labels")
+
+    def read(group: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        rows = order[torch.arange(group * GROUP, (group + 1) * GROUP) % len(order)]
+        flips = torch.randint(0, 2, (GROUP,), generator=generator)
+        posterior = Posterior(reader.rows("moments", rows)[torch.arange(GROUP), flips].float())
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        return autoencoder.normalize(posterior.sample(noise).to(teacher.device)), labels[rows].to(teacher.device)
+
+    return read
+
+
+def _autoencoder(teacher: Pipeline) -> Autoencoder:
+    if teacher.autoencoder is None:
+        raise InputError("the teacher has no autoencoder to read latents with; add one with: far convert kl16 KL16.ckpt THE_SAME_FOLDER")
+    return teacher.autoencoder
+
+
+def _drawn(teacher: Pipeline, seed: int) -> Images:
+    """The same of the teacher's own samples, every class alike."""
+
+    def draw(group: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        numbers = range(group * GROUP, (group + 1) * GROUP)
+        labels = torch.tensor([number % len(teacher.classes) for number in numbers], device=teacher.device)
+        noise = SeededNoise([seed * 1_000_003 + number for number in numbers], teacher.device)
+        return sample(teacher.model, labels, noise, teacher.defaults), labels
+
+    return draw
+
+
+def group_rows(
+    model: FAR, latents: Tensor, labels: Tensor, config: TrajectoryConfig, ar_steps: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The rows of one group; see :func:`write_trajectories`."""
+    tokens = model.constrain(model.tokens(latents))
+    order, known, wanted = draw_positions(model, len(tokens), config.tokens_per_image, ar_steps, generator)
+    dropped = (torch.rand(len(labels), generator=generator) < config.label_drop).to(labels.device)
+    labels = torch.where(dropped, model.null_label, labels)
+    z = model.backbone.condition(tokens, order[:, :known], wanted, labels)
+    z_uncond = model.backbone.condition(tokens, order[:, :known], wanted, torch.full_like(labels, model.null_label))
+    scale = 1 + (config.max_guidance - 1) * torch.rand(wanted.shape, generator=generator).to(labels.device)
+    noise = torch.randn(*wanted.shape, tokens.shape[-1], generator=generator).to(labels.device)
+    paths = trajectories(
+        lambda x, t: model.head.velocity(x, x.new_full(x.shape[:-1], t), z, z_uncond, scale.unsqueeze(-1)), noise, POINTS, SUBSTEPS
+    )
+    half = {"tokens": tokens, "z": z, "scale": scale, "paths": paths}
+    return {
+        **{name: tensor.to(torch.float16) for name, tensor in half.items()},
+        "labels": labels, "order": order, "wanted": wanted, "known": torch.full_like(labels, known),
+    }  # fmt: skip
+
+
+def draw_positions(model: FAR, batch: int, wanted: int, ar_steps: int, generator: torch.Generator) -> tuple[Tensor, int, Tensor]:
+    """Orders ``[batch, n]``, how many of their first positions are known, and which are wanted ``[batch, wanted]``, as in sampling.
+
+    The known tokens are those before the AR step that draws a token chosen at random.
+    """
+    device, tokens = next(model.parameters()).device, model.config.tokens
+    wanted = min(wanted, tokens)
+    chosen = int(torch.randint(0, tokens, (), generator=generator))
+    if not model.backbone.any_order:
+        # Teacher forcing: z of the tokens before comes in the same pass.
+        order, known = raster_orders(tokens, batch).to(device), max(chosen, wanted - 1)
+        return order, known, order[:, known + 1 - wanted : known + 1]
+    order = torch.rand(batch, tokens, generator=generator).argsort(dim=1).to(device)
+    starts = itertools.accumulate(cosine_token_counts(tokens, min(ar_steps, tokens)), initial=0)
+    known = min(max(start for start in starts if start <= chosen), tokens - wanted)
+    return order, known, order[:, known : known + wanted]
+
+
+def trajectories(velocity: Callable[[Tensor, float], Tensor], noise: Tensor, points: int, substeps: int) -> Tensor:
+    """Where the flow of ``velocity`` takes ``noise […, channels]`` at ``points`` equal times from 0 to 1: ``[…, points, channels]``."""
+    step = 1 / (points - 1)
+    path = [noise]
+    for point in range(points - 1):
+        # The solver's own time runs from 0 to 1 within the step.
+        path.append(heun(lambda x, u, start=point * step: step * velocity(x, start + u * step), path[-1], substeps))  # type: ignore[misc]
+    return torch.stack(path, dim=-2)
