@@ -16,7 +16,6 @@ from exact import ExactNetwork
 from torch import Tensor, nn
 
 from far.errors import InputError
-from far.heads.flow import FlowHead
 from far.heads.flow_map import TIME_UNIT, FlowMapHead, _Field, adaptive, logistic_normal
 from far.heads.head import Head, HeadConfig, TokenLoss
 from far.training.ema import Ema
@@ -25,6 +24,8 @@ OBJECTIVES = ["lagrangian", "mean_flow"]
 DEVIATION = 0.5
 WEIGHTS, CENTRES, DEVIATIONS = torch.tensor([0.3, 0.7]).double(), torch.tensor([-1.0, 1.0]).double(), torch.tensor([0.3, 0.5]).double()
 UNCONDITIONAL = -0.3  # the mean of the data without a condition
+# Of the tokens of trained heads. MeanFlow's weights, by the size of a whole token, take the more noise away the more there are.
+CHANNELS = 8
 
 
 class Gaussian:
@@ -257,6 +258,8 @@ def test_velocity_is_the_diagonal() -> None:
     head, (x, z, t) = random_head(max_guidance=3.0), (torch.randn(6, 3), torch.randn(6, 5), torch.rand(6))
     torch.testing.assert_close(head.velocity(x, t, z), head.mean_velocity(x, t, t, z, 1.0))
     assert (head.velocity(x, t, z) - head.mean_velocity(x, t, t + 0.1, z)).abs().max() > 1e-3
+    uncond = head.velocity(x, t, -z)
+    torch.testing.assert_close(head.velocity(x, t, z, -z, 2.5), uncond + 2.5 * (head.velocity(x, t, z) - uncond))
 
 
 # --- Residuals -------------------------------------------------------------------------------------------------
@@ -460,14 +463,16 @@ def test_a_quarter_is_off_the_diagonal_from_flow_steps_on(objective: str, sample
 
 
 def test_plain_flow_matching_before_flow_steps() -> None:
-    """With the exact velocity and a map that is none, only the velocity counts, by the flow head's own loss."""
-    head, flow = exact_head("gaussian", wrong=3.0), FlowHead(HeadConfig("flow", 8, 1), 1, 1)
+    """With the exact velocity and a map that is none, only the velocity counts, at every time."""
+    head = exact_head("gaussian", wrong=3.0)
     head.config = HeadConfig("flow_map", flow_steps=1)
-    flow.velocity = lambda x, t, z: DATA["gaussian"].velocity(x, t.unsqueeze(-1), z)  # type: ignore[method-assign]
     x, z = normal(100, 1), normal(100, 1, seed=1)
-    found, expected = (each.loss(x, z, generator(), each, step=0) for each in (head, flow))
-    torch.testing.assert_close(found.value, expected.value, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.t, expected.t)
+    loss = head.loss(x, z, generator(), head)
+    noise, s, t = head._draw(x, 0, generator())
+    assert torch.equal(s, t)
+    s = s.unsqueeze(-1)
+    off = DATA["gaussian"].velocity((1 - s) * noise + s * x, s, z) - (x - noise)
+    torch.testing.assert_close(loss.rows.view(4, 100), off.square().squeeze(-1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -481,8 +486,8 @@ def test_times(objective: str) -> None:
     assert s.min() >= 0
     assert t.max() <= 1
 
-    def below(value: Any) -> Any:  # MeanFlow's times are logistic normal
-        return scipy.stats.norm.cdf(scipy.special.logit(value), 0.4, 1.0) if objective == "mean_flow" else value
+    def below(value: Any) -> Any:  # MeanFlow's logistic normal
+        return scipy.stats.norm.cdf(scipy.special.logit(value), 0.4, 1.0)
 
     for found, expected in (
         (s[0], lambda value: 1 - (1 - below(value)) ** 2),
@@ -490,8 +495,6 @@ def test_times(objective: str) -> None:
         (s[1:].flatten(), below),
     ):
         assert scipy.stats.kstest(found.double().numpy(), expected).pvalue > 0.01
-    if objective == "lagrangian":  # uniform on the triangle: the length is then as the earlier time is
-        assert scipy.stats.kstest((t[0] - s[0]).double().numpy(), lambda value: 1 - (1 - value) ** 2).pvalue > 0.01
 
 
 def test_extreme_times_are_finite() -> None:
@@ -501,13 +504,13 @@ def test_extreme_times_are_finite() -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_which_losses_are_weighted(objective: str) -> None:
-    """Each of them by its own size, which is not differentiated: all of MeanFlow, and of Lagrangian what has no noise."""
+    """Flow and MeanFlow by their own size; a Lagrangian one, which has no noise, as it is, times 1.5."""
     head = random_head(objective)
     loss = head.loss(torch.randn(7, 3), torch.randn(7, 5), generator(), head)
     rows = loss.rows.view(4, 7)
     weighted = rows / (rows + 1e-3)
     if objective == "lagrangian":
-        weighted[1:] = rows[1:]
+        weighted[0] = 1.5 * rows[0]
     torch.testing.assert_close(loss.value.detach(), weighted.mean(dim=0))
 
 
@@ -563,7 +566,7 @@ def train(head: Head, steps: int, batch: int, z_uncond: Tensor | None = None) ->
     draws = generator()
     for step in range(steps):
         z = 2 * torch.rand(batch, 1, generator=draws) - 1
-        x = z + DEVIATION * torch.randn(batch, 1, generator=draws)
+        x = z + DEVIATION * torch.randn(batch, CHANNELS, generator=draws)
         optimizer.zero_grad()
         loss: TokenLoss = head.loss(x, z, draws, ema.module, step=step, z_uncond=z_uncond)  # type: ignore[arg-type]
         loss.value.mean().backward()
@@ -573,7 +576,7 @@ def train(head: Head, steps: int, batch: int, z_uncond: Tensor | None = None) ->
     return ema.module  # type: ignore[return-value]
 
 
-MEANS, NOISE = torch.linspace(-1, 1, 4000).unsqueeze(-1), normal(4000, 1, seed=9).float()
+MEANS, NOISE = torch.linspace(-1, 1, 1000).unsqueeze(-1), normal(1000, CHANNELS, seed=9).float()
 
 
 @torch.no_grad()
@@ -584,10 +587,10 @@ def one_step_error(head: Head) -> float:
 def test_a_trained_lagrangian_head_and_one_of_flow_only() -> None:
     """In one step the first is at the data; the other, which knows the velocity only, is near their mean: DEVIATION off."""
     torch.manual_seed(0)
-    head = train(FlowMapHead(HeadConfig("flow_map", 32, 1), 1, 1), 400, 64)
-    assert one_step_error(head) < 0.17
+    head = train(FlowMapHead(HeadConfig("flow_map", 32, 1), CHANNELS, 1), 300, 64)
+    assert one_step_error(head) < 0.15
     torch.manual_seed(0)
-    never = train(FlowMapHead(HeadConfig("flow_map", 32, 1, flow_steps=10**9), 1, 1), 100, 64)
+    never = train(FlowMapHead(HeadConfig("flow_map", 32, 1, flow_steps=10**9), CHANNELS, 1), 100, 64)
     assert one_step_error(never) > 0.3
     with torch.no_grad():
         euler = NOISE + head.velocity(NOISE, torch.tensor(0.0), MEANS)  # type: ignore[operator]
@@ -598,16 +601,16 @@ def test_a_trained_lagrangian_head_and_one_of_flow_only() -> None:
 
 @torch.no_grad()
 def test_a_trained_meanflow_head() -> None:
-    """MeanFlow learns slowly, and its times are seldom near 0 and 1: the whole step is only rough so soon, those within are not."""
+    """It learns slowly, and its times are seldom near 0 and 1: the whole step is only rough so soon, those within are not."""
     torch.manual_seed(0)
     with torch.enable_grad():
-        head = train(FlowMapHead(HeadConfig("flow_map", 32, 1, objective="mean_flow"), 1, 1), 300, 128)
+        head = train(FlowMapHead(HeadConfig("flow_map", 32, 1, objective="mean_flow"), CHANNELS, 1), 300, 64)
     assert isinstance(head, FlowMapHead)
     data = DATA["gaussian"]
     s, t = torch.tensor(0.3), torch.tensor(0.8)
     x = data.points(NOISE, s, MEANS)
     exact = (data.flow_map(x, s, t, MEANS) - x) / (t - s)
-    assert rms(head.mean_velocity(x, s, t, MEANS) - exact) < 0.2
+    assert rms(head.mean_velocity(x, s, t, MEANS) - exact) < 0.15
     assert rms(data.velocity(x, s, MEANS) - exact) > 0.3
     euler = NOISE + head.velocity(NOISE, torch.tensor(0.0), MEANS)
     assert one_step_error(head) < 0.8 * rms(euler - (MEANS + DEVIATION * NOISE))
@@ -618,8 +621,8 @@ def test_a_trained_head_knows_guidance() -> None:
     """Its one pass gives what two passes give in many steps, and what is exact: the mean moved by the scale, the same deviation."""
     torch.manual_seed(0)
     with torch.enable_grad():
-        network = FlowMapHead(HeadConfig("flow_map", 32, 1, max_guidance=3.0), 1, 1)
-        head = train(network, 350, 64, torch.full((32, 1), UNCONDITIONAL))
+        network = FlowMapHead(HeadConfig("flow_map", 32, 1, max_guidance=3.0), CHANNELS, 1)
+        head = train(network, 400, 64, torch.full((32, 1), UNCONDITIONAL))
     z_uncond = torch.full_like(MEANS, UNCONDITIONAL)
     plain = head.sample(MEANS, lambda: NOISE, steps=1)
     for scale in (1.0, 2.0, 2.8):
@@ -627,8 +630,8 @@ def test_a_trained_head_knows_guidance() -> None:
         two = head.sample(MEANS, lambda: NOISE, steps=32, z_uncond=z_uncond, guidance=scale)
         for steps in (1, 2, 8):
             one = head.sample(MEANS, lambda: NOISE, steps=steps, guidance=scale)
-            assert rms(one - exact) < 0.08 * (1 + scale)
-            assert rms(one - two) < 0.08 * (1 + scale)
+            assert rms(one - exact) < 0.07 * (1 + scale)
+            assert rms(one - two) < 0.07 * (1 + scale)
         assert scale == 1.0 or rms(plain - exact) > 0.5
 
 
