@@ -1,6 +1,7 @@
 """The whole model: its sizes, and the training loss through backbone and head."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 from far.backbone import CausalConfig, MaskedConfig
 from far.errors import InputError
-from far.heads import HEADS, HeadConfig
+from far.heads import HEADS, HeadConfig, TokenLoss
 from far.model import FAR, PRESETS, ModelConfig, NetworkConfig, preset
 from far.sampling import SamplingConfig, SeededNoise, sample
 from far.training.ema import Ema
@@ -20,9 +21,16 @@ CAUSAL = CausalConfig(width=16, depth=2, heads=2, buffer=2, dropout=0.0)
 BACKBONES = {"masked": BACKBONE, "causal": CAUSAL}
 
 
-def tiny(kind: str, patch: int = 1, grid: tuple[int, int] = (4, 6), backbone: MaskedConfig | CausalConfig = BACKBONE) -> FAR:
+def tiny(
+    kind: str,
+    patch: int = 1,
+    grid: tuple[int, int] = (4, 6),
+    backbone: MaskedConfig | CausalConfig = BACKBONE,
+    max_guidance: float | None = None,
+) -> FAR:
     torch.manual_seed(0)
-    model = FAR(ModelConfig(NetworkConfig(backbone, HeadConfig(kind, 16, 1, 2), patch), 5, 3, grid))  # type: ignore[arg-type]
+    head = HeadConfig(kind, 16, 1, 2, max_guidance=max_guidance)  # type: ignore[arg-type]
+    model = FAR(ModelConfig(NetworkConfig(backbone, head, patch), 5, 3, grid))
     with torch.no_grad():  # freshly initialised heads give zeros
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -147,10 +155,54 @@ def test_share_of_dropped_labels() -> None:
     assert torch.equal(seen[0][~dropped], labels[~dropped])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def record_conditions(
+    model: FAR, latents: Tensor, labels: Tensor, label_drop: float, monkeypatch: pytest.MonkeyPatch
+) -> list[Tensor | None]:
+    """``z`` and ``z_uncond`` that the head learns from."""
+    found: list[Tensor | None] = []
+    head = model.head.loss
+
+    def spy(x: Tensor, z: Tensor, *rest: Any, z_uncond: Tensor | None, **options: Any) -> TokenLoss:
+        found.extend([z, z_uncond])
+        return head(x, z, *rest, z_uncond=z_uncond, **options)
+
+    monkeypatch.setattr(model.head, "loss", spy)
+    loss(model, latents, labels, label_drop).mean().backward()
+    monkeypatch.undo()
+    return found
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_every_parameter_learns_and_the_teacher_does_not(kind: str, backbone: str) -> None:
-    model, (latents, labels) = tiny(kind, backbone=BACKBONES[backbone]), batch(32)
+@pytest.mark.parametrize(("size", "half"), [(4, 2), (5, 3), (1, 1)])
+def test_a_head_that_learns_guidance_sees_half_of_the_images_without_class(
+    backbone: str, size: int, half: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the same known tokens: were all labels dropped, it would see the same twice."""
+    model, (latents, labels) = tiny("flow_map", backbone=BACKBONES[backbone], max_guidance=3.0), batch(size)
+    z, z_uncond = record_conditions(model, latents, labels, 0.0, monkeypatch)
+    dropped, _ = record_conditions(model, latents, labels, 1.0, monkeypatch)
+    assert z is not None
+    assert z_uncond is not None
+    assert dropped is not None
+    assert z.requires_grad
+    assert not z_uncond.requires_grad
+    assert len(z_uncond) == len(z) // size * half
+    torch.testing.assert_close(z_uncond, dropped[: len(z_uncond)], rtol=0, atol=1e-5)
+    assert (z_uncond - z[: len(z_uncond)]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_heads_cost_no_second_pass(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, passes = tiny(kind), []
+    model.backbone.class_embedding.register_forward_hook(lambda *arguments: passes.append(1))  # type: ignore[union-attr, operator]
+    assert record_conditions(model, *batch(), 0.1, monkeypatch)[1] is None
+    assert len(passes) == 1
+
+
+@pytest.mark.parametrize(("kind", "max_guidance"), [*((kind, None) for kind in KINDS), ("flow_map", 3.0)])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_parameter_learns_and_the_teacher_does_not(kind: str, max_guidance: float | None, backbone: str) -> None:
+    model, (latents, labels) = tiny(kind, backbone=BACKBONES[backbone], max_guidance=max_guidance), batch(32)
     teacher = Ema(model, 0.9).module
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     for seed in range(5):  # some masks leave no token known

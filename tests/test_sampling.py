@@ -19,10 +19,10 @@ KINDS = sorted(HEADS)
 CPU = torch.device("cpu")
 
 
-def tiny(kind: str, patch: int = 1, causal: bool = False, spherical: bool = False, token_limit: float | None = None) -> FAR:
+def tiny(kind: str, patch: int = 1, causal: bool = False, spherical: bool = False, **head: float | None) -> FAR:
     torch.manual_seed(0)
     backbone = CausalConfig(width=16, depth=2, heads=2, buffer=2) if causal else MaskedConfig(16, 2, 2, 24, 1, 2, buffer=2)
-    network = NetworkConfig(backbone, HeadConfig(kind, 16, 1, token_limit=token_limit), patch, spherical)  # type: ignore[arg-type]
+    network = NetworkConfig(backbone, HeadConfig(kind, 16, 1, **head), patch, spherical)  # type: ignore[arg-type]
     model = FAR(ModelConfig(network, 5, 3, (4, 6)))
     with torch.no_grad():  # freshly initialised heads give zeros
         for parameter in model.parameters():
@@ -269,6 +269,87 @@ def test_guidance_and_temperature_act(kind: str) -> None:
             assert (images[a] - images[b]).abs().max() > 1e-3
 
 
+# --- Guidance that the head has learnt -----------------------------------------------------------------------
+
+
+LEARNT = {name: tiny("flow_map", causal=name == "causal", max_guidance=3.0) for name in ("masked", "causal")}
+
+
+def record_scales(model: FAR, config: SamplingConfig, monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, bool]]:
+    """The scale that the head is given at each AR step, and whether an unconditional half came with it."""
+    found: list[tuple[float, bool]] = []
+    head = model.head.sample
+
+    def spy(z: Tensor, normal: Any, **rest: Any) -> Tensor:
+        found.append((rest["guidance"], rest["z_uncond"] is not None))
+        return head(z, normal, **rest)
+
+    monkeypatch.setattr(model.head, "sample", spy)
+    draw(model, [0, 1], [1, 2], config)
+    monkeypatch.undo()
+    return found
+
+
+def rows_of_passes(model: FAR, config: SamplingConfig) -> set[int]:
+    """How many rows the backbone is computed for."""
+    rows: list[int] = []
+    norm = model.backbone.norm if isinstance(model.backbone, CausalBackbone) else model.backbone.decoder_norm
+    hook = norm.register_forward_hook(lambda module, arguments, output: rows.append(len(output)))  # type: ignore[union-attr, operator]
+    draw(model, [0, 1], [1, 2], config)
+    hook.remove()
+    return set(rows)
+
+
+@pytest.mark.parametrize("name", LEARNT)
+def test_one_pass_where_the_head_has_learnt_the_scale(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = LEARNT[name], SamplingConfig(24, 2, 3.0, "constant")
+    rows = {passes: rows_of_passes(model, dataclasses.replace(config, guidance_passes=passes)) for passes in (None, 1, 2)}
+    assert rows == {None: {2}, 1: {2}, 2: {4}}
+    images = {passes: draw(model, [0, 1], [1, 2], dataclasses.replace(config, guidance_passes=passes)) for passes in (None, 1, 2)}
+    assert torch.equal(images[None], images[1])
+    assert not torch.isclose(images[1], images[2]).any(dim=1).all(), "an untrained head's guidance is another"
+    assert record_scales(model, config, monkeypatch) == [(3.0, False)] * 24
+    assert record_scales(model, dataclasses.replace(config, guidance_passes=2), monkeypatch) == [(3.0, True)] * 24
+
+
+@pytest.mark.parametrize("name", LEARNT)
+@pytest.mark.parametrize("scale", [3.1, 0.5])
+def test_two_passes_for_a_scale_that_the_head_has_not_learnt(name: str, scale: float) -> None:
+    config = SamplingConfig(24, 1, scale, "constant")
+    assert rows_of_passes(LEARNT[name], config) == {4}
+    with pytest.raises(InputError, match=rf"guidance_passes 1: .* no guidance of {scale} \(up to 3\); give 2") as caught:
+        draw(LEARNT[name], [0], [1], dataclasses.replace(config, guidance_passes=1))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model", [MODELS["shortcut"], MODELS["flow_map"], CAUSAL["causal shortcut"]])
+def test_one_pass_is_refused_where_the_head_has_learnt_no_guidance(model: FAR) -> None:
+    config = SamplingConfig(24, 1, 2.0, guidance_passes=1)
+    with pytest.raises(InputError, match=r"guidance_passes 1: this model's head has learnt no guidance of 2 \(none\); give 2") as caught:
+        draw(model, [0], [1], config)
+    assert "\n" not in str(caught.value)
+    plain = dataclasses.replace(config, guidance=1.0)  # nothing to be learnt
+    assert torch.equal(draw(model, [0], [1], plain), draw(model, [0], [1], dataclasses.replace(plain, guidance_passes=None)))
+
+
+@pytest.mark.parametrize("name", LEARNT)
+def test_learnt_guidance_keeps_schedule_and_interval(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SamplingConfig(24, 1, 3.0, guidance_interval=(0.25, 0.5))
+    scales = config.guidance_scales([1] * 24 if name == "causal" else cosine_token_counts(24, 24))
+    assert 1.0 in scales
+    assert max(scales) > 1.5
+    assert record_scales(LEARNT[name], config, monkeypatch) == [(scale, False) for scale in scales]
+
+
+def test_learnt_guidance_with_approximations() -> None:
+    """Keys and values may be kept; of the unconditional half there is nothing to keep."""
+    config = SamplingConfig(8, 1, 2.0, refresh_every=4, guidance_every=4)
+    assert rows_of_passes(LEARNT["masked"], config) == {2}
+    assert torch.equal(
+        draw(LEARNT["masked"], [0], [1], config), draw(LEARNT["masked"], [0], [1], dataclasses.replace(config, guidance_every=1))
+    )
+
+
 # --- Approximations of masked models ---------------------------------------------------------------------
 
 
@@ -408,6 +489,8 @@ def test_annealed_head_steps() -> None:
         ({"guidance_interval": (0.5, 1.1)}, "guidance_interval"),
         ({"guidance_interval": (0.5,)}, "guidance_interval"),
         ({"guidance_interval": (math.nan, 1.0)}, "guidance_interval"),
+        ({"guidance_passes": 0}, "guidance_passes 0: give 1 or 2, or leave it out"),
+        ({"guidance_passes": 3}, "guidance_passes 3: give 1 or 2, or leave it out"),
         ({"temperature": 0.0}, "temperature 0.0"),
         ({"order": "checkerboard"}, "order 'checkerboard': choose random or halton"),
         ({"refresh_every": 0}, "refresh_every 0 must be positive; 1 is exact"),

@@ -1,4 +1,4 @@
-"""Training only a head on another model's frozen backbone."""
+"""Training of the generator: a head on another model's frozen backbone, and one that learns guidance."""
 
 import json
 from pathlib import Path
@@ -53,3 +53,24 @@ def test_a_backbone_of_other_sizes_is_refused(recipe: Path, joint: Path, overrid
 def test_a_missing_backbone_is_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(recipe), "generator.frozen_backbone=nowhere"]) == 2
     assert "weights 'nowhere': no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("objective", ["lagrangian", "mean_flow"])
+def test_a_flow_map_head_is_trained_and_guided_in_one_pass(recipe: Path, objective: str) -> None:
+    """Its second loss is logged from ``flow_steps`` on, and the pipeline that comes of it knows the scales."""
+    head = f"{{kind: flow_map, width: 16, depth: 1, max_guidance: 3.0, flow_steps: 10, objective: {objective}}}"
+    assert main(["train", str(recipe), f"generator.network.head={head}", "generator.sampling.guidance=2.0"]) == 0
+    folder = recipe.parent / "run" / "model"
+    entries = [entry for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in entry]
+    assert [f"loss_{objective}" in entry for entry in entries] == [False, False, True, True]
+    assert all("loss_flow" in entry for entry in entries)
+    pipeline = Pipeline.from_pretrained(folder)
+    assert pipeline.model.head.max_guidance == 3.0
+    assert pipeline.defaults.guided_in_head(pipeline.model)
+    rows: list[int] = []
+    pipeline.model.backbone.decoder_norm.register_forward_hook(  # type: ignore[union-attr, operator]
+        lambda module, arguments, output: rows.append(len(output))
+    )
+    for passes in (None, 2):
+        pipeline.generate([0, 1], guidance_passes=passes)
+    assert rows == [2, 2, 4, 4]

@@ -51,24 +51,30 @@ def assert_same(a: dict, b: dict) -> None:
             assert torch.equal(value, b["optimizer"]["state"][index][name]), f"optimizer {index} {name}"
 
 
-def test_ten_and_ten_steps_equal_twenty(recipe: Path, tmp_path: Path) -> None:
+# A head that changes its loss on the way, after the training is resumed, and learns guidance.
+FLOW_MAP = ["kind=flow_map", "max_guidance=3.0", "flow_steps=15"]
+
+
+@pytest.mark.parametrize("head", [[], FLOW_MAP, [*FLOW_MAP, "objective=mean_flow"]], ids=["shortcut", "lagrangian", "mean_flow"])
+def test_ten_and_ten_steps_equal_twenty(recipe: Path, tmp_path: Path, head: list[str]) -> None:
+    overrides = [f"generator.network.head.{override}" for override in head]
     # Dropout is on in this recipe: its random numbers must resume too.
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for run in (whole, parts):
         run.mkdir()
         (run / "latents").symlink_to((tmp_path / "run" / "latents").resolve())
     # A cosine over 20 steps needs the same final step in both, so the first half is cut by hand.
-    task, config, folder = make_task(recipe, f"run={whole}")
+    task, config, folder = make_task(recipe, f"run={whole}", *overrides)
     trainer = Trainer(task, config, folder)
     trainer.run()
-    task, config, folder = make_task(recipe, f"run={parts}")
+    task, config, folder = make_task(recipe, f"run={parts}", *overrides)
     first = Trainer(task, config, folder)
     from far.training.loop import Meter
 
     for _ in range(10):
         first.train_step(Meter())
     first.save()
-    task, config, folder = make_task(recipe, f"run={parts}")
+    task, config, folder = make_task(recipe, f"run={parts}", *overrides)
     second = Trainer(task, config, folder)
     second.restore(resume=True)
     assert second.step == 10
