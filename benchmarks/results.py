@@ -68,6 +68,7 @@ class Model:
 
 
 # Heads that learn guidance up to 4 are trained as the others, after a quarter of plain flow matching.
+LEARNT = (1.0, 2.0, 3.0, 4.0)
 FLOW_MAP = ("flow_steps=400", "max_guidance=4.0")
 MODELS = {
     "diffusion": Model("diffusion", (100, 50, 25, 10, 5, (50, 5)), 25),
@@ -78,13 +79,13 @@ MODELS = {
     "frozen-shortcut": Model("shortcut", (8, 4), guidance_of="shortcut", frozen=True, timed=False),
     "frozen-flow": Model("flow", (8,), guidance_of="flow", frozen=True, timed=False),
     # Heads for one or two steps, guided in two passes of the backbone and in one.
-    "flow-map": Model("flow_map", (4, 2, 1), 2, passes=2, overrides=FLOW_MAP),
-    "flow-map-1": Model("flow_map", (4, 2, 1), 2, passes=1, weights_of="flow-map"),
-    "mean-flow": Model("flow_map", (4, 2, 1), 2, passes=2, overrides=("objective=mean_flow", *FLOW_MAP)),
-    "mean-flow-1": Model("flow_map", (4, 2, 1), 2, passes=1, weights_of="mean-flow"),
-    "energy": Model("energy", (1,), 1, overrides=("samples_per_token=4",)),
+    "mean-flow": Model("flow_map", (4, 2, 1), 2, LEARNT, passes=2, overrides=("objective=mean_flow", *FLOW_MAP)),
+    "mean-flow-1": Model("flow_map", (4, 2, 1), 2, LEARNT, passes=1, weights_of="mean-flow"),
+    "flow-map": Model("flow_map", (4, 2, 1), 2, LEARNT[1:], passes=2, overrides=FLOW_MAP),
+    "flow-map-1": Model("flow_map", (4, 2, 1), 2, LEARNT[1:], passes=1, weights_of="flow-map"),
+    "energy": Model("energy", (1,), 1, LEARNT, overrides=("samples_per_token=4",)),
     # The diffusion model, saved as MAR's checkpoints are, converted and distilled.
-    "distilled": Model("distilled", (4, 2, 1), 2, passes=1),
+    "distilled": Model("distilled", (4, 2, 1), 2, LEARNT, passes=1),
 }
 # The row that all others are compared with is drawn from further sampling seeds.
 SPREAD = [("diffusion", 100)]
