@@ -42,7 +42,8 @@ def main() -> None:
         labels = [index % len(pipeline.classes) for index in range(batch)]
         calls = {("diffusion", 100): lambda: baseline.generate(labels, head_steps=100, output="tensor")}
         for steps in (4, 2, 1):
-            calls[pipeline.model.config.network.head.kind, steps] = lambda steps=steps: pipeline.generate(labels, head_steps=steps, output="tensor")
+            key = pipeline.model.config.network.head.kind, steps
+            calls[key] = lambda steps=steps: pipeline.generate(labels, head_steps=steps, output="tensor")
         seconds = paired(calls, arguments.rounds)
         for (kind, steps), times in seconds.items():
             ratio = median_ratio(seconds["diffusion", 100], times)

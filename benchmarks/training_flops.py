@@ -1,4 +1,4 @@
-"""Parameters, and arithmetic of a training step, of the comparison's masked and causal models.
+"""Parameters, and arithmetic of a training step, of the comparison's models.
 
 Multiplications and additions of matrix products and attention, forward and backward, averaged over mask ratios.
 """
@@ -6,6 +6,7 @@ Multiplications and additions of matrix products and attention, forward and back
 from pathlib import Path
 
 import torch
+from results import MODELS, SETS
 from torch.utils.flop_counter import FlopCounterMode
 
 from far.model import FAR, ModelConfig
@@ -19,21 +20,26 @@ def flops(model: FAR) -> float:
     config, generator = model.config, torch.Generator().manual_seed(0)
     total = 0
     for _ in range(STEPS):
-        latents = torch.randn(1, config.latent_channels, *config.grid, generator=generator)
+        latents, labels = torch.randn(2, config.latent_channels, *config.grid, generator=generator), torch.zeros(2, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
-            model.loss(latents, torch.zeros(1, dtype=torch.long), generator, label_drop=0.1, teacher=model).value.mean().backward()
+            # After the steps of flow matching alone. One of the two images teaches guidance, where the head learns it.
+            loss = model.loss(latents, labels, generator, label_drop=0.1, teacher=model, step=1600)
+            loss.value.mean().backward()
         total += counter.get_total_flops()
-    return total / STEPS
+    return total / STEPS / len(latents)
 
 
 def main() -> None:
-    print("| image set | backbone | parameters | GFLOP an image |\n|---|---|---|---|")
-    for name, channels, side, classes in (("avatars-64", 8, 8, 16), ("fashion-mnist", 4, 8, 10)):
-        for suffix in ("", "-causal"):
-            network = load_recipe(Path(f"recipes/comparison/{name}{suffix}.yaml")).generator.network
-            model = FAR(ModelConfig(network, classes, channels, (side, side)))
+    print("| image set | model | parameters | GFLOP an image |\n|---|---|---|---|")
+    for images, channels, classes in ((SETS["avatars-64"], 8, 16), (SETS["fashion-mnist"], 4, 10)):
+        for name, choice in MODELS.items():
+            if choice.frozen or choice.weights_of or name == "distilled":
+                continue
+            overrides = [f"generator.network.head.{override}" for override in (f"kind={choice.head}", *choice.overrides)]
+            network = load_recipe(Path(images.recipe(choice)), overrides).generator.network
+            model = FAR(ModelConfig(network, classes, channels, (8, 8)))
             parameters = sum(parameter.numel() for parameter in model.parameters())
-            print(f"| {name} | {network.backbone.kind} | {parameters:,} | {flops(model) / 1e9:.2f} |")
+            print(f"| {images.name} | {name} | {parameters:,} | {flops(model) / 1e9:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
