@@ -32,7 +32,7 @@ COLOURS = {
 # Rows of the sample grids: a model and its head steps.
 GRID_ROWS = [
     ("diffusion", 100), ("diffusion", 10), ("flow", 8), ("shortcut", 8), ("shortcut", 1), ("causal", 4),
-    ("flow-map-1", 2), ("flow-map-1", 1), ("mean-flow-1", 2), ("mean-flow-1", 1), ("energy", 1), ("distilled", 2),
+    ("mean-flow-1", 2), ("mean-flow-1", 1), ("distilled", 2),
 ]  # fmt: skip
 # Models whose guidance takes two passes and, by the same weights, one.
 GUIDED_TWICE = {"flow-map": "flow-map-1", "mean-flow": "mean-flow-1"}
