@@ -53,6 +53,8 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 1:  # such as the embedding of one guidance scale; the kernel wants rows
+            return self(x.unsqueeze(0)).squeeze(0)  # type: ignore[no-any-return]
         scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12)
         # Zero lies at 128 of 0 … 255, and ±1 at 127 steps from it.
         product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x / scale, 1 / 127, 128, self.packed)

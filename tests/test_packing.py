@@ -101,7 +101,7 @@ def integer_product(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 @integers
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1,), (2,), (7,), (3, 5), (130,)])
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (7,), (3, 5), (130,)])
 def test_eight_bit_products_are_those_of_whole_numbers(shape: tuple[int, ...], bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(96, 80, bias=bias)
