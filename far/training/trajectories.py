@@ -125,6 +125,11 @@ def _cached(teacher: Pipeline, folder: Path, seed: int) -> Images:
         raise InputError(
             f"{folder} has {len(reader.meta['classes'])} classes, the teacher {len(teacher.classes)}; give latents of its own data"
         )
+    size, expected = reader.meta["size"], [side * autoencoder.config.stride for side in teacher.model.config.grid]
+    if [size, size] != expected:
+        raise InputError(
+            f"{folder} is of images of {size}×{size} pixels, the teacher's are {expected[0]}×{expected[1]}; give latents of such"
+        )
     order, labels = torch.randperm(len(reader), generator=torch.Generator().manual_seed(seed)), reader.all("labels")
 
     def read(group: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

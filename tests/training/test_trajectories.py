@@ -323,6 +323,8 @@ def test_a_refusal_leaves_no_folder(diffusion_folder: Path, latents_folder: Path
     writer = ShardWriter(tmp_path / "other", {**other, "classes": ["a", "b"]})
     writer.finish()
     assert "other has 2 classes, the teacher 3; give latents of its own data" in refusal(tmp_path / "other")
+    ShardWriter(tmp_path / "large", {**other, "size": 32}).finish()
+    assert "large is of images of 32×32 pixels, the teacher's are 16×16" in refusal(tmp_path / "large")
     autoencoder, teacher.autoencoder = teacher.autoencoder, None
     assert "the teacher has no autoencoder" in refusal(latents_folder)
     teacher.autoencoder = autoencoder
