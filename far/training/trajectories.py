@@ -185,15 +185,15 @@ def group_rows(
 def draw_positions(model: FAR, batch: int, wanted: int, ar_steps: int, generator: torch.Generator) -> tuple[Tensor, int, Tensor]:
     """Orders ``[batch, n]``, how many of their first positions are known, and which are wanted ``[batch, wanted]``, as in sampling.
 
-    The known tokens are those before the AR step that draws a token chosen at random.
+    The known tokens are those before the AR step that draws a token chosen at random; of causal models, all but the last.
     """
     device, tokens = next(model.parameters()).device, model.config.tokens
     wanted = min(wanted, tokens)
-    chosen = int(torch.randint(0, tokens, (), generator=generator))
     if not model.backbone.any_order:
-        # Teacher forcing: z of the tokens before comes in the same pass.
-        order, known = raster_orders(tokens, batch).to(device), max(chosen, wanted - 1)
-        return order, known, order[:, known + 1 - wanted : known + 1]
+        # Teacher forcing: one pass gives z of every token from those before it, so any may be wanted, each as often as the others.
+        positions = torch.rand(batch, tokens, generator=generator).argsort(dim=1)[:, :wanted]
+        return raster_orders(tokens, batch).to(device), tokens - 1, positions.to(device)
+    chosen = int(torch.randint(0, tokens, (), generator=generator))
     order = torch.rand(batch, tokens, generator=generator).argsort(dim=1).to(device)
     starts = itertools.accumulate(cosine_token_counts(tokens, min(ar_steps, tokens)), initial=0)
     known = min(max(start for start in starts if start <= chosen), tokens - wanted)
