@@ -3,7 +3,6 @@
 The backbone stays as it is, so its conditions are read from disk; or low-rank adapters tune it, and it runs in training.
 """
 
-import copy
 import dataclasses
 import math
 from pathlib import Path
@@ -68,10 +67,13 @@ class DistillationTask:
         self.results: dict[str, Any] = {}
 
     def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
-        """The head, and the adapters where there are any; weight decay, if any, is the same for all."""
-        return [
-            {"params": [*self.module.head.parameters(), *self.adapters], "lr": config.learning_rate, "weight_decay": config.weight_decay}
+        """The head, which may have its own rate, and the adapters where there are any; weight decay is the same for both."""
+        head_rate = config.learning_rate if config.head_learning_rate is None else config.head_learning_rate
+        groups: list[dict[str, Any]] = [
+            {"params": list(self.module.head.parameters()), "lr": head_rate, "weight_decay": config.weight_decay},
+            {"params": self.adapters, "lr": config.learning_rate, "weight_decay": config.weight_decay},
         ]
+        return [group for group in groups if group["params"]]
 
     def batch(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Whole groups of rows."""
@@ -103,9 +105,7 @@ class DistillationTask:
             return batch["z"]
         module.backbone.eval()  # no dropout: the trajectories know none
         parts = []
-        for tokens, order, known, wanted, labels in zip(
-            *(batch[name].split(GROUP) for name in ("tokens", "order", "known", "wanted", "labels"))
-        ):
+        for tokens, order, known, wanted, labels in zip(*(batch[name].split(GROUP) for name in _ADAPTED)):
             parts.append(module.backbone.condition(tokens, order[:, : int(known[0])], wanted, labels))
         return torch.cat(parts)
 
@@ -133,9 +133,9 @@ class DistillationTask:
     def _pipeline(self, ema: nn.Module) -> Pipeline:
         assert isinstance(ema, FAR)
         teacher = self.teacher
-        defaults = dataclasses.replace(
-            teacher.defaults, head_steps=2, guidance=min(teacher.defaults.guidance, self.config.trajectories.max_guidance)
-        )
+        # In one pass of the backbone, whatever the teacher took.
+        guidance = min(teacher.defaults.guidance, self.config.trajectories.max_guidance)
+        defaults = dataclasses.replace(teacher.defaults, head_steps=2, guidance=guidance, guidance_passes=None)
         return Pipeline(merged(ema), teacher.autoencoder, teacher.classes, defaults, self.results)
 
 
@@ -148,7 +148,7 @@ def _student(teacher: FAR, config: DistillationConfig) -> FAR:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.training.seed)
         student = FAR(dataclasses.replace(teacher.config, network=dataclasses.replace(teacher.config.network, head=head)))
-    student.backbone.load_state_dict(copy.deepcopy(teacher.backbone.state_dict()))
+    student.backbone.load_state_dict(teacher.backbone.state_dict())
     student.backbone.requires_grad_(False)
     return student
 

@@ -133,6 +133,7 @@ def test_the_head_alone_is_trained(exact_task: DistillationTask) -> None:
     found = {id(parameter) for group in exact_task.parameter_groups(LoopConfig()) for parameter in group["params"]}
     assert found == {id(parameter) for parameter in exact_task.module.parameters() if parameter.requires_grad}
     assert found == {id(parameter) for parameter in exact_task.module.head.parameters()}
+    assert [group["lr"] for group in exact_task.parameter_groups(LoopConfig(learning_rate=0.1, head_learning_rate=0.02))] == [0.02]
 
 
 def test_errors_are_those_of_the_held_out_group(exact_task: DistillationTask, tmp_path: Path) -> None:
