@@ -23,6 +23,8 @@ class Ema:
     @torch.no_grad()
     def update(self, trained: nn.Module, step: int) -> None:
         weight = 1 - self.decay_at(step)
-        torch._foreach_lerp_(list(self.module.parameters()), list(trained.parameters()), weight)
+        # What is frozen is its own average; of a backbone, reading it would take longer than training the head.
+        pairs = [pair for pair in zip(self.module.parameters(), trained.parameters(), strict=True) if pair[1].requires_grad]
+        torch._foreach_lerp_([average for average, _ in pairs], [parameter for _, parameter in pairs], weight)
         for buffer, current in zip(self.module.buffers(), trained.buffers()):
             buffer.copy_(current)
