@@ -30,6 +30,7 @@ GROUP = 64
 # A trajectory is kept at 0, 1/8 … 1, and integrated by this many Heun steps from one point to the next.
 POINTS = 9
 SUBSTEPS = 2
+# What an interruption can lose: few groups, and one where the teacher draws it, which takes far longer.
 _SHARD_GROUPS = 16
 
 
@@ -93,10 +94,10 @@ def write_trajectories(teacher: Pipeline, weights: Path, config: TrajectoryConfi
         return
     images = _open(teacher, latents, config.seed)
     writer = ShardWriter(folder, meta)  # not before: a folder that is made stays bound to its settings
-    groups = -(-config.images // GROUP)
+    groups, shard = -(-config.images // GROUP), 1 if latents is None else _SHARD_GROUPS
     with tqdm(total=groups * GROUP, initial=writer.cursor * GROUP, desc="teacher's trajectories", unit="img", mininterval=1) as bar:
         while writer.cursor < groups:
-            chunk = range(writer.cursor, min(writer.cursor + _SHARD_GROUPS, groups))
+            chunk = range(writer.cursor, min(writer.cursor + shard, groups))
             rows = []
             for group in chunk:
                 generator = torch.Generator().manual_seed(config.seed * 1_000_003 + group)
@@ -175,9 +176,11 @@ def group_rows(
     paths = trajectories(
         lambda x, t: model.head.velocity(x, x.new_full(x.shape[:-1], t), z, z_uncond, scale.unsqueeze(-1)), noise, POINTS, SUBSTEPS
     )
-    half = {"tokens": tokens, "z": z, "scale": scale, "paths": paths}
+    half = {name: tensor.to(torch.float16) for name, tensor in (("tokens", tokens), ("z", z), ("scale", scale), ("paths", paths))}
+    if not torch.isfinite(half["paths"]).all():
+        raise InputError("the teacher's trajectories leave the range of numbers; bound them, such as by trajectories.token_limit=5.0")
     return {
-        **{name: tensor.to(torch.float16) for name, tensor in half.items()},
+        **half,
         "labels": labels, "order": order, "wanted": wanted, "known": torch.full_like(labels, known),
     }  # fmt: skip
 

@@ -26,6 +26,7 @@ from far.training.trajectories import (
     SUBSTEPS,
     TrajectoryConfig,
     draw_positions,
+    group_rows,
     load_teacher,
     trajectories,
     write_trajectories,
@@ -333,6 +334,17 @@ def test_a_refusal_leaves_no_folder(diffusion_folder: Path, latents_folder: Path
     monkeypatch.setattr(DiffusionHead, "velocity", Head.velocity)
     monkeypatch.setattr(module, "sample", lambda *arguments: pytest.fail("the teacher drew images first"))
     assert "no velocity field" in refusal(None)
+
+
+def test_trajectories_that_explode_are_refused(diffusion_folder: Path, tmp_path: Path) -> None:
+    """Without its limit the untrained teacher's ε becomes a token of thousands at the noisy end."""
+    config = TrajectoryConfig(images=GROUP, tokens_per_image=1, token_limit=1e9)
+    teacher = load_teacher(diffusion_folder, config, "cpu")
+    with torch.no_grad():
+        teacher.model.head.network.output.linear.weight.mul_(100)  # type: ignore[union-attr, operator]
+    latents = torch.randn(GROUP, 2, 4, 4, generator=generator())
+    with torch.no_grad(), pytest.raises(InputError, match=r"trajectories leave the range .* trajectories.token_limit=5.0$"):
+        group_rows(teacher.model, latents, torch.zeros(GROUP, dtype=torch.long), config, 4, generator())
 
 
 def test_the_token_limit_of_the_teacher(diffusion_folder: Path) -> None:
