@@ -29,6 +29,8 @@ def run(arguments: argparse.Namespace) -> None:
     # Before the trajectories, which take long.
     if arguments.out.resolve() == folder.resolve():
         raise InputError(f"{arguments.out} is the teacher, which would be overwritten; choose another folder")
+    if (arguments.out / "config.json").exists() and not (arguments.out / "trajectories").exists():
+        raise InputError(f"{arguments.out} holds another model, which would be overwritten; choose another folder")
     check_unused(arguments.out, arguments.resume)
     teacher = load_teacher(folder, config.trajectories, config.training.device)
     write_trajectories(teacher, folder, config.trajectories, arguments.out / "trajectories", arguments.latents)

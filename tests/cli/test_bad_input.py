@@ -233,6 +233,7 @@ def test_distill_refuses_teachers_and_folders(
     teacher = Pipeline.from_pretrained(pipeline_folder)
     teacher.autoencoder = None
     teacher.save_pretrained(tmp_path / "bare")
+    refused(capsys, ["distill", pipeline_folder, tmp_path / "bare"], "bare holds another model", "another folder")
     refused(capsys, ["distill", tmp_path / "bare", tmp_path / "out", "--latents", latents_folder], "no autoencoder", "far convert kl16")
     with monkeypatch.context() as patch:
         patch.setattr(ShortcutHead, "velocity", Head.velocity)
