@@ -15,7 +15,6 @@ from far.data.shards import ShardReader, ShardWriter
 from far.errors import InputError
 from far.heads import Head, HeadConfig
 from far.heads.diffusion import DiffusionHead
-from far.heads.flow import FlowHead
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pipeline import Pipeline
 from far.tokens import cosine_token_counts
@@ -303,10 +302,6 @@ def test_rows_of_another_teacher_or_config_are_refused(diffusion_folder: Path, p
         with pytest.raises(InputError, match=r"^\S*rows already holds data made with other settings; remove it or choose another folder$"):
             write_trajectories(load_teacher(folder, other, "cpu"), folder, other, tmp_path / "rows", None)
     assert files(tmp_path / "rows") == before
-
-
-class WithoutVelocity(FlowHead):
-    velocity = Head.velocity  # type: ignore[assignment]
 
 
 def test_a_refusal_leaves_no_folder(diffusion_folder: Path, latents_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
