@@ -34,8 +34,11 @@ def main() -> None:
 
 
 def distill(name: str) -> None:
-    """Publish, convert, distil; resumes a distillation that was interrupted."""
-    folder, start = Path("runs/distillation") / name, time.perf_counter()
+    """Publish, convert, distil, unless it was done; resumes a distillation that was interrupted, whose seconds are then unknown."""
+    folder, result, start = Path("runs/distillation") / name, Path("weights") / name / "distilled", time.perf_counter()
+    if result.exists():
+        return
+    interrupted = (folder / "distilled").exists()
     teacher = Pipeline.from_pretrained(Path("weights") / name / "diffusion")
     assert teacher.autoencoder is not None
     if not (folder / "mar" / "model.safetensors").exists():
@@ -48,11 +51,11 @@ def distill(name: str) -> None:
     run("distill", str(folder / "mar"), str(folder / "distilled"), *OPTIONS, "--latents", latents, "--resume")
     distilled = time.perf_counter()
     found = Pipeline.from_pretrained(folder / "distilled")
-    found.save_pretrained(Path("weights") / name / "distilled", torch.float16)
+    found.save_pretrained(result, torch.float16)
     report = read_json(RESULTS) if RESULTS.exists() else {}
-    seconds = {"convert": converted - start, "distill": distilled - converted}
+    seconds = None if interrupted else {"convert": converted - start, "distill": distilled - converted}
     write_json(RESULTS, {**report, name: {"options": OPTIONS, "seconds": seconds, "machine": machine(), **found.results}})
-    print(f"{name}: converted in {seconds['convert']:.0f} s, distilled in {seconds['distill']:.0f} s, {found.results}")
+    print(f"{name}: {seconds} seconds, {found.results}")
 
 
 def run(*command: str) -> None:

@@ -79,9 +79,9 @@ MODELS = {
     "frozen-shortcut": Model("shortcut", (8, 4), guidance_of="shortcut", frozen=True, timed=False),
     "frozen-flow": Model("flow", (8,), guidance_of="flow", frozen=True, timed=False),
     # Heads for one or two steps, guided in two passes of the backbone and in one.
-    "mean-flow": Model("flow_map", (4, 2, 1), 2, LEARNT, passes=2, overrides=("objective=mean_flow", *FLOW_MAP)),
+    "mean-flow": Model("flow_map", (4, 2, 1), 2, LEARNT, passes=2, overrides=FLOW_MAP),
     "mean-flow-1": Model("flow_map", (4, 2, 1), 2, LEARNT, passes=1, weights_of="mean-flow"),
-    "flow-map": Model("flow_map", (4, 2, 1), guidance_of="mean-flow", passes=2, overrides=FLOW_MAP),
+    "flow-map": Model("flow_map", (4, 2, 1), guidance_of="mean-flow", passes=2, overrides=("objective=lagrangian", *FLOW_MAP)),
     "flow-map-1": Model("flow_map", (4, 2, 1), guidance_of="mean-flow-1", passes=1, weights_of="flow-map"),
     "energy": Model("energy", (1,), 1, LEARNT, overrides=("samples_per_token=4",)),
     # The diffusion model, saved as MAR's checkpoints are, converted and distilled.

@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--order", choices=["random", "halton"], help="of positions, of masked models")
     parser.add_argument("--refresh-every", type=int, metavar="N", help="masked models: all positions at every N-th AR step only")
     parser.add_argument("--guidance-every", type=int, metavar="N", help="masked models: no-class half at every N-th AR step only")
+    parser.add_argument("--guidance-passes", type=int, choices=[1, 2], help="of the backbone; 1 if the head has learnt guidance")
     parser.add_argument("--rounds", type=int, default=2, help="times that each row is timed, in turn (default 2)")
     parser.add_argument("--full", action="store_true", help="time whole images; otherwise some AR steps stand for all")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps … (default cpu)")
@@ -71,7 +72,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _rows(arguments: argparse.Namespace) -> list[Any]:
     if arguments.models is None:
-        for option in ("ar_steps", "head_steps", "dtypes", "order", "refresh_every", "guidance_every"):
+        for option in ("ar_steps", "head_steps", "dtypes", "order", "refresh_every", "guidance_every", "guidance_passes"):
             if getattr(arguments, option) is not None:
                 raise InputError(f"--{option.replace('_', '-')} goes with --models; name the models, or leave it out for the usual rows")
         return default_rows(batches=arguments.batch, guidance=arguments.guidance)
@@ -79,6 +80,7 @@ def _rows(arguments: argparse.Namespace) -> list[Any]:
         arguments.models, batches=arguments.batch, ar_steps=arguments.ar_steps, head_steps=arguments.head_steps,
         dtypes=arguments.dtypes or ["float32"], guidance=arguments.guidance,
         order=arguments.order, refresh_every=arguments.refresh_every, guidance_every=arguments.guidance_every,
+        guidance_passes=arguments.guidance_passes,
     )  # fmt: skip
 
 

@@ -189,5 +189,8 @@ def logistic_normal(uniform: Tensor) -> Tensor:
 
 
 def adaptive(rows: Tensor) -> Tensor:
-    """MeanFlow's weights: losses divided by their own size, which is not differentiated, so that the large do not drown the small."""
+    """MeanFlow's weights: losses divided by their own size, which is not differentiated.
+
+    Large losses do not drown the small; and as the gradient is that of a logarithm, what is learnt leans from the mean to the mode.
+    """
     return rows / (rows.detach() + ADAPTIVE_EPSILON)

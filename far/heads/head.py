@@ -33,7 +33,7 @@ class HeadConfig:
     samples_per_token: int = 4
     solver: Literal["euler", "heun"] = "euler"
     token_limit: float | None = None
-    objective: Literal["lagrangian", "mean_flow"] = "lagrangian"
+    objective: Literal["mean_flow", "lagrangian"] = "mean_flow"
     flow_steps: int = 0
     max_guidance: float | None = None
 

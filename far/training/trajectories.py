@@ -43,7 +43,8 @@ class TrajectoryConfig:
         tokens_per_image: of which conditions and trajectories are kept, at most the model's tokens.
         max_guidance: scales are drawn between 1 and this.
         label_drop: the share of images without their class, so that the student keeps the unconditional half of guidance.
-        token_limit: for teachers trained briefly, see :class:`far.heads.HeadConfig`; None takes the teacher's.
+        token_limit: of what a diffusion teacher predicts, see :class:`far.heads.HeadConfig`: near the noise its errors are
+            magnified. None takes the teacher's own.
         seed: of everything drawn.
     """
 
@@ -51,7 +52,7 @@ class TrajectoryConfig:
     tokens_per_image: int = 8
     max_guidance: float = 4.0
     label_drop: float = 0.1
-    token_limit: float | None = None
+    token_limit: float | None = 5.0
     seed: int = 0
 
     def __post_init__(self) -> None:
