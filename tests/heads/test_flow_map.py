@@ -465,7 +465,7 @@ def test_a_quarter_is_off_the_diagonal_from_flow_steps_on(objective: str, sample
 def test_plain_flow_matching_before_flow_steps() -> None:
     """With the exact velocity and a map that is none, only the velocity counts, at every time."""
     head = exact_head("gaussian", wrong=3.0)
-    head.config = HeadConfig("flow_map", flow_steps=1)
+    head.config = HeadConfig("flow_map", objective="lagrangian", flow_steps=1)
     x, z = normal(100, 1), normal(100, 1, seed=1)
     loss = head.loss(x, z, generator(), head)
     noise, s, t = head._draw(x, 0, generator())
@@ -587,10 +587,10 @@ def one_step_error(head: Head) -> float:
 def test_a_trained_lagrangian_head_and_one_of_flow_only() -> None:
     """In one step the first is at the data; the other, which knows the velocity only, is near their mean: DEVIATION off."""
     torch.manual_seed(0)
-    head = train(FlowMapHead(HeadConfig("flow_map", 32, 1), CHANNELS, 1), 300, 64)
+    head = train(FlowMapHead(HeadConfig("flow_map", 32, 1, objective="lagrangian"), CHANNELS, 1), 300, 64)
     assert one_step_error(head) < 0.15
     torch.manual_seed(0)
-    never = train(FlowMapHead(HeadConfig("flow_map", 32, 1, flow_steps=10**9), CHANNELS, 1), 100, 64)
+    never = train(FlowMapHead(HeadConfig("flow_map", 32, 1, objective="lagrangian", flow_steps=10**9), CHANNELS, 1), 100, 64)
     assert one_step_error(never) > 0.3
     with torch.no_grad():
         euler = NOISE + head.velocity(NOISE, torch.tensor(0.0), MEANS)  # type: ignore[operator]
@@ -604,7 +604,7 @@ def test_a_trained_meanflow_head() -> None:
     """It learns slowly, and its times are seldom near 0 and 1: the whole step is only rough so soon, those within are not."""
     torch.manual_seed(0)
     with torch.enable_grad():
-        head = train(FlowMapHead(HeadConfig("flow_map", 32, 1, objective="mean_flow"), CHANNELS, 1), 300, 64)
+        head = train(FlowMapHead(HeadConfig("flow_map", 32, 1), CHANNELS, 1), 300, 64)
     assert isinstance(head, FlowMapHead)
     data = DATA["gaussian"]
     s, t = torch.tensor(0.3), torch.tensor(0.8)
@@ -621,7 +621,7 @@ def test_a_trained_head_knows_guidance() -> None:
     """Its one pass gives what two passes give in many steps, and what is exact: the mean moved by the scale, the same deviation."""
     torch.manual_seed(0)
     with torch.enable_grad():
-        network = FlowMapHead(HeadConfig("flow_map", 32, 1, max_guidance=3.0), CHANNELS, 1)
+        network = FlowMapHead(HeadConfig("flow_map", 32, 1, objective="lagrangian", max_guidance=3.0), CHANNELS, 1)
         head = train(network, 400, 64, torch.full((32, 1), UNCONDITIONAL))
     z_uncond = torch.full_like(MEANS, UNCONDITIONAL)
     plain = head.sample(MEANS, lambda: NOISE, steps=1)
