@@ -43,8 +43,8 @@ class TrajectoryConfig:
         tokens_per_image: of which conditions and trajectories are kept, at most the model's tokens.
         max_guidance: scales are drawn between 1 and this.
         label_drop: the share of images without their class, so that the student keeps the unconditional half of guidance.
-        token_limit: of what a diffusion teacher predicts, see :class:`far.heads.HeadConfig`: near the noise its errors are
-            magnified. None takes the teacher's own.
+        token_limit: of what a diffusion teacher predicts that has no limit of its own, see :class:`far.heads.HeadConfig`: near
+            the noise its errors are magnified. None is no limit.
         seed: of everything drawn.
     """
 
@@ -66,9 +66,9 @@ class TrajectoryConfig:
 
 
 def load_teacher(folder: Path, config: TrajectoryConfig, device: str) -> Pipeline:
-    """The model to be distilled, its head's predicted tokens limited where the config says so."""
+    """The model to be distilled, its head's predicted tokens limited."""
     teacher = Pipeline.from_pretrained(folder, device=device)
-    if config.token_limit is not None:
+    if teacher.model.head.config.token_limit is None:
         teacher.model.head.config = dataclasses.replace(teacher.model.head.config, token_limit=config.token_limit)
     return teacher
 

@@ -1,7 +1,10 @@
+import dataclasses
+
 """What heads are distilled from: trajectories against closed forms and finer integration, rows against a recomputation of each."""
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from far.backbone.causal import CausalConfig
 from far.backbone.masked import MaskedConfig
 from far.data.shards import ShardReader, ShardWriter
 from far.errors import InputError
+from far.files import read_json, write_json
 from far.heads import Head, HeadConfig
 from far.heads.diffusion import DiffusionHead
 from far.model import FAR, ModelConfig, NetworkConfig
@@ -333,8 +337,9 @@ def test_a_refusal_leaves_no_folder(diffusion_folder: Path, latents_folder: Path
 
 def test_trajectories_that_explode_are_refused(diffusion_folder: Path, tmp_path: Path) -> None:
     """Without its limit the untrained teacher's ε becomes a token of thousands at the noisy end."""
-    config = TrajectoryConfig(images=GROUP, tokens_per_image=1, token_limit=1e9)
+    config = TrajectoryConfig(images=GROUP, tokens_per_image=1)
     teacher = load_teacher(diffusion_folder, config, "cpu")
+    teacher.model.head.config = dataclasses.replace(teacher.model.head.config, token_limit=None)
     with torch.no_grad():
         teacher.model.head.network.output.linear.weight.mul_(100)  # type: ignore[union-attr, operator]
     latents = torch.randn(GROUP, 2, 4, 4, generator=generator())
@@ -342,9 +347,15 @@ def test_trajectories_that_explode_are_refused(diffusion_folder: Path, tmp_path:
         group_rows(teacher.model, latents, torch.zeros(GROUP, dtype=torch.long), config, 4, generator())
 
 
-def test_the_token_limit_of_the_teacher(diffusion_folder: Path) -> None:
-    assert load_teacher(diffusion_folder, TrajectoryConfig(), "cpu").model.head.config.token_limit == 3.0
-    assert load_teacher(diffusion_folder, TrajectoryConfig(token_limit=1.5), "cpu").model.head.config.token_limit == 1.5
+def test_the_token_limit_of_the_teacher(tmp_path: Path, diffusion_folder: Path) -> None:
+    """A teacher's own limit stays; one that has none, as published checkpoints have, is given one."""
+    assert load_teacher(diffusion_folder, TrajectoryConfig(token_limit=1.5), "cpu").model.head.config.token_limit == 3.0
+    values = read_json(diffusion_folder / "config.json")
+    values["model"]["network"]["head"]["token_limit"] = None
+    shutil.copytree(diffusion_folder, tmp_path / "unlimited")
+    write_json(tmp_path / "unlimited" / "config.json", values)
+    assert load_teacher(tmp_path / "unlimited", TrajectoryConfig(), "cpu").model.head.config.token_limit == 5.0
+    assert load_teacher(tmp_path / "unlimited", TrajectoryConfig(token_limit=None), "cpu").model.head.config.token_limit is None
 
 
 @pytest.mark.parametrize(
