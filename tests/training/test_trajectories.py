@@ -1,7 +1,6 @@
-import dataclasses
-
 """What heads are distilled from: trajectories against closed forms and finer integration, rows against a recomputation of each."""
 
+import dataclasses
 import json
 import math
 import shutil
