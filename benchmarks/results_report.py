@@ -179,8 +179,9 @@ def plot(measured: dict[str, Any], path: Path) -> None:
         if "reconstructions" in values["rows"]:
             panel.axhline(values["rows"]["reconstructions"][distance], color="grey", linestyle="--", label="reconstructions")
         panel.set(xscale="log", title=name, xlabel="seconds per image, batch 1", ylabel=distance, ylim=(0, None))
-        panel.legend(fontsize=8)
-    figure.tight_layout()
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="lower center", ncol=5)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
@@ -198,6 +199,8 @@ def plot_guidance(measured: dict[str, Any], path: Path) -> None:
         for pair, colour in zip(GUIDED_TWICE.items(), ("#8172b3", "#da8bc3")):
             for model, style in zip(pair, ("o--", "o-")):
                 found = sorted((float(key.split()[1]), row["distance"]) for key, row in values["sweeps"].items() if key.split()[0] == model)
+                if not found:
+                    continue
                 panel.plot([scale for scale, _ in found], [distance for _, distance in found], style, color=colour, label=_passes(model))
         panel.set(title=name, xlabel="guidance scale", ylabel=f"{values['setting']['distance']}, 2,000 images")
         panel.legend(fontsize=8)

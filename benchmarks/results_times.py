@@ -49,7 +49,7 @@ def measure(name: str, store: Measurements, batch: int, rounds: int) -> dict[str
             options = {"head_steps": steps, "guidance": best_guidance(store, model), "guidance_passes": MODELS[model].passes}
             generation = generation_of(SETS[name].weights(model), seed=0, **options)
             row = Row(generation.weights, generation.sampling, generation.dtype, batch)
-            plan = segments(generation.sampling.ar_steps, full=True)
+            plan = segments(generation.sampling, full=True)
             key = f"{model} {steps if isinstance(steps, int) else ' → '.join(map(str, steps))}"
             calls[key] = functools.partial(generate, pipeline, row, plan, time.perf_counter)
     found: dict[str, list[dict[str, float]]] = {key: [] for key in calls}

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from far.model import FAR, ModelConfig
 from far.recipe import load_recipe
 
-STEPS = 500
+STEPS = 200
 
 
 def flops(model: FAR) -> float:

@@ -76,7 +76,7 @@ class FlowMapHead(Head):
         assert isinstance(teacher, FlowMapHead)
         off = max(1, round(OFF_DIAGONAL * self.config.samples_per_token)) if step >= self.config.flow_steps else 0
         noise, s, t = self._draw(x, off, generator)
-        field = _Field(teacher, z, z_uncond, self._draw_scales(s, z_uncond, generator))
+        field = _Field(teacher, z.detach(), z_uncond, self._draw_scales(s, z_uncond, generator))
         point = interpolate(noise, x, s)
         velocity = x - noise + field.shift(point, s)
         predicted = self.mean_velocity(point[off:], s[off:], s[off:], z, field.scale[off:])
@@ -112,7 +112,7 @@ class FlowMapHead(Head):
             lambda end: self.mean_velocity(point, s, end, z, field.scale), (t,), (torch.ones_like(t),)
         )
         length = (t - s).unsqueeze(-1)
-        return mean + length * change - field.velocity(point + length * mean, t)
+        return mean + length * change - field.velocity((point + length * mean).detach(), t)
 
     def _mean_flow(self, point: Tensor, velocity: Tensor, s: Tensor, t: Tensor, z: Tensor, field: "_Field") -> Tensor:
         """How far the mean velocity is from ``v + (t − s) · dv_{s,t}/ds``, differentiated along the flow (the paper's equation 6)."""

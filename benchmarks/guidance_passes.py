@@ -1,0 +1,34 @@
+"""The time of guidance in one pass of the backbone against two, at ImageNet's size: far-b with a flow-map head, random weights.
+
+    python benchmarks/guidance_passes.py
+
+64 AR steps of 2 head steps, bfloat16, guidance 2.9, batch 1; writes a folder of random weights to runs/ and runs ``far benchmark``.
+"""
+
+import dataclasses
+
+import torch
+
+from far.autoencoder import Autoencoder, AutoencoderConfig
+from far.cli.main import main as far_command
+from far.model import FAR, ModelConfig, preset
+from far.pipeline import Pipeline
+from far.sampling import SamplingConfig
+
+FOLDER = "runs/far-b-flow-map"
+
+
+def main() -> None:
+    network = preset("far-b")
+    head = dataclasses.replace(network.head, kind="flow_map", max_guidance=4.0)
+    torch.manual_seed(0)
+    model = FAR(ModelConfig(dataclasses.replace(network, head=head)))
+    sampling = SamplingConfig(ar_steps=64, head_steps=2, guidance=2.9)
+    autoencoder, classes = Autoencoder(AutoencoderConfig()), [str(number) for number in range(1000)]
+    Pipeline(model, autoencoder, classes, sampling).save_pretrained(FOLDER, torch.bfloat16)
+    for passes in ("2", "1"):
+        far_command(["benchmark", "--models", f"./{FOLDER}", "--dtypes", "bfloat16", "--guidance-passes", passes])
+
+
+if __name__ == "__main__":
+    main()
