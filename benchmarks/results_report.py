@@ -180,8 +180,8 @@ def plot(measured: dict[str, Any], path: Path) -> None:
             panel.axhline(values["rows"]["reconstructions"][distance], color="grey", linestyle="--", label="reconstructions")
         panel.set(xscale="log", title=name, xlabel="seconds per image, batch 1", ylabel=distance, ylim=(0, None))
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="lower center", ncol=5)
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.legend(handles, labels, fontsize=8, loc="lower center", ncol=4)
+    figure.tight_layout(rect=(0, 0.16, 1, 1))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
