@@ -21,7 +21,6 @@ FOLDER = "runs/far-b-flow-map"
 def main() -> None:
     network = preset("far-b")
     head = dataclasses.replace(network.head, kind="flow_map", max_guidance=4.0)
-    torch.manual_seed(0)
     model = FAR(ModelConfig(dataclasses.replace(network, head=head)))
     sampling = SamplingConfig(ar_steps=64, head_steps=2, guidance=2.9)
     autoencoder, classes = Autoencoder(AutoencoderConfig()), [str(number) for number in range(1000)]

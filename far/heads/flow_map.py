@@ -14,7 +14,7 @@ from torch import Tensor
 
 from far.errors import InputError
 from far.heads.flow import draw_noise_and_time, interpolate
-from far.heads.head import Head, HeadConfig, TokenLoss, guided
+from far.heads.head import Head, HeadConfig, TokenLoss, guided, take_steps
 from far.heads.network import HeadNetwork, TimeEmbedding
 
 # Derivatives in time enter the loss: times are embedded in a unit in which the fastest wave is slow.
@@ -129,19 +129,17 @@ class FlowMapHead(Head):
         steps: int,
         temperature: float = 1.0,
         z_uncond: Tensor | None = None,
-        guidance: float = 1.0,
+        guidance: Tensor | float = 1.0,
         times: Tensor | None = None,
     ) -> Tensor:
-        """See :class:`Head`; without ``z_uncond`` a head that has learnt guidance is given the scale."""
+        """See :class:`Head`; without ``z_uncond`` a head that has learnt guidance is given the scale, or one ``[…]`` a token."""
         self.check_steps(steps)
         x = normal() * temperature
         # What does not change from step to step, or does not depend on the token, goes through its layers once.
         times = self.embed_times(steps, x) if times is None else times
         cond = self.embed_condition(z, guidance if z_uncond is None else 1.0)
         uncond = None if z_uncond is None else self.embed_condition(z_uncond)
-        for time in times:
-            x = x + guided(lambda c: self.network.conditioned(x, c, time).to(x.dtype), cond, uncond, guidance) / steps
-        return x
+        return take_steps(self.network.conditioned, x, [1 / steps] * steps, times, cond, uncond, guidance)
 
     def embed_times(self, steps: int, like: Tensor) -> Tensor:
         starts = torch.arange(steps, device=like.device, dtype=like.dtype) / steps

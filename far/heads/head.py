@@ -6,7 +6,7 @@ The registry of heads is in ``far.heads``; the network that they share in ``far.
 import abc
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -159,3 +159,24 @@ def guided(network: Callable[[Tensor], Tensor], z: Tensor, z_uncond: Tensor | No
         return network(z)
     cond, uncond = network(torch.stack([z, z_uncond]))
     return uncond + guidance * (cond - uncond)
+
+
+def take_steps(
+    mean_velocity: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    sizes: Iterable[float],
+    times: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    guidance: Tensor | float,
+) -> Tensor:
+    """``x […, channels]`` after steps of ``sizes`` with guided mean velocities: ``x ← x + size · mean_velocity(x, condition, time)``.
+
+    Args:
+        mean_velocity: a network's outputs ``[…, channels]`` for points, embedded conditions, and one of ``times``.
+        times: embedded, ``[steps, …]``.
+        cond: embedded conditions ``[…, width]``; ``uncond`` those without the class, or None.
+    """
+    for size, time in zip(sizes, times):
+        x = x + size * guided(lambda c: mean_velocity(x, c, time).to(x.dtype), cond, uncond, guidance)
+    return x

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from far.heads.flow import TIME_UNIT, draw_noise_and_time, interpolate
-from far.heads.head import Head, HeadConfig, TokenLoss, guided
+from far.heads.head import Head, HeadConfig, TokenLoss, guided, take_steps
 from far.heads.network import HeadNetwork
 
 FINEST = 128
@@ -87,9 +87,7 @@ class ShortcutHead(Head):
         times = self.embed_times(steps, x) if times is None else times
         cond = self.network.embed_condition(z)
         uncond = None if z_uncond is None else self.network.embed_condition(z_uncond)
-        for d, time in zip(step_sizes(steps), times):
-            x = x + d * guided(lambda c: self.network.conditioned(x, c, time).to(x.dtype), cond, uncond, guidance)
-        return x
+        return take_steps(self.network.conditioned, x, step_sizes(steps), times, cond, uncond, guidance)
 
     def embed_times(self, steps: int, like: Tensor) -> Tensor:
         sizes = step_sizes(steps)
