@@ -24,6 +24,11 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(image) for image in to_uint8(images)]
 
 
+def to_tensor(picture: Image.Image) -> Tensor:
+    """A Pillow picture → ``[3, h, w]`` in [0, 1]; the inverse of :func:`to_pictures`."""
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """All images ``[n, 3, h, w]`` in [0, 1] row by row, about square unless ``columns`` is given."""
     count, _, height, width = images.shape

@@ -5,22 +5,24 @@ is in ``far.sampling``.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from far.autoencoder import Autoencoder
 from far.config import from_dict, to_dict
+from far.editing import paste_kept, touched_tokens
 from far.errors import InputError
 from far.files import read_json, write_json
 from far.model import FAR, ModelConfig
 from far.packing import Int8Linear, can_pack, can_quantize, pack_linear_layers, quantize_linear_layers
-from far.pictures import to_pictures
-from far.sampling import Progress, SamplingConfig, SeededNoise, sample
+from far.pictures import to_pictures, to_tensor
+from far.sampling import Kept, Progress, SamplingConfig, SeededNoise, sampling_steps
 from far.weights import load_autoencoder, load_module, save_tensors, to_device
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -54,6 +56,22 @@ class Pipeline:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images in pixels.
+
+        Raises:
+            InputError: the pipeline has no autoencoder.
+        """
+        stride = self._autoencoder().config.stride
+        rows, columns = self.model.config.grid
+        return rows * stride, columns * stride
+
+    def _autoencoder(self) -> Autoencoder:
+        if self.autoencoder is None:
+            raise InputError("this model has no autoencoder; add one with: far convert kl16 KL16.ckpt THE_SAME_FOLDER")
+        return self.autoencoder
 
     def label(self, name: int | str) -> int:
         """The class number of a number or a name.
@@ -108,8 +126,7 @@ class Pipeline:
         Raises:
             InputError: an unknown class, or a value out of range.
         """
-        if output not in ("pil", "tensor"):
-            raise InputError(f"output {output!r}: choose 'pil' or 'tensor'")
+        check_output(output)
         seeds = [seed + index for index in range(len(labels))] if isinstance(seed, int) else list(seed)
         config = self.sampling_config(
             guidance=guidance, ar_steps=ar_steps, head_steps=head_steps, temperature=temperature,
@@ -129,6 +146,37 @@ class Pipeline:
         callback: Callable[[Progress], None] | None = None,
     ) -> Tensor:
         """What :meth:`generate` does, with one seed a label and a whole config: ``[n, 3, h, w]`` in [0, 1]."""
+        if batch_size < 1:
+            raise InputError(f"batch_size {batch_size} must be positive")
+        numbers = self._numbers(labels, seeds)
+        parts = []
+        for start in range(0, len(numbers), batch_size):
+            chunk = slice(start, start + batch_size)
+            for progress in self.stream(numbers[chunk], seeds[chunk], config):
+                if callback is not None:
+                    callback(progress)
+            parts.append(self.decode(progress.latents))
+        return torch.cat(parts)
+
+    def stream(
+        self, labels: Sequence[int | str], seeds: Sequence[int], config: SamplingConfig | None = None, *, kept: Kept | None = None
+    ) -> Iterator[Progress]:
+        """Draw one batch an AR step at a time; :meth:`preview` shows each step, :meth:`decode` the last one's latents.
+
+        Args:
+            labels, seeds: one each an image.
+            config: ``None`` takes the model's default.
+            kept: tokens that are given, not drawn.
+
+        Raises:
+            InputError: an unknown class, or a value out of range; by the call itself, before any step.
+        """
+        numbers = torch.tensor(self._numbers(labels, seeds), device=self.device)
+        noise = SeededNoise(seeds, self.device)
+        return sampling_steps(self.model, numbers, noise, config or self.defaults, kept=kept)
+
+    def _numbers(self, labels: Sequence[int | str], seeds: Sequence[int]) -> list[int]:
+        """The class numbers; an :class:`InputError` if there are none, or not one good seed each."""
         numbers = [self.label(name) for name in labels]
         if not numbers:
             raise InputError("no labels were given; give at least one class")
@@ -136,14 +184,79 @@ class Pipeline:
             raise InputError(f"{len(seeds)} seeds for {len(numbers)} labels; give one seed, or one a label")
         if any(not 0 <= seed < 2**63 for seed in seeds):
             raise InputError(f"seeds {min(seeds)} to {max(seeds)}: each must be within 0 … 2⁶³ − 1")
-        if batch_size < 1:
-            raise InputError(f"batch_size {batch_size} must be positive")
-        parts = []
-        for start in range(0, len(numbers), batch_size):
-            chunk = torch.tensor(numbers[start : start + batch_size], device=self.device)
-            noise = SeededNoise(seeds[start : start + batch_size], self.device)
-            parts.append(self.decode(sample(self.model, chunk, noise, config or self.defaults, callback=callback)))
-        return torch.cat(parts)
+        return numbers
+
+    def preview(self, progress: Progress) -> Tensor:
+        """Images so far ``[b, 3, H, W]`` in [0, 1], mid-grey where no token is known yet."""
+        images = self.decode(progress.latents)
+        mask = progress.known.view(-1, 1, *self.model.config.token_grid).float()
+        mask = F.interpolate(mask, size=images.shape[-2:], mode="nearest")
+        return images * mask + 0.5 * (1 - mask)
+
+    def edit(
+        self,
+        image: Image.Image | Tensor,
+        mask: Image.Image | Tensor,
+        label: int | str,
+        *,
+        seed: int | Sequence[int] = 0,
+        paste: bool = True,
+        output: Literal["pil", "tensor"] = "pil",
+        callback: Callable[[Progress], None] | None = None,
+        **sampling: Any,
+    ) -> list[Image.Image] | Tensor:
+        """Redraw a part of an image: in it (inpainting), around it (outpainting), or as another class.
+
+        The tokens that the mask does not touch stay exactly as the autoencoder encodes them, and those that it touches
+        are drawn anew as wholes, given the kept ones. A causal backbone can redraw from one token to the end only.
+
+        Args:
+            image: a picture, or ``[3, H, W]`` in [0, 1], of the model's size (:attr:`image_size`).
+            mask: white, or above 0.5 of ``[H, W]``, where the image is to be redrawn; of the same size.
+            label: the class, number or name, of what is drawn.
+            seed: one seed; or several, for as many versions.
+            paste: put the pixels of ``image`` back where tokens were kept; else these are decoded from the tokens.
+            output: ``"pil"`` for pictures, ``"tensor"`` for ``[n, 3, H, W]`` in [0, 1].
+            callback: called after each AR step.
+            sampling: values of :class:`far.sampling.SamplingConfig`, such as ``guidance``. Without ``ar_steps``, these are the
+                default's share of redrawn tokens.
+
+        Raises:
+            InputError: the image or the mask has another size, the mask marks nothing or touches every token, the class is
+                unknown, a value is out of range, or a causal backbone cannot redraw there.
+        """
+        check_output(output)
+        seeds = [seed] if isinstance(seed, int) else list(seed)
+        if not seeds:
+            raise InputError("no seeds were given; give one, or one a version")
+        image, mask = self._checked_image(image), self._checked_mask(mask)
+        redrawn = touched_tokens(mask, self.model.config.token_grid)
+        config = self._edit_config(int(redrawn.sum()), sampling)
+        latents = self.encode(image.unsqueeze(0)).expand(len(seeds), -1, -1, -1)
+        for progress in self.stream([label] * len(seeds), seeds, config, kept=Kept(latents, (~redrawn).nonzero().flatten())):
+            if callback is not None:
+                callback(progress)
+        images = self.decode(progress.latents)
+        if paste:
+            images = paste_kept(images, image, redrawn, self.model.config.token_grid)
+        return images if output == "tensor" else to_pictures(images)
+
+    def _checked_image(self, image: Image.Image | Tensor) -> Tensor:
+        tensor = to_tensor(image) if isinstance(image, Image.Image) else image
+        if tensor.shape != (3, *self.image_size):
+            raise InputError(f"image of shape {list(tensor.shape)}: this model's are {[3, *self.image_size]}; crop or resize it")
+        return tensor
+
+    def _checked_mask(self, mask: Image.Image | Tensor) -> Tensor:
+        tensor = to_tensor(mask)[0] if isinstance(mask, Image.Image) else mask
+        if tensor.shape != self.image_size:
+            raise InputError(f"mask of shape {list(tensor.shape)}: it must be the image's, {list(self.image_size)}")
+        return tensor > 0.5
+
+    def _edit_config(self, tokens: int, sampling: dict[str, Any]) -> SamplingConfig:
+        """The sampling of an edit that redraws so many tokens."""
+        steps = round(self.defaults.ar_steps * tokens / self.model.config.tokens)
+        return self.sampling_config(**{"ar_steps": max(1, steps), **{k: v for k, v in sampling.items() if v is not None}})
 
     def sampling_config(self, **given: Any) -> SamplingConfig:
         """The model's default sampling values with those of ``given`` that are not ``None``."""
@@ -156,15 +269,26 @@ class Pipeline:
         Raises:
             InputError: the pipeline has no autoencoder.
         """
-        if self.autoencoder is None:
-            raise InputError("this model has no autoencoder; add one with: far convert kl16 KL16.ckpt THE_SAME_FOLDER")
-        latents = self.autoencoder.denormalize(latents.to(next(self.autoencoder.parameters()).dtype))
+        autoencoder = self._autoencoder()
+        latents = autoencoder.denormalize(latents.to(next(autoencoder.parameters()).dtype))
         chunk = _CPU_DECODE_CHUNK if latents.device.type == "cpu" else len(latents)
         parts = [
-            (self.autoencoder.decode(part.contiguous(memory_format=torch.channels_last)).float() / 2 + 0.5).clamp(0, 1)
+            (autoencoder.decode(part.contiguous(memory_format=torch.channels_last)).float() / 2 + 0.5).clamp(0, 1)
             for part in latents.split(chunk)
         ]
         return torch.cat(parts).contiguous()
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents ``[b, c, h, w]`` of deviation 1 from images ``[b, 3, H, W]`` in [0, 1]: the mean of each posterior.
+
+        Raises:
+            InputError: the pipeline has no autoencoder, or H or W is no multiple of its stride.
+        """
+        autoencoder = self._autoencoder()
+        weight = next(autoencoder.parameters())
+        images = (images * 2 - 1).to(weight.device, weight.dtype, memory_format=torch.channels_last)
+        return autoencoder.normalize(autoencoder.encode(images).mean.float())
 
     def save_pretrained(self, folder: Path | str, dtype: torch.dtype | None = None) -> None:
         """Write the folder; weights as ``dtype`` where given. ``config.json`` is written last.
@@ -217,6 +341,12 @@ class Pipeline:
         model = prepare(model, dtype, device)
         autoencoder = prepare_autoencoder(load_autoencoder(folder), dtype, device) if "autoencoder" in values else None
         return cls(model, autoencoder, classes, defaults, values.get("results"))
+
+
+def check_output(output: str) -> None:
+    """Raise an :class:`InputError` unless ``output`` is ``"pil"`` or ``"tensor"``."""
+    if output not in ("pil", "tensor"):
+        raise InputError(f"output {output!r}: choose 'pil' or 'tensor'")
 
 
 def find_folder(name: Path | str) -> Path:

@@ -1,4 +1,4 @@
-"""The autoregressive loop: from labels and noise to latents, some tokens at a time.
+"""The autoregressive loop: from labels and noise, and tokens that are kept where there are any, to latents, some tokens at a time.
 
 A pure function of a model: it knows orders, guidance, temperature and step counts, but no file and
 no picture. Arithmetic as in MAR (arXiv 2406.11838, section 3.3); fewer head steps as more tokens are
@@ -8,7 +8,7 @@ known as in DiSA; keys, values and guidance kept over several AR steps as in Laz
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -81,16 +81,20 @@ class SamplingConfig:
     guidance_every: int = 1
     guidance_passes: int | None = None
 
-    def check(self, model: FAR) -> None:
-        """Raise an :class:`InputError` that names the first value that ``model`` cannot be sampled with."""
-        tokens = model.config.tokens
+    def check(self, model: FAR, kept: int = 0) -> None:
+        """Raise an :class:`InputError` that names the first value that ``model`` cannot be sampled with.
+
+        Args:
+            kept: how many tokens are not drawn, but given.
+        """
+        tokens = model.config.tokens - kept
         if not model.backbone.any_order and self.ar_steps != tokens:
             raise InputError(
                 f"ar_steps {self.ar_steps}: a causal backbone draws its {tokens} tokens one by one, so give {tokens}; "
                 "for fewer AR steps take a masked model, for less time fewer head_steps"
             )
         if not 1 <= self.ar_steps <= tokens:
-            raise InputError(f"ar_steps {self.ar_steps}: give 1 to {tokens}, the model's number of tokens")
+            raise InputError(f"ar_steps {self.ar_steps}: give 1 to {tokens}, the number of tokens to draw")
         if not 1 <= len(self._head_ends) <= 2:
             raise InputError(f"head_steps {list(self._head_ends)}: give one number, or the first and the last")
         for steps in self._head_ends:
@@ -149,9 +153,9 @@ class SamplingConfig:
         # MAR counts one token as unknown even in the last step, and its published figures include that.
         return 1.0 + (self.guidance - 1.0) * min(known_after, tokens - 1) / tokens
 
-    def guidance_scales(self, counts: list[int]) -> list[float]:
-        """The guidance scale of every AR step, given how many tokens each draws."""
-        known = list(itertools.accumulate(counts, initial=0))
+    def guidance_scales(self, counts: list[int], kept: int = 0) -> list[float]:
+        """The guidance scale of every AR step, given how many tokens each draws, and how many are known before the first."""
+        known = list(itertools.accumulate(counts, initial=kept))
         return [self.guidance_at(before, after, known[-1]) for before, after in itertools.pairwise(known)]
 
 
@@ -160,8 +164,20 @@ FAST: dict[str, int] = {"refresh_every": 4, "guidance_every": 4}
 
 
 @dataclasses.dataclass(frozen=True)
+class Kept:
+    """Tokens that are given instead of drawn: those of ``latents [b, c, h, w]`` at ``positions [k]``, the same in every image.
+
+    The positions are distinct, 0 … tokens − 1, and leave at least one token to be drawn. A causal backbone can keep the
+    first tokens in raster order only.
+    """
+
+    latents: Tensor
+    positions: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a callback sees after each AR step: ``latents [b, c, h, w]``, zero where not ``known [b, tokens]``."""
+    """What is there after an AR step: ``latents [b, c, h, w]``, zero where not ``known [b, tokens]``."""
 
     step: int
     steps: int
@@ -169,31 +185,52 @@ class Progress:
     known: Tensor
 
 
-@torch.no_grad()
 def sample(
     model: FAR,
     labels: Tensor,
     noise: Noise,
     config: SamplingConfig,
     *,
+    kept: Kept | None = None,
     callback: Callable[[Progress], None] | None = None,
 ) -> Tensor:
     """Latents ``[b, c, h, w]`` of deviation 1 for ``labels [b]``.
 
     Raises:
-        InputError: a value of ``config`` is out of the model's range.
+        InputError: see :func:`sampling_steps`.
     """
-    config.check(model)
-    batch, tokens, channels = len(labels), model.config.tokens, model.config.token_channels
-    # Step 0. Nothing is known; the order in which positions become known is drawn once.
-    sequence = torch.zeros(batch, tokens, channels, device=labels.device)
-    orders = _orders(model, noise, config, batch).to(labels.device)
-    counts = cosine_token_counts(tokens, config.ar_steps)
-    scales = config.guidance_scales(counts)
+    for progress in sampling_steps(model, labels, noise, config, kept=kept):
+        if callback is not None:
+            callback(progress)
+    return progress.latents
+
+
+def sampling_steps(model: FAR, labels: Tensor, noise: Noise, config: SamplingConfig, *, kept: Kept | None = None) -> Iterator[Progress]:
+    """The same, an AR step at a time; the last one's latents are the result.
+
+    Raises:
+        InputError: a value of ``config`` is out of the model's range, or a causal backbone is to keep tokens that come
+            after ones to be drawn. Raised by the call itself, before any step.
+    """
+    config.check(model, 0 if kept is None else len(kept.positions))
+    if kept is not None and not model.backbone.any_order and set(kept.positions.tolist()) != set(range(len(kept.positions))):
+        raise InputError(
+            "a causal backbone draws row by row and knows only what lies before a token, so it can redraw an image from one token "
+            "to the end and nothing else; take a masked model"
+        )
+    return _sampling_steps(model, labels, noise, config, kept)
+
+
+@torch.no_grad()
+def _sampling_steps(model: FAR, labels: Tensor, noise: Noise, config: SamplingConfig, kept: Kept | None) -> Iterator[Progress]:
+    batch, channels = len(labels), model.config.token_channels
+    # Step 0. Only what is kept is known; the order in which the other positions become known is drawn once.
+    sequence, orders, known_count = _start(model, noise, config, batch, kept, labels.device)
+    counts = cosine_token_counts(model.config.tokens - known_count, config.ar_steps)
+    scales = config.guidance_scales(counts, known_count)
     # Guidance that the head has learnt is no matter of the backbone.
     conditions = _Conditions(model, labels, config, [1.0] * len(scales) if config.guided_in_head(model) else scales)
     times: dict[int, Tensor] = {}
-    known_count = 0
     for step, (count, guidance) in enumerate(zip(counts, scales)):
         # Step 1. The next positions in each image's order.
         known = orders[:, :known_count]
@@ -215,10 +252,25 @@ def sample(
         )
         sequence = sequence.scatter(1, wanted.unsqueeze(-1).expand(-1, -1, channels), model.constrain(drawn))
         known_count += count
-        if callback is not None:
-            mask = torch.zeros(batch, tokens, dtype=torch.bool, device=labels.device)
-            callback(Progress(step, config.ar_steps, model.latents(sequence), mask.scatter(1, orders[:, :known_count], True)))
-    return model.latents(sequence)
+        mask = torch.zeros(orders.shape, dtype=torch.bool, device=orders.device).scatter(1, orders[:, :known_count], True)
+        yield Progress(step, config.ar_steps, model.latents(sequence), mask)
+
+
+def _start(
+    model: FAR, noise: Noise, config: SamplingConfig, batch: int, kept: Kept | None, device: torch.device
+) -> tuple[Tensor, Tensor, int]:
+    """Tokens ``[b, n, d]``, zero where not kept; orders ``[b, n]`` that begin with the kept positions; how many these are."""
+    sequence = torch.zeros(batch, model.config.tokens, model.config.token_channels, device=device)
+    orders = _orders(model, noise, config, batch).to(device)
+    if kept is None:
+        return sequence, orders, 0
+    known = torch.zeros(model.config.tokens, dtype=torch.bool, device=device)
+    known[kept.positions.to(device)] = True
+    given = model.constrain(model.tokens(kept.latents.to(sequence)))
+    sequence = torch.where(known.unsqueeze(-1), given, sequence)
+    # Kept ones first; a stable sort leaves the order within both groups.
+    first = known[orders].sort(dim=1, descending=True, stable=True).indices
+    return sequence, orders.gather(1, first), len(kept.positions)
 
 
 def _orders(model: FAR, noise: Noise, config: SamplingConfig, batch: int) -> Tensor:

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     frames: list[Tensor] = []
 
     def remember(progress: Progress) -> None:
-        frames.append(_partial_images(pipeline, progress))
+        frames.append(pipeline.preview(progress))
 
     config = _sampling(pipeline, arguments)
     config.check(pipeline.model)  # before the bar appears
@@ -108,12 +108,3 @@ def _write_together(images: Tensor, labels: list[int], arguments: argparse.Names
         save_png(grid(images), arguments.out, {**settings, "labels": runs, "seed": arguments.seed})
         return
     write_npz(arguments.out, [to_uint8(images)], len(images), labels)
-
-
-def _partial_images(pipeline: Pipeline, progress: Progress) -> Tensor:
-    """Decoded images so far, mid-grey where no token is known yet: ``[b, 3, h, w]``."""
-    images = pipeline.decode(progress.latents)
-    rows, columns = pipeline.model.config.token_grid
-    mask = progress.known.view(-1, 1, rows, columns).float()
-    mask = torch.nn.functional.interpolate(mask, size=images.shape[-2:], mode="nearest")
-    return images * mask + 0.5 * (1 - mask)
