@@ -12,7 +12,7 @@ from far.backbone import CausalBackbone, CausalConfig, MaskedConfig
 from far.errors import InputError
 from far.heads import HEADS, HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
-from far.sampling import Progress, SamplingConfig, SeededNoise, sample
+from far.sampling import Kept, Progress, SamplingConfig, SeededNoise, sample, sampling_steps
 from far.tokens import cosine_token_counts, halton_orders
 
 KINDS = sorted(HEADS)
@@ -517,3 +517,92 @@ def test_causal_models_refuse_what_is_for_masked_ones(values: dict[str, Any]) ->
 def test_shortcut_takes_at_most_128_steps() -> None:
     with pytest.raises(InputError, match="head_steps 129: the ShortcutHead takes 1 to 128 steps"):
         draw(MODELS["shortcut"], [0], [1], SamplingConfig(ar_steps=1, head_steps=129))
+
+
+# --- Tokens that are kept ----------------------------------------------------------------------------------
+
+
+class LaterNoise(SeededNoise):
+    """The noise of a generation that is taken up again after so many tokens drawn one by one."""
+
+    def __init__(self, seeds: list[int], drawn: int, *, ordered: bool) -> None:
+        super().__init__(seeds, CPU)
+        self.drawn = drawn
+        if ordered:
+            self.order = super().orders(24)
+        for _ in range(drawn):
+            super().normal(1, 3)
+
+    def orders(self, tokens: int) -> Tensor:
+        # Kept positions may stand anywhere in an order: here behind, where they must be moved to the front.
+        return torch.cat([self.order[:, self.drawn :], self.order[:, : self.drawn]], dim=1)
+
+
+@pytest.mark.parametrize("name", ["flow", "shortcut", "flow_map", "causal flow", "causal flow_map"])
+@pytest.mark.parametrize("count", [1, 9, 23])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_keeping_the_first_tokens_of_a_generation_gives_its_others(name: str, count: int, guidance: float) -> None:
+    config = SamplingConfig(24, 2, guidance)
+    seen: list[Progress] = []
+    whole = draw(ALL[name], [3], [5], config, callback=seen.append)
+    positions = seen[count - 1].known[0].nonzero()[:, 0]
+    kept = Kept(whole, positions)
+    noise = LaterNoise([5], count, ordered=name in MODELS)
+    again = sample(ALL[name], torch.tensor([3]), noise, dataclasses.replace(config, ar_steps=24 - count), kept=kept)
+    tolerance = 1e-4 * max(1.0, float(whole.abs().max()))
+    torch.testing.assert_close(again, whole, rtol=0, atol=tolerance)
+    tokens, before = ALL[name].tokens(again), ALL[name].tokens(whole)
+    assert torch.equal(tokens[:, positions], before[:, positions]), "kept tokens stay exactly"
+
+
+@pytest.mark.parametrize("values", [{}, {"order": "halton"}, {"refresh_every": 2, "guidance_every": 3}])
+def test_only_what_is_not_kept_is_drawn_and_each_version_by_its_own_order(values: dict[str, Any]) -> None:
+    latents = torch.randn(1, 3, 4, 6, generator=torch.Generator().manual_seed(0)).expand(3, -1, -1, -1)
+    positions = torch.tensor([20, 3, 8, 9, 10])
+    seen: list[Progress] = []
+    config = SamplingConfig(7, 2, 3.0, **values)
+    result = draw(FLOW, [1, 1, 1], [1, 2, 3], config, kept=Kept(latents, positions), callback=seen.append)
+    kept = torch.zeros(24, dtype=torch.bool)
+    kept[positions] = True
+    for progress in seen:
+        tokens = FLOW.tokens(progress.latents)
+        assert torch.equal(tokens[:, kept], FLOW.tokens(latents)[:, kept])
+        assert (tokens[~progress.known] == 0).all()
+    assert [int(progress.known[0].sum()) for progress in seen] == [
+        5 + n for n in torch.tensor(cosine_token_counts(19, 7)).cumsum(0).tolist()
+    ]
+    assert not torch.equal(seen[0].known[0], seen[0].known[1])
+    assert (FLOW.tokens(result)[:, ~kept] != 0).all()
+    for version in range(3):
+        alone = draw(FLOW, [1], [version + 1], config, kept=Kept(latents[:1], positions))
+        torch.testing.assert_close(alone[0], result[version], rtol=0, atol=1e-4)
+
+
+def test_kept_tokens_are_put_on_the_sphere_of_a_spherical_model() -> None:
+    model = tiny("flow", spherical=True)
+    latents = torch.randn(1, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    result = draw(model, [1], [1], SamplingConfig(3, 2), kept=Kept(latents, torch.arange(10)))
+    torch.testing.assert_close(result.norm(dim=1), torch.full((1, 4, 6), 3**0.5))
+    assert torch.equal(model.tokens(result)[:, :10], model.constrain(model.tokens(latents))[:, :10])
+
+
+def test_guidance_grows_with_the_kept_tokens_too() -> None:
+    config = SamplingConfig(2, 1, 3.0)
+    assert config.guidance_scales([6, 6], kept=12) == [1 + 2 * 18 / 24, 1 + 2 * 23 / 24]
+
+
+@pytest.mark.parametrize("steps", [0, 20])
+def test_steps_are_limited_by_the_tokens_to_draw(steps: int) -> None:
+    with pytest.raises(InputError, match=f"ar_steps {steps}: give 1 to 19"):
+        draw(FLOW, [0], [0], SamplingConfig(steps, 1), kept=Kept(torch.zeros(1, 3, 4, 6), torch.arange(5)))
+
+
+def test_a_causal_backbone_keeps_first_tokens_only() -> None:
+    kept = Kept(torch.zeros(1, 3, 4, 6), torch.tensor([0, 1, 3]))
+    with pytest.raises(InputError, match="a causal backbone draws row by row"):
+        draw(CAUSAL_FLOW, [0], [0], SamplingConfig(21, 1), kept=kept)
+
+
+def test_bad_values_are_refused_before_the_first_step() -> None:
+    with pytest.raises(InputError, match="ar_steps"):
+        sampling_steps(FLOW, torch.tensor([0]), SeededNoise([0], CPU), SamplingConfig(25, 1))

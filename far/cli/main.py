@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import far
-from far.cli import benchmark, cache, convert, data, distill, evaluate, generate, train, train_autoencoder
+from far.cli import benchmark, cache, convert, data, distill, edit, evaluate, generate, train, train_autoencoder
 from far.errors import InputError
 
 COMMANDS = {
     "generate": generate,
+    "edit": edit,
     "evaluate": evaluate,
     "data": data,
     "train-autoencoder": train_autoencoder,

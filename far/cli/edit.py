@@ -1,0 +1,104 @@
+"""Redraw a part of an image: in it (inpainting), around it (outpainting), or as another class.
+
+What is redrawn: the white of --mask, the inside of --redraw, the outside of --keep, or all around an image that is
+smaller than the model's and lies at --place. The tokens that this touches are drawn anew, the others stay exactly.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from far.cli.sampling_arguments import add_sampling_arguments, sampling_options
+from far.data.images import centre_crop, decode_image
+from far.editing import box_mask, place
+from far.errors import InputError
+from far.files import check_writable
+from far.pictures import grid, save_png, to_tensor
+from far.pipeline import DTYPES, Pipeline, resolve_dtype
+from far.sampling import Progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", type=Path, help="of the model's size; a larger one is cropped to its middle and scaled")
+    parser.add_argument("--label", required=True, help="class number or name of what is drawn")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--mask", type=Path, help="image of the same size, white where to redraw")
+    box = {"type": int, "nargs": 4, "metavar": ("LEFT", "TOP", "RIGHT", "BOTTOM")}
+    where.add_argument("--redraw", **box, help="box to redraw, in the model's pixels")  # type: ignore[arg-type]
+    where.add_argument("--keep", **box, help="box to keep; all around it is redrawn")  # type: ignore[arg-type]
+    where.add_argument("--place", type=int, nargs=2, metavar=("LEFT", "TOP"), help="where a smaller image lies; all around it is drawn")
+    parser.add_argument("--weights", default="avatars-64", help="bundled name or folder, with a masked backbone (default avatars-64)")
+    parser.add_argument("--count", type=int, default=1, help="versions, of seeds SEED, SEED + 1, … (default 1)")
+    parser.add_argument("--out", type=Path, default=Path("edited.png"), help="PNG, a grid if there are several (default edited.png)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first version (default 0)")
+    parser.add_argument("--no-paste", action="store_true", help="decode kept tokens too, instead of putting the image's own pixels back")
+    add_sampling_arguments(parser)
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default auto: bfloat16 where it is fast)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps … (default cpu)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.count < 1:
+        raise InputError(f"--count {arguments.count} must be positive")
+    if arguments.out.suffix.lower() != ".png":
+        raise InputError(f"--out {arguments.out}: give a name that ends with .png")
+    check_writable(arguments.out)
+    dtype = resolve_dtype(arguments.dtype, arguments.device)
+    pipeline = Pipeline.from_pretrained(arguments.weights, dtype=dtype, device=arguments.device)
+    picture, mask = _image_and_mask(arguments, pipeline.image_size)
+    seeds = [arguments.seed + index for index in range(arguments.count)]
+    sampling = {name: value for name, value in sampling_options(arguments).items() if value is not None}
+    steps = 0
+    with tqdm(desc="editing", unit="AR step") as bar:
+
+        def report(progress: Progress) -> None:
+            nonlocal steps
+            bar.total = steps = progress.steps
+            bar.update()
+
+        images = pipeline.edit(
+            picture, mask, arguments.label, seed=seeds, paste=not arguments.no_paste, output="tensor", callback=report, **sampling
+        )
+    assert isinstance(images, Tensor)  # the output asked for
+    config = dataclasses.replace(pipeline.sampling_config(**sampling), ar_steps=steps)
+    settings = {"weights": arguments.weights, **dataclasses.asdict(config), "dtype": dtype, "image": arguments.image.name}
+    label = pipeline.label(arguments.label)
+    save_png(grid(images), arguments.out, {**settings, "label": label, "class": pipeline.classes[label], "seed": arguments.seed})
+    print(f"wrote {arguments.out} ({arguments.count} {'version' if arguments.count == 1 else 'versions'})")
+
+
+def _image_and_mask(arguments: argparse.Namespace, size: tuple[int, int]) -> tuple[Image.Image, Tensor]:
+    """The image at the model's ``size`` (height, width), and ``[height, width]``, above 0.5 where to redraw."""
+    picture = decode_image(arguments.image)
+    if arguments.place is not None:
+        canvas, mask = place(picture, size, *arguments.place)
+        return canvas, mask.float()
+    fitted = _fit(picture, size, arguments.image)
+    if arguments.redraw is not None:
+        return fitted, box_mask(size, tuple(arguments.redraw)).float()
+    if arguments.keep is not None:
+        return fitted, 1 - box_mask(size, tuple(arguments.keep)).float()
+    painted = decode_image(arguments.mask)
+    if painted.size != picture.size:
+        raise InputError(
+            f"{arguments.mask} has {painted.height}×{painted.width} pixels and {arguments.image} {picture.height}×{picture.width}; "
+            "give a mask of the image's size"
+        )
+    return fitted, to_tensor(_fit(painted, size, arguments.mask))[0]
+
+
+def _fit(picture: Image.Image, size: tuple[int, int], path: Path) -> Image.Image:
+    """A picture at the model's size, as training images are prepared."""
+    height, width = size
+    if picture.size == (width, height):
+        return picture
+    if min(picture.size) < max(size) or height != width:
+        raise InputError(
+            f"{path} has {picture.height}×{picture.width} pixels, the model's images {height}×{width}; "
+            "resize it, or give --place LEFT TOP to draw around it"
+        )
+    return centre_crop(picture, height)

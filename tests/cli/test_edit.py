@@ -1,0 +1,120 @@
+"""`far edit`: each way to say what is redrawn, and what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from far.cli.main import main
+
+BOX = ["--redraw", "4", "4", "8", "8"]  # one of the four tokens of 8 × 8 pixels
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    path = tmp_path / "picture.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def edit(folder: Path, picture: Path, *options: object) -> tuple[np.ndarray, dict]:
+    out = picture.with_name("edited.png")
+    arguments = ["edit", picture, "--weights", folder, "--label", "square", "--dtype", "float32", "--out", out, *options]
+    assert main([str(argument) for argument in arguments]) == 0
+    with Image.open(out) as edited:
+        return np.asarray(edited.convert("RGB")), dict(edited.text)
+
+
+def changed(before: np.ndarray, after: np.ndarray) -> list[list[bool]]:
+    """Of which of the 2 × 2 tokens' cells some pixel differs."""
+    cells = (before != after).any(axis=2).reshape(2, 8, 2, 8)
+    return cells.any(axis=(1, 3)).tolist()
+
+
+def test_inside_a_box_outside_a_box_and_by_a_mask(pipeline_folder: Path, picture: Path, tmp_path: Path) -> None:
+    before = np.asarray(Image.open(picture))
+    redrawn, text = edit(pipeline_folder, picture, *BOX)
+    assert changed(before, redrawn) == [[True, False], [False, False]]
+    assert (text["image"], text["class"], text["label"], text["seed"], text["ar_steps"]) == ("picture.png", "square", "1", "0", "1")
+    kept, _ = edit(pipeline_folder, picture, "--keep", 8, 0, 16, 8)
+    assert changed(before, kept) == [[True, False], [True, True]]
+    mask = tmp_path / "mask.png"
+    Image.fromarray(np.pad(np.full((1, 1), 255, dtype=np.uint8), ((15, 0), (2, 13)))).save(mask)
+    painted, text = edit(pipeline_folder, picture, "--mask", mask, "--head-steps", 1, "--guidance", 2.5)
+    assert changed(before, painted) == [[False, False], [True, False]]
+    assert (text["head_steps"], text["guidance"]) == ("1", "2.5")
+
+
+def test_a_smaller_image_is_carried_on(pipeline_folder: Path, picture: Path) -> None:
+    small = np.asarray(Image.open(picture))[:8, :8]
+    Image.fromarray(small).save(picture)
+    edited, _ = edit(pipeline_folder, picture, "--place", 8, 0)
+    assert np.array_equal(edited[:8, 8:], small)
+    assert edited.shape == (16, 16, 3)
+
+
+def test_versions_have_seeds_of_their_own(pipeline_folder: Path, picture: Path) -> None:
+    sheet, _ = edit(pipeline_folder, picture, *BOX, "--count", 3, "--seed", 5)
+    second, _ = edit(pipeline_folder, picture, *BOX, "--seed", 6)
+    assert sheet.shape == (32, 32, 3)
+    assert np.abs(sheet[:16, 16:].astype(int) - second).max() <= 1
+    assert (sheet[:16, :16] != second).any()
+
+
+def test_a_larger_image_is_scaled_with_its_mask(pipeline_folder: Path, picture: Path, tmp_path: Path) -> None:
+    large = np.asarray(Image.open(picture)).repeat(4, axis=0).repeat(4, axis=1)
+    Image.fromarray(large).save(picture)
+    mask = np.zeros((64, 64), dtype=np.uint8)
+    mask[:30, 34:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    edited, _ = edit(pipeline_folder, picture, "--mask", tmp_path / "mask.png")
+    assert changed(large[::4, ::4], edited) == [[False, True], [False, False]]
+
+
+def test_kept_tokens_are_decoded_where_asked(pipeline_folder: Path, picture: Path) -> None:
+    edited, _ = edit(pipeline_folder, picture, *BOX, "--no-paste")
+    assert changed(np.asarray(Image.open(picture)), edited) == [[True, True], [True, True]]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "one of the arguments"),
+        ([*BOX, "--keep", "0", "0", "8", "8"], "not allowed with"),
+        (["--redraw", "0", "0", "17", "8"], "within 0 0 16 16"),
+        (["--redraw", "0", "0", "16", "16"], "nothing is kept"),
+        (["--place", "0", "1"], "does not lie within"),
+        (["--mask", "absent.png"], "absent.png"),
+        ([*BOX, "--count", "0"], "--count 0"),
+        ([*BOX, "--out", "edited.jpg"], "ends with .png"),
+        ([*BOX, "--ar-steps", "2"], "give 1 to 1"),
+        ([*BOX, "--label", "hexagon"], "unknown class"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    pipeline_folder: Path, picture: Path, options: list[str], expected: str, capsys: pytest.CaptureFixture
+) -> None:
+    out = picture.with_name("edited.png")
+    base = ["edit", str(picture), "--weights", str(pipeline_folder), "--label", "square", "--out", str(out)]
+    assert main([*base, *options]) == 2
+    assert expected in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_an_image_or_a_mask_of_another_size(pipeline_folder: Path, picture: Path, capsys: pytest.CaptureFixture) -> None:
+    mask = picture.with_name("mask.png")
+    Image.new("L", (15, 16), 255).save(mask)
+    base = ["edit", str(picture), "--weights", str(pipeline_folder), "--label", "square"]
+    assert main([*base, "--mask", str(mask)]) == 2
+    assert "give a mask of the image's size" in capsys.readouterr().err
+    Image.new("RGB", (9, 12)).save(picture)
+    assert main([*base, *BOX]) == 2
+    assert "give --place LEFT TOP" in capsys.readouterr().err
+
+
+def test_a_causal_model_says_where_it_can_edit(causal_diffusion_folder: Path, picture: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["edit", str(picture), "--weights", str(causal_diffusion_folder), "--label", "square", *BOX]
+    assert main(arguments) == 2
+    assert "take a masked model" in capsys.readouterr().err

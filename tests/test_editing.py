@@ -1,0 +1,205 @@
+"""Masks, and what an edit changes and leaves; the loop itself is tested in test_sampling.py."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from far.editing import box_mask, paste_kept, place, touched_tokens
+from far.errors import InputError
+from far.pictures import to_pictures, to_tensor
+from far.pipeline import Pipeline
+from far.sampling import Kept, Progress, SamplingConfig
+
+# --- Masks -------------------------------------------------------------------------------------------------
+
+
+@given(st.data(), st.integers(1, 9), st.integers(1, 9))
+def test_a_box_holds_the_pixels_between_its_sides(data: st.DataObject, height: int, width: int) -> None:
+    left, top = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
+    right, bottom = data.draw(st.integers(left + 1, width)), data.draw(st.integers(top + 1, height))
+    mask = box_mask((height, width), (left, top, right, bottom))
+    assert mask.tolist() == [[left <= x < right and top <= y < bottom for x in range(width)] for y in range(height)]
+
+
+@pytest.mark.parametrize("box", [(0, 0, 7, 4), (0, 0, 6, 5), (-1, 0, 3, 3), (2, 0, 2, 3), (0, 3, 3, 2)])
+def test_a_box_outside_the_image_or_empty_is_refused(box: tuple[int, int, int, int]) -> None:
+    with pytest.raises(InputError, match="within 0 0 6 4"):
+        box_mask((4, 6), box)
+
+
+@given(st.data(), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
+def test_a_token_is_touched_by_any_pixel_of_its_cell(data: st.DataObject, rows: int, columns: int, cell: int) -> None:
+    pixels = data.draw(st.lists(st.booleans(), min_size=rows * columns * cell**2, max_size=rows * columns * cell**2))
+    mask = torch.tensor(pixels).view(rows * cell, columns * cell)
+    expected = [
+        any(mask[y, x] for y in range(r * cell, r * cell + cell) for x in range(c * cell, c * cell + cell))
+        for r in range(rows)
+        for c in range(columns)
+    ]
+    if all(expected) or not any(expected):
+        with pytest.raises(InputError, match="the mask"):
+            touched_tokens(mask, (rows, columns))
+    else:
+        assert touched_tokens(mask, (rows, columns)).tolist() == expected
+
+
+def test_pasting_changes_kept_cells_only() -> None:
+    drawn, image = torch.zeros(2, 3, 4, 8), torch.ones(3, 4, 8)
+    redrawn = torch.tensor([True, False, False, False, False, True, False, False])
+    result = paste_kept(drawn, image, redrawn, (2, 4))
+    cells = result.view(2, 3, 2, 2, 4, 2).permute(0, 1, 2, 4, 3, 5).flatten(2, 3)
+    assert (cells[:, :, redrawn] == 0).all()
+    assert (cells[:, :, ~redrawn] == 1).all()
+
+
+def test_a_small_image_lies_where_it_is_placed_with_its_edges_carried_on() -> None:
+    picture = Image.fromarray(np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3))
+    canvas, mask = place(picture, (5, 6), 1, 2)
+    pixels = np.asarray(canvas)
+    assert pixels.shape == (5, 6, 3)
+    for y in range(5):
+        for x in range(6):
+            inside = 1 <= x < 4 and 2 <= y < 4
+            assert mask[y, x] == (not inside)
+            assert pixels[y, x].tolist() == np.asarray(picture)[min(max(y - 2, 0), 1), min(max(x - 1, 0), 2)].tolist()
+
+
+@pytest.mark.parametrize("corner", [(4, 0), (0, 4), (-1, 0), (0, -1)])
+def test_an_image_that_leaves_the_canvas_is_refused(corner: tuple[int, int]) -> None:
+    with pytest.raises(InputError, match="does not lie within the model's 5×6"):
+        place(Image.new("RGB", (3, 2)), (5, 6), *corner)
+
+
+# --- Pipeline.edit, of the bundled model -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    return Pipeline.from_pretrained("avatars-64")
+
+
+@pytest.fixture(scope="module")
+def planet(pipeline: Pipeline) -> Image.Image:
+    pictures = pipeline.generate(["planets"], seed=3)
+    assert isinstance(pictures[0], Image.Image)
+    return pictures[0]
+
+
+MASK = torch.zeros(64, 64)
+MASK[20:40, 33:50] = 1  # touches rows 1 and 2, columns 2 and 3 of the 4 × 4 tokens
+TOUCHED = np.zeros((64, 64), dtype=bool)
+TOUCHED[16:48, 32:64] = True
+
+
+def test_pixels_of_kept_tokens_stay_and_the_others_are_drawn(pipeline: Pipeline, planet: Image.Image) -> None:
+    versions = pipeline.edit(planet, Image.fromarray(np.uint8(MASK * 255)), "planets", seed=[1, 2])
+    before = np.asarray(planet)
+    drawn = [np.asarray(version)[TOUCHED] for version in versions]
+    for version in versions:
+        assert isinstance(version, Image.Image)
+        assert np.array_equal(np.asarray(version)[~TOUCHED], before[~TOUCHED])
+    assert (drawn[0] != before[TOUCHED]).mean() > 0.5
+    assert (drawn[0] != drawn[1]).mean() > 0.5
+    again = pipeline.edit(planet, MASK, 1, seed=2)
+    assert np.abs(np.asarray(again[0]).astype(int) - np.asarray(versions[1])).max() <= 1, "a version depends on its seed alone"
+
+
+def test_kept_tokens_are_those_of_the_encoded_image(pipeline: Pipeline, planet: Image.Image) -> None:
+    seen: list[Progress] = []
+    unpasted = pipeline.edit(to_tensor(planet), MASK, 1, paste=False, output="tensor", callback=seen.append)
+    encoded = pipeline.model.tokens(pipeline.encode(to_tensor(planet).unsqueeze(0)))[0]
+    redrawn = torch.tensor(TOUCHED[8::16, 8::16]).flatten()
+    final = pipeline.model.tokens(seen[-1].latents)[0]
+    assert torch.equal(final[~redrawn], encoded[~redrawn])
+    assert (final[redrawn] != encoded[redrawn]).all()
+    assert len(seen) == 4, "a quarter of the tokens takes a quarter of the model's 16 AR steps"
+    torch.testing.assert_close(torch.as_tensor(unpasted), pipeline.decode(seen[-1].latents))
+    assert len(pipeline.edit(planet, MASK, 1, ar_steps=2, callback=seen.append)) == 1
+    assert len(seen) == 6
+
+
+def test_what_is_drawn_fits_what_is_kept(pipeline: Pipeline) -> None:
+    """The redrawn half is much nearer to the hidden one than the same half of another image of the class."""
+    mask = torch.zeros(64, 64)
+    mask[32:] = 1
+    labels = ["planets", "moods", "voxel-bot", "clay"]
+    originals = torch.as_tensor(pipeline.generate(labels * 2, seed=100, output="tensor"))
+    others = torch.as_tensor(pipeline.generate(labels * 2, seed=200, output="tensor"))
+    errors, errors_of_others = [], []
+    for label, original, other in zip(labels * 2, originals, others):
+        edited = torch.as_tensor(pipeline.edit(original, mask, label, output="tensor"))[0]
+        errors.append(float((edited - original)[:, 32:].pow(2).mean()))
+        errors_of_others.append(float((other - original)[:, 32:].pow(2).mean()))
+    assert sum(errors) < 0.5 * sum(errors_of_others)
+
+
+def test_the_label_decides_what_is_drawn(pipeline: Pipeline, planet: Image.Image) -> None:
+    one, other = (pipeline.edit(planet, MASK, label, seed=5, output="tensor") for label in ("planets", "moods"))
+    assert (torch.as_tensor(one) - torch.as_tensor(other)).abs().max() > 0.2
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"image": Image.new("RGB", (63, 64))}, "image of shape [3, 64, 63]: this model's are [3, 64, 64]"),
+        ({"image": torch.zeros(1, 64, 64)}, "image of shape [1, 64, 64]"),
+        ({"mask": torch.zeros(32, 32)}, "mask of shape [32, 32]"),
+        ({"mask": torch.zeros(64, 64)}, "marks nothing"),
+        ({"mask": torch.ones(64, 64)}, "nothing is kept"),
+        ({"label": "hexagon"}, "unknown class 'hexagon'"),
+        ({"seed": -1}, "seeds -1"),
+        ({"seed": []}, "no seeds"),
+        ({"ar_steps": 5}, "ar_steps 5: give 1 to 4"),
+        ({"output": "jpeg"}, "output 'jpeg'"),
+    ],
+)
+def test_unusable_values_are_named(pipeline: Pipeline, planet: Image.Image, values: dict, expected: str) -> None:
+    arguments = {"image": planet, "mask": MASK, "label": 1, **values}
+    with pytest.raises(InputError) as error:
+        pipeline.edit(**arguments)
+    assert expected in str(error.value)
+
+
+def test_a_causal_model_redraws_to_the_end_only() -> None:
+    causal = Pipeline.from_pretrained("avatars-64-causal")
+    image = torch.as_tensor(causal.generate(["moods"], seed=1, output="tensor"))[0]
+    lower = torch.zeros(64, 64)
+    lower[40:] = 1
+    edited = torch.as_tensor(causal.edit(image, lower, "moods", output="tensor"))[0]
+    assert torch.equal(edited[:, :32], image[:, :32])
+    assert (edited - image)[:, 32:].abs().max() > 0.05
+    with pytest.raises(InputError, match="a causal backbone draws row by row"):
+        causal.edit(image, lower.flip(0), "moods")
+
+
+# --- Streaming, and the encoder ----------------------------------------------------------------------------
+
+
+def test_a_stream_shows_grey_where_nothing_is_known_and_ends_as_the_image(pipeline: Pipeline) -> None:
+    config = SamplingConfig(5, 1, 2.0)
+    steps = list(pipeline.stream(["moods", 3], [7, 8], config))
+    assert [progress.step for progress in steps] == list(range(5))
+    for progress in steps[:-1]:
+        known = progress.known.view(2, 1, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3).expand(-1, 3, -1, -1)
+        preview = pipeline.preview(progress)
+        assert (preview[~known] == 0.5).all()
+        assert torch.equal(preview[known], pipeline.decode(progress.latents)[known])
+    torch.testing.assert_close(pipeline.preview(steps[-1]), pipeline.draw(["moods", 3], [7, 8], config))
+
+
+def test_encoding_and_decoding_gives_the_image_back(pipeline: Pipeline) -> None:
+    images = torch.as_tensor(pipeline.generate(["planets", "moods"], seed=3, output="tensor"))
+    latents = pipeline.encode(images)
+    assert latents.shape == (2, 8, 8, 8)
+    assert (pipeline.decode(latents) - images).pow(2).mean() < 0.003
+    kept = Kept(latents, torch.arange(15))
+    for progress in pipeline.stream([1, 10], [1, 2], SamplingConfig(1, 1), kept=kept):
+        assert torch.equal(pipeline.model.tokens(progress.latents)[:, :15], pipeline.model.tokens(latents)[:, :15])
+
+
+def test_pictures_and_tensors_are_each_others_inverse() -> None:
+    pixels = torch.randint(0, 256, (1, 3, 5, 4), generator=torch.Generator().manual_seed(0)) / 255
+    torch.testing.assert_close(to_tensor(to_pictures(pixels)[0]), pixels[0])
