@@ -1,0 +1,69 @@
+"""The README's before-and-after grid of edits, and how long an edit takes.
+
+    python benchmarks/edits.py
+
+The bundled avatars-64, images of the held-out set (far data avatars data/avatars-64), seeds 0 to 3, the model's default sampling;
+seconds of ``Pipeline.edit`` at one version, median and range over the rows, and of the command ``far edit`` as a whole process.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import far
+from far.data.image_sets import read_images
+from far.data.shards import ShardReader
+from far.editing import box_mask
+from far.pictures import grid, save_png, to_pictures
+from far.pipeline import Pipeline
+
+SIZE = (64, 64)
+MIDDLE, LOWER_HALF = box_mask(SIZE, (16, 16, 48, 48)), box_mask(SIZE, (0, 32, 64, 64))
+# What is redrawn, of which held-out image of a class, as which class.
+ROWS = [
+    (MIDDLE, "planets", 5, "planets"),
+    (LOWER_HALF, "critters", 5, "critters"),
+    (~MIDDLE, "moods", 8, "moods"),
+    (~MIDDLE, "voxel-bot", 7, "voxel-bot"),
+    (MIDDLE, "planets", 9, "moods"),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--picture", type=Path, default=Path("docs/images/edits.png"))
+    arguments = parser.parse_args()
+    pipeline = far.load("avatars-64", dtype="auto")
+    assert isinstance(pipeline, Pipeline)
+    reader = ShardReader(Path("data/avatars-64/held-out"), "images")
+    labels = reader.rows("labels", torch.arange(len(reader)))
+    cells, seconds = [], []
+    for mask, shown, number, label in ROWS:
+        row = (labels == pipeline.label(shown)).nonzero()[number]
+        image = read_images(reader, row)[0] / 2 + 0.5
+        versions = pipeline.edit(image, mask, label, seed=range(4), output="tensor")
+        cells += [image, torch.where(mask, 0.5, image), *versions]
+        start = time.perf_counter()
+        pipeline.edit(image, mask, label)
+        seconds.append(time.perf_counter() - start)
+    sheet = grid(torch.stack(cells), columns=6)
+    save_png(sheet.resize((2 * sheet.width, 2 * sheet.height), 0), arguments.picture)
+    print(f"Pipeline.edit: {statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image.png"
+        to_pictures(image.unsqueeze(0))[0].save(path)
+        command = [sys.executable, "-m", "far", "edit", path, "--label", "moods", "--redraw", "16", "16", "48", "48"]
+        start = time.perf_counter()
+        subprocess.run([*map(str, command), "--out", str(path.with_name("edited.png"))], check=True, capture_output=True)
+        print(f"far edit, the whole command: {time.perf_counter() - start:.2f} s")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    main()
