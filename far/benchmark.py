@@ -43,7 +43,7 @@ _PRODUCT_SIDE = 2048
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table: ``batch`` images of a model (a preset, a bundled name or a folder) drawn together."""
+    """One line of the table: ``batch`` images of a model (a preset, or what find_folder takes) drawn together."""
 
     model: str
     sampling: SamplingConfig

@@ -1,10 +1,11 @@
 """``Pipeline``: class labels in, images out; and the folder that a pipeline is saved in.
 
-A folder holds ``config.json``, ``model.safetensors`` and ``autoencoder.safetensors``. The loop itself
+A folder holds ``config.json``, ``model.safetensors``, ``autoencoder.safetensors`` and a model card. The loop itself
 is in ``far.sampling``.
 """
 
 import dataclasses
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from far.autoencoder import Autoencoder
+from far.card import write_card
 from far.config import from_dict, to_dict
 from far.editing import paste_kept, touched_tokens
 from far.errors import InputError
 from far.files import read_json, write_json
+from far.hub import download, is_hub_name, upload
 from far.model import FAR, ModelConfig
 from far.packing import Int8Linear, can_pack, can_quantize, pack_linear_layers, quantize_linear_layers
 from far.pictures import to_pictures, to_tensor
@@ -49,9 +52,10 @@ class Pipeline:
         classes: Sequence[str],
         defaults: SamplingConfig,
         results: dict[str, Any] | None = None,
+        training: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.autoencoder = model.eval(), autoencoder
-        self.classes, self.defaults, self.results = list(classes), defaults, results or {}
+        self.classes, self.defaults, self.results, self.training = list(classes), defaults, results or {}, training or {}
 
     @property
     def device(self) -> torch.device:
@@ -291,7 +295,10 @@ class Pipeline:
         return autoencoder.normalize(autoencoder.encode(images).mean.float())
 
     def save_pretrained(self, folder: Path | str, dtype: torch.dtype | None = None) -> None:
-        """Write the folder; weights as ``dtype`` where given. ``config.json`` is written last.
+        """Write the folder; weights as ``dtype`` where given. ``config.json`` is written after them.
+
+        ``README.md`` is the model card of what is known: classes, sizes, sampling values, results and, of models trained
+        here, data and recipe. One that somebody wrote or changed is kept as it is.
 
         Raises:
             InputError: the weights are 8-bit integers, of which there is no way back.
@@ -306,26 +313,72 @@ class Pipeline:
             "classes": self.classes,
             "defaults": to_dict(self.defaults),
             "results": self.results,
+            "training": self.training,
         }
         if self.autoencoder is not None:
             save_tensors(folder / "autoencoder.safetensors", self.autoencoder.state_dict(), dtype)
             config["autoencoder"] = to_dict(self.autoencoder.config)
         write_json(folder / "config.json", config)
+        write_card(folder)
 
-    @classmethod
-    def from_pretrained(cls, name: Path | str, *, dtype: str = "float32", device: str = "cpu") -> "Pipeline":
-        """Load a folder or a bundled model.
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        license: str,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a model of far",
+        dtype: torch.dtype | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Publish what :meth:`save_pretrained` writes, in one commit, and return the repository's address.
 
         Args:
-            name: a folder that :meth:`save_pretrained` wrote, or the name of a bundled model.
+            name: ``OWNER/NAME``, or ``OWNER/NAME@BRANCH``; made where missing.
+            license: of the weights, as the hub abbreviates it (``"mit"``, ``"cc-by-nc-4.0"``, ``"other"`` …). Only who
+                publishes knows it: it depends on the training images.
+            private: of a new repository; ``None`` is the owner's default, usually public.
+            revision: a branch, made where missing; ``None`` is the one in the name, else main.
+            commit_message: the commit's first line.
+            dtype: of the published weights; ``None`` keeps theirs.
+            token: instead of the one of ``hf auth login`` or HF_TOKEN.
+
+        Raises:
+            InputError: int8 weights; nobody is logged in, or not one who may write there; the hub cannot be reached, or
+                refuses the licence.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            self.save_pretrained(temporary, dtype)
+            write_card(Path(temporary), name, license)
+            return upload(Path(temporary), name, revision, private=private, message=commit_message, token=token)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: Path | str,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> "Pipeline":
+        """Load a folder, a bundled model, or a model of the hub.
+
+        Args:
+            name: a folder that :meth:`save_pretrained` wrote, the name of a bundled model, or ``OWNER/NAME`` or
+                ``OWNER/NAME@REVISION`` of the hub, in this order. A :class:`~pathlib.Path` is a folder, never a name.
             dtype: of the generator's weights: float32; bfloat16; float16; int8, an approximation for CPUs; or auto, which is
                 bfloat16 where the device has the instructions and else float32. The autoencoder is bfloat16 with bfloat16 and
                 with int8 where the device has the instructions, and float32 otherwise.
+            revision: a branch, tag or commit on the hub; ``None`` is the one in the name, else the main branch.
+            local_files_only: take a model of the hub from the local cache alone, as HF_HUB_OFFLINE=1 does.
 
         Raises:
-            InputError: no such folder or name, or its files are damaged or do not fit together.
+            InputError: no such folder, name or revision; the hub cannot be reached; or the files are damaged or do not fit
+                together (the file is named, and the first tensor or key that differs).
         """
-        folder = find_folder(name)
+        folder = find_folder(name, revision=revision, local_files_only=local_files_only)
         source = str(folder / "config.json")
         values = read_json(folder / "config.json")
         if not isinstance(values, dict) or "model" not in values:
@@ -334,13 +387,18 @@ class Pipeline:
         config = from_dict(ModelConfig, values["model"], source)
         defaults = from_dict(SamplingConfig, values.get("defaults", {}), source)
         classes = values.get("classes", [])
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise InputError(f"{source}: classes are {classes!r}, expected a list of names")
+        for key in ("results", "training"):
+            if not isinstance(values.get(key, {}), dict):
+                raise InputError(f"{source}: {key} is {values[key]!r}, expected keys and values")
         if len(classes) != config.classes:
             raise InputError(f"{source} names {len(classes)} classes for a model of {config.classes}; name them all")
         model = FAR(config)
         load_module(model, folder / "model.safetensors")
         model = prepare(model, dtype, device)
         autoencoder = prepare_autoencoder(load_autoencoder(folder), dtype, device) if "autoencoder" in values else None
-        return cls(model, autoencoder, classes, defaults, values.get("results"))
+        return cls(model, autoencoder, classes, defaults, values.get("results"), values.get("training"))
 
 
 def check_output(output: str) -> None:
@@ -349,23 +407,37 @@ def check_output(output: str) -> None:
         raise InputError(f"output {output!r}: choose 'pil' or 'tensor'")
 
 
-def find_folder(name: Path | str) -> Path:
-    """The folder of a path or of a bundled model's name.
+def find_folder(name: Path | str, *, revision: str | None = None, local_files_only: bool = False) -> Path:
+    """The folder of a path, of a bundled model's name, or of a model of the hub, which is downloaded where missing.
+
+    The one place where names become folders; see :meth:`Pipeline.from_pretrained` for what they may be.
 
     Raises:
-        InputError: neither exists.
+        InputError: none of them exists, or the hub cannot be reached.
     """
     bundled = sorted(path.name for path in BUNDLED.iterdir() if path.is_dir()) if BUNDLED.is_dir() else []
-    if Path(name).is_dir():
-        return Path(name)
-    if str(name) in bundled:
-        return BUNDLED / str(name)
-    raise InputError(f"weights {str(name)!r}: no such folder or bundled model; bundled: {', '.join(bundled) or 'none'}")
+    folder = Path(name) if Path(name).is_dir() else BUNDLED / name if str(name) in bundled else None
+    if folder is not None and revision is not None:
+        raise InputError(f"weights {str(name)!r} are a folder here, which has no revision {revision!r}; leave it out")
+    if folder is not None:
+        return folder
+    if isinstance(name, str) and is_hub_name(name):
+        return download(name, revision, local_files_only=local_files_only)
+    raise InputError(
+        f"weights {str(name)!r}: no such folder or bundled model; bundled: {', '.join(bundled) or 'none'}; on the hub: OWNER/NAME"
+    )
 
 
-def load(name: Path | str, *, dtype: str = "float32", device: str = "cpu") -> Pipeline | Autoencoder:
+def load(
+    name: Path | str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Pipeline | Autoencoder:
     """:meth:`Pipeline.from_pretrained`; of a folder that holds an autoencoder alone, that autoencoder."""
-    folder = find_folder(name)
+    folder = find_folder(name, revision=revision, local_files_only=local_files_only)
     values = read_json(folder / "config.json")
     if isinstance(values, dict) and "autoencoder" in values and "model" not in values:
         if dtype == "int8":

@@ -27,7 +27,7 @@ FLOORS = [
         ),
     ),
     (2, ("far.model",)),
-    (3, ("far.sampling", "far.weights")),
+    (3, ("far.sampling", "far.weights", "far.card", "far.hub")),
     (4, ("far.pipeline", "far.data*")),
     (5, ("far", "far.benchmark", "far.convert", "far.training*", "far.evaluation*")),
     (6, ("far.recipe",)),

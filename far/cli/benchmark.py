@@ -26,7 +26,7 @@ _COLOURS = ("#4c72b0", "#55a868", "#dd8452", "#8172b3", "#8c8c8c")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="+", metavar="MODEL", help="presets (such as far-b), bundled names or folders (./far-b)")
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="presets (far-b …), bundled names, folders (./far-b), hub names")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="images drawn together (default 1)")
     parser.add_argument("--ar-steps", type=int, nargs="+", metavar="N", help="of masked models (default: 64, or the folder's)")
     parser.add_argument("--head-steps", type=int, nargs="+", metavar="N", help="steps of the head, each a row (default: the model's)")

@@ -16,7 +16,7 @@ from far.training.trajectories import load_teacher, write_trajectories
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("teacher", help="folder or bundled name of a model with a diffusion or flow head")
+    parser.add_argument("teacher", help="folder, bundled name or OWNER/NAME[@REVISION] of a model with a diffusion or flow head")
     parser.add_argument("out", type=Path, help="folder of the distilled model, made where missing")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as training.steps=2000 or trajectories.images=50000")
     parser.add_argument("--latents", type=Path, help="a latent cache of the teacher's data (default: the teacher draws images itself)")

@@ -39,7 +39,7 @@ _DEFAULT_COUNT = 10_000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     judged = parser.add_mutually_exclusive_group(required=True)
-    judged.add_argument("--weights", help="bundled name or folder of a model, which draws the images")
+    judged.add_argument("--weights", help="bundled name, folder or OWNER/NAME[@REVISION] of a model, which draws the images")
     judged.add_argument("--images", type=Path, help="folder of images, or an image set that far data made")
     judged.add_argument("--npz", type=Path, help="uint8 images [n, h, w, 3] as arr_0, ADM's format")
     parser.add_argument("--reference", type=Path, help="folder, image set, .npz of images, or statistics file (.npz with mu and sigma)")

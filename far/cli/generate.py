@@ -1,4 +1,4 @@
-"""Draw images from a bundled model or a folder, into a PNG grid, a folder of PNGs, or an .npz.
+"""Draw images from a bundled model, a folder or a model of the hub, into a PNG grid, a folder of PNGs, or an .npz.
 
 Images are seeded one by one: image i has seed SEED + i, whatever the batch around it.
 """
@@ -22,7 +22,7 @@ from far.sampling import FAST, Progress, SamplingConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", default="avatars-64", help="bundled name or folder (default avatars-64)")
+    parser.add_argument("--weights", default="avatars-64", help="bundled name, folder, or OWNER/NAME[@REVISION] (default avatars-64)")
     parser.add_argument("--labels", nargs="+", default=["all"], help="class numbers or names, or 'all' (default)")
     parser.add_argument("--count", type=int, help="images in all, shared evenly by the labels (default: one a label)")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="grid .png, .npz, or a folder (default samples.png)")

@@ -85,11 +85,11 @@ class AutoencoderTask:
         images = read_images(self.held_out, torch.arange(min(16, len(self.held_out)))).to(self.loop.device)
         pairs = torch.cat([images, ema.decode(ema.encode(images).mean)])
         save_png(grid(pairs / 2 + 0.5, columns=len(images)), folder / "reconstructions.png")
-        self.publish(ema, folder)
+        self.publish(ema, folder, step)
         return self.results
 
     @torch.no_grad()
-    def publish(self, ema: nn.Module, folder: Path) -> None:
+    def publish(self, ema: nn.Module, folder: Path, step: int) -> None:
         """Measure the latents' scale and shift, then write the folder's config and weights."""
         assert isinstance(ema, Autoencoder)
         rows = torch.arange(0, len(self.train_images), max(1, len(self.train_images) // 2000))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from far.config import to_dict
 from far.data.shards import ShardReader
 from far.errors import InputError
 from far.heads.flow_map import FlowMapHead
@@ -124,12 +125,16 @@ class DistillationTask:
             shown = [number % len(pipeline.classes) for number in range(64)]
             save_png(grid(pipeline.draw(sorted(shown), range(64))), folder / "samples" / f"step-{step:08d}.png", {"step": step})
         self.results["step"] = step
-        self.publish(ema, folder)
+        self.publish(ema, folder, step)
         return {name: value for name, value in self.results.items() if name != "step"}
 
-    def publish(self, ema: nn.Module, folder: Path) -> None:
+    def publish(self, ema: nn.Module, folder: Path, step: int) -> None:
         """Write the EMA weights as a pipeline folder, adapters merged."""
-        self._pipeline(ema).save_pretrained(folder)
+        pipeline = self._pipeline(ema)
+        pipeline.training = {
+            "command": "far distill", "finished steps": step, "recipe": to_dict(self.config), "teacher": self.teacher.training,
+        }  # fmt: skip
+        pipeline.save_pretrained(folder)
 
     def _pipeline(self, ema: nn.Module) -> Pipeline:
         assert isinstance(ema, FAR)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from far.autoencoder import Autoencoder, Posterior
+from far.config import to_dict
 from far.data.image_sets import read_images
 from far.data.latents import open_latents
 from far.data.shards import ShardReader
@@ -65,8 +66,16 @@ class GeneratorTask:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(loop.seed)
             self.module = FAR(config)
+        self.training: dict[str, Any] = {
+            "command": "far train",
+            "data": Path(self.held_out.meta["source"]).name,  # of an image folder: where it lies is nobody else's affair
+            "images": len(self.latents),
+            "recipe": {
+                "network": to_dict(network), "training": to_dict(loop), "sampling": to_dict(sampling), "label_drop": label_drop,
+            },
+        }  # fmt: skip
         if frozen_backbone is not None:
-            _take_backbone(self.module, frozen_backbone)
+            self.training["backbone"] = _take_backbone(self.module, frozen_backbone)
         if network.spherical and not autoencoder.config.spherical:
             raise InputError("network.spherical needs an autoencoder whose decoder knows such latents: train it with model.spherical=true")
         sampling.check(self.module)
@@ -134,21 +143,27 @@ class GeneratorTask:
                 drawn.add(network(pipeline.draw(labels, seeds)).cpu())
         distance = frechet_distance(drawn, self._reference)
         self.results = {"step": step, f"quick FD ({network.name})": distance, **dataclasses.asdict(self.evaluation)}
-        self.publish(ema, folder)
+        self.publish(ema, folder, step)
         return {f"quick FD ({network.name})": distance}
 
-    def publish(self, ema: nn.Module, folder: Path) -> None:
+    def publish(self, ema: nn.Module, folder: Path, step: int) -> None:
         """Write the EMA weights as a pipeline folder."""
-        self._pipeline(ema).save_pretrained(folder)
+        pipeline = self._pipeline(ema)
+        pipeline.training = {**self.training, "finished steps": step}
+        pipeline.save_pretrained(folder)
 
     def _pipeline(self, ema: nn.Module) -> Pipeline:
         assert isinstance(ema, FAR)
         return Pipeline(ema, self.autoencoder, self.classes, self.sampling, self.results)
 
 
-def _take_backbone(module: FAR, folder: Path) -> None:
-    """Copy the backbone of a trained pipeline folder into ``module`` and freeze it; the head stays fresh."""
-    trained = Pipeline.from_pretrained(folder).model
+def _take_backbone(module: FAR, folder: Path) -> dict[str, Any]:
+    """Copy the backbone of a trained pipeline folder into ``module`` and freeze it; the head stays fresh.
+
+    Returns what is known of that pipeline's training.
+    """
+    pipeline = Pipeline.from_pretrained(folder)
+    trained = pipeline.model
     ours, theirs = module.config.network, trained.config.network
     if (theirs.backbone, theirs.spherical, trained.config.token_channels) != (ours.backbone, ours.spherical, module.config.token_channels):
         raise InputError(f"the backbone of {folder} is another than the recipe's; give both the same network.backbone, spherical and patch")
@@ -156,3 +171,4 @@ def _take_backbone(module: FAR, folder: Path) -> None:
         raise InputError(f"the backbone of {folder} was trained on other classes or another grid of latents; train on the same data")
     module.backbone.load_state_dict(trained.backbone.state_dict())
     module.backbone.requires_grad_(False)
+    return pipeline.training

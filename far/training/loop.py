@@ -76,8 +76,8 @@ class Task(Protocol):
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
         """Judge the EMA weights on held-out data; may write pictures into ``folder``."""
 
-    def publish(self, ema: nn.Module, folder: Path) -> None:
-        """Write the EMA weights in the form that the other commands load."""
+    def publish(self, ema: nn.Module, folder: Path, step: int) -> None:
+        """Write the EMA weights in the form that the other commands load, after so many steps."""
 
 
 def train(task: Task, config: LoopConfig, folder: Path, *, resume: bool = False) -> None:
@@ -143,7 +143,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
         }
         path = save_checkpoint(self.checkpoints, self.step, state)
-        self.task.publish(self.ema.module, self.folder)
+        self.task.publish(self.ema.module, self.folder, self.step)
         return path
 
     def run(self) -> None:

@@ -161,7 +161,7 @@ def test_errors_are_those_of_the_held_out_group(exact_task: DistillationTask, tm
 
     stand_in(exact_task, off_when_trained)
     exact_task.teacher.autoencoder = None
-    exact_task.publish = lambda ema, folder: None  # type: ignore[method-assign, assignment]
+    exact_task.publish = lambda ema, folder, step: None  # type: ignore[method-assign, assignment]
     found = exact_task.evaluate(exact_task.module, tmp_path, 3)
     assert set(found) == {"error of 1 steps", "error of 2 steps", "error of 4 steps"}
     # The offset shrinks with the spread on the way to the data.
@@ -173,7 +173,7 @@ def test_errors_are_those_of_the_held_out_group(exact_task: DistillationTask, tm
 
 def test_the_exact_mean_velocity_ends_where_the_trajectories_do(exact_task: DistillationTask, tmp_path: Path) -> None:
     exact_task.teacher.autoencoder = None
-    exact_task.publish = lambda ema, folder: None  # type: ignore[method-assign, assignment]
+    exact_task.publish = lambda ema, folder, step: None  # type: ignore[method-assign, assignment]
     assert max(exact_task.evaluate(exact_task.module, tmp_path, 3).values()) < 0.005
 
 
@@ -221,7 +221,9 @@ def test_a_distilled_model(
     head = pipeline.model.config.network.head
     assert (head.kind, head.width, head.depth, head.max_guidance, head.token_limit) == ("flow_map", 16, 1, 4.0, None)
     assert pipeline.classes == original.classes
-    assert pipeline.results["step"] == 4
+    assert pipeline.results["step"] == pipeline.training["finished steps"] == 4
+    assert pipeline.training["recipe"]["trajectories"]["max_guidance"] == 4.0
+    assert "Training of the teacher" not in (out / "README.md").read_text()  # nothing is known of it
     for name, tensor in original.model.backbone.state_dict().items():
         assert torch.equal(pipeline.model.backbone.state_dict()[name], tensor), name
     assert (pipeline.defaults.head_steps, pipeline.defaults.guidance) == (2, 3.0)

@@ -1,13 +1,18 @@
 """Training of the generator: a head on another model's frozen backbone, and one that learns guidance."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from far.cli.main import main
+from far.config import from_dict
 from far.pipeline import Pipeline
+from far.recipe import GeneratorRecipe, load_recipe
 
 
 @pytest.fixture
@@ -20,7 +25,9 @@ def joint(recipe: Path) -> Path:
 def test_only_the_head_is_trained(recipe: Path, joint: Path) -> None:
     assert main(["train", str(recipe), "model=frozen", f"generator.frozen_backbone={joint}"]) == 0
     before = Pipeline.from_pretrained(joint).model
-    after = Pipeline.from_pretrained(recipe.parent / "run" / "frozen").model
+    frozen = Pipeline.from_pretrained(recipe.parent / "run" / "frozen")
+    after = frozen.model
+    assert frozen.training["backbone"] == Pipeline.from_pretrained(joint).training != {}
     assert after.config.network.head.kind == "shortcut"
     for (name, old), new in zip(before.backbone.state_dict().items(), after.backbone.state_dict().values()):
         assert torch.equal(old, new), name
@@ -29,6 +36,17 @@ def test_only_the_head_is_trained(recipe: Path, joint: Path) -> None:
     entries = [json.loads(line) for line in (recipe.parent / "run" / "frozen" / "log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in entries if "loss" in entry]
     assert losses[-1] < losses[0]
+
+
+def test_the_folder_and_its_card_tell_the_training(recipe: Path, joint: Path) -> None:
+    """The recipe in the card is the one that was trained: it can be given to far train again."""
+    training, card = Pipeline.from_pretrained(joint).training, (joint / "README.md").read_text()
+    assert (training["data"], training["images"], training["finished steps"]) == ("drawn by the tests", 60, 20)
+    assert "| data | drawn by the tests |" in card
+    (block,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
+    trained = load_recipe(recipe, ["generator.network.head.kind=diffusion"]).generator
+    told = from_dict(GeneratorRecipe, yaml.safe_load(block), "the card")
+    assert told == dataclasses.replace(trained, evaluation=told.evaluation)
 
 
 def test_a_frozen_run_resumes(recipe: Path, joint: Path) -> None:
