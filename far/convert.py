@@ -124,18 +124,37 @@ def convert_kl16(source: Path, folder: Path) -> None:
         InputError: the file is missing, damaged, hostile or of another model; the folder holds an
             autoencoder, a model with other latent channels, or a ``config.json`` that is not ours.
     """
-    existing = _entries(folder, "autoencoder")
     checkpoint = _read_pickle(source)
     weights = _tensors(checkpoint["model"] if isinstance(checkpoint, Mapping) and "model" in checkpoint else checkpoint, source)
     try:
         config = _autoencoder_config(weights)
     except InputError as error:
         raise InputError(f"{source} cannot be converted: {error}") from error
+    add_autoencoder(folder, config, weights, str, source)
+
+
+def add_autoencoder(
+    folder: Path, config: AutoencoderConfig, weights: dict[str, Tensor], published_name: Callable[[str], str], source: Path
+) -> None:
+    """Write an autoencoder into a folder, beside a model that this may hold already.
+
+    Args:
+        folder: made where missing; nothing is written unless all is well.
+        config: of the autoencoder.
+        weights: under the names that ``published_name`` makes of ours, in our shapes.
+        published_name: from a name of ours.
+        source: the file, for messages.
+
+    Raises:
+        InputError: a tensor is missing, left over or of another shape; the folder holds an autoencoder, a model with other
+            latent channels, or a ``config.json`` that is not ours.
+    """
+    existing = _entries(folder, "autoencoder")
     if "model" in existing:
         _check_channels(from_dict(ModelConfig, existing["model"], str(folder / "config.json")), config, folder)
     with torch.device("meta"):
         wanted = Autoencoder(config).state_dict()
-    tensors = _renamed(wanted, weights, str, source)
+    tensors = _renamed(wanted, weights, published_name, source)
     _publish(folder, "autoencoder", tensors, {"results": {}, **existing, "autoencoder": to_dict(config)})
 
 

@@ -279,6 +279,7 @@ def test_the_command_line_pushes_and_draws_offline(hub: Hub, pipeline_folder: Pa
         ["evaluate", "--weights", "ann/nothing", "--save-statistics", "a.npz"],
         ["distill", "ann/nothing", "out"],
         ["push", "ann/nothing", "ann/shapes", "--license", "mit"],
+        ["convert", "to-diffusers", "ann/nothing", "out"],
     ],
 )
 def test_every_command_with_weights_asks_the_hub(

@@ -1,12 +1,16 @@
-"""Convert a published MAR checkpoint, or MAR's KL-16 autoencoder, into a folder that far.load reads.
+"""Convert a published MAR checkpoint, MAR's KL-16 or an AutoencoderKL of diffusers into a folder that far.load reads.
 
-Both into the same folder give a model that generates images. Nothing in a pickle is executed.
+A MAR and an autoencoder in the same folder give a model that generates images. Nothing in a pickle is executed.
+to-diffusers goes the other way, with the autoencoder of any model.
 """
 
 import argparse
 from pathlib import Path
 
 from far.convert import convert_kl16, convert_mar
+from far.diffusers_format import from_diffusers, to_diffusers
+from far.pipeline import find_folder
+from far.weights import load_autoencoder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,11 +22,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kl16 = kinds.add_parser("kl16", help="MAR's KL-16 autoencoder (.ckpt)", allow_abbrev=False)
     kl16.add_argument("source", type=Path, help="kl16.ckpt")
     kl16.add_argument("out", type=Path, help="folder to write; may hold a converted MAR")
+    inward = kinds.add_parser("from-diffusers", help="an AutoencoderKL of diffusers (folder)", allow_abbrev=False)
+    inward.add_argument("source", type=Path, help="folder with config.json and diffusion_pytorch_model.safetensors")
+    inward.add_argument("out", type=Path, help="folder to write; may hold a converted MAR")
+    outward = kinds.add_parser("to-diffusers", help="an autoencoder of ours, into an AutoencoderKL of diffusers", allow_abbrev=False)
+    outward.add_argument("source", metavar="weights", help="bundled name, folder, or OWNER/NAME[@REVISION]")
+    outward.add_argument("out", type=Path, help="folder to write")
 
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.kind == "mar":
         convert_mar(arguments.source, arguments.out, ema=not arguments.no_ema)
-    else:
+    elif arguments.kind == "kl16":
         convert_kl16(arguments.source, arguments.out)
+    elif arguments.kind == "from-diffusers":
+        from_diffusers(arguments.source, arguments.out)
+    else:
+        to_diffusers(load_autoencoder(find_folder(arguments.source)), arguments.out)
     print(f"{arguments.out}: converted from {arguments.source}")

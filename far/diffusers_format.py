@@ -1,0 +1,189 @@
+"""Our autoencoder ↔ the folder of an ``AutoencoderKL`` of diffusers, which need not be installed.
+
+The arithmetic is the same where all levels but the coarsest are without attention, so that both sides' numbers agree to
+float precision. Tensor names, shapes and the config's entries differ, and are known here and nowhere else.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from far.autoencoder import Autoencoder, AutoencoderConfig
+from far.config import from_dict, to_dict
+from far.convert import add_autoencoder
+from far.errors import InputError
+from far.files import read_json, write_json
+from far.weights import save_tensors
+
+_CLASS = "AutoencoderKL"
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+# Our names and those of diffusers; all that fit a name are applied, in this order. Levels of the decoder are counted below.
+_NAMES = (
+    (r"\.down\.(\d+)\.", r".down_blocks.\1."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.block\.(\d+)\.", r".resnets.\1."),
+    (r"\.attn\.(\d+)\.", r".attentions.\1."),
+    (r"\.(down|up)sample\.", r".\1samplers.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
+    (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
+    (r"coder\.norm_out\.", "coder.conv_norm_out."),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderKLConfig:
+    """The entries of an ``AutoencoderKL``'s ``config.json``, with the values that diffusers takes where one is missing."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    act_fn: str = "silu"
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int | tuple[int, ...] = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+
+# Hints for tiling and float16, which change no number; and those that are converted on their own.
+_NOT_COMPARED = ("sample_size", "force_upcast", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
+
+
+def to_diffusers(autoencoder: Autoencoder, folder: Path) -> None:
+    """Write an autoencoder as a folder for ``diffusers.AutoencoderKL.from_pretrained``.
+
+    Its latents become ours by ``(latent − mean) · scaling_factor / std``, where mean and std are ``latents_mean`` and
+    ``latents_std`` if the shift is one number a channel, and else ``shift_factor`` and 1.
+
+    Args:
+        autoencoder: in float32, as :func:`far.weights.load_autoencoder` gives it.
+        folder: made where missing; must hold no ``config.json``.
+
+    Raises:
+        InputError: an ``AutoencoderKL`` cannot represent it (latents on a sphere, a first level that is wider than the
+            first convolution), or the folder holds another model.
+    """
+    config = autoencoder.config
+    if config.spherical:
+        raise InputError("this autoencoder's latents are on a sphere (spherical), which an AutoencoderKL of diffusers cannot do")
+    if config.width_multipliers[0] != 1:
+        raise InputError(f"width_multipliers {list(config.width_multipliers)}: an AutoencoderKL of diffusers can only begin with 1")
+    if (folder / "config.json").exists():
+        raise InputError(f"{folder} already holds a model, which is not overwritten; choose another folder")
+    levels = len(config.width_multipliers)
+    tensors = {
+        _name(ours, levels): tensor.flatten(1) if ".attn" in ours and tensor.dim() == 4 else tensor
+        for ours, tensor in autoencoder.state_dict().items()
+    }
+    save_tensors(folder / _WEIGHTS, tensors)
+    write_json(folder / "config.json", {"_class_name": _CLASS, **to_dict(_theirs(config))})
+
+
+def from_diffusers(source: Path, folder: Path) -> None:
+    """Add the autoencoder of an ``AutoencoderKL`` folder to a folder of ours.
+
+    A model that the folder already holds stays; an autoencoder that it already holds is never overwritten.
+
+    Args:
+        source: holds ``config.json`` and ``diffusion_pytorch_model.safetensors``; of a whole diffusers pipeline, its ``vae``.
+        folder: made where missing; nothing is written unless the whole conversion succeeds.
+
+    Raises:
+        InputError: a file is missing or damaged; an entry of the config asks for other arithmetic than ours (the entry is
+            named); a tensor is missing, left over or of another shape; the folder holds an autoencoder, or a model with
+            other latent channels.
+    """
+    path = source / "config.json"
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give the folder of an {_CLASS} (of a whole diffusers pipeline, its vae)")
+    values = read_json(path)
+    if not isinstance(values, dict) or values.get("_class_name") != _CLASS:
+        raise InputError(f"{path}: _class_name is not {_CLASS!r}, the only one that can be converted")
+    theirs = from_dict(AutoencoderKLConfig, {key: value for key, value in values.items() if not key.startswith("_")}, str(path))
+    config, weights = _ours(theirs, path), source / _WEIGHTS
+    if not weights.exists():
+        raise InputError(f"{weights} does not exist, and pickles are not read; have diffusers save it as safetensors")
+    try:
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{weights} is damaged ({error}); restore or remake it") from error
+    levels = len(config.width_multipliers)
+    # Linear layers there, 1 × 1 convolutions here.
+    shaped = {name: tensor[:, :, None, None] if tensor.dim() == 2 else tensor for name, tensor in tensors.items()}
+    add_autoencoder(folder, config, shaped, lambda ours: _name(ours, levels), weights)
+
+
+def _name(ours: str, levels: int) -> str:
+    name = re.sub(r"\.up\.(\d+)\.", lambda match: f".up_blocks.{levels - 1 - int(match[1])}.", ours)  # from the coarsest level there
+    for pattern, theirs in _NAMES:
+        name = re.sub(pattern, theirs, name)
+    return name
+
+
+def _theirs(config: AutoencoderConfig) -> AutoencoderKLConfig:
+    levels = len(config.width_multipliers)
+    mean = config.shift if isinstance(config.shift, tuple) else None
+    return AutoencoderKLConfig(
+        down_block_types=("DownEncoderBlock2D",) * (levels - 1) + ("AttnDownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(config.width * multiplier for multiplier in config.width_multipliers),
+        layers_per_block=config.blocks,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_groups,
+        scaling_factor=config.scale,
+        shift_factor=None if isinstance(config.shift, tuple) else config.shift,
+        latents_mean=mean,
+        latents_std=None if mean is None else (1.0,) * config.latent_channels,
+    )
+
+
+def _ours(theirs: AutoencoderKLConfig, path: Path) -> AutoencoderConfig:
+    widths = theirs.block_out_channels
+    if not widths or min(widths) < 1 or any(width % widths[0] for width in widths):
+        raise InputError(f"{path}: block_out_channels are {list(widths)}, which are no multiples of the first")
+    scale, shift = _scale_and_shift(theirs, path)
+    try:
+        config = AutoencoderConfig(
+            width=widths[0],
+            width_multipliers=tuple(width // widths[0] for width in widths),
+            blocks=theirs.layers_per_block,
+            latent_channels=theirs.latent_channels,
+            norm_groups=theirs.norm_num_groups,
+            scale=scale,
+            shift=shift,
+        )
+    except InputError as error:
+        raise InputError(f"{path} cannot be converted: {error}") from error
+    for name, wanted in to_dict(_theirs(config)).items():
+        found = to_dict(theirs)[name]
+        if name not in _NOT_COMPARED and found != wanted:
+            raise InputError(f"{path}: {name} is {found!r}, and far's autoencoder can only be {wanted!r} there")
+    return config
+
+
+def _scale_and_shift(theirs: AutoencoderKLConfig, path: Path) -> tuple[float, float | tuple[float, ...]]:
+    mean, deviation = theirs.latents_mean, theirs.latents_std
+    if mean is None and deviation is None:
+        return theirs.scaling_factor, theirs.shift_factor or 0.0
+    if mean is None or deviation is None or theirs.shift_factor:
+        raise InputError(f"{path}: latents_mean and latents_std go together, and without shift_factor")
+    if len(set(deviation)) != 1 or deviation[0] <= 0:
+        raise InputError(f"{path}: latents_std is {list(deviation)}, and far's autoencoder has one scale for all channels")
+    return theirs.scaling_factor / deviation[0], mean
