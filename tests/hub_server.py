@@ -98,6 +98,8 @@ class Handler(BaseHTTPRequestHandler):
                 {"type": "file", "path": path, "size": len(data), "oid": _etag(data)} for path, data in self.hub.files[commit].items()
             ]
             return _json(listing)
+        if parts[2:3] != ["resolve"]:
+            raise Refusal(404)
         repository, revision, path = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
         commit = self.find(repository, revision)
         if path not in self.hub.files[commit]:

@@ -187,7 +187,10 @@ def test_what_is_pushed_can_be_loaded(hub: Hub, pipeline_folder: Path, tmp_path:
     assert len(hub.messages) == 1
 
 
-def test_push_to_a_branch_privately_in_half_precision(hub: Hub, pipeline_folder: Path, tmp_path: Path) -> None:
+def test_push_to_a_branch_privately_in_half_precision(
+    hub: Hub, pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")  # the one that is given counts
     pipeline = Pipeline.from_pretrained(pipeline_folder)
     pipeline.push_to_hub("ann/shapes@half", license="other", private=True, dtype=torch.float16, commit_message="Half the size", token=TOKEN)
     assert hub.private == {"ann/shapes"}
