@@ -114,10 +114,12 @@ def _refusals_in_one_line(repository: str, revision: str | None) -> Iterator[Non
         ) from error
     except errors.RevisionNotFoundError as error:
         raise InputError(f"{repository} has no revision {revision!r} on the hub; give one of its branches, tags or commits") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        reason = error if error.__cause__ is None else error.__cause__
+    except errors.OfflineModeIsEnabled as error:  # of publishing; where a download meets it, the cache is what counts
+        raise InputError(f"{repository}: offline mode is on; unset HF_HUB_OFFLINE to publish") from error
+    except errors.LocalEntryNotFoundError as error:
+        reason = error.__cause__
         pinned = "" if revision is None else f" at revision {revision!r}"
-        if isinstance(reason, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        if reason is None or isinstance(reason, errors.OfflineModeIsEnabled):
             raise InputError(
                 f"{repository!r}{pinned} is no folder here and not wholly in the hub's cache, and offline nothing else is asked; "
                 "load it once without local_files_only and HF_HUB_OFFLINE"

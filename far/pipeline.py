@@ -40,6 +40,8 @@ DTYPES = ("auto", *_DTYPES)
 class Pipeline:
     """A generator, its autoencoder, the class names and the default sampling values.
 
+    ``results`` are figures and ``training`` facts that stay with the weights, in ``config.json`` and the model card.
+
     Example:
         >>> import far
         >>> pictures = far.load("avatars-64").generate(labels=["planets", 5], guidance=2.0, seed=0)
@@ -416,11 +418,10 @@ def find_folder(name: Path | str, *, revision: str | None = None, local_files_on
         InputError: none of them exists, or the hub cannot be reached.
     """
     bundled = sorted(path.name for path in BUNDLED.iterdir() if path.is_dir()) if BUNDLED.is_dir() else []
-    folder = Path(name) if Path(name).is_dir() else BUNDLED / name if str(name) in bundled else None
-    if folder is not None and revision is not None:
-        raise InputError(f"weights {str(name)!r} are a folder here, which has no revision {revision!r}; leave it out")
-    if folder is not None:
-        return folder
+    if Path(name).is_dir() or str(name) in bundled:
+        if revision is not None:
+            raise InputError(f"weights {str(name)!r} are a folder here, which has no revision {revision!r}; leave it out")
+        return Path(name) if Path(name).is_dir() else BUNDLED / name
     if isinstance(name, str) and is_hub_name(name):
         return download(name, revision, local_files_only=local_files_only)
     raise InputError(

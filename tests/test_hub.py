@@ -236,7 +236,7 @@ def test_push_refuses_in_one_line(hub: Hub, pipeline_folder: Path, monkeypatch: 
     monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
     push_refused("ann/shapes", "mit", "ann/shapes", "hf auth login")
     offline(monkeypatch)
-    push_refused("ann/shapes", "mit", "ann/shapes", "HF_HUB_OFFLINE")
+    push_refused("ann/shapes", "mit", "ann/shapes", "unset HF_HUB_OFFLINE to publish")
     assert hub.messages == []
 
 
@@ -278,6 +278,8 @@ def test_the_command_line_pushes_and_draws_offline(hub: Hub, pipeline_folder: Pa
 @pytest.mark.parametrize(
     "command",
     [
+        ["generate", "--weights", "ann/nothing"],
+        ["edit", "a.png", "--label", "0", "--keep", "0", "0", "8", "8", "--weights", "ann/nothing"],
         ["benchmark", "--models", "ann/nothing"],
         ["evaluate", "--weights", "ann/nothing", "--save-statistics", "a.npz"],
         ["distill", "ann/nothing", "out"],

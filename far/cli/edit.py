@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--redraw", **box, help="box to redraw, in the model's pixels")  # type: ignore[arg-type]
     where.add_argument("--keep", **box, help="box to keep; all around it is redrawn")  # type: ignore[arg-type]
     where.add_argument("--place", type=int, nargs=2, metavar=("LEFT", "TOP"), help="where a smaller image lies; all around it is drawn")
-    parser.add_argument("--weights", default="avatars-64", help="bundled name or folder, with a masked backbone (default avatars-64)")
+    parser.add_argument("--weights", default="avatars-64", help="bundled name, folder or OWNER/NAME[@REVISION], with a masked backbone")
     parser.add_argument("--count", type=int, default=1, help="versions, of seeds SEED, SEED + 1, … (default 1)")
     parser.add_argument("--out", type=Path, default=Path("edited.png"), help="PNG, a grid if there are several (default edited.png)")
     parser.add_argument("--seed", type=int, default=0, help="of the first version (default 0)")
