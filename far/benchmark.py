@@ -29,9 +29,9 @@ from far.errors import InputError
 from far.heads.flow import FlowHead
 from far.model import FAR, PRESETS, ModelConfig, preset
 from far.packing import Int8Linear
-from far.pipeline import Pipeline, find_folder, prepare, prepare_autoencoder
+from far.pipeline import Pipeline, prepare, prepare_autoencoder
 from far.sampling import FAST, SamplingConfig, SeededNoise, sample
-from far.weights import to_device
+from far.weights import find_folder, to_device
 
 SEED = 0
 # The whole of a generation; "sampler" is what is left when the networks are taken away.

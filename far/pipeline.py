@@ -21,14 +21,23 @@ from far.config import from_dict, to_dict
 from far.editing import paste_kept, touched_tokens
 from far.errors import InputError
 from far.files import read_json, write_json
-from far.hub import download, is_hub_name, upload
+from far.hub import upload
 from far.model import FAR, ModelConfig
 from far.packing import Int8Linear, can_pack, can_quantize, pack_linear_layers, quantize_linear_layers
 from far.pictures import to_pictures, to_tensor
 from far.sampling import Kept, Progress, SamplingConfig, SeededNoise, sampling_steps
-from far.weights import load_autoencoder, load_module, save_tensors, to_device
+from far.weights import (
+    BUNDLED,
+    changed_tensors,
+    describe_base,
+    find_base,
+    find_folder,
+    load_autoencoder,
+    load_module,
+    save_tensors,
+    to_device,
+)
 
-BUNDLED = Path(__file__).parent / "bundled"
 # On a CPU, few images at a time and channels last stay in the caches: twice as fast at 64 × 64 pixels.
 _CPU_DECODE_CHUNK = 16
 # Of "int8" models, all but the wide linear layers.
@@ -296,32 +305,45 @@ class Pipeline:
         images = (images * 2 - 1).to(weight.device, weight.dtype, memory_format=torch.channels_last)
         return autoencoder.normalize(autoencoder.encode(images).mean.float())
 
-    def save_pretrained(self, folder: Path | str, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(self, folder: Path | str, dtype: torch.dtype | None = None, *, base: str | None = None) -> None:
         """Write the folder; weights as ``dtype`` where given. ``config.json`` is written after them.
 
         ``README.md`` is the model card of what is known: classes, sizes, sampling values, results and, of models trained
         here, data and recipe. One that somebody wrote or changed is kept as it is.
 
+        Args:
+            base: the name of a bundled model. What is equal in it, such as the backbone under another head, is not written again
+                but taken from there in loading; there is no model card then.
+
         Raises:
-            InputError: the weights are 8-bit integers, of which there is no way back.
+            InputError: the weights are 8-bit integers, of which there is no way back; or no model ``base`` is bundled.
         """
         folder = Path(folder)
         if any(isinstance(module, Int8Linear) for module in self.model.modules()):
             raise InputError(f"{folder}: int8 weights are for running only; load the model in another dtype to save it")
-        save_tensors(folder / "model.safetensors", self.model.state_dict(), dtype)
+        tensors, autoencoder, described = self.model.state_dict(), self.autoencoder, {}
+        if base is not None:
+            described = {"base": describe_base(base)}
+            other = Pipeline.from_pretrained(BUNDLED / base)
+            tensors = changed_tensors(self.model, other.model)
+            if autoencoder is not None and other.autoencoder is not None and not changed_tensors(autoencoder, other.autoencoder):
+                autoencoder = None
+        save_tensors(folder / "model.safetensors", tensors, dtype)
         config: dict[str, Any] = {
             "format": 1,
+            **described,
             "model": to_dict(self.model.config),
             "classes": self.classes,
             "defaults": to_dict(self.defaults),
             "results": self.results,
             "training": self.training,
         }
-        if self.autoencoder is not None:
-            save_tensors(folder / "autoencoder.safetensors", self.autoencoder.state_dict(), dtype)
-            config["autoencoder"] = to_dict(self.autoencoder.config)
+        if autoencoder is not None:
+            save_tensors(folder / "autoencoder.safetensors", autoencoder.state_dict(), dtype)
+            config["autoencoder"] = to_dict(autoencoder.config)
         write_json(folder / "config.json", config)
-        write_card(folder)
+        if base is None:
+            write_card(folder)
 
     def push_to_hub(
         self,
@@ -396,10 +418,12 @@ class Pipeline:
                 raise InputError(f"{source}: {key} is {values[key]!r}, expected keys and values")
         if len(classes) != config.classes:
             raise InputError(f"{source} names {len(classes)} classes for a model of {config.classes}; name them all")
+        base = find_base(values["base"], source) if "base" in values else None
         model = FAR(config)
-        load_module(model, folder / "model.safetensors")
+        load_module(model, folder / "model.safetensors", None if base is None else base / "model.safetensors")
         model = prepare(model, dtype, device)
-        autoencoder = prepare_autoencoder(load_autoencoder(folder), dtype, device) if "autoencoder" in values else None
+        with_autoencoder = folder if "autoencoder" in values else base
+        autoencoder = None if with_autoencoder is None else prepare_autoencoder(load_autoencoder(with_autoencoder), dtype, device)
         return cls(model, autoencoder, classes, defaults, values.get("results"), values.get("training"))
 
 
@@ -407,26 +431,6 @@ def check_output(output: str) -> None:
     """Raise an :class:`InputError` unless ``output`` is ``"pil"`` or ``"tensor"``."""
     if output not in ("pil", "tensor"):
         raise InputError(f"output {output!r}: choose 'pil' or 'tensor'")
-
-
-def find_folder(name: Path | str, *, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """The folder of a path, of a bundled model's name, or of a model of the hub, which is downloaded where missing.
-
-    The one place where names become folders; see :meth:`Pipeline.from_pretrained` for what they may be.
-
-    Raises:
-        InputError: none of them exists, or the hub cannot be reached.
-    """
-    bundled = sorted(path.name for path in BUNDLED.iterdir() if path.is_dir()) if BUNDLED.is_dir() else []
-    if Path(name).is_dir() or str(name) in bundled:
-        if revision is not None:
-            raise InputError(f"weights {str(name)!r} are a folder here, which has no revision {revision!r}; leave it out")
-        return Path(name) if Path(name).is_dir() else BUNDLED / name
-    if isinstance(name, str) and is_hub_name(name):
-        return download(name, revision, local_files_only=local_files_only)
-    raise InputError(
-        f"weights {str(name)!r}: no such folder or bundled model; bundled: {', '.join(bundled) or 'none'}; on the hub: OWNER/NAME"
-    )
 
 
 def load(

@@ -1,4 +1,4 @@
-"""Weights on disk: ``config.json`` beside safetensors files ↔ modules. No pickle, ever.
+"""Weights on disk: names → folders, and their ``config.json`` beside safetensors files ↔ modules. No pickle, ever.
 
 Published checkpoints of other projects are read by ``far.convert``, training state by
 ``far.training.checkpoint``.
@@ -15,9 +15,59 @@ from torch import Tensor, nn
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.config import from_dict, to_dict
 from far.errors import InputError
-from far.files import atomic_path, read_json, write_json
+from far.files import atomic_path, read_json, sha256, write_json
+from far.hub import download, is_hub_name
+
+BUNDLED = Path(__file__).parent / "bundled"
 
 M = TypeVar("M", bound=nn.Module)
+
+
+def find_folder(name: Path | str, *, revision: str | None = None, local_files_only: bool = False) -> Path:
+    """The folder of a path, of a bundled model's name, or of a model of the hub, which is downloaded where missing.
+
+    The one place where names become folders; see :meth:`far.Pipeline.from_pretrained` for what they may be.
+
+    Raises:
+        InputError: none of them exists, or the hub cannot be reached.
+    """
+    bundled = _bundled()
+    if Path(name).is_dir() or str(name) in bundled:
+        if revision is not None:
+            raise InputError(f"weights {str(name)!r} are a folder here, which has no revision {revision!r}; leave it out")
+        return Path(name) if Path(name).is_dir() else BUNDLED / name
+    if isinstance(name, str) and is_hub_name(name):
+        return download(name, revision, local_files_only=local_files_only)
+    raise InputError(
+        f"weights {str(name)!r}: no such folder or bundled model; bundled: {', '.join(bundled) or 'none'}; on the hub: OWNER/NAME"
+    )
+
+
+def _bundled() -> list[str]:
+    return sorted(path.name for path in BUNDLED.iterdir() if path.is_dir())
+
+
+def describe_base(name: str) -> dict[str, Any]:
+    """A bundled model as the base of another: its name and files.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if name not in _bundled():
+        raise InputError(f"base {name!r} is no bundled model; bundled: {', '.join(_bundled())}")
+    return {"weights": name, "sha256": {path.name: sha256(path) for path in sorted((BUNDLED / name).glob("*.safetensors"))}}
+
+
+def find_base(described: Any, source: str) -> Path:
+    """The folder of a base as :func:`describe_base` gave it; ``source`` names the file in errors.
+
+    Raises:
+        InputError: there is no such model here, or its files are others.
+    """
+    name = described.get("weights") if isinstance(described, dict) else None
+    if not isinstance(name, str) or describe_base(name) != described:
+        raise InputError(f"{source}: the base {name!r} is not the bundled model of that name; install the version of far that it is from")
+    return BUNDLED / name
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
@@ -46,17 +96,24 @@ def to_device(module: M, device: str, dtype: torch.dtype | None = None) -> M:
         raise InputError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
 
 
-def load_module(module: nn.Module, path: Path) -> None:
-    """Load a safetensors file into ``module``, keeping the module's dtype.
+def load_module(module: nn.Module, path: Path, base: Path | None = None) -> None:
+    """Load a safetensors file into ``module``, keeping the module's dtype; what it lacks is taken from the file ``base``.
 
     Raises:
-        InputError: the file is missing or damaged, or a key or shape differs (the first is named).
+        InputError: a file is missing or damaged, or a key or shape differs (the first is named).
     """
+    tensors = _read_tensors(path)
+    if base is not None:
+        wanted = module.state_dict()
+        tensors = {name: tensor for name, tensor in _read_tensors(base).items() if name in wanted} | tensors
+    load_state(module, tensors, str(path))
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is missing or damaged ({error}); restore or remake it") from error
-    load_state(module, tensors, str(path))
 
 
 def load_state(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
@@ -75,6 +132,12 @@ def load_state(module: nn.Module, tensors: dict[str, Tensor], source: str) -> No
         if name not in wanted:
             raise InputError(f"{source} holds the tensor {name}, which the model does not have")
     module.load_state_dict(tensors)
+
+
+def changed_tensors(module: nn.Module, other: nn.Module) -> dict[str, Tensor]:
+    """The tensors of ``module`` that ``other`` does not have, or not with the same values."""
+    theirs = other.state_dict()
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in theirs or not torch.equal(tensor, theirs[name])}
 
 
 def save_autoencoder(autoencoder: Autoencoder, folder: Path, results: dict[str, Any] | None = None) -> None:

@@ -12,7 +12,7 @@ ROOT = Path(far.__file__).parent
 # From the ground up; the first pattern that fits a module counts. A module may import those of lower
 # floors, and those of its own floor in its own package.
 FLOORS = [
-    (0, ("far.errors", "far.files", "far.config", "far.tokens", "far.layers", "far.packing", "far.pictures", "far.editing")),
+    (0, ("far.errors", "far.files", "far.config", "far.tokens", "far.layers", "far.packing", "far.pictures", "far.editing", "far.card")),
     (
         1,
         (
@@ -24,10 +24,11 @@ FLOORS = [
             "far.evaluation.inception",
             "far.evaluation.metrics",
             "far.data.shards",
+            "far.hub",
         ),
     ),
     (2, ("far.model",)),
-    (3, ("far.sampling", "far.weights", "far.card", "far.hub")),
+    (3, ("far.sampling", "far.weights")),
     (4, ("far.pipeline", "far.data*")),
     (5, ("far", "far.benchmark", "far.convert", "far.diffusers_format", "far.training*", "far.evaluation*")),
     (6, ("far.recipe",)),

@@ -1,19 +1,27 @@
 """The bundled models are what their recipes say, small enough to be carried by everyone, and draw what they are asked for."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import far
+from far.errors import InputError
 from far.evaluation.features import load_feature_network
-from far.pipeline import BUNDLED
+from far.heads import HeadConfig
+from far.model import FAR
+from far.pipeline import Pipeline
 from far.recipe import load_recipe
+from far.sampling import SamplingConfig
+from far.weights import BUNDLED
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(folder.name for folder in BUNDLED.iterdir())
 # The last of the recipes that made each.
-MADE_BY = {"avatars-64": "avatars-64-head", "avatars-64-causal": "avatars-64-causal"}
+MADE_BY = {"avatars-64": "avatars-64-head", "avatars-64-causal": "avatars-64-causal", "avatars-64-mar": "avatars-64-mar"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -35,3 +43,73 @@ def test_classes_look_alike_within_and_differ_between(name: str) -> None:
     likeness = features @ features.T
     within = (likeness[:8, :8].sum() + likeness[8:, 8:].sum() - 16) / (2 * 8 * 7)
     assert float(within) > float(likeness[:8, 8:].mean()) + 0.5
+
+
+# --- A model that takes from a bundled one what is equal in both ------------------------------------------
+
+
+def with_other_head() -> Pipeline:
+    """The bundled model with a fresh head."""
+    trained = Pipeline.from_pretrained("avatars-64")
+    config = trained.model.config
+    network = dataclasses.replace(config.network, head=HeadConfig("flow", 16, 1))
+    model = FAR(dataclasses.replace(config, network=network))
+    model.backbone.load_state_dict(trained.model.backbone.state_dict())
+    return Pipeline(model, trained.autoencoder, trained.classes, SamplingConfig(4, 2))
+
+
+def test_with_a_base_only_what_differs_is_written_and_all_is_loaded(tmp_path: Path) -> None:
+    pipeline = with_other_head()
+    pipeline.save_pretrained(tmp_path / "whole", torch.float16)
+    pipeline.save_pretrained(tmp_path / "head", torch.float16, base="avatars-64")
+    assert {path.name for path in (tmp_path / "head").iterdir()} == {"config.json", "model.safetensors"}
+    assert all(name.startswith("head.") for name in load_file(tmp_path / "head" / "model.safetensors"))
+    whole, head = Pipeline.from_pretrained(tmp_path / "whole"), Pipeline.from_pretrained(tmp_path / "head")
+    assert torch.equal(torch.as_tensor(whole.generate([3], output="tensor")), torch.as_tensor(head.generate([3], output="tensor")))
+    head.save_pretrained(tmp_path / "again", torch.float16)
+    for name in ("model.safetensors", "autoencoder.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), "saved without a base, it is whole"
+
+
+def test_another_autoencoder_is_written_beside_a_base(tmp_path: Path) -> None:
+    pipeline = with_other_head()
+    with torch.no_grad():
+        pipeline.autoencoder.decoder.conv_out.bias.add_(1.0)  # type: ignore[union-attr, operator]
+    pipeline.save_pretrained(tmp_path, base="avatars-64")
+    again = Pipeline.from_pretrained(tmp_path)
+    assert torch.equal(again.autoencoder.decoder.conv_out.bias, pipeline.autoencoder.decoder.conv_out.bias)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        {"weights": "avatars-64", "sha256": {"model.safetensors": "0" * 64}},
+        {"weights": "../bundled/avatars-64", "sha256": {}},
+        {"weights": "/etc", "sha256": {}},
+        {"weights": ["avatars-64"]},
+        "avatars-64",
+        None,
+    ],
+)
+def test_a_base_that_is_not_the_bundled_one_is_refused(base: object, tmp_path: Path) -> None:
+    with_other_head().save_pretrained(tmp_path, base="avatars-64")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["base"] = base
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="base"):
+        Pipeline.from_pretrained(tmp_path)
+
+
+def test_a_base_must_be_bundled(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"base 'elsewhere' is no bundled model; bundled: avatars-64, "):
+        with_other_head().save_pretrained(tmp_path / "out", base="elsewhere")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_that_the_base_has_in_another_shape_is_named(tmp_path: Path) -> None:
+    with_other_head().save_pretrained(tmp_path, base="avatars-64")
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["head.network.output.linear.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"head\.network\.output\.linear\.weight has shape"):
+        Pipeline.from_pretrained(tmp_path)

@@ -13,8 +13,7 @@ from far import Autoencoder, InputError
 from far.autoencoder import AutoencoderConfig
 from far.cli.main import main
 from far.diffusers_format import from_diffusers, to_diffusers
-from far.pipeline import find_folder
-from far.weights import load_autoencoder, save_autoencoder
+from far.weights import find_folder, load_autoencoder, save_autoencoder
 
 # The shape of KL-16 (five levels, two blocks, attention at the coarsest), and others.
 CONFIGS = {

@@ -74,7 +74,7 @@ def test_a_packed_model_is_saved_plain(tmp_path: Path) -> None:
     pipeline = far.Pipeline.from_pretrained("avatars-64", dtype="bfloat16")
     assert any(isinstance(module, PackedLinear) for module in pipeline.model.modules())
     pipeline.save_pretrained(tmp_path)
-    plain = load_file(far.pipeline.find_folder("avatars-64") / "model.safetensors")
+    plain = load_file(far.weights.find_folder("avatars-64") / "model.safetensors")
     saved = load_file(tmp_path / "model.safetensors")
     assert saved.keys() == plain.keys()
     assert all(torch.equal(saved[name], plain[name].to(torch.bfloat16)) for name in plain)

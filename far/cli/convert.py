@@ -9,8 +9,7 @@ from pathlib import Path
 
 from far.convert import convert_kl16, convert_mar
 from far.diffusers_format import from_diffusers, to_diffusers
-from far.pipeline import find_folder
-from far.weights import load_autoencoder
+from far.weights import find_folder, load_autoencoder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,11 +8,11 @@ import argparse
 from pathlib import Path
 
 from far.errors import InputError
-from far.pipeline import find_folder
 from far.recipe import from_overrides
 from far.training.distillation import DistillationConfig, DistillationTask
 from far.training.loop import check_unused, train
 from far.training.trajectories import load_teacher, write_trajectories
+from far.weights import find_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

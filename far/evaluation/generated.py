@@ -13,8 +13,9 @@ from far.errors import InputError
 from far.evaluation.extraction import extract_parts
 from far.evaluation.features import Extractor
 from far.files import sha256
-from far.pipeline import Pipeline, find_folder
+from far.pipeline import Pipeline
 from far.sampling import SamplingConfig
+from far.weights import find_folder
 
 
 @dataclasses.dataclass(frozen=True)
