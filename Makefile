@@ -1,6 +1,7 @@
 # make generate: install, draw a grid of images    make check: lint, format, types
 # make test:     install, run the tests            make bench: the README's speed figures
 # make results:  regenerate docs/results.md's tables and plots; TRAIN=1 trains first (hours), TIMES=1 measures the seconds again
+# make wheel:    build dist/: what `pip install` takes    make matrix: the tests under each Python 3.10 to 3.13 that is here
 # make train-small: render, train and draw from a small model of one's own in under half an hour
 
 PYTHON ?= python3
@@ -8,18 +9,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: generate test check bench results train-small
+.PHONY: generate test check wheel matrix bench results train-small
 
 generate: $(VENV)/installed
 	$(BIN)/far generate --weights avatars-64 --count 64 --out samples.png
 
-test: $(VENV)/installed-dev
+test: $(VENV)/installed-dev $(VENV)/browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+wheel: $(VENV)/installed-dev
+	rm -rf dist
+	$(BIN)/python -m build
+
+matrix: wheel
+	.ci/matrix dist/*.whl
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/training_step.py --batch-size 8
@@ -48,4 +56,8 @@ $(VENV)/installed: $(VENV)/python pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/browser: $(VENV)/installed-dev
+	.ci/install-browser $(BIN)/python
 	touch $@

@@ -1,0 +1,71 @@
+"""The wheel: what it holds, and that it draws in an environment with nothing else."""
+
+import os
+import shlex
+import subprocess
+import sys
+import tarfile
+import tempfile
+import venv
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import far
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_wheel() -> None:
+    """One test, since two builds at a time would write to the same folder."""
+    # Not pytest's own folder, which would keep the last environments of a GB each.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run(sys.executable, "-m", "build", "--outdir", folder / "dist", ROOT, folder=folder)
+        wheel = folder / "dist" / f"far_image-{far.__version__}-py3-none-any.whl"
+        holds_the_package_and_nothing_else(wheel)
+        source_is_what_builds_the_wheel(wheel.with_name(f"far_image-{far.__version__}.tar.gz"))
+        draws_in_an_empty_environment(wheel, folder)
+
+
+def holds_the_package_and_nothing_else(wheel: Path) -> None:
+    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "far").rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert {"far/py.typed", "far/bundled/avatars-64/model.safetensors"} <= package
+    names = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt")
+    about = {f"far_image-{far.__version__}.dist-info/{name}" for name in names}
+    assert set(zipfile.ZipFile(wheel).namelist()) == package | about
+    assert wheel.stat().st_size < 100e6  # PyPI takes no more
+
+
+def source_is_what_builds_the_wheel(source: Path) -> None:
+    with tarfile.open(source) as archive:
+        names = {name.split("/")[1] for name in archive.getnames() if "/" in name}
+    made = {"PKG-INFO", "setup.cfg", "far_image.egg-info"}
+    assert names - made == {"LICENSE", "MANIFEST.in", "PYPI.md", "README.md", "far", "pyproject.toml"}
+
+
+def draws_in_an_empty_environment(wheel: Path, folder: Path) -> None:
+    """The same pixels as the code of the repository."""
+    environment = folder / "environment"
+    venv.create(environment, with_pip=True)
+    run(environment / "bin/python", "-m", "pip", "install", "--constraint", ROOT / "constraints.txt", wheel, folder=folder)
+    assert run(environment / "bin/far", "--version", folder=folder) == f"far {far.__version__}\n"
+    generate = ("generate", "--weights", "avatars-64", "--count", "4", "--out")
+    run(environment / "bin/far", *generate, folder / "installed.png", folder=folder)
+    run(sys.executable, "-m", "far", *generate, folder / "here.png", folder=ROOT)
+    installed, here = (np.asarray(Image.open(folder / name)) for name in ("installed.png", "here.png"))
+    assert installed.std() > 30
+    np.testing.assert_array_equal(installed, here)
+
+
+def run(*command: Path | str, folder: Path) -> str:
+    """What a command prints, run in a folder and without a path to this repository."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        words = shlex.join(str(word) for word in command)
+        pytest.fail(f"{words} failed. It needs a package index: is it reached?\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return done.stdout
