@@ -2,6 +2,7 @@
 # make test:     install, run the tests            make bench: the README's speed figures
 # make results:  regenerate docs/results.md's tables and plots; TRAIN=1 trains first (hours), TIMES=1 measures the seconds again
 # make wheel:    build dist/: what `pip install` takes    make matrix: the tests under each Python 3.10 to 3.13 that is here
+# make notebook: run notebooks/quickstart.ipynb in place    make lock: requirements.lock anew, from PyPI
 # make train-small: render, train and draw from a small model of one's own in under half an hour
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: generate test check wheel matrix bench results train-small
+.PHONY: generate test check wheel matrix notebook lock bench results train-small
 
 generate: $(VENV)/installed
 	$(BIN)/far generate --weights avatars-64 --count 64 --out samples.png
@@ -28,6 +29,14 @@ wheel: $(VENV)/installed-dev
 
 matrix: wheel
 	.ci/matrix dist/*.whl
+
+notebook: $(VENV)/installed-dev
+	$(BIN)/jupyter-execute --inplace notebooks/quickstart.ipynb
+
+lock: $(VENV)/installed
+	$(PIP) uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --constraint constraints.txt --custom-compile-command "make lock" \
+		--default-index https://pypi.org/simple --output-file requirements.lock pyproject.toml
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/training_step.py --batch-size 8
