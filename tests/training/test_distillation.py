@@ -26,7 +26,7 @@ from far.training.trajectories import GROUP, POINTS, TrajectoryConfig
 from far.weights import save_autoencoder
 
 DEVIATION = 0.5
-ROOT = Path(far.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
