@@ -1,5 +1,6 @@
 """Image tensors ↔ Pillow pictures, grids, and PNG files that carry how they were made."""
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,13 +40,20 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     return sheet
 
 
-def save_png(picture: Image.Image, path: Path, settings: Mapping[str, object] | None = None) -> None:
-    """Write a PNG atomically; ``settings`` become its text entries."""
+def encode_png(picture: Image.Image, settings: Mapping[str, object] | None = None) -> bytes:
+    """The bytes of a PNG file; ``settings`` become its text entries."""
     info = PngInfo()
     for key, value in (settings or {}).items():
         info.add_text(key, str(value))
+    file = io.BytesIO()
+    picture.save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def save_png(picture: Image.Image, path: Path, settings: Mapping[str, object] | None = None) -> None:
+    """Write a PNG atomically; ``settings`` become its text entries."""
     with atomic_path(path) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=info)
+        temporary.write_bytes(encode_png(picture, settings))
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 120) -> None:

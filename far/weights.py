@@ -31,7 +31,7 @@ def find_folder(name: Path | str, *, revision: str | None = None, local_files_on
     Raises:
         InputError: none of them exists, or the hub cannot be reached.
     """
-    bundled = _bundled()
+    bundled = bundled_names()
     if Path(name).is_dir() or str(name) in bundled:
         if revision is not None:
             raise InputError(f"weights {str(name)!r} are a folder here, which has no revision {revision!r}; leave it out")
@@ -43,7 +43,8 @@ def find_folder(name: Path | str, *, revision: str | None = None, local_files_on
     )
 
 
-def _bundled() -> list[str]:
+def bundled_names() -> list[str]:
+    """The models that come with the library, in alphabetical order."""
     return sorted(path.name for path in BUNDLED.iterdir() if path.is_dir())
 
 
@@ -53,8 +54,8 @@ def describe_base(name: str) -> dict[str, Any]:
     Raises:
         InputError: there is none of that name.
     """
-    if name not in _bundled():
-        raise InputError(f"base {name!r} is no bundled model; bundled: {', '.join(_bundled())}")
+    if name not in bundled_names():
+        raise InputError(f"base {name!r} is no bundled model; bundled: {', '.join(bundled_names())}")
     return {"weights": name, "sha256": {path.name: sha256(path) for path in sorted((BUNDLED / name).glob("*.safetensors"))}}
 
 

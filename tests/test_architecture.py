@@ -30,7 +30,7 @@ FLOORS = [
     (2, ("far.model",)),
     (3, ("far.sampling", "far.weights")),
     (4, ("far.pipeline", "far.data*")),
-    (5, ("far", "far.benchmark", "far.convert", "far.diffusers_format", "far.training*", "far.evaluation*")),
+    (5, ("far", "far.benchmark", "far.convert", "far.demo*", "far.diffusers_format", "far.training*", "far.evaluation*")),
     (6, ("far.recipe",)),
     (7, ("far.cli*",)),
     (8, ("far.__main__",)),

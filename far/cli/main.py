@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import far
-from far.cli import benchmark, cache, convert, data, distill, edit, evaluate, generate, push, train, train_autoencoder
+from far.cli import benchmark, cache, convert, data, demo, distill, edit, evaluate, generate, push, train, train_autoencoder
 from far.errors import InputError
 
 COMMANDS = {
@@ -21,6 +21,7 @@ COMMANDS = {
     "distill": distill,
     "convert": convert,
     "benchmark": benchmark,
+    "demo": demo,
     "push": push,
 }
 

@@ -1,0 +1,35 @@
+"""Open a web page that draws images token by token and lets two models draw the same one.
+
+It serves this machine only, unless --host says otherwise, and loads nothing from other hosts.
+"""
+
+import argparse
+import os
+import threading
+
+from far.errors import InputError
+from far.pipeline import DTYPES, bundled_names
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", nargs="+", default=bundled_names(), help="bundled names or folders (default: all bundled models)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default 7860)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default auto: bfloat16 where it is fast)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps … (default cpu)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if not 1 <= arguments.port <= 65535:
+        raise InputError(f"--port {arguments.port}: give 1 to 65535")
+    # Both are read while gradio is imported.
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
+    try:
+        from far.demo.drawing import load_models
+        from far.demo.page import Demo
+    except ModuleNotFoundError as error:
+        raise InputError(f"the demo needs the package {error.name}; pip install 'far-image[demo]'") from error
+    demo = Demo(load_models(arguments.weights, arguments.dtype, arguments.device))
+    address = demo.launch(arguments.host, arguments.port)
+    print(f"far demo: {address} (Ctrl-C ends it)", flush=True)
+    threading.Event().wait()

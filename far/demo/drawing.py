@@ -1,0 +1,127 @@
+"""What a click on the demo's page asks for, and the frames in which the answer appears; nothing here knows the page."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from torch import Tensor
+
+from far.errors import InputError
+from far.pipeline import Pipeline, resolve_dtype
+from far.sampling import Progress, SamplingConfig
+
+MOST_IMAGES = 16
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A loaded pipeline, the name it was asked for by, and the dtype of its weights."""
+
+    name: str
+    pipeline: Pipeline
+    dtype: str
+
+    @property
+    def head(self) -> str:
+        """The kind of its head, in words."""
+        return self.pipeline.model.config.network.head.kind.replace("_", " ")
+
+
+def load_models(names: Sequence[str], dtype: str, device: str) -> list[Model]:
+    """The pipelines of ``names``, each of which has drawn a first token, so that the first click waits for nothing.
+
+    Raises:
+        InputError: one of them cannot be loaded, or has no autoencoder.
+    """
+    models = []
+    for name in dict.fromkeys(names):
+        pipeline = Pipeline.from_pretrained(name, dtype=dtype, device=device)
+        pipeline.preview(next(pipeline.stream([0], [0])))
+        models.append(Model(name, pipeline, resolve_dtype(dtype, device)))
+    return models
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What one click asks of one model: an image a seed, all of one class."""
+
+    model: Model
+    label: int
+    seeds: list[int]
+    config: SamplingConfig
+
+    @classmethod
+    def of_entries(cls, model: Model, label: object, seed: object, count: object = 1, **sampling: object) -> "Order":
+        """From what was entered in the fields of the page; sampling values that have no field are the model's.
+
+        Raises:
+            InputError: an unknown class, something else than a number, or a value out of range (of seeds: where :func:`draw` begins).
+        """
+        first, images = number("seed", seed, int), number("images", count, int)
+        if not 1 <= images <= MOST_IMAGES:
+            raise InputError(f"images {images}: give 1 to {MOST_IMAGES}")
+        values = {name: number(name, entry, float if name == "guidance" else int) for name, entry in sampling.items()}
+        config = model.pipeline.sampling_config(**values)
+        config.check(model.pipeline.model)
+        return cls(model, model.pipeline.label(str(label or "")), list(range(first, first + images)), config)
+
+    @property
+    def class_name(self) -> str:
+        return self.model.pipeline.classes[self.label]
+
+    def settings(self, seed: int) -> dict[str, object]:
+        """The text entries of the PNG of a seed, those that ``far generate`` writes."""
+        return {
+            "weights": self.model.name,
+            **dataclasses.asdict(self.config),
+            "dtype": self.model.dtype,
+            "label": self.label,
+            "class": self.class_name,
+            "seed": seed,
+        }
+
+
+def number(name: str, entry: object, kind: Callable[[str], Number]) -> Number:
+    """What was entered in a field, as an ``int`` or a ``float``.
+
+    Raises:
+        InputError: it is nothing, or not such a number.
+    """
+    try:
+        return kind(str(entry))
+    except ValueError:
+        shown = "empty" if entry in (None, "") else repr(str(entry)[:40])
+        raise InputError(f"{name} is {shown}; give a {'whole number' if kind is int else 'number'}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """Images ``[b, 3, h, w]`` as far as they are drawn, and the seconds that the model has taken so far."""
+
+    images: Tensor
+    progress: Progress
+    seconds: float
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.step + 1 == self.progress.steps
+
+
+def draw(order: Order) -> Iterator[Frame]:
+    """One frame an AR step; the last one has the finished images.
+
+    The seconds are those of :meth:`Pipeline.draw`: neither previews nor what the caller does between two frames are in them.
+
+    Raises:
+        InputError: a seed is out of range.
+    """
+    pipeline = order.model.pipeline
+    seconds, start = 0.0, time.perf_counter()
+    for progress in pipeline.stream([order.label] * len(order.seeds), order.seeds, order.config):
+        finished = pipeline.decode(progress.latents) if progress.step + 1 == progress.steps else None
+        seconds += time.perf_counter() - start
+        yield Frame(pipeline.preview(progress) if finished is None else finished, progress, seconds)
+        start = time.perf_counter()

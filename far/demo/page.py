@@ -1,0 +1,251 @@
+"""The page itself, built and served with gradio.
+
+Fonts, scripts and pictures come from this process alone. A picture is part of the page's text, as a PNG with its settings,
+so nothing is written to disk, and nothing is kept from click to click.
+"""
+
+import base64
+import functools
+import html
+import math
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import gradio as gr
+
+from far.demo.drawing import MOST_IMAGES, Frame, Model, Order, draw
+from far.errors import InputError
+from far.pictures import encode_png, to_pictures
+
+# Clicks that wait for their turn; more are refused with a message.
+MOST_WAITING = 16
+# Open pages of which the server remembers something.
+MOST_SESSIONS = 100
+
+TITLE = "FAR · images drawn token by token"
+INTRODUCTION = """# FAR
+A backbone says at each step what some of the missing tokens look like, a small head draws them, and the image appears."""
+WAITING = '<div class="empty">The image appears here.</div>'
+THEME = gr.themes.Base(
+    primary_hue="indigo",
+    neutral_hue="slate",
+    font=[gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")],
+    font_mono=[gr.themes.Font("ui-monospace"), gr.themes.Font("monospace")],
+)
+CSS = """
+.gradio-container { max-width: 1080px !important; margin: 0 auto; }
+.pictures { display: grid; gap: 10px; }
+.pictures figure { margin: 0; }
+.pictures img { width: 100%; border-radius: 6px; display: block; }
+.pictures figcaption { display: flex; justify-content: space-between; font-size: 13px; color: var(--body-text-color-subdued); }
+.status { margin-top: 8px; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
+.status b { color: var(--body-text-color); }
+.empty { aspect-ratio: 1; border-radius: 6px; background: var(--background-fill-secondary); display: grid; place-items: center;
+  color: var(--body-text-color-subdued); }
+.verdict { text-align: center; font-size: 20px; min-height: 30px; }
+"""
+
+
+class Demo:
+    """The page with its models, of which the first is what the page begins with."""
+
+    def __init__(self, models: Sequence[Model]) -> None:
+        self.models = {model.name: model for model in models}
+        with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 600)) as self.blocks:
+            gr.Markdown(INTRODUCTION)
+            with gr.Tab("Generate"):
+                self._generate_tab()
+            with gr.Tab("Compare"):
+                self._compare_tab()
+
+    def launch(self, host: str, port: int) -> str:
+        """Serve the page from a thread of its own, and return its address.
+
+        Raises:
+            InputError: the port or the address cannot be listened on.
+        """
+        self.blocks.queue(max_size=MOST_WAITING, default_concurrency_limit=1, api_open=False)
+        try:
+            _, address, _ = self.blocks.launch(
+                server_name=host,
+                server_port=port,
+                prevent_thread_lock=True,
+                inline=False,
+                quiet=True,
+                share=False,
+                theme=THEME,
+                css=CSS,
+                footer_links=[],
+                run_history=False,
+                enable_monitoring=False,
+                ssr_mode=False,
+                pwa=False,
+                mcp_server=False,
+                max_file_size=0,
+                state_session_capacity=MOST_SESSIONS,
+            )
+        except OSError as error:
+            raise InputError(f"cannot listen on {host}, port {port}: in use, or no address of this machine; give another") from error
+        return address
+
+    def generate(self, weights: str, label: str, seed: str, count: Any, guidance: Any, ar_steps: Any, head_steps: Any) -> Iterator[str]:
+        """The pictures, one piece of HTML an AR step."""
+        order = Order.of_entries(self.models[weights], label, seed, count, guidance=guidance, ar_steps=ar_steps, head_steps=head_steps)
+        for frame in draw(order):
+            yield pictures(order, frame)
+
+    def compare(self, label: str, seed: str, left: str, left_steps: Any, right: str, right_steps: Any) -> Iterator[tuple[str, str, str]]:
+        """The left picture, then the right one, then what their seconds say; three pieces of HTML a step."""
+        # Both are looked through before either is drawn.
+        orders = [
+            Order.of_entries(self.models[name], label, seed, head_steps=steps) for name, steps in ((left, left_steps), (right, right_steps))
+        ]
+        shown = [WAITING, WAITING]
+        seconds = [0.0, 0.0]
+        for side, order in enumerate(orders):
+            for frame in draw(order):
+                shown[side], seconds[side] = pictures(order, frame), frame.seconds
+                yield shown[0], shown[1], verdict(orders, seconds) if side == 1 and frame.finished else ""
+
+    def _generate_tab(self) -> None:
+        model = next(iter(self.models.values()))
+        with gr.Row():
+            with gr.Column(scale=2):
+                weights = gr.Dropdown(list(self.models), value=model.name, label="Weights")
+                label = class_field(model)
+                with gr.Row(equal_height=True):
+                    seed = seed_field()
+                    count = gr.Number(1, label="Images", info=f"1 to {MOST_IMAGES}", min_width=100)
+                with gr.Row():
+                    sampling = sampling_fields(model)
+                button = gr.Button("Generate", variant="primary")
+            with gr.Column(scale=3):
+                shown = gr.HTML(WAITING, elem_id="generated")
+        weights.input(self._chosen, [weights, label], [label, *sampling], **AT_ONCE)
+        gr.on([button.click, seed.submit], tells_errors(self.generate), [weights, label, seed, count, *sampling], shown, **DRAWING)
+
+    def _chosen(self, weights: str, label: str) -> list[gr.components.Component]:
+        model = self.models[weights]
+        return [class_field(model, label), *sampling_fields(model)]
+
+    def _compare_tab(self) -> None:
+        right = next(iter(self.models.values()))
+        others = [model for model in self.models.values() if model is not right]
+        left = next((model for model in others if model.head == "diffusion"), (others or [right])[0])
+        with gr.Row(equal_height=True):
+            label = class_field(left)
+            seed = seed_field()
+            button = gr.Button("Compare", variant="primary")
+        said = gr.HTML(elem_id="verdict")
+        weights, steps, shown = [], [], []
+        with gr.Row():
+            for side, model in (("left", left), ("right", right)):
+                with gr.Column():
+                    with gr.Row():
+                        weights.append(gr.Dropdown(list(self.models), value=model.name, label="Weights", min_width=100))
+                        steps.append(head_steps_field(model))
+                    shown.append(gr.HTML(WAITING, elem_id=side))
+        for names, field in zip(weights, steps):
+            names.input(lambda name: head_steps_field(self.models[name]), names, field, **AT_ONCE)
+        entries = [label, seed, weights[0], steps[0], weights[1], steps[1]]
+        gr.on([button.click, seed.submit], tells_errors(self.compare), entries, [*shown, said], **DRAWING)
+
+
+# One drawing at a time; a click while one's own drawing is not finished is heeded after it.
+DRAWING: dict[str, Any] = {
+    "concurrency_id": "drawing",
+    "concurrency_limit": 1,
+    "trigger_mode": "always_last",
+    "show_progress": "minimal",
+    "api_visibility": "private",
+}
+AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+
+
+def class_field(model: Model, chosen: str | None = None) -> gr.Dropdown:
+    """The classes of a model; a number may be typed too. ``chosen`` stays if the model has it."""
+    classes = model.pipeline.classes
+    return gr.Dropdown(classes, value=chosen if chosen in classes else classes[0], label="Class", allow_custom_value=True, min_width=100)
+
+
+def seed_field() -> gr.Textbox:
+    """Text, since a browser's numbers are exact to 2⁵³ only; with a button that enters a random one."""
+    button = gr.Button("Random", size="sm")
+    seed = gr.Textbox("0", label="Seed", max_lines=1, max_length=20, min_width=100, buttons=[button])
+    button.click(lambda: str(secrets.randbelow(10**6)), None, seed, **AT_ONCE)
+    return seed
+
+
+def sampling_fields(model: Model) -> list[gr.Number]:
+    """Guidance, AR steps and head steps, with a model's values and ranges."""
+    defaults, network = model.pipeline.defaults, model.pipeline.model
+    learnt = network.head.max_guidance
+    guidance = "1: off" + (f"; to {learnt:g} in one pass" if learnt > 1 else "")
+    tokens = network.config.tokens
+    any_order = network.backbone.any_order
+    return [
+        gr.Number(defaults.guidance, label="Guidance", info=guidance, step=0.5, min_width=100),
+        gr.Number(
+            defaults.ar_steps,
+            label="AR steps",
+            info=f"1 to {tokens}" if any_order else f"{tokens}: one a token",
+            interactive=any_order,
+            min_width=100,
+        ),
+        head_steps_field(model),
+    ]
+
+
+def head_steps_field(model: Model) -> gr.Number:
+    """The steps of a model's head for a token."""
+    most = model.pipeline.model.head.max_steps
+    steps = model.pipeline.defaults.head_steps_at(0)
+    return gr.Number(
+        steps, label="Head steps", info=f"1 to {most}" if most > 1 else "1 is all it takes", interactive=most > 1, min_width=100
+    )
+
+
+def pictures(order: Order, frame: Frame) -> str:
+    """The images of a frame, and how far they are; the finished ones carry their settings and can be saved."""
+    name, figures = html.escape(order.class_name), []
+    for picture, seed in zip(to_pictures(frame.images), order.seeds):
+        data = encode_png(picture, order.settings(seed) if frame.finished else None)
+        address = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+        save = f'<a download="{name}-{seed}.png" href="{address}">↓ PNG</a>' if frame.finished else ""
+        figures.append(f'<figure><img src="{address}" alt="{name}"><figcaption><span>seed {seed}</span>{save}</figcaption></figure>')
+    columns = math.ceil(math.sqrt(len(figures)))
+    return f'<div class="pictures" style="grid-template-columns: repeat({columns}, 1fr)">{"".join(figures)}</div>{status(order, frame)}'
+
+
+def status(order: Order, frame: Frame) -> str:
+    """The seconds, how far the drawing is, and by what settings."""
+    config, progress = order.config, frame.progress
+    passes = "one pass" if config.guided_in_head(order.model.pipeline.model) else "two passes"
+    parts = [
+        f"<b>{frame.seconds:.2f} s</b>",
+        f"AR step {progress.step + 1} of {progress.steps}",
+        f"{config.head_steps_at(progress.step)} {order.model.head} steps a token",
+        "no guidance" if config.guidance == 1 else f"guidance {config.guidance:g} in {passes}",
+    ]
+    return f'<div class="status">{" · ".join(parts)}</div>'
+
+
+def verdict(orders: Sequence[Order], seconds: Sequence[float]) -> str:
+    """Which of two orders was the faster one, by the seconds that they took."""
+    fast, slow = sorted(range(2), key=lambda side: seconds[side])
+    times = [f"{html.escape(orders[side].model.name)} {seconds[side]:.2f} s" for side in (fast, slow)]
+    return f'<div class="verdict"><b>{seconds[slow] / seconds[fast]:.1f} × faster</b>: {" against ".join(times)}</div>'
+
+
+def tells_errors(handler: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """``handler``, a generator, with its :class:`InputError` as a message in the page."""
+
+    @functools.wraps(handler)
+    def telling(*entries: Any) -> Iterator[Any]:
+        try:
+            yield from handler(*entries)
+        except InputError as error:
+            raise gr.Error(html.escape(str(error), quote=False), title="Please change an entry", print_exception=False) from None
+
+    return telling
