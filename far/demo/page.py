@@ -23,6 +23,13 @@ MOST_WAITING = 16
 # Open pages of which the server remembers something.
 MOST_SESSIONS = 100
 
+TITLE = "FAR: fast autoregressive image generation"
+INTRODUCTION = f"""# {TITLE}
+An image is a grid of continuous tokens. At each step the backbone describes some of the missing ones, and the head draws them."""
+WAITING = 16
+# Open pages of which the server remembers something.
+MOST_SESSIONS = 100
+
 TITLE = "FAR · images drawn token by token"
 INTRODUCTION = """# FAR
 A backbone says at each step what some of the missing tokens look like, a small head draws them, and the image appears."""
@@ -35,14 +42,16 @@ THEME = gr.themes.Base(
 )
 CSS = """
 .gradio-container { max-width: 1080px !important; margin: 0 auto; }
+.beside { align-self: center; }
 .pictures { display: grid; gap: 10px; }
 .pictures figure { margin: 0; }
 .pictures img { width: 100%; border-radius: 6px; display: block; }
-.pictures figcaption { display: flex; justify-content: space-between; font-size: 13px; color: var(--body-text-color-subdued); }
+.pictures figcaption { display: flex; justify-content: space-between; align-items: center; padding: 2px; font-size: 13px; }
 .status { margin-top: 8px; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
 .status b { color: var(--body-text-color); }
 .empty { aspect-ratio: 1; border-radius: 6px; background: var(--background-fill-secondary); display: grid; place-items: center;
   color: var(--body-text-color-subdued); }
+#left > *, #right > * { max-width: 400px; margin: 0 auto; }
 .verdict { text-align: center; font-size: 20px; min-height: 30px; }
 """
 
@@ -114,7 +123,7 @@ class Demo:
             with gr.Column(scale=2):
                 weights = gr.Dropdown(list(self.models), value=model.name, label="Weights")
                 label = class_field(model)
-                with gr.Row(equal_height=True):
+                with gr.Row():
                     seed = seed_field()
                     count = gr.Number(1, label="Images", info=f"1 to {MOST_IMAGES}", min_width=100)
                 with gr.Row():
@@ -133,10 +142,10 @@ class Demo:
         right = next(iter(self.models.values()))
         others = [model for model in self.models.values() if model is not right]
         left = next((model for model in others if model.head == "diffusion"), (others or [right])[0])
-        with gr.Row(equal_height=True):
+        with gr.Row():
             label = class_field(left)
             seed = seed_field()
-            button = gr.Button("Compare", variant="primary")
+            button = gr.Button("Compare", variant="primary", elem_classes="beside", min_width=100)
         said = gr.HTML(elem_id="verdict")
         weights, steps, shown = [], [], []
         with gr.Row():
@@ -171,8 +180,8 @@ def class_field(model: Model, chosen: str | None = None) -> gr.Dropdown:
 
 def seed_field() -> gr.Textbox:
     """Text, since a browser's numbers are exact to 2⁵³ only; with a button that enters a random one."""
-    button = gr.Button("Random", size="sm")
-    seed = gr.Textbox("0", label="Seed", max_lines=1, max_length=20, min_width=100, buttons=[button])
+    seed = gr.Textbox("0", label="Seed", info="0 to 2⁶³ − 1", max_lines=1, max_length=20, min_width=100)
+    button = gr.Button("Random", size="sm", min_width=70, scale=0, elem_classes="beside")
     button.click(lambda: str(secrets.randbelow(10**6)), None, seed, **AT_ONCE)
     return seed
 
@@ -181,7 +190,7 @@ def sampling_fields(model: Model) -> list[gr.Number]:
     """Guidance, AR steps and head steps, with a model's values and ranges."""
     defaults, network = model.pipeline.defaults, model.pipeline.model
     learnt = network.head.max_guidance
-    guidance = "1: off" + (f"; to {learnt:g} in one pass" if learnt > 1 else "")
+    guidance = "1: off" + (f", ≤ {learnt:g}: fast" if learnt > 1 else "")
     tokens = network.config.tokens
     any_order = network.backbone.any_order
     return [

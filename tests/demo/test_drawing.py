@@ -1,0 +1,106 @@
+"""What a click asks for is what was entered, its frames end on the pipeline's images, and its seconds are the model's alone."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from far.demo import drawing
+from far.demo.drawing import Model, Order, draw, load_models
+from far.errors import InputError
+from far.sampling import Progress, SamplingConfig
+
+
+@pytest.fixture(scope="module")
+def model(pipeline_folder: Path) -> Model:
+    return load_models([str(pipeline_folder), str(pipeline_folder)], "float32", "cpu")[0]
+
+
+def test_models_are_loaded_once_each(pipeline_folder: Path, diffusion_folder: Path) -> None:
+    names = [str(pipeline_folder), str(diffusion_folder), str(pipeline_folder)]
+    models = load_models(names, "auto", "cpu")
+    assert [model.name for model in models] == names[:2]
+    assert [model.head for model in models] == ["shortcut", "diffusion"]
+    assert models[0].dtype in ("float32", "bfloat16")
+
+
+def test_an_order_is_what_was_entered(model: Model) -> None:
+    order = Order.of_entries(model, "stripes", str(2**63 - 2), 2, guidance=2.5, ar_steps=3, head_steps=1)
+    assert (order.label, order.seeds) == (2, [2**63 - 2, 2**63 - 1])
+    assert order.config == SamplingConfig(ar_steps=3, head_steps=1, guidance=2.5)
+    assert Order.of_entries(model, "1", " 0 ").class_name == "square"
+
+
+def test_fields_that_are_not_there_are_the_models(model: Model) -> None:
+    assert Order.of_entries(model, "circle", "5").config == model.pipeline.defaults
+
+
+@pytest.mark.parametrize(
+    ("entries", "sentence"),
+    [
+        ({"seed": "-1"}, "seeds -1 to -1: each must be within 0"),
+        ({"seed": str(2**63)}, "each must be within 0"),
+        ({"seed": str(2**63 - 1), "count": 2}, "each must be within 0"),
+        ({"seed": ""}, "seed is empty; give a whole number"),
+        ({"seed": None}, "seed is empty"),
+        ({"seed": "seven"}, "seed is 'seven'; give a whole number"),
+        ({"seed": "9" * 5000}, f"seed is '{'9' * 40}'"),
+        ({"count": 0}, "images 0: give 1 to 16"),
+        ({"count": 17}, "images 17: give 1 to 16"),
+        ({"count": 1.5}, "images is '1.5'; give a whole number"),
+        ({"guidance": None}, "guidance is empty; give a number"),
+        ({"guidance": "much"}, "guidance is 'much'; give a number"),
+        ({"guidance": math.nan}, "guidance nan"),
+        ({"ar_steps": 5}, "ar_steps 5: give 1 to 4"),
+        ({"ar_steps": 0}, "ar_steps 0"),
+        ({"head_steps": 2.5}, "head_steps is '2.5'; give a whole number"),
+        ({"head_steps": 129}, "head_steps 129"),
+        ({"label": "hexagon"}, "unknown class 'hexagon'"),
+        ({"label": None}, "unknown class ''"),
+    ],
+)
+def test_wrong_entries_are_refused_before_anything_is_drawn(model: Model, entries: dict[str, object], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence.replace("(", r"\(")):
+        next(draw(Order.of_entries(model, **{"label": "circle", "seed": "0", **entries})))
+
+
+def test_frames_end_on_the_images_of_the_pipeline(model: Model) -> None:
+    order = Order.of_entries(model, "square", "3", 2, guidance=2.0)
+    frames = list(draw(order))
+    assert [frame.progress.step for frame in frames] == [0, 1, 2, 3]
+    assert [frame.finished for frame in frames] == [False, False, False, True]
+    assert torch.equal(frames[-1].images, model.pipeline.draw(["square"] * 2, [3, 4], order.config))
+    grey = [float((frame.images == 0.5).all(dim=1).float().mean()) for frame in frames]
+    assert grey[0] >= 0.5
+    assert grey == sorted(grey, reverse=True)
+    assert grey[-1] < 0.05
+
+
+def test_seconds_are_of_drawing_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def passing(seconds: float, result: object) -> object:
+        nonlocal now
+        now += seconds
+        return result
+
+    def stream(*arguments: object) -> Iterator[Progress]:
+        for progress in steps(*arguments):
+            yield passing(1.0, progress)  # type: ignore[misc]
+
+    steps, decode, preview = model.pipeline.stream, model.pipeline.decode, model.pipeline.preview
+    monkeypatch.setattr(drawing.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(model.pipeline, "stream", stream)
+    monkeypatch.setattr(model.pipeline, "decode", lambda latents: passing(10.0, decode(latents)))
+    monkeypatch.setattr(model.pipeline, "preview", lambda progress: passing(100.0, preview(progress)))
+    seconds = [passing(1000.0, frame.seconds) for frame in draw(Order.of_entries(model, "circle", "0"))]
+    assert seconds == [1.0, 2.0, 3.0, 14.0]
+
+
+def test_settings_tell_the_seed_of_each_image(model: Model) -> None:
+    order = Order.of_entries(model, "stripes", "8", 2, head_steps=1)
+    settings = order.settings(9)
+    assert (settings["seed"], settings["label"], settings["class"], settings["head_steps"]) == (9, 2, "stripes", 1)
+    assert (settings["weights"], settings["dtype"]) == (model.name, "float32")
