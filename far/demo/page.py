@@ -26,13 +26,6 @@ MOST_SESSIONS = 100
 TITLE = "FAR: fast autoregressive image generation"
 INTRODUCTION = f"""# {TITLE}
 An image is a grid of continuous tokens. At each step the backbone describes some of the missing ones, and the head draws them."""
-WAITING = 16
-# Open pages of which the server remembers something.
-MOST_SESSIONS = 100
-
-TITLE = "FAR · images drawn token by token"
-INTRODUCTION = """# FAR
-A backbone says at each step what some of the missing tokens look like, a small head draws them, and the image appears."""
 WAITING = '<div class="empty">The image appears here.</div>'
 THEME = gr.themes.Base(
     primary_hue="indigo",
@@ -157,6 +150,7 @@ class Demo:
                     shown.append(gr.HTML(WAITING, elem_id=side))
         for names, field in zip(weights, steps):
             names.input(lambda name: head_steps_field(self.models[name]), names, field, **AT_ONCE)
+        weights[0].input(lambda name, chosen: class_field(self.models[name], chosen), [weights[0], label], label, **AT_ONCE)
         entries = [label, seed, weights[0], steps[0], weights[1], steps[1]]
         gr.on([button.click, seed.submit], tells_errors(self.compare), entries, [*shown, said], **DRAWING)
 

@@ -1,0 +1,343 @@
+"""The page as a visitor meets it: `far demo` as a process of its own, in a real browser; and its queue, over HTTP."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+
+from far.cli.main import main
+from far.demo.drawing import load_models
+from far.demo.page import MOST_WAITING, Demo
+from far.sampling import Progress
+
+PATIENCE = 120  # seconds; nothing here waits for long on a machine that is free
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync"
+)
+# Imported by the server's process before all else: writes down every address it looks up or connects to.
+AUDIT = """
+import sys
+log = open({log!r}, "a", buffering=1)
+def note(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):
+        log.write(repr((event, arguments[1] if event == "socket.connect" else arguments[0])) + chr(10))
+sys.addaudithook(note)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    def __init__(self, weights: list[str], folder: Path) -> None:
+        (folder / "sitecustomize.py").write_text(AUDIT.format(log=str(folder / "audit.log")))
+        self.port, self.audit = free_port(), folder / "audit.log"
+        path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [sys.executable, "-m", "far", "demo", "--weights", *weights, "--port", str(self.port)]
+        self.process = subprocess.Popen(
+            command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert self.process.stdout is not None
+        self.lines = [self.process.stdout.readline()]
+        assert self.lines[0] == f"far demo: {self.address}/ (Ctrl-C ends it)\n", self.lines[0] + self.process.stdout.read()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def stop(self) -> str:
+        self.process.terminate()
+        output, _ = self.process.communicate(timeout=PATIENCE)
+        return output
+
+
+@pytest.fixture(scope="module")
+def server(pipeline_folder: Path, diffusion_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(["avatars-64", str(pipeline_folder), str(diffusion_folder)], tmp_path_factory.mktemp("server"))
+    yield server
+    assert "Traceback" not in server.stop()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        program = shutil.which("chromium") or playwright.chromium.executable_path
+        if not Path(program).exists():
+            reason = "no Chromium for the browser tests: apt-get install chromium, or playwright install chromium"
+            pytest.fail(reason) if os.environ.get("FAR_REQUIRE_BROWSER") == "1" else pytest.skip(reason)
+        browser = playwright.chromium.launch(executable_path=program, args=FLAGS.split())
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser, server: Server) -> Iterator[Page]:
+    context = browser.new_context(accept_downloads=True, viewport={"width": 1200, "height": 1000})
+    context.set_default_timeout(PATIENCE * 1000)
+    page = context.new_page()
+    page.goto(server.address)
+    expect(page.get_by_role("button", name="Generate")).to_be_visible(timeout=PATIENCE * 1000)
+    yield page
+    context.close()
+
+
+def choose(page: Page, field: str, value: str) -> None:
+    page.get_by_label(field).first.click()
+    page.get_by_role("option", name=value, exact=True).click()
+
+
+def enter(page: Page, **entries: str) -> None:
+    for field, value in entries.items():
+        page.get_by_label(field.replace("_", " ")).first.fill(value)
+
+
+def click(page: Page, button: str = "Generate") -> None:
+    page.get_by_role("button", name=button, exact=True).click()
+
+
+def open_compare(page: Page) -> Locator:
+    page.get_by_role("tab", name="Compare").click()
+    return page.get_by_role("tabpanel").filter(has=page.get_by_role("button", name="Compare"))
+
+
+def saved(page: Page, link: str = "#generated a[download]", nth: int = 0) -> Image.Image:
+    with page.expect_download() as download:
+        page.locator(link).nth(nth).click()
+    return Image.open(download.value.path())
+
+
+def difference(a: Image.Image, b: Image.Image) -> float:
+    return float(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).mean())
+
+
+def test_an_image_appears_step_by_step_and_is_the_one_that_generate_draws(page: Page, tmp_path: Path) -> None:
+    page.evaluate("""() => {
+        const place = document.querySelector("#generated");
+        window.seen = [];
+        new MutationObserver(() => {
+            const address = place.querySelector("img")?.src;
+            if (address && address !== window.seen.at(-1)) window.seen.push(address);
+        }).observe(place, {subtree: true, childList: true, attributes: true, characterData: true});
+    }""")
+    choose(page, "Class", "planets")
+    enter(page, Seed="7", Guidance="2.5", Head_steps="4")
+    click(page)
+    picture = saved(page)
+    options = ["--labels", "planets", "--seed", "7", "--guidance", "2.5", "--head-steps", "4"]
+    assert main(["generate", "--weights", "avatars-64", *options, "--out", str(tmp_path / "folder")]) == 0
+    reference = Image.open(tmp_path / "folder" / "000000.png")
+    assert picture.text == reference.text  # type: ignore[attr-defined]
+    assert difference(picture, reference) < 0.5
+    seen = [Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))) for address in page.evaluate("window.seen")]
+    assert len(seen) >= 4
+    grey = [float((np.asarray(image) == 128).all(axis=-1).mean()) for image in seen]
+    assert grey[0] > 0.5
+    assert grey == sorted(grey, reverse=True)
+    assert re.match(r"\d+\.\d\d s · AR step 16 of 16", page.locator("#generated .status").inner_text())
+
+
+def test_other_weights_bring_their_classes_and_ranges_and_several_images(page: Page, pipeline_folder: Path, tmp_path: Path) -> None:
+    expect(page.get_by_text("1 to 16", exact=True)).to_have_count(2)  # images and AR steps
+    choose(page, "Weights", str(pipeline_folder))
+    expect(page.get_by_text("1 to 4", exact=True)).to_be_visible()
+    expect(page.get_by_label("AR steps").first).to_have_value("4")
+    expect(page.get_by_label("Class").first).to_have_value("circle")
+    choose(page, "Class", "stripes")
+    enter(page, Seed="3", Images="3")
+    click(page)
+    expect(page.locator("#generated a[download]")).to_have_count(3)
+    assert main(["generate", "--weights", str(pipeline_folder), "--labels", "2", "--seed", "5", "--out", str(tmp_path / "folder")]) == 0
+    third, reference = saved(page, nth=2), Image.open(tmp_path / "folder" / "000000.png")
+    assert third.text == reference.text  # type: ignore[attr-defined]
+    assert difference(third, reference) < 0.5
+    assert difference(third, saved(page, nth=1)) > 5
+
+
+def test_wrong_entries_are_told_in_the_page_and_the_server_goes_on(page: Page) -> None:
+    wrong = [
+        ("Seed", "-1", "seeds -1 to -1: each must be within 0 … 2⁶³ − 1", "0"),
+        ("Seed", str(2**63), "each must be within 0 … 2⁶³ − 1", "0"),
+        ("Seed", "", "seed is empty; give a whole number", "0"),
+        ("Seed", "<b>7</b>", "seed is '<b>7</b>'", "0"),
+        ("Guidance", "", "guidance is empty; give a number", "2"),
+        ("AR steps", "17", "ar_steps 17: give 1 to 16", "16"),
+        ("Head steps", "0", "head_steps 0", "1"),
+        ("Images", "17", "images 17: give 1 to 16", "1"),
+        ("Class", "hexagon", "unknown class 'hexagon'; give a number 0 to 15 or one of", "clay"),
+    ]
+    for field, value, sentence, right in wrong:
+        page.get_by_label(field).first.fill(value)
+        page.get_by_label(field).first.press("Tab")
+        click(page)
+        message = page.get_by_test_id("toast-body").filter(has_text=sentence)
+        expect(message).to_be_visible(timeout=PATIENCE * 1000)
+        message.get_by_test_id("toast-close").click()
+        page.get_by_label(field).first.fill(right)
+        page.get_by_label(field).first.press("Tab")
+    click(page)
+    assert saved(page).text["class"] == "clay"  # type: ignore[attr-defined]
+
+
+def test_two_models_draw_side_by_side(page: Page, pipeline_folder: Path, diffusion_folder: Path) -> None:
+    compare = open_compare(page)
+    weights = compare.get_by_label("Weights")
+    expect(weights.first).to_have_value(str(diffusion_folder))  # MAR's head against the first weights, to begin with
+    expect(weights.last).to_have_value("avatars-64")
+    expect(compare.get_by_label("Class")).to_have_value("circle")
+    weights.last.click()
+    page.get_by_role("option", name=str(pipeline_folder), exact=True).click()
+    expect(compare.get_by_label("Head steps").last).to_have_value("2")
+    compare.get_by_label("Seed").fill("11")
+    compare.get_by_label("Head steps").first.fill("50")
+    click(page, "Compare")
+    verdict = page.locator(".verdict").inner_text()
+    left, right = saved(page, "#left a[download]"), saved(page, "#right a[download]")
+    assert (left.text["weights"], right.text["weights"]) == (str(diffusion_folder), str(pipeline_folder))  # type: ignore[attr-defined]
+    assert (left.text["head_steps"], right.text["head_steps"]) == ("50", "2")  # type: ignore[attr-defined]
+    assert left.text["seed"] == right.text["seed"] == "11"  # type: ignore[attr-defined]
+    assert left.text["class"] == right.text["class"]  # type: ignore[attr-defined]
+    times = {side: page.locator(f"#{side} .status b").inner_text() for side in ("left", "right")}
+    found = re.fullmatch(r"(\d+\.\d) × faster: (\S+) (\d+\.\d\d s) against (\S+) (\d+\.\d\d s)", verdict)
+    assert found is not None, verdict
+    assert found.groups()[1:] == (str(pipeline_folder), times["right"], str(diffusion_folder), times["left"])
+    assert float(found[1]) > 1
+
+
+def test_nothing_leaves_the_machine(page: Page, server: Server) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.reload()
+    click(page)
+    expect(page.locator("#generated a[download]")).to_have_count(1, timeout=PATIENCE * 1000)
+    compare = open_compare(page)
+    compare.get_by_label("Weights").first.click()
+    page.get_by_role("option", name="avatars-64", exact=True).click()
+    expect(compare.get_by_label("Class")).to_have_value("critters")  # the classes are those of the left model
+    click(page, "Compare")
+    expect(page.locator(".verdict")).to_be_visible(timeout=PATIENCE * 1000)
+    page.wait_for_load_state("networkidle")
+    others = {url for url in asked if urlsplit(url).scheme != "data" and urlsplit(url).netloc != urlsplit(server.address).netloc}
+    assert len(asked) > 10
+    assert not others
+    told = server.audit.read_text().splitlines()
+    assert told  # gradio asks its own server whether it is there
+    assert not [line for line in told if "127.0.0.1" not in line and "localhost" not in line]
+
+
+def test_only_this_machine_is_served(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE):
+        pass
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.2", server.port), timeout=5)
+
+
+def test_files_are_neither_taken_nor_given(server: Server) -> None:
+    url = f"{server.address}/gradio_api"
+    assert httpx.post(f"{url}/upload", files={"files": ("a.txt", b"a")}, timeout=PATIENCE).status_code == 413
+    for path in (Path(__file__), Path("pyproject.toml").absolute()):
+        assert httpx.get(f"{url}/file={path}", timeout=PATIENCE).status_code == 403
+    assert httpx.get(f"{url}/info", timeout=PATIENCE).json() == {"named_endpoints": {}, "unnamed_endpoints": {}}
+    assert httpx.get(f"{server.address}/monitoring", timeout=PATIENCE).status_code == 403
+
+
+class Visitor:
+    """What the page does when a button is clicked, without the page: a place in the queue, and a stream of messages."""
+
+    def __init__(self, address: str, function: int, entries: list[object]) -> None:
+        self.session = f"visitor-{id(self)}"
+        self.url = f"{address}gradio_api/queue"
+        body = {"data": entries, "fn_index": function, "session_hash": self.session}
+        self.answer = httpx.post(f"{self.url}/join", json=body, timeout=PATIENCE)
+
+    @contextlib.contextmanager
+    def messages(self) -> Iterator[Iterator[str]]:
+        """The kinds of messages as they come in; leaving is closing the browser's tab."""
+        with httpx.stream("GET", f"{self.url}/data", params={"session_hash": self.session}, timeout=PATIENCE) as response:
+            yield (json.loads(line[5:])["msg"] for line in response.iter_lines() if line.startswith("data:"))
+
+
+class Endless:
+    """A model's stream that goes on until it is closed."""
+
+    def __init__(self) -> None:
+        self.running, self.most, self.closed = 0, 0, threading.Semaphore(0)
+
+    def __call__(self, pipeline: object, labels: list[int], seeds: list[int], config: object) -> Iterator[Progress]:
+        first = next(STREAM(pipeline, labels, seeds, config))
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            while True:
+                yield first
+        finally:
+            self.running -= 1
+            self.closed.release()
+
+
+STREAM = load_models.__globals__["Pipeline"].stream
+
+
+@pytest.fixture
+def endless(pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Endless, str, dict[str, tuple[int, list[object]]]]]:
+    """A page served from this process whose drawings do not end, and how to ask for one on each tab."""
+    (model,) = load_models([str(pipeline_folder)], "float32", "cpu")
+    demo, stream = Demo([model]), Endless()
+    monkeypatch.setattr(type(model.pipeline), "stream", lambda *arguments: stream(*arguments))
+    address = demo.launch("127.0.0.1", free_port())
+    functions = {function.name: number for number, function in demo.blocks.fns.items()}
+    yield (
+        stream,
+        address,
+        {
+            "generate": (functions["generate"], [model.name, "circle", "0", 1, 2, 4, 2]),
+            "compare": (functions["compare"], ["circle", "0", model.name, 2, model.name, 2]),
+        },
+    )
+    demo.blocks.close(verbose=False)
+
+
+def test_one_drawing_at_a_time_and_a_closed_page_stops_its_own(endless: tuple) -> None:
+    stream, address, functions = endless
+    first, second = Visitor(address, *functions["generate"]), Visitor(address, *functions["compare"])
+    with second.messages() as queued:
+        assert next(queued) == "estimation"
+        with first.messages() as drawing:
+            for _ in range(10):
+                while next(drawing) != "process_generating":
+                    pass
+            assert stream.running == 1
+        assert stream.closed.acquire(timeout=PATIENCE)  # the first visitor has left
+        while (kind := next(queued)) != "process_generating":
+            assert kind in ("estimation", "process_starts", "heartbeat")
+    assert stream.closed.acquire(timeout=PATIENCE)
+    assert stream.most == 1
+
+
+def test_a_full_queue_refuses(endless: tuple) -> None:
+    _, address, functions = endless
+    with Visitor(address, *functions["generate"]).messages() as drawing:
+        while next(drawing) != "process_generating":
+            pass
+        answers = [Visitor(address, *functions["compare"]).answer for _ in range(MOST_WAITING + 1)]
+    assert [answer.status_code for answer in answers] == [200] * MOST_WAITING + [503]
+    assert "Queue is full" in answers[-1].text
