@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -304,3 +305,19 @@ def test_the_whole_program_exits_with_2_and_no_traceback(tmp_path: Path) -> None
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+def test_demo_refuses(pipeline_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        refused(capsys, ["demo", "--weights", pipeline_folder, "--port", port], f"127.0.0.1, port {port}", "give another")
+    refused(capsys, ["demo", "--weights", pipeline_folder, "--port", "0"], "--port 0", "1 to 65535")
+    refused(capsys, ["demo", "--weights", "no-such-model"], "'no-such-model'", "bundled")
+
+
+def test_demo_without_gradio(pipeline_folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "far.demo.page", raising=False)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    refused(capsys, ["demo", "--weights", pipeline_folder], "gradio", "pip install 'far-image[demo]'")
