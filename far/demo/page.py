@@ -145,7 +145,7 @@ class Demo:
             for side, model in (("left", left), ("right", right)):
                 with gr.Column():
                     with gr.Row():
-                        weights.append(gr.Dropdown(list(self.models), value=model.name, label="Weights", min_width=100))
+                        weights.append(gr.Dropdown(list(self.models), value=model.name, label="Weights", scale=2, min_width=100))
                         steps.append(head_steps_field(model))
                     shown.append(gr.HTML(WAITING, elem_id=side))
         for names, field in zip(weights, steps):

@@ -1,0 +1,96 @@
+"""Milliseconds from a click on the demo's page to a picture in a real browser; and the page's screenshot, docs/images/demo.png.
+
+    python benchmarks/demo.py
+
+Needs Chromium. Starts `far demo` as a process of its own; the first click is reported apart from the others.
+"""
+
+import argparse
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+
+from playwright.sync_api import Page, expect, sync_playwright
+
+from far.benchmark import machine
+
+# Clicks, and tells after how many milliseconds the first picture and the finished one were on the screen.
+CLICK = """button => new Promise(done => {
+    const place = document.querySelector("#generated");
+    const before = place.querySelector("img")?.src;
+    const start = performance.now();
+    let first = null;
+    const look = () => {
+        const image = place.querySelector("img");
+        if (image?.complete && image.src !== before) {
+            first ??= performance.now() - start;
+            if (place.querySelector("a[download]")) return done([first, performance.now() - start]);
+        }
+        requestAnimationFrame(look);
+    };
+    button.click();
+    look();
+})"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", nargs="+", default=["avatars-64", "weights/avatars-64/diffusion"])
+    parser.add_argument("--clicks", type=int, default=10)
+    parser.add_argument("--picture", default="docs/images/demo.png")
+    arguments = parser.parse_args()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "far", "demo", "--weights", *arguments.weights, "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as server, sync_playwright() as playwright:
+        assert server.stdout is not None
+        if not server.stdout.readline():
+            raise SystemExit("the demo did not start")
+        print(f"{arguments.weights[0]}, one image, {machine()}\nready {time.perf_counter() - started:.1f} s after the start\n")
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
+        try:
+            page = browser.new_page(viewport={"width": 1120, "height": 920}, color_scheme="light")
+            page.goto(f"http://127.0.0.1:{port}")
+            expect(page.get_by_role("button", name="Generate")).to_be_visible(timeout=60_000)
+            measure(page, arguments.clicks)
+            compare(page)
+            page.screenshot(path=arguments.picture)
+        finally:
+            browser.close()
+            server.terminate()
+
+
+def measure(page: Page, clicks: int) -> None:
+    times = []
+    for seed in range(1 + clicks):
+        page.get_by_label("Seed").first.fill(str(seed))
+        times.append(page.get_by_role("button", name="Generate").evaluate(CLICK))
+    print("| click | first tokens shown, ms | picture finished, ms |\n|---|---|---|")
+    print("| the first | {:.0f} | {:.0f} |".format(*times[0]))
+    middle = [f"{statistics.median(column):.0f} ({min(column):.0f} to {max(column):.0f})" for column in zip(*times[1:])]
+    print(f"| the next {clicks} | {middle[0]} | {middle[1]} |\n")
+
+
+def compare(page: Page) -> None:
+    """Draws the same seed with both heads, twice, MAR's in a hundred steps."""
+    page.get_by_role("tab", name="Compare").click()
+    tab = page.get_by_role("tabpanel").filter(has=page.get_by_role("button", name="Compare"))
+    tab.get_by_label("Class").click()
+    page.get_by_role("option", name="voxel-bot", exact=True).click()
+    tab.get_by_label("Head steps").first.fill("100")
+    for seed in ("6", "7"):
+        tab.get_by_label("Seed").fill(seed)
+        tab.get_by_role("button", name="Compare").click()
+        expect(page.locator("#right").get_by_text(f"seed {seed}")).to_be_visible(timeout=60_000)
+        expect(page.locator(".verdict")).to_be_visible(timeout=60_000)
+    print(page.locator(".verdict").inner_text())
+
+
+if __name__ == "__main__":
+    main()
