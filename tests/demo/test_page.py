@@ -58,8 +58,14 @@ class Server:
             command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         assert self.process.stdout is not None
-        self.lines = [self.process.stdout.readline()]
-        assert self.lines[0] == f"far demo: {self.address}/ (Ctrl-C ends it)\n", self.lines[0] + self.process.stdout.read()
+        said = []
+        for line in self.process.stdout:
+            said.append(line)
+            if line == f"far demo: {self.address}/ (Ctrl-C ends it)\n":
+                return
+            if line.startswith("far demo:"):
+                break
+        pytest.fail("".join([*said, self.stop()]))
 
     @property
     def address(self) -> str:
