@@ -281,6 +281,7 @@ def test_the_command_line_pushes_and_draws_offline(hub: Hub, pipeline_folder: Pa
         ["generate", "--weights", "ann/nothing"],
         ["edit", "a.png", "--label", "0", "--keep", "0", "0", "8", "8", "--weights", "ann/nothing"],
         ["benchmark", "--models", "ann/nothing"],
+        ["demo", "--weights", "ann/nothing"],
         ["evaluate", "--weights", "ann/nothing", "--save-statistics", "a.npz"],
         ["distill", "ann/nothing", "out"],
         ["push", "ann/nothing", "ann/shapes", "--license", "mit"],

@@ -12,7 +12,9 @@ from far.pipeline import DTYPES, bundled_names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", nargs="+", default=bundled_names(), help="bundled names or folders (default: all bundled models)")
+    parser.add_argument(
+        "--weights", nargs="+", default=bundled_names(), help="bundled names, folders, hub names (default: all bundled models)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default 7860)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default auto: bfloat16 where it is fast)")
