@@ -57,7 +57,7 @@ def main() -> None:
         try:
             page = browser.new_page(viewport={"width": 1120, "height": 920}, color_scheme="light")
             page.goto(f"http://127.0.0.1:{port}")
-            expect(page.get_by_role("button", name="Generate")).to_be_visible(timeout=60_000)
+            expect(page.locator("#generated .empty")).to_be_visible(timeout=60_000)
             measure(page, arguments.clicks)
             compare(page)
             page.screenshot(path=arguments.picture)

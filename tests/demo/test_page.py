@@ -102,7 +102,7 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
     context.set_default_timeout(PATIENCE * 1000)
     page = context.new_page()
     page.goto(server.address)
-    expect(page.get_by_role("button", name="Generate")).to_be_visible(timeout=PATIENCE * 1000)
+    expect(page.locator("#generated .empty")).to_be_visible(timeout=PATIENCE * 1000)
     yield page
     context.close()
 
