@@ -38,7 +38,7 @@ CLICK = """button => new Promise(done => {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", nargs="+", default=["avatars-64", "weights/avatars-64/diffusion"])
+    parser.add_argument("--weights", nargs="+", default=["avatars-64", "avatars-64-mar"])
     parser.add_argument("--clicks", type=int, default=10)
     parser.add_argument("--picture", default="docs/images/demo.png")
     arguments = parser.parse_args()

@@ -8,7 +8,8 @@ import os
 import threading
 
 from far.errors import InputError
-from far.pipeline import DTYPES, bundled_names
+from far.pipeline import DTYPES
+from far.weights import bundled_names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
