@@ -132,8 +132,16 @@ class Pipeline:
             labels: class numbers or names.
             seed: of the first image, the next ones counting up; or one seed an image. An image depends
                 on its seed and label only, not on the others.
-            guidance, ar_steps, head_steps, temperature, guidance_schedule, guidance_interval, order, refresh_every,
-                guidance_every, guidance_passes: see :class:`far.sampling.SamplingConfig`; ``None`` takes the model's default.
+            guidance: this and the next nine are those of :class:`far.sampling.SamplingConfig`; ``None`` takes the model's default.
+            ar_steps: autoregressive steps.
+            head_steps: steps of the head; or the first and the last AR step's.
+            temperature: factor of the head's noise.
+            guidance_schedule: over the known tokens.
+            guidance_interval: shares of known tokens with guidance.
+            order: of positions.
+            refresh_every: AR steps between passes over all positions.
+            guidance_every: AR steps between passes without the class.
+            guidance_passes: of the backbone.
             batch_size: images drawn together.
             output: ``"pil"`` for pictures, ``"tensor"`` for ``[n, 3, h, w]`` in [0, 1].
             callback: called after each AR step of each batch.

@@ -48,15 +48,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments of one call; ``run`` among them is the command's function.
+
+    Raises:
+        InputError: an argument is unknown, missing or of another form.
+    """
+    parsed, unknown = build_parser().parse_known_args(arguments)
+    if hasattr(parsed, "overrides"):
+        # argparse takes them in one piece only: those after an option, as in RECIPE --resume KEY=VALUE, are left over.
+        parsed.overrides = parsed.overrides + [text for text in unknown if not text.startswith("-")]
+        unknown = [text for text in unknown if text.startswith("-")]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], _options(parsed.command), n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"unknown argument {unknown[0]!r}{hint}; see far {parsed.command} --help")
+    return parsed
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``far`` and return its exit status: 0, 2 for a user error, 130 after Ctrl-C."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        parsed, unknown = build_parser().parse_known_args(arguments)
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], _options(parsed.command), n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"unknown argument {unknown[0]!r}{hint}; see far {parsed.command} --help")
+        parsed = parse(sys.argv[1:] if arguments is None else arguments)
         parsed.run(parsed)
     except (InputError, OSError) as error:
         print(f"far: error: {' '.join(str(error).split())}", file=sys.stderr)

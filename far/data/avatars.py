@@ -36,7 +36,8 @@ def write_avatars(folder: Path, size: int, per_class: int, held_out_per_class: i
 
     Args:
         size: side of the square images in pixels; must divide 128.
-        per_class, held_out_per_class: pictures a style; ``per_class`` is at most ``HELD_OUT_SEED``.
+        per_class: training pictures a style, at most ``HELD_OUT_SEED``.
+        held_out_per_class: held-out pictures a style.
 
     Returns:
         ``{"train": …, "held-out": …, "duplicates removed": …}``, counts of images.

@@ -105,7 +105,10 @@ def kernel_distance(a: Tensor, b: Tensor, generator: torch.Generator, *, subsets
     """KID (Bińkowski et al., arXiv 1801.01401): unbiased squared MMD with a cubic kernel, over random subsets.
 
     Args:
-        a, b: features ``[n, d]`` and ``[m, d]``. Subsets are no larger than the smaller set.
+        a: features ``[n, d]``.
+        b: features ``[m, d]``.
+        subsets: how many.
+        subset_size: images of each side in a subset, no more than the smaller side has.
 
     Raises:
         ValueError: fewer than two rows on a side.

@@ -4,10 +4,10 @@ from far.heads.diffusion import DiffusionHead
 from far.heads.energy import EnergyHead
 from far.heads.flow import FlowHead
 from far.heads.flow_map import FlowMapHead
-from far.heads.head import Head, HeadConfig, TokenLoss
+from far.heads.head import HEADS, Head, HeadConfig, TokenLoss
 from far.heads.shortcut import ShortcutHead
 
-HEADS: dict[str, type[Head]] = {
+HEADS |= {
     "diffusion": DiffusionHead,
     "energy": EnergyHead,
     "flow": FlowHead,

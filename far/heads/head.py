@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from far.errors import InputError
 
+# Every kind of head by its name; ``far.heads`` fills it, and a head of your own is one entry more.
+HEADS: dict[str, type["Head"]] = {}
+
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
-    """Kind and size of a head.
+    """Kind and size of a head. ``kind`` is a name in :data:`far.heads.HEADS`.
 
     ``samples_per_token`` noise samples share each ``z`` in training (MAR's ``diffusion_batch_mul``);
     ``solver`` is the flow head's only. ``token_limit`` is the diffusion head's: in sampling, the token that each
@@ -27,7 +30,7 @@ class HeadConfig:
     ``max_guidance``, up to which scale the head learns the guided field (without it, guidance takes two passes).
     """
 
-    kind: Literal["diffusion", "flow", "shortcut", "flow_map", "energy"] = "shortcut"
+    kind: str = "shortcut"
     width: int = 1024
     depth: int = 6
     samples_per_token: int = 4
@@ -38,6 +41,8 @@ class HeadConfig:
     max_guidance: float | None = None
 
     def __post_init__(self) -> None:
+        if self.kind not in HEADS:
+            raise InputError(f"head kind {self.kind!r}: choose one of {', '.join(map(repr, HEADS))}, or register a head of your own")
         for name in ("width", "depth", "samples_per_token"):
             if getattr(self, name) < 1:
                 raise InputError(f"head {name} {getattr(self, name)} must be positive")
