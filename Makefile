@@ -3,6 +3,7 @@
 # make results:  regenerate docs/results.md's tables and plots; TRAIN=1 trains first (hours), TIMES=1 measures the seconds again
 # make wheel:    build dist/: what `pip install` takes    make matrix: the tests under each Python 3.10 to 3.13 that is here
 # make notebook: run notebooks/quickstart.ipynb in place    make lock: requirements.lock anew, from PyPI
+# make docs:     the documentation as a site, in site/
 # make train-small: render, train and draw from a small model of one's own in under half an hour
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: generate test check wheel matrix notebook lock bench results train-small
+.PHONY: generate test check wheel matrix notebook lock bench results train-small docs
 
 generate: $(VENV)/installed
 	$(BIN)/far generate --weights avatars-64 --count 64 --out samples.png
@@ -55,6 +56,9 @@ train-small: $(VENV)/installed-dev
 	$(BIN)/far cache recipes/avatars-32.yaml
 	$(BIN)/far train recipes/avatars-32.yaml --resume
 	$(BIN)/far generate --weights runs/avatars-32/model --count 64 --out runs/avatars-32/samples.png
+
+docs: $(VENV)/installed-dev
+	$(BIN)/mkdocs build --strict
 
 $(VENV)/python:
 	$(PYTHON) -m venv $(VENV)

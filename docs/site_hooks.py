@@ -148,7 +148,7 @@ def _plain_roles(text: str) -> str:
 
 
 class Roles(griffe.Extension):
-    """Makes ``:class:`Name``` of docstrings a link to what the reference has of it."""
+    """Makes a role such as ``:class:`` before a name in a docstring a link to what the reference has of it, if it has."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is None:
@@ -156,7 +156,7 @@ class Roles(griffe.Extension):
 
         def linked(match: re.Match[str]) -> str:
             try:
-                return f"[`{match[1]}`][{obj.resolve(match[1])}]"
+                return f'<autoref optional identifier="{obj.resolve(match[1])}"><code>{match[1]}</code></autoref>'
             except griffe.NameResolutionError:
                 return f"`{match[1]}`"
 

@@ -187,7 +187,8 @@ class Pipeline:
         """Draw one batch an AR step at a time; :meth:`preview` shows each step, :meth:`decode` the last one's latents.
 
         Args:
-            labels, seeds: one each an image.
+            labels: class numbers or names, one an image.
+            seeds: one an image.
             config: ``None`` takes the model's default.
             kept: tokens that are given, not drawn.
 

@@ -97,6 +97,7 @@ class AutoencoderTask:
         save_autoencoder(ema, folder, self.results)
 
 
+@torch.no_grad()
 def reconstruction_figures(autoencoder: Autoencoder, network: FeatureNetwork, images: ShardReader, count: int) -> dict[str, float]:
     """PSNR in dB and the Fréchet distance of reconstructions (of the posterior's mean) to the originals.
 

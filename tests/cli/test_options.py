@@ -1,12 +1,12 @@
-"""The command line's options, frozen: a new one is a decision. And every recipe and README block is valid."""
+"""The command line's options, frozen: a new one is a decision. And every recipe is valid; documents are in ``test_documents.py``."""
 
 import argparse
-import re
 from pathlib import Path
 
 import pytest
 
-from far.cli.main import build_parser
+from far.cli.main import build_parser, parse
+from far.errors import InputError
 from far.model import FAR, ModelConfig
 from far.recipe import load_recipe
 from far.weights import load_autoencoder
@@ -41,17 +41,11 @@ def test_recipes_load_and_their_samplers_fit(path: Path) -> None:
     recipe.generator.sampling.check(FAR(config))
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/hub.md"])
-def test_the_documents_commands_parse(document: str) -> None:
-    text = (ROOT / document).read_text()
-    commands = re.findall(r"^far (.+)$", "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)), re.MULTILINE)
-    assert len(commands) >= 5
-    for command in commands:
-        build_parser().parse_args(command.split("#")[0].split())
-
-
-def test_readme_python_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+@pytest.mark.parametrize("command", [["train", "recipe.yaml"], ["distill", "teacher", "out"]])
+def test_overrides_may_stand_before_and_after_options(command: list[str]) -> None:
+    arguments = parse([*command, "a=1", "--resume", "b=2", "c=3"])
+    assert arguments.resume
+    assert arguments.overrides == ["a=1", "b=2", "c=3"]
+    assert parse([*command, "--resume", "b=2"]).overrides == ["b=2"]
+    with pytest.raises(InputError, match="--resme"):
+        parse([*command, "--resme", "b=2"])

@@ -1,0 +1,307 @@
+"""The documents: every link, anchor, command, recipe key and block of code in them holds, and the site builds without a warning.
+
+Documents are found, not listed, so a new one is held to the same. What the comments before blocks of code do is told in
+CONTRIBUTING.md.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import yaml
+
+from far.cli.main import main, parse
+from far.config import from_dict
+from far.heads import HEADS
+from far.recipe import Recipe, from_overrides, load_recipe
+from far.training.distillation import DistillationConfig
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
+# A block of Python that is not run is a decision.
+NOT_RUN = {"docs/tutorials/write-a-head.md": 1}
+
+BLOCK = r"(?:^<!-- ?(?P<comment>[^\n]*?) ?-->\n)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$"
+
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A fenced block of code; ``comment`` is what an HTML comment on the line before it says."""
+
+    language: str
+    code: str
+    comment: str
+    line: int
+
+
+def blocks(document: Path, language: str) -> list[Block]:
+    text = document.read_text(encoding="utf-8")
+    found = re.finditer(
+        r"(?:^<!-- ?(?P<comment>[^\n]*?) ?-->\n)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", text, re.MULTILINE | re.DOTALL
+    )
+    every = [Block(m["language"], m["code"], m["comment"] or "", text[: m.start("code")].count("\n")) for m in found]
+    return [block for block in every if block.language == language]
+
+
+def prose(text: str) -> str:
+    """Without code, in which nothing is a link or a heading."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)", "", text)
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    heading = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+    return re.sub(r"[^\w\- ]", "", heading).replace(" ", "-")
+
+
+def anchors(document: Path) -> set[str]:
+    text = re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    found: dict[str, int] = {}
+    result = set(re.findall(r"<a (?:id|name)=\"([^\"]+)\"", text))
+    for heading in re.findall(r"^#{1,6} +(.+?) *#*$", text, re.MULTILINE):
+        name = slug(heading)
+        result.add(f"{name}-{found[name]}" if name in found else name)
+        found[name] = found.get(name, 0) + 1
+    return result
+
+
+def links(document: Path) -> Iterator[str]:
+    text = prose(document.read_text(encoding="utf-8"))
+    yield from re.findall(r"\]\(<?([^)\s>]+)>?(?: \"[^\"]*\")?\)", text)
+    yield from re.findall(r"^\[[^]]+\]: +(\S+)", text, re.MULTILINE)
+    yield from re.findall(r"<(?:a|img)[^>]* (?:href|src)=\"([^\"]+)\"", text)
+
+
+def broken_links(document: Path) -> list[str]:
+    broken = []
+    for link in links(document):
+        if re.match(r"\w+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (document.parent / unquote(path)).resolve() if path else document
+        inside = target.is_relative_to(ROOT) and target.exists()
+        if not inside or (anchor and (target.suffix != ".md" or unquote(anchor) not in anchors(target))):
+            broken.append(link)
+    return broken
+
+
+@every_document
+def test_links_and_anchors_lead_somewhere(document: Path) -> None:
+    assert broken_links(document) == []
+
+
+def test_broken_links_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above is not blind."""
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (tmp_path / "b.md").write_text("# A title, with `code` & more\n\n## Twice\n\n## Twice\n\n```sh\n# no heading\n```\n")
+    (tmp_path / "a.md").write_text(
+        "[a](b.md#a-title-with-code--more) [b](b.md#twice-1) [c](#here) ![d](d.png) [e](c.md) [f](b.md#no-heading) [g](b.md#twice-2)\n"
+        '<img src="e.png"> [h](https://example.org/none) `[i](none.md)` [j](../outside.md)\n\n## Here\n\n```sh\n[k](none.md)\n```\n'
+    )
+    (tmp_path.parent / "outside.md").write_text("")
+    assert broken_links(tmp_path / "a.md") == ["d.png", "c.md", "b.md#no-heading", "b.md#twice-2", "../outside.md", "e.png"]
+
+
+def test_every_picture_of_the_documents_is_shown() -> None:
+    shown = {(document.parent / link).resolve() for document in DOCUMENTS for link in links(document) if not re.match(r"\w+:", link)}
+    assert {path for path in (ROOT / "docs" / "images").iterdir()} <= shown
+
+
+# --- Commands ---------------------------------------------------------------------------------------
+
+
+def commands(document: Path) -> list[list[str]]:
+    """Every command of the sh blocks, in words."""
+    lines = "".join(block.code for block in blocks(document, "sh")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def check_far(words: list[str]) -> None:
+    """The parser takes the arguments, and a recipe's or a distillation's keys are right."""
+    arguments = parse(words)
+    if arguments.command == "distill":
+        from_overrides(DistillationConfig(), arguments.overrides)
+    elif hasattr(arguments, "recipe"):
+        path = ROOT / arguments.recipe
+        # A recipe of the reader's own is written out in the document, and is held to be one there; its name is all that is known.
+        load_recipe(path if arguments.recipe.parts[0] == "recipes" else ROOT / "recipes" / "avatars-64.yaml", arguments.overrides)
+
+
+def check_script(words: list[str]) -> None:
+    """A script of ours exists, and knows the options (those that it names anywhere)."""
+    script = ROOT / words[0]
+    if script.parent.name != "benchmarks":
+        return
+    assert script.is_file(), f"{words[0]} does not exist"
+    text = script.read_text(encoding="utf-8")
+    unknown = [word for word in words[1:] if word.startswith("--") and f'"{word}"' not in text]
+    assert not unknown, f"{words[0]} has no option {unknown}"
+
+
+def check_command(words: list[str]) -> None:
+    program, *rest = words
+    program = Path(program).name
+    if program == "torchrun":
+        assert rest[rest.index("-m") + 1] == "far"
+        rest = [word for word in rest[rest.index("-m") + 2 :] if word != "…"]
+        check_far(rest if "--reference" in rest else [*rest, "--reference", "any"])
+    elif program == "far":
+        check_far(rest)
+    elif program == "python" and rest[0] == "-m":
+        check_far(rest[2:] if rest[1] == "far" else ["--version"])
+    elif program == "python" and rest[0].endswith(".py"):
+        check_script(rest)
+        if len(rest) > 1 and rest[1] in ("generate", "train"):  # a reader's program that ends in our main()
+            with_mixture(lambda: check_far(rest[1:]))
+    elif program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert next(word for word in rest if "=" not in word) in targets, f"the Makefile has no target {rest}"
+
+
+def with_mixture(check: typing.Callable[[], None]) -> None:
+    """With the head that the tutorial writes registered."""
+    HEADS["mixture"] = HEADS["flow"]
+    try:
+        check()
+    finally:
+        del HEADS["mixture"]
+
+
+@every_document
+def test_commands_are_valid(document: Path) -> None:
+    for words in commands(document):
+        check_command(words)
+
+
+@every_document
+def test_scripts_and_targets_named_in_the_text_exist(document: Path) -> None:
+    """In code within the text: ``python benchmarks/…``, ``make …`` and ``far …``."""
+    for code in re.findall(r"(?<!`)`((?:python benchmarks/|make |far )[^`\n]+)`", document.read_text(encoding="utf-8")):
+        words = [word for word in shlex.split(code.replace("[…]", "")) if word not in ("…", "[SET …]")]
+        if words[0] == "far":
+            # Not always whole, but the command and its options must exist.
+            assert words[1] == "--help" or words[1].isupper() or words[1] in parse_commands(), code
+        elif words[1] != "check":
+            check_command(words)
+
+
+def parse_commands() -> frozenset[str]:
+    from far.cli.main import COMMANDS
+
+    return frozenset(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["far gnerate", "far generate --lables 3", "far train recipes/none.yaml", "far train recipes/avatars-64.yaml generator.trainin.steps=3",
+     "far distill a b training.step=3", "make nothing", "python benchmarks/none.py", "python benchmarks/savings.py --none"],
+)  # fmt: skip
+def test_wrong_commands_are_found(words: str) -> None:
+    """The tests above are not blind."""
+    with pytest.raises((ValueError, AssertionError)):
+        check_command(words.split())
+
+
+@every_document
+def test_recipes_are_valid(document: Path) -> None:
+    for block in blocks(document, "yaml"):
+        assert block.comment in ("", "a recipe"), f"{document.name}, line {block.line}: no such comment: {block.comment}"
+        values = yaml.safe_load(block.code)
+        if block.comment:
+            from_dict(Recipe, values, f"{document.name}, line {block.line}")
+
+
+# --- Python -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder as the reader's, who works in the repository; heads that are registered there go again."""
+    for name in ("recipes", "far", "weights", "docs", "README.md"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    heads = dict(HEADS)
+    yield tmp_path
+    HEADS.clear()
+    HEADS.update(heads)
+
+
+def runs_something(document: Path) -> bool:
+    return any(blocks(document, "python")) or any(block.comment == "run" for block in blocks(document, "sh"))
+
+
+@pytest.mark.parametrize(
+    "document",
+    [pytest.param(path, id=name) for path, name in zip(DOCUMENTS, NAMES) if runs_something(path)],
+)
+def test_code_runs(document: Path, reader: Path) -> None:
+    """All blocks of a document in order, in one namespace."""
+    namespace: dict[str, object] = {"__name__": "document"}
+    chosen = [block for language in ("python", "sh") for block in blocks(document, language)]
+    skipped = 0
+    for block in sorted(chosen, key=lambda block: block.line):
+        if block.language == "python" and block.comment.startswith("not run: "):
+            skipped += 1
+        elif block.language == "python":
+            # Errors point to the document's own line.
+            exec(compile("\n" * (block.line) + block.code, str(document), "exec"), namespace)
+        elif block.comment == "run":
+            for line in block.code.splitlines():
+                words = shlex.split(line, comments=True)
+                assert words[0] == "far"
+                assert main(words[1:]) == 0
+    assert skipped == NOT_RUN.get(str(document.relative_to(ROOT)), 0), "how many blocks are not run is fixed in NOT_RUN"
+
+
+# --- The site ---------------------------------------------------------------------------------------
+
+
+def test_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(ROOT / "mkdocs.yml"), "--site-dir", str(site)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "WARNING" not in result.stdout + result.stderr
+    check_pages(site)
+    check_reference(site / "reference")
+    index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
+    assert any("guidance" in entry["text"] for entry in index["docs"])
+
+
+def check_pages(site: Path) -> None:
+    """Every document has one, and none loads a font, script, style or picture from elsewhere."""
+    pages = {str(path.relative_to(site)) for path in site.rglob("*.html")}
+    assert {"index.html", "contributing.html"} <= pages
+    assert {str(path.relative_to(ROOT / "docs").with_suffix(".html")) for path in (ROOT / "docs").rglob("*.md")} <= pages
+    outside = re.compile(r"(?:<(?:script|img|link|iframe|source)\b[^>]*\b(?:src|href)=[\"']|url\([\"']?|@import [\"'])(?:https?:)?//")
+    for path in [*site.rglob("*.html"), *site.rglob("*.css")]:
+        found = outside.search(path.read_text(encoding="utf-8"))
+        assert found is None, f"{path.relative_to(site)} loads {found}"
+
+
+def check_reference(folder: Path) -> None:
+    """Commands and keys came from the code, and no mark-up of a docstring is left as it was written."""
+    commands = (folder / "command-line.html").read_text(encoding="utf-8")
+    for option in ("far generate", "--guidance-passes", "--held-out-share", "--resume"):
+        assert option in commands
+    keys = (folder / "recipe.html").read_text(encoding="utf-8")
+    for key in ("generator.training.learning_rate", "generator.network.backbone.input_noise", "autoencoder_from", "trajectories.images"):
+        assert f"<code>{key}</code>" in keys
+    for path in folder.glob("*.html"):
+        text = re.sub(r"<pre.*?</pre>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        left = re.search(r":(?:class|meth|func|data|mod):|``|<p>(?:Args|Returns|Raises|Attributes):|\[<code>[^<]*</code>\]\[", text)
+        assert left is None, f"{path.name}: {text[left.start() - 100 : left.end() + 100]}"
