@@ -88,7 +88,8 @@ def _recipe() -> Iterator[str]:
 
 
 def _keys(title: str, kind: type, default: Any, prefix: str) -> Iterator[str]:
-    yield f"\n{'###' if prefix else '##'} {title}\n\n{_described(kind)}\n\n| key | type | default |\n|---|---|---|"
+    yield f"\n{'###' if prefix else '##'} {title}\n\n{_described(kind)}\n"
+    rows: list[str] = []
     hints = typing.get_type_hints(kind)
     sections: list[tuple[str, type, Any]] = []
     for field in dataclasses.fields(kind):
@@ -100,16 +101,21 @@ def _keys(title: str, kind: type, default: Any, prefix: str) -> Iterator[str]:
             continue
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         value = "must be given" if required else f"`{_yaml(getattr(default, field.name))}`"
-        yield f"| `{key}` | {_type(hint)} | {value} |"
+        rows.append(f"| `{key}` | {_type(hint)} | {value} |")
+    if rows:
+        yield "\n".join(["| key | type | default |", "|---|---|---|", *rows])
     for key, option, value in sections:
-        chosen = f", {option.kind}" if isinstance(getattr(option, "kind", None), str) and "kind" in hints_of(option, "Literal") else ""
+        chosen = f", {option.kind}" if isinstance(getattr(option, "kind", None), str) and "kind" in _alternatives(option) else ""
         yield from _keys(f"`{key}`{chosen}", option, value, f"{key}.")
 
 
-def hints_of(kind: type, name: str) -> list[str]:
-    """The fields of a dataclass with a single choice, by which a section is told from its alternatives."""
-    hints = typing.get_type_hints(kind)
-    return [key for key, hint in hints.items() if name in str(hint) and len(typing.get_args(hint)) == 1]
+def _alternatives(kind: type) -> list[str]:
+    """The fields of a dataclass that allow one value only: by these a section is told from its alternatives."""
+    return [
+        key
+        for key, hint in typing.get_type_hints(kind).items()
+        if typing.get_origin(hint) is typing.Literal and len(typing.get_args(hint)) == 1
+    ]
 
 
 def _described(kind: type) -> str:
@@ -126,7 +132,7 @@ def _type(hint: Any) -> str:
     if origin is typing.Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
     if origin is tuple:
-        return f"list of {_type(arguments[0])}"
+        return f"list of {_type(arguments[0])}s"
     if arguments:
         return " or ".join(_type(option) for option in arguments if option is not type(None))
     return {"str": "text", "int": "whole number", "float": "number", "bool": "`true`, `false`"}.get(hint.__name__, hint.__name__)

@@ -51,7 +51,7 @@ class Pipeline:
 
     ``results`` are figures and ``training`` facts that stay with the weights, in ``config.json`` and the model card.
 
-    Example:
+    Examples:
         >>> import far
         >>> pictures = far.load("avatars-64").generate(labels=["planets", 5], guidance=2.0, seed=0)
     """

@@ -26,7 +26,8 @@ from far.recipe import Recipe, from_overrides, load_recipe
 from far.training.distillation import DistillationConfig
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")])
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 # A block of Python that is not run is a decision.
 NOT_RUN = {"docs/hub.md": 3, "docs/tutorials/write-a-head.md": 1}
@@ -46,8 +47,21 @@ class Block:
     line: int
 
 
-def blocks(document: Path, language: str) -> list[Block]:
+def text_of(document: Path) -> str:
+    """A document's Markdown; of a notebook, that of its text, and of its code the shell commands as a block of them."""
     text = document.read_text(encoding="utf-8")
+    if document.suffix != ".ipynb":
+        return text
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        commands = re.findall(r"^ *!(.+)$", source, re.MULTILINE) if cell["cell_type"] == "code" else []
+        parts.append(source if cell["cell_type"] == "markdown" else "\n".join(["```sh", *commands, "```"]))
+    return "\n\n".join(parts)
+
+
+def blocks(document: Path, language: str) -> list[Block]:
+    text = text_of(document)
     found = re.finditer(
         r"(?:^<!-- ?(?P<comment>[^\n]*?) ?-->\n)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", text, re.MULTILINE | re.DOTALL
     )
@@ -68,7 +82,7 @@ def slug(heading: str) -> str:
 
 
 def anchors(document: Path) -> set[str]:
-    text = re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```.*?^```$", "", text_of(document), flags=re.MULTILINE | re.DOTALL)
     found: dict[str, int] = {}
     result = set(re.findall(r"<a (?:id|name)=\"([^\"]+)\"", text))
     for heading in re.findall(r"^#{1,6} +(.+?) *#*$", text, re.MULTILINE):
@@ -79,7 +93,7 @@ def anchors(document: Path) -> set[str]:
 
 
 def links(document: Path) -> Iterator[str]:
-    text = prose(document.read_text(encoding="utf-8"))
+    text = prose(text_of(document))
     yield from re.findall(r"\]\(<?([^)\s>]+)>?(?: \"[^\"]*\")?\)", text)
     yield from re.findall(r"^\[[^]]+\]: +(\S+)", text, re.MULTILINE)
     yield from re.findall(r"<(?:a|img)[^>]* (?:href|src)=\"([^\"]+)\"", text)
@@ -101,6 +115,16 @@ def broken_links(document: Path) -> list[str]:
 @every_document
 def test_links_and_anchors_lead_somewhere(document: Path) -> None:
     assert broken_links(document) == []
+
+
+def test_notebooks_are_read(tmp_path: Path) -> None:
+    cells = [
+        {"cell_type": "markdown", "source": ["# A\n", "[b](c.md)"]},
+        {"cell_type": "code", "source": ["!far generate --count 3\n", "x = 1"]},
+    ]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}))
+    assert list(links(tmp_path / "a.ipynb")) == ["c.md"]
+    assert commands(tmp_path / "a.ipynb") == [["far", "generate", "--count", "3"]]
 
 
 def test_broken_links_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,10 +205,16 @@ def test_commands_are_valid(document: Path) -> None:
         check_command(words)
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_in_the_head_of_a_recipe_are_valid(recipe: Path) -> None:
+    for line in re.findall(r"^# {2,}(far .+)$", recipe.read_text(encoding="utf-8"), re.MULTILINE):
+        check_command(shlex.split(line, comments=True))
+
+
 @every_document
 def test_scripts_and_targets_named_in_the_text_exist(document: Path) -> None:
     """In code within the text: ``python benchmarks/…``, ``make …`` and ``far …``."""
-    for code in re.findall(r"(?<!`)`((?:python benchmarks/|make |far )[^`\n]+)`", document.read_text(encoding="utf-8")):
+    for code in re.findall(r"(?<!`)`((?:python benchmarks/|make |far )[^`\n]+)`", text_of(document)):
         words = [word for word in shlex.split(code.replace("[…]", "")) if word not in ("…", "[SET …]")]
         if words[0] == "far":
             # Not always whole, but the command and its options must exist.
