@@ -146,7 +146,7 @@ def _yaml(value: Any) -> str:
     return str(list(value)) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-_ROLE = re.compile(r":(?:class|meth|func|data|mod):`([^`]+)`")
+_ROLE = re.compile(r":(?:class|meth|func|data|mod|attr):`([^`]+)`")
 
 
 def _plain_roles(text: str) -> str:

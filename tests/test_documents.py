@@ -334,5 +334,5 @@ def check_reference(folder: Path) -> None:
         assert f"<code>{key}</code>" in keys
     for path in folder.glob("*.html"):
         text = re.sub(r"<pre.*?</pre>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
-        left = re.search(r":(?:class|meth|func|data|mod):|``|<p>(?:Args|Returns|Raises|Attributes):|\[<code>[^<]*</code>\]\[", text)
+        left = re.search(r":(?:class|meth|func|data|mod|attr):|``|<p>(?:Args|Returns|Raises|Attributes):|\[<code>[^<]*</code>\]\[", text)
         assert left is None, f"{path.name}: {text[left.start() - 100 : left.end() + 100]}"
