@@ -6,6 +6,7 @@ used, since most work needs no hub. Nothing but ``config.json`` and safetensors 
 
 import contextlib
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def upload(
             reached, or refuses the card (such as its licence).
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     if not is_hub_name(name):
         raise InputError(f"{name!r} is no name on the hub; give OWNER/NAME, or OWNER/NAME@BRANCH")
@@ -80,8 +81,11 @@ def upload(
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
         try:
-            card = Path(api.hf_hub_download(repository, "README.md", revision=revision)).read_text(encoding="utf-8", errors="replace")
-        except EntryNotFoundError:
+            # Of a cache of its own: if the hub did not answer now, the usual one would stand in with an older card.
+            with tempfile.TemporaryDirectory() as cache:
+                path = api.hf_hub_download(repository, "README.md", revision=revision, cache_dir=cache)
+                card = Path(path).read_text(encoding="utf-8", errors="replace")
+        except RemoteEntryNotFoundError:  # the hub says that there is none; silence raises another one
             card = ""
         kept = [] if may_replace(card) else ["README.md"]
         api.upload_folder(

@@ -220,6 +220,18 @@ def test_a_card_that_somebody_wrote_stays_on_the_hub(hub: Hub, pipeline_folder: 
     assert json.loads(published["config.json"])["results"] == {"step": 10}
 
 
+def test_a_card_stays_where_the_hub_does_not_say_what_is_in_it(hub: Hub, pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline.from_pretrained(pipeline_folder)
+    pipeline.push_to_hub("ann/shapes", license="mit")
+    pipeline.push_to_hub("ann/shapes", license="mit")  # has seen the card that was written here
+    hub.commit("ann/shapes", {"README.md": b"# By Ann"})
+    # Only the file's own address fails, as it may for a moment.
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/away/{repo_id}/{revision}/{filename}")
+    with pytest.raises(InputError, match="404"):
+        pipeline.push_to_hub("ann/shapes", license="mit")
+    assert hub.files[hub.branches["ann/shapes"]["main"]]["README.md"] == b"# By Ann"
+
+
 def test_push_refuses_in_one_line(hub: Hub, pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Pipeline.from_pretrained(pipeline_folder)
 
