@@ -325,7 +325,7 @@ class Pipeline:
                 but taken from there in loading; there is no model card then.
 
         Raises:
-            InputError: the weights are 8-bit integers, of which there is no way back; or no model ``base`` is bundled.
+            InputError: the weights are 8-bit integers, of which there is no way back; or no whole model ``base`` is bundled.
         """
         folder = Path(folder)
         if any(isinstance(module, Int8Linear) for module in self.model.modules()):
@@ -400,7 +400,7 @@ class Pipeline:
 
         Args:
             name: a folder that :meth:`save_pretrained` wrote, the name of a bundled model, or ``OWNER/NAME`` or
-                ``OWNER/NAME@REVISION`` of the hub, in this order. A :class:`~pathlib.Path` is a folder, never a name.
+                ``OWNER/NAME@REVISION`` of the hub, in this order. A :class:`~pathlib.Path` is never asked of the hub.
             dtype: of the generator's weights: float32; bfloat16; float16; int8, an approximation for CPUs; or auto, which is
                 bfloat16 where the device has the instructions and else float32. The autoencoder is bfloat16 with bfloat16 and
                 with int8 where the device has the instructions, and float32 otherwise.
@@ -431,8 +431,8 @@ class Pipeline:
         model = FAR(config)
         load_module(model, folder / "model.safetensors", None if base is None else base / "model.safetensors")
         model = prepare(model, dtype, device)
-        with_autoencoder = folder if "autoencoder" in values else base
-        autoencoder = None if with_autoencoder is None else prepare_autoencoder(load_autoencoder(with_autoencoder), dtype, device)
+        has_autoencoder = "autoencoder" in values or base is not None
+        autoencoder = prepare_autoencoder(load_autoencoder(folder), dtype, device) if has_autoencoder else None
         return cls(model, autoencoder, classes, defaults, values.get("results"), values.get("training"))
 
 

@@ -52,10 +52,12 @@ def describe_base(name: str) -> dict[str, Any]:
     """A bundled model as the base of another: its name and files.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: there is none of that name, or it has a base itself.
     """
     if name not in bundled_names():
         raise InputError(f"base {name!r} is no bundled model; bundled: {', '.join(bundled_names())}")
+    if "base" in (config := read_json(BUNDLED / name / "config.json")):
+        raise InputError(f"base {name!r} is not whole itself; give the one that it takes from, {config['base']['weights']!r}")
     return {"weights": name, "sha256": {path.name: sha256(path) for path in sorted((BUNDLED / name).glob("*.safetensors"))}}
 
 
@@ -75,14 +77,17 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | No
     """Write tensors as safetensors, atomically; floating point ones as ``dtype`` where given."""
 
     def plain(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
-        if tensor.is_mkldnn:  # of a packed linear layer
-            tensor = tensor.to_dense()
-        return tensor.to("cpu", dtype if tensor.is_floating_point() else None).contiguous().clone()
+        return _dense(tensor).to("cpu", dtype if tensor.is_floating_point() else None).contiguous().clone()
 
     converted = {name: plain(tensor) for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(converted, temporary)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """A weight as a plain tensor, a packed linear layer's too."""
+    tensor = tensor.detach()
+    return tensor.to_dense() if tensor.is_mkldnn else tensor
 
 
 def to_device(module: M, device: str, dtype: torch.dtype | None = None) -> M:
@@ -136,9 +141,9 @@ def load_state(module: nn.Module, tensors: dict[str, Tensor], source: str) -> No
 
 
 def changed_tensors(module: nn.Module, other: nn.Module) -> dict[str, Tensor]:
-    """The tensors of ``module`` that ``other`` does not have, or not with the same values."""
-    theirs = other.state_dict()
-    return {name: tensor for name, tensor in module.state_dict().items() if name not in theirs or not torch.equal(tensor, theirs[name])}
+    """The tensors of ``module`` that ``other``, in float32 on the CPU, does not have, or not with the same values."""
+    ours, theirs = module.state_dict(), other.state_dict()
+    return {name: tensor for name, tensor in ours.items() if name not in theirs or not torch.equal(_dense(tensor).cpu(), theirs[name])}
 
 
 def save_autoencoder(autoencoder: Autoencoder, folder: Path, results: dict[str, Any] | None = None) -> None:
@@ -148,14 +153,17 @@ def save_autoencoder(autoencoder: Autoencoder, folder: Path, results: dict[str, 
 
 
 def load_autoencoder(folder: Path) -> Autoencoder:
-    """The autoencoder of a folder that :func:`save_autoencoder` or a pipeline wrote, in evaluation mode.
+    """The autoencoder of a folder that :func:`save_autoencoder` or a pipeline wrote, or of its base, in evaluation mode.
 
     Raises:
         InputError: a file is missing, damaged, or of another model.
     """
+    source = str(folder / "config.json")
     values = read_json(folder / "config.json")
-    if not isinstance(values, dict) or "autoencoder" not in values:
-        raise InputError(f"{folder / 'config.json'} describes no autoencoder; give a folder with an 'autoencoder' entry")
-    autoencoder = Autoencoder(from_dict(AutoencoderConfig, values["autoencoder"], str(folder / "config.json")))
+    if not isinstance(values, dict) or not values.keys() & {"autoencoder", "base"}:
+        raise InputError(f"{source} describes no autoencoder; give a folder with an 'autoencoder' entry")
+    if "autoencoder" not in values:
+        return load_autoencoder(find_base(values["base"], source))
+    autoencoder = Autoencoder(from_dict(AutoencoderConfig, values["autoencoder"], source))
     load_module(autoencoder, folder / "autoencoder.safetensors")
     return autoencoder.eval()

@@ -13,10 +13,10 @@ from far.errors import InputError
 from far.evaluation.features import load_feature_network
 from far.heads import HeadConfig
 from far.model import FAR
-from far.pipeline import Pipeline
+from far.pipeline import Pipeline, prepare, prepare_autoencoder
 from far.recipe import load_recipe
 from far.sampling import SamplingConfig
-from far.weights import BUNDLED
+from far.weights import BUNDLED, load_autoencoder
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(folder.name for folder in BUNDLED.iterdir())
@@ -71,6 +71,25 @@ def test_with_a_base_only_what_differs_is_written_and_all_is_loaded(tmp_path: Pa
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), "saved without a base, it is whole"
 
 
+def test_weights_packed_for_inference_are_compared_by_their_values(tmp_path: Path) -> None:
+    pipeline = with_other_head()
+    assert pipeline.autoencoder is not None
+    pipeline.model, pipeline.autoencoder = (
+        prepare(pipeline.model, "bfloat16", "cpu"),
+        prepare_autoencoder(pipeline.autoencoder, "bfloat16", "cpu"),
+    )
+    pipeline.save_pretrained(tmp_path, base="avatars-64")
+    again = Pipeline.from_pretrained(tmp_path, dtype="bfloat16")
+    assert torch.equal(torch.as_tensor(again.generate([3], output="tensor")), torch.as_tensor(pipeline.generate([3], output="tensor")))
+
+
+def test_the_autoencoder_of_a_base_is_found(tmp_path: Path) -> None:
+    with_other_head().save_pretrained(tmp_path, base="avatars-64")
+    ours, theirs = load_autoencoder(tmp_path), load_autoencoder(BUNDLED / "avatars-64")
+    assert ours.config == theirs.config
+    assert torch.equal(ours.decoder.conv_out.weight, theirs.decoder.conv_out.weight)
+
+
 def test_another_autoencoder_is_written_beside_a_base(tmp_path: Path) -> None:
     pipeline = with_other_head()
     with torch.no_grad():
@@ -103,6 +122,12 @@ def test_a_base_that_is_not_the_bundled_one_is_refused(base: object, tmp_path: P
 def test_a_base_must_be_bundled(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"base 'elsewhere' is no bundled model; bundled: avatars-64, "):
         with_other_head().save_pretrained(tmp_path / "out", base="elsewhere")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_must_be_whole(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"base 'avatars-64-mar' is not whole itself; give the one that it takes from, 'avatars-64'"):
+        with_other_head().save_pretrained(tmp_path / "out", base="avatars-64-mar")
     assert not (tmp_path / "out").exists()
 
 
