@@ -152,6 +152,8 @@ def broken(config: bytes, **changes: object) -> bytes:
     ("file", "change", "expected"),
     [
         ("config.json", lambda data: data[:40], "config.json is not readable JSON"),
+        ("config.json", lambda data: b"[" * 100_000, "config.json is not readable JSON"),
+        ("config.json", lambda data: data.replace(b'"format": 1', b'"format": ' + b"1" * 5000), "config.json is not readable JSON"),
         ("config.json", lambda data: b'{"model_type": "bert"}', "config.json describes no generator"),
         ("config.json", lambda data: broken(data, classes=3), "config.json: classes are 3"),
         ("config.json", lambda data: broken(data, classes=["a", "b", 3]), "config.json: classes are"),
