@@ -25,9 +25,21 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(image) for image in to_uint8(images)]
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
-    """A Pillow picture → ``[3, h, w]`` in [0, 1]; the inverse of :func:`to_pictures`."""
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+def to_rgb(picture: Image.Image, background: str = "white") -> Image.Image:
+    """A Pillow picture of any mode as RGB, transparency on ``background``."""
+    if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
+        # Pillow would clip these instead of scaling them.
+        values = np.asarray(picture, dtype=np.float64)
+        picture = Image.fromarray(np.clip(values / (257 if values.max() > 255 else 1), 0, 255).round().astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
+    return picture.convert("RGB")
+
+
+def to_tensor(picture: Image.Image, background: str = "white") -> Tensor:
+    """A Pillow picture, its transparency on ``background`` → ``[3, h, w]`` in [0, 1]; the inverse of :func:`to_pictures`."""
+    return torch.from_numpy(np.array(to_rgb(picture, background))).permute(2, 0, 1).float() / 255
 
 
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:

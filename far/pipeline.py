@@ -5,11 +5,13 @@ is in ``far.sampling``.
 """
 
 import dataclasses
+import operator
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -150,7 +152,7 @@ class Pipeline:
             InputError: an unknown class, or a value out of range.
         """
         check_output(output)
-        seeds = [seed + index for index in range(len(labels))] if isinstance(seed, int) else list(seed)
+        seeds = _seeds(seed, len(labels))
         config = self.sampling_config(
             guidance=guidance, ar_steps=ar_steps, head_steps=head_steps, temperature=temperature,
             guidance_schedule=guidance_schedule, guidance_interval=guidance_interval, order=order, refresh_every=refresh_every,
@@ -236,7 +238,7 @@ class Pipeline:
 
         Args:
             image: a picture, or ``[3, H, W]`` in [0, 1], of the model's size (:attr:`image_size`).
-            mask: white, or above 0.5 of ``[H, W]``, where the image is to be redrawn; of the same size.
+            mask: white, or above 0.5 of ``[H, W]``, where the image is to be redrawn, not where it is transparent; of the same size.
             label: the class, number or name, of what is drawn.
             seed: one seed; or several, for as many versions.
             paste: put the pixels of ``image`` back where tokens were kept; else these are decoded from the tokens.
@@ -246,11 +248,11 @@ class Pipeline:
                 default's share of redrawn tokens.
 
         Raises:
-            InputError: the image or the mask has another size, the mask marks nothing or touches every token, the class is
-                unknown, a value is out of range, or a causal backbone cannot redraw there.
+            InputError: the image or the mask has another size, the image is not within [0, 1], the mask marks nothing or touches
+                every token, the class is unknown, a value is out of range, or a causal backbone cannot redraw there.
         """
         check_output(output)
-        seeds = [seed] if isinstance(seed, int) else list(seed)
+        seeds = _seeds(seed, 1)
         if not seeds:
             raise InputError("no seeds were given; give one, or one a version")
         image, mask = self._checked_image(image), self._checked_mask(mask)
@@ -269,10 +271,12 @@ class Pipeline:
         tensor = to_tensor(image) if isinstance(image, Image.Image) else image
         if tensor.shape != (3, *self.image_size):
             raise InputError(f"image of shape {list(tensor.shape)}: this model's are {[3, *self.image_size]}; crop or resize it")
+        if not (tensor.is_floating_point() and tensor.min() >= 0 and tensor.max() <= 1):  # NaN is neither
+            raise InputError(f"image of {tensor.dtype} from {tensor.min():g} to {tensor.max():g}: give floats within 0 … 1, as bytes / 255")
         return tensor
 
     def _checked_mask(self, mask: Image.Image | Tensor) -> Tensor:
-        tensor = to_tensor(mask)[0] if isinstance(mask, Image.Image) else mask
+        tensor = to_tensor(mask, "black")[0] if isinstance(mask, Image.Image) else mask
         if tensor.shape != self.image_size:
             raise InputError(f"mask of shape {list(tensor.shape)}: it must be the image's, {list(self.image_size)}")
         return tensor > 0.5
@@ -434,6 +438,13 @@ class Pipeline:
         has_autoencoder = "autoencoder" in values or base is not None
         autoencoder = prepare_autoencoder(load_autoencoder(folder), dtype, device) if has_autoencoder else None
         return cls(model, autoencoder, classes, defaults, values.get("results"), values.get("training"))
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """The seeds that were given, which may be numpy's; or of one seed, it and the next ones."""
+    if isinstance(seed, int | np.integer):
+        return [int(seed) + index for index in range(count)]
+    return [operator.index(one) for one in seed]
 
 
 def check_output(output: str) -> None:

@@ -1,5 +1,7 @@
 """Masks, and what an edit changes and leaves; the loop itself is tested in test_sampling.py."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -107,6 +109,23 @@ def test_pixels_of_kept_tokens_stay_and_the_others_are_drawn(pipeline: Pipeline,
     assert np.abs(np.asarray(again[0]).astype(int) - np.asarray(versions[1])).max() <= 1, "a version depends on its seed alone"
 
 
+@pytest.mark.parametrize("seeds", [range(1, 3), np.arange(1, 3), torch.arange(1, 3), [np.int64(1), 2]])
+def test_seeds_may_be_any_whole_numbers(pipeline: Pipeline, planet: Image.Image, seeds: Sequence[int]) -> None:
+    expected = pipeline.edit(planet, MASK, 1, seed=[1, 2], output="tensor")
+    assert torch.equal(torch.as_tensor(pipeline.edit(planet, MASK, 1, seed=seeds, output="tensor")), torch.as_tensor(expected))
+    alone = [pipeline.edit(planet, MASK, 1, seed=seed, output="tensor") for seed in (2, np.int64(2))]
+    assert torch.equal(torch.as_tensor(alone[0]), torch.as_tensor(alone[1]))
+
+
+def test_transparency_lies_on_white_in_an_image_and_is_kept_in_a_mask(pipeline: Pipeline, planet: Image.Image) -> None:
+    image, mask = planet.convert("RGBA"), Image.new("RGBA", planet.size, (255, 255, 255, 0))
+    image.putalpha(Image.fromarray(np.uint8(np.arange(64 * 64).reshape(64, 64) % 256)))
+    mask.paste("white", (33, 20, 50, 40))
+    on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    found, expected = (pipeline.edit(*given, 1, output="tensor") for given in ((image, mask), (on_white, MASK)))
+    assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+
+
 def test_kept_tokens_are_those_of_the_encoded_image(pipeline: Pipeline, planet: Image.Image) -> None:
     seen: list[Progress] = []
     unpasted = pipeline.edit(to_tensor(planet), MASK, 1, paste=False, output="tensor", callback=seen.append)
@@ -146,6 +165,9 @@ def test_the_label_decides_what_is_drawn(pipeline: Pipeline, planet: Image.Image
     [
         ({"image": Image.new("RGB", (63, 64))}, "image of shape [3, 64, 63]: this model's are [3, 64, 64]"),
         ({"image": torch.zeros(1, 64, 64)}, "image of shape [1, 64, 64]"),
+        ({"image": torch.full((3, 64, 64), 255, dtype=torch.uint8)}, "image of torch.uint8 from 255 to 255"),
+        ({"image": torch.full((3, 64, 64), 1.5)}, "within 0 … 1"),
+        ({"image": torch.full((3, 64, 64), torch.nan)}, "image of torch.float32 from nan to nan"),
         ({"mask": torch.zeros(32, 32)}, "mask of shape [32, 32]"),
         ({"mask": torch.zeros(64, 64)}, "marks nothing"),
         ({"mask": torch.ones(64, 64)}, "nothing is kept"),

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     seeds = [arguments.seed + index for index in range(arguments.count)]
     sampling = {name: value for name, value in sampling_options(arguments).items() if value is not None}
     steps = 0
-    with tqdm(desc="editing", unit="AR step") as bar:
+    with tqdm(desc="editing", unit="AR step", delay=0.01) as bar:  # appears with the first step, not before an error
 
         def report(progress: Progress) -> None:
             nonlocal steps
@@ -82,7 +82,7 @@ def _image_and_mask(arguments: argparse.Namespace, size: tuple[int, int]) -> tup
         return fitted, box_mask(size, tuple(arguments.redraw)).float()
     if arguments.keep is not None:
         return fitted, 1 - box_mask(size, tuple(arguments.keep)).float()
-    painted = decode_image(arguments.mask)
+    painted = decode_image(arguments.mask, "black")  # what was not painted on is kept
     if painted.size != picture.size:
         raise InputError(
             f"{arguments.mask} has {painted.height}×{painted.width} pixels and {arguments.image} {picture.height}×{picture.width}; "

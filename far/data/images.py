@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from far.errors import InputError
+from far.pictures import to_rgb
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -36,15 +37,15 @@ def find_images(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     return classes, found
 
 
-def decode_image(path: Path) -> Image.Image:
-    """An image file as it is to be looked at: upright, RGB, transparency on white.
+def decode_image(path: Path, background: str = "white") -> Image.Image:
+    """An image file as it is to be looked at: upright, RGB, transparency on ``background``.
 
     Raises:
         InputError: the file cannot be decoded, or is implausibly large.
     """
     try:
         with Image.open(path) as opened:
-            return _to_rgb(ImageOps.exif_transpose(opened))
+            return to_rgb(ImageOps.exif_transpose(opened), background)
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is no readable image ({reason}); replace or remove it") from error
@@ -60,17 +61,6 @@ def read_image(path: Path, size: int) -> np.ndarray:
     if min(picture.size) < 2:
         raise InputError(f"{path} has {picture.width}×{picture.height} pixels, too few to make an image of {size}; replace or remove it")
     return np.asarray(centre_crop(picture, size))
-
-
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
-        # Pillow would clip these instead of scaling them.
-        values = np.asarray(picture, dtype=np.float64)
-        picture = Image.fromarray(np.clip(values / (257 if values.max() > 255 else 1), 0, 255).round().astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
 
 
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:
