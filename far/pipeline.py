@@ -276,7 +276,7 @@ class Pipeline:
         return tensor
 
     def _checked_mask(self, mask: Image.Image | Tensor) -> Tensor:
-        tensor = to_tensor(mask, "black")[0] if isinstance(mask, Image.Image) else mask
+        tensor = to_tensor(mask, "black").mean(dim=0) if isinstance(mask, Image.Image) else mask
         if tensor.shape != self.image_size:
             raise InputError(f"mask of shape {list(tensor.shape)}: it must be the image's, {list(self.image_size)}")
         return tensor > 0.5

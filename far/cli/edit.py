@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -88,7 +89,14 @@ def _image_and_mask(arguments: argparse.Namespace, size: tuple[int, int]) -> tup
             f"{arguments.mask} has {painted.height}×{painted.width} pixels and {arguments.image} {picture.height}×{picture.width}; "
             "give a mask of the image's size"
         )
-    return fitted, to_tensor(_fit(painted, size, arguments.mask))[0]
+    return fitted, _fitted_mask(to_tensor(painted).mean(dim=0), size)
+
+
+def _fitted_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """The middle of a mask as :func:`_fit` takes it of an image, so scaled that a thin stroke stays: every pixel counts."""
+    side = min(mask.shape)
+    top, left = (mask.shape[0] - side) // 2, (mask.shape[1] - side) // 2
+    return mask if mask.shape == size else F.adaptive_max_pool2d(mask[None, top : top + side, left : left + side], size)[0]
 
 
 def _fit(picture: Image.Image, size: tuple[int, int], path: Path) -> Image.Image:

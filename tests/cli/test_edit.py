@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from far.cli.main import main
+from far.data.images import centre_crop
 
 BOX = ["--redraw", "4", "4", "8", "8"]  # one of the four tokens of 8 × 8 pixels
 
@@ -79,6 +80,17 @@ def test_a_larger_image_is_scaled_with_its_mask(pipeline_folder: Path, picture: 
     Image.fromarray(mask).save(tmp_path / "mask.png")
     edited, _ = edit(pipeline_folder, picture, "--mask", tmp_path / "mask.png")
     assert changed(large[::4, ::4], edited) == [[False, True], [False, False]]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 96), (96, 64)])
+def test_a_thin_stroke_counts_in_a_mask_of_any_size(size: tuple[int, int], pipeline_folder: Path, picture: Path, tmp_path: Path) -> None:
+    Image.open(picture).resize((size[1], size[0]), 0).save(picture)
+    mask = np.zeros(size, dtype=np.uint8)
+    mask[size[0] // 2 + 5, size[1] // 2 - 7 : size[1] // 2 - 3] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    edited, _ = edit(pipeline_folder, picture, "--mask", tmp_path / "mask.png")
+    scaled = np.asarray(centre_crop(Image.open(picture), 16))
+    assert changed(scaled, edited) == [[False, False], [True, False]]
 
 
 def test_kept_tokens_are_decoded_where_asked(pipeline_folder: Path, picture: Path) -> None:
