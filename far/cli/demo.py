@@ -5,6 +5,7 @@ It serves this machine only, unless --host says otherwise, and loads nothing fro
 
 import argparse
 import os
+import socket
 import threading
 
 from far.errors import InputError
@@ -32,7 +33,18 @@ def run(arguments: argparse.Namespace) -> None:
         from far.demo.page import Demo
     except ModuleNotFoundError as error:
         raise InputError(f"the demo needs the package {error.name}; pip install 'far-image[demo]'") from error
+    _check_address(arguments.host, arguments.port)
     demo = Demo(load_models(arguments.weights, arguments.dtype, arguments.device))
     address = demo.launch(arguments.host, arguments.port)
     print(f"far demo: {address} (Ctrl-C ends it)", flush=True)
     threading.Event().wait()
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raise an :class:`InputError` before models are loaded if nothing can listen there."""
+    try:
+        with socket.socket() as probe:  # of IPv4, the only one that gradio serves
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise InputError(f"cannot listen on {host}, port {port}: {error.strerror}; give another --host or --port") from error

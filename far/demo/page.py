@@ -62,33 +62,26 @@ class Demo:
                 self._compare_tab()
 
     def launch(self, host: str, port: int) -> str:
-        """Serve the page from a thread of its own, and return its address.
-
-        Raises:
-            InputError: the port or the address cannot be listened on.
-        """
+        """Serve the page from a thread of its own, and return its address."""
         self.blocks.queue(max_size=MOST_WAITING, default_concurrency_limit=1, api_open=False)
-        try:
-            _, address, _ = self.blocks.launch(
-                server_name=host,
-                server_port=port,
-                prevent_thread_lock=True,
-                inline=False,
-                quiet=True,
-                share=False,
-                theme=THEME,
-                css=CSS,
-                footer_links=[],
-                run_history=False,
-                enable_monitoring=False,
-                ssr_mode=False,
-                pwa=False,
-                mcp_server=False,
-                max_file_size=0,
-                state_session_capacity=MOST_SESSIONS,
-            )
-        except OSError as error:
-            raise InputError(f"cannot listen on {host}, port {port}: in use, or no address of this machine; give another") from error
+        _, address, _ = self.blocks.launch(
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=True,
+            inline=False,
+            quiet=True,
+            share=False,
+            theme=THEME,
+            css=CSS,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            max_file_size=0,
+            state_session_capacity=MOST_SESSIONS,
+        )
         return address
 
     def generate(self, weights: str, label: str, seed: str, count: Any, guidance: Any, ar_steps: Any, head_steps: Any) -> Iterator[str]:

@@ -314,7 +314,8 @@ def test_demo_refuses(pipeline_folder: Path, capsys: pytest.CaptureFixture) -> N
         port = taken.getsockname()[1]
         refused(capsys, ["demo", "--weights", pipeline_folder, "--port", port], f"127.0.0.1, port {port}", "give another")
     refused(capsys, ["demo", "--weights", pipeline_folder, "--port", "0"], "--port 0", "1 to 65535")
-    refused(capsys, ["demo", "--weights", "no-such-model"], "'no-such-model'", "bundled")
+    refused(capsys, ["demo", "--weights", pipeline_folder, "--host", "192.0.2.1", "--port", port], "cannot listen on 192.0.2.1")
+    refused(capsys, ["demo", "--weights", "no-such-model", "--port", port], "'no-such-model'", "bundled")
 
 
 def test_demo_without_gradio(pipeline_folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
