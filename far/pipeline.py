@@ -404,7 +404,7 @@ class Pipeline:
 
         Args:
             name: a folder that :meth:`save_pretrained` wrote, the name of a bundled model, or ``OWNER/NAME`` or
-                ``OWNER/NAME@REVISION`` of the hub, in this order. A :class:`~pathlib.Path` is never asked of the hub.
+                ``OWNER/NAME@REVISION`` of the hub, in this order. A :class:`~pathlib.Path` is a folder, never a name.
             dtype: of the generator's weights: float32; bfloat16; float16; int8, an approximation for CPUs; or auto, which is
                 bfloat16 where the device has the instructions and else float32. The autoencoder is bfloat16 with bfloat16 and
                 with int8 where the device has the instructions, and float32 otherwise.

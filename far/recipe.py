@@ -32,7 +32,8 @@ class AutoencoderRecipe:
 class GeneratorRecipe:
     """Everything that ``far train`` needs besides latents: network, training, and how samples are drawn.
 
-    ``frozen_backbone`` names a trained model's folder: its backbone is taken and kept, and only the head is trained.
+    ``frozen_backbone`` names a trained model (a folder, bundled, or of the hub): its backbone is taken and kept, and only the head
+    is trained.
     """
 
     network: NetworkConfig = NetworkConfig()
@@ -81,7 +82,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"recipe {path}: {error.strerror}; the bundled ones are in recipes/") from error
+        raise InputError(f"recipe {path}: {error.strerror}; those of the documentation are in recipes/ of the repository") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):

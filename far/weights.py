@@ -32,7 +32,7 @@ def find_folder(name: Path | str, *, revision: str | None = None, local_files_on
         InputError: none of them exists, or the hub cannot be reached.
     """
     bundled = bundled_names()
-    if Path(name).is_dir() or str(name) in bundled:
+    if Path(name).is_dir() or (isinstance(name, str) and name in bundled):
         if revision is not None:
             raise InputError(f"weights {str(name)!r} are a folder here, which has no revision {revision!r}; leave it out")
         return Path(name) if Path(name).is_dir() else BUNDLED / name

@@ -73,6 +73,7 @@ def test_a_folder_goes_before_a_name_on_the_hub(hub: Hub, pipeline_folder: Path,
     refused("ann/shapes", "'ann/shapes'", "no revision 'v1'", revision="v1")
     refused("avatars-64", "'avatars-64'", "no revision 'v1'", revision="v1")
     refused(Path("ann/other"), "no such folder")  # a Path is no name
+    refused(Path("avatars-64"), "no such folder")
     refused("./ann/other", "no such folder")
     assert hub.requests == []
 

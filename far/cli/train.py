@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
         images=Path(recipe.data),
         latents=recipe.latents_folder,
         autoencoder=load_autoencoder(recipe.autoencoder_folder),
-        frozen_backbone=Path(config.frozen_backbone) if config.frozen_backbone else None,
+        frozen_backbone=config.frozen_backbone,
     )
     train(task, config.training, recipe.model_folder, resume=arguments.resume)
     print(f"{recipe.model_folder}: draw from it with far generate --weights {recipe.model_folder}")

