@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 import far
-from far import InputError, Pipeline, SamplingConfig
+from far import InputError, Pipeline
 from far.card import may_replace, model_card, write_card
 
 
@@ -112,11 +112,15 @@ def test_a_card_that_cannot_be_written_is_one_line(folder: Path) -> None:
         write_card(folder)
 
 
-def test_a_bundled_model_says_nothing_of_its_training(tmp_path: Path) -> None:
-    pipeline = far.load("avatars-64-causal")
+def test_a_bundled_model_tells_its_training_and_that_of_its_backbone(tmp_path: Path) -> None:
+    pipeline = far.load("avatars-64")
     assert isinstance(pipeline, Pipeline)
-    pipeline.defaults = SamplingConfig(ar_steps=16)
     pipeline.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert "## Training" not in card
-    assert yaml.safe_load(card.split("---")[1])["tags"][-2:] == ["causal", "shortcut"]
+    assert yaml.safe_load(card.split("---")[1])["tags"][-2:] == ["masked", "flow_map"]
+    head, backbone = card.split("### Training of the backbone that it began from")
+    assert "| data | DiceBear styles, CC0 1.0 |" in head
+    assert "| finished steps | 1000 |" in head
+    assert "| finished steps | 2600 |" in backbone
+    recipes = [yaml.safe_load(part.split("```yaml\n")[1].split("```")[0]) for part in (head, backbone)]
+    assert [recipe["network"]["head"]["kind"] for recipe in recipes] == ["flow_map", "shortcut"]
