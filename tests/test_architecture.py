@@ -12,7 +12,21 @@ ROOT = Path(far.__file__).parent
 # From the ground up; the first pattern that fits a module counts. A module may import those of lower
 # floors, and those of its own floor in its own package.
 FLOORS = [
-    (0, ("far.errors", "far.files", "far.config", "far.tokens", "far.layers", "far.packing", "far.pictures", "far.editing", "far.card")),
+    (
+        0,
+        (
+            "far.errors",
+            "far.files",
+            "far.config",
+            "far.tokens",
+            "far.layers",
+            "far.packing",
+            "far.pictures",
+            "far.editing",
+            "far.card",
+            "far.processes",
+        ),
+    ),
     (
         1,
         (

@@ -7,8 +7,6 @@ among processes: torchrun --nproc-per-node N -m far evaluate … . result.json r
 
 import argparse
 import dataclasses
-import datetime
-import os
 import platform
 import shutil
 import sys
@@ -18,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
 
 import far
 from far.cli.sampling_arguments import add_sampling_arguments, sampling_options
 from far.errors import InputError
-from far.evaluation.extraction import part_ranges, process_share, read_part, read_parts
+from far.evaluation.extraction import part_ranges, read_part, read_parts
 from far.evaluation.features import Extractor, load_feature_network
 from far.evaluation.generated import Generation, check_class_balance, extract_generated, parts_folder
 from far.evaluation.images import open_images, write_npz
@@ -32,6 +29,7 @@ from far.evaluation.references import Reference, default_cache, features_of, ope
 from far.evaluation.report import check_counts, figures
 from far.files import check_writable, write_json
 from far.pipeline import DTYPES, Pipeline
+from far.processes import joined, started_by_torchrun
 from far.weights import to_device
 
 _DEFAULT_COUNT = 10_000
@@ -74,24 +72,21 @@ class Judged:
 
 def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
-    rank, processes = process_share()
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if arguments.device == "cuda" and processes > 1 else arguments.device
+    device = started_by_torchrun().device(arguments.device)
     extractor: Extractor = to_device(load_inception(arguments.inception) if arguments.inception else load_feature_network(), device)
     cache = arguments.cache or default_cache()
     start = time.perf_counter()
     # What is wrong with either side should show before hours of generation.
     judged = _open_images(arguments, extractor, cache) if arguments.weights is None else _open_model(arguments, extractor, device)
-    if processes > 1:
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=2))
-    try:
+    with joined() as processes:
         with torch.no_grad():
-            reference = open_reference(arguments.reference, extractor, cache) if arguments.reference and rank == 0 else None
+            reference = open_reference(arguments.reference, extractor, cache) if arguments.reference and processes.rank == 0 else None
             if reference is not None:
                 check_counts(judged.count, reference)
             extraction_start = time.perf_counter()
             features = judged.extract()
             seconds = {"extraction seconds": time.perf_counter() - extraction_start}
-        if rank > 0:
+        if processes.rank > 0:
             return
         if reference is not None:
             _report(arguments, reference, features, extractor, judged, seconds, start)
@@ -100,9 +95,6 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"wrote {arguments.save_statistics}")
         if judged.parts is not None:
             shutil.rmtree(judged.parts)
-    finally:
-        if processes > 1:
-            torch.distributed.destroy_process_group()
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -112,7 +104,7 @@ def _check(arguments: argparse.Namespace) -> None:
         given = [name for name, value in sampling_options(arguments).items() if value is not None] + ["save_npz"] * bool(arguments.save_npz)
         if given:
             raise InputError(f"--{given[0].replace('_', '-')} is for --weights only; leave it out")
-        if process_share()[1] > 1:
+        if started_by_torchrun().count > 1:
             raise InputError("several processes are for --weights only; run far evaluate without torchrun")
     if arguments.count is not None and arguments.count < 2:
         raise InputError(f"--count {arguments.count}: give at least 2")
@@ -146,16 +138,15 @@ def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: str
     generation = Generation(arguments.weights, sampling, arguments.seed, arguments.dtype)
     keep = arguments.save_npz is not None
     parts = parts_folder(arguments.out, generation, extractor, keep_images=keep)
-    rank, processes = process_share()
+    processes = started_by_torchrun()
 
     def extract() -> torch.Tensor:
         extract_generated(
             parts, count, pipeline, generation, extractor,
-            batch_size=arguments.batch_size, keep_images=keep, share=(rank, processes),
+            batch_size=arguments.batch_size, keep_images=keep, share=(processes.rank, processes.count),
         )  # fmt: skip
-        if processes > 1:
-            torch.distributed.barrier()
-        if rank > 0:
+        processes.wait()
+        if processes.rank > 0:
             return torch.empty(0)
         if keep:
             labels = [row % len(pipeline.classes) for row in range(count)]
@@ -163,7 +154,7 @@ def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: str
             print(f"wrote {arguments.save_npz} ({count} images)")
         return read_parts(parts, count)
 
-    setting = {"count": count, "batch size": arguments.batch_size, "device": arguments.device, "processes": processes}
+    setting = {"count": count, "batch size": arguments.batch_size, "device": arguments.device, "processes": processes.count}
     return Judged(count, _pixels(pipeline), {**generation.describe(), **setting}, extract, parts)
 
 

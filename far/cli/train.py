@@ -1,13 +1,16 @@
 """Train the generator of a recipe on its latent cache; --resume goes on where a run stopped.
 
+torchrun --nproc-per-node N -m far train … shares every step's micro-batches among processes.
 Ctrl-C saves a checkpoint and exits. The run folder's model/ can be given to far generate --weights at
 any time; it holds the EMA weights of the last checkpoint.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from far.cli.recipe_arguments import add_recipe_arguments, read_recipe
+from far.processes import joined
 from far.training.generator import GeneratorTask
 from far.training.loop import train
 from far.weights import load_autoencoder
@@ -21,16 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     recipe = read_recipe(arguments)
     config = recipe.generator
-    task = GeneratorTask(
-        config.network,
-        config.sampling,
-        config.evaluation,
-        config.training,
-        label_drop=config.label_drop,
-        images=Path(recipe.data),
-        latents=recipe.latents_folder,
-        autoencoder=load_autoencoder(recipe.autoencoder_folder),
-        frozen_backbone=config.frozen_backbone,
-    )
-    train(task, config.training, recipe.model_folder, resume=arguments.resume)
-    print(f"{recipe.model_folder}: draw from it with far generate --weights {recipe.model_folder}")
+    with joined() as processes:
+        training = dataclasses.replace(config.training, device=processes.device(config.training.device))
+        task = GeneratorTask(
+            config.network,
+            config.sampling,
+            config.evaluation,
+            training,
+            label_drop=config.label_drop,
+            images=Path(recipe.data),
+            latents=recipe.latents_folder,
+            autoencoder=load_autoencoder(recipe.autoencoder_folder),
+            frozen_backbone=config.frozen_backbone,
+        )
+        train(task, training, recipe.model_folder, resume=arguments.resume, processes=processes)
+        if processes.rank == 0:
+            print(f"{recipe.model_folder}: draw from it with far generate --weights {recipe.model_folder}")

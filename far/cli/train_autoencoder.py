@@ -5,9 +5,11 @@ and shift, PSNR and reconstruction distance on held-out images, reconstructions.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from far.cli.recipe_arguments import add_recipe_arguments, read_recipe
+from far.processes import joined
 from far.training.autoencoder import AutoencoderTask
 from far.training.loop import train
 
@@ -20,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     recipe = read_recipe(arguments)
     config = recipe.autoencoder
-    task = AutoencoderTask(config.model, config.loss, Path(recipe.data), config.training)
-    train(task, config.training, recipe.autoencoder_folder, resume=arguments.resume)
-    print(f"{recipe.autoencoder_folder}: " + ", ".join(f"{name} {value:.4g}" for name, value in task.results.items()))
+    with joined() as processes:
+        training = dataclasses.replace(config.training, device=processes.device(config.training.device))
+        task = AutoencoderTask(config.model, config.loss, Path(recipe.data), training)
+        train(task, training, recipe.autoencoder_folder, resume=arguments.resume, processes=processes)
+        if processes.rank == 0:
+            print(f"{recipe.autoencoder_folder}: " + ", ".join(f"{name} {value:.4g}" for name, value in task.results.items()))

@@ -4,7 +4,6 @@ A part is a fixed run of image numbers in a file of its own, so any number of pr
 folder, and what is there is never computed twice.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,8 +92,3 @@ def read_part(folder: Path, rows: range, name: str) -> Tensor:
         return load_file(path)[name]
     except (OSError, KeyError, SafetensorError) as error:
         raise InputError(f"{path} is missing or damaged ({error}); remove it and run the same command again") from error
-
-
-def process_share() -> tuple[int, int]:
-    """(rank, processes) of this process under torchrun; (0, 1) without."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

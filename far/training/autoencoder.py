@@ -55,8 +55,8 @@ class AutoencoderTask:
     def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
         return [{"params": list(self.module.parameters()), "lr": config.learning_rate, "weight_decay": 0.0}]
 
-    def batch(self, step: int, generator: torch.Generator) -> Tensor:
-        rows = epoch_rows(step, self.loop.batch_size, len(self.train_images), self.loop.seed)
+    def batch(self, number: int, generator: torch.Generator) -> Tensor:
+        rows = epoch_rows(number, self.loop.micro_batch_size, len(self.train_images), self.loop.seed)
         images = read_images(self.train_images, rows)
         flip = torch.rand(len(images), generator=generator) < 0.5
         images[flip] = images[flip].flip(-1)

@@ -44,8 +44,9 @@ class DistillationConfig:
     adapter_rank: int = 0
 
     def __post_init__(self) -> None:
-        if self.training.batch_size % GROUP:
-            raise InputError(f"training.batch_size {self.training.batch_size} must be a multiple of {GROUP}, the images of a group")
+        size = self.training.micro_batch_size
+        if size % GROUP:
+            raise InputError(f"training.batch_size / micro_batches is {size}; it must be a multiple of {GROUP}, the images of a group")
         if self.trajectories.images <= GROUP:
             raise InputError(f"trajectories.images {self.trajectories.images}: give more than {GROUP}, since a group is held out")
         if self.samples_per_token < 1 or self.adapter_rank < 0:
@@ -76,9 +77,9 @@ class DistillationTask:
         ]
         return [group for group in groups if group["params"]]
 
-    def batch(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def batch(self, number: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Whole groups of rows."""
-        groups = epoch_rows(step, self.config.training.batch_size // GROUP, self.groups, self.config.training.seed)
+        groups = epoch_rows(number, self.config.training.micro_batch_size // GROUP, self.groups, self.config.training.seed)
         return self._read(groups)
 
     def _read(self, groups: Tensor) -> dict[str, Tensor]:

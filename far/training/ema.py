@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import nn
 
+from far.training.parallel import whole
+
 
 class Ema:
     """``module`` follows the trained one as ``ema ← decay · ema + (1 − decay) · trained``.
@@ -25,6 +27,6 @@ class Ema:
         weight = 1 - self.decay_at(step)
         # What is frozen is its own average; of a backbone, reading it would take longer than training the head.
         pairs = [pair for pair in zip(self.module.parameters(), trained.parameters(), strict=True) if pair[1].requires_grad]
-        torch._foreach_lerp_([average for average, _ in pairs], [parameter for _, parameter in pairs], weight)
+        torch._foreach_lerp_([average for average, _ in pairs], whole([parameter for _, parameter in pairs]), weight)
         for buffer, current in zip(self.module.buffers(), trained.buffers()):
             buffer.copy_(current)

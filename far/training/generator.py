@@ -100,9 +100,9 @@ class GeneratorTask:
         ]
         return [group for group in groups if group["params"]]
 
-    def batch(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def batch(self, number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Moments ``[b, 2c, h, w]`` of random flips, and labels ``[b]``."""
-        rows = epoch_rows(step, self.loop.batch_size, len(self.latents), self.loop.seed)
+        rows = epoch_rows(number, self.loop.micro_batch_size, len(self.latents), self.loop.seed)
         flips = torch.randint(0, 2, (len(rows),), generator=generator)
         moments = self.latents.rows("moments", rows)[torch.arange(len(rows)), flips].float()
         return moments.to(self.loop.device), self.labels[rows].to(self.loop.device)

@@ -1,15 +1,19 @@
 """One training loop for the autoencoder and for the generator.
 
 It owns the optimizer, the schedule, the EMA, checkpoints, the log and the progress bar. What is
-trained, on which batches, with which loss and how it is judged is a :class:`Task`. Every random draw
-of step ``k`` comes from a generator seeded by (seed, k), so a resumed run repeats an uninterrupted one.
+trained, on which batches, with which loss and how it is judged is a :class:`Task`. A step is made of
+micro-batches, and every random draw of the p-th of them comes from a generator seeded by (seed, p), so a
+resumed run repeats an uninterrupted one, and processes that share the micro-batches repeat one alone.
 """
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import signal
+import statistics
 import threading
 import time
 from pathlib import Path
@@ -20,8 +24,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from far.errors import InputError
+from far.processes import Processes
 from far.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from far.training.ema import Ema
+from far.training.parallel import gradients_together, load_whole, replicate, shard, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +36,14 @@ class LoopConfig:
 
     ``learning_rate`` is reached after ``warmup_steps`` and then kept, or lowered to zero along a half
     cosine. ``dtype`` is the autocast type of the forward pass; weights stay in float32.
+    ``batch_size`` images of a step go through the network in ``micro_batches`` equal parts, whose gradients are
+    averaged: less memory with one process, or the shares of several. Their number, not the processes', fixes the result.
+    Several processes have a copy of the module each (``ddp``), or with less memory and more talk a shard (``fsdp``).
     """
 
     steps: int = 10_000
     batch_size: int = 128
+    micro_batches: int = 1
     learning_rate: float = 1e-4
     head_learning_rate: float | None = None
     schedule: Literal["constant", "cosine"] = "constant"
@@ -43,6 +53,7 @@ class LoopConfig:
     ema_decay: float = 0.9999
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     device: str = "cpu"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     seed: int = 0
     log_every: int = 50
     checkpoint_every: int = 1000
@@ -50,11 +61,19 @@ class LoopConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "learning_rate", "gradient_clip", "log_every", "checkpoint_every", "evaluate_every"):
+        every = ("log_every", "checkpoint_every", "evaluate_every")
+        for name in ("steps", "batch_size", "micro_batches", "learning_rate", "gradient_clip", *every):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} {getattr(self, name)} must be positive")
+        if self.batch_size % self.micro_batches:
+            raise InputError(f"micro_batches {self.micro_batches} must divide the batch_size {self.batch_size}")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay {self.ema_decay} must be at least 0 and below 1")
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Images of a micro-batch."""
+        return self.batch_size // self.micro_batches
 
 
 class Task(Protocol):
@@ -67,8 +86,8 @@ class Task(Protocol):
     def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
         """Groups for AdamW, each with ``lr`` and ``weight_decay``."""
 
-    def batch(self, step: int, generator: torch.Generator) -> Any:
-        """Read the batch of a step (its time is reported as the loader's share)."""
+    def batch(self, number: int, generator: torch.Generator) -> Any:
+        """Read a micro-batch, by its number since the beginning (its time is reported as the loader's share)."""
 
     def loss(self, step: int, batch: Any, ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss and named scalars to log."""
@@ -80,15 +99,17 @@ class Task(Protocol):
         """Write the EMA weights in the form that the other commands load, after so many steps."""
 
 
-def train(task: Task, config: LoopConfig, folder: Path, *, resume: bool = False) -> None:
+def train(task: Task, config: LoopConfig, folder: Path, *, resume: bool = False, processes: Processes = Processes()) -> None:  # noqa: B008
     """Train until ``config.steps``, or until Ctrl-C, which saves a checkpoint and returns.
 
-    ``folder`` receives ``checkpoints/``, ``log.jsonl``, what the task publishes, and its pictures.
+    ``folder`` receives ``checkpoints/``, ``log.jsonl``, what the task publishes, and its pictures. Of several ``processes``,
+    each with a task of its own, the first writes them.
 
     Raises:
-        InputError: the folder holds a run and ``resume`` is false, or a loss is not finite.
+        InputError: the folder holds a run and ``resume`` is false, a loss is not finite, the processes cannot share the
+            micro-batches evenly, or they do not see the same folder.
     """
-    trainer = Trainer(task, config, folder)
+    trainer = Trainer(task, config, folder, processes)
     trainer.restore(resume)
     trainer.run()
 
@@ -104,13 +125,29 @@ def _checkpoints(folder: Path) -> Path:
     return folder / "checkpoints"
 
 
+class Losses(nn.Module):
+    """A task's losses as a module, since that is what DistributedDataParallel takes."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.task, self.module = task, task.module
+
+    def forward(self, step: int, batch: Any, ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.task.loss(step, batch, ema, generator)
+
+
 class Trainer:
     """The state of a run: module, EMA, optimizer, and the number of finished steps."""
 
-    def __init__(self, task: Task, config: LoopConfig, folder: Path) -> None:
-        self.task, self.config, self.folder = task, config, folder
+    def __init__(self, task: Task, config: LoopConfig, folder: Path, processes: Processes = Processes()) -> None:  # noqa: B008
+        if config.micro_batches % processes.count:
+            raise InputError(f"micro_batches {config.micro_batches}: give a multiple of the {processes.count} processes, which share them")
+        self.task, self.config, self.folder, self.processes = task, config, folder, processes
         self.module = task.module.to(config.device).train()
         self.ema = Ema(self.module, config.ema_decay)
+        self.losses: nn.Module = Losses(task)
+        if processes.count > 1:
+            self.losses = shard(self.losses, self.module) if config.parallel == "fsdp" else replicate(self.losses)
         self.optimizer = torch.optim.AdamW(task.parameter_groups(config), betas=(0.9, 0.95), fused=True)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.step = 0
@@ -127,50 +164,62 @@ class Trainer:
             path = existing[-1][1]
             state = load_checkpoint(path)
             try:
-                self.module.load_state_dict(state["module"])
+                load_whole(self.module, self.optimizer, state["module"], state["optimizer"])
                 self.ema.module.load_state_dict(state["ema"])
-                self.optimizer.load_state_dict(state["optimizer"])
-            except (KeyError, RuntimeError, ValueError) as error:
+            except (KeyError, IndexError, RuntimeError, ValueError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(f"{path} is of another model ({reason}); resume with the recipe it was made with") from error
             self.step = state["step"]
+        if len(set(self.processes.gather(self.step))) > 1:
+            raise InputError(f"{self.folder} is not the same for all processes; put the run on a disk that they share")
 
-    def save(self) -> Path:
-        """Write a checkpoint of the finished steps and publish the EMA weights."""
+    def save(self) -> None:
+        """Write a checkpoint of the finished steps and publish the EMA weights; all processes take part."""
         state = {
-            "module": self.module.state_dict(),
+            "module": whole(self.module.state_dict()),
             "ema": self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole(self.optimizer.state_dict()),
         }
-        path = save_checkpoint(self.checkpoints, self.step, state)
-        self.task.publish(self.ema.module, self.folder, self.step)
-        return path
+        if self.first:
+            save_checkpoint(self.checkpoints, self.step, state)
+            self.task.publish(self.ema.module, self.folder, self.step)
 
     def run(self) -> None:
         config, saved_at = self.config, self.step
         if self.step >= config.steps:
-            print(f"{self.folder} is already trained to step {self.step}; raise the recipe's steps to go on")
+            if self.first:
+                print(f"{self.folder} is already trained to step {self.step}; raise the recipe's steps to go on")
             return
-        bar = tqdm(total=config.steps, initial=self.step, desc=self.folder.name, mininterval=1)
-        with _Log(self.folder, config.tensorboard) as log, bar, _DeferredInterrupt() as interrupt:
+        bar = tqdm(total=config.steps, initial=self.step, desc=self.folder.name, mininterval=1, disable=not self.first)
+        log = _Log(self.folder, config.tensorboard) if self.first else None
+        with log or contextlib.nullcontext(), bar, _DeferredInterrupt(patient=self.processes.count > 1) as interrupt:
             meter = Meter()
-            while self.step < config.steps and not interrupt.requested:
+            while self.step < config.steps and not self.processes.any(interrupt.requested):
                 self.train_step(meter)
                 bar.update()
                 last = self.step == config.steps
                 if self.step % config.log_every == 0 or last:
-                    entry = {"step": self.step, **meter.read(), "learning_rate": self.optimizer.param_groups[0]["lr"]}
-                    log.write(entry)
+                    entry = {"step": self.step, **meter.read(self.processes), "learning_rate": self.optimizer.param_groups[0]["lr"]}
                     bar.set_postfix_str(f"loss {entry['loss']:.4f}, {entry['images_per_second']:.0f} img/s")
+                    if log is not None:
+                        log.write(entry)
                 if self.step % config.checkpoint_every == 0 or last:
                     self.save()
                     saved_at = self.step
-                if self.step % config.evaluate_every == 0 or last:
+                if log is not None and (self.step % config.evaluate_every == 0 or last):
                     log.write({"step": self.step, **self.task.evaluate(self.ema.module, self.folder, self.step)})
                     meter.restart()
-        if interrupt.requested:
-            path = self.save() if saved_at != self.step else self.checkpoints
-            print(f"interrupted at step {self.step}; saved in {path}; --resume goes on")
+        if self.step < config.steps:
+            if saved_at != self.step:
+                self.save()
+            if self.first:
+                print(f"interrupted at step {self.step}; saved in {self.checkpoints}; --resume goes on")
+        self.processes.wait()
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.processes.rank == 0
 
     def learning_rate_scale(self) -> float:
         """The share of the peak learning rate at the current step."""
@@ -185,26 +234,39 @@ class Trainer:
     def train_step(self, meter: "Meter") -> None:
         """One optimizer step and one EMA step."""
         config = self.config
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
-        # Dropout can only draw from the default generator; seeding it makes a step a function of its number.
-        torch.default_generator.manual_seed(config.seed * 1_000_003 + self.step)
+        self.optimizer.zero_grad()
+        share = config.micro_batches // self.processes.count
+        first = self.step * config.micro_batches + self.processes.rank * share
+        losses = [self._accumulate(number, share, meter, together=number + 1 == first + share) for number in range(first, first + share)]
         start = time.perf_counter()
-        batch = self.task.batch(self.step, generator)
-        loaded = time.perf_counter()
-        with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            loss, values = self.task.loss(self.step, batch, self.ema.module, generator)
+        norm = whole(nn.utils.clip_grad_norm_(self.module.parameters(), config.gradient_clip))
         scale = self.learning_rate_scale()
+        # The gradient is that of all processes, a loss one's own.
+        if self.processes.any(not (torch.isfinite(norm) and all(map(torch.isfinite, losses)))):
+            raise InputError(self._diverged(scale))
         for group, peak in zip(self.optimizer.param_groups, self.peaks):
             group["lr"] = peak * scale
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), config.gradient_clip)
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            raise InputError(self._diverged(scale))
         self.optimizer.step()
         self.ema.update(self.module, self.step)
         self.step += 1
-        meter.add(config.batch_size, loaded - start, time.perf_counter() - start, {"loss": loss.detach(), "gradient_norm": norm, **values})
+        meter.add(0, 0.0, time.perf_counter() - start, {"gradient_norm": norm})
+
+    def _accumulate(self, number: int, share: int, meter: "Meter", *, together: bool) -> Tensor:
+        """Add the gradient of a micro-batch, one of ``share``; with the last, ``together``, all processes average theirs."""
+        config = self.config
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
+        # Dropout can only draw from the default generator; seeding it makes a step a function of its number.
+        torch.default_generator.manual_seed(config.seed * 1_000_003 + number)
+        start = time.perf_counter()
+        batch = self.task.batch(number, generator)
+        loaded = time.perf_counter()
+        with gradients_together(self.losses, together):
+            with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+                loss, values = self.losses(self.step, batch, self.ema.module, generator)
+            (loss / share).backward()
+        images = config.micro_batch_size * self.processes.count
+        meter.add(images, loaded - start, time.perf_counter() - start, {"loss": loss.detach(), **values})
+        return loss.detach()
 
     def _diverged(self, scale: float) -> str:
         existing = list_checkpoints(self.checkpoints)
@@ -232,8 +294,11 @@ class Meter:
         for name, value in values.items():
             self.values.setdefault(name, []).append(value.detach())
 
-    def read(self) -> dict[str, float]:
-        means = {name: float(torch.stack(values).float().mean()) for name, values in self.values.items()}
+    def read(self, processes: Processes) -> dict[str, float]:
+        """The means over all processes; a value that some have not met is of the others alone."""
+        found = processes.gather({name: torch.stack(values).float().tolist() for name, values in self.values.items()})
+        names = dict.fromkeys(name for values in found for name in values)
+        means = {name: statistics.fmean(itertools.chain(*(values.get(name, ()) for values in found))) for name in names}
         result = {**means, "images_per_second": self.images / self.seconds, "loader_share": self.loading / self.seconds}
         self.restart()
         return result
@@ -270,30 +335,32 @@ class _Log:
 
 
 class _DeferredInterrupt:
-    """Turns Ctrl-C into a request that is granted between steps; a second Ctrl-C stops at once."""
+    """Turns Ctrl-C, or a cluster's SIGTERM, into a request that is granted between steps; a second one stops at once.
 
-    def __init__(self) -> None:
-        self.requested = False
+    Not if it is ``patient``: torchrun passes on what its processes have got already.
+    """
+
+    def __init__(self, *, patient: bool) -> None:
+        self.requested, self.patient = False, patient
 
     def __enter__(self) -> "_DeferredInterrupt":
-        self.main = threading.current_thread() is threading.main_thread()
-        if self.main:
-            self.previous = signal.signal(signal.SIGINT, self._request)
+        main = threading.current_thread() is threading.main_thread()
+        self.previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM) if main}
         return self
 
     def _request(self, signum: int, frame: object) -> None:
-        if self.requested:
+        if self.requested and not self.patient:
             raise KeyboardInterrupt
         self.requested = True
 
     def __exit__(self, *_: object) -> None:
-        if self.main:
-            signal.signal(signal.SIGINT, self.previous)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
 
-def epoch_rows(step: int, batch_size: int, rows: int, seed: int) -> Tensor:
-    """The rows ``[batch_size]`` of a step: a stream of permutations of ``range(rows)``, one an epoch."""
-    first = step * batch_size
+def epoch_rows(number: int, batch_size: int, rows: int, seed: int) -> Tensor:
+    """The rows ``[batch_size]`` of a batch, by its number: a stream of permutations of ``range(rows)``, one an epoch."""
+    first = number * batch_size
     parts = []
     while batch_size > 0:
         epoch, offset = divmod(first, rows)

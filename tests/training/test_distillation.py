@@ -179,7 +179,7 @@ def test_the_exact_mean_velocity_ends_where_the_trajectories_do(exact_task: Dist
 
 def test_impossible_settings() -> None:
     for values, message in (
-        ({"training": LoopConfig(batch_size=100)}, "training.batch_size 100 must be a multiple of 64"),
+        ({"training": LoopConfig(batch_size=100)}, "training.batch_size / micro_batches is 100; it must be a multiple of 64"),
         ({"trajectories": TrajectoryConfig(images=64)}, "trajectories.images 64: give more than 64"),
         ({"samples_per_token": 0}, "samples_per_token 0"),
         ({"adapter_rank": -1}, "adapter_rank -1"),

@@ -1,0 +1,134 @@
+"""Training in several processes and in micro-batches: the same losses and weights as one process, at any number of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from far.cli.main import main
+from far.training.checkpoint import list_checkpoints, load_checkpoint
+
+# Dropout is on in the recipe, so that its random numbers are compared too; a single thread, so that sums are rounded alike.
+STEPS = ["generator.training.steps=20", "generator.training.log_every=1", "generator.training.micro_batches=2"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def start(processes: int, *arguments: object) -> subprocess.Popen:
+    """``far`` in so many processes, which torchrun starts."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "-m", "far", *arguments]
+    return subprocess.Popen(list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(processes: int, *arguments: object) -> None:
+    """In so many processes, to the end; one is without torchrun."""
+    if processes == 1:
+        done = subprocess.run([sys.executable, "-m", "far", *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return
+    process = start(processes, *arguments)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+
+
+@pytest.fixture
+def alone(recipe: Path) -> Path:
+    """Trained by one process, in two micro-batches a step."""
+    run(1, "train", recipe, "model=alone", *STEPS)
+    return recipe.parent / "run" / "alone"
+
+
+def state(folder: Path) -> dict:
+    return load_checkpoint(list_checkpoints(folder / "checkpoints")[-1][1])
+
+
+def losses(folder: Path) -> list[float]:
+    entries = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [entry["loss"] for entry in entries if "loss" in entry]
+
+
+def assert_close(found: Path, expected: Path) -> None:
+    """The losses of every step, the weights and the optimizer's state, to 1e-5 of each tensor's size."""
+    assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
+    a, b = state(found), state(expected)
+    assert a["step"] == b["step"] == 20
+    for part in ("module", "ema"):
+        for name, tensor in b[part].items():
+            torch.testing.assert_close(a[part][name], tensor, rtol=0, atol=1e-5 * max(1.0, float(tensor.abs().max())), msg=name)
+
+
+@pytest.mark.parametrize(("parallel", "head"), [("ddp", "flow_map"), ("fsdp", "shortcut"), ("fsdp", "flow_map")])
+def test_two_processes_train_as_one(parallel: str, head: str, recipe: Path) -> None:
+    # A flow map leaves out parameters until its own loss begins.
+    kind = ["generator.network.head.kind=flow_map", "generator.network.head.flow_steps=10", "generator.network.head.max_guidance=3.0"]
+    head_of = [] if head == "shortcut" else kind
+    run(1, "train", recipe, "model=alone", *STEPS, *head_of)
+    run(2, "train", recipe, "model=both", *STEPS, *head_of, f"generator.training.parallel={parallel}")
+    assert_close(recipe.parent / "run" / "both", recipe.parent / "run" / "alone")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_killed_process_loses_nothing_and_another_number_goes_on(parallel: str, recipe: Path, alone: Path) -> None:
+    both = recipe.parent / "run" / "both"
+    options = ["generator.training.checkpoint_every=5", f"generator.training.parallel={parallel}"]
+    process = start(2, "train", recipe, "model=both", *STEPS, *options)
+    wait_for(lambda: len(list_checkpoints(both / "checkpoints")) > 0)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    done = list_checkpoints(both / "checkpoints")[-1][0]
+    assert 5 <= done < 20
+    kept = losses(both)[:done]
+    (both / "log.jsonl").write_text("")
+    run(1, "train", recipe, "model=both", *STEPS, "--resume")
+    assert kept + losses(both) == pytest.approx(losses(alone), rel=1e-5)
+    (both / "log.jsonl").write_text("".join(json.dumps({"loss": loss}) + "\n" for loss in losses(alone)))
+    assert_close(both, alone)
+
+
+def wait_for(condition: object) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_sigterm_saves_what_is_finished(recipe: Path, alone: Path) -> None:
+    stopped = recipe.parent / "run" / "stopped"
+    process = start(
+        2, "train", recipe, "model=stopped", *STEPS, "generator.training.checkpoint_every=1000", "generator.training.steps=4000"
+    )
+    wait_for(lambda: (stopped / "log.jsonl").exists() and losses(stopped))
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert "interrupted at step" in output
+    step, _ = list_checkpoints(stopped / "checkpoints")[-1]
+    assert len(losses(stopped)) == step
+    assert losses(stopped)[:20] == pytest.approx(losses(alone)[: min(step, 20)], rel=1e-5)
+
+
+def test_micro_batches_are_the_steps_rows_in_order(recipe: Path) -> None:
+    from far.training.loop import epoch_rows
+
+    for step in range(5):
+        whole = epoch_rows(step, 8, 60, seed=3)
+        parts = [epoch_rows(4 * step + part, 2, 60, seed=3) for part in range(4)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_what_cannot_be_shared_is_told(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    process = start(2, "train", recipe, "model=odd")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "far: error: micro_batches 1: give a multiple of the 2 processes" in errors
+    assert not (recipe.parent / "run" / "odd").exists()
+    assert main(["train", str(recipe), "generator.training.micro_batches=3"]) == 2
+    assert "micro_batches 3 must divide the batch_size 8" in capsys.readouterr().err
+    assert main(["train", str(recipe), "generator.training.micro_batches=0"]) == 2
+    assert "micro_batches 0 must be positive" in capsys.readouterr().err
