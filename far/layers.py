@@ -14,6 +14,8 @@ from torch import Tensor, nn
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 # Scores that the plain products of attention have in memory at once: they stay in the caches.
 _SCORES = 2_500_000
+# What numbers of a token a float16 network is fed at most; a trained model's are below ten.
+_FLOAT16_TOKEN = 1000.0
 
 
 class Attention(nn.Module):
@@ -68,6 +70,18 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> T
 def take(x: Tensor, places: Tensor) -> Tensor:
     """Rows ``[b, m, c]`` of ``x [b, n, c]`` at ``places [b, m]``."""
     return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def as_input(tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Tokens ``[…, channels]`` as a network with weights of ``dtype`` is fed them.
+
+    A diffusion head that is hardly trained draws numbers in the ten thousands. Projected they leave the range of float16, and one
+    infinity makes NaNs of all tokens after it. So in float16 such a token is shortened, its direction kept: the norms that follow
+    take its length away in any case.
+    """
+    if dtype == torch.float16:
+        tokens = tokens * (_FLOAT16_TOKEN / tokens.abs().amax(dim=-1, keepdim=True).clamp(min=_FLOAT16_TOKEN))
+    return tokens.to(dtype)
 
 
 class FeedForward(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from far.backbone.backbone import Backbone
 from far.errors import InputError
-from far.layers import KeyValueCache, SwiGLU, attend, rotary_table, rotate, take
+from far.layers import KeyValueCache, SwiGLU, as_input, attend, rotary_table, rotate, take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ class CausalBackbone(Backbone):
         """The embedded sequence ``[b, end − start, width]`` of class copies and tokens from ``start``."""
         buffer = self.config.buffer
         fed = tokens[:, max(0, start - buffer) : end - buffer]
-        x = self.token_projection(fed.to(self.norm.weight.dtype))
+        x = self.token_projection(as_input(fed, self.norm.weight.dtype))
         if start == 0:
             prefix = self.class_embedding(labels).unsqueeze(1) + self.class_positions
             x = torch.cat([prefix, x.to(prefix.dtype)], dim=1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from far.backbone.backbone import Backbone
 from far.errors import InputError
-from far.layers import Block, KeyValueCache, take
+from far.layers import Block, KeyValueCache, as_input, take
 from far.tokens import sample_mask_ratio
 
 
@@ -109,7 +109,7 @@ class MaskedBackbone(Backbone):
         held = 0 if cache is None else cache.length
         known = known[:, max(0, held - buffer) :]
         # F.embedding, because the gradient of plain indexing is slow on a CPU.
-        x = self.token_projection(take(tokens, known).to(self.token_norm.weight.dtype))
+        x = self.token_projection(as_input(take(tokens, known), self.token_norm.weight.dtype))
         x = x + F.embedding(known, self.encoder_positions[0, buffer:])
         if not held:
             prefix = self.class_embedding(labels).unsqueeze(1) + self.encoder_positions[:, :buffer]

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from far.layers import as_input
+
 _FREQUENCIES = 128
 
 
@@ -65,7 +67,7 @@ class HeadNetwork(nn.Module):
     def conditioned(self, x: Tensor, condition: Tensor, time: Tensor) -> Tensor:
         """Outputs ``[…, outputs]`` for both embeddings ``[…, width]``, broadcastable to the leading axes of ``x``."""
         embedding = F.silu(condition + time)
-        x = self.input_projection(x.to(self.dtype))
+        x = self.input_projection(as_input(x, self.dtype))
         for block in self.blocks:
             x = block(x, embedding)
         return self.output(x, embedding)

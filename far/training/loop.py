@@ -35,7 +35,10 @@ class LoopConfig:
     """How long, how fast, how often.
 
     ``learning_rate`` is reached after ``warmup_steps`` and then kept, or lowered to zero along a half
-    cosine. ``dtype`` is the autocast type of the forward pass; weights stay in float32.
+    cosine. ``dtype`` is the autocast type of the forward pass; weights stay in float32. In float16 the loss
+    is scaled by a factor that follows what its gradients bear. A step whose loss or gradient is not finite
+    changes nothing; ``max_skipped_steps`` of them in a row end the run. The default is more than the 16 halvings that
+    bring float16's first factor, 65536, down to 1.
     ``batch_size`` images of a step go through the network in ``micro_batches`` equal parts, whose gradients are
     averaged: less memory with one process, or the shares of several. Their number, not the processes', fixes the result.
     Several processes have a copy of the module each (``ddp``), or with less memory and more talk a shard (``fsdp``).
@@ -51,7 +54,8 @@ class LoopConfig:
     weight_decay: float = 0.02
     gradient_clip: float = 3.0
     ema_decay: float = 0.9999
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    max_skipped_steps: int = 20
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     device: str = "cpu"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     seed: int = 0
@@ -62,7 +66,7 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         every = ("log_every", "checkpoint_every", "evaluate_every")
-        for name in ("steps", "batch_size", "micro_batches", "learning_rate", "gradient_clip", *every):
+        for name in ("steps", "batch_size", "micro_batches", "learning_rate", "gradient_clip", "max_skipped_steps", *every):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} {getattr(self, name)} must be positive")
         if self.batch_size % self.micro_batches:
@@ -106,7 +110,7 @@ def train(task: Task, config: LoopConfig, folder: Path, *, resume: bool = False,
     each with a task of its own, the first writes them.
 
     Raises:
-        InputError: the folder holds a run and ``resume`` is false, a loss is not finite, the processes cannot share the
+        InputError: the folder holds a run and ``resume`` is false, too many losses in a row are not finite, the processes cannot share the
             micro-batches evenly, or they do not see the same folder.
     """
     trainer = Trainer(task, config, folder, processes)
@@ -137,7 +141,7 @@ class Losses(nn.Module):
 
 
 class Trainer:
-    """The state of a run: module, EMA, optimizer, and the number of finished steps."""
+    """The state of a run: module, EMA, optimizer, the scale of float16's losses, and the numbers of finished and skipped steps."""
 
     def __init__(self, task: Task, config: LoopConfig, folder: Path, processes: Processes = Processes()) -> None:  # noqa: B008
         if config.micro_batches % processes.count:
@@ -150,7 +154,9 @@ class Trainer:
             self.losses = shard(self.losses, self.module) if config.parallel == "fsdp" else replicate(self.losses)
         self.optimizer = torch.optim.AdamW(task.parameter_groups(config), betas=(0.9, 0.95), fused=True)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.step = 0
+        # Gradients of float16 fall below its smallest number; those of a scaled loss do not.
+        self.scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "float16")
+        self.step, self.skipped_steps, self.skipped_in_a_row = 0, 0, 0
 
     @property
     def checkpoints(self) -> Path:
@@ -169,7 +175,10 @@ class Trainer:
             except (KeyError, IndexError, RuntimeError, ValueError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(f"{path} is of another model ({reason}); resume with the recipe it was made with") from error
+            if state.get("scaler"):  # none in runs of another dtype, nor of version 0.1
+                self.scaler.load_state_dict(state["scaler"])
             self.step = state["step"]
+            self.skipped_steps, self.skipped_in_a_row = state.get("skipped", (0, 0))
         if len(set(self.processes.gather(self.step))) > 1:
             raise InputError(f"{self.folder} is not the same for all processes; put the run on a disk that they share")
 
@@ -179,6 +188,8 @@ class Trainer:
             "module": whole(self.module.state_dict()),
             "ema": self.ema.module.state_dict(),
             "optimizer": whole(self.optimizer.state_dict()),
+            "scaler": self.scaler.state_dict(),
+            "skipped": (self.skipped_steps, self.skipped_in_a_row),
         }
         if self.first:
             save_checkpoint(self.checkpoints, self.step, state)
@@ -193,22 +204,30 @@ class Trainer:
         bar = tqdm(total=config.steps, initial=self.step, desc=self.folder.name, mininterval=1, disable=not self.first)
         log = _Log(self.folder, config.tensorboard) if self.first else None
         with log or contextlib.nullcontext(), bar, _DeferredInterrupt(patient=self.processes.count > 1) as interrupt:
-            meter = Meter()
-            while self.step < config.steps and not self.processes.any(interrupt.requested):
+            meter, save_due, evaluate_due = Meter(), False, False
+            # Skipped steps can be the first sign of a run that is lost. Until one is taken again, nothing is saved over what is good.
+            while self.step < config.steps and (self.skipped_in_a_row or not self.processes.any(interrupt.requested)):
                 self.train_step(meter)
                 bar.update()
                 last = self.step == config.steps
                 if self.step % config.log_every == 0 or last:
-                    entry = {"step": self.step, **meter.read(self.processes), "learning_rate": self.optimizer.param_groups[0]["lr"]}
-                    bar.set_postfix_str(f"loss {entry['loss']:.4f}, {entry['images_per_second']:.0f} img/s")
+                    rate = self.optimizer.param_groups[0]["lr"]
+                    entry = {"step": self.step, **meter.read(self.processes), "learning_rate": rate, "skipped_steps": self.skipped_steps}
+                    skipped = f", skipped {self.skipped_steps}" if self.skipped_steps else ""
+                    bar.set_postfix_str(f"loss {entry.get('loss', math.nan):.4f}, {entry['images_per_second']:.0f} img/s{skipped}")
                     if log is not None:
                         log.write(entry)
-                if self.step % config.checkpoint_every == 0 or last:
+                save_due |= self.step % config.checkpoint_every == 0 or last
+                evaluate_due |= self.step % config.evaluate_every == 0 or last
+                if self.skipped_in_a_row and not last:
+                    continue
+                if save_due:
                     self.save()
-                    saved_at = self.step
-                if log is not None and (self.step % config.evaluate_every == 0 or last):
+                    saved_at, save_due = self.step, False
+                if evaluate_due and log is not None:
                     log.write({"step": self.step, **self.task.evaluate(self.ema.module, self.folder, self.step)})
                     meter.restart()
+                evaluate_due = False
         if self.step < config.steps:
             if saved_at != self.step:
                 self.save()
@@ -232,27 +251,44 @@ class Trainer:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def train_step(self, meter: "Meter") -> None:
-        """One optimizer step and one EMA step."""
+        """One optimizer step and one EMA step; or neither, if the loss or its gradient is not finite.
+
+        Raises:
+            InputError: ``max_skipped_steps`` in a row were not.
+        """
         config = self.config
         self.optimizer.zero_grad()
         share = config.micro_batches // self.processes.count
         first = self.step * config.micro_batches + self.processes.rank * share
-        losses = [self._accumulate(number, share, meter, together=number + 1 == first + share) for number in range(first, first + share)]
+        found = [self._accumulate(number, share, meter, together=number + 1 == first + share) for number in range(first, first + share)]
         start = time.perf_counter()
-        norm = whole(nn.utils.clip_grad_norm_(self.module.parameters(), config.gradient_clip))
         scale = self.learning_rate_scale()
-        # The gradient is that of all processes, a loss one's own.
-        if self.processes.any(not (torch.isfinite(norm) and all(map(torch.isfinite, losses)))):
-            raise InputError(self._diverged(scale))
         for group, peak in zip(self.optimizer.param_groups, self.peaks):
             group["lr"] = peak * scale
-        self.optimizer.step()
-        self.ema.update(self.module, self.step)
+        self.scaler.unscale_(self.optimizer)
+        norm = whole(nn.utils.clip_grad_norm_(self.module.parameters(), config.gradient_clip))
+        # The gradient is that of all processes, a loss one's own.
+        if self.processes.any(not all(torch.isfinite(value) for value in (norm, *(values["loss"] for values in found)))):
+            self.skipped_steps += 1
+            self.skipped_in_a_row += 1
+            found = []  # one of them would make the logged means NaN
+        else:
+            self.optimizer.step()
+            self.ema.update(self.module, self.step)
+            self.skipped_in_a_row = 0
+        self.scaler.update()
         self.step += 1
-        meter.add(0, 0.0, time.perf_counter() - start, {"gradient_norm": norm})
+        for values in found:
+            meter.add_values({**values, "gradient_norm": norm})
+        meter.add_time(config.batch_size, 0.0, time.perf_counter() - start)
+        if self.skipped_in_a_row >= config.max_skipped_steps:
+            raise InputError(self._diverged(scale))
 
-    def _accumulate(self, number: int, share: int, meter: "Meter", *, together: bool) -> Tensor:
-        """Add the gradient of a micro-batch, one of ``share``; with the last, ``together``, all processes average theirs."""
+    def _accumulate(self, number: int, share: int, meter: "Meter", *, together: bool) -> dict[str, Tensor]:
+        """Add the gradient of a micro-batch, one of ``share``; with the last, ``together``, all processes average theirs.
+
+        Returns its loss and the other values to log.
+        """
         config = self.config
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
         # Dropout can only draw from the default generator; seeding it makes a step a function of its number.
@@ -261,19 +297,20 @@ class Trainer:
         batch = self.task.batch(number, generator)
         loaded = time.perf_counter()
         with gradients_together(self.losses, together):
-            with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            with torch.autocast(torch.device(config.device).type, getattr(torch, config.dtype), enabled=config.dtype != "float32"):
                 loss, values = self.losses(self.step, batch, self.ema.module, generator)
-            (loss / share).backward()
-        images = config.micro_batch_size * self.processes.count
-        meter.add(images, loaded - start, time.perf_counter() - start, {"loss": loss.detach(), **values})
-        return loss.detach()
+            self.scaler.scale(loss / share).backward()
+        meter.add_time(0, loaded - start, time.perf_counter() - start)
+        return {"loss": loss.detach(), **values}
 
     def _diverged(self, scale: float) -> str:
         existing = list_checkpoints(self.checkpoints)
         last = str(existing[-1][1]) if existing else "none"
+        remedy = "lower the learning rate" + (" or take dtype bfloat16" if self.config.dtype == "float16" else "")
         return (
-            f"the loss or its gradient is not finite at step {self.step} (learning rate {self.peaks[0] * scale:.3g}); "
-            f"last good checkpoint: {last}; lower the learning rate, then --resume"
+            f"the loss or its gradient was not finite in {self.skipped_in_a_row} steps in a row, "
+            f"up to step {self.step} (learning rate {self.peaks[0] * scale:.3g}); "
+            f"last good checkpoint: {last}; {remedy}, then --resume"
         )
 
 
@@ -287,10 +324,12 @@ class Meter:
         self.images, self.loading, self.seconds = 0, 0.0, 0.0
         self.values: dict[str, list[Tensor]] = {}
 
-    def add(self, images: int, loading: float, seconds: float, values: dict[str, Tensor]) -> None:
+    def add_time(self, images: int, loading: float, seconds: float) -> None:
         self.images += images
         self.loading += loading
         self.seconds += seconds
+
+    def add_values(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             self.values.setdefault(name, []).append(value.detach())
 

@@ -1,0 +1,305 @@
+"""Numbers that are not finite: skipped steps, float16's loss scale, and every backbone and head in every format."""
+
+import copy
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CLASSES, draw_images
+from torch import Tensor, nn
+
+from far.backbone import CausalConfig, MaskedConfig
+from far.errors import InputError
+from far.heads import HeadConfig
+from far.model import FAR, ModelConfig, NetworkConfig
+from far.pipeline import prepare
+from far.sampling import SamplingConfig, SeededNoise, sample
+from far.training.checkpoint import list_checkpoints, load_checkpoint
+from far.training.loop import LoopConfig, Meter, Trainer, epoch_rows, train
+
+
+class Slope:
+    """Lowers the outputs of a linear map, whose bias always has the gradient ``factor``; ``faults`` change the loss at their steps."""
+
+    def __init__(self, faults: dict[int, Callable[[Tensor], Tensor]] | None = None, factor: float = 0.5) -> None:
+        torch.manual_seed(0)
+        self.module = nn.Linear(4, 2)
+        self.faults, self.factor = faults or {}, factor
+        self.evaluated: list[int] = []
+
+    def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
+        return [{"params": list(self.module.parameters()), "lr": config.learning_rate, "weight_decay": 0.1}]
+
+    def batch(self, step: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(8, 4, generator=generator)
+
+    def loss(self, step: int, batch: Tensor, ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = self.factor * self.module(batch).float().mean(dim=0).sum()
+        if step in self.faults:
+            loss = self.faults[step](loss)
+        return loss, {"copy": loss.detach()}
+
+    def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        self.evaluated.append(step)
+        return {}
+
+    def publish(self, ema: nn.Module, folder: Path, step: int) -> None:
+        pass
+
+
+def nan_loss(loss: Tensor) -> Tensor:
+    return loss * torch.nan
+
+
+def infinite_loss(loss: Tensor) -> Tensor:
+    return loss + torch.inf
+
+
+def infinite_gradient(loss: Tensor) -> Tensor:
+    """The same value; the root's slope at zero is infinite."""
+    return loss.detach() + (loss - loss.detach()).sqrt()
+
+
+def loop(**values: Any) -> LoopConfig:
+    usual = {"steps": 12, "batch_size": 8, "learning_rate": 0.01, "warmup_steps": 1, "dtype": "float32", "log_every": 5}
+    return LoopConfig(**{**usual, **values})
+
+
+def run_steps(trainer: Trainer, count: int) -> Meter:
+    meter = Meter()
+    for _ in range(count):
+        trainer.train_step(meter)
+    return meter
+
+
+def state(trainer: Trainer) -> dict[str, Any]:
+    """All that a step may change, copied."""
+    parts = {"module": trainer.module, "ema": trainer.ema.module, "optimizer": trainer.optimizer}
+    return copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+# --- Skipped steps -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("fault", [nan_loss, infinite_loss, infinite_gradient])
+def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_goes_on(tmp_path: Path, fault: Callable, dtype: str) -> None:
+    trainer = Trainer(Slope({3: fault}), loop(dtype=dtype), tmp_path)
+    run_steps(trainer, 3)
+    before = state(trainer)
+    run_steps(trainer, 1)
+    assert_equal(state(trainer), before)
+    assert (trainer.step, trainer.skipped_steps, trainer.skipped_in_a_row) == (4, 1, 1)
+    run_steps(trainer, 1)
+    assert (trainer.step, trainer.skipped_steps, trainer.skipped_in_a_row) == (5, 1, 0)
+    after = state(trainer)
+    for part in ("module", "ema"):
+        assert all((after[part][name] != before[part][name]).any() and after[part][name].isfinite().all() for name in after[part])
+    assert int(after["optimizer"]["state"][0]["step"]) == 4
+
+
+def test_the_log_and_the_progress_bar_count_skipped_steps(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    faults = dict.fromkeys([1, 3, *range(5, 10)], nan_loss)
+    train(Slope(faults), loop(), tmp_path)
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    entries = [entry for entry in entries if "images_per_second" in entry]
+    assert [(entry["step"], entry["skipped_steps"]) for entry in entries] == [(5, 2), (10, 7), (12, 7)]
+    # Means are of the steps that were taken; of five skipped ones there are none.
+    assert ["loss" in entry and abs(entry["loss"]) < 10 and entry["loss"] == entry["copy"] for entry in entries] == [True, False, True]
+    assert "skipped 7" in capsys.readouterr().err
+
+
+def test_a_run_without_skipped_steps_says_so_in_the_log_only(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    train(Slope(), loop(), tmp_path)
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["skipped_steps"] == 0
+    assert ", skipped" not in capsys.readouterr().err
+
+
+def test_skipped_steps_in_a_row_end_the_run_and_nothing_is_saved_on_the_way(tmp_path: Path) -> None:
+    task = Slope(dict.fromkeys([2, 3, 6, 7, 8], nan_loss))
+    with pytest.raises(InputError, match=r"in 3 steps in a row, up to step 9 .*step-00000006\.pt; lower the learning rate, then"):
+        train(task, loop(max_skipped_steps=3, checkpoint_every=1, evaluate_every=1), tmp_path)
+    # What is due at a skipped step waits for the next one that is taken.
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [5, 6]
+    assert task.evaluated == [1, 2, 5, 6]
+
+
+def test_a_run_whose_last_step_is_skipped_is_saved(tmp_path: Path) -> None:
+    task = Slope({11: nan_loss})
+    train(task, loop(), tmp_path)
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [12]
+    assert task.evaluated == [12]
+
+
+def test_ctrl_c_waits_until_a_step_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def interrupted(loss: Tensor) -> Tensor:
+        signal.raise_signal(signal.SIGINT)
+        return nan_loss(loss)
+
+    train(Slope({2: interrupted, 3: nan_loss}), loop(), tmp_path)
+    assert "interrupted at step 5" in capsys.readouterr().out
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [5]
+
+
+# --- float16's scale ---------------------------------------------------------------------------------
+
+
+def test_gradients_below_float16_are_those_of_float32(tmp_path: Path) -> None:
+    """Each of eight rows has 1.25e-8, which is nothing in float16: its smallest number is 6e-8."""
+    found = {}
+    for dtype in ("float32", "float16"):
+        trainer = Trainer(Slope(factor=1e-7), loop(dtype=dtype), tmp_path)
+        run_steps(trainer, 1)
+        found[dtype] = trainer.module.weight.grad
+    assert (found["float32"] != 0).all()
+    torch.testing.assert_close(found["float16"], found["float32"], rtol=0.01, atol=0)
+
+
+def test_the_scale_comes_down_by_skipped_steps_until_its_gradients_fit(tmp_path: Path) -> None:
+    trainer = Trainer(Slope(factor=100.0), loop(dtype="float16"), tmp_path)
+    before = state(trainer)
+    run_steps(trainer, 7)
+    assert_equal(state(trainer), before)
+    run_steps(trainer, 1)
+    # 100 · 512 is below float16's largest number, 65504, and 100 · 1024 above.
+    assert (trainer.scaler.get_scale(), trainer.skipped_steps, trainer.skipped_in_a_row) == (512, 7, 0)
+    assert (state(trainer)["module"]["weight"] != before["module"]["weight"]).any()
+
+
+def test_the_default_bears_the_scale_coming_down_to_one(tmp_path: Path) -> None:
+    """A factor that float16 can just hold without any scale."""
+    trainer = Trainer(Slope(factor=60_000.0), loop(dtype="float16"), tmp_path)
+    run_steps(trainer, 17)
+    assert (trainer.scaler.get_scale(), trainer.skipped_steps, trainer.skipped_in_a_row) == (1, 16, 0)
+
+
+def test_overflows_that_go_on_end_the_run_and_bfloat16_is_advised(tmp_path: Path) -> None:
+    trainer = Trainer(Slope(dict.fromkeys(range(50), infinite_gradient)), loop(dtype="float16"), tmp_path)
+    with pytest.raises(InputError, match=r"in 20 steps in a row, up to step 20 .* or take dtype bfloat16"):
+        run_steps(trainer, 50)
+
+
+# --- Resuming ----------------------------------------------------------------------------------------
+
+# The scale comes down in the first seven steps; two more are skipped later.
+FAULTS = {9: nan_loss, 10: infinite_gradient}
+
+
+@pytest.mark.parametrize("cut", [3, 8, 10])
+def test_resuming_repeats_a_run_with_skipped_steps(tmp_path: Path, cut: int) -> None:
+    config = loop(dtype="float16")
+    whole = Trainer(Slope(FAULTS, factor=100.0), config, tmp_path / "whole")
+    run_steps(whole, 15)
+    whole.save()
+    first = Trainer(Slope(FAULTS, factor=100.0), config, tmp_path / "parts")
+    run_steps(first, cut)
+    first.save()
+    second = Trainer(Slope(FAULTS, factor=100.0), config, tmp_path / "parts")
+    second.restore(resume=True)
+    run_steps(second, 15 - cut)
+    second.save()
+    saved = [load_checkpoint(list_checkpoints(tmp_path / run / "checkpoints")[-1][1]) for run in ("whole", "parts")]
+    assert saved[0]["scaler"]["scale"] == 128
+    assert saved[0]["scaler"]["_growth_tracker"] == 4
+    assert saved[0]["skipped"] == (9, 0)
+    assert_equal(*saved)
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
+    faults, config = dict.fromkeys(range(2, 12), nan_loss), loop(max_skipped_steps=4)
+    first = Trainer(Slope(faults), config, tmp_path)
+    run_steps(first, 4)
+    first.save()
+    second = Trainer(Slope(faults), config, tmp_path)
+    second.restore(resume=True)
+    with pytest.raises(InputError, match="in 4 steps in a row, up to step 6 "):
+        run_steps(second, 8)
+
+
+def test_a_run_of_version_0_1_or_of_bfloat16_goes_on_in_float16(tmp_path: Path) -> None:
+    first = Trainer(Slope(), loop(dtype="bfloat16"), tmp_path)
+    run_steps(first, 2)
+    path = first.save()
+    for missing in ((), ("scaler", "skipped")):
+        found = load_checkpoint(path)
+        torch.save({name: value for name, value in found.items() if name not in missing}, path)
+        second = Trainer(Slope(), loop(dtype="float16"), tmp_path)
+        second.restore(resume=True)
+        run_steps(second, 1)
+        assert (second.step, second.skipped_steps, second.scaler.get_scale()) == (3, 0, 65536)
+
+
+# --- Every backbone and head in every format ---------------------------------------------------------
+
+BACKBONES = {
+    "masked": MaskedConfig(16, 1, 2, 16, 1, 2, buffer=2, mask_ratio_min=0.1),
+    "causal": CausalConfig(width=16, depth=1, heads=2),
+}
+HEADS = {
+    "diffusion": HeadConfig("diffusion", 32, 2, token_limit=5.0),
+    "flow": HeadConfig("flow", 32, 2),
+    "shortcut": HeadConfig("shortcut", 32, 2),
+    "flow_map": HeadConfig("flow_map", 32, 2, max_guidance=3.0),
+    "energy": HeadConfig("energy", 32, 2),
+}
+
+
+class Shapes:
+    """Trains a tiny model on the drawn shapes; their colours, averaged over 4 × 4 pixels, are the latents."""
+
+    def __init__(self, network: NetworkConfig, loop: LoopConfig) -> None:
+        images, self.labels = draw_images(60, seed=0)
+        latents = F.avg_pool2d(images.permute(0, 3, 1, 2).float(), 4)
+        self.latents = (latents - latents.mean()) / latents.std()
+        self.loop = loop
+        torch.manual_seed(0)
+        self.module = FAR(ModelConfig(network, len(CLASSES), 3, (4, 4)))
+
+    def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
+        return [{"params": list(self.module.parameters()), "lr": config.learning_rate, "weight_decay": 0.0}]
+
+    def batch(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        rows = epoch_rows(step, self.loop.batch_size, len(self.latents), self.loop.seed)
+        return self.latents[rows], self.labels[rows]
+
+    def loss(self, step: int, batch: tuple[Tensor, Tensor], ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        assert isinstance(ema, FAR)
+        loss = self.module.loss(*batch, generator, label_drop=0.1, teacher=ema, step=step)
+        return loss.value.mean(), {"rows": loss.rows.mean()}  # a flow map's value is weighted by its own size, and stays near 1
+
+    def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        raise NotImplementedError
+
+    def publish(self, ema: nn.Module, folder: Path, step: int) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("steps", [50, pytest.param(400, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_training_and_sampling_stay_in_range(tmp_path: Path, backbone: str, head: str, dtype: str, steps: int) -> None:
+    config = loop(steps=steps, batch_size=8, learning_rate=5e-3, warmup_steps=5, ema_decay=0.95, dtype=dtype)
+    trainer = Trainer(Shapes(NetworkConfig(BACKBONES[backbone], HEADS[head], patch=2), config), config, tmp_path)
+    values = run_steps(trainer, steps).values
+    rows = torch.stack(values["rows"])
+    assert rows.isfinite().all()
+    assert rows[-10:].mean() < 0.9 * rows[:10].mean()
+    assert trainer.skipped_steps <= (5 if dtype == "float16" else 0)
+    model = prepare(trainer.ema.module, dtype, "cpu")
+    assert isinstance(model, FAR)
+    labels = torch.arange(24) % len(CLASSES)
+    settings = SamplingConfig(ar_steps=4, head_steps=min(10, model.head.max_steps), guidance=2.0)
+    drawn = sample(model, labels, SeededNoise(range(24), torch.device("cpu")), settings)
+    assert drawn.isfinite().all()
+    assert drawn.abs().max() < 8
+    assert 0.5 < drawn.std() < 3
