@@ -284,6 +284,25 @@ class Shapes:
         raise NotImplementedError
 
 
+@pytest.mark.parametrize("size", [1.0, 2e3, 1e5])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_tokens_of_any_size_are_read_in_float16_as_in_float32(backbone: str, size: float) -> None:
+    """Squares of 2000 leave the range of float16, and 100,000 itself does. Such tokens come from hardly trained diffusion heads."""
+    torch.manual_seed(0)
+    model = FAR(ModelConfig(NetworkConfig(BACKBONES[backbone], HEADS["diffusion"], patch=2), len(CLASSES), 3, (4, 4))).eval()
+    nn.init.normal_(model.head.network.output.linear.weight)  # type: ignore[union-attr, arg-type]
+    tokens, labels = size * torch.randn(8, 4, 12), torch.arange(8) % len(CLASSES)
+    places = torch.arange(4).expand(8, -1)
+    found = []
+    for dtype in ("float32", "float16"):
+        model = prepare(model, dtype, "cpu")
+        with torch.no_grad():
+            z = model.backbone.condition(tokens, places[:, :3], places[:, 3:], labels)
+            found.append((z.float(), model.head.network(tokens[:, 3:], z, torch.tensor(500.0)).float()))  # type: ignore[operator]
+    for exact, low in zip(*found):
+        assert (low - exact).abs().max() < 0.02 * exact.std()
+
+
 @pytest.mark.parametrize("steps", [50, pytest.param(400, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("head", HEADS)
