@@ -1,5 +1,6 @@
 # make generate: install, draw a grid of images    make check: lint, format, types
 # make test:     install, run the tests            make bench: the README's speed figures
+# make soak:     the long tests: thousands of damaged files, runs under load
 # make results:  regenerate docs/results.md's tables and plots; TRAIN=1 trains first (hours), TIMES=1 measures the seconds again
 # make wheel:    build dist/: what `pip install` takes    make matrix: the tests under each Python 3.10 to 3.13 that is here
 # make notebook: run notebooks/quickstart.ipynb in place    make lock: requirements.lock anew, from PyPI
@@ -11,13 +12,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: generate test check wheel matrix notebook lock bench results train-small docs
+.PHONY: generate test soak check wheel matrix notebook lock bench results train-small docs
 
 generate: $(VENV)/installed
 	$(BIN)/far generate --weights avatars-64 --count 64 --out samples.png
 
 test: $(VENV)/installed-dev $(VENV)/browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+soak: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak -n auto
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

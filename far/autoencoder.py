@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from far.config import check_count
 from far.errors import InputError
 from far.tokens import on_sphere
 
@@ -42,13 +43,15 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         if not 3 <= len(self.width_multipliers) <= 5:
             raise InputError(
-                f"width_multipliers {list(self.width_multipliers)} give stride {self.stride}; use 3 to 5 entries, for stride 4 to 16"
+                f"width_multipliers: {len(self.width_multipliers)} of them give stride 2^{len(self.width_multipliers) - 1}; "
+                "use 3 to 5 entries, for stride 4 to 16"
             )
-        for name in ("width", "blocks", "latent_channels", "norm_groups", "scale"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"autoencoder {name} {getattr(self, name)} must be positive")
-        if min(self.width_multipliers) < 1:
-            raise InputError(f"width_multipliers {list(self.width_multipliers)} must be positive")
+        for name, most in (("width", 2**16), ("blocks", 2**8), ("latent_channels", 2**16), ("norm_groups", 2**16)):
+            check_count(f"autoencoder {name}", getattr(self, name), most)
+        if self.scale <= 0:
+            raise InputError(f"autoencoder scale {self.scale} must be positive")
+        if not 1 <= min(self.width_multipliers) <= max(self.width_multipliers) <= 2**8:
+            raise InputError(f"width_multipliers {list(self.width_multipliers)} must be positive, and at most {2**8}")
         if self.width % self.norm_groups:
             raise InputError(f"norm_groups {self.norm_groups} must divide the width {self.width}")
         if isinstance(self.shift, tuple) and len(self.shift) != self.latent_channels:

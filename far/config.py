@@ -5,6 +5,8 @@ The dataclasses themselves stand beside what they configure.
 
 import dataclasses
 import difflib
+import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -23,7 +25,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], source: str) -> T:
             or a value of another type.
     """
     if not isinstance(values, Mapping):
-        raise InputError(f"{source}: expected keys and values, got {type(values).__name__} {values!r}")
+        raise InputError(f"{source}: expected keys and values, got {type(values).__name__} {_shown(values)}")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
@@ -34,7 +36,11 @@ def from_dict(cls: type[T], values: Mapping[str, Any], source: str) -> T:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise InputError(f"{source}: the key {name!r} is missing")
-    return cls(**{key: _convert(hints[key], value, f"{source}: {key}") for key, value in values.items()})
+    converted = {key: _convert(hints[key], value, f"{source}: {key}") for key, value in values.items()}
+    try:
+        return cls(**converted)
+    except InputError as error:  # the class's own check
+        raise InputError(f"{source}: {error}") from error
 
 
 def _convert(hint: Any, value: Any, source: str) -> Any:
@@ -56,13 +62,35 @@ def _convert(hint: Any, value: Any, source: str) -> Any:
     elif origin is typing.Literal and value in arguments:
         return value
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        if math.isfinite(number := _as_float(value)):
+            return number
     # To Python 3.10, a hint with an origin, such as list[int], is a type too.
     elif origin is None and isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     wanted = " or ".join(map(repr, arguments)) if origin is typing.Literal else getattr(hint, "__name__", str(hint))
     hint_for_exponents = "; write 1.0e-4, not 1e-4, in YAML" if hint is float and isinstance(value, str) else ""
-    raise InputError(f"{source} is {value!r}, expected {wanted}{hint_for_exponents}")
+    raise InputError(f"{source} is {_shown(value)}, expected {wanted}{hint_for_exponents}")
+
+
+def _as_float(value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _shown(value: Any) -> str:
+    """``repr``, but of a few items only: one of YAML can repeat itself to any length."""
+    return reprlib.repr(value) if isinstance(value, list | tuple | dict | set) else repr(value)
+
+
+def check_count(name: str, value: int, most: int = 2**16) -> None:
+    """Raise an :class:`InputError` unless a size is positive and no larger than any model's could be.
+
+    What is loaded may be anybody's, and one absurd number can take all memory or all time.
+    """
+    if not 1 <= value <= most:
+        raise InputError(f"{name} {value} must be positive" if value < 1 else f"{name} {value} is too large; give at most {most}")
 
 
 def _by_kind(options: tuple[Any, ...], values: Mapping[str, Any], source: str) -> Any:
@@ -70,7 +98,7 @@ def _by_kind(options: tuple[Any, ...], values: Mapping[str, Any], source: str) -
     kinds = {option.kind: option for option in options}
     kind = values.get("kind", options[0].kind)
     if kind not in list(kinds):  # a list, since what stands there need not be hashable
-        raise InputError(f"{source}: kind is {kind!r}, expected {' or '.join(map(repr, kinds))}")
+        raise InputError(f"{source}: kind is {_shown(kind)}, expected {' or '.join(map(repr, kinds))}")
     return from_dict(kinds[kind], values, source)
 
 

@@ -20,7 +20,7 @@ from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.backbone.masked import MaskedConfig
 from far.config import from_dict, to_dict
 from far.errors import InputError
-from far.files import read_json, write_json
+from far.files import check_zip, read_json, write_json
 from far.heads import HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.sampling import SamplingConfig
@@ -178,9 +178,7 @@ def _read_pickle(source: Path) -> Any:
         raise InputError(f"{source} is a folder; give the checkpoint file in it")
     try:
         if zipped := zipfile.is_zipfile(source):
-            with zipfile.ZipFile(source) as archive:
-                if archive.testzip():  # torch.load does not compare checksums
-                    raise zipfile.BadZipFile("wrong checksum")
+            check_zip(source)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Mapped, so that the optimizer's state and the other set of weights take no memory.

@@ -8,15 +8,12 @@ import dataclasses
 import re
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.config import from_dict, to_dict
 from far.convert import add_autoencoder
 from far.errors import InputError
 from far.files import read_json, write_json
-from far.weights import save_tensors
+from far.weights import read_tensors, save_tensors
 
 _CLASS = "AutoencoderKL"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -120,10 +117,7 @@ def from_diffusers(source: Path, folder: Path) -> None:
     config, weights = _ours(theirs, path), source / _WEIGHTS
     if not weights.exists():
         raise InputError(f"{weights} does not exist, and pickles are not read; have diffusers save it as safetensors")
-    try:
-        tensors = load_file(weights)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{weights} is damaged ({error}); restore or remake it") from error
+    tensors = read_tensors(weights)
     levels = len(config.width_multipliers)
     # Linear layers there, 1 × 1 convolutions here.
     shaped = {name: tensor[:, :, None, None] if tensor.dim() == 2 else tensor for name, tensor in tensors.items()}

@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import tempfile
+import unicodedata
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,26 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} does not exist") from error
     except (OSError, ValueError, RecursionError) as error:  # no JSON or no text, an endless number, endless nesting
         raise InputError(f"{path} is not readable JSON ({error}); restore or remake it") from error
+
+
+def check_zip(path: Path) -> None:
+    """Read all of a zip archive once against its checksums, which neither ``torch.load`` nor a memory map looks at.
+
+    Raises:
+        zipfile.BadZipFile: a checksum differs, or the archive would unpack to far more than it is; of a damaged one, zipfile
+            raises nearly anything else too.
+    """
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > max(2**30, 100 * path.stat().st_size):
+            raise zipfile.BadZipFile(f"it would unpack to {unpacked} bytes")
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"the checksum of {damaged!r} differs")
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name can be printed and written: no line ends or other control characters, no halves of a character."""
+    return not any(unicodedata.category(character) in ("Cc", "Cs") for character in name)
 
 
 def sha256(path: Path) -> str:

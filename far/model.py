@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from far.backbone import CausalConfig, MaskedConfig, build_backbone
+from far.config import check_count
 from far.errors import InputError
 from far.heads import HeadConfig, TokenLoss, build_head
 from far.tokens import on_sphere, patchify, unpatchify
@@ -42,8 +43,12 @@ class ModelConfig:
         patch = self.network.patch
         if len(self.grid) != 2 or min(self.grid) < 1 or patch < 1 or any(side % patch for side in self.grid):
             raise InputError(f"grid {list(self.grid)} must be two positive multiples of the patch {patch}")
-        if self.classes < 1 or self.latent_channels < 1:
-            raise InputError(f"classes {self.classes} and latent_channels {self.latent_channels} must be positive")
+        for name, value, most in (
+            ("grid", max(self.grid), 2**8),
+            ("classes", self.classes, 2**20),
+            ("latent_channels", self.latent_channels, 2**16),
+        ):
+            check_count(name, value, most)
 
     @property
     def token_grid(self) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from far.card import write_card
 from far.config import from_dict, to_dict
 from far.editing import paste_kept, touched_tokens
 from far.errors import InputError
-from far.files import read_json, write_json
+from far.files import is_plain, read_json, write_json
 from far.hub import upload
 from far.model import FAR, ModelConfig
 from far.packing import Int8Linear, can_pack, can_quantize, pack_linear_layers, quantize_linear_layers
@@ -424,16 +424,16 @@ class Pipeline:
         config = from_dict(ModelConfig, values["model"], source)
         defaults = from_dict(SamplingConfig, values.get("defaults", {}), source)
         classes = values.get("classes", [])
-        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise InputError(f"{source}: classes are {classes!r}, expected a list of names")
+        if not isinstance(classes, list) or not all(isinstance(name, str) and is_plain(name) for name in classes):
+            raise InputError(f"{source}: classes are {classes!r}, expected a list of names without control characters")
         for key in ("results", "training"):
             if not isinstance(values.get(key, {}), dict):
                 raise InputError(f"{source}: {key} is {values[key]!r}, expected keys and values")
         if len(classes) != config.classes:
             raise InputError(f"{source} names {len(classes)} classes for a model of {config.classes}; name them all")
         base = find_base(values["base"], source) if "base" in values else None
-        model = FAR(config)
-        load_module(model, folder / "model.safetensors", None if base is None else base / "model.safetensors")
+        weights = base and base / "model.safetensors"
+        model = load_module(lambda: FAR(config), folder / "model.safetensors", weights, listed=values.get("sha256"))
         model = prepare(model, dtype, device)
         has_autoencoder = "autoencoder" in values or base is not None
         autoencoder = prepare_autoencoder(load_autoencoder(folder), dtype, device) if has_autoencoder else None

@@ -83,7 +83,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"recipe {path}: {error.strerror}; those of the documentation are in recipes/ of the repository") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no text, a date or number that is none, endless nesting
         raise InputError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"recipe {path} holds no keys; see recipes/ for examples")
@@ -115,5 +115,5 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise InputError(f"override {override!r}: {parent!r} is a value, not a section")
     try:
         values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"override {override!r}: {text!r} is not YAML") from error

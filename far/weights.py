@@ -4,13 +4,16 @@ Published checkpoints of other projects are read by ``far.convert``, training st
 ``far.training.checkpoint``.
 """
 
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.config import from_dict, to_dict
@@ -74,14 +77,23 @@ def find_base(described: Any, source: str) -> Path:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
-    """Write tensors as safetensors, atomically; floating point ones as ``dtype`` where given."""
+    """Write tensors as safetensors with their checksum, atomically; floating point ones as ``dtype`` where given."""
 
     def plain(tensor: Tensor) -> Tensor:
         return _dense(tensor).to("cpu", dtype if tensor.is_floating_point() else None).contiguous().clone()
 
     converted = {name: plain(tensor) for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(converted, temporary)
+        save_file(converted, temporary, {"sha256": _digest(converted)})
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -102,42 +114,71 @@ def to_device(module: M, device: str, dtype: torch.dtype | None = None) -> M:
         raise InputError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
 
 
-def load_module(module: nn.Module, path: Path, base: Path | None = None) -> None:
-    """Load a safetensors file into ``module``, keeping the module's dtype; what it lacks is taken from the file ``base``.
+def load_module(build: Callable[[], M], path: Path, base: Path | None = None, *, listed: Any = None) -> M:
+    """The module that ``build`` makes, with the weights of a safetensors file in the module's dtype.
+
+    Args:
+        build: is called once the file is known to hold what it asks for, so that no config can ask for more memory.
+        path: the file.
+        base: a file to take from what that one lacks.
+        listed: SHA-256 by file name, of files that were written before they held their own checksum.
 
     Raises:
-        InputError: a file is missing or damaged, or a key or shape differs (the first is named).
+        InputError: a file is missing or damaged, or a key, shape or kind of number differs (the first is named).
     """
-    tensors = _read_tensors(path)
-    if base is not None:
-        wanted = module.state_dict()
-        tensors = {name: tensor for name, tensor in _read_tensors(base).items() if name in wanted} | tensors
-    load_state(module, tensors, str(path))
+    tensors = read_tensors(path)
+    if isinstance(listed, dict) and listed.get(path.name, digest := sha256(path)) != digest:
+        raise InputError(f"{path} is damaged (its checksum differs); restore or remake it")
+    with _NoInitialization():
+        with torch.device("meta"):
+            wanted = build().state_dict()
+        if base is not None:
+            tensors = {name: tensor for name, tensor in read_tensors(base).items() if name in wanted} | tensors
+        _check_tensors(tensors, wanted, path)
+        module = build()
+    module.load_state_dict(tensors)
+    return module
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+class _NoInitialization(TorchFunctionMode):
+    """Leaves new weights as they are: they are replaced, and torch's first random draw for the meta device takes a second."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        arguments = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else arguments["tensor"]
+        return function(*args, **arguments)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; of one that :func:`save_tensors` wrote, as they were then.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        # Other programs' files, which name a format, and our older ones have no checksum.
+        if metadata and "format" not in metadata and metadata != {"sha256": _digest(tensors)}:
+            raise ValueError("its checksum differs")
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{path} is missing or damaged ({error}); restore or remake it") from error
+    return tensors
 
 
-def load_state(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """``module.load_state_dict`` with an error of one line that names the first difference.
-
-    Raises:
-        InputError: a key is missing or left over, or a shape differs.
-    """
-    wanted = module.state_dict()
-    for name in wanted:
+def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
+    for name, like in wanted.items():
         if name not in tensors:
-            raise InputError(f"{source} lacks the tensor {name}; the weights are of another model than the config")
-        if tensors[name].shape != wanted[name].shape:
-            raise InputError(f"{source}: {name} has shape {list(tensors[name].shape)}, the config asks for {list(wanted[name].shape)}")
+            raise InputError(f"{path} lacks the tensor {name}; the weights are of another model than the config")
+        if tensors[name].shape != like.shape:
+            raise InputError(f"{path}: {name} has shape {list(tensors[name].shape)}, the config asks for {list(like.shape)}")
+        if tensors[name].is_floating_point() != like.is_floating_point():
+            raise InputError(f"{path}: {name} is of {tensors[name].dtype}, where {like.dtype} is needed")
     for name in tensors:
         if name not in wanted:
-            raise InputError(f"{source} holds the tensor {name}, which the model does not have")
-    module.load_state_dict(tensors)
+            raise InputError(f"{path} holds the tensor {name!r}, which the model does not have")
 
 
 def changed_tensors(module: nn.Module, other: nn.Module) -> dict[str, Tensor]:
@@ -164,6 +205,5 @@ def load_autoencoder(folder: Path) -> Autoencoder:
         raise InputError(f"{source} describes no autoencoder; give a folder with an 'autoencoder' entry")
     if "autoencoder" not in values:
         return load_autoencoder(find_base(values["base"], source))
-    autoencoder = Autoencoder(from_dict(AutoencoderConfig, values["autoencoder"], source))
-    load_module(autoencoder, folder / "autoencoder.safetensors")
-    return autoencoder.eval()
+    config = from_dict(AutoencoderConfig, values["autoencoder"], source)
+    return load_module(lambda: Autoencoder(config), folder / "autoencoder.safetensors", listed=values.get("sha256")).eval()

@@ -55,18 +55,59 @@ def test_round_trip_through_json(config: Any) -> None:
     st.builds(
         Outer,
         path=st.text(),
-        rate=st.floats(allow_nan=False),
+        rate=st.floats(allow_nan=False, allow_infinity=False),
         inner=st.builds(Inner, size=st.integers(), names=st.lists(st.text()).map(tuple)),
-        maybe=st.none() | st.floats(allow_nan=False),
+        maybe=st.none() | st.floats(allow_nan=False, allow_infinity=False),
         steps=st.integers() | st.lists(st.integers()).map(tuple),
         kind=st.sampled_from(["linear", "constant"]),
         flag=st.booleans(),
-        weights=st.dictionaries(st.text(), st.floats(allow_nan=False)),
+        weights=st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False)),
     )
 )
 def test_any_round_trip(config: Outer) -> None:
     plain = json.loads(json.dumps(to_dict(config)))
     assert from_dict(Outer, plain, "test") == config
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 10**400])
+def test_numbers_that_no_float_can_hold_are_refused(number: float) -> None:
+    with pytest.raises(InputError, match=r"rate is .*, expected float"):
+        from_dict(Outer, {"path": "x", "rate": number, "inner": {"size": 4}}, "test")
+
+
+def test_a_value_that_repeats_itself_is_shown_in_part() -> None:
+    value: list = ["x"] * 9
+    for _ in range(20):
+        value = [value] * 9
+    with pytest.raises(InputError) as caught:
+        from_dict(Outer, {"path": value}, "test")
+    assert len(str(caught.value)) < 100_000
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda number: AutoencoderConfig(width=number),
+        lambda number: AutoencoderConfig(blocks=number),
+        lambda number: AutoencoderConfig(latent_channels=number),
+        lambda number: AutoencoderConfig(width_multipliers=(1, 1, number)),
+        lambda number: MaskedConfig(encoder_width=number),
+        lambda number: MaskedConfig(decoder_depth=number),
+        lambda number: MaskedConfig(buffer=number),
+        lambda number: CausalConfig(width=number),
+        lambda number: CausalConfig(depth=number),
+        lambda number: CausalConfig(buffer=number),
+        lambda number: HeadConfig(width=number),
+        lambda number: HeadConfig(depth=number),
+        lambda number: HeadConfig(samples_per_token=number),
+        lambda number: ModelConfig(classes=number),
+        lambda number: ModelConfig(latent_channels=number),
+        lambda number: ModelConfig(grid=(16, number)),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused(make: Any) -> None:
+    with pytest.raises(InputError, match=r"1152921504606846976|at most"):
+        make(2**60)
 
 
 def test_defaults_and_whole_numbers_for_floats() -> None:

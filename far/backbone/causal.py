@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from far.backbone.backbone import Backbone
+from far.config import check_count
 from far.errors import InputError
 from far.layers import KeyValueCache, SwiGLU, as_input, attend, rotary_table, rotate, take
 
@@ -37,16 +38,16 @@ class CausalConfig:
     input_noise: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.width < 1 or self.heads < 1 or self.width % self.heads:
+        check_count("width", self.width)
+        if self.heads < 1 or self.width % self.heads:
             raise InputError(f"width {self.width} must be a positive multiple of heads {self.heads}")
         axes = 2 if self.positions == "grid" else 1
         if self.width // self.heads % (2 * axes):
             raise InputError(
                 f"width {self.width} / heads {self.heads} must be a multiple of {2 * axes} for rotary positions on a {self.positions}"
             )
-        for name in ("depth", "buffer"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)} must be positive")
+        check_count("depth", self.depth, 2**10)
+        check_count("buffer", self.buffer)
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout {self.dropout} must be at least 0 and below 1")
         if not (math.isfinite(self.input_noise) and self.input_noise >= 0):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from far.backbone.backbone import Backbone
+from far.config import check_count
 from far.errors import InputError
 from far.layers import Block, KeyValueCache, as_input, take
 from far.tokens import sample_mask_ratio
@@ -44,12 +45,13 @@ class MaskedConfig:
     def __post_init__(self) -> None:
         for part in ("encoder", "decoder"):
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
-            if width < 1 or heads < 1 or width % heads:
+            check_count(f"{part}_width", width)
+            if heads < 1 or width % heads:
                 raise InputError(f"{part}_width {width} must be a positive multiple of {part}_heads {heads}")
-            if getattr(self, f"{part}_depth") < 1:
-                raise InputError(f"{part}_depth {getattr(self, f'{part}_depth')} must be positive")
+            check_count(f"{part}_depth", getattr(self, f"{part}_depth"), 2**10)
         if self.buffer < 1:
             raise InputError(f"buffer {self.buffer} must be positive: with no token known, it is all that the encoder sees")
+        check_count("buffer", self.buffer)
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout {self.dropout} must be at least 0 and below 1")
         if not 0 <= self.mask_ratio_min < 1 or self.mask_ratio_deviation <= 0:

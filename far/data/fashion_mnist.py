@@ -16,6 +16,8 @@ SIZE = 32
 _SHARD_ROWS = 10_000
 _PARTS = {"train": "train", "held-out": "t10k"}
 _UNSIGNED_BYTE = 0x08
+# The largest of the files, unpacked; a few bytes of gzip can stand for any number.
+_MOST_BYTES = 16 + 60_000 * 28 * 28
 
 
 def write_fashion_mnist(source: Path, folder: Path) -> dict[str, int]:
@@ -68,8 +70,10 @@ def read_idx(path: Path) -> np.ndarray:
         InputError: the file is cut off, damaged, or of another kind.
     """
     try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"it holds more than {_MOST_BYTES} bytes")
         zero, kind, dimensions = struct.unpack(">HBB", content[:4])
         shape = struct.unpack(f">{dimensions}I", content[4 : 4 + 4 * dimensions])
         if zero != 0 or kind != _UNSIGNED_BYTE:

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -69,7 +70,7 @@ def _shuffled(files: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
 
 
 def _write_part(folder: Path, source: Path, classes: list[str], files: list[tuple[Path, int]], size: int, strict: bool) -> ShardWriter:
-    listing = hashlib.sha256("\n".join(str(path.relative_to(source)) for path, _ in files).encode()).hexdigest()[:16]
+    listing = hashlib.sha256(b"\n".join(os.fsencode(path.relative_to(source)) for path, _ in files)).hexdigest()[:16]
     writer = ShardWriter(folder, {"kind": "images", "size": size, "classes": classes, "source": str(source), "listing": listing})
     if writer.complete:
         return writer

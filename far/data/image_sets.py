@@ -1,8 +1,44 @@
 """Reading an image set (``train/`` and ``held-out/`` shards of uint8 images) as tensors for the networks."""
 
+from pathlib import Path
+
+import numpy as np
 from torch import Tensor
 
 from far.data.shards import ShardReader
+from far.errors import InputError
+from far.files import is_plain
+
+
+def open_image_set(folder: Path) -> ShardReader:
+    """One part of an image set, its checksums verified.
+
+    Raises:
+        InputError: it is missing, unfinished or damaged.
+    """
+    reader = ShardReader(folder, "images", verify=True)
+    check_meta(reader, source=str)
+    size = reader.meta["size"]
+    reader.require({"images": (np.uint8, (size, size, 3)), "labels": (np.int64, ())})
+    check_labels(reader)
+    return reader
+
+
+def check_meta(reader: ShardReader, **kinds: type) -> None:
+    """Raise an :class:`InputError` unless the index tells size, classes and the ``kinds`` besides."""
+    meta = reader.meta
+    for name, kind in {"size": int, "classes": list, **kinds}.items():
+        if not isinstance(meta.get(name), kind):
+            raise InputError(f"{reader.folder}: its index has the {name} {meta.get(name)!r}; remove it and make it again")
+    if not all(isinstance(name, str) and is_plain(name) for name in meta["classes"]):
+        raise InputError(f"{reader.folder}: the classes are {meta['classes']!r}, not names without control characters")
+
+
+def check_labels(reader: ShardReader) -> None:
+    """Raise an :class:`InputError` unless the label of every row is a class."""
+    labels = reader.all("labels")
+    if not 0 <= labels.min() <= labels.max() < len(reader.meta["classes"]):
+        raise InputError(f"{reader.folder}: labels {labels.min()} to {labels.max()} are not all classes; remove it and make it again")
 
 
 def read_images(reader: ShardReader, rows: Tensor) -> Tensor:

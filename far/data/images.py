@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from far.errors import InputError
+from far.files import is_plain
 from far.pictures import to_rgb
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -25,6 +26,8 @@ def find_images(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     classes: list[str] = []
     found: list[tuple[Path, int]] = []
     for subfolder in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        if not is_plain(subfolder.name):
+            raise InputError(f"class {str(subfolder)!r}: its name cannot be printed; rename the folder")
         files = sorted(path for path in subfolder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         if not files:
             continue
@@ -58,8 +61,9 @@ def read_image(path: Path, size: int) -> np.ndarray:
         InputError: the file cannot be decoded, is implausibly large, or is one pixel thin.
     """
     picture = decode_image(path)
-    if min(picture.size) < 2:
-        raise InputError(f"{path} has {picture.width}×{picture.height} pixels, too few to make an image of {size}; replace or remove it")
+    # The short side becomes the size, and the long one as many times longer.
+    if min(picture.size) < 2 or max(picture.size) > 100 * min(picture.size):
+        raise InputError(f"{path} has {picture.width}×{picture.height} pixels, too thin for an image of {size}; replace or remove it")
     return np.asarray(centre_crop(picture, size))
 
 

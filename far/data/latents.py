@@ -6,12 +6,13 @@ epoch draws latents anew. The shards' form is in ``far.data.shards``.
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from far.autoencoder import Autoencoder
-from far.data.image_sets import read_images
+from far.data.image_sets import check_labels, check_meta, open_image_set, read_images
 from far.data.shards import ShardReader, ShardWriter
 from far.errors import InputError
 
@@ -28,7 +29,7 @@ def write_latents(images: Path, autoencoder: Autoencoder, folder: Path, batch_si
         InputError: the images are missing or of a size that the autoencoder cannot take, the folder holds
             another autoencoder's moments, or a moment is not finite in float16.
     """
-    source = ShardReader(images / "train", "images", verify=True)
+    source = open_image_set(images / "train")
     writer = ShardWriter(folder, _meta(source, autoencoder))
     if writer.complete:
         return
@@ -67,9 +68,13 @@ def open_latents(folder: Path, autoencoder: Autoencoder) -> ShardReader:
         InputError: the cache is missing, unfinished, damaged, or of another autoencoder.
     """
     reader = ShardReader(folder, "moments", verify=True)
+    check_meta(reader, fingerprint=str)
     made, given = reader.meta["fingerprint"], autoencoder.fingerprint()
     if made != given:
         raise InputError(
             f"{folder} was made by another autoencoder (fingerprint {made}, this one is {given}); remove it and run far cache again"
         )
+    config, side = autoencoder.config, reader.meta["size"] // autoencoder.config.stride
+    reader.require({"moments": (np.float16, (2, 2 * config.latent_channels, side, side)), "labels": (np.int64, ())})
+    check_labels(reader)
     return reader

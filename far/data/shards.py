@@ -6,6 +6,7 @@ SHA-256, so writing can stop anywhere and go on later. Reading goes through memo
 What the rows mean (images, moments) is the business of the modules that write them.
 """
 
+import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from far.errors import InputError
@@ -42,7 +44,7 @@ class ShardWriter:
                 raise InputError(f"{folder} already holds data made with other settings; remove it or choose another folder")
             self.index = existing
         else:
-            write_json(folder / INDEX, self.index)
+            _write_index(folder / INDEX, self.index)
 
     @property
     def complete(self) -> bool:
@@ -64,18 +66,18 @@ class ShardWriter:
         assert len(set(counts.values())) == 1, counts
         count = next(iter(counts.values()))
         if count:
-            name = f"shard-{len(self.index['shards']):05d}.safetensors"
+            name = _shard_name(len(self.index["shards"]))
             with atomic_path(self.folder / name) as temporary:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
                 digest = sha256(temporary)
             self.index["shards"].append({"file": name, "count": count, "sha256": digest})
         self.index["cursor"] = cursor
-        write_json(self.folder / INDEX, self.index)
+        _write_index(self.folder / INDEX, self.index)
 
     def finish(self) -> None:
         """Mark the folder as whole, so that it can be read."""
         self.index["complete"] = True
-        write_json(self.folder / INDEX, self.index)
+        _write_index(self.folder / INDEX, self.index)
 
 
 class ShardReader:
@@ -103,7 +105,16 @@ class ShardReader:
             if verify and (not path.exists() or sha256(path) != shard["sha256"]):
                 raise InputError(f"{path} is missing or damaged (its checksum differs); remove {folder} and make it again")
             self._maps.append(map_safetensors(path))
+            if any(len(rows) != shard["count"] for rows in self._maps[-1].values()) or _form(self._maps[-1]) != _form(self._maps[0]):
+                raise InputError(f"{path} holds other rows than the index says; remove {folder} and make it again")
         self._starts = np.cumsum([0] + [shard["count"] for shard in index["shards"]])
+
+    def require(self, forms: Mapping[str, tuple[type, tuple[int, ...]]]) -> None:
+        """Raise an :class:`InputError` unless each tensor of ``forms`` is there, its rows of such (dtype, shape)."""
+        found = _form(self._maps[0]) if self._maps else {}
+        for name, (dtype, shape) in forms.items():
+            if found.get(name) != (np.dtype(dtype), shape):
+                raise InputError(f"{self.folder} holds no {name} of {np.dtype(dtype)} {list(shape)}; remove it and make it again")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -127,9 +138,44 @@ class ShardReader:
 def _read_index(path: Path) -> dict[str, Any]:
     index = read_json(path)
     wanted = {"meta": dict, "complete": bool, "cursor": int, "shards": list, "report": dict}
-    if not isinstance(index, dict) or any(not isinstance(index.get(key), kind) for key, kind in wanted.items()):
+    # Older ones have no checksum.
+    digest = index.pop("sha256", None) if isinstance(index, dict) else None
+    if (
+        not isinstance(index, dict)
+        or index.keys() != wanted.keys()
+        or any(not isinstance(index[key], kind) for key, kind in wanted.items())
+        or digest not in (None, _digest(index))
+        or not all(_is_shard(shard, number) for number, shard in enumerate(index["shards"]))
+    ):
         raise InputError(f"{path} is damaged; remove its folder and make it again")
     return index
+
+
+def _write_index(path: Path, index: dict[str, Any]) -> None:
+    write_json(path, {**index, "sha256": _digest(index)})
+
+
+def _digest(index: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def _is_shard(shard: Any, number: int) -> bool:
+    """Whether an entry of the index is as :meth:`ShardWriter.write` made it: no other file, no other folder."""
+    kinds = {"file": str, "count": int, "sha256": str}
+    return (
+        isinstance(shard, dict)
+        and all(isinstance(shard.get(key), kind) for key, kind in kinds.items())
+        and shard["file"] == _shard_name(number)
+        and shard["count"] > 0
+    )
+
+
+def _form(tensors: dict[str, np.ndarray]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    return {name: (rows.dtype, rows.shape[1:]) for name, rows in tensors.items()}
 
 
 def map_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -139,6 +185,8 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
         InputError: the file is missing, cut off, or not safetensors.
     """
     try:
+        with safe_open(path, "numpy"):  # which checks all that the header says
+            pass
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
@@ -153,5 +201,5 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
             )
             for name, entry in header.items()
         }
-    except (OSError, ValueError, KeyError, struct.error, MemoryError, OverflowError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{path} is missing or damaged ({error}); remove its folder and make it again") from error

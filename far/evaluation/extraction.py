@@ -8,14 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from far.errors import InputError
 from far.evaluation.features import Extractor
-from far.files import atomic_path
+from far.weights import read_tensors, save_tensors
 
 PART = 100
 
@@ -54,8 +52,7 @@ def extract_parts(
             tensors = {"features": _checked(extractor(quantized / 255).cpu(), rows)}
             if keep_images:
                 tensors["images"] = quantized.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
-            with atomic_path(part_path(folder, rows)) as temporary:
-                save_file(tensors, temporary)
+            save_tensors(part_path(folder, rows), tensors)
             bar.update(len(rows))
 
 
@@ -89,6 +86,9 @@ def read_part(folder: Path, rows: range, name: str) -> Tensor:
     """One part of :func:`read_parts`."""
     path = part_path(folder, rows)
     try:
-        return load_file(path)[name]
-    except (OSError, KeyError, SafetensorError) as error:
-        raise InputError(f"{path} is missing or damaged ({error}); remove it and run the same command again") from error
+        tensors = read_tensors(path)
+    except InputError as error:
+        raise InputError(f"{error}: remove it and run the same command again") from error
+    if name not in tensors or len(tensors[name]) != len(rows):
+        raise InputError(f"{path} is damaged (it lacks {name} of {len(rows)} images); remove it and run the same command again")
+    return tensors[name]

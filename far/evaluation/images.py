@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from far.data.image_sets import open_image_set
 from far.data.images import SUFFIXES, decode_image
-from far.data.shards import INDEX, ShardReader
+from far.data.shards import INDEX
 from far.errors import InputError
-from far.files import atomic_path, sha256
+from far.files import atomic_path, check_zip, sha256
 
 # The names under which ADM's evaluation reads samples and labels.
 NPZ_IMAGES, NPZ_LABELS = "arr_0", "arr_1"
@@ -76,7 +77,7 @@ def open_images(path: Path) -> ImageSource:
 
 
 def _open_image_set(folder: Path) -> ImageSource:
-    reader = ShardReader(folder, "images", verify=True)
+    reader = open_image_set(folder)
     return ImageSource(
         str(folder),
         len(reader),
@@ -92,7 +93,7 @@ def _open_folder(folder: Path) -> ImageSource:
         raise InputError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.relative_to(folder)} {sha256(file)}\n".encode())
+        digest.update(os.fsencode(f"{file.relative_to(folder)} {sha256(file)}\n"))
     size = _decode(files[0]).shape
 
     def read(rows: range) -> np.ndarray:
@@ -162,17 +163,21 @@ def check_npz(path: Path) -> None:
     Raises:
         InputError: the file is missing or damaged.
     """
-    with _archive(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise InputError(f"{path} is damaged (the checksum of {damaged} differs); restore or remake it")
+    with _readable(path):
+        check_zip(path)
 
 
 @contextlib.contextmanager
 def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    with _readable(path), zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what reading a damaged archive raises into an :class:`InputError`."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
+        yield
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
     except _ARCHIVE_ERRORS as error:

@@ -6,6 +6,7 @@ last block pools by maximum, and images are enlarged by TensorFlow 1's rule. The
 ``far.evaluation.metrics``.
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -233,5 +234,8 @@ def load_inception(path: Path) -> InceptionV3:
             raise InputError(f"{path} holds another network: {name} is not of shape {list(tensor.shape)}; {remedy}")
     network.load_state_dict(weights)
     network.digest = sha256(path)
+    # A published file's name ends with the first digits of its checksum, and pickles of that age have no other.
+    if (named := re.search(r"-([0-9a-f]{8})\.pth$", path.name)) and not network.digest.startswith(named[1]):
+        raise InputError(f"{path} is damaged (its checksum differs from its name's); {remedy}")
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.eval().requires_grad_(False)

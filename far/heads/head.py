@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from far.config import check_count
 from far.errors import InputError
 
 # Every kind of head by its name; ``far.heads`` fills it, and a head of your own is one entry more.
@@ -43,9 +44,8 @@ class HeadConfig:
     def __post_init__(self) -> None:
         if self.kind not in HEADS:
             raise InputError(f"head kind {self.kind!r}: choose one of {', '.join(map(repr, HEADS))}, or register a head of your own")
-        for name in ("width", "depth", "samples_per_token"):
-            if getattr(self, name) < 1:
-                raise InputError(f"head {name} {getattr(self, name)} must be positive")
+        for name, most in (("width", 2**16), ("depth", 2**10), ("samples_per_token", 2**16)):
+            check_count(f"head {name}", getattr(self, name), most)
         if self.token_limit is not None and not self.token_limit > 0:
             raise InputError(f"head token_limit {self.token_limit} must be positive; leave it out for none")
         if self.flow_steps < 0:

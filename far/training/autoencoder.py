@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from far.autoencoder import Autoencoder, AutoencoderConfig, Posterior
-from far.data.image_sets import read_images
+from far.data.image_sets import open_image_set, read_images
 from far.data.shards import ShardReader
 from far.errors import InputError
 from far.evaluation.features import FeatureNetwork, load_feature_network
@@ -41,8 +41,8 @@ class AutoencoderTask:
 
     def __init__(self, model: AutoencoderConfig, loss: AutoencoderLossConfig, data: Path, loop: LoopConfig) -> None:
         self.config, self.loop = loss, loop
-        self.train_images = ShardReader(data / "train", "images", verify=True)
-        self.held_out = ShardReader(data / "held-out", "images", verify=True)
+        self.train_images = open_image_set(data / "train")
+        self.held_out = open_image_set(data / "held-out")
         size = self.train_images.meta["size"]
         if size % model.stride:
             raise InputError(f"{data}: images of {size} pixels are no multiple of the autoencoder's stride {model.stride}")

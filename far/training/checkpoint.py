@@ -3,7 +3,6 @@
 They are for going on with a run; what is published is a folder of safetensors (``far.weights``).
 """
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from far.errors import InputError
-from far.files import atomic_path
+from far.files import atomic_path, check_zip
 
 KEPT = 2
 
@@ -45,11 +44,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         InputError: the file is cut off, damaged, or holds anything but tensors and plain values.
     """
     try:
+        check_zip(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or "step" not in state:
+        if not isinstance(state, dict) or not isinstance(state.get("step"), int):
             raise ValueError("it is no training checkpoint")
         return state
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # there is no telling how a damaged pickle fails
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"checkpoint {path} is cut off or damaged ({reason}); remove it and --resume goes on from the one before it"

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from far.autoencoder import Autoencoder, Posterior
 from far.config import to_dict
-from far.data.image_sets import read_images
+from far.data.image_sets import open_image_set, read_images
 from far.data.latents import open_latents
-from far.data.shards import ShardReader
 from far.errors import InputError
 from far.evaluation.features import FeatureNetwork, load_feature_network
 from far.evaluation.metrics import FeatureStatistics, frechet_distance
@@ -60,7 +59,7 @@ class GeneratorTask:
         self.latents = open_latents(latents, autoencoder)
         self.classes = self.latents.meta["classes"]
         self.labels = self.latents.all("labels")
-        self.held_out = ShardReader(images / "held-out", "images", verify=True)
+        self.held_out = open_image_set(images / "held-out")
         side = self.latents.meta["size"] // autoencoder.config.stride
         config = ModelConfig(network, len(self.classes), autoencoder.config.latent_channels, (side, side))
         with torch.random.fork_rng(devices=[]):

@@ -71,6 +71,8 @@ class LoopConfig:
                 raise InputError(f"{name} {getattr(self, name)} must be positive")
         if self.batch_size % self.micro_batches:
             raise InputError(f"micro_batches {self.micro_batches} must divide the batch_size {self.batch_size}")
+        if not 0 <= self.seed < 2**40:
+            raise InputError(f"seed {self.seed} must be at least 0 and below 2⁴⁰")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay {self.ema_decay} must be at least 0 and below 1")
 
@@ -172,7 +174,7 @@ class Trainer:
             try:
                 load_whole(self.module, self.optimizer, state["module"], state["optimizer"])
                 self.ema.module.load_state_dict(state["ema"])
-            except (KeyError, IndexError, RuntimeError, ValueError) as error:
+            except Exception as error:  # torch checks little of what it is given
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(f"{path} is of another model ({reason}); resume with the recipe it was made with") from error
             if state.get("scaler"):  # none in runs of another dtype, nor of version 0.1

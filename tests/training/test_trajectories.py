@@ -321,10 +321,11 @@ def test_a_refusal_leaves_no_folder(diffusion_folder: Path, latents_folder: Path
 
     assert "no moments" in refusal(tmp_path)
     other = json.loads((latents_folder / "index.json").read_text())["meta"]
-    writer = ShardWriter(tmp_path / "other", {**other, "classes": ["a", "b"]})
-    writer.finish()
+    for name, meta, side in (("other", {**other, "classes": ["a", "b"]}, 4), ("large", {**other, "size": 32}, 8)):
+        writer = ShardWriter(tmp_path / name, meta)
+        writer.write({"moments": torch.zeros(1, 2, 4, side, side, dtype=torch.float16), "labels": torch.zeros(1, dtype=torch.int64)}, 1)
+        writer.finish()
     assert "other has 2 classes, the teacher 3; give latents of its own data" in refusal(tmp_path / "other")
-    ShardWriter(tmp_path / "large", {**other, "size": 32}).finish()
     assert "large is of images of 32×32 pixels, the teacher's are 16×16" in refusal(tmp_path / "large")
     autoencoder, teacher.autoencoder = teacher.autoencoder, None
     assert "the teacher has no autoencoder" in refusal(latents_folder)

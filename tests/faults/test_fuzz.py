@@ -1,0 +1,344 @@
+"""Whatever is read from disk, damaged at random: one line that names it, or the same as if it were whole; no crash, no hang.
+
+Every loader of far has a row in ``LOADERS``; a new one gets a row too. ``make soak`` runs the long form.
+"""
+
+import contextlib
+import dataclasses
+import gzip
+import json
+import random
+import shutil
+import signal
+import struct
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from far.autoencoder import Autoencoder, AutoencoderConfig
+from far.convert import convert_kl16, convert_mar
+from far.data.fashion_mnist import read_idx
+from far.data.image_sets import open_image_set
+from far.data.images import read_image
+from far.data.latents import open_latents
+from far.data.shards import ShardReader, ShardWriter
+from far.diffusers_format import from_diffusers, to_diffusers
+from far.errors import InputError
+from far.evaluation import inception
+from far.evaluation.extraction import part_path, read_parts
+from far.evaluation.features import FeatureNetwork
+from far.evaluation.images import open_images, write_npz
+from far.evaluation.references import open_reference, write_statistics
+from far.pipeline import Pipeline
+from far.recipe import load_recipe
+from far.training.checkpoint import load_checkpoint, save_checkpoint
+from far.weights import load_autoencoder, save_tensors
+
+SECONDS = 10
+Load = Callable[[Path], Any]
+
+
+class Extractor(FeatureNetwork):
+    """Of few dimensions, so that a statistics file is small."""
+
+    dimensions = 4
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+
+def network() -> nn.Module:
+    """Stands for the Inception network, whose file is too large to be damaged thousands of times."""
+    return nn.Linear(3, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """``load`` reads ``folder``, in which ``file`` is damaged.
+
+    What ``checked`` ones accept must be what was written. The others hold text or pictures that people may change, or have no
+    checksum where they come from: what they accept is only used, which must not crash either.
+    """
+
+    file: str
+    load: Load
+    checked: bool
+
+
+LOADERS = {
+    "generator": Loader("pipeline/model.safetensors", lambda at: Pipeline.from_pretrained(at / "pipeline").model, True),
+    "its autoencoder": Loader("pipeline/autoencoder.safetensors", lambda at: Pipeline.from_pretrained(at / "pipeline").autoencoder, True),
+    "its config": Loader("pipeline/config.json", lambda at: Pipeline.from_pretrained(at / "pipeline").model, False),
+    "autoencoder": Loader("autoencoder/autoencoder.safetensors", lambda at: load_autoencoder(at / "autoencoder"), True),
+    "autoencoder's config": Loader("autoencoder/config.json", lambda at: load_autoencoder(at / "autoencoder"), False),
+    "images": Loader("images/shard-00000.safetensors", lambda at: everything(open_image_set(at / "images")), True),
+    "images' index": Loader("images/index.json", lambda at: everything(open_image_set(at / "images")), True),
+    "images' old index": Loader("old-images/index.json", lambda at: everything(open_image_set(at / "old-images")), False),
+    "continued": Loader("images/index.json", lambda at: ShardWriter(at / "images", META).index, True),
+    "latents": Loader("latents/shard-00000.safetensors", lambda at: latents(at), True),
+    "latents' index": Loader("latents/index.json", lambda at: latents(at), True),
+    "trajectories": Loader("rows/shard-00001.safetensors", lambda at: everything(ShardReader(at / "rows", "rows", verify=True)), True),
+    "shards unverified": Loader("rows/shard-00001.safetensors", lambda at: everything(ShardReader(at / "rows", "rows")), False),
+    "training checkpoint": Loader("step-00000007.pt", lambda at: load_checkpoint(at / "step-00000007.pt"), True),
+    "MAR": Loader("mar.pth", lambda at: converted(convert_mar, at, "mar.pth", "model"), True),
+    "KL-16": Loader("kl16.ckpt", lambda at: converted(convert_kl16, at, "kl16.ckpt", "autoencoder"), True),
+    "Inception": Loader("inception.pth", lambda at: inception.load_inception(at / "inception.pth"), True),
+    "of diffusers": Loader(
+        "theirs/diffusion_pytorch_model.safetensors", lambda at: converted(from_diffusers, at, "theirs", "autoencoder"), True
+    ),
+    "config of diffusers": Loader("theirs/config.json", lambda at: converted(from_diffusers, at, "theirs", "autoencoder"), False),
+    "features": Loader("parts/part-00000000-6.safetensors", lambda at: read_parts(at / "parts", 6), True),
+    "images .npz": Loader("images.npz", lambda at: pixels(at / "images.npz"), True),
+    "compressed .npz": Loader("compressed.npz", lambda at: pixels(at / "compressed.npz"), True),
+    "statistics": Loader("statistics.npz", lambda at: statistics(at / "statistics.npz", at), True),
+    "recipe": Loader("recipe.yaml", lambda at: load_recipe(at / "recipe.yaml", ["generator.training.steps=3"]), False),
+    "override": Loader("override", lambda at: load_recipe(at / "recipe.yaml", [(at / "override").read_text(errors="replace")]), False),
+    "PNG": Loader("picture.png", lambda at: read_image(at / "picture.png", 16), False),
+    "JPEG": Loader("picture.jpg", lambda at: read_image(at / "picture.jpg", 16), False),
+    "WebP": Loader("picture.webp", lambda at: read_image(at / "picture.webp", 16), False),
+    "IDX": Loader("idx", lambda at: read_idx(at / "idx"), False),
+    "gzipped IDX": Loader("idx.gz", lambda at: read_idx(at / "idx.gz"), True),
+}
+META = {"kind": "images", "size": 16, "classes": ["circle", "square", "stripes"], "source": "drawn by the tests"}
+
+
+def everything(reader: ShardReader) -> dict[str, Tensor]:
+    return {name: reader.all(name) for name in sorted(reader._maps[0])}
+
+
+def latents(at: Path) -> dict[str, Tensor]:
+    return everything(open_latents(at / "latents", load_autoencoder(at / "autoencoder")))
+
+
+def pixels(path: Path) -> np.ndarray:
+    source = open_images(path)
+    return source.read(range(source.count))
+
+
+def statistics(path: Path, at: Path) -> list[Any]:
+    found = open_reference(path, Extractor(), at)
+    return [found.statistics.mean, found.statistics.covariance, found.features, found.count]
+
+
+def converted(convert: Callable[[Path, Path], None], at: Path, source: str, part: str) -> Any:
+    out = at / "converted"
+    shutil.rmtree(out, ignore_errors=True)
+    convert(at / source, out)
+    return json.loads((out / "config.json").read_text()), (out / f"{part}.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory: pytest.TempPathFactory, pipeline_folder: Path, autoencoder_folder: Path, image_set: Path, latents_folder: Path):  # type: ignore[no-untyped-def]
+    """A folder with one real file, or folder, of every kind."""
+    at = tmp_path_factory.mktemp("valid")
+    shutil.copytree(pipeline_folder, at / "pipeline")
+    shutil.copytree(autoencoder_folder, at / "autoencoder")
+    shutil.copytree(image_set / "train", at / "images")
+    shutil.copytree(image_set / "train", at / "old-images")
+    index = json.loads((at / "old-images/index.json").read_text())
+    del index["sha256"]
+    (at / "old-images/index.json").write_text(json.dumps(index))
+    shutil.copytree(latents_folder, at / "latents")
+    writer = ShardWriter(at / "rows", {"kind": "rows"})
+    for start in (0, 3):
+        writer.write({"z": torch.arange(24.0).view(3, 8).half() + start, "known": torch.arange(3)}, cursor=start + 3)
+    writer.finish()
+    optimizer = torch.optim.AdamW((module := network()).parameters())
+    sum(parameter.sum() for parameter in module.parameters()).backward()
+    optimizer.step()
+    save_checkpoint(at, 7, {"module": module.state_dict(), "optimizer": optimizer.state_dict()})
+    shutil.copy(Path(__file__).parent.parent / "reference/fixtures/mar_reference_checkpoint.pth", at / "mar.pth")
+    ours = load_autoencoder(autoencoder_folder)
+    narrow = AutoencoderConfig(width=32, width_multipliers=(1, 1, 1), blocks=1, latent_channels=2)
+    torch.save({"model": Autoencoder(narrow).state_dict()}, at / "kl16.ckpt")
+    torch.save(network().state_dict(), at / "inception.pth")
+    to_diffusers(ours, at / "theirs")
+    save_tensors(part_path(at / "parts", range(6)), {"features": torch.randn(6, 4)})
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    write_npz(at / "images.npz", [images], 3, [0, 1, 2])
+    np.savez_compressed(at / "compressed.npz", arr_0=images)
+    write_statistics(at / "statistics.npz", Extractor(), torch.randn(9, 4))
+    (at / "override").write_text("generator.network.head={kind: flow_map, width: 64, max_guidance: 4.0}")
+    shutil.copy(Path(__file__).parent.parent.parent / "recipes/avatars-64-head.yaml", at / "recipe.yaml")
+    for name in ("picture.png", "picture.jpg", "picture.webp"):
+        Image.fromarray(np.kron(images[0], np.ones((4, 4, 1), np.uint8))).save(at / name)
+    idx = struct.pack(">HBBIII", 0, 8, 3, 3, 8, 8) + images[..., 0].tobytes()
+    (at / "idx").write_bytes(idx)
+    (at / "idx.gz").write_bytes(gzip.compress(idx))
+    return at
+
+
+# --- Damage ------------------------------------------------------------------------------------------------
+
+
+def flip(data: bytearray, rng: random.Random) -> None:
+    for _ in range(rng.choice((1, 1, 1, 2, 8, 64))):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+
+
+def flip_early(data: bytearray, rng: random.Random) -> None:
+    """Where the headers of most formats are."""
+    data[rng.randrange(min(len(data), 200))] = rng.randrange(256)
+
+
+def flip_late(data: bytearray, rng: random.Random) -> None:
+    """Where the directory of a zip archive is."""
+    data[-1 - rng.randrange(min(len(data), 400))] = rng.randrange(256)
+
+
+def cut(data: bytearray, rng: random.Random) -> None:
+    del data[rng.choice((rng.randrange(len(data)), len(data) - 1 - rng.randrange(min(len(data), 32)))) :]
+
+
+def remove(data: bytearray, rng: random.Random) -> None:
+    start = rng.randrange(len(data))
+    del data[start : start + rng.choice((1, 4, 100))]
+
+
+def insert(data: bytearray, rng: random.Random) -> None:
+    start = rng.randrange(len(data) + 1)
+    data[start:start] = rng.randbytes(rng.choice((1, 4, 100)))
+
+
+def blank(data: bytearray, rng: random.Random) -> None:
+    """A block that was never written, as after a power cut."""
+    start = rng.randrange(len(data))
+    end = min(len(data), start + rng.choice((16, 512, 4096)))
+    data[start:end] = bytes(end - start)
+
+
+def number(data: bytearray, rng: random.Random) -> None:
+    """A length or an offset becomes an extreme one."""
+    value = rng.choice((0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1))
+    start = rng.randrange(min(len(data), 64)) if rng.random() < 0.5 else rng.randrange(len(data))
+    data[start : start + 8] = struct.pack(rng.choice("<>") + "Q", value)
+
+
+BYTES = (flip, flip, flip_early, flip_late, cut, remove, insert, blank, number)
+STRANGE = (
+    None, True, 0, 1, -1, 3, 2**31, 2**60, 2**64, 10**400, 0.5, 1e300, float("nan"), float("inf"), "", "a\nb", "\ud800", "../../x", "/",
+    "x" * 5000,    [], [[]], [1, 2], {}, {"kind": "masked"}, [0.0] * 3,
+)  # fmt: skip
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every (container, key) within a JSON value."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(value[key])
+
+
+def damage_json(text: bytes, rng: random.Random) -> bytes:
+    """One value becomes another, of its own file or a strange one, or moves to another name, or goes."""
+    value = json.loads(text)
+    for _ in range(rng.choice((1, 1, 2))):
+        found = list(places(value))
+        if not found:
+            break
+        (container, key), (other, place) = rng.choice(found), rng.choice(found)
+        action = rng.randrange(4)
+        if action == 0:
+            container[key] = json.loads(json.dumps(other[place]))
+        elif action == 1 and isinstance(container, dict):
+            container[rng.choice(("kind", "shape", "sha256", "__metadata__", "x"))] = container.pop(key)
+        elif action == 2:
+            del container[key]
+        else:
+            container[key] = rng.choice(STRANGE)
+    return json.dumps(value).encode()
+
+
+def damaged(data: bytes, name: str, rng: random.Random) -> bytes:
+    if name.endswith(".json") and rng.random() < 0.8:
+        return damage_json(data, rng)
+    if name.endswith(".safetensors") and rng.random() < 0.3:
+        (length,) = struct.unpack("<Q", data[:8])
+        header = damage_json(data[8 : 8 + length], rng)
+        return struct.pack("<Q", len(header)) + header + data[8 + length :]
+    changed = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 3))):
+        if changed:
+            rng.choice(BYTES)(changed, rng)
+    return bytes(changed)
+
+
+# --- The judge ---------------------------------------------------------------------------------------------
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, nn.Module):
+        a, b = a.state_dict(), b.state_dict()
+    if isinstance(a, Tensor | np.ndarray):
+        return type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape and np.array_equal(np.asarray(a), np.asarray(b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+@contextlib.contextmanager
+def time_limit() -> Iterator[None]:
+    def stop(signum: int, frame: object) -> None:
+        raise TimeoutError(f"more than {SECONDS} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def judge(loader: Loader, at: Path, wanted: Any) -> str:
+    """What became of a damaged file: an empty string if all is well."""
+    try:
+        with time_limit(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow and torch tell of damage before they fail
+            found = loader.load(at)
+    except InputError as error:
+        line = str(error)
+        named = loader.file.split("/")[0] in line or loader.file == "override"
+        return "" if "\n" not in line and named else f"not one line that names it: {line[:500]!r}"
+    except BaseException as error:
+        return f"{type(error).__name__}: {str(error)[:500]}"
+    return "" if not loader.checked or same(found, wanted) else "accepted, though it is not what was written"
+
+
+@pytest.fixture(autouse=True)
+def _small_inception(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inception, "InceptionV3", network)
+
+
+def fuzz(name: str, valid: Path, folder: Path, count: int) -> None:
+    loader, failures = LOADERS[name], []
+    at = folder / "at"
+    shutil.copytree(valid, at)
+    original = (at / loader.file).read_bytes()
+    wanted = loader.load(at)
+    for seed in range(count):
+        data = damaged(original, loader.file, random.Random(f"{name} {seed}"))
+        (at / loader.file).write_bytes(data)
+        if data != original and (verdict := judge(loader, at, wanted)):
+            failures.append(f"seed {seed}: {verdict}")
+    assert not failures, f"{len(failures)} of {count} damaged files of {name!r}:\n" + "\n".join(failures[:20])
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer that interrupts")
+@pytest.mark.parametrize("name", LOADERS)
+def test_damage_is_found(name: str, valid: Path, tmp_path: Path) -> None:
+    fuzz(name, valid, tmp_path, 40)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", LOADERS)
+def test_damage_is_found_in_many_more(name: str, valid: Path, tmp_path: Path) -> None:
+    fuzz(name, valid, tmp_path, 500)
