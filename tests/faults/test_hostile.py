@@ -1,0 +1,349 @@
+"""Files that were made to do harm: code in pickles, headers that lie, archives that grow, names that lead elsewhere."""
+
+import copy
+import gzip
+import json
+import os
+import pickle
+import shutil
+import struct
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from far import weights
+from far.autoencoder import Autoencoder
+from far.cli.main import main
+from far.data import shards
+from far.data.fashion_mnist import read_idx
+from far.data.folders import write_folder
+from far.data.image_sets import open_image_set
+from far.data.images import find_images, read_image
+from far.data.latents import open_latents
+from far.data.shards import ShardReader
+from far.errors import InputError
+from far.evaluation.extraction import part_path, read_parts
+from far.evaluation.images import open_images
+from far.evaluation.inception import load_inception
+from far.pipeline import Pipeline
+from far.training.checkpoint import load_checkpoint, save_checkpoint
+from far.weights import BUNDLED, load_autoencoder, read_tensors, save_tensors
+
+
+def refused(call: Callable[[], Any], *expected: str) -> None:
+    with pytest.raises(InputError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    for text in expected:
+        assert text in str(caught.value)
+
+
+# --- Pickles -----------------------------------------------------------------------------------------------
+
+
+class RunsACommand:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple:
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("form", ["zip", "old", "plain"])
+@pytest.mark.parametrize("command", ["train", "mar", "kl16", "evaluate"])
+def test_no_command_executes_a_pickle(
+    command: str, form: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    evil = tmp_path / ("run/model/checkpoints/step-00000007.pt" if command == "train" else "evil.pth")
+    evil.parent.mkdir(parents=True, exist_ok=True)
+    content = {"model": RunsACommand(f"touch {tmp_path / 'executed'}"), "step": 7}
+    if form == "plain":
+        evil.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, evil, _use_new_zipfile_serialization=form == "zip")
+    arguments = {
+        "train": ["train", recipe, "--resume"],
+        "mar": ["convert", "mar", evil, tmp_path / "out", "--no-ema"],
+        "kl16": ["convert", "kl16", evil, tmp_path / "out"],
+        "evaluate": ["evaluate", "--inception", evil, "--npz", tmp_path / "a.npz", "--save-statistics", tmp_path / "b.npz"],
+    }[command]
+    assert main([str(argument) for argument in arguments]) == 2
+    message = capsys.readouterr().err
+    assert str(evil) in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "executed").exists()
+    pickle.loads(pickle.dumps(content))
+    assert (tmp_path / "executed").exists(), "it is a pickle that does harm"
+
+
+# --- Checksums ---------------------------------------------------------------------------------------------
+
+
+def test_no_flipped_byte_of_a_checkpoint_changes_what_is_read(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 7, {"module": {"weight": torch.arange(500.0)}, "rate": 0.5})
+    whole, found = path.read_bytes(), 0
+    for position in range(0, len(whole), 7):
+        data = bytearray(whole)
+        data[position] ^= 0x04
+        path.write_bytes(data)
+        try:
+            state = load_checkpoint(path)
+        except InputError as error:
+            assert "remove it and --resume goes on from the one before it" in str(error)  # noqa: PT017
+            found += 1
+        else:  # where the zip format holds padding
+            assert state["step"] == 7
+            assert state["rate"] == 0.5
+            assert torch.equal(state["module"]["weight"], torch.arange(500.0))
+    assert found > 2000 // 7, "at least all of the tensor"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "autoencoder.safetensors"])
+def test_a_flipped_bit_of_weights_is_found(name: str, pipeline_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(pipeline_folder, tmp_path / "model")
+    flip_last(tmp_path / "model" / name)
+    refused(lambda: Pipeline.from_pretrained(tmp_path / "model"), name, "checksum differs")
+
+
+@pytest.mark.parametrize("name", ["avatars-64", "avatars-64-causal", "avatars-64-mar"])
+def test_a_flipped_bit_of_bundled_weights_is_found(name: str, tmp_path: Path) -> None:
+    shutil.copytree(BUNDLED / name, tmp_path / "model")
+    for path in (tmp_path / "model").glob("*.safetensors"):
+        flip_last(path)
+    refused(lambda: Pipeline.from_pretrained(tmp_path / "model"), "model.safetensors", "checksum differs")
+    if name != "avatars-64-mar":
+        refused(lambda: load_autoencoder(tmp_path / "model"), "autoencoder.safetensors", "checksum differs")
+
+
+def flip_last(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 0x01
+    path.write_bytes(data)
+
+
+def test_files_without_a_checksum_still_load(pipeline_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    shutil.copytree(pipeline_folder, tmp_path / "model")
+    for name in ("model.safetensors", "autoencoder.safetensors"):
+        save_file(read_tensors(pipeline_folder / name), tmp_path / "model" / name)
+    old, new = Pipeline.from_pretrained(tmp_path / "model"), Pipeline.from_pretrained(pipeline_folder)
+    assert all(torch.equal(a, b) for a, b in zip(old.model.state_dict().values(), new.model.state_dict().values(), strict=True))
+
+
+def test_tensors_of_all_kinds_come_back_and_files_are_equal(tmp_path: Path) -> None:
+    tensors = {
+        "half": torch.randn(2, 3).bfloat16(), "number": torch.tensor(3), "none": torch.empty(0, 4), "flag": torch.tensor([True]),
+    }  # fmt: skip
+    for name in ("a.safetensors", "b.safetensors"):
+        save_tensors(tmp_path / name, tensors)
+    found = read_tensors(tmp_path / "a.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_a_published_inception_is_compared_with_the_checksum_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("far.evaluation.inception.InceptionV3", lambda: torch.nn.Linear(2, 2))
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "a.pth")
+    digest = load_inception(tmp_path / "a.pth").digest
+    shutil.copy(tmp_path / "a.pth", tmp_path / f"inception-{digest[:8]}.pth")
+    assert load_inception(tmp_path / f"inception-{digest[:8]}.pth").digest == digest
+    shutil.copy(tmp_path / "a.pth", tmp_path / "inception-00000000.pth")
+    refused(lambda: load_inception(tmp_path / "inception-00000000.pth"), "inception-00000000.pth", "checksum")
+
+
+# --- Headers of safetensors --------------------------------------------------------------------------------
+
+
+def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+HEADERS: dict[str, bytes] = {
+    "no header": struct.pack("<Q", 2**63) + b"{}",
+    "too long": struct.pack("<Q", 2**40) + b"{}",
+    "deep": b"[" * 100_000,
+    "deep entry": b'{"a":' * 100_000,
+    "a list": b"[1, 2]",
+    "an entry that is a number": b'{"a": 1}',
+    "overlapping": json.dumps({"a": entry(), "b": entry(offsets=(4, 12))}).encode(),
+    "beyond the end": json.dumps({"a": entry(shape=(2**20,), offsets=(0, 2**22))}).encode(),
+    "absurd shape": json.dumps({"a": entry(shape=(2**62, 2**62))}).encode(),
+    "negative shape": json.dumps({"a": entry(shape=(-1, -2))}).encode(),
+    "unknown dtype": json.dumps({"a": entry("F1024")}).encode(),
+    "wrong dtype": json.dumps({"a": entry("F64")}).encode(),
+    "not a number": b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 8]}}',
+    "infinite": b'{"a": {"dtype": "F32", "shape": [1e400], "data_offsets": [0, 8]}}',
+    "twice": b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}',
+    "no text": b'{"\xff\xfe": 1}',
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_headers_that_lie(header: str, autoencoder_folder: Path, image_set: Path, tmp_path: Path) -> None:
+    content = HEADERS[header]
+    data = content if header in ("no header", "too long") else struct.pack("<Q", len(content)) + content + bytes(8)
+    shutil.copytree(autoencoder_folder, tmp_path / "autoencoder")
+    shutil.copytree(image_set / "train", tmp_path / "images")
+    (tmp_path / "parts").mkdir()
+    for path in (
+        tmp_path / "autoencoder" / "autoencoder.safetensors",
+        tmp_path / "images" / "shard-00000.safetensors",
+        part_path(tmp_path / "parts", range(2)),
+    ):
+        path.write_bytes(data)
+    refused(lambda: load_autoencoder(tmp_path / "autoencoder"), "autoencoder.safetensors")
+    refused(lambda: ShardReader(tmp_path / "images", "images"), "shard-00000.safetensors")
+    refused(lambda: read_parts(tmp_path / "parts", 2), "part-00000000-2.safetensors")
+
+
+def test_integers_are_no_weights(autoencoder_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(autoencoder_folder, tmp_path / "a")
+    path = tmp_path / "a" / "autoencoder.safetensors"
+    save_tensors(path, {name: tensor.to(torch.int32) for name, tensor in read_tensors(path).items()})
+    refused(lambda: load_autoencoder(tmp_path / "a"), "int32")
+
+
+def test_a_config_asks_for_no_memory_before_the_weights_are_known_to_fit(
+    autoencoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(autoencoder_folder, tmp_path / "a")
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    config["autoencoder"]["width"] = 2**14
+    (tmp_path / "a/config.json").write_text(json.dumps(config))
+    devices = []
+
+    def build(config: Any) -> Autoencoder:
+        devices.append(torch.empty(0).device.type)
+        return Autoencoder(config)
+
+    monkeypatch.setattr(weights, "Autoencoder", build)
+    refused(lambda: load_autoencoder(tmp_path / "a"), "has shape")
+    assert devices == ["meta"]
+
+
+# --- Archives and pictures that grow -----------------------------------------------------------------------
+
+
+def test_an_archive_that_grows_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bomb.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("arr_0.npy", bytes(2**24))
+        for number in range(100):  # a hundred names of the same bytes
+            other = copy.copy(archive.filelist[0])
+            other.filename = f"arr_{number + 1}.npy"
+            archive.filelist.append(other)
+    assert path.stat().st_size < 2**20
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda *arguments: pytest.fail("it was unpacked"))
+    refused(lambda: open_images(path), "bomb.npz", "unpack")
+    shutil.copy(path, tmp_path / "step-00000007.pt")
+    refused(lambda: load_checkpoint(tmp_path / "step-00000007.pt"), "unpack")
+
+
+def test_an_idx_file_that_grows(tmp_path: Path) -> None:
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(struct.pack(">HBBI", 0, 8, 1, 2**26) + bytes(2**26), 1))
+    refused(lambda: read_idx(tmp_path / "bomb.gz"), "bomb.gz", "more than")
+
+
+def test_a_thin_picture_does_not_become_a_large_one(tmp_path: Path) -> None:
+    Image.new("RGB", (2, 20_000)).save(tmp_path / "thin.png")
+    refused(lambda: read_image(tmp_path / "thin.png", 1024), "thin.png", "too thin")
+    Image.new("RGB", (2, 200)).save(tmp_path / "narrow.png")
+    assert read_image(tmp_path / "narrow.png", 16).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data: 2020-99-99",
+        "data: " + "[" * 5000,
+        "data: " + "9" * 5000,
+        "a: &a [x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")),
+        "data: &x {run: *x}\nrun: a",
+        "data: a\nrun: b\ngenerator: {training: {learning_rate: .inf}}",
+        "data: a\nrun: b\ngenerator: {training: {seed: 36893488147419103232}}",
+        "data: a\nrun: b\nautoencoder: {model: {width: 1152921504606846976}}",
+    ],
+)
+def test_recipes_that_do_harm(text: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "evil.yaml").write_text(text)
+    assert main(["train", str(tmp_path / "evil.yaml")]) == 2
+    message = capsys.readouterr().err
+    assert "evil.yaml" in message
+    assert message.count("\n") == 1
+    assert len(message) < 100_000
+
+
+# --- Names -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../images/shard-00000.safetensors", "/etc/passwd", "shard-00001.safetensors", "", 3, None])
+def test_an_index_leads_to_its_own_shards_only(name: object, image_set: Path, tmp_path: Path) -> None:
+    shutil.copytree(image_set / "train", tmp_path / "images")
+    index = json.loads((tmp_path / "images/index.json").read_text())
+    del index["sha256"]
+    index["shards"][0]["file"] = name
+    shards._write_index(tmp_path / "images/index.json", index)
+    refused(lambda: ShardReader(tmp_path / "images", "images"), "index.json is damaged")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"size": 2**60}, "no images of uint8"),
+        ({"size": "16"}, "size '16'"),
+        ({"classes": ["a", "b"]}, "labels 0 to 2"),
+        ({"classes": ["a", "b\nc", "d"]}, "control characters"),
+        ({"classes": ["a", 3, "d"]}, "control characters"),
+        ({"source": None}, "source None"),
+    ],
+)
+def test_an_index_that_tells_other_than_its_shards(change: dict, expected: str, image_set: Path, tmp_path: Path) -> None:
+    shutil.copytree(image_set / "train", tmp_path / "images")
+    index = json.loads((tmp_path / "images/index.json").read_text())
+    del index["sha256"]
+    index["meta"] |= change
+    shards._write_index(tmp_path / "images/index.json", index)
+    refused(lambda: open_image_set(tmp_path / "images"), expected)
+
+
+def test_a_cache_whose_labels_are_no_classes(latents_folder: Path, autoencoder_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(latents_folder, tmp_path / "latents")
+    index = json.loads((tmp_path / "latents/index.json").read_text())
+    del index["sha256"]
+    index["meta"]["classes"] = ["a"]
+    shards._write_index(tmp_path / "latents/index.json", index)
+    refused(lambda: open_latents(tmp_path / "latents", load_autoencoder(autoencoder_folder)), "labels 0 to 2")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "\ud800"])
+def test_class_names_that_cannot_be_printed(name: str, pipeline_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(pipeline_folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config["classes"][0] = name
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    refused(lambda: Pipeline.from_pretrained(tmp_path / "model"), "control characters")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file system that takes any name")
+def test_folders_of_strange_names(tmp_path: Path) -> None:
+    for name in (b"a", b"\xffb"):
+        folder = os.path.join(os.fsencode(tmp_path), b"photos", name)
+        os.makedirs(folder)
+        for file in (b"\xff.png", b"x\ny.png", b"..png.png"):
+            with open(os.path.join(folder, file), "wb") as out:
+                Image.fromarray(np.full((16, 16, 3), len(file), np.uint8)).save(out, "PNG")
+    refused(lambda: find_images(tmp_path / "photos"), "cannot be printed")
+    os.rename(os.path.join(os.fsencode(tmp_path), b"photos", b"\xffb"), tmp_path / "photos" / "…b")
+    assert write_folder(tmp_path / "photos", tmp_path / "set", 8, held_out_share=0.5)["train"] == 2
+    assert open_images(tmp_path / "photos").count == 6
