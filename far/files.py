@@ -8,7 +8,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
+import time
 import unicodedata
 import zipfile
 from collections.abc import Iterator
@@ -18,6 +20,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from far.errors import InputError
+
+# Names that mkstemp makes in atomic_path: .NAME.RANDOM with NAME's suffix once more.
+_TEMPORARY = re.compile(r"\..+(\.\w+)\.[a-z0-9_]{8}\1")
 
 
 @contextlib.contextmanager
@@ -48,8 +53,24 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(*folders: Path, idle_seconds: float = 3600) -> None:
+    """Remove the temporary files of :func:`atomic_path` that killed processes left in ``folders``.
+
+    Those written to within ``idle_seconds`` stay, since another process may be at work on them; 0 is for folders that only
+    the caller writes to.
+    """
+    for folder in folders:
+        for path in folder.glob(".*"):
+            with contextlib.suppress(OSError):  # gone by now, or somebody else's
+                if _TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime >= idle_seconds:
+                    path.unlink()
+
+
 def check_writable(path: Path) -> None:
-    """Raise an :class:`InputError` now, before long work, if ``path`` could not be written at its end."""
+    """Raise an :class:`InputError` now, before long work, if ``path`` could not be written at its end.
+
+    Also removes what killed processes left beside it.
+    """
     if path.is_file() and not os.access(path, os.W_OK):
         raise InputError(f"cannot write {path}: permission denied; choose another path")
     with atomic_path(path.with_name(f".{path.name}.probe")) as temporary:
@@ -58,6 +79,7 @@ def check_writable(path: Path) -> None:
     path.with_name(f".{path.name}.probe").unlink(missing_ok=True)
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the path of a file")
+    remove_leftovers(path.parent)
 
 
 def _umask() -> int:

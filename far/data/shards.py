@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from far.errors import InputError
-from far.files import atomic_path, read_json, sha256, write_json
+from far.files import atomic_path, read_json, remove_leftovers, sha256, write_json
 
 INDEX = "index.json"
 _NUMPY_TYPES = {"U8": np.uint8, "I64": np.int64, "F16": np.float16, "F32": np.float32}
@@ -38,6 +38,7 @@ class ShardWriter:
     def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:
         self.folder = folder
         self.index: dict[str, Any] = {"meta": dict(meta), "complete": False, "cursor": 0, "shards": [], "report": {}}
+        remove_leftovers(folder, idle_seconds=0)
         if (folder / INDEX).exists():
             existing = _read_index(folder / INDEX)
             if existing["meta"] != json.loads(json.dumps(self.index["meta"])):

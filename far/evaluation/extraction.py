@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from far.errors import InputError
 from far.evaluation.features import Extractor
+from far.files import remove_leftovers
 from far.weights import read_tensors, save_tensors
 
 PART = 100
@@ -39,6 +40,7 @@ def extract_parts(
     Raises:
         InputError: a feature is not finite.
     """
+    remove_leftovers(folder)
     rank, processes = share
     parts = part_ranges(count)
     mine = [index for index in range(rank, len(parts), processes) if not part_path(folder, parts[index]).exists()]

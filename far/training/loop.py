@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from far.errors import InputError
+from far.files import atomic_path, remove_leftovers
 from far.processes import Processes
 from far.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from far.training.ema import Ema
@@ -167,6 +168,7 @@ class Trainer:
     def restore(self, resume: bool) -> None:
         """Load the newest checkpoint, or make sure that there is none to overwrite."""
         check_unused(self.folder, resume)
+        remove_leftovers(self.folder, self.checkpoints, self.folder / "samples", idle_seconds=0)
         existing = list_checkpoints(self.checkpoints)
         if existing:
             path = existing[-1][1]
@@ -185,7 +187,7 @@ class Trainer:
             raise InputError(f"{self.folder} is not the same for all processes; put the run on a disk that they share")
 
     def save(self) -> None:
-        """Write a checkpoint of the finished steps and publish the EMA weights; all processes take part."""
+        """Publish the EMA weights, and then write a checkpoint of the finished steps; all processes take part."""
         state = {
             "module": whole(self.module.state_dict()),
             "ema": self.ema.module.state_dict(),
@@ -194,8 +196,8 @@ class Trainer:
             "skipped": (self.skipped_steps, self.skipped_in_a_row),
         }
         if self.first:
-            save_checkpoint(self.checkpoints, self.step, state)
             self.task.publish(self.ema.module, self.folder, self.step)
+            save_checkpoint(self.checkpoints, self.step, state)
 
     def run(self) -> None:
         config, saved_at = self.config, self.step
@@ -204,7 +206,7 @@ class Trainer:
                 print(f"{self.folder} is already trained to step {self.step}; raise the recipe's steps to go on")
             return
         bar = tqdm(total=config.steps, initial=self.step, desc=self.folder.name, mininterval=1, disable=not self.first)
-        log = _Log(self.folder, config.tensorboard) if self.first else None
+        log = _Log(self.folder, self.step, config.tensorboard) if self.first else None
         with log or contextlib.nullcontext(), bar, _DeferredInterrupt(patient=self.processes.count > 1) as interrupt:
             meter, save_due, evaluate_due = Meter(), False, False
             # Skipped steps can be the first sign of a run that is lost. Until one is taken again, nothing is saved over what is good.
@@ -223,13 +225,14 @@ class Trainer:
                 evaluate_due |= self.step % config.evaluate_every == 0 or last
                 if self.skipped_in_a_row and not last:
                     continue
-                if save_due:
-                    self.save()
-                    saved_at, save_due = self.step, False
                 if evaluate_due and log is not None:
                     log.write({"step": self.step, **self.task.evaluate(self.ema.module, self.folder, self.step)})
                     meter.restart()
                 evaluate_due = False
+                # At the end, since a run goes on after its checkpoint: all else of this step must be done by then.
+                if save_due:
+                    self.save()
+                    saved_at, save_due = self.step, False
         if self.step < config.steps:
             if saved_at != self.step:
                 self.save()
@@ -346,11 +349,18 @@ class Meter:
 
 
 class _Log:
-    """Appends to ``log.jsonl``, and to TensorBoard where asked for."""
+    """Appends to ``log.jsonl``, and to TensorBoard where asked for.
 
-    def __init__(self, folder: Path, tensorboard: bool) -> None:
+    What the file says of steps after ``step`` is removed first: they were not saved, and will be written again.
+    """
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
+        self.path = folder / "log.jsonl"
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            with atomic_path(self.path) as temporary:
+                temporary.write_text("".join(line for line in lines if _step(line) <= step), encoding="utf-8")
         self.board = None
         if tensorboard:
             try:
@@ -360,8 +370,11 @@ class _Log:
             self.board = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, entry: dict[str, float]) -> None:
-        self.file.write(json.dumps({"time": round(time.time(), 1), **entry}) + "\n")
-        self.file.flush()
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"time": round(time.time(), 1), **entry}) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}; free some space, then --resume") from error
         if self.board is not None:
             for name, value in entry.items():
                 self.board.add_scalar(name, value, entry["step"])
@@ -370,9 +383,16 @@ class _Log:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
         if self.board is not None:
             self.board.close()
+
+
+def _step(line: str) -> float:
+    """The step of a line of ``log.jsonl``; infinity if it is cut off, by a full disk or with the machine."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class _DeferredInterrupt:

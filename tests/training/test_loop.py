@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -159,6 +160,52 @@ def test_a_cut_checkpoint_is_refused_and_the_one_before_resumes(recipe: Path, tm
     newest.unlink()
     assert main(["train", str(recipe), "--resume"]) == 0
     assert final_state(tmp_path / "run/model")["step"] == 20
+
+
+@pytest.mark.parametrize("dies", ["evaluate", "publish"])
+def test_a_run_that_dies_in_what_follows_its_last_step_is_not_finished(
+    dies: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def die(task: GeneratorTask, ema: torch.nn.Module, folder: Path, step: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GeneratorTask, dies, die)
+        assert main(["train", str(recipe), "generator.training.checkpoint_every=20"]) == 130
+    assert main(["train", str(recipe), "--resume"]) == 0
+    assert "already trained" not in capsys.readouterr().out
+    config = json.loads((tmp_path / "run/model/config.json").read_text())
+    assert config["training"]["finished steps"] == config["results"]["step"] == 20
+    assert (tmp_path / "run/model/samples/step-00000020.png").exists()
+
+
+def test_a_log_goes_on_after_the_checkpoint_without_what_was_not_saved(recipe: Path, tmp_path: Path) -> None:
+    def entries() -> list[tuple[int, bool]]:
+        lines = [json.loads(line) for line in (tmp_path / "run/model/log.jsonl").read_text().splitlines()]
+        return [(entry["step"], "loss" in entry) for entry in lines]
+
+    assert main(["train", str(recipe)]) == 0
+    whole = entries()
+    assert whole == [(5, True), (10, True), (15, True), (20, True), (20, False)]
+    list_checkpoints(tmp_path / "run/model/checkpoints")[-1][1].unlink()  # as if killed before it was written
+    with (tmp_path / "run/model/log.jsonl").open("a") as file:
+        file.write('{"time": 1.0, "step": 2')  # and a line cut off
+    assert main(["train", str(recipe), "--resume"]) == 0
+    assert entries() == whole
+
+
+def test_a_log_that_a_full_disk_cut_off_goes_on(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    log = tmp_path / "run/model/log.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # in bytes; the first line is longer
+    try:
+        assert main(["train", str(recipe)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"cannot write {log}: File too large; free some space, then --resume" in capsys.readouterr().err
+    assert log.stat().st_size == 100
+    assert main(["train", str(recipe), "--resume"]) == 0
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [5, 10, 15, 20, 20]
 
 
 def test_resuming_with_another_network_is_refused(recipe: Path, capsys: pytest.CaptureFixture) -> None:
