@@ -1,7 +1,7 @@
 # make generate: install, draw a grid of images    make check: lint, format, types
 # make test:     install, run the tests            make bench: the README's speed figures
-# make soak:     the long tests: thousands of damaged files, runs under load
 # make results:  regenerate docs/results.md's tables and plots; TRAIN=1 trains first (hours), TIMES=1 measures the seconds again
+# make soak:     the tests that take many minutes: kills, damaged files, all heads in all formats, the demo under load
 # make wheel:    build dist/: what `pip install` takes    make matrix: the tests under each Python 3.10 to 3.13 that is here
 # make notebook: run notebooks/quickstart.ipynb in place    make lock: requirements.lock anew, from PyPI
 # make docs:     the documentation as a site, in site/
@@ -21,7 +21,7 @@ test: $(VENV)/installed-dev $(VENV)/browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 soak: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -106,17 +106,12 @@ def causal_diffusion_folder(tmp_path_factory: pytest.TempPathFactory, autoencode
     return save_diffusion_model(network, autoencoder_folder, tmp_path_factory.mktemp("causal-diffusion"))
 
 
-@pytest.fixture
-def recipe(tmp_path: Path, image_set: Path, autoencoder_folder: Path, latents_folder: Path) -> Path:
-    """A recipe that trains the tiny model on the shared cache, in a run folder of its own."""
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "latents").symlink_to(latents_folder)
-    path = tmp_path / "recipe.yaml"
+def write_recipe(path: Path, data: Path, run: Path, autoencoder: Path) -> Path:
+    """A recipe that trains the tiny model."""
     path.write_text(f"""
-data: {image_set}
+data: {data}
 run: {run}
-autoencoder_from: {autoencoder_folder}
+autoencoder_from: {autoencoder}
 generator:
   network:
     patch: 2
@@ -129,3 +124,12 @@ generator:
   evaluation: {{images: 6, references: 12, grid_per_class: 1}}
 """)
     return path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, image_set: Path, autoencoder_folder: Path, latents_folder: Path) -> Path:
+    """A recipe that trains the tiny model on the shared cache, in a run folder of its own."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "latents").symlink_to(latents_folder)
+    return write_recipe(tmp_path / "recipe.yaml", image_set, run, autoencoder_folder)

@@ -1,0 +1,240 @@
+"""What a long command meets with and goes on after, to what a run that was left alone gives: ``kill -9``, and a full disk.
+
+`make test` kills each command once at a random moment, `make soak` each often enough for more than fifty kills in all.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, draw_images, write_recipe
+from PIL import Image
+from safetensors.torch import load_file
+
+from far.training.checkpoint import load_checkpoint
+
+# Runs each command in a process of its own, forked when all is imported, so that kills hit work. Until the process is waited
+# for nobody else has its number. Shards and parts of few rows are many to be killed between.
+SERVER = f"""
+import json, os, resource, sys, time
+import torch._dynamo
+import far.data.folders, far.data.latents, far.evaluation.extraction
+from far.cli.main import main
+far.data.folders._SHARD_BYTES = 2 * 3 * 16 * 16
+far.data.latents.SHARD_ROWS = far.evaluation.extraction.PART = 2
+for line in sys.stdin:
+    folder, arguments, seconds, largest = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        said = os.open("../said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        if largest is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+        status = main(arguments)
+        sys.stdout.flush()
+        os._exit(status)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, {int(signal.SIGKILL)})
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+KILLED = -signal.SIGKILL
+LOOP = ["steps=8", "batch_size=8", "warmup_steps=5", "log_every=1", "checkpoint_every=2", "evaluate_every=8", "dtype=float32"]
+AUTOENCODER = ["width=8", "width_multipliers=[1,1,2]", "blocks=1", "latent_channels=2", "norm_groups=4"]
+
+
+class Alone(NamedTuple):
+    """What a run gives that is left alone: its files, their sizes, and the seconds that it takes."""
+
+    files: dict[str, Any]
+    sizes: list[int]
+    seconds: float
+
+
+class Work:
+    """Every command that goes on where it stopped, run each in a folder of its own."""
+
+    def __init__(self, folder: Path, latents: Path, commands: dict[str, list[object]]) -> None:
+        self.folder, self.latents, self.commands = folder, latents, commands
+        self._alone: dict[str, Alone] = {}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def prepare(self, name: str, folder: Path) -> Path:
+        """What a command reads in the folder it runs in."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if name == "train":
+            (folder / "run").mkdir()
+            (folder / "run" / "latents").symlink_to(self.latents)
+        return folder
+
+    def run(self, name: str, folder: Path, *, seconds: float | None = None, largest: int | None = None) -> tuple[int, str]:
+        """Status and output of a command that is killed after so many seconds, or cannot write files larger than so many bytes."""
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        job = [str(folder), list(map(str, self.commands[name])), seconds, largest]
+        print(json.dumps(job), file=self.server.stdin, flush=True)
+        status = int(self.server.stdout.readline())
+        return status, (folder.parent / "said").read_text()
+
+    def alone(self, name: str) -> Alone:
+        if name not in self._alone:
+            folder = self.prepare(name, self.folder / name)
+            start = time.perf_counter()
+            status, said = self.run(name, folder)
+            seconds = time.perf_counter() - start
+            assert status == 0, said
+            sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+            self._alone[name] = Alone(contents(folder), sizes, seconds)
+        return self._alone[name]
+
+
+@pytest.fixture(scope="module")
+def work(
+    image_set: Path,
+    autoencoder_folder: Path,
+    latents_folder: Path,
+    pipeline_folder: Path,
+    diffusion_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Work]:
+    folder = tmp_path_factory.mktemp("work")
+    pixels, labels = draw_images(60, 2)
+    for index, (image, label) in enumerate(zip(pixels, labels)):
+        path = folder / "pictures" / CLASSES[label] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.numpy()).save(path)
+    recipe = write_recipe(folder / "recipe.yaml", image_set, Path("run"), autoencoder_folder)
+    whole = ["autoencoder_from=null", *(f"autoencoder.model.{value}" for value in AUTOENCODER)]
+    autoencoder_loop, loop = ([f"{part}.training.{value}" for value in LOOP] for part in ("autoencoder", "generator"))
+    distill_loop = [f"training.{value}" for value in LOOP] + ["training.batch_size=64", "trajectories.images=512"]
+    work = Work(
+        folder,
+        latents_folder,
+        {
+            "data": ["data", "folder", folder / "pictures", "set", "--size", 16],
+            "train-autoencoder": ["train-autoencoder", recipe, *whole, *autoencoder_loop, "--resume"],
+            "cache": ["cache", recipe],
+            "train": ["train", recipe, *loop, "--resume"],
+            "distill": ["distill", diffusion_folder, "student", *distill_loop, "--resume"],
+            "evaluate": [
+                *("evaluate", "--weights", pipeline_folder, "--count", 60, "--save-npz", "samples.npz"),
+                *("--reference", image_set, "--cache", "cache"),
+            ],
+            "generate": ["generate", "--weights", pipeline_folder, "--count", 90, "--batch-size", 3, "--out", "images"],
+        },
+    )
+    with work.server:
+        yield work
+
+
+NAMES = ["data", "train-autoencoder", "cache", "train", "distill", "evaluate", "generate"]
+
+
+def plain(value: Any) -> Any:
+    """Tensors within a value as what can be compared bit by bit."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [plain(entry) for entry in value]
+    return (value.dtype, value.shape, value.numpy().tobytes()) if isinstance(value, torch.Tensor) else value
+
+
+def read(path: Path) -> Any:
+    """What a file holds, but for times; a file that is not whole is an error."""
+    if path.name == "log.jsonl":
+        varying = ("time", "images_per_second", "loader_share")
+        return [{name: value for name, value in json.loads(line).items() if name not in varying} for line in path.read_text().splitlines()]
+    if path.name == "result.json":
+        found = json.loads(path.read_text())
+        return {name: found[name] for name in ("figures", "judged", "reference")}
+    if path.suffix == ".pt":
+        return plain(load_checkpoint(path))
+    if path.suffix == ".npz":
+        with np.load(path) as arrays:
+            return {name: arrays[name].tolist() for name in arrays.files}
+    if path.suffix == ".json":
+        json.loads(path.read_text())
+    if path.suffix == ".safetensors":
+        load_file(path)
+    if path.suffix == ".png":
+        with Image.open(path) as image:
+            image.load()
+    return path.read_bytes()
+
+
+def contents(folder: Path, *, hidden: bool = True) -> dict[str, Any]:
+    """Every file of a folder."""
+    files = [path for path in folder.rglob("*") if path.is_file() and (hidden or not path.name.startswith("."))]
+    return {str(path.relative_to(folder)): read(path) for path in files}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.soak)])
+def test_a_killed_command_goes_on(kills: int, name: str, work: Work, tmp_path: Path) -> None:
+    expected, _, seconds = work.alone(name)
+    draw = random.Random(f"{name} {kills}")
+    done, begun, finished = 0, 0, True
+    while done < kills or not finished:
+        fresh = finished
+        if fresh:
+            begun += 1
+            folder = work.prepare(name, tmp_path / f"killed-{begun}")
+        moment = draw.uniform(0, seconds) if done < kills else None
+        status, said = work.run(name, folder, seconds=moment)
+        assert status == 0 or (status == KILLED and moment is not None), said
+        finished = status == 0
+        if finished:
+            assert contents(folder) == expected
+            if fresh and moment is not None:
+                seconds = moment  # the machine is faster now: later would be too late
+        else:
+            done += 1
+            contents(folder, hidden=False)
+            for path in folder.rglob(".*"):  # somebody comes back the next day
+                os.utime(path, (time.time() - 86400,) * 2)
+    print(f"far {name}: {done} kills in {begun} runs, each with the same {len(expected)} files at its end")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("disk", ["limited", pytest.param("small", marks=pytest.mark.soak)])
+def test_a_full_disk_is_one_line_and_with_more_space_the_command_goes_on(disk: str, name: str, work: Work, tmp_path: Path) -> None:
+    expected, sizes, _ = work.alone(name)
+    folder = tmp_path / "disk" / "full"
+    folder.mkdir(parents=True)
+    if disk == "small":
+        pages = sum(-(-size // 4096) for size in sizes)
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={pages // 2 * 4096}", "far-test", folder], capture_output=True).returncode:
+            pytest.skip("only root can mount a small disk")
+    try:
+        work.prepare(name, folder)
+        # Without a disk of one's own: nothing can become as large as the largest file will be.
+        status, said = work.run(name, folder, largest=max(sizes) - 1 if disk == "limited" else None)
+        assert status == 2, said
+        assert "Traceback" not in said
+        (line,) = [line for line in said.splitlines() if line.startswith("far:")]
+        assert "cannot write" in line
+        assert "space" in line
+        assert not [path for path in contents(folder) if Path(path).name.startswith(".")]
+        if disk == "small":
+            subprocess.run(["mount", "-o", "remount,size=64m", folder], check=True)
+        status, said = work.run(name, folder)
+        assert status == 0, said
+        assert contents(folder) == expected
+    finally:
+        if disk == "small":
+            subprocess.run(["umount", folder], check=True)
