@@ -1,0 +1,16 @@
+"""The demo under eight visitors who never pause: its memory stays where it is."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "demo_soak.py"
+
+
+@pytest.mark.soak
+def test_memory_is_flat() -> None:
+    found = subprocess.run([sys.executable, SCRIPT, "--minutes", "10"], capture_output=True, text=True)
+    print(found.stdout)
+    assert found.returncode == 0, found.stdout + found.stderr
