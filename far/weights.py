@@ -164,7 +164,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if metadata and "format" not in metadata and metadata != {"sha256": _digest(tensors)}:
             raise ValueError("its checksum differs")
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path} is missing or damaged ({error}); restore or remake it") from error
+        raise InputError(f"{path} is missing or damaged ({' '.join(str(error).split())}); restore or remake it") from error
     return tensors
 
 

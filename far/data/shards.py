@@ -203,4 +203,4 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
             for name, entry in header.items()
         }
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"{path} is missing or damaged ({error}); remove its folder and make it again") from error
+        raise InputError(f"{path} is missing or damaged ({' '.join(str(error).split())}); remove its folder and make it again") from error

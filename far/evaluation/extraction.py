@@ -90,7 +90,7 @@ def read_part(folder: Path, rows: range, name: str) -> Tensor:
     try:
         tensors = read_tensors(path)
     except InputError as error:
-        raise InputError(f"{error}: remove it and run the same command again") from error
+        raise InputError(f"{error}, or remove it and run the same command again") from error
     if name not in tensors or len(tensors[name]) != len(rows):
         raise InputError(f"{path} is damaged (it lacks {name} of {len(rows)} images); remove it and run the same command again")
     return tensors[name]

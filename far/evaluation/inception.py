@@ -7,6 +7,7 @@ last block pools by maximum, and images are enlarged by TensorFlow 1's rule. The
 """
 
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from far.errors import InputError
 from far.evaluation.features import FID_NETWORK
-from far.files import sha256
+from far.files import check_zip, sha256
 
 INPUT_SIZE = 299
 CLASSES = 1008
@@ -215,6 +216,8 @@ def load_inception(path: Path) -> InceptionV3:
     """
     remedy = "get pt_inception-2015-12-05-6726825d.pth, as published for pytorch-fid"
     try:
+        if zipfile.is_zipfile(path):
+            check_zip(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist; {remedy}") from error

@@ -267,8 +267,9 @@ def test_a_thin_picture_does_not_become_a_large_one(tmp_path: Path) -> None:
         "data: 2020-99-99",
         "data: " + "[" * 5000,
         "data: " + "9" * 5000,
-        "a: &a [x, x, x, x, x, x, x, x, x]\n"
-        + "".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")),
+        "run: a\ndata: [&a [x, x, x, x, x, x, x, x, x]"
+        + "".join(f", &{b} [{', '.join(['*' + a] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi"))
+        + "]",
         "data: &x {run: *x}\nrun: a",
         "data: a\nrun: b\ngenerator: {training: {learning_rate: .inf}}",
         "data: a\nrun: b\ngenerator: {training: {seed: 36893488147419103232}}",
