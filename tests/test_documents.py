@@ -182,7 +182,7 @@ def check_command(words: list[str]) -> None:
     if program == "torchrun":
         assert rest[rest.index("-m") + 1] == "far"
         rest = [word for word in rest[rest.index("-m") + 2 :] if word != "…"]
-        check_far(rest if "--reference" in rest else [*rest, "--reference", "any"])
+        check_far(rest if rest[0] != "evaluate" or "--reference" in rest else [*rest, "--reference", "any"])
     elif program == "far":
         check_far(rest)
     elif program == "python" and rest[0] == "-m":

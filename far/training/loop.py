@@ -70,6 +70,8 @@ class LoopConfig:
         for name in ("steps", "batch_size", "micro_batches", "learning_rate", "gradient_clip", "max_skipped_steps", *every):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} {getattr(self, name)} must be positive")
+        if self.parallel == "fsdp" and self.dtype == "float16":
+            raise InputError("dtype float16 with parallel fsdp: each shard would scale its losses by itself; take bfloat16, or ddp")
         if self.batch_size % self.micro_batches:
             raise InputError(f"micro_batches {self.micro_batches} must divide the batch_size {self.batch_size}")
         if not 0 <= self.seed < 2**40:

@@ -130,5 +130,7 @@ def test_what_cannot_be_shared_is_told(recipe: Path, capsys: pytest.CaptureFixtu
     assert not (recipe.parent / "run" / "odd").exists()
     assert main(["train", str(recipe), "generator.training.micro_batches=3"]) == 2
     assert "micro_batches 3 must divide the batch_size 8" in capsys.readouterr().err
+    assert main(["train", str(recipe), "generator.training.parallel=fsdp", "generator.training.dtype=float16"]) == 2
+    assert "float16 with parallel fsdp" in capsys.readouterr().err
     assert main(["train", str(recipe), "generator.training.micro_batches=0"]) == 2
     assert "micro_batches 0 must be positive" in capsys.readouterr().err
