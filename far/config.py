@@ -81,7 +81,7 @@ def _as_float(value: int | float) -> float:
 
 def _shown(value: Any) -> str:
     """``repr``, but of a few items only: one of YAML can repeat itself to any length."""
-    return reprlib.repr(value) if isinstance(value, list | tuple | dict | set) else repr(value)
+    return reprlib.repr(value)[:200] if isinstance(value, list | tuple | dict | set) else repr(value)
 
 
 def check_count(name: str, value: int, most: int = 2**16) -> None:

@@ -81,7 +81,7 @@ def test_a_value_that_repeats_itself_is_shown_in_part() -> None:
         value = [value] * 9
     with pytest.raises(InputError) as caught:
         from_dict(Outer, {"path": value}, "test")
-    assert len(str(caught.value)) < 100_000
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_the_kind_chooses_the_backbone() -> None:
         ({"kind": "casual"}, "test: backbone: kind is 'casual', expected 'masked' or 'causal'"),
         ({"kind": ["causal"]}, "test: backbone: kind is ['causal'], expected 'masked' or 'causal'"),
         ({"kind": "causal", "encoder_depth": 3}, "test: backbone: unknown key 'encoder_depth'"),
-        ({"kind": "causal", "heads": 5}, "width 768 must be a positive multiple of heads 5"),
+        ({"kind": "causal", "heads": 5}, "test: backbone: width 768 must be a positive multiple of heads 5"),
         (5, "test: backbone is 5, expected"),
     ],
 )

@@ -181,7 +181,7 @@ def test_wrong_weights_are_refused(tmp_path: Path) -> None:
     save_file({**tensors, "encoder.more": tensors[key].clone()}, path)
     refused("holds the tensor 'encoder.more'")
     path.write_bytes(whole[:-1])
-    refused("diffusion_pytorch_model.safetensors is damaged")
+    refused("diffusion_pytorch_model.safetensors is missing or damaged")
     path.rename(tmp_path / "diffusion_pytorch_model.bin")
     refused("diffusion_pytorch_model.safetensors does not exist, and pickles are not read")
     (tmp_path / "config.json").unlink()

@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -60,12 +59,6 @@ class DistillationTask:
     def __init__(self, teacher: Pipeline, config: DistillationConfig, trajectories: Path) -> None:
         self.teacher, self.config = teacher, config
         self.rows = ShardReader(trajectories, "trajectories", verify=True)
-        model, number, half = teacher.model, np.int64, np.float16
-        tokens, channels, width = model.config.tokens, model.config.token_channels, model.backbone.width
-        wanted = min(config.trajectories.tokens_per_image, tokens)
-        per_image = {"tokens": (half, (tokens, channels)), "labels": (number, ()), "order": (number, (tokens,)), "known": (number, ())}
-        per_wanted = {"wanted": (number, ()), "z": (half, (width,)), "scale": (half, ()), "paths": (half, (POINTS, channels))}
-        self.rows.require({**per_image, **{name: (kind, (wanted, *shape)) for name, (kind, shape) in per_wanted.items()}})
         self.groups = len(self.rows) // GROUP - 1  # the last one is held out
         self.module = _student(teacher.model, config)
         self.adapters: list[nn.Parameter] = []
