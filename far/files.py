@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
-import re
+import shutil
 import tempfile
 import time
 import unicodedata
@@ -21,25 +21,26 @@ from safetensors import SafetensorError
 
 from far.errors import InputError
 
-# Names that mkstemp makes in atomic_path: .NAME.RANDOM with NAME's suffix once more.
-_TEMPORARY = re.compile(r"\..+(\.\w+)\.[a-z0-9_]{8}\1")
+# What the folders of atomic_path are called.
+_LEFTOVER = ".*.far"
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success rename it to ``path``, else remove it.
 
+    It is in a folder of its own, as safetensors makes temporary files beside what it writes.
+
     Raises:
         InputError: the folder cannot be made or written, or the disk is full.
     """
-    temporary = None
+    folder = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise InputError(f"{path} is a folder; give the path of a file")
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".far"))
+        temporary = folder / path.name
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         with temporary.open("rb") as written:
@@ -49,21 +50,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot write {path}: {reason}; check the path, its permissions and the free space") from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_leftovers(*folders: Path, idle_seconds: float = 3600) -> None:
-    """Remove the temporary files of :func:`atomic_path` that killed processes left in ``folders``.
+    """Remove what killed processes left in ``folders`` within :func:`atomic_path`.
 
-    Those written to within ``idle_seconds`` stay, since another process may be at work on them; 0 is for folders that only
+    What was written to within ``idle_seconds`` stays, since another process may be at work on it; 0 is for folders that only
     the caller writes to.
     """
-    for folder in folders:
-        for path in folder.glob(".*"):
-            with contextlib.suppress(OSError):  # gone by now, or somebody else's
-                if _TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime >= idle_seconds:
-                    path.unlink()
+    for left in (left for folder in folders for left in folder.glob(_LEFTOVER)):
+        with contextlib.suppress(OSError):  # gone by now, or somebody else's
+            written = max(path.stat().st_mtime for path in (left, *left.iterdir()))
+            if time.time() - written >= idle_seconds:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def check_writable(path: Path) -> None:

@@ -8,27 +8,31 @@ from far.files import atomic_path, check_writable, remove_leftovers
 
 
 def leave(path: Path, seconds: float) -> Path:
-    """The temporary file of a process that died so long ago."""
+    """What a process leaves that died so long ago."""
     before = set(path.parent.iterdir())
     if (child := os.fork()) == 0:
-        with atomic_path(path):
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
             os._exit(0)
     os.waitpid(child, 0)
-    (temporary,) = set(path.parent.iterdir()) - before
-    os.utime(temporary, (time.time() - seconds,) * 2)
-    return temporary
+    (left,) = set(path.parent.iterdir()) - before
+    for written in (left / path.name, left):
+        os.utime(written, (time.time() - seconds,) * 2)
+    return left
 
 
 def test_leftovers_go_once_nobody_can_be_at_work_on_them(tmp_path: Path) -> None:
     for name in ("config.json", "step-00000010.pt", "a.b.png"):
         leave(tmp_path / name, 7200)
     young = leave(tmp_path / "config.json", 60)
-    others = [tmp_path / name for name in (".config.json", ".bashrc", ".hidden.12345678", ".a.json.12345678.png", "a.json.12345678.json")]
+    written = leave(tmp_path / "model.safetensors", 7200)
+    os.utime(written / "model.safetensors")  # still growing
+    others = [tmp_path / name for name in (".config.json", ".bashrc", ".notes.far", "notes.far")]
     for path in others:
         path.write_text("of somebody else")
         os.utime(path, (0, 0))
     remove_leftovers(tmp_path, tmp_path / "nowhere")
-    assert set(tmp_path.iterdir()) == {young, *others}
+    assert set(tmp_path.iterdir()) == {young, written, *others}
     remove_leftovers(tmp_path, idle_seconds=0)
     assert set(tmp_path.iterdir()) == set(others)
 

@@ -185,7 +185,7 @@ def test_a_cache_that_does_not_exist_names_the_command(recipe: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["training.batch_size=100"], ["training.batch_size 100", "multiple of 64"]),
+        (["training.batch_size=100"], ["training.batch_size / micro_batches is 100", "multiple of 64"]),
         (["trajectories.images=64"], ["trajectories.images 64", "more than 64"]),
         (["trajectories.images=0"], ["images 0", "positive"]),
         (["trajectories.max_guidance=1"], ["max_guidance 1", "above 1"]),

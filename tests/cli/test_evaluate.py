@@ -165,7 +165,7 @@ def test_two_processes(tmp_path: Path, pipeline_folder: Path, image_set: Path) -
         (["--weights", "{model}", "--reference", "{images}", "--save-npz", "x.NPZ"], "--save-npz x.NPZ: give a name that ends in .npz"),
         (["--images", "{images}", "--reference", "{file}"], "is no folder and no .npz"),
         (["--npz", "{cut}", "--reference", "{images}"], "is damaged or no .npz"),
-        (["--npz", "{flipped}", "--reference", "{images}"], "the checksum of arr_0.npy differs"),
+        (["--npz", "{flipped}", "--reference", "{images}"], "the checksum of 'arr_0.npy' differs"),
         (["--npz", "{packed}", "--reference", "{images}"], "is damaged"),
         (["--npz", "{pickled}", "--reference", "{images}"], "pickled objects, which are not loaded"),
         (["--images", "{images}", "--reference", "{nan}"], "features hold values that are not finite numbers"),
