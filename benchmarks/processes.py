@@ -1,0 +1,62 @@
+"""Training by one process and by two, a thread each: images a second, in turn.
+
+    python benchmarks/processes.py
+
+Steps of recipes/avatars-64.yaml (after far cache) in two micro-batches, batch 128, seed 0, on the CPU; two cores must be free.
+The checkpoint and the judgement at the end are not in the time.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from far.benchmark import machine
+
+STEPS = 20
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+WAYS = {"1 process": ([], "ddp"), "2 processes, DDP": (TORCHRUN, "ddp"), "2 processes, FSDP2": (TORCHRUN, "fsdp")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--latents", type=Path, default=Path("runs/avatars-64/latents"))
+    parser.add_argument("--rounds", type=int, default=2)
+    arguments = parser.parse_args()
+    rates: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(arguments.rounds):
+        for way in WAYS:
+            rates[way].append(images_per_second(way, arguments.latents))
+    print(f"{machine()}; a thread a process\n\n| way | images/s | times one process |\n|---|---|---|")
+    one = statistics.median(rates["1 process"])
+    for way, found in rates.items():
+        print(f"| {way} | {statistics.median(found):.0f} ({min(found):.0f} to {max(found):.0f}) | {statistics.median(found) / one:.2f} |")
+
+
+def images_per_second(way: str, latents: Path) -> float:
+    """Of the second half of the steps, as logged."""
+    launcher, parallel = WAYS[way]
+    values = {"steps": STEPS, "log_every": STEPS // 2, "micro_batches": 2, "parallel": parallel}
+    with tempfile.TemporaryDirectory() as run:
+        (Path(run) / "latents").symlink_to(latents.resolve())
+        overrides = [
+            f"run={run}",
+            "autoencoder_from=far/bundled/avatars-64",
+            "generator.evaluation.images=16",
+            "generator.evaluation.references=16",
+        ]
+        overrides += [f"generator.training.{name}={value}" for name, value in values.items()]
+        command = [sys.executable, *launcher, "-m", "far", "train", "recipes/avatars-64.yaml", *overrides]
+        subprocess.run(
+            command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        entries = [json.loads(line) for line in (Path(run) / "model" / "log.jsonl").read_text().splitlines()]
+    return float([entry["images_per_second"] for entry in entries if "images_per_second" in entry][-1])
+
+
+if __name__ == "__main__":
+    main()
