@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from far.errors import InputError
 
-# What the folders of atomic_path are called.
+# What the folders of atomic_path and atomic_folder are called.
 _LEFTOVER = ".*.far"
 
 
@@ -54,8 +54,40 @@ def atomic_path(path: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside ``path``; on success rename it to ``path``, in place of what is there, else remove it.
+
+    Raises:
+        InputError: the folder cannot be made or renamed.
+    """
+    folder = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".far"))
+        temporary = folder / path.name
+        temporary.mkdir()
+        yield temporary
+        remove_folder(path)
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; check the path, its permissions and the free space") from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that nobody finds a part of it; nothing where there is none."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.old.far")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.replace(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
 def remove_leftovers(*folders: Path, idle_seconds: float = 3600) -> None:
-    """Remove what killed processes left in ``folders`` within :func:`atomic_path`.
+    """Remove what killed processes left in ``folders`` within :func:`atomic_path` or :func:`atomic_folder`.
 
     What was written to within ``idle_seconds`` stays, since another process may be at work on it; 0 is for folders that only
     the caller writes to.
@@ -93,6 +125,11 @@ def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def json_digest(value: Any) -> str:
+    """The SHA-256 of a value that JSON can hold, in hexadecimal; the order of keys is not in it."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: Path) -> Any:

@@ -16,12 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from conftest import CLASSES, draw_images, write_recipe
 from PIL import Image
 from safetensors.torch import load_file
-
-from far.training.checkpoint import load_checkpoint
 
 # Runs each command in a process of its own, forked when all is imported, so that kills hit work. Until the process is waited
 # for nobody else has its number. Shards and parts of few rows are many to be killed between.
@@ -145,15 +142,6 @@ def work(
 NAMES = ["data", "train-autoencoder", "cache", "train", "distill", "evaluate", "generate"]
 
 
-def plain(value: Any) -> Any:
-    """Tensors within a value as what can be compared bit by bit."""
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [plain(entry) for entry in value]
-    return (value.dtype, value.shape, value.numpy().tobytes()) if isinstance(value, torch.Tensor) else value
-
-
 def read(path: Path) -> Any:
     """What a file holds, but for times; a file that is not whole is an error."""
     if path.name == "log.jsonl":
@@ -162,8 +150,6 @@ def read(path: Path) -> Any:
     if path.name == "result.json":
         found = json.loads(path.read_text())
         return {name: found[name] for name in ("figures", "judged", "reference")}
-    if path.suffix == ".pt":
-        return plain(load_checkpoint(path))
     if path.suffix == ".npz":
         with np.load(path) as arrays:
             return {name: arrays[name].tolist() for name in arrays.files}

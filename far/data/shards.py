@@ -6,7 +6,6 @@ SHA-256, so writing can stop anywhere and go on later. Reading goes through memo
 What the rows mean (images, moments) is the business of the modules that write them.
 """
 
-import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from far.errors import InputError
-from far.files import atomic_path, read_json, remove_leftovers, sha256, write_json
+from far.files import atomic_path, json_digest, read_json, remove_leftovers, sha256, write_json
 
 INDEX = "index.json"
 _NUMPY_TYPES = {"U8": np.uint8, "I64": np.int64, "F16": np.float16, "F32": np.float32}
@@ -145,7 +144,7 @@ def _read_index(path: Path) -> dict[str, Any]:
         not isinstance(index, dict)
         or index.keys() != wanted.keys()
         or any(not isinstance(index[key], kind) for key, kind in wanted.items())
-        or digest not in (None, _digest(index))
+        or digest not in (None, json_digest(index))
         or not all(_is_shard(shard, number) for number, shard in enumerate(index["shards"]))
     ):
         raise InputError(f"{path} is damaged; remove its folder and make it again")
@@ -153,11 +152,7 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 
 def _write_index(path: Path, index: dict[str, Any]) -> None:
-    write_json(path, {**index, "sha256": _digest(index)})
-
-
-def _digest(index: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+    write_json(path, {**index, "sha256": json_digest(index)})
 
 
 def _shard_name(number: int) -> str:

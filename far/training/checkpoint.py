@@ -1,56 +1,185 @@
 """Training checkpoints: everything that resuming needs, written atomically, the newest two kept.
 
-They are for going on with a run; what is published is a folder of safetensors (``far.weights``).
+A checkpoint is a folder. Each process writes the parts of tensors that it holds, as safetensors, by torch's own distributed
+checkpoints; ``index.json`` has what else there is to know, and the files' checksums. So a run goes on at any number of
+processes. What is published is another folder of safetensors (``far.weights``).
 """
 
+import contextlib
+import dataclasses
 import re
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from far.errors import InputError
-from far.files import atomic_path, check_zip
+from far.files import atomic_folder, check_zip, json_digest, read_json, remove_folder, sha256, write_json
+from far.processes import Processes
+from far.training.parallel import shards_like
 
 KEPT = 2
+_INDEX = "index.json"
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write ``state`` as ``step-00001234.pt`` and remove all but the newest two; returns the path."""
-    path = folder / f"step-{step:08d}.pt"
-    with atomic_path(path) as temporary:
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose checksums are right: the step, plain values, and the whole tensors' shapes by name.
+
+    ``tensors`` are those of a single file, as version 0.1 wrote it.
+    """
+
+    path: Path
+    step: int
+    values: dict[str, Any]
+    shapes: dict[str, list[int]]
+    tensors: dict[str, Tensor] | None = None
+
+    def fill(self, targets: dict[str, Tensor], processes: Processes = Processes()) -> None:  # noqa: B008
+        """Copy the tensors into ``targets``, whole or each process its shards; all processes take part.
+
+        Raises:
+            InputError: the targets have other names or shapes.
+        """
+        ours = {name: list(target.shape) for name, target in targets.items()}
+        differing = sorted(name for name in ours.keys() | self.shapes if ours.get(name) != self.shapes.get(name))
+        if differing:
+            name = differing[0]
+            found = f"{name} is {self.shapes.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
+            raise InputError(f"{self.path} is of another model ({found}); resume with the recipe it was made with")
+        if self.tensors is not None:
+            for name, target in targets.items():
+                target.copy_(shards_like(target, self.tensors[name]))
+            return
         try:
-            torch.save({"step": step, **state}, temporary)
-        except RuntimeError as error:  # torch reports a full disk so
-            raise InputError(f"cannot write {path}: {error}; free some space, then --resume") from error
+            with _alone(processes):
+                dcp.load(targets, storage_reader=dcp.HuggingFaceStorageReader(str(self.path)), no_dist=processes.count == 1)
+        except (Exception, CheckpointException) as error:
+            raise InputError(_damaged(self.path, _reason(error))) from error
+
+
+def named_tensors(state: dict[Any, Any], prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of nested dictionaries, by the keys that lead to them with dots between."""
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            found |= named_tensors(value, f"{prefix}{key}.")
+        elif isinstance(value, Tensor):
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    values: dict[str, Any],
+    processes: Processes = Processes(),  # noqa: B008
+) -> Path:
+    """Write ``step-00001234`` and remove all but the newest two; all processes take part. Returns the path.
+
+    Args:
+        folder: of the run's checkpoints, on a disk that all processes see.
+        step: how many are finished.
+        tensors: the same names in every process, whole or as shards.
+        values: what JSON can hold.
+        processes: those that train.
+    """
+    path = folder / f"step-{step:08d}"
+    with atomic_folder(path) if processes.rank == 0 else contextlib.nullcontext() as mine:
+        temporary = processes.gather(mine)[0]
+        assert temporary is not None
+        files = _write(path, temporary, tensors, processes)
+        if processes.rank > 0:
+            return path
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        index = {"step": step, "values": values, "shapes": shapes, "files": files}
+        write_json(temporary / _INDEX, {**index, "sha256": json_digest(index)})
     for _, old in list_checkpoints(folder)[:-KEPT]:
-        old.unlink()
+        remove_folder(old) if old.is_dir() else old.unlink()
     return path
+
+
+def _write(path: Path, temporary: Path, tensors: dict[str, Tensor], processes: Processes) -> dict[str, str]:
+    """The SHA-256 of each file that is written into ``temporary``, by name; ``path`` names it in errors."""
+    try:
+        with _alone(processes):
+            writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, no_dist=processes.count == 1)
+    except (OSError, CheckpointException) as error:
+        raise InputError(f"cannot write {path}: {_reason(error)}; free some space, then --resume") from error
+    return _digests(temporary, processes)
+
+
+def _digests(folder: Path, processes: Processes) -> dict[str, str]:
+    """The same of what is in ``folder``, each file read by one of the processes."""
+    names = processes.gather(sorted(path.name for path in folder.glob("*.safetensors")))[0]
+    mine = {name: sha256(folder / name) for name in names[processes.rank :: processes.count]}
+    return {name: digest for found in processes.gather(mine) for name, digest in found.items()}
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of every checkpoint in ``folder``, oldest first."""
     found = []
-    for path in folder.glob("step-*.pt"):
-        if match := re.fullmatch(r"step-(\d+)\.pt", path.name):
+    for path in folder.glob("step-*"):
+        if match := re.fullmatch(r"step-(\d+)(\.pt)?", path.name):
             found.append((int(match[1]), path))
     return sorted(found)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; tensors and plain values only.
+def open_checkpoint(path: Path, processes: Processes = Processes()) -> Checkpoint:  # noqa: B008
+    """Read a checkpoint against its checksums, all processes together; a file of version 0.1 onto the CPU.
 
     Raises:
-        InputError: the file is cut off, damaged, or holds anything but tensors and plain values.
+        InputError: it is cut off, damaged, or holds anything but tensors and plain values.
     """
     try:
-        check_zip(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-            raise ValueError("it is no training checkpoint")
-        return state
+        return _open_file(path) if path.is_file() else _open_folder(path, processes)
     except Exception as error:  # there is no telling how a damaged pickle fails
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"checkpoint {path} is cut off or damaged ({reason}); remove it and --resume goes on from the one before it"
-        ) from error
+        raise InputError(_damaged(path, _reason(error))) from error
+
+
+def _open_folder(path: Path, processes: Processes) -> Checkpoint:
+    index = read_json(path / _INDEX)
+    if not isinstance(index, dict) or index.pop("sha256", None) != json_digest(index):
+        raise ValueError(f"the checksum of {_INDEX} differs")
+    listed, found = index["files"], _digests(path, processes)
+    for name in listed.keys() | found:
+        if listed.get(name) != found.get(name):
+            raise ValueError(f"{name} is missing, or its checksum differs")
+    return Checkpoint(path, int(index["step"]), dict(index["values"]), dict(index["shapes"]))
+
+
+def _open_file(path: Path) -> Checkpoint:
+    check_zip(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise ValueError("it is no training checkpoint")
+    tensors = named_tensors({"module": state["module"], "ema": state["ema"], "optimizer": state["optimizer"]["state"]})
+    values = {name: state[name] for name in ("scaler", "skipped") if name in state}
+    return Checkpoint(path, state["step"], values, {name: list(tensor.shape) for name, tensor in tensors.items()}, tensors)
+
+
+@contextlib.contextmanager
+def _alone(processes: Processes) -> Iterator[None]:
+    """Without torch's warning that there is one process, where there is."""
+    with warnings.catch_warnings():
+        if processes.count == 1:
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line; of several processes' failures the first."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _damaged(path: Path, reason: str) -> str:
+    return f"checkpoint {path} is cut off or damaged ({reason}); remove it and --resume goes on from the one before it"

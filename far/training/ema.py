@@ -4,8 +4,9 @@ import copy
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from far.training.parallel import whole
+from far.training.parallel import own, whole
 
 
 class Ema:
@@ -27,6 +28,9 @@ class Ema:
         weight = 1 - self.decay_at(step)
         # What is frozen is its own average; of a backbone, reading it would take longer than training the head.
         pairs = [pair for pair in zip(self.module.parameters(), trained.parameters(), strict=True) if pair[1].requires_grad]
-        torch._foreach_lerp_([average for average, _ in pairs], whole([parameter for _, parameter in pairs]), weight)
-        for buffer, current in zip(self.module.buffers(), trained.buffers()):
-            buffer.copy_(current)
+        averages = [own(average) for average, _ in pairs]
+        # Where the average is a shard, that of the same place; else all of what may be shards.
+        current = [own(parameter) if isinstance(average, DTensor) else whole(parameter) for average, parameter in pairs]
+        torch._foreach_lerp_(averages, current, weight)
+        for buffer, now in zip(self.module.buffers(), trained.buffers()):
+            buffer.copy_(now)

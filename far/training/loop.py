@@ -26,9 +26,9 @@ from tqdm import tqdm
 from far.errors import InputError
 from far.files import atomic_path, remove_leftovers
 from far.processes import Processes
-from far.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from far.training.checkpoint import list_checkpoints, named_tensors, open_checkpoint, save_checkpoint
 from far.training.ema import Ema
-from far.training.parallel import gradients_together, load_whole, replicate, shard, whole
+from far.training.parallel import gradients_together, replicate, shard, whole, whole_copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +70,6 @@ class LoopConfig:
         for name in ("steps", "batch_size", "micro_batches", "learning_rate", "gradient_clip", "max_skipped_steps", *every):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} {getattr(self, name)} must be positive")
-        if self.parallel == "fsdp" and self.dtype == "float16":
-            raise InputError("dtype float16 with parallel fsdp: each shard would scale its losses by itself; take bfloat16, or ddp")
         if self.batch_size % self.micro_batches:
             raise InputError(f"micro_batches {self.micro_batches} must divide the batch_size {self.batch_size}")
         if not 0 <= self.seed < 2**40:
@@ -156,7 +154,7 @@ class Trainer:
         self.ema = Ema(self.module, config.ema_decay)
         self.losses: nn.Module = Losses(task)
         if processes.count > 1:
-            self.losses = shard(self.losses, self.module) if config.parallel == "fsdp" else replicate(self.losses)
+            self.losses = shard(self.losses, self.module, self.ema.module) if config.parallel == "fsdp" else replicate(self.losses)
         self.optimizer = torch.optim.AdamW(task.parameter_groups(config), betas=(0.9, 0.95), fused=True)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         # Gradients of float16 fall below its smallest number; those of a scaled loss do not.
@@ -172,34 +170,47 @@ class Trainer:
         check_unused(self.folder, resume)
         remove_leftovers(self.folder, self.checkpoints, self.folder / "samples", idle_seconds=0)
         existing = list_checkpoints(self.checkpoints)
-        if existing:
-            path = existing[-1][1]
-            state = load_checkpoint(path)
-            try:
-                load_whole(self.module, self.optimizer, state["module"], state["optimizer"])
-                self.ema.module.load_state_dict(state["ema"])
-            except Exception as error:  # torch checks little of what it is given
-                reason = " ".join(str(error).split())[:200]
-                raise InputError(f"{path} is of another model ({reason}); resume with the recipe it was made with") from error
-            if state.get("scaler"):  # none in runs of another dtype, nor of version 0.1
-                self.scaler.load_state_dict(state["scaler"])
-            self.step = state["step"]
-            self.skipped_steps, self.skipped_in_a_row = state.get("skipped", (0, 0))
-        if len(set(self.processes.gather(self.step))) > 1:
+        if len(set(self.processes.gather(tuple(existing)))) > 1:
             raise InputError(f"{self.folder} is not the same for all processes; put the run on a disk that they share")
+        if existing:
+            saved = open_checkpoint(existing[-1][1], self.processes)
+            self._make_optimizer_state(saved.shapes)
+            saved.fill(self._tensors(), self.processes)
+            if saved.values.get("scaler"):  # none in runs of another dtype, nor of version 0.1
+                self.scaler.load_state_dict(saved.values["scaler"])
+            self.step = saved.step
+            self.skipped_steps, self.skipped_in_a_row = saved.values.get("skipped", (0, 0))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that training changes, by name; changes in place are taken over."""
+        state = self.optimizer.state
+        optimizer = {number: state[parameter] for number, parameter in enumerate(self._parameters()) if parameter in state}
+        return named_tensors({"module": self.module.state_dict(), "ema": self.ema.module.state_dict(), "optimizer": optimizer})
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _make_optimizer_state(self, shapes: dict[str, list[int]]) -> None:
+        """Room for what a checkpoint has of it: a fresh optimizer has none, and parameters that were not yet needed never had."""
+        for number, parameter in enumerate(self._parameters()):
+            for name in ("step", "exp_avg", "exp_avg_sq"):
+                if f"optimizer.{number}.{name}" in shapes:
+                    scalar = torch.zeros((), device=parameter.device)
+                    self.optimizer.state[parameter][name] = scalar if name == "step" else torch.zeros_like(parameter)
 
     def save(self) -> None:
         """Publish the EMA weights, and then write a checkpoint of the finished steps; all processes take part."""
-        state = {
-            "module": whole(self.module.state_dict()),
-            "ema": self.ema.module.state_dict(),
-            "optimizer": whole(self.optimizer.state_dict()),
-            "scaler": self.scaler.state_dict(),
-            "skipped": (self.skipped_steps, self.skipped_in_a_row),
-        }
+        ema = whole_copy(self.ema.module)
         if self.first:
-            self.task.publish(self.ema.module, self.folder, self.step)
-            save_checkpoint(self.checkpoints, self.step, state)
+            self.task.publish(ema, self.folder, self.step)
+        values = {"scaler": self.scaler.state_dict(), "skipped": (self.skipped_steps, self.skipped_in_a_row)}
+        save_checkpoint(self.checkpoints, self.step, self._tensors(), values, self.processes)
+
+    def evaluate(self, log: "_Log | None") -> None:
+        """Judge the EMA weights; all processes take part, the first one judges."""
+        ema = whole_copy(self.ema.module)
+        if log is not None:
+            log.write({"step": self.step, **self.task.evaluate(ema, self.folder, self.step)})
 
     def run(self) -> None:
         config, saved_at = self.config, self.step
@@ -227,8 +238,8 @@ class Trainer:
                 evaluate_due |= self.step % config.evaluate_every == 0 or last
                 if self.skipped_in_a_row and not last:
                     continue
-                if evaluate_due and log is not None:
-                    log.write({"step": self.step, **self.task.evaluate(self.ema.module, self.folder, self.step)})
+                if evaluate_due:
+                    self.evaluate(log)
                     meter.restart()
                 evaluate_due = False
                 # At the end, since a run goes on after its checkpoint: all else of this step must be done by then.

@@ -1,13 +1,13 @@
 """How a module is trained by several processes, with torch's own engines: copied in each (DDP) or cut in shards (FSDP2).
 
-What is saved is whole, as of one process alone; so a run goes on with either, at any number of processes.
+What is saved of either is read by both (``far.training.checkpoint``), so a run goes on with another, at any number of processes.
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -23,22 +23,24 @@ def replicate(losses: nn.Module) -> nn.Module:
     return DistributedDataParallel(losses, broadcast_buffers=False, find_unused_parameters=True)
 
 
-def shard(losses: nn.Module, module: nn.Module) -> nn.Module:
-    """The same, each process with its part of parameters, gradients and optimizer state.
+def shard(losses: nn.Module, module: nn.Module, ema: nn.Module) -> nn.Module:
+    """The same, each process with its part of parameters, gradients, optimizer state and EMA.
 
     A backbone's blocks are put together one by one when they are computed, all else of ``module`` for the whole of a step
-    (heads are small, and some are differentiated forwards, which shards do not allow).
+    (heads are small, and some are differentiated forwards, which shards do not allow). The EMA's head stays whole: it gives
+    targets in each step.
 
     Raises:
         InputError: the module is no generator.
     """
-    if not isinstance(module, FAR):
+    if not isinstance(module, FAR) or not isinstance(ema, FAR):
         raise InputError("parallel fsdp is for generators; an autoencoder fits on one device, so take ddp")
     for blocks in module.backbone.modules():
         if isinstance(blocks, nn.ModuleList):
             for block in blocks:
                 fully_shard(block)
     fully_shard(losses)
+    _shard_as(ema.backbone, module.backbone)
     return losses
 
 
@@ -64,22 +66,25 @@ def whole(value: Any) -> Any:
     return [whole(one) for one in value] if isinstance(value, list) else value
 
 
+def own(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def shards_like(like: Tensor, tensor: Tensor) -> Tensor:
     """A whole tensor as ``like`` is: this process's shard of it, or as it is."""
     return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
 
 
-def load_whole(module: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Load what :func:`whole` gave of both state dictionaries.
+def _shard_as(module: nn.Module, like: nn.Module) -> None:
+    """Cut the parameters of ``module``, which are whole, as those of ``like`` are; they are not trained."""
+    for name, parameter in like.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        own = shards_like(parameter, module.get_parameter(name))
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(own, requires_grad=False))
 
-    Raises:
-        KeyError, IndexError, RuntimeError, ValueError: they are of another module.
-    """
-    own = module.state_dict()
-    module.load_state_dict({name: shards_like(own.get(name, tensor), tensor) for name, tensor in weights.items()})
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    found = {
-        index: {name: shards_like(parameters[index], one) if one.dim() else one for name, one in values.items()}
-        for index, values in state["state"].items()
-    }
-    optimizer.load_state_dict({**state, "state": found})
+
+def whole_copy(module: nn.Module) -> nn.Module:
+    """A module with its shards put together, or itself if it has none; in every process at once."""
+    wholes = {id(one): nn.Parameter(whole(one), requires_grad=False) for one in module.parameters() if isinstance(one, DTensor)}
+    return copy.deepcopy(module, wholes) if wholes else module

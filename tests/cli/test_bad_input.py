@@ -222,7 +222,7 @@ def test_distill_refuses_teachers_and_folders(
         patch.setattr(ShortcutHead, "velocity", Head.velocity)
         refused(capsys, ["distill", pipeline_folder, tmp_path / "out"], "shortcut", "no velocity field", "diffusion or flow head")
     assert not (tmp_path / "out").exists()
-    save_checkpoint(tmp_path / "out" / "checkpoints", 7, {})
+    save_checkpoint(tmp_path / "out" / "checkpoints", 7, {}, {})
     refused(capsys, ["distill", pipeline_folder, tmp_path / "out"], "already holds a run at step 7", "--resume")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoints"]
 

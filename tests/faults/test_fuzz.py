@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import read_checkpoint, write_file_of_0_1
 from PIL import Image
 from torch import Tensor, nn
 
@@ -38,7 +39,7 @@ from far.evaluation.images import open_images, write_npz
 from far.evaluation.references import open_reference, write_statistics
 from far.pipeline import Pipeline
 from far.recipe import load_recipe
-from far.training.checkpoint import load_checkpoint, save_checkpoint
+from far.training.checkpoint import named_tensors, save_checkpoint
 from far.weights import load_autoencoder, save_tensors
 
 SECONDS = 10
@@ -72,6 +73,7 @@ class Loader:
     checked: bool
 
 
+CHECKPOINT_FILE = "checkpoints/step-00000007/shard-00001-model-00001-of-00001.safetensors"
 LOADERS = {
     "generator": Loader("pipeline/model.safetensors", lambda at: Pipeline.from_pretrained(at / "pipeline").model, True),
     "its autoencoder": Loader("pipeline/autoencoder.safetensors", lambda at: Pipeline.from_pretrained(at / "pipeline").autoencoder, True),
@@ -86,7 +88,9 @@ LOADERS = {
     "latents' index": Loader("latents/index.json", lambda at: latents(at), True),
     "trajectories": Loader("rows/shard-00001.safetensors", lambda at: everything(ShardReader(at / "rows", "rows", verify=True)), True),
     "shards unverified": Loader("rows/shard-00001.safetensors", lambda at: everything(ShardReader(at / "rows", "rows")), False),
-    "training checkpoint": Loader("step-00000007.pt", lambda at: load_checkpoint(at / "step-00000007.pt"), True),
+    "training checkpoint": Loader(CHECKPOINT_FILE, lambda at: read_checkpoint(at / "checkpoints/step-00000007"), True),
+    "its index": Loader("checkpoints/step-00000007/index.json", lambda at: read_checkpoint(at / "checkpoints/step-00000007"), True),
+    "checkpoint of 0.1": Loader("step-00000007.pt", lambda at: read_checkpoint(at / "step-00000007.pt"), True),
     "MAR": Loader("mar.pth", lambda at: converted(convert_mar, at, "mar.pth", "model"), True),
     "KL-16": Loader("kl16.ckpt", lambda at: converted(convert_kl16, at, "kl16.ckpt", "autoencoder"), True),
     "Inception": Loader("inception.pth", lambda at: inception.load_inception(at / "inception.pth"), True),
@@ -153,7 +157,9 @@ def valid(tmp_path_factory: pytest.TempPathFactory, pipeline_folder: Path, autoe
     optimizer = torch.optim.AdamW((module := network()).parameters())
     sum(parameter.sum() for parameter in module.parameters()).backward()
     optimizer.step()
-    save_checkpoint(at, 7, {"module": module.state_dict(), "optimizer": optimizer.state_dict()})
+    state = {"module": module.state_dict(), "optimizer": optimizer.state_dict()["state"]}
+    save_checkpoint(at / "checkpoints", 7, named_tensors(state), {"scaler": {"scale": 65536.0}, "skipped": [1, 0]})
+    write_file_of_0_1(at / "step-00000007.pt", 7, module, optimizer)
     shutil.copy(Path(__file__).parent.parent / "reference/fixtures/mar_reference_checkpoint.pth", at / "mar.pth")
     ours = load_autoencoder(autoencoder_folder)
     narrow = AutoencoderConfig(width=32, width_multipliers=(1, 1, 1), blocks=1, latent_channels=2)

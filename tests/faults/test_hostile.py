@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import read_checkpoint, write_file_of_0_1
 from PIL import Image
 
 from far import weights
@@ -33,7 +34,7 @@ from far.evaluation.extraction import part_path, read_parts
 from far.evaluation.images import open_images
 from far.evaluation.inception import load_inception
 from far.pipeline import Pipeline
-from far.training.checkpoint import load_checkpoint, save_checkpoint
+from far.training.checkpoint import open_checkpoint
 from far.weights import BUNDLED, load_autoencoder, read_tensors, save_tensors
 
 
@@ -88,22 +89,24 @@ def test_no_command_executes_a_pickle(
 
 
 def test_no_flipped_byte_of_a_checkpoint_changes_what_is_read(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, 7, {"module": {"weight": torch.arange(500.0)}, "rate": 0.5})
+    path, module = tmp_path / "step-00000007.pt", torch.nn.Linear(500, 1, bias=False)
+    torch.nn.init.ones_(module.weight)
+    write_file_of_0_1(path, 7, module, torch.optim.AdamW(module.parameters()), skipped=(3, 1))
     whole, found = path.read_bytes(), 0
     for position in range(0, len(whole), 7):
         data = bytearray(whole)
         data[position] ^= 0x04
         path.write_bytes(data)
         try:
-            state = load_checkpoint(path)
+            state = read_checkpoint(path)
         except InputError as error:
             assert "remove it and --resume goes on from the one before it" in str(error)  # noqa: PT017
             found += 1
         else:  # where the zip format holds padding
             assert state["step"] == 7
-            assert state["rate"] == 0.5
-            assert torch.equal(state["module"]["weight"], torch.arange(500.0))
-    assert found > 2000 // 7, "at least all of the tensor"
+            assert state["values"] == {"skipped": (3, 1)}
+            assert all(torch.equal(tensor, torch.ones(1, 500)) for tensor in state["tensors"].values())
+    assert found > 2000 // 7, "at least all of the tensor, which both names share"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "autoencoder.safetensors"])
@@ -246,7 +249,7 @@ def test_an_archive_that_grows_is_refused_before_it_is_unpacked(tmp_path: Path, 
     monkeypatch.setattr(zipfile.ZipFile, "open", lambda *arguments: pytest.fail("it was unpacked"))
     refused(lambda: open_images(path), "bomb.npz", "unpack")
     shutil.copy(path, tmp_path / "step-00000007.pt")
-    refused(lambda: load_checkpoint(tmp_path / "step-00000007.pt"), "unpack")
+    refused(lambda: open_checkpoint(tmp_path / "step-00000007.pt"), "unpack")
 
 
 def test_an_idx_file_that_grows(tmp_path: Path) -> None:

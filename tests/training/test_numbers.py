@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from checkpoints import newest, write_file_of_0_1
 from conftest import CLASSES, draw_images
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from far.heads import HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pipeline import prepare
 from far.sampling import SamplingConfig, SeededNoise, sample
-from far.training.checkpoint import list_checkpoints, load_checkpoint
+from far.training.checkpoint import list_checkpoints
 from far.training.loop import LoopConfig, Meter, Trainer, epoch_rows, train
 
 
@@ -126,7 +127,7 @@ def test_a_run_without_skipped_steps_says_so_in_the_log_only(tmp_path: Path, cap
 
 def test_skipped_steps_in_a_row_end_the_run_and_nothing_is_saved_on_the_way(tmp_path: Path) -> None:
     task = Slope(dict.fromkeys([2, 7, 8, 9], nan_loss))
-    with pytest.raises(InputError, match=r"in 3 steps in a row, up to step 10 .*step-00000006\.pt; lower the learning rate, then"):
+    with pytest.raises(InputError, match=r"in 3 steps in a row, up to step 10 .*step-00000006; lower the learning rate, then"):
         train(task, loop(max_skipped_steps=3, checkpoint_every=3, evaluate_every=3), tmp_path)
     # What is due after three steps waits for the fourth, since the third is skipped; and what is due after nine for ever.
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [4, 6]
@@ -207,10 +208,10 @@ def test_resuming_repeats_a_run_with_skipped_steps(tmp_path: Path, cut: int) -> 
     second.restore(resume=True)
     run_steps(second, 15 - cut)
     second.save()
-    saved = [load_checkpoint(list_checkpoints(tmp_path / run / "checkpoints")[-1][1]) for run in ("whole", "parts")]
-    assert saved[0]["scaler"]["scale"] == 128
-    assert saved[0]["scaler"]["_growth_tracker"] == 4
-    assert saved[0]["skipped"] == (9, 0)
+    saved = [newest(tmp_path / run) for run in ("whole", "parts")]
+    assert saved[0]["values"]["scaler"]["scale"] == 128
+    assert saved[0]["values"]["scaler"]["_growth_tracker"] == 4
+    assert saved[0]["values"]["skipped"] == [9, 0]
     assert_equal(*saved)
 
 
@@ -229,12 +230,12 @@ def test_a_run_of_version_0_1_or_of_bfloat16_goes_on_in_float16(tmp_path: Path) 
     first = Trainer(Slope(), loop(dtype="bfloat16"), tmp_path)
     run_steps(first, 2)
     first.save()
-    [(_, path)] = list_checkpoints(first.checkpoints)
-    for missing in ((), ("scaler", "skipped")):
-        found = load_checkpoint(path)
-        torch.save({name: value for name, value in found.items() if name not in missing}, path)
-        second = Trainer(Slope(), loop(dtype="float16"), tmp_path)
+    write_file_of_0_1(tmp_path / "old/checkpoints/step-00000002.pt", 2, first.module, first.optimizer)
+    for folder in (tmp_path, tmp_path / "old"):
+        second = Trainer(Slope(), loop(dtype="float16"), folder)
         second.restore(resume=True)
+        assert_equal(second.module.state_dict(), first.module.state_dict())
+        assert_equal(second.optimizer.state_dict()["state"], first.optimizer.state_dict()["state"])
         run_steps(second, 1)
         assert (second.step, second.skipped_steps, second.scaler.get_scale()) == (3, 0, 65536)
 

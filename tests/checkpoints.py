@@ -1,0 +1,28 @@
+"""What a training checkpoint holds, put together."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from far.training.checkpoint import list_checkpoints, open_checkpoint
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Its step, plain values, and whole tensors by name, of however many processes."""
+    saved = open_checkpoint(path)
+    tensors = {name: torch.full(shape, torch.nan) for name, shape in saved.shapes.items()}
+    saved.fill(tensors)
+    return {"step": saved.step, "values": saved.values, "tensors": tensors}
+
+
+def newest(folder: Path) -> dict[str, Any]:
+    """The same of the newest one of a run's folder."""
+    return read_checkpoint(list_checkpoints(folder / "checkpoints")[-1][1])
+
+
+def write_file_of_0_1(path: Path, step: int, module: torch.nn.Module, optimizer: torch.optim.Optimizer, **more: Any) -> None:
+    """A checkpoint as version 0.1 wrote it, or with ``more``; the EMA is the module itself."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {"step": step, "module": module.state_dict(), "ema": module.state_dict(), "optimizer": optimizer.state_dict(), **more}
+    torch.save(state, path)
