@@ -7,6 +7,7 @@ processes. What is published is another folder of safetensors (``far.weights``).
 
 import contextlib
 import dataclasses
+import itertools
 import re
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from far.processes import Processes
 from far.training.parallel import shards_like
 
 KEPT = 2
+_FILE_BYTES = 2**28
 _INDEX = "index.json"
 
 
@@ -109,11 +111,18 @@ def _write(path: Path, temporary: Path, tensors: dict[str, Tensor], processes: P
     """The SHA-256 of each file that is written into ``temporary``, by name; ``path`` names it in errors."""
     try:
         with _alone(processes):
-            writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+            numbers = _file_numbers(tensors, processes)
+            writer = dcp.HuggingFaceStorageWriter(str(temporary), fqn_to_index_mapping=numbers, save_distributed=True)
             dcp.save(tensors, storage_writer=writer, no_dist=processes.count == 1)
     except (OSError, CheckpointException) as error:
         raise InputError(f"cannot write {path}: {_reason(error)}; free some space, then --resume") from error
     return _digests(temporary, processes)
+
+
+def _file_numbers(tensors: dict[str, Tensor], processes: Processes) -> dict[str, int]:
+    """Into which of a process's files each tensor goes: a file is put together in memory, twice, so it should not be large."""
+    sizes = (tensor.numel() * tensor.element_size() // processes.count for tensor in tensors.values())
+    return {name: 1 + before // _FILE_BYTES for name, before in zip(tensors, itertools.accumulate(sizes, initial=0))}
 
 
 def _digests(folder: Path, processes: Processes) -> dict[str, str]:

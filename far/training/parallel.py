@@ -19,8 +19,8 @@ from far.model import FAR
 
 def replicate(losses: nn.Module) -> nn.Module:
     """A module of losses that averages gradients over all processes."""
-    # Some heads leave parameters out in some steps.
-    return DistributedDataParallel(losses, broadcast_buffers=False, find_unused_parameters=True)
+    # Some heads leave parameters out in some steps. Gradients are not kept twice.
+    return DistributedDataParallel(losses, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True)
 
 
 def shard(losses: nn.Module, module: nn.Module, ema: nn.Module) -> nn.Module:

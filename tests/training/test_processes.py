@@ -49,25 +49,39 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in entries if "loss" in entry]
 
 
-def assert_close(found: Path, expected: Path) -> None:
-    """The losses of every step, the weights and the optimizer's state, to 1e-5 of each tensor's size."""
-    assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
+def assert_close(found: Path, expected: Path, tolerance: float = 1e-5) -> None:
+    """The losses of every step, the weights and their average, relative to each tensor's size."""
+    assert losses(found) == pytest.approx(losses(expected), rel=tolerance)
     a, b = newest(found), newest(expected)
     assert a["step"] == b["step"] == 20
     assert a["tensors"].keys() == b["tensors"].keys()
+    assert not any(tensor.isnan().any() for tensor in a["tensors"].values())
     for name, tensor in b["tensors"].items():
         if not name.startswith("optimizer."):
-            torch.testing.assert_close(a["tensors"][name], tensor, rtol=0, atol=1e-5 * max(1.0, float(tensor.abs().max())), msg=name)
+            torch.testing.assert_close(a["tensors"][name], tensor, rtol=0, atol=tolerance * max(1.0, float(tensor.abs().max())), msg=name)
 
 
-@pytest.mark.parametrize(("parallel", "head"), [("ddp", "flow_map"), ("fsdp", "shortcut"), ("fsdp", "flow_map")])
-def test_two_processes_train_as_one(parallel: str, head: str, recipe: Path) -> None:
-    # A flow map leaves out parameters until its own loss begins.
-    kind = ["generator.network.head.kind=flow_map", "generator.network.head.flow_steps=10", "generator.network.head.max_guidance=3.0"]
-    head_of = [] if head == "shortcut" else kind
-    run(1, "train", recipe, "model=alone", *STEPS, *head_of)
-    run(2, "train", recipe, "model=both", *STEPS, *head_of, f"generator.training.parallel={parallel}")
-    assert_close(recipe.parent / "run" / "both", recipe.parent / "run" / "alone")
+# A flow map leaves out parameters until its own loss begins.
+FLOW_MAP = ["generator.network.head.kind=flow_map", "generator.network.head.flow_steps=10", "generator.network.head.max_guidance=3.0"]
+FLOAT16 = ["generator.training.dtype=float16"]
+CASES = {
+    "ddp, flow_map": ("ddp", FLOW_MAP),
+    "fsdp, shortcut": ("fsdp", []),
+    "fsdp, flow_map": ("fsdp", FLOW_MAP),
+    "ddp, float16": ("ddp", FLOAT16),
+    "fsdp, float16": ("fsdp", FLOAT16),
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_two_processes_train_as_one(case: str, recipe: Path) -> None:
+    parallel, options = CASES[case]
+    run(1, "train", recipe, "model=alone", *STEPS, *options)
+    run(2, "train", recipe, "model=both", *STEPS, *options, f"generator.training.parallel={parallel}")
+    alone, both = recipe.parent / "run" / "alone", recipe.parent / "run" / "both"
+    # What is rounded to float16 between two layers may fall on either side.
+    assert_close(both, alone, tolerance=2e-3 if options is FLOAT16 else 1e-5)
+    assert newest(both)["values"] == newest(alone)["values"]
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -95,6 +109,20 @@ def wait_for(condition: object) -> None:
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_one_process_begins_and_two_go_on_with_shards(recipe: Path, alone: Path) -> None:
+    both = recipe.parent / "run" / "both"
+    run(1, "train", recipe, "model=both", *STEPS, "generator.training.steps=10")
+    begun = losses(both)
+    run(2, "train", recipe, "model=both", *STEPS, "generator.training.parallel=fsdp", "--resume")
+    assert losses(both)[:10] == begun
+    assert_close(both, alone)
+    # Each process has written about half, and one of them what is whole in both: the EMA's head and the numbers of steps.
+    sizes = [path.stat().st_size for path in (both / "checkpoints" / "step-00000020").glob("*.safetensors")]
+    [whole] = [path.stat().st_size for path in (alone / "checkpoints" / "step-00000020").glob("*.safetensors")]
+    assert len(sizes) == 2
+    assert max(sizes) < 0.65 * whole
 
 
 def test_sigterm_saves_what_is_finished(recipe: Path, alone: Path) -> None:
@@ -128,7 +156,5 @@ def test_what_cannot_be_shared_is_told(recipe: Path, capsys: pytest.CaptureFixtu
     assert not (recipe.parent / "run" / "odd").exists()
     assert main(["train", str(recipe), "generator.training.micro_batches=3"]) == 2
     assert "micro_batches 3 must divide the batch_size 8" in capsys.readouterr().err
-    assert main(["train", str(recipe), "generator.training.parallel=fsdp", "generator.training.dtype=float16"]) == 2
-    assert "float16 with parallel fsdp" in capsys.readouterr().err
     assert main(["train", str(recipe), "generator.training.micro_batches=0"]) == 2
     assert "micro_batches 0 must be positive" in capsys.readouterr().err
