@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -102,6 +103,32 @@ def test_a_killed_process_loses_nothing_and_another_number_goes_on(parallel: str
     assert kept + losses(both) == pytest.approx(losses(alone), rel=1e-5)
     (both / "log.jsonl").write_text("".join(json.dumps({"loss": loss}) + "\n" for loss in losses(alone)))
     assert_close(both, alone)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_kills_at_random_moments(parallel: str, recipe: Path, alone: Path) -> None:
+    draw, kills, begun, finished, seconds = random.Random(parallel), 0, 0, True, 20.0
+    while kills < 10 or not finished:
+        begun += finished
+        both = recipe.parent / "run" / f"both-{begun}"
+        options = [f"model={both.name}", "generator.training.checkpoint_every=1", f"generator.training.parallel={parallel}", "--resume"]
+        start_time, process = time.monotonic(), start(2, "train", recipe, *STEPS, *options)
+        try:
+            _, errors = process.communicate(timeout=draw.uniform(0, seconds) if kills < 10 else 240)
+        except subprocess.TimeoutExpired:
+            workers = list(map(int, subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()))
+            # One of them, or all as if the power failed.
+            for victim in workers[-1:] if workers and kills % 2 else [process.pid, *workers]:
+                os.kill(victim, signal.SIGKILL)
+            _, errors = process.communicate(timeout=60)
+        finished = process.returncode == 0
+        kills += not finished
+        assert "far: error" not in errors
+        if finished:
+            seconds = time.monotonic() - start_time
+            assert_close(both, alone)
+    print(f"{parallel}: {kills} kills in {begun} runs")
 
 
 def wait_for(condition: object) -> None:
