@@ -60,6 +60,8 @@ def joined() -> Iterator[Processes]:
     if processes.count == 1:
         yield processes
         return
+    if (local := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
+        torch.cuda.set_device(local)  # where torch's engines keep what they put together
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     # Some wait while one judges images, which may take long.
     dist.init_process_group(backend, timeout=datetime.timedelta(days=2))

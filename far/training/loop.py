@@ -200,7 +200,7 @@ class Trainer:
 
     def save(self) -> None:
         """Publish the EMA weights, and then write a checkpoint of the finished steps; all processes take part."""
-        ema = whole_copy(self.ema.module)
+        ema = whole_copy(self.ema.module, kept=self.first)
         if self.first:
             self.task.publish(ema, self.folder, self.step)
         values = {"scaler": self.scaler.state_dict(), "skipped": (self.skipped_steps, self.skipped_in_a_row)}
@@ -208,7 +208,7 @@ class Trainer:
 
     def evaluate(self, log: "_Log | None") -> None:
         """Judge the EMA weights; all processes take part, the first one judges."""
-        ema = whole_copy(self.ema.module)
+        ema = whole_copy(self.ema.module, kept=self.first)
         if log is not None:
             log.write({"step": self.step, **self.task.evaluate(ema, self.folder, self.step)})
 

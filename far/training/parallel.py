@@ -8,7 +8,9 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -35,11 +37,12 @@ def shard(losses: nn.Module, module: nn.Module, ema: nn.Module) -> nn.Module:
     """
     if not isinstance(module, FAR) or not isinstance(ema, FAR):
         raise InputError("parallel fsdp is for generators; an autoencoder fits on one device, so take ddp")
+    mesh = init_device_mesh(next(module.parameters()).device.type, (dist.get_world_size(),))
     for blocks in module.backbone.modules():
         if isinstance(blocks, nn.ModuleList):
             for block in blocks:
-                fully_shard(block)
-    fully_shard(losses)
+                fully_shard(block, mesh=mesh)
+    fully_shard(losses, mesh=mesh)
     _shard_as(ema.backbone, module.backbone)
     return losses
 
@@ -84,7 +87,15 @@ def _shard_as(module: nn.Module, like: nn.Module) -> None:
         setattr(module.get_submodule(owner), leaf, nn.Parameter(own, requires_grad=False))
 
 
-def whole_copy(module: nn.Module) -> nn.Module:
-    """A module with its shards put together, or itself if it has none; in every process at once."""
-    wholes = {id(one): nn.Parameter(whole(one), requires_grad=False) for one in module.parameters() if isinstance(one, DTensor)}
+def whole_copy(module: nn.Module, *, kept: bool) -> nn.Module:
+    """A module with its shards put together where it is ``kept``, for which all processes call this at once.
+
+    One that has no shards is returned as it is; so is what is not kept, which takes no more memory than a parameter at a time.
+    """
+    wholes = {}
+    for parameter in module.parameters():
+        if isinstance(parameter, DTensor):
+            together = nn.Parameter(parameter.full_tensor(), requires_grad=False)
+            if kept:
+                wholes[id(parameter)] = together
     return copy.deepcopy(module, wholes) if wholes else module
