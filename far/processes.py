@@ -7,11 +7,13 @@ import contextlib
 import dataclasses
 import datetime
 import os
-from collections.abc import Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from far.errors import InputError
 
 T = TypeVar("T")
 
@@ -27,12 +29,30 @@ class Processes:
         """The device of this process: of several, ``cuda`` is each one's own."""
         return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and self.count > 1 else name
 
+    def check_parts(self, name: str, parts: int) -> None:
+        """Raise an :class:`InputError` unless so many parts of a step, set by ``name``, are as many for each process."""
+        if parts % self.count:
+            raise InputError(f"{name} {parts}: give a multiple of the {self.count} processes, which share them")
+
     def gather(self, value: T) -> list[T]:
         """The values of all processes, by rank, in every one."""
         values = [value] * self.count
         if self.count > 1:
             dist.all_gather_object(values, value)
         return values
+
+    def collect(self, make: Callable[..., T], *arguments: Any) -> list[T]:
+        """What ``make`` returns in all processes, by rank, in every one; an :class:`InputError` in one is raised in all."""
+        result: T | InputError
+        try:
+            result = make(*arguments)
+        except InputError as error:
+            result = error
+        results = self.gather(result)
+        for found in results:
+            if isinstance(found, InputError):
+                raise found
+        return [value for value in results if not isinstance(value, InputError)]
 
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process, in every one."""

@@ -1,10 +1,14 @@
-"""Encode a recipe's image set once into a latent cache; goes on where it stopped."""
+"""Encode a recipe's image set once into a latent cache; goes on where it stopped.
+
+torchrun --nproc-per-node N -m far cache … shares the images among processes, and writes the same files.
+"""
 
 import argparse
 from pathlib import Path
 
 from far.cli.recipe_arguments import add_recipe_arguments, read_recipe
 from far.data.latents import write_latents
+from far.processes import joined
 from far.weights import load_autoencoder
 
 
@@ -15,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     recipe = read_recipe(arguments)
     autoencoder = load_autoencoder(recipe.autoencoder_folder)
-    device = recipe.generator.training.device
-    write_latents(Path(recipe.data), autoencoder.to(device), recipe.latents_folder, device=device)
-    print(f"{recipe.latents_folder}: moments of {recipe.autoencoder_folder}, both flips")
+    with joined() as processes:
+        device = processes.device(recipe.generator.training.device)
+        write_latents(Path(recipe.data), autoencoder, recipe.latents_folder, device=device, processes=processes)
+        if processes.rank == 0:
+            print(f"{recipe.latents_folder}: moments of {recipe.autoencoder_folder}, both flips")

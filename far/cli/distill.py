@@ -2,12 +2,15 @@
 
 First the teacher's conditions and trajectories are computed and kept in OUT/trajectories, then a flow-map head learns
 them. Ctrl-C saves a checkpoint and exits. OUT can be given to far generate --weights at any time.
+torchrun --nproc-per-node N -m far distill … shares trajectories and every step's micro-batches among processes.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from far.errors import InputError
+from far.processes import joined
 from far.recipe import from_overrides
 from far.training.distillation import DistillationConfig, DistillationTask
 from far.training.loop import check_unused, train
@@ -32,8 +35,13 @@ def run(arguments: argparse.Namespace) -> None:
     if (arguments.out / "config.json").exists() and not (arguments.out / "trajectories").exists():
         raise InputError(f"{arguments.out} holds another model, which would be overwritten; choose another folder")
     check_unused(arguments.out, arguments.resume)
-    teacher = load_teacher(folder, config.trajectories, config.training.device)
-    write_trajectories(teacher, folder, config.trajectories, arguments.out / "trajectories", arguments.latents)
-    task = DistillationTask(teacher, config, arguments.out / "trajectories")
-    train(task, config.training, arguments.out, resume=arguments.resume)
-    print(f"{arguments.out}: draw from it with far generate --weights {arguments.out}")
+    with joined() as processes:
+        training = dataclasses.replace(config.training, device=processes.device(config.training.device))
+        config = dataclasses.replace(config, training=training)
+        processes.check_parts("training.micro_batches", training.micro_batches)
+        teacher = load_teacher(folder, config.trajectories, training.device)
+        write_trajectories(teacher, folder, config.trajectories, arguments.out / "trajectories", arguments.latents, processes)
+        task = DistillationTask(teacher, config, arguments.out / "trajectories")
+        train(task, training, arguments.out, resume=arguments.resume, processes=processes)
+        if processes.rank == 0:
+            print(f"{arguments.out}: draw from it with far generate --weights {arguments.out}")

@@ -15,13 +15,21 @@ from far.autoencoder import Autoencoder
 from far.data.image_sets import check_labels, check_meta, open_image_set, read_images
 from far.data.shards import ShardReader, ShardWriter
 from far.errors import InputError
+from far.processes import Processes
 
 SHARD_ROWS = 4096
 
 
 @torch.no_grad()
-def write_latents(images: Path, autoencoder: Autoencoder, folder: Path, batch_size: int = 64, device: str = "cpu") -> None:
-    """Encode ``images/train`` into ``folder``; continues where it stopped.
+def write_latents(
+    images: Path,
+    autoencoder: Autoencoder,
+    folder: Path,
+    batch_size: int = 64,
+    device: str = "cpu",
+    processes: Processes = Processes(),  # noqa: B008
+) -> None:
+    """Encode ``images/train`` into ``folder``, each of several ``processes`` a part; continues where it stopped.
 
     Rows hold ``moments [2, 2c, h, w]`` float16 (as it is, flipped) and ``labels`` int64.
 
@@ -30,19 +38,25 @@ def write_latents(images: Path, autoencoder: Autoencoder, folder: Path, batch_si
             another autoencoder's moments, or a moment is not finite in float16.
     """
     source = open_image_set(images / "train")
-    writer = ShardWriter(folder, _meta(source, autoencoder))
+    writer = ShardWriter(folder, _meta(source, autoencoder), processes)
     if writer.complete:
         return
     autoencoder.to(device)
-    with tqdm(total=len(source), initial=writer.cursor, desc=f"encoding into {folder}", unit="img", mininterval=1) as bar:
-        while writer.cursor < len(source):
-            rows = torch.arange(writer.cursor, min(writer.cursor + SHARD_ROWS, len(source)))
-            moments = []
-            for chunk in rows.split(batch_size):
-                moments.append(_moments(autoencoder, read_images(source, chunk).to(device), source))
-                bar.update(len(chunk))
-            writer.write({"moments": torch.cat(moments), "labels": source.rows("labels", rows)}, cursor=int(rows[-1]) + 1)
-    writer.finish()
+    bar = tqdm(
+        total=len(source), initial=writer.cursor, desc=f"encoding into {folder}", unit="img", mininterval=1, smoothing=0,
+        disable=processes.rank > 0,
+    )  # fmt: skip
+
+    def shard(numbers: range) -> dict[str, Tensor]:
+        rows = torch.arange(numbers.start, numbers.stop)
+        moments = []
+        for chunk in rows.split(batch_size):
+            moments.append(_moments(autoencoder, read_images(source, chunk).to(device), source))
+            bar.update(len(chunk))
+        return {"moments": torch.cat(moments), "labels": source.rows("labels", rows)}
+
+    with bar:
+        writer.fill(len(source), SHARD_ROWS, shard, bar)
 
 
 def _meta(source: ShardReader, autoencoder: Autoencoder) -> dict[str, object]:

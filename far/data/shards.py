@@ -2,13 +2,14 @@
 
 A folder holds ``index.json`` and ``shard-00000.safetensors``, ``shard-00001.safetensors`` …; every
 tensor's first axis is the row. Shards are written whole and then listed in the index with their
-SHA-256, so writing can stop anywhere and go on later. Reading goes through memory maps.
+SHA-256, so writing can stop anywhere and go on later; one that is not listed is written anew.
+Several processes can write one folder together. Reading goes through memory maps.
 What the rows mean (images, moments) is the business of the modules that write them.
 """
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from far.errors import InputError
 from far.files import atomic_path, json_digest, read_json, remove_leftovers, sha256, write_json
+from far.processes import Processes
 
 INDEX = "index.json"
 _NUMPY_TYPES = {"U8": np.uint8, "I64": np.int64, "F16": np.float16, "F32": np.float32}
@@ -28,23 +31,28 @@ class ShardWriter:
     """Writes shards one by one; opening the same folder again continues after the last whole one.
 
     ``meta`` describes the rows (kind, classes, size …) and must be the same when a folder is continued.
-    ``cursor`` counts what the writer's caller has consumed from its own source.
+    ``cursor`` counts what the writer's caller has consumed from its own source. ``processes`` open a folder together, and
+    then :meth:`fill` it; the first of them owns the index.
 
     Raises:
         InputError: the folder holds shards that were written with other ``meta``.
     """
 
-    def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self.index: dict[str, Any] = {"meta": dict(meta), "complete": False, "cursor": 0, "shards": [], "report": {}}
-        remove_leftovers(folder, idle_seconds=0)
-        if (folder / INDEX).exists():
-            existing = _read_index(folder / INDEX)
-            if existing["meta"] != json.loads(json.dumps(self.index["meta"])):
-                raise InputError(f"{folder} already holds data made with other settings; remove it or choose another folder")
-            self.index = existing
-        else:
-            _write_index(folder / INDEX, self.index)
+    def __init__(self, folder: Path, meta: Mapping[str, Any], processes: Processes = Processes()) -> None:  # noqa: B008
+        self.folder, self.processes = folder, processes
+        # Nobody writes before the first has removed what is left of an earlier start.
+        self.index: dict[str, Any] = processes.collect(self._open, dict(meta))[0]
+
+    def _open(self, meta: dict[str, Any]) -> dict[str, Any]:
+        if self.processes.rank > 0:
+            return {}
+        remove_leftovers(self.folder, idle_seconds=0)
+        if not (self.folder / INDEX).exists():
+            return {"meta": meta, "complete": False, "cursor": 0, "shards": [], "report": {}}
+        index = _read_index(self.folder / INDEX)
+        if index["meta"] != json.loads(json.dumps(meta)):
+            raise InputError(f"{self.folder} already holds data made with other settings; remove it or choose another folder")
+        return index
 
     @property
     def complete(self) -> bool:
@@ -62,22 +70,55 @@ class ShardWriter:
 
     def write(self, tensors: Mapping[str, torch.Tensor], cursor: int) -> None:
         """Append one shard of equally many rows a tensor; no rows only moves the cursor."""
+        self._list([self._save(len(self.index["shards"]), tensors)] if len(next(iter(tensors.values()))) else [], cursor)
+
+    def fill(self, total: int, step: int, make: Callable[[range], Mapping[str, torch.Tensor]], bar: tqdm) -> None:
+        """Write what is missing of a source of ``total`` items, ``step`` of them a shard, and finish.
+
+        In a round each process makes one shard, from its items alone, and then the first lists them. So the files are the
+        same at any number of processes, and a kill costs a round. ``make`` may move ``bar``, which a round moves to the cursor.
+
+        Raises:
+            InputError: the processes do not see the same folder.
+        """
+        while self.cursor < total:
+            parts = [range(start, min(start + step, total)) for start in range(self.cursor, total, step)[: self.processes.count]]
+            shards = [shard for shard in self.processes.collect(self._save_own, parts, make) if shard is not None]
+            if not all((self.folder / shard["file"]).exists() for shard in shards):
+                raise InputError(f"{self.folder} is not the same for all processes; put it on a disk that they share")
+            self._list(shards, parts[-1].stop)
+            bar.update(self.cursor - bar.n)
+        self.finish()
+        self.processes.wait()  # now all can read it
+
+    def _save_own(self, parts: list[range], make: Callable[[range], Mapping[str, torch.Tensor]]) -> dict[str, Any] | None:
+        """This process's shard of a round, if there are so many left."""
+        rank = self.processes.rank
+        return self._save(len(self.index["shards"]) + rank, make(parts[rank])) if rank < len(parts) else None
+
+    def _save(self, number: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Write a shard, and return its entry in the index."""
         counts = {name: len(tensor) for name, tensor in tensors.items()}
         assert len(set(counts.values())) == 1, counts
-        count = next(iter(counts.values()))
-        if count:
-            name = _shard_name(len(self.index["shards"]))
-            with atomic_path(self.folder / name) as temporary:
-                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
-                digest = sha256(temporary)
-            self.index["shards"].append({"file": name, "count": count, "sha256": digest})
+        name = _shard_name(number)
+        with atomic_path(self.folder / name) as temporary:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
+            digest = sha256(temporary)
+        return {"file": name, "count": next(iter(counts.values())), "sha256": digest}
+
+    def _list(self, shards: list[dict[str, Any]], cursor: int) -> None:
+        self.index["shards"] += shards
         self.index["cursor"] = cursor
-        _write_index(self.folder / INDEX, self.index)
+        self._write_index()
 
     def finish(self) -> None:
         """Mark the folder as whole, so that it can be read."""
         self.index["complete"] = True
-        _write_index(self.folder / INDEX, self.index)
+        self._write_index()
+
+    def _write_index(self) -> None:
+        if self.processes.rank == 0:
+            write_json(self.folder / INDEX, {**self.index, "sha256": json_digest(self.index)})
 
 
 class ShardReader:
@@ -149,10 +190,6 @@ def _read_index(path: Path) -> dict[str, Any]:
     ):
         raise InputError(f"{path} is damaged; remove its folder and make it again")
     return index
-
-
-def _write_index(path: Path, index: dict[str, Any]) -> None:
-    write_json(path, {**index, "sha256": json_digest(index)})
 
 
 def _shard_name(number: int) -> str:

@@ -24,17 +24,19 @@ class AdaptedLinear(nn.Module):
         return self.base(x) + F.linear(F.linear(x, self.down), self.up)
 
 
-def add_adapters(module: nn.Module, rank: int) -> list[nn.Parameter]:
-    """Freeze ``module`` and adapt every linear layer in it; returns the adapters' parameters, which alone are trained."""
+def add_adapters(module: nn.Module, rank: int) -> None:
+    """Freeze ``module`` and adapt every linear layer in it; :func:`adapters` alone are trained."""
     module.requires_grad_(False)
-    adapters: list[nn.Parameter] = []
     for parent in list(module.modules()):
         for name, layer in parent.named_children():
             if isinstance(layer, nn.Linear):
-                adapted = AdaptedLinear(layer, rank)
-                setattr(parent, name, adapted)
-                adapters += [adapted.down, adapted.up]
-    return adapters
+                setattr(parent, name, AdaptedLinear(layer, rank))
+
+
+def adapters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module's adapters; sharding replaces them, so they are asked for after it."""
+    adapted = [layer for parent in module.modules() for layer in parent.children() if isinstance(layer, AdaptedLinear)]
+    return [parameter for layer in adapted for parameter in (layer.down, layer.up)]
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from far.heads.flow_map import FlowMapHead
 from far.model import FAR
 from far.pictures import grid, save_png
 from far.pipeline import Pipeline
-from far.training.adapters import add_adapters, merged
+from far.training.adapters import adapters, add_adapters, merged
 from far.training.loop import LoopConfig, epoch_rows
 from far.training.trajectories import GROUP, POINTS, TrajectoryConfig
 
@@ -61,11 +61,10 @@ class DistillationTask:
         self.rows = ShardReader(trajectories, "trajectories", verify=True)
         self.groups = len(self.rows) // GROUP - 1  # the last one is held out
         self.module = _student(teacher.model, config)
-        self.adapters: list[nn.Parameter] = []
         if config.adapter_rank:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(config.training.seed)
-                self.adapters = add_adapters(self.module.backbone, config.adapter_rank)
+                add_adapters(self.module.backbone, config.adapter_rank)
         self.results: dict[str, Any] = {}
 
     def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
@@ -73,7 +72,7 @@ class DistillationTask:
         head_rate = config.learning_rate if config.head_learning_rate is None else config.head_learning_rate
         groups: list[dict[str, Any]] = [
             {"params": list(self.module.head.parameters()), "lr": head_rate, "weight_decay": config.weight_decay},
-            {"params": self.adapters, "lr": config.learning_rate, "weight_decay": config.weight_decay},
+            {"params": adapters(self.module.backbone), "lr": config.learning_rate, "weight_decay": config.weight_decay},
         ]
         return [group for group in groups if group["params"]]
 
@@ -84,7 +83,7 @@ class DistillationTask:
 
     def _read(self, groups: Tensor) -> dict[str, Tensor]:
         rows = (groups.unsqueeze(1) * GROUP + torch.arange(GROUP)).flatten()
-        names = ["paths", "scale", *(_ADAPTED if self.adapters else ("z",))]
+        names = ["paths", "scale", *(_ADAPTED if self.config.adapter_rank else ("z",))]
         found = {name: self.rows.rows(name, rows) for name in names}
         return {name: (tensor.float() if tensor.is_floating_point() else tensor).to(self.teacher.device) for name, tensor in found.items()}
 
@@ -103,7 +102,7 @@ class DistillationTask:
 
     def _conditions(self, module: FAR, batch: dict[str, Tensor]) -> Tensor:
         """``z [b, m, width]``: as they were written, or of the adapted backbone, a group at a time."""
-        if not self.adapters:
+        if not self.config.adapter_rank:
             return batch["z"]
         module.backbone.eval()  # no dropout: the trajectories know none
         parts = []

@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from far.autoencoder import Autoencoder, Posterior
 from far.data.latents import open_latents
-from far.data.shards import INDEX, ShardWriter
+from far.data.shards import ShardWriter
 from far.errors import InputError
 from far.files import sha256
 from far.heads.flow import heun
 from far.model import FAR
 from far.pipeline import Pipeline
+from far.processes import Processes
 from far.sampling import SeededNoise, sample
 from far.tokens import cosine_token_counts, raster_orders
 
@@ -74,8 +75,15 @@ def load_teacher(folder: Path, config: TrajectoryConfig, device: str) -> Pipelin
 
 
 @torch.no_grad()
-def write_trajectories(teacher: Pipeline, weights: Path, config: TrajectoryConfig, folder: Path, latents: Path | None) -> None:
-    """Fill ``folder``; continues where it stopped.
+def write_trajectories(
+    teacher: Pipeline,
+    weights: Path,
+    config: TrajectoryConfig,
+    folder: Path,
+    latents: Path | None,
+    processes: Processes = Processes(),  # noqa: B008
+) -> None:
+    """Fill ``folder``, each of several ``processes`` a part; continues where it stopped.
 
     Rows are images: ``tokens [n, channels]``, ``labels``, ``order [n]`` of positions, of which the first ``known`` are known,
     ``wanted [m]`` positions, their ``z [m, width]``, guidance ``scale [m]``, and ``paths [m, 9, channels]``.
@@ -91,21 +99,26 @@ def write_trajectories(teacher: Pipeline, weights: Path, config: TrajectoryConfi
         "kind": "trajectories", "teacher": sha256(weights / "model.safetensors"), "classes": teacher.classes,
         "latents": "drawn by the teacher" if latents is None else str(latents), **dataclasses.asdict(config),
     }  # fmt: skip
-    if (folder / INDEX).exists() and ShardWriter(folder, meta).complete:
+    writer = ShardWriter(folder, meta, processes)
+    if writer.complete:
         return
     images = _open(teacher, latents, config.seed)
-    writer = ShardWriter(folder, meta)  # not before: a folder that is made stays bound to its settings
-    groups, shard = -(-config.images // GROUP), 1 if latents is None else _SHARD_GROUPS
-    with tqdm(total=groups * GROUP, initial=writer.cursor * GROUP, desc="teacher's trajectories", unit="img", mininterval=1) as bar:
-        while writer.cursor < groups:
-            chunk = range(writer.cursor, min(writer.cursor + shard, groups))
-            rows = []
-            for group in chunk:
-                generator = torch.Generator().manual_seed(config.seed * 1_000_003 + group)
-                rows.append(group_rows(teacher.model, *images(group, generator), config, teacher.defaults.ar_steps, generator))
-                bar.update(GROUP)
-            writer.write({name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]}, cursor=chunk.stop)
-    writer.finish()
+    groups = -(-config.images // GROUP)
+    bar = tqdm(
+        total=groups, initial=writer.cursor, desc="teacher's trajectories", unit="img", unit_scale=GROUP, mininterval=1, smoothing=0,
+        disable=processes.rank > 0,
+    )  # fmt: skip
+
+    def shard(numbers: range) -> dict[str, Tensor]:
+        rows = []
+        for group in numbers:
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + group)
+            rows.append(group_rows(teacher.model, *images(group, generator), config, teacher.defaults.ar_steps, generator))
+            bar.update()
+        return {name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]}
+
+    with bar:
+        writer.fill(groups, 1 if latents is None else _SHARD_GROUPS, shard, bar)
 
 
 Images = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]

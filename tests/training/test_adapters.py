@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from far.backbone.backbone import Backbone
 from far.pipeline import Pipeline
-from far.training.adapters import AdaptedLinear, add_adapters, merged
+from far.training.adapters import AdaptedLinear, adapters, add_adapters, merged
 
 RANK = 2
 
@@ -24,38 +24,39 @@ def outputs(backbone: nn.Module) -> Tensor:
     return backbone.condition(tokens, positions[:, :2], positions[:, 2:3], torch.tensor([0, 1, 2, 3, 0]))  # type: ignore[operator]
 
 
-def stir(adapters: list[nn.Parameter]) -> None:
+def stir(parameters: list[nn.Parameter]) -> None:
     with torch.no_grad():
-        for adapter in adapters:
-            adapter.add_(0.3 * torch.randn(adapter.shape, generator=torch.Generator().manual_seed(1)))
+        for parameter in parameters:
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
 
 
 def test_nothing_changes_at_first(backbone: Backbone) -> None:
     before = outputs(backbone)
     linear = [layer for layer in backbone.modules() if isinstance(layer, nn.Linear)]
-    adapters = add_adapters(backbone, RANK)
+    add_adapters(backbone, RANK)
     torch.testing.assert_close(outputs(backbone), before, rtol=1e-6, atol=1e-6)
-    assert len(adapters) == 2 * len(linear), "every linear layer is adapted"
-    assert sum(adapter.numel() for adapter in adapters) == sum(RANK * (layer.in_features + layer.out_features) for layer in linear)
+    added = adapters(backbone)
+    assert len(added) == 2 * len(linear), "every linear layer is adapted"
+    assert sum(adapter.numel() for adapter in added) == sum(RANK * (layer.in_features + layer.out_features) for layer in linear)
     trained = {id(parameter) for parameter in backbone.parameters() if parameter.requires_grad}
-    assert trained == {id(adapter) for adapter in adapters}
+    assert trained == {id(adapter) for adapter in added}
 
 
 def test_a_step_changes_the_adapters_only(backbone: Backbone) -> None:
-    adapters = add_adapters(backbone, RANK)
+    add_adapters(backbone, RANK)
     before = copy.deepcopy(backbone.state_dict())
     for _ in range(2):  # at the first, the gradient of ``down`` is still zero
         backbone.zero_grad()
         outputs(backbone).square().sum().backward()
-        torch.optim.SGD(adapters, lr=0.01).step()
+        torch.optim.SGD(adapters(backbone), lr=0.01).step()
     for name, tensor in backbone.state_dict().items():
         assert torch.equal(tensor, before[name]) != name.endswith((".up", ".down")), name
 
 
 def test_merged(backbone: Backbone) -> None:
     plain = copy.deepcopy(backbone)
-    adapters = add_adapters(backbone, RANK)
-    stir(adapters)
+    add_adapters(backbone, RANK)
+    stir(adapters(backbone))
     before, expected = copy.deepcopy(backbone.state_dict()), outputs(backbone)
     found = merged(backbone)
     assert not any(isinstance(layer, AdaptedLinear) for layer in found.modules())
