@@ -1,6 +1,7 @@
 """Processes that torchrun started together: which one this is, and what they tell each other.
 
-How work is shared among them is for those who share it: ``far.evaluation.extraction``, ``far.training.loop``.
+How work is shared among them is for those who share it: ``far.data.shards``, ``far.evaluation.extraction``,
+``far.training.loop``.
 """
 
 import contextlib

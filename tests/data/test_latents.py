@@ -1,16 +1,21 @@
 """The latent cache: it holds what the autoencoder gives, for both flips, and knows its autoencoder."""
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torchrun import kill_one, run, start, wait_for
 
 from far.autoencoder import Autoencoder
+from far.cli.main import main
 from far.data import latents
 from far.data.image_sets import read_images
 from far.data.latents import open_latents, write_latents
 from far.data.shards import ShardReader
 from far.errors import InputError
+from far.files import read_json
 from far.weights import load_autoencoder
 
 
@@ -71,3 +76,49 @@ def test_moments_that_float16_cannot_hold_are_refused(image_set: Path, autoencod
         autoencoder.quant_conv.bias.fill_(1e6)
     with pytest.raises(InputError, match="float16"):
         write_latents(image_set, autoencoder, tmp_path)
+
+
+# A shard an image, so that there are many to be killed between.
+SCRIPT = """
+import sys
+import far.data.latents
+from far.cli.main import main
+far.data.latents.SHARD_ROWS = 1
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As torchrun's processes have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_two_processes_write_the_files_of_one_and_a_kill_loses_nothing(recipe: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(latents, "SHARD_ROWS", 1)
+    script, killed = tmp_path / "cache.py", tmp_path / "killed"
+    script.write_text(SCRIPT)
+    assert main(["cache", str(recipe), f"run={tmp_path / 'alone'}"]) == 0
+    process = start(2, script, "cache", recipe, f"run={killed}")
+    index = killed / "latents" / "index.json"
+    wait_for(lambda: index.exists() and read_json(index)["cursor"] >= 10)
+    kill_one(process)
+    done = read_json(index)["cursor"]
+    assert done < 60
+    # What is not listed may be anything.
+    (killed / "latents" / f"shard-{done:05d}.safetensors").write_bytes(b"left")
+    shutil.copytree(killed, tmp_path / "on")
+    assert main(["cache", str(recipe), f"run={tmp_path / 'on'}"]) == 0
+    assert run(2, script, "cache", recipe, f"run={killed}").count("both flips") == 1
+    expected = files(tmp_path / "alone")
+    assert len(expected) == 61
+    assert files(tmp_path / "on") == expected
+    assert files(killed) == expected
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

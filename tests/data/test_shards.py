@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torchrun import run
 
 from far.data.shards import ShardReader, ShardWriter
 from far.errors import InputError
@@ -91,3 +92,54 @@ def test_a_garbled_index_is_refused(content: str, tmp_path: Path) -> None:
 def test_a_missing_folder_names_the_commands(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="far data, far cache"):
         ShardReader(tmp_path / "nothing", "images")
+
+
+# What each of two processes says in a file of its own: whether one's error is raised in both, whichever it is in.
+SCRIPT = """
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from far.data.shards import ShardWriter
+from far.errors import InputError
+from far.processes import joined
+
+
+def make(part):
+    if processes.rank == wrong and part.start > 3:
+        raise InputError(f"no rows {part}")
+    return {"rows": torch.arange(part.start, part.stop)}
+
+
+def attempt(folder, meta):
+    try:
+        ShardWriter(Path(folder), meta, processes).fill(9, 2, make, tqdm(disable=True))
+        return "written"
+    except InputError as error:
+        return str(error)
+
+
+with joined() as processes:
+    said = []
+    for wrong in (0, 1, None):
+        said.append(attempt("rows", {"kind": "rows"}))
+    said.append(attempt("rows", {"kind": "others"}))
+    said.append(attempt(f"own-{processes.rank}", {"kind": "rows"}))
+Path(f"said-{processes.rank}").write_text("\\n".join(said))
+"""
+
+
+def test_what_one_process_finds_wrong_is_told_by_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    monkeypatch.chdir(tmp_path)
+    run(2, "script.py")
+    for rank in (0, 1):
+        first, second, third, other, unshared = (tmp_path / f"said-{rank}").read_text().splitlines()
+        assert (first, second, third) == ("no rows range(4, 6)", "no rows range(6, 8)", "written")
+        assert other.startswith("rows already holds data made with other settings")
+        assert unshared == f"own-{rank} is not the same for all processes; put it on a disk that they share"
+    reader = ShardReader(tmp_path / "rows", "rows", verify=True)
+    assert reader.all("rows").tolist() == list(range(9))
+    assert len(list((tmp_path / "rows").iterdir())) == 6

@@ -1,5 +1,6 @@
 """Distillation: its loss against exact mean velocities, and ``far distill`` from a teacher's folder to drawn images."""
 
+import contextlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
@@ -13,13 +14,16 @@ import torch
 from checkpoints import newest
 from exact import ExactNetwork
 from torch import Tensor
+from torchrun import kill_one, run, start, wait_for
 
 import far
 from far.cli.main import main
 from far.convert import convert_mar
 from far.data.shards import ShardReader, ShardWriter
 from far.errors import InputError
+from far.files import read_json
 from far.pipeline import Pipeline
+from far.processes import Processes
 from far.training.distillation import DistillationConfig, DistillationTask, draw_spans
 from far.training.loop import LoopConfig
 from far.training.trajectories import GROUP, POINTS, TrajectoryConfig
@@ -296,6 +300,70 @@ def test_another_adapter_rank_cannot_go_on(diffusion_folder: Path, tmp_path: Pat
     capsys.readouterr()
     assert main(["distill", str(diffusion_folder), str(tmp_path / "out"), *TINY, "adapter_rank=2", "--resume"]) == 2
     assert "another model" in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- In several processes --------------------------------------------------------------------------------
+
+SHARED = ["training.steps=20", "training.batch_size=256", "training.micro_batches=4", "trajectories.images=640", "training.log_every=1"]
+
+
+def in_two_processes(*arguments: object) -> list[object]:
+    return [2, "-m", "far.cli", "distill", *arguments, *TINY, *SHARED]
+
+
+def assert_alike(found: Path, expected: Path) -> None:
+    """The trajectories bit by bit; the losses of every step and the weights to 1e-5."""
+    assert files(found / "trajectories") == files(expected / "trajectories")
+    entries = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (found, expected)]
+    losses = [[entry["loss"] for entry in log if "loss" in entry] for log in entries]
+    assert len(losses[1]) == 20
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    states = [load_checkpoint(list_checkpoints(folder / "checkpoints")[-1][1]) for folder in (found, expected)]
+    assert states[0]["step"] == states[1]["step"] == 20
+    for part in ("module", "ema"):
+        for name, tensor in states[1][part].items():
+            torch.testing.assert_close(states[0][part][name], tensor, rtol=0, atol=1e-5 * max(1.0, float(tensor.abs().max())), msg=name)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "options"),
+    [("diffusion_folder", ["training.parallel=ddp"]), ("causal_diffusion_folder", ["training.parallel=fsdp", "adapter_rank=2"])],
+    ids=["ddp", "fsdp with adapters"],
+)
+def test_two_processes_distill_as_one(teacher: str, options: list[str], tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(teacher)
+    distill(folder, tmp_path / "alone", *SHARED, *options)
+    output = run(*in_two_processes(folder, tmp_path / "both", *options))
+    assert output.count("far generate --weights") == 1
+    assert_alike(tmp_path / "both", tmp_path / "alone")
+    published, alone = (weights(tmp_path / name) for name in ("both", "alone"))
+    for name, tensor in alone.items():
+        torch.testing.assert_close(published[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_killed_process_loses_nothing_and_another_number_goes_on(diffusion_folder: Path, tmp_path: Path) -> None:
+    killed, options = tmp_path / "killed", ["adapter_rank=2", "trajectories.images=1600"]
+    process = start(*in_two_processes(diffusion_folder, killed), *options)
+    index = killed / "trajectories" / "index.json"
+    wait_for(lambda: index.exists() and read_json(index)["cursor"] >= 2)
+    kill_one(process)
+    assert not read_json(index)["complete"]
+    distill(diffusion_folder, killed, *SHARED, *options)
+    distill(diffusion_folder, tmp_path / "alone", *SHARED, *options)
+    assert_alike(killed, tmp_path / "alone")
+
+
+def test_what_processes_cannot_share_is_told_before_long_work(
+    diffusion_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("far.cli.distill.joined", lambda: contextlib.nullcontext(Processes(1, 2)))
+    assert main(["distill", str(diffusion_folder), str(tmp_path / "out"), *TINY]) == 2
+    assert "training.micro_batches 1: give a multiple of the 2 processes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # --- From MAR's published form ---------------------------------------------------------------------------

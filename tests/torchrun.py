@@ -1,0 +1,43 @@
+"""Commands in several processes, which torchrun starts, of one thread each, so that sums are rounded alike."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def start(processes: int, *program: object) -> subprocess.Popen:
+    """A program (``-m``, ``far``, … or a script and its arguments) in so many processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *program]
+    return subprocess.Popen(list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(processes: int, *program: object) -> str:
+    """What it prints until its end; one process is without torchrun."""
+    if processes == 1:
+        done = subprocess.run([sys.executable, *map(str, program)], env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    process = start(processes, *program)
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    return output
+
+
+def kill_one(process: subprocess.Popen) -> None:
+    """``kill -9`` one of the processes; torchrun ends the others."""
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
