@@ -26,3 +26,14 @@ def write_file_of_0_1(path: Path, step: int, module: torch.nn.Module, optimizer:
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {"step": step, "module": module.state_dict(), "ema": module.state_dict(), "optimizer": optimizer.state_dict(), **more}
     torch.save(state, path)
+
+
+def assert_close_checkpoints(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
+    """The same step and names; the weights and their average alike, relative to each tensor's size."""
+    assert found["step"] == expected["step"]
+    assert found["tensors"].keys() == expected["tensors"].keys()
+    assert not any(tensor.isnan().any() for tensor in found["tensors"].values())
+    for name, tensor in expected["tensors"].items():
+        if not name.startswith("optimizer."):
+            size = max(1.0, float(tensor.abs().max()))
+            torch.testing.assert_close(found["tensors"][name], tensor, rtol=0, atol=tolerance * size, msg=name)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import scipy.stats
 import torch
-from checkpoints import newest
+from checkpoints import assert_close_checkpoints, newest
 from exact import ExactNetwork
 from torch import Tensor
 from torchrun import kill_one, run, start, wait_for
@@ -318,11 +318,8 @@ def assert_alike(found: Path, expected: Path) -> None:
     losses = [[entry["loss"] for entry in log if "loss" in entry] for log in entries]
     assert len(losses[1]) == 20
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    states = [load_checkpoint(list_checkpoints(folder / "checkpoints")[-1][1]) for folder in (found, expected)]
-    assert states[0]["step"] == states[1]["step"] == 20
-    for part in ("module", "ema"):
-        for name, tensor in states[1][part].items():
-            torch.testing.assert_close(states[0][part][name], tensor, rtol=0, atol=1e-5 * max(1.0, float(tensor.abs().max())), msg=name)
+    assert newest(found)["step"] == 20
+    assert_close_checkpoints(newest(found), newest(expected))
 
 
 def files(folder: Path) -> dict[str, bytes]:

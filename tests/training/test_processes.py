@@ -5,43 +5,25 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import newest
+from checkpoints import assert_close_checkpoints, newest
+from torchrun import kill_one, run, start, wait_for
 
 from far.cli.main import main
 from far.training.checkpoint import list_checkpoints
 
 # Dropout is on in the recipe, so that its random numbers are compared too; a single thread, so that sums are rounded alike.
 STEPS = ["generator.training.steps=20", "generator.training.log_every=1", "generator.training.micro_batches=4"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def start(processes: int, *arguments: object) -> subprocess.Popen:
-    """``far`` in so many processes, which torchrun starts."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "-m", "far", *arguments]
-    return subprocess.Popen(list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def run(processes: int, *arguments: object) -> None:
-    """In so many processes, to the end; one is without torchrun."""
-    if processes == 1:
-        done = subprocess.run([sys.executable, "-m", "far", *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return
-    process = start(processes, *arguments)
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
 
 
 @pytest.fixture
 def alone(recipe: Path) -> Path:
     """Trained by one process, in four micro-batches a step; of two processes each has two, and averages gradients once."""
-    run(1, "train", recipe, "model=alone", *STEPS)
+    run(1, "-m", "far", "train", recipe, "model=alone", *STEPS)
     return recipe.parent / "run" / "alone"
 
 
@@ -53,13 +35,8 @@ def losses(folder: Path) -> list[float]:
 def assert_close(found: Path, expected: Path, tolerance: float = 1e-5) -> None:
     """The losses of every step, the weights and their average, relative to each tensor's size."""
     assert losses(found) == pytest.approx(losses(expected), rel=tolerance)
-    a, b = newest(found), newest(expected)
-    assert a["step"] == b["step"] == 20
-    assert a["tensors"].keys() == b["tensors"].keys()
-    assert not any(tensor.isnan().any() for tensor in a["tensors"].values())
-    for name, tensor in b["tensors"].items():
-        if not name.startswith("optimizer."):
-            torch.testing.assert_close(a["tensors"][name], tensor, rtol=0, atol=tolerance * max(1.0, float(tensor.abs().max())), msg=name)
+    assert newest(found)["step"] == 20
+    assert_close_checkpoints(newest(found), newest(expected), tolerance)
 
 
 # A flow map leaves out parameters until its own loss begins.
@@ -77,8 +54,8 @@ CASES = {
 @pytest.mark.parametrize("case", list(CASES))
 def test_two_processes_train_as_one(case: str, recipe: Path) -> None:
     parallel, options = CASES[case]
-    run(1, "train", recipe, "model=alone", *STEPS, *options)
-    run(2, "train", recipe, "model=both", *STEPS, *options, f"generator.training.parallel={parallel}")
+    run(1, "-m", "far", "train", recipe, "model=alone", *STEPS, *options)
+    run(2, "-m", "far", "train", recipe, "model=both", *STEPS, *options, f"generator.training.parallel={parallel}")
     alone, both = recipe.parent / "run" / "alone", recipe.parent / "run" / "both"
     # What is rounded to float16 between two layers may fall on either side.
     assert_close(both, alone, tolerance=2e-3 if options is FLOAT16 else 1e-5)
@@ -89,17 +66,14 @@ def test_two_processes_train_as_one(case: str, recipe: Path) -> None:
 def test_a_killed_process_loses_nothing_and_another_number_goes_on(parallel: str, recipe: Path, alone: Path) -> None:
     both = recipe.parent / "run" / "both"
     options = ["generator.training.checkpoint_every=5", f"generator.training.parallel={parallel}"]
-    process = start(2, "train", recipe, "model=both", *STEPS, *options)
+    process = start(2, "-m", "far", "train", recipe, "model=both", *STEPS, *options)
     wait_for(lambda: len(list_checkpoints(both / "checkpoints")) > 0)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+    kill_one(process)
     done = list_checkpoints(both / "checkpoints")[-1][0]
     assert 5 <= done < 20
     kept = losses(both)[:done]
     (both / "log.jsonl").write_text("")
-    run(1, "train", recipe, "model=both", *STEPS, "--resume")
+    run(1, "-m", "far", "train", recipe, "model=both", *STEPS, "--resume")
     assert kept + losses(both) == pytest.approx(losses(alone), rel=1e-5)
     (both / "log.jsonl").write_text("".join(json.dumps({"loss": loss}) + "\n" for loss in losses(alone)))
     assert_close(both, alone)
@@ -113,7 +87,7 @@ def test_kills_at_random_moments(parallel: str, recipe: Path, alone: Path) -> No
         begun += finished
         both = recipe.parent / "run" / f"both-{begun}"
         options = [f"model={both.name}", "generator.training.checkpoint_every=1", f"generator.training.parallel={parallel}", "--resume"]
-        start_time, process = time.monotonic(), start(2, "train", recipe, *STEPS, *options)
+        start_time, process = time.monotonic(), start(2, "-m", "far", "train", recipe, *STEPS, *options)
         try:
             _, errors = process.communicate(timeout=draw.uniform(0, seconds) if kills < 10 else 240)
         except subprocess.TimeoutExpired:
@@ -131,18 +105,11 @@ def test_kills_at_random_moments(parallel: str, recipe: Path, alone: Path) -> No
     print(f"{parallel}: {kills} kills in {begun} runs")
 
 
-def wait_for(condition: object) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def test_one_process_begins_and_two_go_on_with_shards(recipe: Path, alone: Path) -> None:
     both = recipe.parent / "run" / "both"
-    run(1, "train", recipe, "model=both", *STEPS, "generator.training.steps=10")
+    run(1, "-m", "far", "train", recipe, "model=both", *STEPS, "generator.training.steps=10")
     begun = losses(both)
-    run(2, "train", recipe, "model=both", *STEPS, "generator.training.parallel=fsdp", "--resume")
+    run(2, "-m", "far", "train", recipe, "model=both", *STEPS, "generator.training.parallel=fsdp", "--resume")
     assert losses(both)[:10] == begun
     assert_close(both, alone)
     # Each process has written about half, and one of them what is whole in both: the EMA's head and the numbers of steps.
@@ -155,7 +122,15 @@ def test_one_process_begins_and_two_go_on_with_shards(recipe: Path, alone: Path)
 def test_sigterm_saves_what_is_finished(recipe: Path, alone: Path) -> None:
     stopped = recipe.parent / "run" / "stopped"
     process = start(
-        2, "train", recipe, "model=stopped", *STEPS, "generator.training.checkpoint_every=1000", "generator.training.steps=4000"
+        2,
+        "-m",
+        "far",
+        "train",
+        recipe,
+        "model=stopped",
+        *STEPS,
+        "generator.training.checkpoint_every=1000",
+        "generator.training.steps=4000",
     )
     wait_for(lambda: (stopped / "log.jsonl").exists() and losses(stopped))
     process.send_signal(signal.SIGTERM)
@@ -176,7 +151,7 @@ def test_micro_batches_are_the_steps_rows_in_order(recipe: Path) -> None:
 
 
 def test_what_cannot_be_shared_is_told(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    process = start(2, "train", recipe, "model=odd")
+    process = start(2, "-m", "far", "train", recipe, "model=odd")
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "far: error: micro_batches 1: give a multiple of the 2 processes" in errors
