@@ -147,8 +147,7 @@ class Trainer:
     """The state of a run: module, EMA, optimizer, the scale of float16's losses, and the numbers of finished and skipped steps."""
 
     def __init__(self, task: Task, config: LoopConfig, folder: Path, processes: Processes = Processes()) -> None:  # noqa: B008
-        if config.micro_batches % processes.count:
-            raise InputError(f"micro_batches {config.micro_batches}: give a multiple of the {processes.count} processes, which share them")
+        processes.check_parts("micro_batches", config.micro_batches)
         self.task, self.config, self.folder, self.processes = task, config, folder, processes
         self.module = task.module.to(config.device).train()
         self.ema = Ema(self.module, config.ema_decay)
@@ -201,16 +200,16 @@ class Trainer:
     def save(self) -> None:
         """Publish the EMA weights, and then write a checkpoint of the finished steps; all processes take part."""
         ema = whole_copy(self.ema.module, kept=self.first)
-        if self.first:
-            self.task.publish(ema, self.folder, self.step)
+        self.processes.collect(lambda: self.task.publish(ema, self.folder, self.step) if self.first else None)
         values = {"scaler": self.scaler.state_dict(), "skipped": (self.skipped_steps, self.skipped_in_a_row)}
         save_checkpoint(self.checkpoints, self.step, self._tensors(), values, self.processes)
 
     def evaluate(self, log: "_Log | None") -> None:
         """Judge the EMA weights; all processes take part, the first one judges."""
         ema = whole_copy(self.ema.module, kept=self.first)
+        found = self.processes.collect(lambda: self.task.evaluate(ema, self.folder, self.step) if self.first else {})
         if log is not None:
-            log.write({"step": self.step, **self.task.evaluate(ema, self.folder, self.step)})
+            log.write({"step": self.step, **found[0]})
 
     def run(self) -> None:
         config, saved_at = self.config, self.step
