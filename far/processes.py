@@ -8,7 +8,9 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -63,6 +65,15 @@ class Processes:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return bool(found)
 
+    def check_shared(self, folder: Path) -> None:
+        """Raise an :class:`InputError` unless all processes see the same ``folder``, which is made where missing."""
+        if self.count == 1:
+            return
+        with _probe(folder) if self.rank == 0 else contextlib.nullcontext() as mine:
+            probe = self.gather(mine)[0]
+            if not all(self.gather(probe is not None and probe.exists())):
+                raise InputError(f"{folder} is not the same for all processes; put it on a disk that they share")
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:
@@ -71,7 +82,18 @@ class Processes:
 
 def started_by_torchrun() -> Processes:
     """What torchrun says of this process; without it, one alone."""
-    return Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    rank, count = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if not (rank.isdecimal() and count.isdecimal() and int(rank) < int(count)):
+        raise InputError(f"RANK {rank!r} and WORLD_SIZE {count!r} in the environment are not torchrun's; unset them")
+    return Processes(int(rank), int(count))
+
+
+@contextlib.contextmanager
+def _probe(folder: Path) -> Iterator[Path]:
+    """Something in ``folder`` to look for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".shared.", suffix=".far") as probe:
+        yield Path(probe)
 
 
 @contextlib.contextmanager
@@ -81,6 +103,8 @@ def joined() -> Iterator[Processes]:
     if processes.count == 1:
         yield processes
         return
+    if missing := [name for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise InputError(f"WORLD_SIZE is {processes.count}, but {missing[0]} is missing in the environment; start the command by torchrun")
     if (local := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
         torch.cuda.set_device(local)  # where torch's engines keep what they put together
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import far
-from far.cli.sampling_arguments import add_sampling_arguments, sampling_options
+from far.cli.sampling_arguments import MOST_IMAGES, add_sampling_arguments, sampling_options
 from far.errors import InputError
 from far.evaluation.extraction import part_ranges, read_part, read_parts
 from far.evaluation.features import Extractor, load_feature_network
@@ -106,8 +106,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise InputError(f"--{given[0].replace('_', '-')} is for --weights only; leave it out")
         if started_by_torchrun().count > 1:
             raise InputError("several processes are for --weights only; run far evaluate without torchrun")
-    if arguments.count is not None and arguments.count < 2:
-        raise InputError(f"--count {arguments.count}: give at least 2")
+    if arguments.count is not None and not 2 <= arguments.count <= MOST_IMAGES:
+        raise InputError(f"--count {arguments.count}: give at least 2 and at most {MOST_IMAGES}")
     if not 0 <= arguments.seed < 2**63 - (arguments.count or _DEFAULT_COUNT):
         raise InputError(f"--seed {arguments.seed}: give a number of at least 0 that leaves room for the images' seeds below 2⁶³")
     if arguments.batch_size < 1:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from far.cli.sampling_arguments import add_sampling_arguments, sampling_options
+from far.cli.sampling_arguments import MOST_IMAGES, add_sampling_arguments, sampling_options
+from far.config import check_count
 from far.errors import InputError
 from far.evaluation.images import write_npz
 from far.files import check_writable
@@ -96,8 +97,7 @@ def _labels(pipeline: Pipeline, arguments: argparse.Namespace) -> list[int]:
     names = list(range(len(pipeline.classes))) if arguments.labels == ["all"] else arguments.labels
     chosen = [pipeline.label(name) for name in names]
     count = len(chosen) if arguments.count is None else arguments.count
-    if count < 1:
-        raise InputError(f"--count {count} must be positive")
+    check_count("--count", count, MOST_IMAGES)
     share, extra = divmod(count, len(chosen))
     return [label for index, label in enumerate(chosen) for _ in range(share + (index < extra))]
 

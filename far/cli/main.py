@@ -9,6 +9,7 @@ from typing import NoReturn
 import far
 from far.cli import benchmark, cache, convert, data, demo, distill, edit, evaluate, generate, push, train, train_autoencoder
 from far.errors import InputError
+from far.processes import started_by_torchrun
 
 COMMANDS = {
     "generate": generate,
@@ -24,6 +25,9 @@ COMMANDS = {
     "demo": demo,
     "push": push,
 }
+
+# What several processes can do together.
+SHARED = ("train-autoencoder", "cache", "train", "distill", "evaluate")
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``far`` and return its exit status: 0, 2 for a user error, 130 after Ctrl-C."""
     try:
         parsed = parse(sys.argv[1:] if arguments is None else arguments)
+        if parsed.command not in SHARED and started_by_torchrun().count > 1:
+            raise InputError(f"several processes are for {', '.join(SHARED)}; run far {parsed.command} without torchrun")
         parsed.run(parsed)
     except (InputError, OSError) as error:
         print(f"far: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -3,6 +3,9 @@
 import argparse
 from typing import Any
 
+# Of one call; a number beyond any use would fill the memory before the first is drawn.
+MOST_IMAGES = 10_000_000
+
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="guidance scale; 1 is off (default: the model's)")

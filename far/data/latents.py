@@ -16,6 +16,7 @@ from far.data.image_sets import check_labels, check_meta, open_image_set, read_i
 from far.data.shards import ShardReader, ShardWriter
 from far.errors import InputError
 from far.processes import Processes
+from far.weights import to_device
 
 SHARD_ROWS = 4096
 
@@ -41,7 +42,7 @@ def write_latents(
     writer = ShardWriter(folder, _meta(source, autoencoder), processes)
     if writer.complete:
         return
-    autoencoder.to(device)
+    to_device(autoencoder, device)
     bar = tqdm(
         total=len(source), initial=writer.cursor, desc=f"encoding into {folder}", unit="img", mininterval=1, smoothing=0,
         disable=processes.rank > 0,

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from far.errors import InputError
+
 # Rows compared at a time: 250 against 50,000 in float64 take 100 MB, and a few copies of that are needed.
 _CHUNK = 250
 
@@ -64,11 +66,14 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
     Raises:
         ValueError: fewer than two rows on a side, or different feature counts.
+        InputError: a feature was not finite.
     """
     if min(a.count, b.count) < 2:
         raise ValueError(f"a Fréchet distance needs two images a side, got {a.count} and {b.count}")
     if len(a.total) != len(b.total):
         raise ValueError(f"features of {len(a.total)} and {len(b.total)} dimensions cannot be compared")
+    if not all(torch.isfinite(side.total).all() and torch.isfinite(side.covariance).all() for side in (a, b)):
+        raise InputError("the features of the images are not finite; check the weights that drew them")
     root_trace = torch.linalg.svdvals(_root(a.covariance) @ _root(b.covariance)).sum()
     trace = a.covariance.trace() + b.covariance.trace() - 2 * root_trace
     return float((a.mean - b.mean).square().sum() + trace)

@@ -16,7 +16,7 @@ from far.evaluation.features import FeatureNetwork, load_feature_network
 from far.evaluation.metrics import FeatureStatistics, frechet_distance, psnr
 from far.pictures import grid, save_png
 from far.training.loop import LoopConfig, epoch_rows
-from far.weights import save_autoencoder
+from far.weights import save_autoencoder, to_device
 
 _CHUNK = 100
 
@@ -35,6 +35,10 @@ class AutoencoderLossConfig:
     kl_weight: float = 1e-3
     evaluation_images: int = 1000
 
+    def __post_init__(self) -> None:
+        if self.evaluation_images < 2:
+            raise InputError(f"evaluation_images {self.evaluation_images} must be at least 2")
+
 
 class AutoencoderTask:
     """See :class:`far.training.loop.Task`. ``data`` holds ``train`` and ``held-out`` images."""
@@ -49,7 +53,7 @@ class AutoencoderTask:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(loop.seed)
             self.module = Autoencoder(model)
-        self.features: FeatureNetwork = load_feature_network().to(loop.device)
+        self.features: FeatureNetwork = to_device(load_feature_network(), loop.device)
         self.results: dict[str, float] = {}
 
     def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:

@@ -134,11 +134,12 @@ def _digests(folder: Path, processes: Processes) -> dict[str, str]:
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of every checkpoint in ``folder``, oldest first."""
-    found = []
-    for path in folder.glob("step-*"):
-        if match := re.fullmatch(r"step-(\d+)(\.pt)?", path.name):
-            found.append((int(match[1]), path))
-    return sorted(found)
+    return sorted((step, path) for path in folder.glob("step-*") if (step := _step(path)) is not None)
+
+
+def _step(path: Path) -> int | None:
+    match = re.fullmatch(r"step-(\d+)(\.pt)?", path.name)
+    return int(match[1]) if match else None
 
 
 def open_checkpoint(path: Path, processes: Processes = Processes()) -> Checkpoint:  # noqa: B008
@@ -148,7 +149,9 @@ def open_checkpoint(path: Path, processes: Processes = Processes()) -> Checkpoin
         InputError: it is cut off, damaged, or holds anything but tensors and plain values.
     """
     try:
-        return _open_file(path) if path.is_file() else _open_folder(path, processes)
+        found = _open_file(path) if path.is_file() else _open_folder(path, processes)
+        _check_values(found)
+        return found
     except Exception as error:  # there is no telling how a damaged pickle fails
         raise InputError(_damaged(path, _reason(error))) from error
 
@@ -161,17 +164,25 @@ def _open_folder(path: Path, processes: Processes) -> Checkpoint:
     for name in listed.keys() | found:
         if listed.get(name) != found.get(name):
             raise ValueError(f"{name} is missing, or its checksum differs")
-    return Checkpoint(path, int(index["step"]), dict(index["values"]), dict(index["shapes"]))
+    if not isinstance(index["values"], dict) or not isinstance(index["shapes"], dict):
+        raise ValueError(f"{_INDEX} is of another form")
+    return Checkpoint(path, index["step"], index["values"], index["shapes"])
 
 
 def _open_file(path: Path) -> Checkpoint:
     check_zip(path)
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-        raise ValueError("it is no training checkpoint")
     tensors = named_tensors({"module": state["module"], "ema": state["ema"], "optimizer": state["optimizer"]["state"]})
     values = {name: state[name] for name in ("scaler", "skipped") if name in state}
     return Checkpoint(path, state["step"], values, {name: list(tensor.shape) for name, tensor in tensors.items()}, tensors)
+
+
+def _check_values(checkpoint: Checkpoint) -> None:
+    if checkpoint.step != _step(checkpoint.path):
+        raise ValueError(f"it is of step {checkpoint.step}")
+    skipped, scaler = checkpoint.values.get("skipped", (0, 0)), checkpoint.values.get("scaler", {})
+    if len(skipped) != 2 or not all(isinstance(number, int) for number in (*skipped, *(int(value) for value in scaler.values()))):
+        raise ValueError("its numbers of skipped steps, or of the loss's scale, are none")
 
 
 @contextlib.contextmanager

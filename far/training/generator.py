@@ -19,6 +19,7 @@ from far.pictures import grid, save_png
 from far.pipeline import Pipeline
 from far.sampling import SamplingConfig
 from far.training.loop import LoopConfig, epoch_rows
+from far.weights import to_device
 
 _CHUNK = 100
 _TIME_BUCKETS = 4
@@ -34,6 +35,11 @@ class EvaluationConfig:
     images: int = 500
     references: int = 2000
     grid_per_class: int = 4
+
+    def __post_init__(self) -> None:
+        for name, least in (("images", 2), ("references", 2), ("grid_per_class", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"evaluation.{name} {getattr(self, name)} must be at least {least}")
 
 
 class GeneratorTask:
@@ -55,7 +61,7 @@ class GeneratorTask:
         if not 0 <= label_drop < 1:
             raise InputError(f"label_drop {label_drop} must be at least 0 and below 1")
         self.loop, self.sampling, self.evaluation, self.label_drop = loop, sampling, evaluation, label_drop
-        self.autoencoder = autoencoder.to(loop.device).requires_grad_(False)
+        self.autoencoder = to_device(autoencoder, loop.device).requires_grad_(False)
         self.latents = open_latents(latents, autoencoder)
         self.classes = self.latents.meta["classes"]
         self.labels = self.latents.all("labels")

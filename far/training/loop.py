@@ -23,12 +23,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from far.config import check_count
 from far.errors import InputError
 from far.files import atomic_path, remove_leftovers
 from far.processes import Processes
 from far.training.checkpoint import list_checkpoints, named_tensors, open_checkpoint, save_checkpoint
 from far.training.ema import Ema
 from far.training.parallel import gradients_together, replicate, shard, whole, whole_copy
+from far.weights import to_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +68,15 @@ class LoopConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        every = ("log_every", "checkpoint_every", "evaluate_every")
-        for name in ("steps", "batch_size", "micro_batches", "learning_rate", "gradient_clip", "max_skipped_steps", *every):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} {getattr(self, name)} must be positive")
+        for name in ("steps", "batch_size", "micro_batches", "max_skipped_steps", "log_every", "checkpoint_every", "evaluate_every"):
+            check_count(name, getattr(self, name), 2**20 if name.startswith(("batch", "micro")) else 2**40)
+        rates = {name: getattr(self, name) for name in ("learning_rate", "gradient_clip", "head_learning_rate")}
+        for name, value in rates.items():
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name} {value} must be positive, and finite")
+        for name, value in (("weight_decay", self.weight_decay), ("warmup_steps", self.warmup_steps)):
+            if not 0 <= value < math.inf:
+                raise InputError(f"{name} {value} must be at least 0, and finite")
         if self.batch_size % self.micro_batches:
             raise InputError(f"micro_batches {self.micro_batches} must divide the batch_size {self.batch_size}")
         if not 0 <= self.seed < 2**40:
@@ -149,7 +156,7 @@ class Trainer:
     def __init__(self, task: Task, config: LoopConfig, folder: Path, processes: Processes = Processes()) -> None:  # noqa: B008
         processes.check_parts("micro_batches", config.micro_batches)
         self.task, self.config, self.folder, self.processes = task, config, folder, processes
-        self.module = task.module.to(config.device).train()
+        self.module = to_device(task.module, config.device).train()
         self.ema = Ema(self.module, config.ema_decay)
         self.losses: nn.Module = Losses(task)
         if processes.count > 1:
@@ -167,16 +174,16 @@ class Trainer:
     def restore(self, resume: bool) -> None:
         """Load the newest checkpoint, or make sure that there is none to overwrite."""
         check_unused(self.folder, resume)
-        remove_leftovers(self.folder, self.checkpoints, self.folder / "samples", idle_seconds=0)
+        if self.first:
+            remove_leftovers(self.folder, self.checkpoints, self.folder / "samples", idle_seconds=0)
+        self.processes.check_shared(self.folder)
         existing = list_checkpoints(self.checkpoints)
-        if len(set(self.processes.gather(tuple(existing)))) > 1:
-            raise InputError(f"{self.folder} is not the same for all processes; put the run on a disk that they share")
         if existing:
             saved = open_checkpoint(existing[-1][1], self.processes)
             self._make_optimizer_state(saved.shapes)
             saved.fill(self._tensors(), self.processes)
             if saved.values.get("scaler"):  # none in runs of another dtype, nor of version 0.1
-                self.scaler.load_state_dict(saved.values["scaler"])
+                self.scaler.load_state_dict({**self.scaler.state_dict(), **saved.values["scaler"]})
             self.step = saved.step
             self.skipped_steps, self.skipped_in_a_row = saved.values.get("skipped", (0, 0))
 
@@ -192,10 +199,9 @@ class Trainer:
     def _make_optimizer_state(self, shapes: dict[str, list[int]]) -> None:
         """Room for what a checkpoint has of it: a fresh optimizer has none, and parameters that were not yet needed never had."""
         for number, parameter in enumerate(self._parameters()):
-            for name in ("step", "exp_avg", "exp_avg_sq"):
-                if f"optimizer.{number}.{name}" in shapes:
-                    scalar = torch.zeros((), device=parameter.device)
-                    self.optimizer.state[parameter][name] = scalar if name == "step" else torch.zeros_like(parameter)
+            if f"optimizer.{number}.step" in shapes:
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
 
     def save(self) -> None:
         """Publish the EMA weights, and then write a checkpoint of the finished steps; all processes take part."""

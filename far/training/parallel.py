@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,8 +21,8 @@ from far.model import FAR
 
 def replicate(losses: nn.Module) -> nn.Module:
     """A module of losses that averages gradients over all processes."""
-    # Some heads leave parameters out in some steps. Gradients are not kept twice.
-    return DistributedDataParallel(losses, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True)
+    # Some heads leave parameters out in some steps.
+    return DistributedDataParallel(losses, find_unused_parameters=True)
 
 
 def shard(losses: nn.Module, module: nn.Module, ema: nn.Module) -> nn.Module:
@@ -49,14 +49,11 @@ def shard(losses: nn.Module, module: nn.Module, ema: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def gradients_together(losses: nn.Module, together: bool) -> Iterator[None]:
-    """Within it, a backward pass averages gradients over all processes, or leaves them to a later one."""
-    if isinstance(losses, FSDPModule):
-        losses.set_requires_gradient_sync(together)
-        yield
-    elif isinstance(losses, DistributedDataParallel) and not together:
-        with losses.no_sync():
-            yield
-    else:
+    """Within it, a backward pass averages gradients over all processes, or leaves them to a later one.
+
+    Shards always do: what is left to a later pass is whole, and would take the memory that they are to save.
+    """
+    with losses.no_sync() if isinstance(losses, DistributedDataParallel) and not together else contextlib.nullcontext():
         yield
 
 

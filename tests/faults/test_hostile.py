@@ -18,11 +18,11 @@ import pytest
 import torch
 from checkpoints import read_checkpoint, write_file_of_0_1
 from PIL import Image
+from slope import Slope, loop, run_steps
 
 from far import weights
 from far.autoencoder import Autoencoder
 from far.cli.main import main
-from far.data import shards
 from far.data.fashion_mnist import read_idx
 from far.data.folders import write_folder
 from far.data.image_sets import open_image_set
@@ -33,8 +33,10 @@ from far.errors import InputError
 from far.evaluation.extraction import part_path, read_parts
 from far.evaluation.images import open_images
 from far.evaluation.inception import load_inception
+from far.files import json_digest
 from far.pipeline import Pipeline
 from far.training.checkpoint import open_checkpoint
+from far.training.loop import Trainer
 from far.weights import BUNDLED, load_autoencoder, read_tensors, save_tensors
 
 
@@ -107,6 +109,65 @@ def test_no_flipped_byte_of_a_checkpoint_changes_what_is_read(tmp_path: Path) ->
             assert state["values"] == {"skipped": (3, 1)}
             assert all(torch.equal(tensor, torch.ones(1, 500)) for tensor in state["tensors"].values())
     assert found > 2000 // 7, "at least all of the tensor, which both names share"
+
+
+def write_index(path: Path, index: dict[str, Any]) -> None:
+    """With the checksum of what it says now."""
+    told = {name: value for name, value in index.items() if name != "sha256"}
+    path.write_text(json.dumps({**told, "sha256": json_digest(told)}))
+
+
+LIES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "negative step": lambda index: index.update(step=-7),
+    "other step": lambda index: index.update(step=8),
+    "endless step": lambda index: index.update(step=10**30),
+    "no step": lambda index: index.pop("step"),
+    "skipped is text": lambda index: index["values"].update(skipped="ab"),
+    "skipped is nothing": lambda index: index["values"].update(skipped=None),
+    "scale is text": lambda index: index["values"].update(scaler={"scale": "x"}),
+    "scale is endless": lambda index: index["values"].update(scaler={"scale": 1e400}),
+    "values are a list": lambda index: index.update(values=[]),
+    "shapes are numbers": lambda index: index.update(shapes=5),
+    "another shape": lambda index: index["shapes"].update({"module.weight": [1, 4]}),
+    "no moments": lambda index: index["shapes"].pop("optimizer.0.exp_avg"),
+    "files are a list": lambda index: index.update(files=[]),
+    "a file elsewhere": lambda index: index["files"].update({"../../other.safetensors": "0" * 64}),
+}
+
+
+@pytest.mark.parametrize("lie", list(LIES))
+def test_a_checkpoint_whose_index_lies_is_refused(lie: str, tmp_path: Path) -> None:
+    """Its checksum is right: somebody made it so."""
+    trainer = trained(tmp_path)
+    path = tmp_path / "checkpoints" / "step-00000007" / "index.json"
+    index = json.loads(path.read_text())
+    LIES[lie](index)
+    write_index(path, index)
+    refused(lambda: trainer().restore(resume=True), "step-00000007")
+
+
+def test_a_file_of_0_1_with_a_moment_too_short_is_refused(tmp_path: Path) -> None:
+    """Adam would write beside it."""
+    trainer = trained(tmp_path)
+    first = trainer()
+    first.restore(resume=True)
+    state = first.optimizer.state_dict()
+    state["state"][0]["exp_avg"] = torch.zeros(1)
+    first.optimizer.state_dict = lambda: state  # type: ignore[method-assign]
+    write_file_of_0_1(tmp_path / "checkpoints/step-00000008.pt", 8, first.module, first.optimizer)
+    refused(lambda: trainer().restore(resume=True), "step-00000008.pt", "optimizer.0.exp_avg is [1] there and [2, 4] here")
+
+
+def trained(folder: Path) -> Callable[[], Trainer]:
+    """Makes trainers for a folder that holds a checkpoint of seven steps."""
+
+    def trainer() -> Trainer:
+        return Trainer(Slope(), loop(dtype="float16"), folder)
+
+    first = trainer()
+    run_steps(first, 7)
+    first.save()
+    return trainer
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "autoencoder.safetensors"])
@@ -297,7 +358,7 @@ def test_an_index_leads_to_its_own_shards_only(name: object, image_set: Path, tm
     index = json.loads((tmp_path / "images/index.json").read_text())
     del index["sha256"]
     index["shards"][0]["file"] = name
-    shards._write_index(tmp_path / "images/index.json", index)
+    write_index(tmp_path / "images/index.json", index)
     refused(lambda: ShardReader(tmp_path / "images", "images"), "index.json is damaged")
 
 
@@ -317,7 +378,7 @@ def test_an_index_that_tells_other_than_its_shards(change: dict, expected: str, 
     index = json.loads((tmp_path / "images/index.json").read_text())
     del index["sha256"]
     index["meta"] |= change
-    shards._write_index(tmp_path / "images/index.json", index)
+    write_index(tmp_path / "images/index.json", index)
     refused(lambda: open_image_set(tmp_path / "images"), expected)
 
 
@@ -326,7 +387,7 @@ def test_a_cache_whose_labels_are_no_classes(latents_folder: Path, autoencoder_f
     index = json.loads((tmp_path / "latents/index.json").read_text())
     del index["sha256"]
     index["meta"]["classes"] = ["a"]
-    shards._write_index(tmp_path / "latents/index.json", index)
+    write_index(tmp_path / "latents/index.json", index)
     refused(lambda: open_latents(tmp_path / "latents", load_autoencoder(autoencoder_folder)), "labels 0 to 2")
 
 

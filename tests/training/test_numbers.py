@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from checkpoints import newest, write_file_of_0_1
 from conftest import CLASSES, draw_images
+from slope import Slope, infinite_gradient, infinite_loss, loop, nan_loss, run_steps
 from torch import Tensor, nn
 
 from far.backbone import CausalConfig, MaskedConfig
@@ -19,63 +20,10 @@ from far.errors import InputError
 from far.heads import HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pipeline import prepare
+from far.recipe import from_overrides
 from far.sampling import SamplingConfig, SeededNoise, sample
 from far.training.checkpoint import list_checkpoints
-from far.training.loop import LoopConfig, Meter, Trainer, epoch_rows, train
-
-
-class Slope:
-    """Lowers the outputs of a linear map, whose bias always has the gradient ``factor``; ``faults`` change the loss at their steps."""
-
-    def __init__(self, faults: dict[int, Callable[[Tensor], Tensor]] | None = None, factor: float = 0.5) -> None:
-        torch.manual_seed(0)
-        self.module = nn.Linear(4, 2)
-        self.faults, self.factor = faults or {}, factor
-        self.evaluated: list[int] = []
-
-    def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
-        return [{"params": list(self.module.parameters()), "lr": config.learning_rate, "weight_decay": 0.1}]
-
-    def batch(self, step: int, generator: torch.Generator) -> Tensor:
-        return torch.randn(8, 4, generator=generator)
-
-    def loss(self, step: int, batch: Tensor, ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = self.factor * self.module(batch).float().mean(dim=0).sum()
-        if step in self.faults:
-            loss = self.faults[step](loss)
-        return loss, {"copy": loss.detach()}
-
-    def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        self.evaluated.append(step)
-        return {}
-
-    def publish(self, ema: nn.Module, folder: Path, step: int) -> None:
-        pass
-
-
-def nan_loss(loss: Tensor) -> Tensor:
-    return loss * torch.nan
-
-
-def infinite_loss(loss: Tensor) -> Tensor:
-    return loss + torch.inf
-
-
-def infinite_gradient(loss: Tensor) -> Tensor:
-    """The same value; the root's slope at zero is infinite."""
-    return loss.detach() + (loss - loss.detach()).sqrt()
-
-
-def loop(**values: Any) -> LoopConfig:
-    usual = {"steps": 12, "batch_size": 8, "learning_rate": 0.01, "warmup_steps": 1, "dtype": "float32", "log_every": 5}
-    return LoopConfig(**{**usual, **values})
-
-
-def run_steps(trainer: Trainer, count: int) -> Meter:
-    meter = Meter()
-    for _ in range(count):
-        trainer.train_step(meter)
-    return meter
+from far.training.loop import LoopConfig, Trainer, epoch_rows, train
 
 
 def state(trainer: Trainer) -> dict[str, Any]:
@@ -139,6 +87,32 @@ def test_a_run_whose_last_step_is_skipped_is_saved(tmp_path: Path) -> None:
     train(task, loop(), tmp_path)
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [12]
     assert task.evaluated == [12]
+
+
+def test_a_checkpoint_is_the_last_thing_that_a_step_writes(tmp_path: Path) -> None:
+    class Full(Slope):
+        def publish(self, ema: nn.Module, folder: Path, step: int) -> None:
+            assert not list_checkpoints(folder / "checkpoints")
+            raise InputError("the disk is full")
+
+    with pytest.raises(InputError, match="the disk is full"):
+        train(Full(), loop(), tmp_path)
+    assert not list_checkpoints(tmp_path / "checkpoints")
+
+
+WRONG = [
+    "steps=0", "steps=1e400", "batch_size=1048577", "learning_rate=.nan", "learning_rate=.inf", "head_learning_rate=-1.0",
+    "weight_decay=-1.0", "weight_decay=.nan", "warmup_steps=-3", "gradient_clip=0.0", "max_skipped_steps=0", "log_every=-1",
+    "micro_batches=3", "seed=-1", "ema_decay=1.0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_no_training_bears_is_refused(wrong: str) -> None:
+    name = wrong.partition("=")[0]
+    with pytest.raises(InputError, match=name) as caught:
+        from_overrides(LoopConfig(batch_size=8), [wrong])
+    assert "\n" not in str(caught.value)
 
 
 def test_ctrl_c_waits_until_a_step_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -133,12 +133,53 @@ def test_sigterm_saves_what_is_finished(recipe: Path, alone: Path) -> None:
         "generator.training.steps=4000",
     )
     wait_for(lambda: (stopped / "log.jsonl").exists() and losses(stopped))
+    # A cluster tells all of a job, and torchrun tells its processes again.
+    for worker in map(int, subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()):
+        os.kill(worker, signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert "interrupted at step" in output
     step, _ = list_checkpoints(stopped / "checkpoints")[-1]
     assert len(losses(stopped)) == step
     assert losses(stopped)[:20] == pytest.approx(losses(alone)[: min(step, 20)], rel=1e-5)
+
+
+def test_a_step_that_one_process_must_skip_is_skipped_by_all(tmp_path: Path) -> None:
+    """In the second process the loss is NaN, or infinite with a finite gradient; in float16 the NaN halves the scale of both."""
+    script = Path(__file__).parent / "one_skips.py"
+    for dtype, scale in (("float32", 1.0), ("float16", 65536.0 / 2)):
+        run(2, script, tmp_path / dtype, dtype)
+        first, second = (json.loads((tmp_path / dtype / f"{rank}.json").read_text()) for rank in (0, 1))
+        assert first == second
+        assert (first["skipped"], first["scale"]) == (2, scale)
+
+
+def test_a_folder_that_is_not_shared_is_refused(recipe: Path, latents_folder: Path, tmp_path: Path) -> None:
+    for rank in (0, 1):  # the same path leads elsewhere, as on the disks of two machines
+        (tmp_path / str(rank) / "run").mkdir(parents=True)
+        (tmp_path / str(rank) / "run" / "latents").symlink_to(latents_folder)
+    script = tmp_path / "apart.py"
+    script.write_text(
+        "import os, sys\nfrom far.cli.main import main\n"
+        f"os.chdir(os.path.join({str(tmp_path)!r}, os.environ['RANK']))\nsys.exit(main(['train', *sys.argv[1:]]))\n"
+    )
+    process = start(2, script, recipe, "run=run", *STEPS)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "run/model is not the same for all processes; put it on a disk that they share" in errors
+    assert not list((tmp_path / "0" / "run" / "model").iterdir())
+
+
+def test_commands_of_one_process_say_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(["generate", "--out", str(tmp_path / "x.png")]) == 2
+    assert "run far generate without torchrun" in capsys.readouterr().err
+    assert main(["train", "recipes/avatars-32.yaml"]) == 2
+    assert "LOCAL_RANK is missing in the environment; start the command by torchrun" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert main(["train", "recipes/avatars-32.yaml"]) == 2
+    assert "WORLD_SIZE 'many' in the environment" in capsys.readouterr().err
 
 
 def test_micro_batches_are_the_steps_rows_in_order(recipe: Path) -> None:

@@ -1,0 +1,64 @@
+"""The smallest training, whose losses can be told to be wrong at a step."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from far.training.loop import LoopConfig, Meter, Trainer
+
+
+class Slope:
+    """Lowers the outputs of a linear map, whose bias always has the gradient ``factor``; ``faults`` change the loss at their steps."""
+
+    def __init__(self, faults: dict[int, Callable[[Tensor], Tensor]] | None = None, factor: float = 0.5) -> None:
+        torch.manual_seed(0)
+        self.module = nn.Linear(4, 2)
+        self.faults, self.factor = faults or {}, factor
+        self.evaluated: list[int] = []
+
+    def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
+        return [{"params": list(self.module.parameters()), "lr": config.learning_rate, "weight_decay": 0.1}]
+
+    def batch(self, step: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(8, 4, generator=generator)
+
+    def loss(self, step: int, batch: Tensor, ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = self.factor * self.module(batch).float().mean(dim=0).sum()
+        if step in self.faults:
+            loss = self.faults[step](loss)
+        return loss, {"copy": loss.detach()}
+
+    def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        self.evaluated.append(step)
+        return {}
+
+    def publish(self, ema: nn.Module, folder: Path, step: int) -> None:
+        pass
+
+
+def nan_loss(loss: Tensor) -> Tensor:
+    return loss * torch.nan
+
+
+def infinite_loss(loss: Tensor) -> Tensor:
+    return loss + torch.inf
+
+
+def infinite_gradient(loss: Tensor) -> Tensor:
+    """The same value; the root's slope at zero is infinite."""
+    return loss.detach() + (loss - loss.detach()).sqrt()
+
+
+def loop(**values: Any) -> LoopConfig:
+    usual = {"steps": 12, "batch_size": 8, "learning_rate": 0.01, "warmup_steps": 1, "dtype": "float32", "log_every": 5}
+    return LoopConfig(**{**usual, **values})
+
+
+def run_steps(trainer: Trainer, count: int) -> Meter:
+    meter = Meter()
+    for _ in range(count):
+        trainer.train_step(meter)
+    return meter
