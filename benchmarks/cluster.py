@@ -1,0 +1,337 @@
+"""Memory and time that training the presets takes on GPUs, for docs/cluster.md, whose tables this script writes.
+
+    python benchmarks/cluster.py              # what is computed: half a minute, no weights are made
+    python benchmarks/cluster.py --measure    # and training steps on this CPU, beside what is computed for them: 12 minutes, 6 GB
+
+Run it in the repository's folder. Steps are those of ImageNet at 256 × 256: 16 × 16 tokens of 16 channels, in bfloat16.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from results_report import replace_block
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from far.backbone import MaskedConfig
+from far.benchmark import machine, product_peak
+from far.files import atomic_path
+from far.heads import HeadConfig
+from far.model import FAR, PRESETS, ModelConfig, NetworkConfig
+from far.recipe import load_recipe
+from far.tokens import sample_mask_ratio
+
+DOCUMENT = Path("docs/cluster.md")
+GB = 10**9
+EPOCHS, IMAGES = 400, 1_281_167
+GPUS = (24, 40, 80)
+# What is left to the CUDA context, the libraries' workspaces and the gaps between tensors: a guess, as no GPU was at hand.
+USABLE = 0.9
+# Operations a second in bfloat16, of dense products, as NVIDIA's data sheets have them.
+PEAKS = {"A100": 312e12, "H100": 989e12}
+NODES = {"A100": (1, 2, 4, 8), "H100": (1, 2, 4, 8)}
+GPUS_A_NODE = 8
+TINY = ModelConfig(NetworkConfig(MaskedConfig(32, 1, 2, 32, 1, 2, 1), HeadConfig("shortcut", 32, 1)), 2, 4, (2, 2))
+# MAR's README: MAR-L with a head of 3 blocks of 1024, 400 epochs, 16 H100, cached latents.
+MAR = NetworkConfig(PRESETS["mar-l"].backbone, HeadConfig("diffusion", 1024, 3))
+MAR_SECONDS, MAR_GPUS = 35 * 3600, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters: all, those in the backbone's blocks, those of its largest block, and the head's."""
+
+    all: int
+    blocks: int
+    block: int
+    head: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Bytes that the forward pass keeps for the backward one: whatever the batch, and an image."""
+
+    fixed: int
+    image: int
+
+
+def at_rest(sizes: Sizes, parallel: str = "ddp", processes: int = 1) -> float:
+    """Bytes that each process holds from step to step.
+
+    Weights, gradients and EMA take 4 bytes a parameter each, Adam's two averages 8. With DDP (``ddp``) every process has all of them;
+    its buckets are the gradients themselves. FSDP2 (``fsdp``) divides all among the processes but the EMA of the head, which every
+    step asks for targets.
+    """
+    if parallel == "ddp":
+        return 20.0 * sizes.all
+    return 20 * sizes.all / processes + 4 * sizes.head * (1 - 1 / processes)
+
+
+def memory(sizes: Sizes, kept: Kept, images: int, parallel: str = "ddp", processes: int = 1, micro_batches: int = 1) -> float:
+    """Bytes of a process at the peak of a training step: where the forward pass of its last micro-batch ends.
+
+    That is what it holds at rest and what the forward pass keeps: activations of every image, and of every weight a copy in bfloat16.
+    FSDP2 adds what a process puts together: weights and gradients of all that is in no block of the backbone (head, embeddings) and
+    of two blocks, the one that is computed and the next; and, of several micro-batches, all gradients until the last, as they are
+    averaged only then.
+
+    Args:
+        images: of a micro-batch.
+        micro_batches: of each process in a step.
+    """
+    total = at_rest(sizes, parallel, processes) + kept.fixed + images * kept.image
+    if parallel == "fsdp":
+        total += 8 * (sizes.all - sizes.blocks + 2 * sizes.block) * (1 - 1 / processes)
+        if micro_batches > 1:
+            total += 4 * sizes.blocks * (1 - 1 / processes)
+    return total
+
+
+def sizes_of(config: ModelConfig) -> Sizes:
+    with torch.device("meta"):
+        model = FAR(config)
+    lists = [part for part in model.backbone.modules() if isinstance(part, torch.nn.ModuleList)]
+    blocks = [_parameters(block) for part in lists for block in part]
+    return Sizes(_parameters(model), sum(blocks), max(blocks), _parameters(model.head))
+
+
+def _parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def kept_by(config: ModelConfig, mask_ratio: float, gpu: bool = True) -> Kept:
+    """Measured on tensors without memory, by the growth from two images to four."""
+    two, four = (_saved(config, images, mask_ratio, gpu) for images in (2, 4))
+    image = (four - two) // 2
+    return Kept(two - 2 * image, image)
+
+
+def _saved(config: ModelConfig, images: int, mask_ratio: float, gpu: bool) -> int:
+    """Bytes of the tensors that the loss of ``images`` keeps, each storage once, those of the parameters left out."""
+    kept: dict[int, torch.UntypedStorage] = {}  # which also keeps their ids from being used again
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[id(tensor.untyped_storage())] = tensor.untyped_storage()
+        return tensor
+
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(_outline(config, mask_ratio))
+        stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        if gpu:
+            stack.enter_context(_kernels_of_a_gpu())
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor))
+        _loss(model, images)
+        parameters = {id(parameter.untyped_storage()) for parameter in model.parameters()}
+        return sum(storage.nbytes() for key, storage in kept.items() if key not in parameters)
+
+
+def flops(config: ModelConfig) -> float:
+    """Multiplications and additions of the matrix products of a training step, forward and backward, an image; at the mean mask."""
+    with _outline(config, mean_mask_ratio(config)) as model, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        _loss(model, 8).backward()
+    return counter.get_total_flops() / 8
+
+
+@contextlib.contextmanager
+def _outline(config: ModelConfig, mask_ratio: float) -> Iterator[FAR]:
+    """A model of tensors that have shapes but no memory, whose every batch is masked alike."""
+    with mock.patch("far.backbone.masked.sample_mask_ratio", return_value=mask_ratio):
+        # Tables that a head computes once stay for the models after this one, so they must be of numbers.
+        head = dataclasses.replace(config.network.head, width=32, depth=1)
+        _loss(FAR(dataclasses.replace(TINY, network=dataclasses.replace(TINY.network, head=head))), 1)
+        with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+            yield FAR(config)
+
+
+def _loss(model: FAR, images: int) -> Tensor:
+    config = model.config
+    latents, labels = torch.randn(images, config.latent_channels, *config.grid), torch.zeros(images, dtype=torch.long)
+    loss = model.loss(latents, labels, torch.Generator(), label_drop=0.1, teacher=model, step=config.network.head.flow_steps)
+    return loss.value.mean()
+
+
+@contextlib.contextmanager
+def _kernels_of_a_gpu() -> Iterator[None]:
+    """What differs there in what is kept: attention keeps no scores, dropout a mask of bytes, and autocast norms in float32."""
+    attention, layer_norm = F.scaled_dot_product_attention, F.layer_norm
+    with contextlib.ExitStack() as stack:
+        for name, function in {
+            "scaled_dot_product_attention": lambda *args, dropout_p=0.0, **options: attention(*args, **options),
+            "dropout": lambda x, p, training, inplace: torch.native_dropout(x, p, training)[0],
+            "layer_norm": lambda x, *args, **options: layer_norm(x.float(), *args, **options),
+        }.items():
+            stack.enter_context(mock.patch.object(F, name, function))
+        yield
+
+
+def mean_mask_ratio(config: ModelConfig) -> float:
+    """The mean over 2,000 steps of the masked share; 1 for causal backbones, which have none."""
+    backbone, generator = config.network.backbone, torch.Generator().manual_seed(0)
+    if not isinstance(backbone, MaskedConfig):
+        return 1.0
+    return statistics.mean(sample_mask_ratio(generator, backbone.mask_ratio_min, backbone.mask_ratio_deviation) for _ in range(2000))
+
+
+def largest_kept(config: ModelConfig, gpu: bool = True) -> Kept:
+    """Of the step that keeps most: with the least masked the encoder's part is largest, with the most the head's."""
+    backbone = config.network.backbone
+    ratios = (backbone.mask_ratio_min, 1.0) if isinstance(backbone, MaskedConfig) else (1.0,)
+    return max((kept_by(config, ratio, gpu) for ratio in ratios), key=lambda kept: kept.image)
+
+
+# --- Tables ------------------------------------------------------------------------------------------
+
+
+def table(heading: list[str], rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [heading, ["---"] * len(heading), *rows])
+
+
+def computed_tables() -> dict[str, str]:
+    """The tables by name."""
+    of_sizes, of_images, of_hours = [], [], []
+    utilisation = mar_utilisation()
+    for name, network in PRESETS.items():
+        config = ModelConfig(network)
+        sizes, kept, work = sizes_of(config), largest_kept(config), flops(config)
+        ways = [("ddp", 1), ("fsdp", 8), ("fsdp", 64)]
+        fixed = [f"{(memory(sizes, kept, 0, *way)) / GB:.1f}" for way in ways]
+        of_sizes.append([f"`{name}`", f"{sizes.all:,}", *fixed, f"{kept.image / GB:.3f}", f"{work / 1e9:.0f}"])
+        of_images.append([f"`{name}`", *(str(fits(sizes, kept, gpu, *way)) for way in ways[:2] for gpu in GPUS)])
+        all_work = work * EPOCHS * IMAGES
+        seconds = [all_work / (GPUS_A_NODE * nodes * PEAKS[gpu] * utilisation) for gpu in NODES for nodes in NODES[gpu]]
+        of_hours.append([f"`{name}`", f"{all_work / 1e18:.0f}", *(f"{one / 3600:.0f}" for one in seconds)])
+        print(name, flush=True)
+    return {
+        "networks": networks_table(),
+        "sizes": table(
+            ["preset", "parameters", "GB, DDP", "FSDP2, 8 processes", "FSDP2, 64", "GB more an image", "GFLOP an image"], of_sizes
+        ),
+        "images": table(["preset", *(f"{way}, {gpu} GB" for way in ("DDP", "FSDP2") for gpu in GPUS)], of_images),
+        "hours": table(["preset", "EFLOP", *(f"{nodes} × 8 {gpu}" for gpu in NODES for nodes in NODES[gpu])], of_hours),
+        "utilisation": calibration(utilisation),
+        "mar-memory": mar_memory(),
+    }
+
+
+def networks_table() -> str:
+    """What to give in place of the recipe's ``network`` for each preset."""
+    rows = []
+    for name, network in PRESETS.items():
+        backbone, head = network.backbone, network.head
+        if isinstance(backbone, MaskedConfig):
+            sizes = {"width": backbone.encoder_width, "depth": backbone.encoder_depth, "heads": backbone.encoder_heads}
+            values = ", ".join(f"{part}_{key}: {size}" for part in ("encoder", "decoder") for key, size in sizes.items())
+        else:
+            values = f"kind: causal, width: {backbone.width}, depth: {backbone.depth}, heads: {backbone.heads}"
+        rows.append([f"`{name}`", f"`{{{values}}}`", f"`{{kind: {head.kind}, width: {head.width}, depth: {head.depth}}}`"])
+    return table(["preset", "`generator.network.backbone`", "`generator.network.head`"], rows)
+
+
+def fits(sizes: Sizes, kept: Kept, gpu: int, parallel: str, processes: int) -> int:
+    """The most images of a micro-batch, of which each process has one."""
+    return max(0, int((USABLE * gpu * GB - memory(sizes, kept, 0, parallel, processes)) // kept.image))
+
+
+def mar_utilisation() -> float:
+    """The share of an H100's peak at which MAR's published training ran, had it done the arithmetic of ours."""
+    return flops(ModelConfig(MAR)) * EPOCHS * IMAGES / (MAR_SECONDS * MAR_GPUS * PEAKS["H100"])
+
+
+def calibration(utilisation: float) -> str:
+    work = flops(ModelConfig(MAR))
+    return (
+        f"{work / 1e9:.0f} GFLOP an image × {EPOCHS} × {IMAGES:,} images in {MAR_SECONDS // 3600} hours on {MAR_GPUS} GPUs are "
+        f"{utilisation * PEAKS['H100'] / 1e12:.0f} TFLOP/s a GPU, **{utilisation:.1%}** of an H100's {PEAKS['H100'] / 1e12:.0f}.\n"
+    )
+
+
+def mar_memory() -> str:
+    """Of the batch that MAR's README names for 80 GB."""
+    config = ModelConfig(MAR)
+    total = memory(sizes_of(config), largest_kept(config), 128)
+    return f"{total / GB:.0f} GB with 128 images, the micro-batch that MAR's README has on GPUs of 80 GB.\n"
+
+
+# --- Measurement -------------------------------------------------------------------------------------
+
+WAYS = {"1 process": ("ddp", 1), "2 processes, DDP": ("ddp", 2), "2 processes, FSDP2": ("fsdp", 2)}
+
+
+def models() -> dict[str, tuple[ModelConfig, tuple[int, ...]]]:
+    """What is measured, and the images of a micro-batch."""
+    avatars = load_recipe(Path("recipes/avatars-64.yaml")).generator.network
+    return {"avatars-64": (ModelConfig(avatars, 16, 8, (8, 8)), (64, 128)), "far-b": (ModelConfig(PRESETS["far-b"]), (1, 4))}
+
+
+def measured_tables() -> dict[str, str]:
+    """The tables by name."""
+    of_memory = []
+    for name, (config, batches) in models().items():
+        sizes, kept = sizes_of(config), kept_by(config, 1.0, gpu=False)
+        for images in batches:
+            for way, (parallel, processes) in WAYS.items():
+                # One process accumulates, so that its gradients are there while it computes, as DDP's are.
+                micro_batches = 1 if parallel == "fsdp" else 2
+                # What is freed goes back to the system at once: glibc would keep a good deal.
+                options = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+                found = train(name, images, parallel, processes, micro_batches, steps=2, **options)["bytes"]
+                computed = memory(sizes, kept, images, parallel, processes, micro_batches)
+                row = [name, way, str(images), f"{computed / GB:.2f}", f"{found / GB:.2f}", f"{found / computed:.2f}"]
+                of_memory.append(row)
+                print(*row, flush=True)
+    return {
+        "measured": table(["model", "way", "images", "GB computed", "GB measured", "ratio"], of_memory),
+        "speed": measured_speed(),
+    }
+
+
+def measured_speed() -> str:
+    rows = []
+    peak = product_peak(torch.bfloat16)
+    for name, (config, batches) in models().items():
+        seconds = statistics.median(train(name, batches[-1], "ddp", 1, 1, steps=12)["seconds"][2:])
+        rate, work = batches[-1] / seconds, flops(config)
+        rows.append([name, str(batches[-1]), f"{rate:.3g}", f"{work / 1e9:.2f}", f"{rate * work / 1e9:.0f}", f"{rate * work / peak:.0%}"])
+    heading = ["model", "batch", "images/s", "GFLOP an image", "GFLOP/s", f"of {peak / 1e9:.0f}"]
+    return table(heading, rows) + f"\n{machine()}; median of 10 steps.\n"
+
+
+def train(name: str, images: int, parallel: str, processes: int, micro_batches: int, steps: int, **variables: str) -> dict:
+    """What ``cluster_process.py`` finds, in a fresh process or two, with these environment variables."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    script = Path(__file__).with_name("cluster_process.py")
+    arguments = [name, images, parallel, micro_batches, steps]
+    command = [sys.executable, *launcher, str(script), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment).stdout
+    return json.loads(printed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true", help="run training steps too")
+    arguments = parser.parse_args()
+    tables = {**computed_tables(), **(measured_tables() if arguments.measure else {})}
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for name, block in tables.items():
+        text = replace_block(text, name, block)
+    with atomic_path(DOCUMENT) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

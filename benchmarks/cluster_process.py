@@ -1,0 +1,69 @@
+"""One of the processes that ``cluster.py --measure`` starts: training steps of random latents, and what they take.
+
+    python benchmarks/cluster_process.py far-b IMAGES PARALLEL MICRO_BATCHES STEPS
+
+A whole step is MICRO_BATCHES of IMAGES a process. Everything is masked, so that each step is the same. Prints as JSON the bytes that
+the first process's memory rose by at its highest, and the seconds of the steps.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from cluster import TINY, models
+from torch import Tensor
+
+from far.model import FAR, ModelConfig
+from far.processes import joined
+from far.training.generator import GeneratorTask
+from far.training.loop import LoopConfig, Meter, Trainer
+
+
+class RandomLatents:
+    """A generator that learns from noise. See :class:`far.training.loop.Task`."""
+
+    parameter_groups = GeneratorTask.parameter_groups
+
+    def __init__(self, config: ModelConfig, images: int) -> None:
+        self.module, self.images = FAR(config), images
+
+    def batch(self, number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        config = self.module.config
+        latents = torch.randn(self.images, config.latent_channels, *config.grid, generator=generator)
+        return latents, torch.zeros(self.images, dtype=torch.long)
+
+    def loss(self, step: int, batch: Any, ema: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.module.loss(*batch, generator, label_drop=0.1, teacher=ema, step=step).value.mean(), {}
+
+
+def memory_of_this_process(field: str) -> int:
+    """``VmRSS``, or ``VmHWM``, its peak, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def main() -> None:
+    name, parallel = sys.argv[1], sys.argv[3]
+    images, micro_batches, steps = (int(sys.argv[place]) for place in (2, 4, 5))
+    with joined() as processes, mock.patch("far.backbone.masked.sample_mask_ratio", return_value=1.0):
+        parts = processes.count * micro_batches
+        config = LoopConfig(steps=steps, batch_size=parts * images, micro_batches=parts, parallel=parallel)
+        # What the first step of a process loads besides is not the model's.
+        Trainer(RandomLatents(TINY, images), config, Path("nowhere"), processes).train_step(Meter())
+        before = memory_of_this_process("VmRSS")
+        trainer = Trainer(RandomLatents(models()[name][0], images), config, Path("nowhere"), processes)
+        seconds = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            trainer.train_step(Meter())
+            seconds.append(time.perf_counter() - start)
+        if processes.rank == 0:
+            print(json.dumps({"bytes": memory_of_this_process("VmHWM") - before, "seconds": seconds}))
+
+
+if __name__ == "__main__":
+    main()

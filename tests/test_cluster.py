@@ -1,0 +1,189 @@
+"""What ``docs/cluster.md`` computes and tells: memory at rest, presets by overrides of the recipe, the script for Slurm."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from far.backbone import CausalConfig, MaskedConfig
+from far.heads import HeadConfig
+from far.model import FAR, PRESETS, ModelConfig, NetworkConfig
+from far.recipe import load_recipe
+from far.training.generator import GeneratorTask
+from far.training.loop import LoopConfig, Meter, Trainer
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "imagenet-256.yaml"
+DOCUMENT = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+SMALL = [
+    NetworkConfig(MaskedConfig(32, 2, 2, 64, 3, 2, 2), HeadConfig("shortcut", 48, 2)),
+    NetworkConfig(CausalConfig(width=32, depth=2, heads=2), HeadConfig("diffusion", 32, 1)),
+]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """``benchmarks/cluster.py``."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # for the script that it imports
+    try:
+        spec = importlib.util.spec_from_file_location("cluster_script", ROOT / "benchmarks" / "cluster.py")
+        assert spec is not None
+        assert spec.loader is not None
+        found = importlib.util.module_from_spec(spec)
+        sys.modules["cluster_script"] = found  # dataclasses look their module up
+        spec.loader.exec_module(found)
+        return found
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+class Task:
+    parameter_groups = GeneratorTask.parameter_groups
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.module = FAR(config)
+
+    def batch(self, number: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        config = self.module.config
+        return torch.randn(2, config.latent_channels, *config.grid, generator=generator), torch.zeros(2, dtype=torch.long)
+
+    def loss(self, step: int, batch: tuple, ema: FAR, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
+        return self.module.loss(*batch, generator, label_drop=0.1, teacher=ema, step=step).value.mean(), {}
+
+
+@pytest.mark.parametrize("network", SMALL, ids=["masked", "causal"])
+def test_memory_at_rest_is_what_a_trainer_holds(script: ModuleType, network: NetworkConfig, tmp_path: Path) -> None:
+    config = ModelConfig(network, 3, 4, (2, 2))
+    trainer = Trainer(Task(config), LoopConfig(steps=1, batch_size=2), tmp_path)  # type: ignore[arg-type]
+    trainer.train_step(Meter())
+    states = [tensor for state in trainer.optimizer.state.values() for tensor in state.values() if tensor.dim()]
+    gradients = [parameter.grad for parameter in trainer.module.parameters()]
+    held = [*trainer.module.parameters(), *trainer.ema.module.parameters(), *gradients, *states]
+    assert sum(tensor.nbytes for tensor in held if tensor is not None) == script.at_rest(script.sizes_of(config))
+
+
+@pytest.mark.parametrize("network", SMALL, ids=["masked", "causal"])
+def test_what_is_kept_for_the_backward_pass(script: ModuleType, network: NetworkConfig) -> None:
+    """Computed without memory, it is what real tensors keep; and it grows evenly with the images."""
+    config = ModelConfig(network, 3, 4, (4, 4))
+    kept = script.kept_by(config, 1.0, gpu=False)
+    torch.manual_seed(0)
+    model, found = FAR(config), {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    latents, labels, generator = torch.randn(7, 4, 4, 4), torch.zeros(7, dtype=torch.long), torch.Generator().manual_seed(0)
+    if isinstance(network.backbone, MaskedConfig):
+        model.backbone.training_inputs = all_masked  # type: ignore[assignment]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(latents, labels, generator, label_drop=0.1, teacher=model).value.mean()
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert loss.isfinite()
+    expected = sum(storage.nbytes() for key, storage in found.items() if key not in parameters)
+    assert kept.fixed + 7 * kept.image == pytest.approx(expected, rel=0.01)  # one noise sample in eight, rounded up
+
+
+def all_masked(tokens: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    orders = torch.rand(tokens.shape[:2], generator=generator).argsort(dim=1)
+    return tokens, orders[:, tokens.shape[1] :], orders
+
+
+def test_the_arithmetic_of_a_step(script: ModuleType) -> None:
+    """Of a causal model: two operations a weight and token forward, as many for each gradient, and those of the attention."""
+    network = NetworkConfig(CausalConfig(width=64, depth=3, heads=2, dropout=0.0), HeadConfig("flow", 64, 2, samples_per_token=1))
+    config = ModelConfig(network, 3, 4, (4, 4))
+    model, tokens = FAR(config), 16
+    weights = {name: layer.weight.numel() for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    # What is fed needs no gradient.
+    fed = ("token_projection", "input_projection", "time_embeddings.0.linear_in")
+    first = sum(count for name, count in weights.items() if name.endswith(fed))
+    attention = 3 * (2 * 2 * tokens * tokens * 64)
+    expected = 3 * (2 * sum(weights.values()) * tokens + attention) - 2 * first * tokens
+    assert script.flops(config) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_recipe_is_far_b() -> None:
+    recipe = load_recipe(RECIPE)
+    training = recipe.generator.training
+    assert recipe.generator.network == PRESETS["far-b"]
+    assert training.learning_rate == pytest.approx(1e-4 * training.batch_size / 256)
+    assert training.steps * training.batch_size / 1_281_167 == pytest.approx(400, rel=0.01)
+    assert training.warmup_steps * 4 == training.steps
+
+
+def test_each_preset_is_two_overrides_of_the_recipe() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \| `(\{.*?\})` \| `(\{.*?\})` \|$", DOCUMENT, re.MULTILINE)
+    overridden = {
+        name: load_recipe(RECIPE, [f"generator.network.backbone={backbone}", f"generator.network.head={head}"]).generator.network
+        for name, backbone, head in rows
+    }
+    assert overridden == PRESETS
+
+
+# --- Slurm -------------------------------------------------------------------------------------------
+
+# Two tasks on this machine. As Slurm's, srun passes a signal on to its tasks.
+SRUN = """#!/bin/bash
+trap 'kill -TERM $tasks' TERM
+for task in 0 1; do
+    SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NTASKS=2 "$@" & tasks="$tasks $!"
+done
+wait || true
+for task in $tasks; do wait $task || exit 1; done
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" > requeued; fi
+"""
+
+
+@pytest.fixture
+def job(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The document's script, for the tiny recipe, in a folder whose ``srun``, ``scontrol`` and ``far`` come first."""
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "far": f'#!/bin/bash\nexec {sys.executable} -m far "$@"\n'}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    text = re.search(r"```bash\n(.*?)```", DOCUMENT, re.DOTALL)[1]  # type: ignore[index]
+    overrides = "generator.training.micro_batches=2 generator.training.log_every=1 generator.training.checkpoint_every=100000"
+    assert text.count("recipes/imagenet-256.yaml") == 1
+    (tmp_path / "job.sh").write_text(text.replace("recipes/imagenet-256.yaml", f"{recipe} {overrides} $MORE").replace("29500", "29512"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    return tmp_path / "job.sh"
+
+
+def logged_steps(job: Path) -> list[int]:
+    log = job.parent / "run" / "model" / "log.jsonl"
+    return [json.loads(line)["step"] for line in log.read_text().splitlines() if '"loss"' in line] if log.exists() else []
+
+
+def test_a_job_saves_before_its_time_is_up_and_goes_on_when_it_is_requeued(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MORE", "generator.training.steps=100000")
+    process = subprocess.Popen(["bash", job], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not logged_steps(job) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=120)
+    assert "interrupted at step" in output
+    assert (job.parent / "requeued").read_text() == "requeue 17\n"
+    (job.parent / "requeued").unlink()
+    done = logged_steps(job)[-1]
+    monkeypatch.setenv("MORE", f"generator.training.steps={done + 3}")
+    subprocess.run(["bash", job], check=True, capture_output=True, timeout=120)
+    assert logged_steps(job) == list(range(1, done + 4))
+    assert not (job.parent / "requeued").exists()
