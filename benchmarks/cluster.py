@@ -1,7 +1,7 @@
 """Memory and time that training the presets takes on GPUs, for docs/cluster.md, whose tables this script writes.
 
-    python benchmarks/cluster.py              # what is computed: half a minute, no weights are made
-    python benchmarks/cluster.py --measure    # and training steps on this CPU, beside what is computed for them: 12 minutes, 6 GB
+    python benchmarks/cluster.py              # what is computed: a minute, no weights are made
+    python benchmarks/cluster.py --measure    # and training steps on this CPU, beside what is computed for them: 15 minutes, 16 GB
 
 Run it in the repository's folder. Steps are those of ImageNet at 256 × 256: 16 × 16 tokens of 16 channels, in bfloat16.
 """
@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -72,9 +73,8 @@ class Kept:
 def at_rest(sizes: Sizes, parallel: str = "ddp", processes: int = 1) -> float:
     """Bytes that each process holds from step to step.
 
-    Weights, gradients and EMA take 4 bytes a parameter each, Adam's two averages 8. With DDP (``ddp``) every process has all of them;
-    its buckets are the gradients themselves. FSDP2 (``fsdp``) divides all among the processes but the EMA of the head, which every
-    step asks for targets.
+    Weights, gradients and EMA take 4 bytes a parameter each, Adam's two averages 8. With DDP (``ddp``) every process has all of them.
+    FSDP2 (``fsdp``) divides all among the processes but the EMA of the head, which every step asks for targets.
     """
     if parallel == "ddp":
         return 20.0 * sizes.all
@@ -85,19 +85,22 @@ def memory(sizes: Sizes, kept: Kept, images: int, parallel: str = "ddp", process
     """Bytes of a process at the peak of a training step: where the forward pass of its last micro-batch ends.
 
     That is what it holds at rest and what the forward pass keeps: activations of every image, and of every weight a copy in bfloat16.
-    FSDP2 adds what a process puts together: weights and gradients of all that is in no block of the backbone (head, embeddings) and
-    of two blocks, the one that is computed and the next; and, of several micro-batches, all gradients until the last, as they are
-    averaged only then.
+    With several micro-batches, DDP's buckets are there beside the gradients, which are put into them with the last; otherwise the two
+    are never there at once with the activations. FSDP2 adds what a process puts together: weights and gradients of all that is in no
+    block of the backbone (head, embeddings) and of two blocks, the one that is computed and the next; and, of several micro-batches,
+    all gradients until the last, as they are averaged only then.
 
     Args:
         images: of a micro-batch.
-        micro_batches: of each process in a step.
+        micro_batches: of each process in a step; of one the gradients are made after this peak, so the sum is a bound.
     """
     total = at_rest(sizes, parallel, processes) + kept.fixed + images * kept.image
     if parallel == "fsdp":
         total += 8 * (sizes.all - sizes.blocks + 2 * sizes.block) * (1 - 1 / processes)
         if micro_batches > 1:
             total += 4 * sizes.blocks * (1 - 1 / processes)
+    elif processes > 1 and micro_batches > 1:
+        total += 4 * sizes.all
     return total
 
 
@@ -207,8 +210,8 @@ def computed_tables() -> dict[str, str]:
     for name, network in PRESETS.items():
         config = ModelConfig(network)
         sizes, kept, work = sizes_of(config), largest_kept(config), flops(config)
-        ways = [("ddp", 1), ("fsdp", 8), ("fsdp", 64)]
-        fixed = [f"{(memory(sizes, kept, 0, *way)) / GB:.1f}" for way in ways]
+        ways = [("ddp", 8, 2), ("fsdp", 8, 1), ("fsdp", 64, 1)]
+        fixed = [f"{memory(sizes, kept, 0, *way) / GB:.1f}" for way in ways]
         of_sizes.append([f"`{name}`", f"{sizes.all:,}", *fixed, f"{kept.image / GB:.3f}", f"{work / 1e9:.0f}"])
         of_images.append([f"`{name}`", *(str(fits(sizes, kept, gpu, *way)) for way in ways[:2] for gpu in GPUS)])
         all_work = work * EPOCHS * IMAGES
@@ -241,9 +244,9 @@ def networks_table() -> str:
     return table(["preset", "`generator.network.backbone`", "`generator.network.head`"], rows)
 
 
-def fits(sizes: Sizes, kept: Kept, gpu: int, parallel: str, processes: int) -> int:
-    """The most images of a micro-batch, of which each process has one."""
-    return max(0, int((USABLE * gpu * GB - memory(sizes, kept, 0, parallel, processes)) // kept.image))
+def fits(sizes: Sizes, kept: Kept, gpu: int, *way: Any) -> int:
+    """The most images of a micro-batch."""
+    return max(0, int((USABLE * gpu * GB - memory(sizes, kept, 0, *way)) // kept.image))
 
 
 def mar_utilisation() -> float:
@@ -306,7 +309,7 @@ def measured_speed() -> str:
         seconds = statistics.median(train(name, batches[-1], "ddp", 1, 1, steps=12)["seconds"][2:])
         rate, work = batches[-1] / seconds, flops(config)
         rows.append([name, str(batches[-1]), f"{rate:.3g}", f"{work / 1e9:.2f}", f"{rate * work / 1e9:.0f}", f"{rate * work / peak:.0%}"])
-    heading = ["model", "batch", "images/s", "GFLOP an image", "GFLOP/s", f"of {peak / 1e9:.0f}"]
+    heading = ["model", "batch", "images/s", "GFLOP an image", "GFLOP/s", f"of the product's {peak / 1e9:.0f}"]
     return table(heading, rows) + f"\n{machine()}; median of 10 steps.\n"
 
 

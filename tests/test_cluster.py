@@ -1,10 +1,12 @@
 """What ``docs/cluster.md`` computes and tells: memory at rest, presets by overrides of the recipe, the script for Slurm."""
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -83,7 +85,7 @@ def test_what_is_kept_for_the_backward_pass(script: ModuleType, network: Network
         found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    latents, labels, generator = torch.randn(7, 4, 4, 4), torch.zeros(7, dtype=torch.long), torch.Generator().manual_seed(0)
+    latents, labels, generator = torch.randn(6, 4, 4, 4), torch.zeros(6, dtype=torch.long), torch.Generator().manual_seed(0)
     if isinstance(network.backbone, MaskedConfig):
         model.backbone.training_inputs = all_masked  # type: ignore[assignment]
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
@@ -91,7 +93,8 @@ def test_what_is_kept_for_the_backward_pass(script: ModuleType, network: Network
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     assert loss.isfinite()
     expected = sum(storage.nbytes() for key, storage in found.items() if key not in parameters)
-    assert kept.fixed + 7 * kept.image == pytest.approx(expected, rel=0.01)  # one noise sample in eight, rounded up
+    # Without memory, norms over mixed formats keep two numbers a row in the shorter format.
+    assert 0 <= expected - (kept.fixed + 6 * kept.image) <= 0.0012 * expected
 
 
 def all_masked(tokens: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -139,8 +142,9 @@ trap 'kill -TERM $tasks' TERM
 for task in 0 1; do
     SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NTASKS=2 "$@" & tasks="$tasks $!"
 done
-wait || true
-for task in $tasks; do wait $task || exit 1; done
+for task in $tasks; do
+    wait $task || wait $task || exit 1  # the trap ends the first
+done
 """
 SCONTROL = """#!/bin/bash
 if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" > requeued; fi
@@ -156,13 +160,20 @@ def job(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     text = re.search(r"```bash\n(.*?)```", DOCUMENT, re.DOTALL)[1]  # type: ignore[index]
     overrides = "generator.training.micro_batches=2 generator.training.log_every=1 generator.training.checkpoint_every=100000"
     assert text.count("recipes/imagenet-256.yaml") == 1
-    (tmp_path / "job.sh").write_text(text.replace("recipes/imagenet-256.yaml", f"{recipe} {overrides} $MORE").replace("29500", "29512"))
+    text = text.replace("recipes/imagenet-256.yaml", f"{recipe} {overrides} $MORE").replace("29500", str(free_port()))
+    (tmp_path / "job.sh").write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     return tmp_path / "job.sh"
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def logged_steps(job: Path) -> list[int]:
@@ -172,13 +183,17 @@ def logged_steps(job: Path) -> list[int]:
 
 def test_a_job_saves_before_its_time_is_up_and_goes_on_when_it_is_requeued(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MORE", "generator.training.steps=100000")
-    process = subprocess.Popen(["bash", job], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 120
-    while not logged_steps(job) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=120)
+    process = subprocess.Popen(["bash", job], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not logged_steps(job) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGUSR1)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert "interrupted at step" in output
     assert (job.parent / "requeued").read_text() == "requeue 17\n"
     (job.parent / "requeued").unlink()
