@@ -87,8 +87,7 @@ def memory(sizes: Sizes, kept: Kept, images: int, parallel: str = "ddp", process
     That is what it holds at rest and what the forward pass keeps: activations of every image, and of every weight a copy in bfloat16.
     With several micro-batches, DDP's buckets are there beside the gradients, which are put into them with the last; otherwise the two
     are never there at once with the activations. FSDP2 adds what a process puts together: weights and gradients of all that is in no
-    block of the backbone (head, embeddings) and of two blocks, the one that is computed and the next; and, of several micro-batches,
-    all gradients until the last, as they are averaged only then.
+    block of the backbone (head, embeddings) and of two blocks, the one that is computed and the next.
 
     Args:
         images: of a micro-batch.
@@ -97,8 +96,6 @@ def memory(sizes: Sizes, kept: Kept, images: int, parallel: str = "ddp", process
     total = at_rest(sizes, parallel, processes) + kept.fixed + images * kept.image
     if parallel == "fsdp":
         total += 8 * (sizes.all - sizes.blocks + 2 * sizes.block) * (1 - 1 / processes)
-        if micro_batches > 1:
-            total += 4 * sizes.blocks * (1 - 1 / processes)
     elif processes > 1 and micro_batches > 1:
         total += 4 * sizes.all
     return total

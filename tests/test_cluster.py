@@ -15,6 +15,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torchrun import run
 
 from far.backbone import CausalConfig, MaskedConfig
 from far.heads import HeadConfig
@@ -71,6 +72,37 @@ def test_memory_at_rest_is_what_a_trainer_holds(script: ModuleType, network: Net
     gradients = [parameter.grad for parameter in trainer.module.parameters()]
     held = [*trainer.module.parameters(), *trainer.ema.module.parameters(), *gradients, *states]
     assert sum(tensor.nbytes for tensor in held if tensor is not None) == script.at_rest(script.sizes_of(config))
+
+
+def test_memory_at_rest_of_shards(script: ModuleType, tmp_path: Path) -> None:
+    program = tmp_path / "shards.py"
+    program.write_text(SHARDS)
+    found = json.loads(run(2, program))
+    config = ModelConfig(SMALL[0], 3, 4, (2, 2))
+    # What does not divide evenly is rounded up.
+    assert found == pytest.approx(script.at_rest(script.sizes_of(config), "fsdp", 2), rel=0.01)
+
+
+# Prints the bytes that the first of the processes holds between two steps.
+SHARDS = """
+import json, sys
+from pathlib import Path
+from test_cluster import SMALL, Task
+from far.model import ModelConfig
+from far.processes import joined
+from far.training.loop import LoopConfig, Meter, Trainer
+from far.training.parallel import own
+
+with joined() as processes:
+    config = LoopConfig(steps=1, batch_size=4, micro_batches=2, parallel="fsdp")
+    trainer = Trainer(Task(ModelConfig(SMALL[0], 3, 4, (2, 2))), config, Path("nowhere"), processes)
+    trainer.train_step(Meter())
+    states = [tensor for state in trainer.optimizer.state.values() for tensor in state.values() if tensor.dim()]
+    gradients = [parameter.grad for parameter in trainer.module.parameters()]
+    held = [*trainer.module.parameters(), *trainer.ema.module.parameters(), *gradients, *states]
+    if processes.rank == 0:
+        print(json.dumps(sum(own(tensor).nbytes for tensor in held)))
+"""
 
 
 @pytest.mark.parametrize("network", SMALL, ids=["masked", "causal"])
