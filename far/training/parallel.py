@@ -6,7 +6,6 @@ What is saved of either is read by both (``far.training.checkpoint``), so a run 
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -57,13 +56,9 @@ def gradients_together(losses: nn.Module, together: bool) -> Iterator[None]:
         yield
 
 
-def whole(value: Any) -> Any:
-    """A tensor, or a dictionary or list of them at any depth, with shards put together; in every process at once."""
-    if isinstance(value, DTensor):
-        return value.full_tensor()
-    if isinstance(value, dict):
-        return {key: whole(one) for key, one in value.items()}
-    return [whole(one) for one in value] if isinstance(value, list) else value
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with its shards put together, in every process at once, or the tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def own(tensor: Tensor) -> Tensor:

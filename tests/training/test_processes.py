@@ -62,6 +62,16 @@ def test_two_processes_train_as_one(case: str, recipe: Path) -> None:
     assert newest(both)["values"] == newest(alone)["values"]
 
 
+def test_two_processes_train_an_autoencoder_as_one(recipe: Path) -> None:
+    sizes = ["width=8", "width_multipliers=[1,1,2]", "blocks=1", "latent_channels=2", "norm_groups=4"]
+    values = [f"autoencoder.model.{size}" for size in sizes] + [step.replace("generator.", "autoencoder.") for step in STEPS]
+    values += ["autoencoder_from=null", "autoencoder.training.batch_size=8", "autoencoder.loss.evaluation_images=4"]
+    folders = [recipe.parent / name for name in ("alone", "both")]
+    for processes, folder in enumerate(folders, 1):
+        run(processes, "-m", "far", "train-autoencoder", recipe, f"run={folder}", *values)
+    assert_close(*(folder / "autoencoder" for folder in reversed(folders)))
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_killed_process_loses_nothing_and_another_number_goes_on(parallel: str, recipe: Path, alone: Path) -> None:
     both = recipe.parent / "run" / "both"
