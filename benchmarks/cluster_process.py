@@ -18,7 +18,7 @@ from cluster import TINY, models
 from torch import Tensor
 
 from far.model import FAR, ModelConfig
-from far.processes import joined
+from far.processes import joined, leave
 from far.training.generator import GeneratorTask
 from far.training.loop import LoopConfig, Meter, Trainer
 
@@ -67,3 +67,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -1,8 +1,6 @@
 """``python -m far``: the same as the command ``far``."""
 
-import sys
-
-from far.cli.main import main
+from far.cli.main import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

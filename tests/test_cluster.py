@@ -89,7 +89,7 @@ import json, sys
 from pathlib import Path
 from test_cluster import SMALL, Task
 from far.model import ModelConfig
-from far.processes import joined
+from far.processes import joined, leave
 from far.training.loop import LoopConfig, Meter, Trainer
 from far.training.parallel import own
 
@@ -102,6 +102,7 @@ with joined() as processes:
     held = [*trainer.module.parameters(), *trainer.ema.module.parameters(), *gradients, *states]
     if processes.rank == 0:
         print(json.dumps(sum(own(tensor).nbytes for tensor in held)))
+leave()
 """
 
 

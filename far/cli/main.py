@@ -9,7 +9,7 @@ from typing import NoReturn
 import far
 from far.cli import benchmark, cache, convert, data, demo, distill, edit, evaluate, generate, push, train, train_autoencoder
 from far.errors import InputError
-from far.processes import started_by_torchrun
+from far.processes import leave, started_by_torchrun
 
 COMMANDS = {
     "generate": generate,
@@ -86,6 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def program() -> NoReturn:
+    """Run ``far`` and end with its exit status."""
+    leave(main())
+
+
 def _options(command: str) -> list[str]:
     probe = argparse.ArgumentParser()
     COMMANDS[command].add_arguments(probe)
@@ -93,4 +98,4 @@ def _options(command: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from slope import Slope, infinite_loss, loop, nan_loss, run_steps
 
-from far.processes import joined
+from far.processes import joined, leave
 from far.training.loop import Trainer
 
 with joined() as processes:
@@ -19,4 +19,4 @@ with joined() as processes:
     found = {"skipped": trainer.skipped_steps, "scale": trainer.scaler.get_scale(), "weights": weights}
     (folder / f"{processes.rank}.json").write_text(json.dumps(found))
     assert all(torch.isfinite(tensor).all() for tensor in trainer.module.state_dict().values())
-    del trainer  # before what it talks through
+leave()
