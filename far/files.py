@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -21,8 +22,29 @@ from safetensors import SafetensorError
 
 from far.errors import InputError
 
-# What the folders of atomic_path and atomic_folder are called.
-_LEFTOVER = ".*.far"
+# The folders of _beside, which hold nothing but what they are named after, and a file that safetensors leaves when it is killed.
+_LEFTOVER = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.far", re.DOTALL)
+_OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Yield a path of the same name in a new folder beside ``path``; the folder goes at the end.
+
+    Raises:
+        InputError: the folder cannot be made or written, or the disk is full.
+    """
+    folder = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".far"))
+        yield folder / path.name
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write {path}: {reason}; check the path, its permissions and the free space") from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -34,24 +56,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         InputError: the folder cannot be made or written, or the disk is full.
     """
-    folder = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(path) as temporary:
         if path.is_dir():
             raise InputError(f"{path} is a folder; give the path of a file")
-        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".far"))
-        temporary = folder / path.name
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write {path}: {reason}; check the path, its permissions and the free space") from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -61,40 +73,32 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         InputError: the folder cannot be made or renamed.
     """
-    folder = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".far"))
-        temporary = folder / path.name
+    with _beside(path) as temporary:
         temporary.mkdir()
         yield temporary
         remove_folder(path)
         temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; check the path, its permissions and the free space") from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
     """Remove a folder so that nobody finds a part of it; nothing where there is none."""
     if path.exists():
-        doomed = path.with_name(f".{path.name}.old.far")
-        shutil.rmtree(doomed, ignore_errors=True)
-        path.replace(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        with _beside(path) as doomed:
+            path.replace(doomed)
 
 
 def remove_leftovers(*folders: Path, idle_seconds: float = 3600) -> None:
-    """Remove what killed processes left in ``folders`` within :func:`atomic_path` or :func:`atomic_folder`.
+    """Remove what killed processes left in ``folders`` within :func:`atomic_path`, :func:`atomic_folder` or :func:`remove_folder`.
 
     What was written to within ``idle_seconds`` stays, since another process may be at work on it; 0 is for folders that only
-    the caller writes to.
+    the caller writes to. So does what only looks like theirs: a folder of a like name that holds anything else.
     """
-    for left in (left for folder in folders for left in folder.glob(_LEFTOVER)):
+    for left in (left for folder in folders for left in folder.glob(".*.far")):
         with contextlib.suppress(OSError):  # gone by now, or somebody else's
-            written = max(path.stat().st_mtime for path in (left, *left.iterdir()))
+            match, held = _LEFTOVER.fullmatch(left.name), list(left.iterdir())
+            if match is None or any(path.name != match[1] and not _OF_SAFETENSORS.fullmatch(path.name) for path in held):
+                continue
+            written = max(path.lstat().st_mtime for path in (left, *held))
             if time.time() - written >= idle_seconds:
                 shutil.rmtree(left, ignore_errors=True)
 
@@ -106,10 +110,8 @@ def check_writable(path: Path) -> None:
     """
     if path.is_file() and not os.access(path, os.W_OK):
         raise InputError(f"cannot write {path}: permission denied; choose another path")
-    with atomic_path(path.with_name(f".{path.name}.probe")) as temporary:
+    with _beside(path) as temporary:
         temporary.write_bytes(b"")
-    # Another process that writes to the same folder may have removed it already.
-    path.with_name(f".{path.name}.probe").unlink(missing_ok=True)
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the path of a file")
     remove_leftovers(path.parent)

@@ -1,23 +1,44 @@
 """What killed processes leave half-written."""
 
 import os
+import shutil
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from far.files import atomic_path, check_writable, remove_leftovers
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from far.files import atomic_folder, atomic_path, check_writable, remove_folder, remove_leftovers
+
+
+def die_within(work: Callable[[], None]) -> None:
+    """Do ``work`` in a process of its own, which is expected to end in the midst of it."""
+    if (child := os.fork()) == 0:
+        work()
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0, "it was done to its end"
+
+
+def age(folder: Path, seconds: float) -> None:
+    for path in (*folder.rglob("*"), folder):
+        os.utime(path, (time.time() - seconds,) * 2)
 
 
 def leave(path: Path, seconds: float) -> Path:
     """What a process leaves that died so long ago."""
     before = set(path.parent.iterdir())
-    if (child := os.fork()) == 0:
+
+    def work() -> None:
         with atomic_path(path) as temporary:
             temporary.write_text("half")
             os._exit(0)
-    os.waitpid(child, 0)
+
+    die_within(work)
     (left,) = set(path.parent.iterdir()) - before
-    for written in (left / path.name, left):
-        os.utime(written, (time.time() - seconds,) * 2)
+    age(left, seconds)
     return left
 
 
@@ -41,3 +62,80 @@ def test_what_is_beside_a_path_goes_when_it_is_probed(tmp_path: Path) -> None:
     leave(tmp_path / "samples.png", 7200)
     check_writable(tmp_path / "samples.png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_each_way_to_write_leaves_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def folder() -> None:
+        with atomic_folder(tmp_path / "step-00000010") as temporary:
+            (temporary / "index.json").write_text("{}")
+            os._exit(0)
+
+    def removal() -> None:
+        (tmp_path / "step-00000008").mkdir()
+        (tmp_path / "step-00000008" / "index.json").write_text("{}")
+        monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **options: os._exit(0))
+        remove_folder(tmp_path / "step-00000008")
+
+    def probe() -> None:
+        monkeypatch.setattr(Path, "write_bytes", lambda *arguments: os._exit(0))
+        check_writable(tmp_path / "a.png")
+
+    def empty() -> None:
+        with atomic_path(tmp_path / "a.png"):
+            os._exit(0)
+
+    for work in (folder, removal, probe, empty):
+        die_within(work)
+        (left,) = tmp_path.iterdir()
+        remove_leftovers(tmp_path)
+        assert list(tmp_path.iterdir()) == [left], "it is young"
+        age(tmp_path, 7200)
+        remove_leftovers(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_what_safetensors_leaves_goes(tmp_path: Path) -> None:
+    left = leave(tmp_path / "model.safetensors", 7200)
+    (left / "model.safetensors").unlink()
+    # Its temporary file, as it is seen while safetensors writes: a process that is stopped there would leave it.
+    seen: set[str] = set()
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            seen.update(os.listdir(left))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    save_file({"a": torch.zeros(20_000_000)}, left / "model.safetensors")
+    stop.set()
+    watcher.join()
+    (temporary,) = seen - {"model.safetensors"}
+    (left / "model.safetensors").rename(left / temporary)
+    age(left, 7200)
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        [".notes.far/diary.txt"],
+        [".notes.far/notes"],
+        [".notes.old.far/notes"],
+        [".notes.abcdefgh.far/diary.txt"],
+        [".notes.abcdefgh.far/notes", ".notes.abcdefgh.far/diary.txt"],
+        [".notes.abcdefgh.far/.tmp-diary"],
+        [".notes.abcdefgh.far.d/notes"],
+        [".notes.ABCDEFGH.far/notes"],
+        [".abcdefgh.far/abcdefgh"],
+    ],
+)
+def test_folders_of_somebody_else_stay(files: list[str], tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("of somebody else")
+    age(tmp_path, 10**6)
+    remove_leftovers(tmp_path, idle_seconds=0)
+    check_writable(tmp_path / "notes")
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == set(files)
