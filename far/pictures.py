@@ -29,12 +29,16 @@ def to_rgb(picture: Image.Image, background: str = "white") -> Image.Image:
     """A Pillow picture of any mode as RGB, transparency on ``background``."""
     if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
         # Pillow would clip these instead of scaling them.
-        values = np.asarray(picture, dtype=np.float64)
-        picture = Image.fromarray(np.clip(values / (257 if values.max() > 255 else 1), 0, 255).round().astype(np.uint8))
+        values = np.asarray(picture)
+        if picture.mode in ("I", "F"):
+            values = np.clip(values, 0, 65535).round().astype(np.uint16)
+        scale = 257 if values.max() > 255 else 1
+        table = (np.arange(65536) / scale).clip(0, 255).round().astype(np.uint8)  # far smaller than a float for each pixel
+        picture = Image.fromarray(table[values])
     if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
+        picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def to_tensor(picture: Image.Image, background: str = "white") -> Tensor:

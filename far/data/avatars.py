@@ -115,7 +115,7 @@ def render_avatar(job: tuple[int, int], size: int) -> np.ndarray:
     label, seed = job
     name = STYLES[label]
     svg = Avatar(_styles()[name], {"seed": f"{name}-{seed}", "size": _RENDER_SIZE}).to_string()
-    with Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))) as picture:
+    with Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg))), formats=("PNG",)) as picture:
         rgba = picture.convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
     return np.asarray(Image.alpha_composite(white, rgba).convert("RGB").resize((size, size), Image.Resampling.BOX))

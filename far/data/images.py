@@ -1,9 +1,13 @@
-"""Finding and decoding image files of any kind into square RGB arrays.
+"""Finding and decoding image files (PNG, JPEG, WebP) into square RGB arrays.
 
 What is done with the arrays (packing into shards) is in ``far.data.folders``.
 """
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -13,22 +17,53 @@ from far.files import is_plain
 from far.pictures import to_rgb
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# Of Pillow's many decoders, one hands the file to another program.
+_FORMATS = ("PNG", "JPEG", "WEBP")
+# The largest of a file that is decoded; above the second number only one is at a time, as it takes up to 16 bytes a pixel.
+_MOST_PIXELS, _MANY_PIXELS = 120_000_000, 16_000_000
+_one_at_a_time = threading.Lock()
+
+T = TypeVar("T")
+
+
+def class_folders(folder: Path) -> list[Path]:
+    """The subfolders of ``folder``, sorted, without hidden ones.
+
+    Raises:
+        InputError: one is a link to a folder above.
+    """
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    for path in found:
+        if folder.resolve().is_relative_to(path.resolve()):
+            raise InputError(f"class {path} is a link to a folder above it; remove it, or let it lead to the class's images")
+    return found
+
+
+def images_within(folder: Path) -> list[Path]:
+    """Every image file in ``folder`` and its subfolders, sorted; ``folder`` may be a link, links to folders in it are not followed."""
+    return sorted(path for path in folder.rglob("*") if is_image(path))
+
+
+def is_image(path: Path) -> bool:
+    """Whether it is a file, not a device or a pipe, with the name of an image."""
+    return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
 def find_images(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     """Class names and (path, label) of every image under ``folder``, one subfolder a class, both sorted.
 
     Raises:
-        InputError: no such folder, no subfolder with images, or a class with fewer than two images.
+        InputError: no such folder, no subfolder with images, one that is a link to a folder above, or a class with fewer than
+            two images.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; give a folder with one subfolder of images a class")
     classes: list[str] = []
     found: list[tuple[Path, int]] = []
-    for subfolder in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+    for subfolder in class_folders(folder):
         if not is_plain(subfolder.name):
             raise InputError(f"class {str(subfolder)!r}: its name cannot be printed; rename the folder")
-        files = sorted(path for path in subfolder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        files = images_within(subfolder)
         if not files:
             continue
         if len(files) < 2:
@@ -40,31 +75,51 @@ def find_images(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     return classes, found
 
 
+def _made_of(path: Path, make: Callable[[Image.Image], T]) -> T:
+    """What ``make`` gives for an image file, which is opened but not decoded; what it raises becomes an :class:`InputError`."""
+    try:
+        with Image.open(path, formats=_FORMATS) as picture:
+            pixels = picture.width * picture.height
+            if pixels > _MOST_PIXELS:
+                raise ValueError(f"it has {picture.width}×{picture.height} pixels, more than {_MOST_PIXELS} in all")
+            if pixels <= _MANY_PIXELS:
+                return make(picture)
+            # In a thread that ends, since what a thread has freed may stay set aside for it.
+            with _one_at_a_time, ThreadPoolExecutor(1) as thread:
+                return thread.submit(make, picture).result()
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} is no readable image ({reason}); replace or remove it") from error
+
+
+def _upright(picture: Image.Image, background: str) -> Image.Image:
+    ImageOps.exif_transpose(picture, in_place=True)
+    return to_rgb(picture, background)
+
+
 def decode_image(path: Path, background: str = "white") -> Image.Image:
     """An image file as it is to be looked at: upright, RGB, transparency on ``background``.
 
     Raises:
-        InputError: the file cannot be decoded, or is implausibly large.
+        InputError: the file cannot be decoded, is no PNG, JPEG or WebP, or is implausibly large.
     """
-    try:
-        with Image.open(path) as opened:
-            return to_rgb(ImageOps.exif_transpose(opened), background)
-    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is no readable image ({reason}); replace or remove it") from error
+    return _made_of(path, lambda picture: _upright(picture, background))
 
 
 def read_image(path: Path, size: int) -> np.ndarray:
     """An image file as ``[size, size, 3]`` uint8: decoded and centre-cropped.
 
     Raises:
-        InputError: the file cannot be decoded, is implausibly large, or is one pixel thin.
+        InputError: the file cannot be decoded, is no PNG, JPEG or WebP, is implausibly large, or is one pixel thin.
     """
-    picture = decode_image(path)
-    # The short side becomes the size, and the long one as many times longer.
-    if min(picture.size) < 2 or max(picture.size) > 100 * min(picture.size):
-        raise InputError(f"{path} has {picture.width}×{picture.height} pixels, too thin for an image of {size}; replace or remove it")
-    return np.asarray(centre_crop(picture, size))
+
+    def make(picture: Image.Image) -> np.ndarray:
+        # The short side becomes the size, and the long one as many times longer.
+        if min(picture.size) < 2 or max(picture.size) > 100 * min(picture.size):
+            raise ValueError(f"{picture.width}×{picture.height} pixels are too thin for an image of {size}")
+        return np.asarray(centre_crop(_upright(picture, "white"), size))
+
+    return _made_of(path, make)
 
 
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:

@@ -8,11 +8,9 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import lzma
 import os
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,15 +21,13 @@ import torch
 from torch import Tensor
 
 from far.data.image_sets import open_image_set
-from far.data.images import SUFFIXES, decode_image
+from far.data.images import SUFFIXES, class_folders, decode_image, images_within, is_image
 from far.data.shards import INDEX
 from far.errors import InputError
 from far.files import atomic_path, check_zip, sha256
 
 # The names under which ADM's evaluation reads samples and labels.
 NPZ_IMAGES, NPZ_LABELS = "arr_0", "arr_1"
-# What reading a damaged archive raises, besides OSError: RuntimeError and NotImplementedError for encryption and unknown methods.
-_ARCHIVE_ERRORS = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,23 +109,18 @@ def _open_folder(folder: Path) -> ImageSource:
 
 def _image_files(folder: Path) -> list[Path]:
     """All images, those of each subfolder in turn, so that the first ones are of all classes; hidden ones are left out."""
-    classes: dict[str, list[Path]] = {}
-    seen = set()
-    for place, subfolders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        # A link to a folder above would be walked for ever.
-        subfolders[:] = [] if real in seen else sorted(name for name in subfolders if not name.startswith("."))
-        if real in seen:
-            continue
-        seen.add(real)
-        within = Path(place).relative_to(folder).parts
-        found = classes.setdefault(within[0] if within else "", [])
-        found += [Path(place, name) for name in names if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")]
+    classes = {"": sorted(path for path in folder.iterdir() if is_image(path))}
+    classes |= {path.name: images_within(path) for path in class_folders(folder)}
+    classes = {name: [path for path in found if not _is_hidden(path, folder)] for name, found in classes.items()}
     for name, found in classes.items():
         if name and not found:
             raise InputError(f"class {folder / name} is empty; add images to it or remove it")
-    rows = itertools.zip_longest(*(sorted(found) for _, found in sorted(classes.items())))
+    rows = itertools.zip_longest(*(found for _, found in sorted(classes.items())))
     return [file for row in rows for file in row if file is not None]
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _decode(path: Path) -> np.ndarray:
@@ -180,8 +171,8 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
-    except _ARCHIVE_ERRORS as error:
-        raise InputError(f"{path} is damaged or no .npz ({error}); restore or remake it") from error
+    except Exception as error:  # of a damaged archive or header, zipfile and numpy raise nearly anything
+        raise InputError(f"{path} is damaged or no .npz ({' '.join(str(error).split())}); restore or remake it") from error
 
 
 def map_npz_array(path: Path, name: str) -> np.ndarray | None:

@@ -1,13 +1,20 @@
 """Decoding: every colour mode, orientation, the crop, and files that are no images."""
 
+import os
+import threading
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
-from far.data.images import centre_crop, find_images, read_image
+from far.data import images
+from far.data.images import centre_crop, decode_image, find_images, read_image
 from far.errors import InputError
+from far.pictures import to_rgb
 
 
 def gradient(width: int, height: int) -> np.ndarray:
@@ -85,6 +92,97 @@ def test_broken_files_are_named(kind: str, tmp_path: Path, monkeypatch: pytest.M
         Image.new("RGB", (1, 1) if kind == "pixel" else (50, 1)).save(path)
     with pytest.raises(InputError, match=r"broken\.png"):
         read_image(path, 16)
+
+
+@pytest.mark.parametrize("form", ["EPS", "TIFF", "GIF", "BMP", "PPM", "ICO"])
+def test_other_formats_are_refused_whatever_their_name(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *arguments: pytest.fail("Ghostscript was started"))
+    Image.fromarray(gradient(16, 16)).save(tmp_path / "a.png", format=form)
+    for read in (decode_image, lambda path: read_image(path, 16)):
+        with pytest.raises(InputError, match=r"a\.png is no readable image"):
+            read(tmp_path / "a.png")
+
+
+def test_the_photographs_of_two_lenses_in_one_jpeg_are_read(tmp_path: Path) -> None:
+    picture = Image.fromarray(gradient(16, 16))
+    picture.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[picture], quality=95)
+    with Image.open(tmp_path / "a.jpg") as opened:
+        assert opened.format == "MPO"
+    assert np.abs(read_image(tmp_path / "a.jpg", 16).astype(int) - gradient(16, 16)).mean() < 3
+
+
+def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 108_000_000 <= images._MOST_PIXELS <= 2 * Image.MAX_IMAGE_PIXELS, "telephones make the first"
+    monkeypatch.setattr(images, "_MOST_PIXELS", 16 * 16)
+    for name, height in (("most.png", 16), ("more.png", 17)):
+        Image.fromarray(gradient(16, height)).save(tmp_path / name)
+    assert read_image(tmp_path / "most.png", 16).shape == (16, 16, 3)
+    monkeypatch.setattr(Image.Image, "load", lambda *arguments: pytest.fail("it was decoded"))
+    for read in (decode_image, lambda path: read_image(path, 16)):
+        with pytest.raises(InputError, match=r"more\.png is no readable image \(it has 16×17 pixels"):
+            read(tmp_path / "more.png")
+
+
+def test_large_pictures_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for side in (16, 17):
+        Image.fromarray(gradient(side, side)).save(tmp_path / f"{side}.png")
+    busy, most, lock = 0, 0, threading.Lock()
+    original = images.centre_crop
+
+    def slow(picture: Image.Image, size: int) -> Image.Image:
+        nonlocal busy, most
+        with lock:
+            busy += 1
+            most = max(most, busy)
+        time.sleep(0.05)
+        with lock:
+            busy -= 1
+        return original(picture, size)
+
+    monkeypatch.setattr(images, "centre_crop", slow)
+    monkeypatch.setattr(images, "_MANY_PIXELS", 16 * 16)
+    for side, expected in ((16, 4), (17, 1)):
+        most = 0
+        with ThreadPoolExecutor(4) as pool:
+            assert len(list(pool.map(lambda path: read_image(path, 8), [tmp_path / f"{side}.png"] * 4))) == 4
+        assert most == expected
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("I;16", "<u2"), ("I;16B", ">u2"), ("I", np.int32), ("F", np.float32)])
+def test_deep_pictures_are_scaled_in_little_memory(mode: str, dtype: str, tmp_path: Path) -> None:
+    deep = np.arange(65536).reshape(256, 256)
+    for values in (deep, deep % 256, (deep - 200) if mode in ("I", "F") else deep, deep * 3 if mode in ("I", "F") else deep):
+        picture = Image.frombytes(mode, (256, 256), values.astype(dtype).tobytes())
+        expected = np.clip(values / (257 if values.max() > 255 else 1), 0, 255).round()
+        assert np.array_equal(np.asarray(to_rgb(picture))[..., 1], expected)
+    picture = Image.frombytes(mode, (2048, 2048), np.zeros((2048, 2048), dtype).tobytes())
+    tracemalloc.start()
+    to_rgb(picture)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * 2048**2, "one float64 a pixel, its quotient and a clipped one are 24 bytes"
+
+
+def test_no_pipe_device_or_link_upwards_is_read(tmp_path: Path) -> None:
+    for name in "ab":
+        Image.fromarray(gradient(16, 16)).save(tmp_path / f"{name}.png")
+    folder = tmp_path / "photos"
+    (folder / "real").mkdir(parents=True)
+    for name in "ab":
+        (folder / "real" / f"{name}.png").symlink_to(tmp_path / f"{name}.png")
+    os.mkfifo(folder / "real" / "pipe.png")
+    (folder / "real" / "zero.png").symlink_to("/dev/zero")
+    (folder / "real" / "nothing.png").symlink_to("/nowhere")
+    (folder / "real" / "all").symlink_to("/")
+    (folder / "also").symlink_to(folder / "real")
+    classes, files = find_images(folder)
+    assert classes == ["also", "real"]
+    assert [(path.parent.name, path.name) for path, _ in files] == [(name, f"{x}.png") for name in classes for x in "ab"]
+    for above in (Path("/"), tmp_path, folder):
+        (folder / "up").symlink_to(above)
+        with pytest.raises(InputError, match=r"up is a link to a folder above"):
+            find_images(folder)
+        (folder / "up").unlink()
 
 
 def test_classes_are_the_sorted_subfolders(tmp_path: Path) -> None:

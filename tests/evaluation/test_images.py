@@ -1,5 +1,6 @@
 """Image sources of an evaluation: the same pictures as a folder, an .npz and an image set; and ADM's format."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,18 @@ def test_links_are_followed_and_hidden_files_left_out(folder: Path, tmp_path: Pa
     Image.fromarray(pictures[6]).save(tmp_path / "linked" / ".x.png")
     source = open_images(tmp_path / "linked")
     np.testing.assert_array_equal(source.read(range(source.count)), pictures[:4])
+
+
+def test_no_pipe_device_or_link_upwards_is_read(folder: Path, pictures: np.ndarray) -> None:
+    before = open_images(folder)
+    for place in (folder, folder / "a"):
+        os.mkfifo(place / "pipe.png")
+        (place / "zero.png").symlink_to("/dev/zero")
+    (folder / "a" / "all").symlink_to("/")
+    assert open_images(folder).digest == before.digest
+    (folder / "up").symlink_to("/")
+    with pytest.raises(InputError, match=r"up is a link to a folder above"):
+        open_images(folder)
 
 
 def test_the_digest_follows_the_content(folder: Path, pictures: np.ndarray) -> None:
