@@ -406,10 +406,10 @@ class _Log:
 
 
 def _step(line: str) -> float:
-    """The step of a line of ``log.jsonl``; infinity if it is cut off, by a full disk or with the machine."""
+    """The step of a line of ``log.jsonl``; infinity if it is cut off, by a full disk or with the machine, or damaged."""
     try:
         return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf
 
 

@@ -24,7 +24,7 @@ from far.recipe import load_recipe
 from far.training.checkpoint import list_checkpoints, save_checkpoint
 from far.training.ema import Ema
 from far.training.generator import GeneratorTask
-from far.training.loop import LoopConfig, Trainer, epoch_rows
+from far.training.loop import LoopConfig, Trainer, _step, epoch_rows
 from far.weights import load_autoencoder
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -203,6 +203,14 @@ def test_a_log_that_a_full_disk_cut_off_goes_on(recipe: Path, tmp_path: Path, ca
     assert log.stat().st_size == 100
     assert main(["train", str(recipe), "--resume"]) == 0
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [5, 10, 15, 20, 20]
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": 1' + "0" * 400 + "}", "[" * 100_000, '{"step": "x"}', '{"step": null}', "3", "{}", '{"step": 3']
+)
+def test_a_damaged_line_of_the_log_is_of_no_step(line: str) -> None:
+    assert _step(line + "\n") == math.inf
+    assert _step('{"step": 12, "loss": 0.5}\n') == 12
 
 
 def test_resuming_with_another_network_is_refused(recipe: Path, capsys: pytest.CaptureFixture) -> None:
