@@ -152,13 +152,17 @@ def check_zip(path: Path) -> None:
     """Read all of a zip archive once against its checksums, which neither ``torch.load`` nor a memory map looks at.
 
     Raises:
-        zipfile.BadZipFile: a checksum differs, or the archive would unpack to far more than it is; of a damaged one, zipfile
-            raises nearly anything else too.
+        zipfile.BadZipFile: a checksum differs, the archive would unpack to far more than it is, or others could read another
+            archive in it; of a damaged one, zipfile raises nearly anything else too.
     """
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
         if unpacked > max(2**30, 100 * path.stat().st_size):
             raise zipfile.BadZipFile(f"it would unpack to {unpacked} bytes")
+        # Of two members of a name zipfile checks the second and torch reads the first, and they differ on bytes before the archive.
+        names = {entry.filename.lower() for entry in archive.infolist()}
+        if len(names) < len(archive.infolist()) or min((entry.header_offset for entry in archive.infolist()), default=0) != 0:
+            raise zipfile.BadZipFile("it holds two members of one name, or more than an archive")
         if (damaged := archive.testzip()) is not None:
             raise zipfile.BadZipFile(f"the checksum of {damaged!r} differs")
 
@@ -166,6 +170,11 @@ def check_zip(path: Path) -> None:
 def is_plain(name: str) -> bool:
     """Whether a name can be printed and written: no line ends or other control characters, no halves of a character."""
     return not any(unicodedata.category(character) in ("Cc", "Cs") for character in name)
+
+
+def printable(text: str) -> str:
+    """A text in one line that does nothing to a terminal: what :func:`is_plain` forbids is written as in Python's strings."""
+    return "".join(character if is_plain(character) else repr(character)[1:-1] for character in text)
 
 
 def sha256(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import io
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -9,6 +10,7 @@ from typing import NoReturn
 import far
 from far.cli import benchmark, cache, convert, data, demo, distill, edit, evaluate, generate, push, train, train_autoencoder
 from far.errors import InputError
+from far.files import printable
 from far.processes import leave, started_by_torchrun
 
 COMMANDS = {
@@ -72,13 +74,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``far`` and return its exit status: 0, 2 for a user error, 130 after Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a file's name may be no text
     try:
         parsed = parse(sys.argv[1:] if arguments is None else arguments)
         if parsed.command not in SHARED and started_by_torchrun().count > 1:
             raise InputError(f"several processes are for {', '.join(SHARED)}; run far {parsed.command} without torchrun")
         parsed.run(parsed)
     except (InputError, OSError) as error:
-        print(f"far: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"far: error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("far: interrupted", file=sys.stderr)

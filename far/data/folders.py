@@ -16,6 +16,7 @@ from tqdm import tqdm
 from far.data.images import find_images, read_image
 from far.data.shards import ShardWriter
 from far.errors import InputError
+from far.files import printable
 
 _SHARD_BYTES = 64 * 2**20
 
@@ -87,7 +88,7 @@ def _write_part(folder: Path, source: Path, classes: list[str], files: list[tupl
                 if isinstance(image, InputError):
                     if strict:
                         raise image
-                    tqdm.write(f"skipped: {image}", file=sys.stderr)
+                    tqdm.write(f"skipped: {printable(str(image))}", file=sys.stderr)
                     writer.report.setdefault("skipped", []).append(str(path))
                     continue
                 images.append(image)

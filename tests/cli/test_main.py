@@ -1,6 +1,10 @@
 """The ways to start ``far`` beside the command itself."""
 
+import os
 import runpy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,3 +18,12 @@ def test_as_a_module(module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         runpy.run_module(module, run_name="__main__")
     assert not ended.value.code
     assert capsys.readouterr().out == f"far {far.__version__}\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file system that takes any name")
+def test_a_name_that_is_no_text_is_printed(pipeline_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "far", "generate", "--weights", str(pipeline_folder), "--out", os.fsencode(tmp_path) + b"/\xff.png"]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert rb"/\udcff.png" in done.stdout

@@ -1,11 +1,13 @@
 """Packing an image folder: every readable file once, a fair split, continuing after a stop."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from far.cli.main import main
 from far.data import folders
 from far.data.folders import write_folder
 from far.data.shards import ShardReader
@@ -73,6 +75,18 @@ def test_broken_files_are_skipped_named_and_counted(photos: Path, tmp_path: Path
     assert write_folder(photos, tmp_path / "set", 8) == counts  # finished: the same answer
     with pytest.raises(InputError, match=r"99\.png"):
         write_folder(photos, tmp_path / "strict", 8, strict=True)
+
+
+def test_names_reach_the_terminal_escaped(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    name = b"x\x1b]0;title\x07\n\xc2\x9by\xff.png"
+    with open(os.path.join(os.fsencode(photos), b"dogs", name), "w") as file:
+        file.write("no image")
+    assert write_folder(photos, tmp_path / "set", 8)["broken files skipped"] == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert r"x\x1b]0;title\x07\n\x9by\udcff.png is no readable image" in line
+    assert main(["data", "folder", str(photos), str(tmp_path / "strict"), "--size", "8", "--strict"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("far:")]
+    assert r"x\x1b]0;title\x07\n\x9by\udcff.png is no readable image" in line
 
 
 def test_a_class_without_a_readable_image_is_refused(photos: Path, tmp_path: Path) -> None:
