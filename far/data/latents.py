@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from far.autoencoder import Autoencoder
 from far.data.image_sets import check_labels, check_meta, open_image_set, read_images
-from far.data.shards import ShardReader, ShardWriter
+from far.data.shards import INDEX, ShardReader, ShardWriter
 from far.errors import InputError
+from far.files import sha256
 from far.processes import Processes
 from far.weights import to_device
 
@@ -64,6 +65,7 @@ def _meta(source: ShardReader, autoencoder: Autoencoder) -> dict[str, object]:
     config = autoencoder.config
     return {
         "kind": "moments", "classes": source.meta["classes"], "size": source.meta["size"], "images": str(source.folder),
+        "images_sha256": sha256(source.folder / INDEX),  # other images at the same path are not mixed with these
         "fingerprint": autoencoder.fingerprint(), "latent_channels": config.latent_channels, "stride": config.stride,
     }  # fmt: skip
 

@@ -50,7 +50,10 @@ class ShardWriter:
         if not (self.folder / INDEX).exists():
             return {"meta": meta, "complete": False, "cursor": 0, "shards": [], "report": {}}
         index = _read_index(self.folder / INDEX)
-        if index["meta"] != json.loads(json.dumps(meta)):
+        wanted = json.loads(json.dumps(meta))
+        if index["complete"]:  # an older version, which told less, may have made it
+            wanted = {name: value for name, value in wanted.items() if name in index["meta"]}
+        if index["meta"] != wanted:
             raise InputError(f"{self.folder} already holds data made with other settings; remove it or choose another folder")
         return index
 

@@ -1,7 +1,7 @@
 """The latent cache: it holds what the autoencoder gives, for both flips, and knows its autoencoder."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,9 @@ from far.cli.main import main
 from far.data import latents
 from far.data.image_sets import read_images
 from far.data.latents import open_latents, write_latents
-from far.data.shards import ShardReader
+from far.data.shards import ShardReader, ShardWriter
 from far.errors import InputError
-from far.files import read_json
+from far.files import json_digest, read_json, write_json
 from far.weights import load_autoencoder
 
 
@@ -68,6 +68,62 @@ def test_a_stopped_cache_goes_on(image_set: Path, latents_folder: Path, autoenco
     a, b = open_latents(tmp_path, autoencoder), open_latents(latents_folder, autoencoder)
     torch.testing.assert_close(a.all("moments"), b.all("moments"), atol=1e-3, rtol=1e-3)
     assert a.all("labels").tolist() == b.all("labels").tolist()
+
+
+def set_of(images: Path, folder: Path, *, inverted: bool = False) -> Path:
+    """A copy of an image set, or of others of the same form."""
+    shutil.copytree(images, folder)
+    if inverted:
+        rows, meta = ShardReader(images / "train", "images"), read_json(images / "train" / "index.json")["meta"]
+        shutil.rmtree(folder / "train")
+        writer = ShardWriter(folder / "train", meta)
+        writer.write({"images": 255 - rows.all("images"), "labels": rows.all("labels")}, cursor=len(rows))
+        writer.finish()
+    return folder
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_other_images_at_the_same_path_are_not_mixed_in(
+    finished: bool, image_set: Path, autoencoder_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(latents, "SHARD_ROWS", 16)
+    autoencoder = load_autoencoder(autoencoder_folder)
+    write_latents(set_of(image_set, tmp_path / "images"), autoencoder, tmp_path / "cache")
+    if not finished:
+        change_index(tmp_path / "cache", lambda index: index.update(complete=False, cursor=16, shards=index["shards"][:1]))
+    shutil.rmtree(tmp_path / "images")
+    set_of(image_set, tmp_path / "images", inverted=True)
+    with pytest.raises(InputError, match="other settings"):
+        write_latents(tmp_path / "images", autoencoder, tmp_path / "cache")
+    shutil.rmtree(tmp_path / "images")
+    set_of(image_set, tmp_path / "images")
+    write_latents(tmp_path / "images", autoencoder, tmp_path / "cache")
+    assert len(open_latents(tmp_path / "cache", autoencoder)) == 60
+
+
+def test_a_finished_cache_of_an_older_version_is_complete(image_set: Path, autoencoder_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    autoencoder = load_autoencoder(autoencoder_folder)
+    write_latents(image_set, autoencoder, tmp_path)
+
+    def older(index: dict) -> None:
+        del index["meta"]["images_sha256"]
+
+    change_index(tmp_path, older)
+    before = files(tmp_path)
+    monkeypatch.setattr(latents, "_moments", lambda *arguments: pytest.fail("it was encoded again"))
+    write_latents(image_set, autoencoder, tmp_path)
+    assert files(tmp_path) == before
+    assert len(open_latents(tmp_path, autoencoder)) == 60
+    change_index(tmp_path, lambda index: index["meta"].update(size=8))
+    with pytest.raises(InputError, match="other settings"):
+        write_latents(image_set, autoencoder, tmp_path)
+
+
+def change_index(folder: Path, change: Callable[[dict], None]) -> None:
+    index = read_json(folder / "index.json")
+    change(index)
+    index["sha256"] = json_digest({name: value for name, value in index.items() if name != "sha256"})
+    write_json(folder / "index.json", index)
 
 
 def test_moments_that_float16_cannot_hold_are_refused(image_set: Path, autoencoder_folder: Path, tmp_path: Path) -> None:
