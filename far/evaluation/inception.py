@@ -7,7 +7,6 @@ last block pools by maximum, and images are enlarged by TensorFlow 1's rule. The
 """
 
 import re
-import zipfile
 from pathlib import Path
 
 import torch
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 
 from far.errors import InputError
 from far.evaluation.features import FID_NETWORK
-from far.files import check_zip, sha256
+from far.files import sha256
+from far.pickles import is_held, read_pickle
 
 INPUT_SIZE = 299
 CLASSES = 1008
@@ -216,9 +216,7 @@ def load_inception(path: Path) -> InceptionV3:
     """
     remedy = "get pt_inception-2015-12-05-6726825d.pth, as published for pytorch-fid"
     try:
-        if zipfile.is_zipfile(path):
-            check_zip(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = read_pickle(path)
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist; {remedy}") from error
     except Exception as error:  # Of a damaged file torch.load raises nearly anything: IndexError, struct.error, AssertionError.
@@ -233,7 +231,7 @@ def load_inception(path: Path) -> InceptionV3:
     if differing:
         raise InputError(f"{path} holds another network: {differing[0]} is in only one of the two; {remedy}")
     for name, tensor in expected.items():
-        if not isinstance(weights[name], Tensor) or weights[name].shape != tensor.shape:
+        if not is_held(weights[name]) or weights[name].is_complex() or weights[name].shape != tensor.shape:
             raise InputError(f"{path} holds another network: {name} is not of shape {list(tensor.shape)}; {remedy}")
     network.load_state_dict(weights)
     network.digest = sha256(path)

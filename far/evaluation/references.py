@@ -17,7 +17,7 @@ from far.evaluation.extraction import extract_parts, read_parts
 from far.evaluation.features import FID_NETWORK, Extractor
 from far.evaluation.images import NPZ_IMAGES, ImageSource, check_npz, map_npz_array, npz_names, open_images
 from far.evaluation.metrics import FeatureStatistics
-from far.files import atomic_path, sha256
+from far.files import atomic_path, is_plain, sha256
 
 # Where a file names no count, any large one stands in: it matters for nothing but rounding.
 _UNKNOWN_COUNT = 1_000_000
@@ -77,10 +77,10 @@ def _read_statistics(path: Path, extractor: Extractor) -> Reference:
     mean, covariance, features = arrays["mu"], arrays["sigma"], arrays["features"]
     if mean is None or covariance is None:
         raise InputError(f"{path} holds neither images ({NPZ_IMAGES}) nor statistics (mu and sigma)")
-    recorded = FID_NETWORK if arrays["extractor"] is None else str(arrays["extractor"])
+    recorded = FID_NETWORK if arrays["extractor"] is None else _read_name(path, arrays["extractor"])
     if recorded != extractor.name:
         raise InputError(f"{path} holds statistics of {recorded}, not of {extractor.name}; compare with images, or use that network")
-    if arrays["extractor_digest"] is not None and str(arrays["extractor_digest"]) != extractor.digest:
+    if arrays["extractor_digest"] is not None and _read_name(path, arrays["extractor_digest"]) != extractor.digest:
         raise InputError(f"{path} holds statistics of {recorded} with other weights; compare with images, or use those weights")
     _check_moments(path, mean, covariance, extractor.dimensions)
     count = None if arrays["count"] is None else _read_count(path, arrays["count"])
@@ -89,6 +89,16 @@ def _read_statistics(path: Path, extractor: Extractor) -> Reference:
     statistics = FeatureStatistics.known(count or _UNKNOWN_COUNT, torch.tensor(np.array(mean)), torch.tensor(np.array(covariance)))
     kept = None if features is None else torch.tensor(np.array(features))
     return Reference(str(path), f"npz-{sha256(path)}", statistics, kept, count, None)
+
+
+def _read_name(path: Path, array: np.ndarray) -> str:
+    try:
+        name = str(array) if array.shape == () and array.dtype.kind == "U" else ""
+    except (ValueError, SystemError):  # numbers that stand for no character
+        name = ""
+    if not name or not is_plain(name):
+        raise InputError(f"{path}: the name of its network is damaged; make the file again")
+    return name
 
 
 def _check_moments(path: Path, mean: np.ndarray, covariance: np.ndarray, dimensions: int) -> None:

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from far.errors import InputError
-from far.files import atomic_folder, check_zip, json_digest, read_json, remove_folder, sha256, write_json
+from far.files import atomic_folder, json_digest, read_json, remove_folder, sha256, write_json
+from far.pickles import is_held, read_pickle
 from far.processes import Processes
 from far.training.parallel import shards_like
 
@@ -170,9 +170,10 @@ def _open_folder(path: Path, processes: Processes) -> Checkpoint:
 
 
 def _open_file(path: Path) -> Checkpoint:
-    check_zip(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    tensors = named_tensors({"module": state["module"], "ema": state["ema"], "optimizer": state["optimizer"]["state"]})
+    state = read_pickle(path)
+    parts = {"module": state["module"], "ema": state["ema"]}
+    parts |= {f"optimizer.{number}": of_one for number, of_one in state["optimizer"]["state"].items()}
+    tensors = {f"{part}.{name}": tensor for part, found in parts.items() for name, tensor in found.items() if is_held(tensor)}
     values = {name: state[name] for name in ("scaler", "skipped") if name in state}
     return Checkpoint(path, state["step"], values, {name: list(tensor.shape) for name, tensor in tensors.items()}, tensors)
 

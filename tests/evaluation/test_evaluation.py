@@ -197,6 +197,18 @@ def test_adms_reference_batch_gives_statistics_and_features(tmp_path: Path) -> N
     assert other.statistics.count == 9
 
 
+@pytest.mark.parametrize("name", ["extractor", "extractor_digest"])
+@pytest.mark.parametrize(
+    "value", [np.array("a\nb"), np.array(["a", "b"]), np.array(3), np.array([2**21], "<u4").view("<U1")[0:1].reshape(())]
+)
+def test_names_of_networks_that_are_none(name: str, value: np.ndarray, tmp_path: Path) -> None:
+    write_statistics(tmp_path / "a.npz", MeanColours(), torch.rand(30, 24))
+    with np.load(tmp_path / "a.npz") as arrays:
+        np.savez(tmp_path / "b.npz", **{**arrays, name: value})
+    with pytest.raises(InputError, match=r"b\.npz: the name of its network is damaged"):
+        open_reference(tmp_path / "b.npz", MeanColours(), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [

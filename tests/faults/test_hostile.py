@@ -8,8 +8,10 @@ import pickle
 import shutil
 import struct
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from slope import Slope, loop, run_steps
 from far import weights
 from far.autoencoder import Autoencoder
 from far.cli.main import main
+from far.convert import convert_kl16, convert_mar
 from far.data.fashion_mnist import read_idx
 from far.data.folders import write_folder
 from far.data.image_sets import open_image_set
@@ -33,7 +36,8 @@ from far.errors import InputError
 from far.evaluation.extraction import part_path, read_parts
 from far.evaluation.images import open_images
 from far.evaluation.inception import load_inception
-from far.files import json_digest
+from far.files import check_zip, json_digest
+from far.pickles import read_pickle
 from far.pipeline import Pipeline
 from far.training.checkpoint import open_checkpoint
 from far.training.loop import Trainer
@@ -85,6 +89,78 @@ def test_no_command_executes_a_pickle(
     assert not (tmp_path / "executed").exists()
     pickle.loads(pickle.dumps(content))
     assert (tmp_path / "executed").exists(), "it is a pickle that does harm"
+
+
+def write_pickle(path: Path, content: bytes, form: str = "zip") -> Path:
+    """A file of torch.save with another pickle as its content."""
+    torch.save({}, path, _use_new_zipfile_serialization=form == "zip")
+    if form != "zip":
+        path.write_bytes(path.read_bytes().replace(EMPTY, content))
+        return path
+    with zipfile.ZipFile(path) as archive:
+        members = [(entry, archive.read(entry)) for entry in archive.infolist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for entry, data in members:
+            archive.writestr(entry, content if entry.filename.endswith("data.pkl") else data)
+    return path
+
+
+EMPTY = b"\x80\x02}q\x00."
+# {tuple of tuples of … of 1: 1}, each of which holds the one before it twice.
+REPEATED = b"\x80\x02K\x01\x85q\x00" + b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(20)) + b"}h\x14K\x01s."
+GROWING = {
+    "bytes": (b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x10\x00\x85R.", "GLOBAL builtins.bytearray"),
+    "bytes of Python 2": (b"\x80\x02c__builtin__\nbytearray\nJ\x00\x00\x10\x00\x85R.", "GLOBAL __builtin__.bytearray"),
+    "codes of codes": (b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x06\x00\x00\x00latin1\x86R.", "GLOBAL _codecs.encode"),
+    "lists as a tensor": (b"\x80\x02ctorch\nTensor\n]q\x00(K\x01K\x01e\x85R.", "GLOBAL torch.Tensor"),
+    "keys that repeat themselves": (REPEATED, "a tuple of more than"),
+    "keys that nest": (b"\x80\x02}K\x01" + b"\x85" * 20_000 + b"K\x01s.", "a tuple of more than"),
+    "sizes that repeat themselves": (
+        REPEATED.replace(b"}h\x14K\x01s.", b"}ctorch\nSize\nh\x14\x85RK\x01s."),
+        "a tuple of more than",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", ["zip", "old"])
+@pytest.mark.parametrize("kind", GROWING)
+def test_pickles_that_make_much_of_little(kind: str, form: str, tmp_path: Path) -> None:
+    content, expected = GROWING[kind]
+    path = write_pickle(tmp_path / "step-00000007.pt", content, form)
+    with pytest.raises(pickle.UnpicklingError, match=expected):
+        read_pickle(path)
+    for read in (
+        open_checkpoint,
+        load_inception,
+        partial(convert_mar, folder=tmp_path / "a"),
+        partial(convert_kl16, folder=tmp_path / "b"),
+    ):
+        refused(partial(read, path), "step-00000007.pt")
+    assert read_pickle(write_pickle(path, EMPTY, form)) == {}
+
+
+def test_a_checkpoint_of_0_1_that_repeats_its_parts(tmp_path: Path) -> None:
+    part: dict[str, Any] = {"a": 1}
+    for _ in range(12):
+        part = {str(number): part for number in range(10)}
+    torch.save({"step": 7, "module": part, "ema": part, "optimizer": {"state": part}}, tmp_path / "step-00000007.pt")
+    assert open_checkpoint(tmp_path / "step-00000007.pt").shapes == {}
+
+
+def test_an_archive_that_others_read_otherwise(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(3)}, tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    (tmp_path / "before.pt").write_bytes(b"something else" + whole)
+    shutil.copy(tmp_path / "whole.pt", tmp_path / "twice.pt")
+    for name in ("whole/data.pkl", "whole/DATA.PKL"):
+        shutil.copy(tmp_path / "whole.pt", tmp_path / "twice.pt")
+        with zipfile.ZipFile(tmp_path / "twice.pt", "a") as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            archive.writestr(name, b"another")
+        for file in ("before.pt", "twice.pt"):
+            with pytest.raises(zipfile.BadZipFile, match="one name, or more than an archive"):
+                check_zip(tmp_path / file)
+    check_zip(tmp_path / "whole.pt")
 
 
 # --- Checksums ---------------------------------------------------------------------------------------------
@@ -277,6 +353,20 @@ def test_integers_are_no_weights(autoencoder_folder: Path, tmp_path: Path) -> No
     refused(lambda: load_autoencoder(tmp_path / "a"), "int32")
 
 
+@pytest.mark.parametrize(("dtype", "share"), [("F4", 2), ("F8_E8M0", 1), ("C64", 1), ("U8", 1), ("BOOL", 1)])
+def test_kinds_of_numbers_that_weights_cannot_be(dtype: str, share: int, pipeline_folder: Path, tmp_path: Path) -> None:
+    """``share`` numbers make what torch calls one element, so that their shape looks right."""
+    shutil.copytree(pipeline_folder, tmp_path / "p")
+    path, header, end = tmp_path / "p" / "model.safetensors", {}, 0
+    for name, tensor in read_tensors(path).items():
+        size = tensor.numel() * (8 if dtype == "C64" else 1)
+        header[name] = entry(dtype, [*tensor.shape[:-1], tensor.shape[-1] * share], (end, end + size))
+        end += size
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+    refused(lambda: Pipeline.from_pretrained(tmp_path / "p"), "model.safetensors", "is of torch.")
+
+
 def test_a_config_asks_for_no_memory_before_the_weights_are_known_to_fit(
     autoencoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,7 +446,6 @@ def test_recipes_that_do_harm(text: str, tmp_path: Path, capsys: pytest.CaptureF
 def test_an_index_leads_to_its_own_shards_only(name: object, image_set: Path, tmp_path: Path) -> None:
     shutil.copytree(image_set / "train", tmp_path / "images")
     index = json.loads((tmp_path / "images/index.json").read_text())
-    del index["sha256"]
     index["shards"][0]["file"] = name
     write_index(tmp_path / "images/index.json", index)
     refused(lambda: ShardReader(tmp_path / "images", "images"), "index.json is damaged")
@@ -376,7 +465,6 @@ def test_an_index_leads_to_its_own_shards_only(name: object, image_set: Path, tm
 def test_an_index_that_tells_other_than_its_shards(change: dict, expected: str, image_set: Path, tmp_path: Path) -> None:
     shutil.copytree(image_set / "train", tmp_path / "images")
     index = json.loads((tmp_path / "images/index.json").read_text())
-    del index["sha256"]
     index["meta"] |= change
     write_index(tmp_path / "images/index.json", index)
     refused(lambda: open_image_set(tmp_path / "images"), expected)
@@ -385,7 +473,6 @@ def test_an_index_that_tells_other_than_its_shards(change: dict, expected: str, 
 def test_a_cache_whose_labels_are_no_classes(latents_folder: Path, autoencoder_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(latents_folder, tmp_path / "latents")
     index = json.loads((tmp_path / "latents/index.json").read_text())
-    del index["sha256"]
     index["meta"]["classes"] = ["a"]
     write_index(tmp_path / "latents/index.json", index)
     refused(lambda: open_latents(tmp_path / "latents", load_autoencoder(autoencoder_folder)), "labels 0 to 2")
