@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import newest
+from checkpoints import newest, read_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
 from far.cli.main import main
 from far.errors import InputError
 from far.recipe import load_recipe
+from far.training import checkpoint
 from far.training.checkpoint import list_checkpoints, save_checkpoint
 from far.training.ema import Ema
 from far.training.generator import GeneratorTask
@@ -224,6 +225,16 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
         save_checkpoint(tmp_path, step, {"value": torch.tensor(step)}, {})
     assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 10]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_large_checkpoint_is_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "_FILE_BYTES", 1000)
+    tensors = {f"{number}": torch.randn(100) for number in range(10)}
+    path = save_checkpoint(tmp_path, 1, tensors, {})
+    sizes = [file.stat().st_size for file in path.glob("*.safetensors")]
+    assert len(sizes) == 4
+    found = read_checkpoint(path)["tensors"]
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_learning_rate_and_decay_by_part(recipe: Path) -> None:
