@@ -163,6 +163,12 @@ def check_zip(path: Path) -> None:
         names = {entry.filename.lower() for entry in archive.infolist()}
         if len(names) < len(archive.infolist()) or min((entry.header_offset for entry in archive.infolist()), default=0) != 0:
             raise zipfile.BadZipFile("it holds two members of one name, or more than an archive")
+        # A length in the directory that is too large swallows the entries after it; 0xFFFF stands for a number written elsewhere.
+        with path.open("rb") as file:
+            file.seek(-12 - len(archive.comment), os.SEEK_END)
+            count = int.from_bytes(file.read(2), "little")
+        if count not in (len(archive.infolist()), 0xFFFF):
+            raise zipfile.BadZipFile(f"its directory lists {len(archive.infolist())} members of {count}")
         if (damaged := archive.testzip()) is not None:
             raise zipfile.BadZipFile(f"the checksum of {damaged!r} differs")
 

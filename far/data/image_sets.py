@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from far.data.shards import ShardReader
+from far.data.shards import INDEX, ShardReader
 from far.errors import InputError
 from far.files import is_plain
 
@@ -29,9 +29,9 @@ def check_meta(reader: ShardReader, **kinds: type) -> None:
     meta = reader.meta
     for name, kind in {"size": int, "classes": list, **kinds}.items():
         if not isinstance(meta.get(name), kind):
-            raise InputError(f"{reader.folder}: its index has the {name} {meta.get(name)!r}; remove it and make it again")
+            raise InputError(f"{reader.folder / INDEX} has the {name} {meta.get(name)!r}; remove its folder and make it again")
     if not all(isinstance(name, str) and is_plain(name) for name in meta["classes"]):
-        raise InputError(f"{reader.folder}: the classes are {meta['classes']!r}, not names without control characters")
+        raise InputError(f"{reader.folder / INDEX}: the classes are {meta['classes']!r}, not names without control characters")
 
 
 def check_labels(reader: ShardReader) -> None:

@@ -6,6 +6,7 @@ those written here also hold the name of their network, the number of images, an
 
 import dataclasses
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -92,13 +93,12 @@ def _read_statistics(path: Path, extractor: Extractor) -> Reference:
 
 
 def _read_name(path: Path, array: np.ndarray) -> str:
-    try:
-        name = str(array) if array.shape == () and array.dtype.kind == "U" else ""
-    except (ValueError, SystemError):  # numbers that stand for no character
-        name = ""
-    if not name or not is_plain(name):
-        raise InputError(f"{path}: the name of its network is damaged; make the file again")
-    return name
+    if array.shape == () and array.dtype.kind == "U" and array.dtype.itemsize:
+        # numpy makes a text that breaks Python of numbers that stand for no character.
+        points = array.reshape(1).view(f"{array.dtype.str[0]}u4")
+        if points.max() <= sys.maxunicode and is_plain(name := str(array)):
+            return name
+    raise InputError(f"{path}: the name of its network is damaged; make the file again")
 
 
 def _check_moments(path: Path, mean: np.ndarray, covariance: np.ndarray, dimensions: int) -> None:

@@ -86,17 +86,17 @@ CHECKPOINT_FILE = "checkpoints/step-00000007/shard-00001-model-00001-of-00001.sa
 LOADERS = {
     "generator": Loader("pipeline/model.safetensors", lambda at: Pipeline.from_pretrained(at / "pipeline").model, True),
     "its autoencoder": Loader("pipeline/autoencoder.safetensors", lambda at: Pipeline.from_pretrained(at / "pipeline").autoencoder, True),
-    "its config": Loader("pipeline/config.json", lambda at: Pipeline.from_pretrained(at / "pipeline").model, False, "model.safetensors"),
+    "its config": Loader("pipeline/config.json", lambda at: Pipeline.from_pretrained(at / "pipeline").model, False, ".safetensors"),
     "autoencoder": Loader("autoencoder/autoencoder.safetensors", lambda at: load_autoencoder(at / "autoencoder"), True),
     "autoencoder's config": Loader(
         "autoencoder/config.json", lambda at: load_autoencoder(at / "autoencoder"), False, "autoencoder.safetensors"
     ),
     "images": Loader("images/shard-00000.safetensors", lambda at: everything(open_image_set(at / "images")), True),
-    "images' index": Loader("images/index.json", lambda at: everything(open_image_set(at / "images")), True),
-    "images' old index": Loader("old-images/index.json", lambda at: everything(open_image_set(at / "old-images")), False, "old-images"),
+    "images' index": Loader("images/index.json", lambda at: everything(open_image_set(at / "images")), True, "at/images"),
+    "images' old index": Loader("old-images/index.json", lambda at: everything(open_image_set(at / "old-images")), False, "at/old-images"),
     "continued": Loader("images/index.json", lambda at: ShardWriter(at / "images", META).index, True),
     "latents": Loader("latents/shard-00000.safetensors", lambda at: latents(at), True),
-    "latents' index": Loader("latents/index.json", lambda at: latents(at), True),
+    "latents' index": Loader("latents/index.json", lambda at: latents(at), True, "at/latents"),
     "trajectories": Loader("rows/shard-00001.safetensors", lambda at: everything(ShardReader(at / "rows", "rows", verify=True)), True),
     "shards unverified": Loader("rows/shard-00001.safetensors", lambda at: everything(ShardReader(at / "rows", "rows")), False),
     "training checkpoint": Loader(CHECKPOINT_FILE, lambda at: read_checkpoint(at / "checkpoints/step-00000007"), True),

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import sys
@@ -161,6 +162,21 @@ def test_an_archive_that_others_read_otherwise(tmp_path: Path) -> None:
             with pytest.raises(zipfile.BadZipFile, match="one name, or more than an archive"):
                 check_zip(tmp_path / file)
     check_zip(tmp_path / "whole.pt")
+
+
+def test_a_directory_that_swallows_a_member(tmp_path: Path) -> None:
+    """The last entry becomes a comment on the one before it."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in "abc":
+            archive.writestr(name, b"content")
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    check_zip(tmp_path / "a.zip")
+    _, second, third = (match.start() for match in re.finditer(b"PK\x01\x02", data))
+    data[second + 32] = data.find(b"PK\x05\x06") - third
+    (tmp_path / "a.zip").write_bytes(data)
+    assert len(zipfile.ZipFile(tmp_path / "a.zip").namelist()) == 2
+    with pytest.raises(zipfile.BadZipFile, match="2 members of 3"):
+        check_zip(tmp_path / "a.zip")
 
 
 # --- Checksums ---------------------------------------------------------------------------------------------
