@@ -410,6 +410,29 @@ def fuzz(name: str, valid: Path, folder: Path, count: int, *, behind: bool = Fal
     assert not failures, f"{len(failures)} of {count} damaged files of {name!r}:\n" + "\n".join(failures[:20])
 
 
+def refuse(message: str) -> None:
+    raise InputError(message)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory from /proc")
+def test_the_judge_sees_what_is_wrong(tmp_path: Path) -> None:
+    def verdict(load: Load, *, checked: bool = True) -> str:
+        return judge(Loader("folder/a.json", load, checked), tmp_path, 3)
+
+    assert verdict(lambda at: 3) == ""
+    assert verdict(lambda at: 4, checked=False) == ""
+    assert verdict(lambda at: refuse("folder/a.json is damaged")) == ""
+    assert "not what was written" in verdict(lambda at: 4)
+    assert "names a.json" in verdict(lambda at: refuse("folder is damaged"))
+    assert "not one line" in verdict(lambda at: refuse("a.json\nis damaged"))
+    assert "KeyError" in verdict(lambda at: {}["a"])
+    taken = 2**20 * (MEGABYTES + 100)
+    assert "took" in verdict(lambda at: bytearray(taken) and refuse("a.json is damaged"))
+    assert "took" in verdict(lambda at: bytearray(taken) and 3)
+    assert verdict(lambda at: 3) == "", "what was taken before does not count"
+    assert "MemoryError" in verdict(lambda at: bytearray(20 * taken))
+
+
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer that interrupts")
 @pytest.mark.parametrize("name", LOADERS)
 def test_damage_is_found(name: str, valid: Path, tmp_path: Path) -> None:
