@@ -120,7 +120,7 @@ def joined() -> Iterator[Processes]:
 def leave(status: int = 0) -> NoReturn:
     """End the program; one of several processes at once, without Python's cleaning up.
 
-    FSDP2 keeps threads of the group beyond the group itself, and about once in forty ends one of them aborted the process.
+    FSDP2 keeps threads of the group beyond the group itself, and now and then one of them aborts a process that cleans up.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
