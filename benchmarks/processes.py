@@ -33,7 +33,9 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for way in WAYS:
             rates[way].append(images_per_second(way, arguments.latents, arguments.batch_size))
-    print(f"{machine()}; a thread a process, batch {arguments.batch_size}, bfloat16\n\n| way | images/s | times one process |\n|---|---|---|")
+    print(
+        f"{machine()}; a thread a process, batch {arguments.batch_size}, bfloat16\n\n| way | images/s | times one process |\n|---|---|---|"
+    )
     one = statistics.median(rates["1 process"])
     for way, found in rates.items():
         print(f"| {way} | {statistics.median(found):.0f} ({min(found):.0f} to {max(found):.0f}) | {statistics.median(found) / one:.2f} |")

@@ -46,12 +46,19 @@ class Processes:
         return values
 
     def collect(self, make: Callable[..., T], *arguments: Any) -> list[T]:
-        """What ``make`` returns in all processes, by rank, in every one; an :class:`InputError` in one is raised in all."""
+        """What ``make`` returns in all processes, by rank, in every one.
+
+        An :class:`InputError` in one is raised in all, and what the system refuses to one becomes such an error.
+        """
         result: T | InputError
         try:
             result = make(*arguments)
         except InputError as error:
             result = error
+        except OSError as error:
+            if self.count == 1:
+                raise
+            result = InputError(str(error))
         results = self.gather(result)
         for found in results:
             if isinstance(found, InputError):
@@ -70,8 +77,8 @@ class Processes:
         """Raise an :class:`InputError` unless all processes see the same ``folder``, which is made where missing."""
         if self.count == 1:
             return
-        with _probe(folder) if self.rank == 0 else contextlib.nullcontext() as mine:
-            probe = self.gather(mine)[0]
+        with contextlib.ExitStack() as stack:
+            probe = self.collect(lambda: stack.enter_context(_probe(folder)) if self.rank == 0 else None)[0]
             if not all(self.gather(probe is not None and probe.exists())):
                 raise InputError(f"{folder} is not the same for all processes; put it on a disk that they share")
 

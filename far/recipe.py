@@ -10,7 +10,6 @@ import yaml
 from far.autoencoder import AutoencoderConfig
 from far.config import from_dict, to_dict
 from far.errors import InputError
-from far.files import is_plain
 from far.model import NetworkConfig
 from far.sampling import SamplingConfig
 from far.training.autoencoder import AutoencoderLossConfig
@@ -63,8 +62,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in (self.data, self.run, self.autoencoder_from or "", self.model):
-            if not is_plain(name):
-                raise InputError(f"the path {name!r} has characters that no path should have; write it without them")
+            if "\0" in name:
+                raise InputError(f"the path {name!r} has a character that no path can have; write it without")
 
     @property
     def autoencoder_folder(self) -> Path:

@@ -169,15 +169,20 @@ def test_each_preset_is_two_overrides_of_the_recipe() -> None:
 
 # --- Slurm -------------------------------------------------------------------------------------------
 
-# Two tasks on this machine. As Slurm's, srun passes a signal on to its tasks.
+# Two tasks on this machine. As Slurm's, srun kills them at SIGTERM, and scancel sends a signal to those of a step.
 SRUN = """#!/bin/bash
-trap 'kill -TERM $tasks' TERM
+[ "$1" = --kill-on-bad-exit=1 ] && shift
+trap 'kill -KILL $tasks' TERM
 for task in 0 1; do
     SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NTASKS=2 "$@" & tasks="$tasks $!"
 done
+echo $tasks > tasks
 for task in $tasks; do
-    wait $task || wait $task || exit 1  # the trap ends the first
+    wait $task || exit 1
 done
+"""
+SCANCEL = """#!/bin/bash
+[ "$1 $2" = "--signal=TERM 17.0" ] && kill -TERM $(cat tasks)
 """
 SCONTROL = """#!/bin/bash
 if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" > requeued; fi
@@ -187,7 +192,12 @@ if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" > requeued; fi
 @pytest.fixture
 def job(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The document's script, for the tiny recipe, in a folder whose ``srun``, ``scontrol`` and ``far`` come first."""
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "far": f'#!/bin/bash\nexec {sys.executable} -m far "$@"\n'}.items():
+    for name, text in {
+        "srun": SRUN,
+        "scancel": SCANCEL,
+        "scontrol": SCONTROL,
+        "far": f'#!/bin/bash\nexec {sys.executable} -m far "$@"\n',
+    }.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     text = re.search(r"```bash\n(.*?)```", DOCUMENT, re.DOTALL)[1]  # type: ignore[index]

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = parse(sys.argv[1:] if arguments is None else arguments)
         if parsed.command not in SHARED and started_by_torchrun().count > 1:
-            raise InputError(f"several processes are for {', '.join(SHARED)}; run far {parsed.command} without torchrun")
+            raise InputError(f"several processes are for {', '.join(SHARED)}; run far {parsed.command} without torchrun (unset WORLD_SIZE)")
         parsed.run(parsed)
     except (InputError, OSError) as error:
         print(f"far: error: {printable(str(error))}", file=sys.stderr)

@@ -35,11 +35,12 @@ class ShardWriter:
     then :meth:`fill` it; the first of them owns the index.
 
     Raises:
-        InputError: the folder holds shards that were written with other ``meta``.
+        InputError: the folder holds shards that were written with other ``meta``, or is not the same for all processes.
     """
 
     def __init__(self, folder: Path, meta: Mapping[str, Any], processes: Processes = Processes()) -> None:  # noqa: B008
         self.folder, self.processes = folder, processes
+        processes.check_shared(folder)
         # Nobody writes before the first has removed what is left of an earlier start.
         self.index: dict[str, Any] = processes.collect(self._open, dict(meta))[0]
 
@@ -81,14 +82,10 @@ class ShardWriter:
         In a round each process makes one shard, from its items alone, and then the first lists them. So the files are the
         same at any number of processes, and a kill costs a round. ``make`` may move ``bar``, which a round moves to the cursor.
 
-        Raises:
-            InputError: the processes do not see the same folder.
         """
         while self.cursor < total:
             parts = [range(start, min(start + step, total)) for start in range(self.cursor, total, step)[: self.processes.count]]
             shards = [shard for shard in self.processes.collect(self._save_own, parts, make) if shard is not None]
-            if not all((self.folder / shard["file"]).exists() for shard in shards):
-                raise InputError(f"{self.folder} is not the same for all processes; put it on a disk that they share")
             self._list(shards, parts[-1].stop)
             bar.update(self.cursor - bar.n)
         self.finish()
@@ -120,8 +117,8 @@ class ShardWriter:
         self._write_index()
 
     def _write_index(self) -> None:
-        if self.processes.rank == 0:
-            write_json(self.folder / INDEX, {**self.index, "sha256": json_digest(self.index)})
+        told = {**self.index, "sha256": json_digest(self.index)}
+        self.processes.collect(lambda: write_json(self.folder / INDEX, told) if self.processes.rank == 0 else None)
 
 
 class ShardReader:
@@ -200,7 +197,7 @@ def _shard_name(number: int) -> str:
 
 
 def _is_shard(shard: Any, number: int) -> bool:
-    """Whether an entry of the index is as :meth:`ShardWriter.write` made it: no other file, no other folder."""
+    """Whether an entry of the index is as a :class:`ShardWriter` made it: no other file, no other folder."""
     kinds = {"file": str, "count": int, "sha256": str}
     return (
         isinstance(shard, dict)

@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from far.errors import InputError
 from far.files import atomic_folder, json_digest, read_json, remove_folder, sha256, write_json
@@ -62,7 +64,7 @@ class Checkpoint:
             with _alone(processes):
                 dcp.load(targets, storage_reader=dcp.HuggingFaceStorageReader(str(self.path)), no_dist=processes.count == 1)
         except (Exception, CheckpointException) as error:
-            raise InputError(_damaged(self.path, _reason(error))) from error
+            raise InputError(f"cannot read {self.path}: {_reason(error)}; run the same command again, with --resume") from error
 
 
 def named_tensors(state: dict[Any, Any], prefix: str = "") -> dict[str, Tensor]:
@@ -93,17 +95,21 @@ def save_checkpoint(
         processes: those that train.
     """
     path = folder / f"step-{step:08d}"
-    with atomic_folder(path) if processes.rank == 0 else contextlib.nullcontext() as mine:
-        temporary = processes.gather(mine)[0]
+    with contextlib.ExitStack() as stack:
+        temporary = processes.collect(lambda: stack.enter_context(atomic_folder(path)) if processes.rank == 0 else None)[0]
         assert temporary is not None
         files = _write(path, temporary, tensors, processes)
-        if processes.rank > 0:
-            return path
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         index = {"step": step, "values": values, "shapes": shapes, "files": files}
-        write_json(temporary / _INDEX, {**index, "sha256": json_digest(index)})
-    for _, old in list_checkpoints(folder)[:-KEPT]:
-        remove_folder(old) if old.is_dir() else old.unlink()
+
+        def finish() -> None:
+            if processes.rank == 0:
+                write_json(temporary / _INDEX, {**index, "sha256": json_digest(index)})
+                stack.close()
+                for _, old in list_checkpoints(folder)[:-KEPT]:
+                    remove_folder(old) if old.is_dir() else old.unlink()
+
+        processes.collect(finish)
     return path
 
 
@@ -113,9 +119,10 @@ def _write(path: Path, temporary: Path, tensors: dict[str, Tensor], processes: P
         with _alone(processes):
             numbers = _file_numbers(tensors, processes)
             writer = dcp.HuggingFaceStorageWriter(str(temporary), fqn_to_index_mapping=numbers, save_distributed=True)
-            dcp.save(tensors, storage_writer=writer, no_dist=processes.count == 1)
+            dense = {name: tensor if isinstance(tensor, DTensor) else tensor.contiguous() for name, tensor in tensors.items()}
+            dcp.save(dense, storage_writer=writer, no_dist=processes.count == 1)
     except (OSError, CheckpointException) as error:
-        raise InputError(f"cannot write {path}: {_reason(error)}; free some space, then --resume") from error
+        raise InputError(f"cannot write {path}: {_reason(error)}; check the free space, then --resume") from error
     return _digests(temporary, processes)
 
 
@@ -128,8 +135,9 @@ def _file_numbers(tensors: dict[str, Tensor], processes: Processes) -> dict[str,
 def _digests(folder: Path, processes: Processes) -> dict[str, str]:
     """The same of what is in ``folder``, each file read by one of the processes."""
     names = processes.gather(sorted(path.name for path in folder.glob("*.safetensors")))[0]
-    mine = {name: sha256(folder / name) for name in names[processes.rank :: processes.count]}
-    return {name: digest for found in processes.gather(mine) for name, digest in found.items()}
+    mine = names[processes.rank :: processes.count]
+    found = processes.collect(lambda: {name: sha256(folder / name) for name in mine})
+    return {name: digest for part in found for name, digest in part.items()}
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -152,8 +160,11 @@ def open_checkpoint(path: Path, processes: Processes = Processes()) -> Checkpoin
         found = _open_file(path) if path.is_file() else _open_folder(path, processes)
         _check_values(found)
         return found
+    except (OSError, dist.DistError) as error:
+        raise InputError(f"cannot read {path}: {_reason(error)}; run the same command again, with --resume") from error
     except Exception as error:  # there is no telling how a damaged pickle fails
-        raise InputError(_damaged(path, _reason(error))) from error
+        reason = f"{_reason(error)}); remove it and --resume goes on from the one before it"
+        raise InputError(f"checkpoint {path} is cut off or damaged ({reason}") from error
 
 
 def _open_folder(path: Path, processes: Processes) -> Checkpoint:
@@ -200,7 +211,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _damaged(path: Path, reason: str) -> str:
-    return f"checkpoint {path} is cut off or damaged ({reason}); remove it and --resume goes on from the one before it"

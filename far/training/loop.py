@@ -173,11 +173,11 @@ class Trainer:
 
     def restore(self, resume: bool) -> None:
         """Load the newest checkpoint, or make sure that there is none to overwrite."""
-        check_unused(self.folder, resume)
+        self.processes.collect(check_unused, self.folder, resume)
         if self.first:
             remove_leftovers(self.folder, self.checkpoints, self.folder / "samples", idle_seconds=0)
         self.processes.check_shared(self.folder)
-        existing = list_checkpoints(self.checkpoints)
+        existing = self.processes.gather(list_checkpoints(self.checkpoints))[0]
         if existing:
             saved = open_checkpoint(existing[-1][1], self.processes)
             self._make_optimizer_state(saved.shapes)
@@ -213,9 +213,12 @@ class Trainer:
     def evaluate(self, log: "_Log | None") -> None:
         """Judge the EMA weights; all processes take part, the first one judges."""
         ema = whole_copy(self.ema.module, kept=self.first)
-        found = self.processes.collect(lambda: self.task.evaluate(ema, self.folder, self.step) if self.first else {})
-        if log is not None:
-            log.write({"step": self.step, **found[0]})
+
+        def judge() -> None:
+            if log is not None:
+                log.write({"step": self.step, **self.task.evaluate(ema, self.folder, self.step)})
+
+        self.processes.collect(judge)
 
     def run(self) -> None:
         config, saved_at = self.config, self.step
@@ -224,7 +227,8 @@ class Trainer:
                 print(f"{self.folder} is already trained to step {self.step}; raise the recipe's steps to go on")
             return
         bar = tqdm(total=config.steps, initial=self.step, desc=self.folder.name, mininterval=1, disable=not self.first)
-        log = _Log(self.folder, self.step, config.tensorboard) if self.first else None
+        log = _Log(self.folder, config.tensorboard) if self.first else None
+        self.processes.collect(lambda: log.open(self.step) if log is not None else None)
         with log or contextlib.nullcontext(), bar, _DeferredInterrupt(patient=self.processes.count > 1) as interrupt:
             meter, save_due, evaluate_due = Meter(), False, False
             # Skipped steps can be the first sign of a run that is lost. Until one is taken again, nothing is saved over what is good.
@@ -237,8 +241,7 @@ class Trainer:
                     entry = {"step": self.step, **meter.read(self.processes), "learning_rate": rate, "skipped_steps": self.skipped_steps}
                     skipped = f", skipped {self.skipped_steps}" if self.skipped_steps else ""
                     bar.set_postfix_str(f"loss {entry.get('loss', math.nan):.4f}, {entry['images_per_second']:.0f} img/s{skipped}")
-                    if log is not None:
-                        log.write(entry)
+                    self.processes.collect(lambda: log.write(entry) if log is not None else None)
                 save_due |= self.step % config.checkpoint_every == 0 or last
                 evaluate_due |= self.step % config.evaluate_every == 0 or last
                 if self.skipped_in_a_row and not last:
@@ -251,12 +254,12 @@ class Trainer:
                 if save_due:
                     self.save()
                     saved_at, save_due = self.step, False
-        if self.step < config.steps:
             if saved_at != self.step:
                 self.save()
-            if self.first:
-                print(f"interrupted at step {self.step}; saved in {self.checkpoints}; --resume goes on")
-        self.processes.wait()
+            # Until all are here, a signal that reaches some of them later must not end those.
+            self.processes.wait()
+        if self.step < config.steps and self.first:
+            print(f"interrupted at step {self.step}; saved in {self.checkpoints}; --resume goes on")
 
     @property
     def first(self) -> bool:
@@ -314,8 +317,8 @@ class Trainer:
         """
         config = self.config
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
-        # Dropout can only draw from the default generator; seeding it makes a step a function of its number.
-        torch.default_generator.manual_seed(config.seed * 1_000_003 + number)
+        # Dropout can only draw from the device's default generator; seeding all makes a step a function of its number.
+        torch.manual_seed(config.seed * 1_000_003 + number)
         start = time.perf_counter()
         batch = self.task.batch(number, generator)
         loaded = time.perf_counter()
@@ -367,25 +370,25 @@ class Meter:
 
 
 class _Log:
-    """Appends to ``log.jsonl``, and to TensorBoard where asked for.
+    """Appends to ``log.jsonl``, and to TensorBoard where asked for."""
 
-    What the file says of steps after ``step`` is removed first: they were not saved, and will be written again.
-    """
+    def __init__(self, folder: Path, tensorboard: bool) -> None:
+        self.path, self.tensorboard = folder / "log.jsonl", tensorboard
+        self.board: Any = None
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "log.jsonl"
+    def open(self, step: int) -> None:
+        """Remove what the file says of steps after ``step``: they were not saved, and will be written again."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             with atomic_path(self.path) as temporary:
                 temporary.write_text("".join(line for line in lines if _step(line) <= step), encoding="utf-8")
-        self.board = None
-        if tensorboard:
+        if self.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise InputError("tensorboard is not installed; pip install 'far-image[log]'") from error
-            self.board = SummaryWriter(str(folder / "tensorboard"))
+            self.board = SummaryWriter(str(self.path.with_name("tensorboard")))
 
     def write(self, entry: dict[str, float]) -> None:
         try:

@@ -75,8 +75,8 @@ def _shard_as(module: nn.Module, like: nn.Module) -> None:
     """Cut the parameters of ``module``, which are whole, as those of ``like`` are; they are not trained."""
     for name, parameter in like.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        own = shards_like(parameter, module.get_parameter(name))
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(own, requires_grad=False))
+        cut = shards_like(parameter, module.get_parameter(name))
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(cut, requires_grad=False))
 
 
 def whole_copy(module: nn.Module, *, kept: bool) -> nn.Module:
