@@ -318,7 +318,7 @@ def train(name: str, images: int, parallel: str, processes: int, micro_batches: 
     command = [sys.executable, *launcher, str(script), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment).stdout
-    return json.loads(printed)
+    return json.loads(printed.splitlines()[-1])
 
 
 def main() -> None:

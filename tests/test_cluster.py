@@ -77,7 +77,7 @@ def test_memory_at_rest_is_what_a_trainer_holds(script: ModuleType, network: Net
 def test_memory_at_rest_of_shards(script: ModuleType, tmp_path: Path) -> None:
     program = tmp_path / "shards.py"
     program.write_text(SHARDS)
-    found = json.loads(run(2, program))
+    found = json.loads(run(2, program).splitlines()[-1])
     config = ModelConfig(SMALL[0], 3, 4, (2, 2))
     # What does not divide evenly is rounded up.
     assert found == pytest.approx(script.at_rest(script.sizes_of(config), "fsdp", 2), rel=0.01)
