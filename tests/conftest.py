@@ -1,6 +1,7 @@
 """A tiny image set, autoencoder, latent cache and model that many tests share; real files, made once."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,15 @@ def draw_images(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     shapes = torch.stack([(x - 8) ** 2 + (y - 8) ** 2 < 30, (x - 8).abs().maximum((y - 8).abs()) < 5, x % 4 < 2])
     inside = shapes[labels].unsqueeze(-1)
     return torch.where(inside, colours[:, 0, None, None], colours[:, 1, None, None]).to(torch.uint8), labels
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums of several threads can be rounded otherwise than those of one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,6 @@ class ShardWriter:
 
         In a round each process makes one shard, from its items alone, and then the first lists them. So the files are the
         same at any number of processes, and a kill costs a round. ``make`` may move ``bar``, which a round moves to the cursor.
-
         """
         while self.cursor < total:
             parts = [range(start, min(start + step, total)) for start in range(self.cursor, total, step)[: self.processes.count]]

@@ -144,15 +144,6 @@ sys.exit(main())
 """
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As torchrun's processes have."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_write_the_files_of_one_and_a_kill_loses_nothing(recipe: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(latents, "SHARD_ROWS", 1)

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -97,15 +96,6 @@ def test_a_run_is_not_overwritten_and_a_finished_one_is_left_alone(recipe: Path,
     assert "already holds a run at step 20" in capsys.readouterr().err
     assert main(["train", str(recipe), "--resume"]) == 0
     assert "already trained" in capsys.readouterr().out
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Sums of several threads can be rounded otherwise than those of one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("one_thread")

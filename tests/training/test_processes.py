@@ -154,6 +154,12 @@ def test_sigterm_saves_what_is_finished(recipe: Path, alone: Path) -> None:
     assert losses(stopped)[:20] == pytest.approx(losses(alone)[: min(step, 20)], rel=1e-5)
 
 
+def test_a_signal_that_comes_while_they_save_ends_nobody(tmp_path: Path) -> None:
+    output = run(2, Path(__file__).parent / "late_signal.py", tmp_path / "run")
+    assert "interrupted at step 5" in output
+    assert [step for step, _ in list_checkpoints(tmp_path / "run" / "checkpoints")] == [5]
+
+
 def test_a_step_that_one_process_must_skip_is_skipped_by_all(tmp_path: Path) -> None:
     """In the second process the loss is NaN, or infinite with a finite gradient; in float16 the NaN halves the scale of both."""
     script = Path(__file__).parent / "one_skips.py"
