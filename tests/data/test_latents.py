@@ -1,7 +1,7 @@
 """The latent cache: it holds what the autoencoder gives, for both flips, and knows its autoencoder."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
