@@ -5,7 +5,6 @@ KL-16 (66,456,019 parameters at its published size), in any width, depth and str
 caching its moments are elsewhere.
 """
 
-import dataclasses
 import hashlib
 import itertools
 from collections.abc import Sequence
@@ -14,53 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from far.config import check_count
+from far.autoencoder_config import AutoencoderConfig
 from far.errors import InputError
 from far.tokens import on_sphere
-
-
-@dataclasses.dataclass(frozen=True)
-class AutoencoderConfig:
-    """Size and latent statistics of an autoencoder.
-
-    ``width_multipliers`` has one entry a resolution, so the stride is ``2 ** (len − 1)``: 4 to 16.
-    A latent leaves the tokenizer as ``(latent − shift) · scale``, with deviation 1 over the training
-    images; ``shift`` is a number, or one number a channel. ``norm_groups`` divides every width; narrow
-    autoencoders want few groups, since a group of one channel loses that channel's mean.
-    ``spherical`` ones scale every latent vector to the norm √latent_channels, both what they encode and what they decode
-    (SphereAR, arXiv 2509.24335).
-    """
-
-    width: int = 128
-    width_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    blocks: int = 2
-    latent_channels: int = 16
-    norm_groups: int = 32
-    scale: float = 0.2325
-    shift: float | tuple[float, ...] = 0.0
-    spherical: bool = False
-
-    def __post_init__(self) -> None:
-        if not 3 <= len(self.width_multipliers) <= 5:
-            raise InputError(
-                f"width_multipliers: {len(self.width_multipliers)} of them give stride 2^{len(self.width_multipliers) - 1}; "
-                "use 3 to 5 entries, for stride 4 to 16"
-            )
-        for name, most in (("width", 2**16), ("blocks", 2**8), ("latent_channels", 2**16), ("norm_groups", 2**16)):
-            check_count(f"autoencoder {name}", getattr(self, name), most)
-        if self.scale <= 0:
-            raise InputError(f"autoencoder scale {self.scale} must be positive")
-        if not 1 <= min(self.width_multipliers) <= max(self.width_multipliers) <= 2**8:
-            raise InputError(f"width_multipliers {list(self.width_multipliers)} must be positive, and at most {2**8}")
-        if self.width % self.norm_groups:
-            raise InputError(f"norm_groups {self.norm_groups} must divide the width {self.width}")
-        if isinstance(self.shift, tuple) and len(self.shift) != self.latent_channels:
-            raise InputError(f"shift has {len(self.shift)} entries for {self.latent_channels} latent channels; give one each")
-
-    @property
-    def stride(self) -> int:
-        """Pixels of image per latent, along a side."""
-        return 2 ** (len(self.width_multipliers) - 1)
 
 
 class Posterior:

@@ -4,64 +4,16 @@ Masks and noise are drawn below this level, optimizers and files live above it, 
 autoencoder: the model sees latents only.
 """
 
-import dataclasses
-
 import torch
 from torch import Tensor, nn
 
-from far.backbone import CausalConfig, MaskedConfig, build_backbone
-from far.config import check_count
-from far.errors import InputError
-from far.heads import HeadConfig, TokenLoss, build_head
+from far.backbone import build_backbone
+from far.heads import TokenLoss, build_head
+from far.model_config import PRESETS as PRESETS
+from far.model_config import ModelConfig
+from far.model_config import NetworkConfig as NetworkConfig
+from far.model_config import preset as preset
 from far.tokens import on_sphere, patchify, unpatchify
-
-
-@dataclasses.dataclass(frozen=True)
-class NetworkConfig:
-    """What can be chosen freely: the sizes of backbone and head, and latents a token along a side.
-
-    ``spherical`` models see and draw latents of the norm √channels only (SphereAR, arXiv 2509.24335): a drawn token's
-    norm can then not drift, whatever guidance does. The autoencoder should be a spherical one too.
-    """
-
-    backbone: MaskedConfig | CausalConfig = MaskedConfig()
-    head: HeadConfig = HeadConfig()
-    patch: int = 1
-    spherical: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """A network and what the data fix: ``grid`` is (rows, columns) of latents, not of tokens."""
-
-    network: NetworkConfig = NetworkConfig()
-    classes: int = 1000
-    latent_channels: int = 16
-    grid: tuple[int, ...] = (16, 16)
-
-    def __post_init__(self) -> None:
-        patch = self.network.patch
-        if len(self.grid) != 2 or min(self.grid) < 1 or patch < 1 or any(side % patch for side in self.grid):
-            raise InputError(f"grid {list(self.grid)} must be two positive multiples of the patch {patch}")
-        for name, value, most in (
-            ("grid", max(self.grid), 2**8),
-            ("classes", self.classes, 2**20),
-            ("latent_channels", self.latent_channels, 2**16),
-        ):
-            check_count(name, value, most)
-
-    @property
-    def token_grid(self) -> tuple[int, int]:
-        """(rows, columns) of tokens."""
-        return self.grid[0] // self.network.patch, self.grid[1] // self.network.patch
-
-    @property
-    def tokens(self) -> int:
-        return self.token_grid[0] * self.token_grid[1]
-
-    @property
-    def token_channels(self) -> int:
-        return self.latent_channels * self.network.patch**2
 
 
 class FAR(nn.Module):
@@ -119,39 +71,3 @@ class FAR(nn.Module):
                 null = torch.full_like(labels[:half], self.null_label)
                 z_uncond = self.backbone.condition(fed[:half], known[:half], positions[:half], null).flatten(0, 1)
         return self.head.loss(wanted.flatten(0, 1), z.flatten(0, 1), generator, teacher.head, step=step, z_uncond=z_uncond)
-
-
-def _masked(width: int, depth: int, heads: int, kind: str, head_depth: int, head_width: int) -> NetworkConfig:
-    backbone = MaskedConfig(width, depth, heads, width, depth, heads)
-    return NetworkConfig(backbone, HeadConfig(kind, head_width, head_depth))
-
-
-def _causal(width: int, depth: int, heads: int, kind: str, head_depth: int, head_width: int) -> NetworkConfig:
-    return NetworkConfig(CausalConfig(width=width, depth=depth, heads=heads), HeadConfig(kind, head_width, head_depth))
-
-
-# MAR's sizes (arXiv 2406.11838), at 16 × 16 tokens of 16 channels and 1000 classes.
-PRESETS: dict[str, NetworkConfig] = {
-    #                 width depth heads  head        depth width    parameters
-    "mar-b": _masked( 768, 12, 12, "diffusion",  6, 1024),  # 208 M
-    "mar-l": _masked(1024, 16, 16, "diffusion",  8, 1280),  # 479 M
-    "mar-h": _masked(1280, 20, 16, "diffusion", 12, 1536),  # 943 M
-    "far-b": _masked( 768, 12, 12, "shortcut",   6, 1024),  # 210 M
-    "far-l": _masked(1024, 16, 16, "shortcut",   8, 1280),  # 481 M
-    "far-h": _masked(1280, 20, 16, "shortcut",  12, 1536),  # 946 M
-    # LlamaGen's blocks (arXiv 2406.06525); its 111, 343 and 775 M include two vocabulary tables, which are not needed here.
-    "far-causal-b":  _causal( 768, 12, 12, "shortcut",  6, 1024),  # 123 M
-    "far-causal-l":  _causal(1024, 24, 16, "shortcut",  8, 1280),  # 384 M
-    "far-causal-xl": _causal(1280, 36, 20, "shortcut", 12, 1536),  # 887 M
-}  # fmt: skip
-
-
-def preset(name: str) -> NetworkConfig:
-    """The named preset.
-
-    Raises:
-        InputError: there is none of that name; the message lists them.
-    """
-    if name not in PRESETS:
-        raise InputError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]

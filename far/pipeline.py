@@ -27,6 +27,7 @@ from far.hub import upload
 from far.model import FAR, ModelConfig
 from far.packing import Int8Linear, can_pack, can_quantize, pack_linear_layers, quantize_linear_layers
 from far.pictures import to_pictures, to_tensor
+from far.precision import DTYPES
 from far.sampling import Kept, Progress, SamplingConfig, SeededNoise, sampling_steps
 from far.weights import (
     BUNDLED,
@@ -44,8 +45,6 @@ from far.weights import (
 _CPU_DECODE_CHUNK = 16
 # Of "int8" models, all but the wide linear layers.
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
-# What a command may be given.
-DTYPES = ("auto", *_DTYPES)
 
 
 class Pipeline:

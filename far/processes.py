@@ -1,7 +1,7 @@
 """Processes that torchrun started together: which one this is, and what they tell each other.
 
 How work is shared among them is for those who share it: ``far.data.shards``, ``far.evaluation.extraction``,
-``far.training.loop``.
+``far.training.loop``. torch is imported by what needs it: one process alone does not.
 """
 
 import contextlib
@@ -13,9 +13,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
-
-import torch
-import torch.distributed as dist
 
 from far.errors import InputError
 
@@ -42,6 +39,8 @@ class Processes:
         """The values of all processes, by rank, in every one."""
         values = [value] * self.count
         if self.count > 1:
+            import torch.distributed as dist
+
             dist.all_gather_object(values, value)
         return values
 
@@ -69,6 +68,9 @@ class Processes:
         """Whether it is true in any process, in every one."""
         if self.count == 1:
             return flag
+        import torch
+        import torch.distributed as dist
+
         found = torch.tensor(flag, dtype=torch.int8)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return bool(found)
@@ -85,6 +87,8 @@ class Processes:
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:
+            import torch.distributed as dist
+
             dist.barrier()
 
 
@@ -113,6 +117,9 @@ def joined() -> Iterator[Processes]:
         return
     if missing := [name for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise InputError(f"WORLD_SIZE is {processes.count}, but {missing[0]} is missing in the environment; start the command by torchrun")
+    import torch
+    import torch.distributed as dist
+
     if (local := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
         torch.cuda.set_device(local)  # where torch's engines keep what they put together
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

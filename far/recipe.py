@@ -7,14 +7,12 @@ from typing import Any, TypeVar
 
 import yaml
 
-from far.autoencoder import AutoencoderConfig
+from far.autoencoder_config import AutoencoderConfig
 from far.config import from_dict, to_dict
 from far.errors import InputError
-from far.model import NetworkConfig
-from far.sampling import SamplingConfig
-from far.training.autoencoder import AutoencoderLossConfig
-from far.training.generator import EvaluationConfig
-from far.training.loop import LoopConfig
+from far.model_config import NetworkConfig
+from far.sampling_config import SamplingConfig
+from far.training.config import AutoencoderLossConfig, EvaluationConfig, LoopConfig
 
 T = TypeVar("T")
 

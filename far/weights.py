@@ -1,4 +1,4 @@
-"""Weights on disk: names → folders, and their ``config.json`` beside safetensors files ↔ modules. No pickle, ever.
+"""Weights on disk: ``config.json`` beside safetensors files ↔ modules. No pickle, ever.
 
 Published checkpoints of other projects are read by ``far.convert``, training state by
 ``far.training.checkpoint``.
@@ -19,39 +19,13 @@ from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.config import from_dict, to_dict
 from far.errors import InputError
 from far.files import atomic_path, read_json, sha256, write_json
-from far.hub import download, is_hub_name
-
-BUNDLED = Path(__file__).parent / "bundled"
+from far.names import BUNDLED, bundled_names
+from far.names import find_folder as find_folder
 
 # What weights may be of. Others cannot be converted, such as float4, of which two are one element.
 FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 M = TypeVar("M", bound=nn.Module)
-
-
-def find_folder(name: Path | str, *, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """The folder of a path, of a bundled model's name, or of a model of the hub, which is downloaded where missing.
-
-    The one place where names become folders; see :meth:`far.Pipeline.from_pretrained` for what they may be.
-
-    Raises:
-        InputError: none of them exists, or the hub cannot be reached.
-    """
-    bundled = bundled_names()
-    if Path(name).is_dir() or (isinstance(name, str) and name in bundled):
-        if revision is not None:
-            raise InputError(f"weights {str(name)!r} are a folder here, which has no revision {revision!r}; leave it out")
-        return Path(name) if Path(name).is_dir() else BUNDLED / name
-    if isinstance(name, str) and is_hub_name(name):
-        return download(name, revision, local_files_only=local_files_only)
-    raise InputError(
-        f"weights {str(name)!r}: no such folder or bundled model; bundled: {', '.join(bundled) or 'none'}; on the hub: OWNER/NAME"
-    )
-
-
-def bundled_names() -> list[str]:
-    """The models that come with the library, in alphabetical order."""
-    return sorted(path.name for path in BUNDLED.iterdir() if path.is_dir())
 
 
 def describe_base(name: str) -> dict[str, Any]:

@@ -1,15 +1,24 @@
 """Backbones: known tokens and a class → conditions at chosen positions."""
 
-from far.backbone.backbone import Backbone
-from far.backbone.causal import CausalBackbone, CausalConfig
-from far.backbone.masked import MaskedBackbone, MaskedConfig
+from typing import TYPE_CHECKING
 
+from far.backbone.config import CausalConfig, MaskedConfig
+from far.lazy import lazily
 
-def build_backbone(config: MaskedConfig | CausalConfig, grid: tuple[int, int], channels: int, classes: int) -> Backbone:
-    """The backbone of ``config`` for a ``grid`` of (rows, columns) tokens of ``channels``."""
-    if isinstance(config, CausalConfig):
-        return CausalBackbone(config, grid, channels, classes)
-    return MaskedBackbone(config, grid[0] * grid[1], channels, classes)
-
+if TYPE_CHECKING:
+    from far.backbone.backbone import Backbone
+    from far.backbone.build import build_backbone
+    from far.backbone.causal import CausalBackbone
+    from far.backbone.masked import MaskedBackbone
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "Backbone": "far.backbone.backbone",
+            "CausalBackbone": "far.backbone.causal",
+            "MaskedBackbone": "far.backbone.masked",
+            "build_backbone": "far.backbone.build",
+        },
+    )
 
 __all__ = ["Backbone", "CausalBackbone", "CausalConfig", "MaskedBackbone", "MaskedConfig", "build_backbone"]

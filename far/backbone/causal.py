@@ -5,58 +5,15 @@ condition ``z`` of the next token. Nothing is special to images but the two-dime
 positions. What is drawn from ``z`` is decided elsewhere.
 """
 
-import dataclasses
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from far.backbone.backbone import Backbone
-from far.config import check_count
-from far.errors import InputError
+from far.backbone.config import CausalConfig
 from far.layers import KeyValueCache, SwiGLU, as_input, attend, rotary_table, rotate, take
-
-
-@dataclasses.dataclass(frozen=True)
-class CausalConfig:
-    """Size of the backbone, and how it is trained.
-
-    ``buffer`` is the number of class-token copies before the sequence. ``positions`` of the rotary embedding are
-    (row, column), or the number in the sequence. ``input_noise`` is the deviation of the noise on the tokens that are
-    fed in training: in sampling the backbone sees tokens with the head's errors, here it learns to bear them.
-    """
-
-    kind: Literal["causal"] = "causal"
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    buffer: int = 1
-    positions: Literal["grid", "sequence"] = "grid"
-    dropout: float = 0.1
-    input_noise: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_count("width", self.width)
-        if self.heads < 1 or self.width % self.heads:
-            raise InputError(f"width {self.width} must be a positive multiple of heads {self.heads}")
-        axes = 2 if self.positions == "grid" else 1
-        if self.width // self.heads % (2 * axes):
-            raise InputError(
-                f"width {self.width} / heads {self.heads} must be a multiple of {2 * axes} for rotary positions on a {self.positions}"
-            )
-        check_count("depth", self.depth, 2**10)
-        check_count("buffer", self.buffer)
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout {self.dropout} must be at least 0 and below 1")
-        if not (math.isfinite(self.input_noise) and self.input_noise >= 0):
-            raise InputError(f"input_noise {self.input_noise} must be a number of at least 0")
-
-    @property
-    def hidden_width(self) -> int:
-        """Of the feed-forward part: 8/3 of the width, rounded up to a multiple of 256 (LLaMA's rule)."""
-        return -(-8 * self.width // (3 * 256)) * 256
 
 
 class CausalBackbone(Backbone):

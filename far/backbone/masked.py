@@ -8,57 +8,15 @@ known, in which order they become so, and what is drawn from ``z`` is decided el
 import dataclasses
 import functools
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from far.backbone.backbone import Backbone
-from far.config import check_count
-from far.errors import InputError
+from far.backbone.config import MaskedConfig
 from far.layers import Block, KeyValueCache, as_input, take
 from far.tokens import sample_mask_ratio
-
-
-@dataclasses.dataclass(frozen=True)
-class MaskedConfig:
-    """Size of the backbone, and how it is masked in training.
-
-    ``buffer`` is the number of class-token copies before the sequence. The masking ratio of a batch is
-    drawn from a normal of mean 1 and ``mask_ratio_deviation``, truncated to [``mask_ratio_min``, 1]; models of
-    few tokens want a low minimum, since there every token that becomes known changes the picture much.
-    """
-
-    encoder_width: int = 768
-    encoder_depth: int = 12
-    encoder_heads: int = 12
-    decoder_width: int = 768
-    decoder_depth: int = 12
-    decoder_heads: int = 12
-    buffer: int = 64
-    dropout: float = 0.1
-    mask_ratio_min: float = 0.7
-    mask_ratio_deviation: float = 0.25
-    kind: Literal["masked"] = "masked"
-
-    def __post_init__(self) -> None:
-        for part in ("encoder", "decoder"):
-            width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
-            check_count(f"{part}_width", width)
-            if heads < 1 or width % heads:
-                raise InputError(f"{part}_width {width} must be a positive multiple of {part}_heads {heads}")
-            check_count(f"{part}_depth", getattr(self, f"{part}_depth"), 2**10)
-        if self.buffer < 1:
-            raise InputError(f"buffer {self.buffer} must be positive: with no token known, it is all that the encoder sees")
-        check_count("buffer", self.buffer)
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout {self.dropout} must be at least 0 and below 1")
-        if not 0 <= self.mask_ratio_min < 1 or self.mask_ratio_deviation <= 0:
-            raise InputError(
-                f"mask_ratio_min {self.mask_ratio_min} must be at least 0 and below 1, "
-                f"and mask_ratio_deviation {self.mask_ratio_deviation} positive"
-            )
 
 
 class MaskedBackbone(Backbone):

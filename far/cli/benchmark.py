@@ -5,6 +5,8 @@ with approximations, and with the causal backbone, in less than ten minutes. Wit
 values is a row, and the first is the base. Presets have random weights: this is about time, not quality.
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import importlib.util
@@ -12,15 +14,15 @@ import platform
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 import far
-from far.benchmark import PARTS, SEED, Finding, Report, default_rows, machine, measure, processor, rows_of
 from far.errors import InputError
 from far.files import atomic_path, check_writable, write_json
-from far.pipeline import DTYPES
+from far.precision import DTYPES
+
+if TYPE_CHECKING:
+    from far.benchmark import Finding, Report
 
 _COLOURS = ("#4c72b0", "#55a868", "#dd8452", "#8172b3", "#8c8c8c")
 
@@ -45,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
+
+    from far.benchmark import measure
+
     rows = _rows(arguments)
     report = measure(rows, rounds=arguments.rounds, full=arguments.full, device=arguments.device)
     print(_heading(report, arguments))
@@ -65,16 +70,19 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--plot {arguments.plot}: give a name that ends in .png")
     if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib, which is not installed: pip install matplotlib")
+    if arguments.models is None:
+        for option in ("ar_steps", "head_steps", "dtypes", "order", "refresh_every", "guidance_every", "guidance_passes"):
+            if getattr(arguments, option) is not None:
+                raise InputError(f"--{option.replace('_', '-')} goes with --models; name the models, or leave it out for the usual rows")
     for path in (arguments.json, arguments.plot):
         if path is not None:
             check_writable(path)
 
 
 def _rows(arguments: argparse.Namespace) -> list[Any]:
+    from far.benchmark import default_rows, rows_of
+
     if arguments.models is None:
-        for option in ("ar_steps", "head_steps", "dtypes", "order", "refresh_every", "guidance_every", "guidance_passes"):
-            if getattr(arguments, option) is not None:
-                raise InputError(f"--{option.replace('_', '-')} goes with --models; name the models, or leave it out for the usual rows")
         return default_rows(batches=arguments.batch, guidance=arguments.guidance)
     return rows_of(
         arguments.models, batches=arguments.batch, ar_steps=arguments.ar_steps, head_steps=arguments.head_steps,
@@ -85,6 +93,8 @@ def _rows(arguments: argparse.Namespace) -> list[Any]:
 
 
 def _heading(report: Report, arguments: argparse.Namespace) -> str:
+    from far.benchmark import SEED, machine
+
     scales = " or ".join(dict.fromkeys(f"{finding.row.sampling.guidance:g}" for finding in report.findings))
     peaks = ", ".join(f"{peak / 1e12:.3g} TFLOP/s in {name}" for name, peak in report.peaks.items())
     device = "" if arguments.device == "cpu" else f"device {arguments.device}, "
@@ -94,15 +104,15 @@ def _heading(report: Report, arguments: argparse.Namespace) -> str:
     )
 
 
-_COLUMNS = (
-    "model", "steps", "dtype", "batch", "seconds per image", *PARTS,
-    "weights", "memory", "TFLOP", "of peak", "of reading", "times faster",
-)  # fmt: skip
-
-
 def _table(report: Report) -> str:
     """Markdown, padded so that it can be read as it is."""
-    lines = [_COLUMNS, *(_cells(finding, report) for finding in report.findings)]
+    from far.benchmark import PARTS
+
+    columns = (
+        "model", "steps", "dtype", "batch", "seconds per image", *PARTS,
+        "weights", "memory", "TFLOP", "of peak", "of reading", "times faster",
+    )  # fmt: skip
+    lines = [columns, *(_cells(finding, report) for finding in report.findings)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     padded = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]
     return "\n".join([padded[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *padded[1:]])
@@ -153,6 +163,10 @@ Of reading: the share of time that reading each network's weights once a pass wo
 
 
 def _record(report: Report, arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from far.benchmark import SEED, processor
+
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items() if name != "run"}
     return {
         "settings": {**options, "seed": SEED},
@@ -172,6 +186,8 @@ def _record(report: Report, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _row_record(finding: Finding, report: Report) -> dict[str, Any]:
+    from far.benchmark import PARTS
+
     row, seconds = finding.row, finding.image_seconds
     return {
         **dataclasses.asdict(row),
@@ -196,6 +212,8 @@ def _plot(report: Report, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+
+    from far.benchmark import PARTS
 
     names = [f"{f.row.model}, {_steps(f)}\n{f.row.dtype}, batch {f.row.batch}" for f in report.findings]
     totals = [statistics.median(finding.image_seconds) for finding in report.findings]

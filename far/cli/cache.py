@@ -7,9 +7,7 @@ import argparse
 from pathlib import Path
 
 from far.cli.recipe_arguments import add_recipe_arguments, read_recipe
-from far.data.latents import write_latents
 from far.processes import joined
-from far.weights import load_autoencoder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     recipe = read_recipe(arguments)
+
+    from far.data.latents import write_latents
+    from far.weights import load_autoencoder
+
     autoencoder = load_autoencoder(recipe.autoencoder_folder)
     with joined() as processes:
         device = processes.device(recipe.generator.training.device)

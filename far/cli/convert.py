@@ -7,9 +7,8 @@ to-diffusers goes the other way, with the autoencoder of any model.
 import argparse
 from pathlib import Path
 
-from far.convert import convert_kl16, convert_mar
-from far.diffusers_format import from_diffusers, to_diffusers
-from far.weights import find_folder, load_autoencoder
+from far.files import check_exists
+from far.names import find_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    source = find_folder(arguments.source) if arguments.kind == "to-diffusers" else arguments.source
+    check_exists(source)
+
+    from far.convert import convert_kl16, convert_mar
+    from far.diffusers_format import from_diffusers, to_diffusers
+    from far.weights import load_autoencoder
+
     if arguments.kind == "mar":
         convert_mar(arguments.source, arguments.out, ema=not arguments.no_ema)
     elif arguments.kind == "kl16":
@@ -37,5 +43,5 @@ def run(arguments: argparse.Namespace) -> None:
     elif arguments.kind == "from-diffusers":
         from_diffusers(arguments.source, arguments.out)
     else:
-        to_diffusers(load_autoencoder(find_folder(arguments.source)), arguments.out)
+        to_diffusers(load_autoencoder(source), arguments.out)
     print(f"{arguments.out}: converted from {arguments.source}")

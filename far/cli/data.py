@@ -6,9 +6,8 @@ An image set is a folder with train/ and held-out/ in it. Stopped in the middle,
 import argparse
 from pathlib import Path
 
-from far.data.avatars import HELD_OUT_SEED, write_avatars
-from far.data.fashion_mnist import write_fashion_mnist
-from far.data.folders import write_folder
+from far.data.avatar_styles import HELD_OUT_SEED
+from far.files import check_exists
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,9 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.source == "folder":
+        check_exists(arguments.images)
+
+        from far.data.folders import write_folder
+
         counts = write_folder(arguments.images, arguments.out, arguments.size, arguments.held_out_share, arguments.strict)
     elif arguments.source == "fashion-mnist":
+        check_exists(arguments.files)
+
+        from far.data.fashion_mnist import write_fashion_mnist
+
         counts = write_fashion_mnist(arguments.files, arguments.out)
     else:
+        from far.data.avatars import write_avatars
+
         counts = write_avatars(arguments.out, arguments.size, arguments.per_class, arguments.held_out_per_class)
     print(f"{arguments.out}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))

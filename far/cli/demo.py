@@ -9,8 +9,8 @@ import socket
 import threading
 
 from far.errors import InputError
-from far.pipeline import DTYPES
-from far.weights import bundled_names
+from far.names import bundled_names, find_folder
+from far.precision import DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if not 1 <= arguments.port <= 65535:
         raise InputError(f"--port {arguments.port}: give 1 to 65535")
+    for name in arguments.weights:
+        find_folder(name)
+    _check_address(arguments.host, arguments.port)
     # Read when gradio is imported and served: it tells nobody anything, and remembers few clicks (10,000 by itself).
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_ANALYTICS_MAX_EVENTS="100")
     try:
@@ -33,7 +36,6 @@ def run(arguments: argparse.Namespace) -> None:
         from far.demo.page import Demo
     except ModuleNotFoundError as error:
         raise InputError(f"the demo needs the package {error.name}; pip install 'far-image[demo]'") from error
-    _check_address(arguments.host, arguments.port)
     demo = Demo(load_models(arguments.weights, arguments.dtype, arguments.device))
     address = demo.launch(arguments.host, arguments.port)
     print(f"far demo: {address} (Ctrl-C ends it)", flush=True)

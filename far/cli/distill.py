@@ -10,12 +10,10 @@ import dataclasses
 from pathlib import Path
 
 from far.errors import InputError
+from far.names import find_folder
 from far.processes import joined
 from far.recipe import from_overrides
-from far.training.distillation import DistillationConfig, DistillationTask
-from far.training.loop import check_unused, train
-from far.training.trajectories import load_teacher, write_trajectories
-from far.weights import find_folder
+from far.training.config import DistillationConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +32,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"{arguments.out} is the teacher, which would be overwritten; choose another folder")
     if (arguments.out / "config.json").exists() and not (arguments.out / "trajectories").exists():
         raise InputError(f"{arguments.out} holds another model, which would be overwritten; choose another folder")
+
+    from far.training.distillation import DistillationTask
+    from far.training.loop import check_unused, train
+    from far.training.trajectories import load_teacher, write_trajectories
+
     check_unused(arguments.out, arguments.resume)
     with joined() as processes:
         training = dataclasses.replace(config.training, device=processes.device(config.training.device))

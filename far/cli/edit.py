@@ -4,23 +4,24 @@ What is redrawn: the white of --mask, the inside of --redraw, the outside of --k
 smaller than the model's and lies at --place. The tokens that this touches are drawn anew, the others stay exactly.
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 from pathlib import Path
-
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from far.cli.sampling_arguments import add_sampling_arguments, sampling_options
-from far.data.images import centre_crop, decode_image
-from far.editing import box_mask, place
 from far.errors import InputError
-from far.files import check_writable
-from far.pictures import grid, save_png, to_tensor
-from far.pipeline import DTYPES, Pipeline, resolve_dtype
-from far.sampling import Progress
+from far.files import check_exists, check_writable
+from far.names import find_folder
+from far.precision import DTYPES
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from far.sampling import Progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,9 +48,18 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"--count {arguments.count} must be positive")
     if arguments.out.suffix.lower() != ".png":
         raise InputError(f"--out {arguments.out}: give a name that ends with .png")
+    check_exists(arguments.image, arguments.mask)
     check_writable(arguments.out)
+    weights = find_folder(arguments.weights)
+
+    from torch import Tensor
+    from tqdm import tqdm
+
+    from far.pictures import grid, save_png
+    from far.pipeline import Pipeline, resolve_dtype
+
     dtype = resolve_dtype(arguments.dtype, arguments.device)
-    pipeline = Pipeline.from_pretrained(arguments.weights, dtype=dtype, device=arguments.device)
+    pipeline = Pipeline.from_pretrained(weights, dtype=dtype, device=arguments.device)
     picture, mask = _image_and_mask(arguments, pipeline.image_size)
     seeds = [arguments.seed + index for index in range(arguments.count)]
     sampling = {name: value for name, value in sampling_options(arguments).items() if value is not None}
@@ -74,6 +84,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _image_and_mask(arguments: argparse.Namespace, size: tuple[int, int]) -> tuple[Image.Image, Tensor]:
     """The image at the model's ``size`` (height, width), and ``[height, width]``, above 0.5 where to redraw."""
+    from far.data.images import decode_image
+    from far.editing import box_mask, place
+    from far.pictures import to_tensor
+
     picture = decode_image(arguments.image)
     if arguments.place is not None:
         canvas, mask = place(picture, size, *arguments.place)
@@ -94,6 +108,8 @@ def _image_and_mask(arguments: argparse.Namespace, size: tuple[int, int]) -> tup
 
 def _fitted_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """The middle of a mask as :func:`_fit` takes it of an image, so scaled that a thin stroke stays: every pixel counts."""
+    import torch.nn.functional as F
+
     side = min(mask.shape)
     top, left = (mask.shape[0] - side) // 2, (mask.shape[1] - side) // 2
     return mask if mask.shape == size else F.adaptive_max_pool2d(mask[None, top : top + side, left : left + side], size)[0]
@@ -101,6 +117,8 @@ def _fitted_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _fit(picture: Image.Image, size: tuple[int, int], path: Path) -> Image.Image:
     """A picture at the model's size, as training images are prepared."""
+    from far.data.images import centre_crop
+
     height, width = size
     if picture.size == (width, height):
         return picture

@@ -5,6 +5,8 @@ weights with --inception FILE for figures that do. Generation goes on where it s
 among processes: torchrun --nproc-per-node N -m far evaluate … . result.json records how to repeat it.
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import platform
@@ -13,24 +15,22 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 import far
 from far.cli.sampling_arguments import MOST_IMAGES, add_sampling_arguments, sampling_options
 from far.errors import InputError
-from far.evaluation.extraction import part_ranges, read_part, read_parts
-from far.evaluation.features import Extractor, load_feature_network
-from far.evaluation.generated import Generation, check_class_balance, extract_generated, parts_folder
-from far.evaluation.images import open_images, write_npz
-from far.evaluation.inception import load_inception
-from far.evaluation.references import Reference, default_cache, features_of, open_reference, write_statistics
-from far.evaluation.report import check_counts, figures
-from far.files import check_writable, write_json
-from far.pipeline import DTYPES, Pipeline
+from far.files import check_exists, check_writable, write_json
+from far.names import find_folder
+from far.precision import DTYPES
 from far.processes import joined, started_by_torchrun
-from far.weights import to_device
+
+if TYPE_CHECKING:
+    import torch
+
+    from far.evaluation.features import Extractor
+    from far.evaluation.references import Reference
+    from far.pipeline import Pipeline
 
 _DEFAULT_COUNT = 10_000
 
@@ -72,6 +72,15 @@ class Judged:
 
 def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
+
+    import torch
+
+    from far.evaluation.features import load_feature_network
+    from far.evaluation.inception import load_inception
+    from far.evaluation.references import default_cache, open_reference, write_statistics
+    from far.evaluation.report import check_counts
+    from far.weights import to_device
+
     device = started_by_torchrun().device(arguments.device)
     extractor: Extractor = to_device(load_inception(arguments.inception) if arguments.inception else load_feature_network(), device)
     cache = arguments.cache or default_cache()
@@ -115,12 +124,18 @@ def _check(arguments: argparse.Namespace) -> None:
     for option, path in (("--save-npz", arguments.save_npz), ("--save-statistics", arguments.save_statistics)):
         if path is not None and path.suffix != ".npz":
             raise InputError(f"{option} {path}: give a name that ends in .npz")
+    check_exists(arguments.images, arguments.npz, arguments.reference, arguments.inception)
+    if arguments.weights is not None:
+        find_folder(arguments.weights)
     for path in (arguments.out / "result.json", arguments.save_npz, arguments.save_statistics):
         if path is not None:
             check_writable(path)
 
 
 def _open_images(arguments: argparse.Namespace, extractor: Extractor, cache: Path) -> Judged:
+    from far.evaluation.images import open_images
+    from far.evaluation.references import features_of
+
     source = open_images(arguments.images or arguments.npz)
     count = source.count if arguments.count is None else arguments.count
     if count > source.count:
@@ -130,6 +145,13 @@ def _open_images(arguments: argparse.Namespace, extractor: Extractor, cache: Pat
 
 
 def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: str) -> Judged:
+    import torch
+
+    from far.evaluation.extraction import part_ranges, read_part, read_parts
+    from far.evaluation.generated import Generation, check_class_balance, extract_generated, parts_folder
+    from far.evaluation.images import write_npz
+    from far.pipeline import Pipeline
+
     count = arguments.count or _DEFAULT_COUNT
     pipeline = Pipeline.from_pretrained(arguments.weights, dtype=arguments.dtype, device=device)
     sampling = pipeline.sampling_config(**sampling_options(arguments))
@@ -175,6 +197,10 @@ def _report(
     seconds: dict[str, float],
     start: float,
 ) -> None:
+    import torch
+
+    from far.evaluation.report import figures
+
     found, warnings = figures(features, reference, extractor, seed=arguments.seed)
     if reference.size is not None and judged.size is not None and reference.size != judged.size:
         sizes = " and ".join(f"{width}×{height}" for height, width in (judged.size, reference.size))

@@ -3,23 +3,26 @@
 Images are seeded one by one: image i has seed SEED + i, whatever the batch around it.
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 from pathlib import Path
-
-import torch
-from torch import Tensor
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from far.cli.sampling_arguments import MOST_IMAGES, add_sampling_arguments, sampling_options
 from far.config import check_count
 from far.errors import InputError
-from far.evaluation.images import write_npz
 from far.files import check_writable
-from far.packing import can_quantize
-from far.pictures import grid, save_gif, save_png, to_pictures, to_uint8
-from far.pipeline import DTYPES, Pipeline, resolve_dtype
-from far.sampling import FAST, Progress, SamplingConfig
+from far.names import find_folder
+from far.precision import DTYPES
+from far.sampling_config import FAST, SamplingConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from far.pipeline import Pipeline
+    from far.sampling import Progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,14 +42,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    dtype = _dtype(arguments)
-    pipeline = Pipeline.from_pretrained(arguments.weights, dtype=dtype, device=arguments.device)
-    labels = _labels(pipeline, arguments)
-    seeds = [arguments.seed + index for index in range(len(labels))]
+    if arguments.batch_size < 1:
+        raise InputError(f"--batch-size {arguments.batch_size} must be positive")
+    if arguments.count is not None:
+        check_count("--count", arguments.count, MOST_IMAGES)
     folder = arguments.out.suffix.lower() not in (".png", ".npz")
     check_writable(arguments.out / "000000.png" if folder else arguments.out)
     if arguments.gif is not None:
         check_writable(arguments.gif)
+    weights = find_folder(arguments.weights)
+
+    import torch
+    from tqdm import tqdm
+
+    from far.pictures import grid, save_gif, save_png, to_pictures
+    from far.pipeline import Pipeline, resolve_dtype
+
+    dtype = _dtype(arguments)
+    pipeline = Pipeline.from_pretrained(weights, dtype=dtype, device=arguments.device)
+    labels = _labels(pipeline, arguments)
+    seeds = [arguments.seed + index for index in range(len(labels))]
     frames: list[Tensor] = []
 
     def remember(progress: Progress) -> None:
@@ -78,6 +93,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _dtype(arguments: argparse.Namespace) -> str:
     """What was asked for; with ``--fast`` and nothing else said, int8 where it can be had."""
+    from far.packing import can_quantize
+
     if arguments.fast and arguments.dtype == "auto" and arguments.device == "cpu" and can_quantize():
         return "int8"
     return str(arguments.dtype)
@@ -92,17 +109,18 @@ def _sampling(pipeline: Pipeline, arguments: argparse.Namespace) -> SamplingConf
 
 def _labels(pipeline: Pipeline, arguments: argparse.Namespace) -> list[int]:
     """The class of each image: every label as often as the count allows, equal ones together."""
-    if arguments.batch_size < 1:
-        raise InputError(f"--batch-size {arguments.batch_size} must be positive")
     names = list(range(len(pipeline.classes))) if arguments.labels == ["all"] else arguments.labels
     chosen = [pipeline.label(name) for name in names]
     count = len(chosen) if arguments.count is None else arguments.count
-    check_count("--count", count, MOST_IMAGES)
+    check_count("--count", count, MOST_IMAGES)  # as many labels as images by default
     share, extra = divmod(count, len(chosen))
     return [label for index, label in enumerate(chosen) for _ in range(share + (index < extra))]
 
 
 def _write_together(images: Tensor, labels: list[int], arguments: argparse.Namespace, settings: dict[str, object]) -> None:
+    from far.evaluation.images import write_npz
+    from far.pictures import grid, save_png, to_uint8
+
     if arguments.out.suffix.lower() == ".png":
         runs = " ".join(map(str, labels))
         save_png(grid(images), arguments.out, {**settings, "labels": runs, "seed": arguments.seed})

@@ -5,11 +5,9 @@ A card that somebody wrote or changed on the hub stays as it is.
 
 import argparse
 
-import torch
+from far.names import find_folder
 
-from far.pipeline import Pipeline
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    pipeline = Pipeline.from_pretrained(arguments.weights)
+    folder = find_folder(arguments.weights)
+
+    import torch
+
+    from far.pipeline import Pipeline
+
+    pipeline = Pipeline.from_pretrained(folder)
     address = pipeline.push_to_hub(
-        arguments.name, license=arguments.license, private=arguments.private or None, dtype=_DTYPES[arguments.dtype]
+        arguments.name, license=arguments.license, private=arguments.private or None, dtype=getattr(torch, arguments.dtype)
     )  # fmt: skip
     print(f"{address}: published; draw from it with far generate --weights {arguments.name}")

@@ -11,9 +11,6 @@ from pathlib import Path
 
 from far.cli.recipe_arguments import add_recipe_arguments, read_recipe
 from far.processes import joined
-from far.training.generator import GeneratorTask
-from far.training.loop import train
-from far.weights import load_autoencoder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     recipe = read_recipe(arguments)
     config = recipe.generator
+
+    from far.training.generator import GeneratorTask
+    from far.training.loop import train
+    from far.weights import load_autoencoder
+
     with joined() as processes:
         training = dataclasses.replace(config.training, device=processes.device(config.training.device))
         task = GeneratorTask(

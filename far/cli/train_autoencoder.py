@@ -10,8 +10,6 @@ from pathlib import Path
 
 from far.cli.recipe_arguments import add_recipe_arguments, read_recipe
 from far.processes import joined
-from far.training.autoencoder import AutoencoderTask
-from far.training.loop import train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     recipe = read_recipe(arguments)
     config = recipe.autoencoder
+
+    from far.training.autoencoder import AutoencoderTask
+    from far.training.loop import train
+
     with joined() as processes:
         training = dataclasses.replace(config.training, device=processes.device(config.training.device))
         task = AutoencoderTask(config.model, config.loss, Path(recipe.data), training)

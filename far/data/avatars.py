@@ -19,14 +19,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from far.data.avatar_styles import HELD_OUT_SEED, STYLES
 from far.data.shards import ShardWriter
 from far.errors import InputError
 
-STYLES = (
-    "critters", "planets", "sprouts", "landscape", "pixel-art", "thumbs", "voxel-art", "voxel-bot",
-    "cutouts", "clay", "moods", "open-peeps", "lorelei", "patchwork", "shapes", "stack",
-)  # fmt: skip
-HELD_OUT_SEED = 3000
 SHARD_ROWS = 2000
 _RENDER_SIZE = 128
 

@@ -15,29 +15,11 @@ from far.errors import InputError
 from far.evaluation.features import FeatureNetwork, load_feature_network
 from far.evaluation.metrics import FeatureStatistics, frechet_distance, psnr
 from far.pictures import grid, save_png
-from far.training.loop import LoopConfig, epoch_rows
+from far.training.config import AutoencoderLossConfig, LoopConfig
+from far.training.loop import epoch_rows
 from far.weights import save_autoencoder, to_device
 
 _CHUNK = 100
-
-
-@dataclasses.dataclass(frozen=True)
-class AutoencoderLossConfig:
-    """Weights of the loss terms, and how many held-out images each evaluation uses.
-
-    The reconstruction terms are means over pixels in [−1, 1], the perceptual one a mean over images,
-    and ``kl_weight`` multiplies the KL divergence in nats per latent value.
-    """
-
-    l1_weight: float = 1.0
-    mse_weight: float = 0.0
-    perceptual_weight: float = 0.3
-    kl_weight: float = 1e-3
-    evaluation_images: int = 1000
-
-    def __post_init__(self) -> None:
-        if self.evaluation_images < 2:
-            raise InputError(f"evaluation_images {self.evaluation_images} must be at least 2")
 
 
 class AutoencoderTask:

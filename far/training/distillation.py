@@ -13,44 +13,17 @@ from torch import Tensor, nn
 
 from far.config import to_dict
 from far.data.shards import ShardReader
-from far.errors import InputError
 from far.heads.flow_map import FlowMapHead
 from far.model import FAR
 from far.pictures import grid, save_png
 from far.pipeline import Pipeline
 from far.training.adapters import adapters, add_adapters, merged
-from far.training.loop import LoopConfig, epoch_rows
-from far.training.trajectories import GROUP, POINTS, TrajectoryConfig
+from far.training.config import GROUP, DistillationConfig, LoopConfig
+from far.training.loop import epoch_rows
+from far.training.trajectories import POINTS
 
 # What an adapted backbone is asked again; otherwise its z is read.
 _ADAPTED = ("tokens", "order", "known", "wanted", "labels")
-_LOOP = LoopConfig(
-    steps=4000, batch_size=256, learning_rate=1e-3, schedule="cosine", weight_decay=0.0, gradient_clip=1.0, ema_decay=0.999,
-    checkpoint_every=500, evaluate_every=1000,
-)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class DistillationConfig:
-    """What ``far distill`` can be told.
-
-    ``samples_per_token`` steps of each trajectory are learnt at a time; ``adapter_rank`` is that of the backbone's low-rank
-    adapters, 0 for none. The student's head has the size of the teacher's.
-    """
-
-    trajectories: TrajectoryConfig = TrajectoryConfig()
-    training: LoopConfig = _LOOP
-    samples_per_token: int = 4
-    adapter_rank: int = 0
-
-    def __post_init__(self) -> None:
-        size = self.training.micro_batch_size
-        if size % GROUP:
-            raise InputError(f"training.batch_size / micro_batches is {size}; it must be a multiple of {GROUP}, the images of a group")
-        if self.trajectories.images <= GROUP:
-            raise InputError(f"trajectories.images {self.trajectories.images}: give more than {GROUP}, since a group is held out")
-        if self.samples_per_token < 1 or self.adapter_rank < 0:
-            raise InputError(f"samples_per_token {self.samples_per_token} must be positive, adapter_rank {self.adapter_rank} at least 0")
 
 
 class DistillationTask:

@@ -18,28 +18,12 @@ from far.model import FAR, ModelConfig, NetworkConfig
 from far.pictures import grid, save_png
 from far.pipeline import Pipeline
 from far.sampling import SamplingConfig
-from far.training.loop import LoopConfig, epoch_rows
+from far.training.config import EvaluationConfig, LoopConfig
+from far.training.loop import epoch_rows
 from far.weights import to_device
 
 _CHUNK = 100
 _TIME_BUCKETS = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-    """The quick judgement during training: how many images, against how many held-out ones.
-
-    Small counts bias the distance upwards: compare it only with itself, at the same counts.
-    """
-
-    images: int = 500
-    references: int = 2000
-    grid_per_class: int = 4
-
-    def __post_init__(self) -> None:
-        for name, least in (("images", 2), ("references", 2), ("grid_per_class", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"evaluation.{name} {getattr(self, name)} must be at least {least}")
 
 
 class GeneratorTask:

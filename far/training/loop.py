@@ -7,7 +7,6 @@ resumed run repeats an uninterrupted one, and processes that share the micro-bat
 """
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
@@ -17,77 +16,20 @@ import statistics
 import threading
 import time
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from far.config import check_count
 from far.errors import InputError
 from far.files import atomic_path, remove_leftovers
 from far.processes import Processes
 from far.training.checkpoint import list_checkpoints, named_tensors, open_checkpoint, save_checkpoint
+from far.training.config import LoopConfig
 from far.training.ema import Ema
 from far.training.parallel import gradients_together, replicate, shard, whole, whole_copy
 from far.weights import to_device
-
-
-@dataclasses.dataclass(frozen=True)
-class LoopConfig:
-    """How long, how fast, how often.
-
-    ``learning_rate`` is reached after ``warmup_steps`` and then kept, or lowered to zero along a half
-    cosine. ``dtype`` is the autocast type of the forward pass; weights stay in float32. In float16 the loss
-    is scaled by a factor that follows what its gradients bear. A step whose loss or gradient is not finite
-    changes nothing; ``max_skipped_steps`` of them in a row end the run. The default is more than the 16 halvings that
-    bring float16's first factor, 65536, down to 1.
-    ``batch_size`` images of a step go through the network in ``micro_batches`` equal parts, whose gradients are
-    averaged: less memory with one process, or the shares of several. Their number, not the processes', fixes the result.
-    Several processes have a copy of the module each (``ddp``), or with less memory and more talk a shard (``fsdp``).
-    """
-
-    steps: int = 10_000
-    batch_size: int = 128
-    micro_batches: int = 1
-    learning_rate: float = 1e-4
-    head_learning_rate: float | None = None
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = 100
-    weight_decay: float = 0.02
-    gradient_clip: float = 3.0
-    ema_decay: float = 0.9999
-    max_skipped_steps: int = 20
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    device: str = "cpu"
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    seed: int = 0
-    log_every: int = 50
-    checkpoint_every: int = 1000
-    evaluate_every: int = 1000
-    tensorboard: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batches", "max_skipped_steps", "log_every", "checkpoint_every", "evaluate_every"):
-            check_count(name, getattr(self, name), 2**20 if name.startswith(("batch", "micro")) else 2**40)
-        rates = {name: getattr(self, name) for name in ("learning_rate", "gradient_clip", "head_learning_rate")}
-        for name, value in rates.items():
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name} {value} must be positive, and finite")
-        for name, value in (("weight_decay", self.weight_decay), ("warmup_steps", self.warmup_steps)):
-            if not 0 <= value < math.inf:
-                raise InputError(f"{name} {value} must be at least 0, and finite")
-        if self.batch_size % self.micro_batches:
-            raise InputError(f"micro_batches {self.micro_batches} must divide the batch_size {self.batch_size}")
-        if not 0 <= self.seed < 2**40:
-            raise InputError(f"seed {self.seed} must be at least 0 and below 2⁴⁰")
-        if not 0 <= self.ema_decay < 1:
-            raise InputError(f"ema_decay {self.ema_decay} must be at least 0 and below 1")
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Images of a micro-batch."""
-        return self.batch_size // self.micro_batches
 
 
 class Task(Protocol):

@@ -6,7 +6,6 @@ How a student learns from it is in ``far.training.distillation``.
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,45 +24,13 @@ from far.pipeline import Pipeline
 from far.processes import Processes
 from far.sampling import SeededNoise, sample
 from far.tokens import cosine_token_counts, raster_orders
+from far.training.config import GROUP, TrajectoryConfig
 
-# Images that know equally many tokens, so that the backbone can take them together.
-GROUP = 64
 # A trajectory is kept at 0, 1/8 … 1, and integrated by this many Heun steps from one point to the next.
 POINTS = 9
 SUBSTEPS = 2
 # What an interruption can lose: few groups, and one where the teacher draws it, which takes far longer.
 _SHARD_GROUPS = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class TrajectoryConfig:
-    """What is computed once, before training.
-
-    Attributes:
-        images: how many, rounded up to whole groups of 64.
-        tokens_per_image: of which conditions and trajectories are kept, at most the model's tokens.
-        max_guidance: scales are drawn between 1 and this.
-        label_drop: the share of images without their class, so that the student keeps the unconditional half of guidance.
-        token_limit: of what a diffusion teacher predicts that has no limit of its own, see :class:`far.heads.HeadConfig`: near
-            the noise its errors are magnified. None is no limit.
-        seed: of everything drawn.
-    """
-
-    images: int = 20_000
-    tokens_per_image: int = 8
-    max_guidance: float = 4.0
-    label_drop: float = 0.1
-    token_limit: float | None = 5.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("images", "tokens_per_image"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)} must be positive")
-        if not 0 <= self.label_drop < 1:
-            raise InputError(f"label_drop {self.label_drop} must be at least 0 and below 1")
-        if not (math.isfinite(self.max_guidance) and self.max_guidance > 1):
-            raise InputError(f"max_guidance {self.max_guidance} must be a number above 1")
 
 
 def load_teacher(folder: Path, config: TrajectoryConfig, device: str) -> Pipeline:

@@ -9,7 +9,6 @@ from PIL import Image
 import far.benchmark
 from far.autoencoder import AutoencoderConfig
 from far.backbone import CausalConfig
-from far.cli import benchmark
 from far.cli.main import main
 from far.heads import HeadConfig
 from far.model import PRESETS, NetworkConfig
@@ -83,7 +82,7 @@ def test_without_models_the_usual_rows_are_run(monkeypatch: pytest.MonkeyPatch) 
         asked.update(options, rows=rows)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(benchmark, "measure", stop)
+    monkeypatch.setattr(far.benchmark, "measure", stop)
     assert main(["benchmark", "--batch", "2", "--guidance", "1", "--rounds", "5", "--full"]) == 130
     assert asked["rows"] == far.benchmark.default_rows(batches=[2], guidance=1.0)
     assert {**asked, "rows": None} == {"rows": None, "rounds": 5, "full": True, "device": "cpu"}

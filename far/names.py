@@ -1,0 +1,34 @@
+"""Names of models → folders. Needs no torch: a misspelt name is refused without it.
+
+The one place where names become folders; see :meth:`far.Pipeline.from_pretrained` for what they may be.
+"""
+
+from pathlib import Path
+
+from far.errors import InputError
+from far.hub import download, is_hub_name
+
+BUNDLED = Path(__file__).parent / "bundled"
+
+
+def find_folder(name: Path | str, *, revision: str | None = None, local_files_only: bool = False) -> Path:
+    """The folder of a path, of a bundled model's name, or of a model of the hub, which is downloaded where missing.
+
+    Raises:
+        InputError: none of them exists, or the hub cannot be reached.
+    """
+    bundled = bundled_names()
+    if Path(name).is_dir() or (isinstance(name, str) and name in bundled):
+        if revision is not None:
+            raise InputError(f"weights {str(name)!r} are a folder here, which has no revision {revision!r}; leave it out")
+        return Path(name) if Path(name).is_dir() else BUNDLED / name
+    if isinstance(name, str) and is_hub_name(name):
+        return download(name, revision, local_files_only=local_files_only)
+    raise InputError(
+        f"weights {str(name)!r}: no such folder or bundled model; bundled: {', '.join(bundled) or 'none'}; on the hub: OWNER/NAME"
+    )
+
+
+def bundled_names() -> list[str]:
+    """The models that come with the library, in alphabetical order."""
+    return sorted(path.name for path in BUNDLED.iterdir() if path.is_dir())

@@ -1,0 +1,164 @@
+"""All that a training is configured by. Needs no torch: a recipe is checked without it."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from far.config import check_count
+from far.errors import InputError
+
+# Images that know equally many tokens, so that the backbone can take them together.
+GROUP = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long, how fast, how often.
+
+    ``learning_rate`` is reached after ``warmup_steps`` and then kept, or lowered to zero along a half
+    cosine. ``dtype`` is the autocast type of the forward pass; weights stay in float32. In float16 the loss
+    is scaled by a factor that follows what its gradients bear. A step whose loss or gradient is not finite
+    changes nothing; ``max_skipped_steps`` of them in a row end the run. The default is more than the 16 halvings that
+    bring float16's first factor, 65536, down to 1.
+    ``batch_size`` images of a step go through the network in ``micro_batches`` equal parts, whose gradients are
+    averaged: less memory with one process, or the shares of several. Their number, not the processes', fixes the result.
+    Several processes have a copy of the module each (``ddp``), or with less memory and more talk a shard (``fsdp``).
+    """
+
+    steps: int = 10_000
+    batch_size: int = 128
+    micro_batches: int = 1
+    learning_rate: float = 1e-4
+    head_learning_rate: float | None = None
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 100
+    weight_decay: float = 0.02
+    gradient_clip: float = 3.0
+    ema_decay: float = 0.9999
+    max_skipped_steps: int = 20
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    device: str = "cpu"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    seed: int = 0
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    evaluate_every: int = 1000
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_batches", "max_skipped_steps", "log_every", "checkpoint_every", "evaluate_every"):
+            check_count(name, getattr(self, name), 2**20 if name.startswith(("batch", "micro")) else 2**40)
+        rates = {name: getattr(self, name) for name in ("learning_rate", "gradient_clip", "head_learning_rate")}
+        for name, value in rates.items():
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name} {value} must be positive, and finite")
+        for name, value in (("weight_decay", self.weight_decay), ("warmup_steps", self.warmup_steps)):
+            if not 0 <= value < math.inf:
+                raise InputError(f"{name} {value} must be at least 0, and finite")
+        if self.batch_size % self.micro_batches:
+            raise InputError(f"micro_batches {self.micro_batches} must divide the batch_size {self.batch_size}")
+        if not 0 <= self.seed < 2**40:
+            raise InputError(f"seed {self.seed} must be at least 0 and below 2⁴⁰")
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"ema_decay {self.ema_decay} must be at least 0 and below 1")
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Images of a micro-batch."""
+        return self.batch_size // self.micro_batches
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderLossConfig:
+    """Weights of the loss terms, and how many held-out images each evaluation uses.
+
+    The reconstruction terms are means over pixels in [−1, 1], the perceptual one a mean over images,
+    and ``kl_weight`` multiplies the KL divergence in nats per latent value.
+    """
+
+    l1_weight: float = 1.0
+    mse_weight: float = 0.0
+    perceptual_weight: float = 0.3
+    kl_weight: float = 1e-3
+    evaluation_images: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.evaluation_images < 2:
+            raise InputError(f"evaluation_images {self.evaluation_images} must be at least 2")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """The quick judgement during training: how many images, against how many held-out ones.
+
+    Small counts bias the distance upwards: compare it only with itself, at the same counts.
+    """
+
+    images: int = 500
+    references: int = 2000
+    grid_per_class: int = 4
+
+    def __post_init__(self) -> None:
+        for name, least in (("images", 2), ("references", 2), ("grid_per_class", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"evaluation.{name} {getattr(self, name)} must be at least {least}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrajectoryConfig:
+    """What is computed once, before training.
+
+    Attributes:
+        images: how many, rounded up to whole groups of 64.
+        tokens_per_image: of which conditions and trajectories are kept, at most the model's tokens.
+        max_guidance: scales are drawn between 1 and this.
+        label_drop: the share of images without their class, so that the student keeps the unconditional half of guidance.
+        token_limit: of what a diffusion teacher predicts that has no limit of its own, see :class:`far.heads.HeadConfig`: near
+            the noise its errors are magnified. None is no limit.
+        seed: of everything drawn.
+    """
+
+    images: int = 20_000
+    tokens_per_image: int = 8
+    max_guidance: float = 4.0
+    label_drop: float = 0.1
+    token_limit: float | None = 5.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("images", "tokens_per_image"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} must be positive")
+        if not 0 <= self.label_drop < 1:
+            raise InputError(f"label_drop {self.label_drop} must be at least 0 and below 1")
+        if not (math.isfinite(self.max_guidance) and self.max_guidance > 1):
+            raise InputError(f"max_guidance {self.max_guidance} must be a number above 1")
+
+
+_LOOP = LoopConfig(
+    steps=4000, batch_size=256, learning_rate=1e-3, schedule="cosine", weight_decay=0.0, gradient_clip=1.0, ema_decay=0.999,
+    checkpoint_every=500, evaluate_every=1000,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationConfig:
+    """What ``far distill`` can be told.
+
+    ``samples_per_token`` steps of each trajectory are learnt at a time; ``adapter_rank`` is that of the backbone's low-rank
+    adapters, 0 for none. The student's head has the size of the teacher's.
+    """
+
+    trajectories: TrajectoryConfig = TrajectoryConfig()
+    training: LoopConfig = _LOOP
+    samples_per_token: int = 4
+    adapter_rank: int = 0
+
+    def __post_init__(self) -> None:
+        size = self.training.micro_batch_size
+        if size % GROUP:
+            raise InputError(f"training.batch_size / micro_batches is {size}; it must be a multiple of {GROUP}, the images of a group")
+        if self.trajectories.images <= GROUP:
+            raise InputError(f"trajectories.images {self.trajectories.images}: give more than {GROUP}, since a group is held out")
+        if self.samples_per_token < 1 or self.adapter_rank < 0:
+            raise InputError(f"samples_per_token {self.samples_per_token} must be positive, adapter_rank {self.adapter_rank} at least 0")

@@ -1,0 +1,113 @@
+"""What needs no tensors starts without torch, whose import alone takes seconds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPE = str(ROOT / "recipes/avatars-32.yaml")
+HEAVY = {"torch", "numpy", "PIL", "huggingface_hub"}
+PROGRAM = """
+import contextlib, io, json, sys
+from far.cli.main import main
+
+for arguments in json.load(sys.stdin):
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        try:
+            status = main(arguments)
+        except SystemExit as ended:  # after --version and --help
+            status = ended.code or 0
+    print(json.dumps([arguments, status, out.getvalue(), error.getvalue(), [*sys.modules]]), flush=True)
+"""
+
+GOOD = [["--version"], ["--help"], ["generate", "--help"], ["data", "avatars", "--help"], ["distill", "--help"], ["benchmark", "--help"]]
+REFUSED = [
+    [],
+    ["genrate"],
+    ["generate", "--lables", "3"],
+    ["generate", "--weights", "nowhere"],
+    ["generate", "--count", "0"],
+    ["generate", "--batch-size", "0"],
+    ["generate", "--out", "/dev/null/samples.png"],
+    ["edit", "nowhere.png", "--label", "3", "--redraw", "0", "0", "8", "8"],
+    ["evaluate", "--weights", "nowhere", "--reference", "recipes"],
+    ["evaluate", "--images", "nowhere", "--reference", "recipes"],
+    ["evaluate", "--images", "recipes"],
+    ["train", "nowhere.yaml"],
+    ["train", RECIPE, "generator.training.setps=3"],
+    ["train", RECIPE, "generator.training.steps=0"],
+    ["train", RECIPE, "generator.network.head.kind=floe"],
+    ["train-autoencoder", RECIPE, "autoencoder.model.width=-1"],
+    ["cache", RECIPE, "=3"],
+    ["distill", "nowhere", "out"],
+    ["distill", "avatars-64-mar", "out", "training.stesp=3"],
+    ["convert", "mar", "nowhere.pth", "out"],
+    ["convert", "to-diffusers", "nowhere", "out"],
+    ["data", "folder", "nowhere", "out"],
+    ["data", "fashion-mnist", "out", "--from", "nowhere"],
+    ["data", "avatars", "out", "--per-class", "many"],
+    ["benchmark", "--rounds", "0"],
+    ["benchmark", "--order", "halton"],
+    ["demo", "--weights", "nowhere"],
+    ["demo", "--port", "0"],
+    ["push", "nowhere", "me/model", "--license", "mit"],
+]
+
+
+def run(commands: list[list[str]], folder: Path) -> list[list[Any]]:
+    """Run commands one after the other in one new process: arguments, status, stdout, stderr and loaded modules of each."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], input=json.dumps(commands), cwd=folder, capture_output=True, text=True, check=True
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_versions_and_help_need_no_torch(tmp_path: Path) -> None:
+    found = run(GOOD, tmp_path)
+    assert [arguments for arguments, *_ in found] == GOOD
+    for arguments, status, out, error, modules in found:
+        assert not HEAVY & set(modules), arguments
+        assert (status, error) == (0, ""), arguments
+        assert out, arguments
+
+
+def test_refusals_need_no_torch(tmp_path: Path) -> None:
+    found = run(REFUSED, tmp_path)
+    assert [arguments for arguments, *_ in found] == REFUSED
+    for arguments, status, out, error, modules in found:
+        assert not HEAVY & set(modules), (arguments, error)
+        assert (status, out) == (2, ""), (arguments, error)
+        assert error.startswith("far: error: "), arguments
+        assert error.count("\n") == 1, arguments
+    assert not list(tmp_path.iterdir())
+
+
+def test_keys_of_recipes_and_distillation_need_no_torch(tmp_path: Path) -> None:
+    program = "import sys, far.recipe, far.training.config, far.names; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_packages_offer_their_names_on_first_use() -> None:
+    import far
+    import far.backbone
+    import far.heads
+
+    for package in (far, far.backbone, far.heads):
+        assert set(package.__all__) <= set(dir(package))
+        for name in package.__all__:
+            assert getattr(package, name) is not None
+        with pytest.raises(AttributeError, match="nothing_of_that_name"):
+            getattr(package, "nothing_of_that_name")  # noqa: B009 (mypy knows that there is none)
+
+
+def test_kinds_known_without_torch_are_those_of_the_registry() -> None:
+    from far.heads import HEADS
+    from far.heads.config import KINDS
+
+    assert set(KINDS) == set(HEADS)
