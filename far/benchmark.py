@@ -27,6 +27,7 @@ from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.backbone import MaskedBackbone
 from far.errors import InputError
 from far.heads.flow import FlowHead
+from far.kernels import product_operators
 from far.model import FAR, PRESETS, ModelConfig, preset
 from far.packing import Int8Linear
 from far.pipeline import Pipeline, prepare, prepare_autoencoder
@@ -301,10 +302,7 @@ def flop_counter() -> FlopCounterMode:
         return sdpa_flop_count(query, key, value)  # type: ignore[no-any-return]
 
     mapping: dict[Any, Callable[..., int]] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
-    if hasattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32"):
-        mapping[torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32] = linear
-    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # of packed layers
-        mapping[torch.ops.mkldnn._linear_pointwise] = linear
+    mapping |= dict.fromkeys(product_operators(), linear)
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
 

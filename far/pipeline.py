@@ -24,8 +24,9 @@ from far.editing import paste_kept, touched_tokens
 from far.errors import InputError
 from far.files import is_plain, read_json, write_json
 from far.hub import upload
+from far.kernels import no_int8
 from far.model import FAR, ModelConfig
-from far.packing import Int8Linear, can_pack, can_quantize, pack_linear_layers, quantize_linear_layers
+from far.packing import Int8Linear, can_pack, pack_linear_layers, quantize_linear_layers
 from far.pictures import to_pictures, to_tensor
 from far.precision import DTYPES
 from far.sampling import Kept, Progress, SamplingConfig, SeededNoise, sampling_steps
@@ -501,8 +502,10 @@ def resolve_dtype(name: str, device: str) -> str:
     if name not in DTYPES:
         raise InputError(f"dtype {name!r}: choose one of {', '.join(DTYPES)}")
     kind = device.partition(":")[0]
-    if name == "int8" and (kind != "cpu" or not can_quantize()):
-        raise InputError(f"dtype int8 is for CPUs with 8-bit matrix products, not for device {device!r} here; try auto")
+    if name == "int8" and kind != "cpu":
+        raise InputError(f"dtype int8 is for CPUs, not for device {device!r}; try auto")
+    if name == "int8" and (reason := no_int8()):
+        raise InputError(f"dtype int8 cannot be used here: {reason}; try auto")
     if name != "auto":
         return name
     fast = can_pack() if kind == "cpu" else kind == "cuda" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()

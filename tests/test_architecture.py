@@ -23,6 +23,7 @@ FLOORS = [
             "far.precision",
             "far.tokens",
             "far.layers",
+            "far.kernels",
             "far.packing",
             "far.pictures",
             "far.editing",
@@ -129,3 +130,9 @@ def test_every_module_tells_what_lives_in_it() -> None:
 def test_pickles_are_read_in_one_place() -> None:
     pattern = re.compile(r"torch\.load\(|pickle\.loads?\(|Unpickler")
     assert {module for module, path in MODULES.items() if pattern.search(path.read_text(encoding="utf-8"))} == {"far.pickles"}
+
+
+def test_private_operators_of_torch_are_called_in_one_place() -> None:
+    pattern = re.compile(r"torch\.ops\.(?!aten)|torch\._make|backends\.quantized")
+    found = {module for module, path in MODULES.items() if pattern.search(path.read_text(encoding="utf-8"))}
+    assert found == {"far.kernels"}

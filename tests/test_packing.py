@@ -13,6 +13,7 @@ from far.backbone.causal import CausalConfig
 from far.backbone.masked import MaskedConfig
 from far.errors import InputError
 from far.heads import HeadConfig
+from far.kernels import INT8_KERNELS, Int8Kernel, int8_fault, int8_weight
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.packing import Int8Linear, PackedLinear, can_pack, can_quantize, pack_linear_layers, quantize_linear_layers
 from far.pipeline import resolve_dtype
@@ -90,27 +91,30 @@ def test_tensors_of_a_packed_module_are_saved_in_another_dtype(tmp_path: Path) -
 # --- Eight bits ----------------------------------------------------------------------------------------------
 
 
-def integer_product(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """Row by row in whole numbers, in float64."""
-    weight = linear.weight.double()
-    weight_scales, scales = weight.abs().amax(dim=1) / 127, x.double().abs().amax(dim=-1, keepdim=True) / 127
-    product = (x / scales).round() @ (weight / weight_scales.unsqueeze(1)).round().T
+def integer_product(linear: nn.Linear, x: torch.Tensor, kernel: Int8Kernel) -> torch.Tensor:
+    """Return the layer's output from products of integers, in float64."""
+    integers, weight_scales = int8_weight(linear.weight, kernel)
+    scales = x.double().abs().amax(dim=-1, keepdim=True) / 127
+    product = (x / scales).round() @ integers.double().T
     return product * scales * weight_scales + (0 if linear.bias is None else linear.bias)
 
 
 @integers
 @torch.no_grad()
+@pytest.mark.parametrize("kernel", INT8_KERNELS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (7,), (3, 5), (130,)])
-def test_eight_bit_products_are_those_of_whole_numbers(shape: tuple[int, ...], bias: bool) -> None:
+def test_eight_bit_products_are_those_of_whole_numbers(shape: tuple[int, ...], bias: bool, kernel: Int8Kernel) -> None:
+    if int8_fault(kernel):
+        pytest.skip(f"{kernel}: {int8_fault(kernel)}")
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(96, 80, bias=bias)
     x = torch.randn(*shape, 96, generator=generator) * torch.rand(*shape, 1, generator=generator) * 10
-    found = Int8Linear(linear)(x)
+    found = Int8Linear(linear, kernel)(x)
     # A value halfway between two whole numbers may be rounded to either.
     step = (x.abs().amax(dim=-1, keepdim=True) / 127 * linear.weight.abs().max()).double()
-    assert ((found - integer_product(linear, x)).abs() <= 2 * step + 1e-6).all()
-    assert (found - integer_product(linear, x)).abs().mean() < 0.02 * step.mean()
+    assert ((found - integer_product(linear, x, kernel)).abs() <= 2 * step + 1e-6).all()
+    assert (found - integer_product(linear, x, kernel)).abs().mean() < 0.02 * step.mean()
     assert (found - linear(x)).std() < 0.02 * linear(x).std()
 
 

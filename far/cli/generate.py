@@ -92,12 +92,18 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _dtype(arguments: argparse.Namespace) -> str:
-    """What was asked for; with ``--fast`` and nothing else said, int8 where it can be had."""
-    from far.packing import can_quantize
+    """Return the requested dtype; ``--fast`` alone selects int8 if it is exact here, and says why if not."""
+    if not arguments.fast or arguments.dtype != "auto":
+        return str(arguments.dtype)
 
-    if arguments.fast and arguments.dtype == "auto" and arguments.device == "cpu" and can_quantize():
+    from far.kernels import no_int8
+
+    kind = arguments.device.partition(":")[0]
+    reason = no_int8() if kind == "cpu" else f"int8 is for CPUs, not for {arguments.device}"
+    if reason is None:
         return "int8"
-    return str(arguments.dtype)
+    print(f"--fast leaves the weights as they are: {reason}")
+    return "auto"
 
 
 def _sampling(pipeline: Pipeline, arguments: argparse.Namespace) -> SamplingConfig:
