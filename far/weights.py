@@ -109,7 +109,7 @@ def load_module(build: Callable[[], M], path: Path, base: Path | None = None, *,
     with _NoInitialization():
         with torch.device("meta"):
             wanted = build().state_dict()
-        if base is not None:
+        if base is not None and not wanted.keys() <= tensors.keys():
             tensors = {name: tensor for name, tensor in read_tensors(base).items() if name in wanted} | tensors
         _check_tensors(tensors, wanted, path)
         module = build()

@@ -45,6 +45,14 @@ def test_classes_look_alike_within_and_differ_between(name: str) -> None:
     assert float(within) > float(likeness[:8, 8:].mean()) + 0.5
 
 
+@pytest.mark.parametrize("name", ["avatars-64-causal", "avatars-64-mar"])
+def test_bundled_models_share_the_autoencoder_of_the_first(name: str) -> None:
+    assert not (BUNDLED / name / "autoencoder.safetensors").exists()
+    ours, theirs = load_autoencoder(BUNDLED / name), load_autoencoder(BUNDLED / "avatars-64")
+    assert ours.config == theirs.config
+    assert all(torch.equal(tensor, theirs.state_dict()[key]) for key, tensor in ours.state_dict().items())
+
+
 # --- A model that takes from a bundled one what is equal in both ------------------------------------------
 
 
