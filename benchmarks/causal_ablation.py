@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import RESULTS, SETS, SWEEP_COUNT, WORK, Judge, Measurements, current, generate, generation_of, measure_floors, run
+from recorded import TRAIN, Measurements, made
+from results import RESULTS, SETS, SWEEP_COUNT, WORK, Judge, current, current_rows, generate, generation_of, measure_floors, run
 from results_report import replace_block
 
-from far.benchmark import machine
 from far.evaluation.extraction import extract_parts, read_parts
 from far.evaluation.generated import Generation
 from far.evaluation.images import open_images
@@ -75,6 +75,9 @@ def main() -> None:
         for name in arguments.variants:
             if (VARIANTS[name].folder / "config.json").exists():
                 measure(name, store)
+    missing = [name for name in arguments.variants if not (VARIANTS[name].folder / "config.json").exists()]
+    if missing:
+        print(f"{store.path}: no weights of {', '.join(missing)} in runs/: recorded rows are kept; {TRAIN} trains them")
     report = Path("docs/results.md")
     text = replace_block(report.read_text(encoding="utf-8"), "causal-ablation", table(store.values))
     with atomic_path(report) as temporary:
@@ -98,7 +101,7 @@ def measure(name: str, store: Measurements) -> None:
         key = f"{name}, guidance {guidance:g}"
         if current(store.values["rows"].get(key), generation):
             continue
-        judge = judge or measure_floors(IMAGES, Measurements(RESULTS / f"{IMAGES.name}.json"))
+        judge = judge or measure_floors(IMAGES, current_rows(IMAGES))
         features, labels = generate(generation, judge.network, SWEEP_COUNT)
         found = {
             "distance": frechet_distance(FeatureStatistics.of(features), judge.reference.statistics),
@@ -107,7 +110,7 @@ def measure(name: str, store: Measurements) -> None:
             "deviations": deviations(folder, generation),
             "data deviations": data_deviations(folder),
             "count": SWEEP_COUNT,
-            "machine": machine(),
+            **made(),
         }
         store.keep("rows", key, {**found, **generation.describe()})
 

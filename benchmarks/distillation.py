@@ -2,9 +2,9 @@
 
     python benchmarks/distillation.py [SET …]
 
-The comparison's diffusion models (weights/SET/diffusion) are written as pickles under MAR's names, converted with
-``far convert mar``, and distilled with ``far distill`` over the latent cache. The result goes to weights/SET/distilled, the
-seconds of each part to docs/results/distillation.json; ``benchmarks/results.py`` measures the distance.
+The comparison's diffusion models are written as pickles under MAR's names, converted with ``far convert mar``, and
+distilled with ``far distill`` over the latent cache. The result goes to ``WEIGHTS``/SET/distilled, the seconds of each
+part to docs/results/distillation.json. ``benchmarks/results.py`` measures the distance.
 """
 
 import argparse
@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import torch
+from recorded import TRAIN, WEIGHTS, checksums, made
 
-from far.benchmark import machine
 from far.cli.main import main as far_command
 from far.convert import mar_name
 from far.files import read_json, write_json
@@ -35,11 +35,13 @@ def main() -> None:
 
 def distill(name: str) -> None:
     """Publish, convert, distil, unless it was done; resumes a distillation that was interrupted, whose seconds are then unknown."""
-    folder, result, start = Path("runs/distillation") / name, Path("weights") / name / "distilled", time.perf_counter()
+    folder, result, start = Path("runs/distillation") / name, WEIGHTS / name / "distilled", time.perf_counter()
     if result.exists():
         return
     interrupted = (folder / "distilled").exists()
-    teacher = Pipeline.from_pretrained(Path("weights") / name / "diffusion")
+    if not (WEIGHTS / name / "diffusion").is_dir():
+        raise SystemExit(f"{WEIGHTS / name / 'diffusion'} is missing; train it with: {TRAIN}")
+    teacher = Pipeline.from_pretrained(WEIGHTS / name / "diffusion")
     assert teacher.autoencoder is not None
     if not (folder / "mar" / "model.safetensors").exists():
         shutil.rmtree(folder / "mar", ignore_errors=True)
@@ -54,7 +56,8 @@ def distill(name: str) -> None:
     found.save_pretrained(result, torch.float16)
     report = read_json(RESULTS) if RESULTS.exists() else {}
     seconds = None if interrupted else {"convert": converted - start, "distill": distilled - converted}
-    write_json(RESULTS, {**report, name: {"options": OPTIONS, "seconds": seconds, "machine": machine(), **found.results}})
+    row = {"options": OPTIONS, "seconds": seconds, "weights": str(result), "sha256": checksums(result), **made(), **found.results}
+    write_json(RESULTS, {**report, name: row})
     print(f"{name}: {seconds} seconds, {found.results}")
 
 

@@ -2,9 +2,10 @@
 
     python benchmarks/results.py [SET …] [--train] [--seeds 0 1 2]
 
-Every measured row is kept in docs/results/SET.json with the SHA-256 of the weights it comes from, so work goes on
-where it stopped and a row is measured again only when its weights changed. A row whose weights are not at hand keeps
-its recorded figures. ``--train`` first runs the recipes of recipes/comparison for every model (hours).
+Every measured row is kept in docs/results/SET.json with the SHA-256 of its weights, so an interrupted measurement
+resumes and a row is measured again only if its weights changed. Rows keep their recorded figures while their weights
+are missing. ``--train`` first runs the recipes of recipes/comparison for every model (hours) and writes the weights
+to runs/results/weights/.
 """
 
 import argparse
@@ -15,10 +16,10 @@ from typing import Any
 
 import torch
 from distillation import distill
+from recorded import TRAIN, WEIGHTS, Measurements, checksums, made, tell_missing
 from results_report import write_report
 from torch import Tensor
 
-from far.benchmark import machine
 from far.cli.main import main as far_command
 from far.config import from_dict
 from far.data.shards import ShardReader
@@ -30,7 +31,7 @@ from far.evaluation.images import open_images
 from far.evaluation.metrics import FeatureStatistics, frechet_distance
 from far.evaluation.references import Reference, features_of
 from far.evaluation.report import distance_name, figures
-from far.files import read_json, write_json
+from far.files import read_json
 from far.pipeline import Pipeline
 from far.sampling import SamplingConfig
 
@@ -103,7 +104,7 @@ class ImageSet:
         return f"recipes/comparison/{self.name}{model.recipe}.yaml"
 
     def weights(self, name: str) -> Path:
-        return Path("weights") / self.name / (MODELS[name].weights_of or name)
+        return WEIGHTS / self.name / (MODELS[name].weights_of or name)
 
     @property
     def runs(self) -> Path:
@@ -183,22 +184,6 @@ def run(*command: str) -> None:
         raise SystemExit(2)
 
 
-class Measurements:
-    """The rows of one image set, in a file that is read and written again for each, so that processes can share the work."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.load()
-
-    def load(self) -> None:
-        self.values: dict[str, Any] = read_json(self.path) if self.path.exists() else {"rows": {}, "sweeps": {}}
-
-    def keep(self, kind: str, key: str, value: Any) -> None:
-        self.load()
-        self.values.setdefault(kind, {})[key] = value
-        write_json(self.path, self.values)
-
-
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A model, and how it is sampled."""
@@ -221,11 +206,13 @@ def planned_rows(models: list[str], seeds: list[int]) -> list[Row]:
 
 def measure(images: ImageSet, models: list[str], seeds: list[int]) -> None:
     """Floors, guidance sweeps and rows of one image set, as far as they are missing."""
-    store = Measurements(RESULTS / f"{images.name}.json")
-    if complete(images, store, models, seeds):
+    store = current_rows(images)
+    tell_missing(images.name, [images.weights(name) for name in models])
+    swept_models = list(dict.fromkeys([*models, *(other for name in models if (other := MODELS[name].guidance_of))]))
+    if complete(images, store, models, swept_models, seeds):
         return
     judge = measure_floors(images, store)
-    for name in models:
+    for name in swept_models:
         sweep(images, store, judge, name)
     if "diffusion" in models:
         measure_unlimited(images, store, judge)
@@ -233,13 +220,23 @@ def measure(images: ImageSet, models: list[str], seeds: list[int]) -> None:
         measure_row(images, store, judge, row)
 
 
-def complete(images: ImageSet, store: Measurements, models: list[str], seeds: list[int]) -> bool:
-    """Whether every figure that the weights at hand can give is recorded, so that no image is needed."""
+def current_rows(images: ImageSet) -> Measurements:
+    """The rows of an image set without those of other weights than at hand. All models share one autoencoder."""
+    store = Measurements(RESULTS / f"{images.name}.json")
+    autoencoders = {checksums(images.weights(name)).get("autoencoder.safetensors") for name in MODELS} - {None}
+    if len(autoencoders) > 1:
+        raise SystemExit(f"{WEIGHTS / images.name}: the models have different autoencoders; remove it, then: {TRAIN}")
+    store.drop_other_weights(*autoencoders)
+    return store
+
+
+def complete(images: ImageSet, store: Measurements, models: list[str], swept_models: list[str], seeds: list[int]) -> bool:
+    """Return whether every figure that the weights at hand can give is recorded, so that no image is needed."""
     at_hand = [name for name in models if images.weights(name).is_dir()]
-    swept_models = [name for name in at_hand if MODELS[name].sweep_steps]
     sweeps = [
         current(store.values["sweeps"].get(f"{name} {scale}"), swept(images, name, scale))
         for name in swept_models
+        if MODELS[name].sweep_steps and images.weights(name).is_dir()
         for scale in MODELS[name].guidances
     ]
     if "reconstructions" not in store.values["rows"] or not all(sweeps):
@@ -278,7 +275,8 @@ def measure_floors(images: ImageSet, store: Measurements) -> Judge:
     if "reconstructions" in store.values["rows"] or not images.weights("diffusion").is_dir():
         return judge
     accuracy = judge.classifier.accuracy(real, ShardReader(images.data / "held-out", "images").all("labels"))
-    store.keep("rows", "real", {"name": "real images", **judge.figures(training, labels), "class accuracy": accuracy})
+    found = judge.figures(training, labels)
+    store.keep("rows", "real", {"name": "real images", **found, "class accuracy": accuracy, **made()})
     autoencoder = Pipeline.from_pretrained(images.weights("diffusion")).autoencoder
     assert autoencoder is not None
 
@@ -288,7 +286,10 @@ def measure_floors(images: ImageSet, store: Measurements) -> Judge:
 
     folder = WORK / "features" / f"{source.digest}-reconstructions-{autoencoder.fingerprint()}"
     extract_parts(folder, COUNT, reconstruct, network, description="reconstructions")
-    store.keep("rows", "reconstructions", {"name": "reconstructions", **judge.figures(read_parts(folder, COUNT), labels)})
+    found = judge.figures(read_parts(folder, COUNT), labels)
+    checksum = {"autoencoder.safetensors": checksums(images.weights("diffusion"))["autoencoder.safetensors"]}
+    described = {"weights": str(images.weights("diffusion")), "sha256": checksum, **made()}
+    store.keep("rows", "reconstructions", {"name": "reconstructions", **found, **described})
     return judge
 
 
@@ -302,9 +303,7 @@ def sweep(images: ImageSet, store: Measurements, judge: Judge, name: str) -> Non
             continue
         features, _ = generate(generation, judge.network, SWEEP_COUNT)
         distance = frechet_distance(FeatureStatistics.of(features), judge.reference.statistics)
-        store.keep(
-            "sweeps", f"{name} {guidance}", {"distance": distance, "count": SWEEP_COUNT, "machine": machine(), **generation.describe()}
-        )
+        store.keep("sweeps", f"{name} {guidance}", {"distance": distance, "count": SWEEP_COUNT, **made(), **generation.describe()})
 
 
 def swept(images: ImageSet, name: str, guidance: float) -> Generation:
@@ -328,18 +327,18 @@ def measure_unlimited(images: ImageSet, store: Measurements, judge: Judge) -> No
     if not current(store.values["sweeps"].get(UNLIMITED), generation):
         features, _ = generate(generation, judge.network, SWEEP_COUNT)
         distance = frechet_distance(FeatureStatistics.of(features), judge.reference.statistics)
-        store.keep("sweeps", UNLIMITED, {"distance": distance, "count": SWEEP_COUNT, "machine": machine(), **generation.describe()})
+        store.keep("sweeps", UNLIMITED, {"distance": distance, "count": SWEEP_COUNT, **made(), **generation.describe()})
 
 
 def best_guidance(store: Measurements, name: str) -> float:
     name = MODELS[name].guidance_of or name
+    if any(f"{name} {guidance}" not in store.values["sweeps"] for guidance in MODELS[name].guidances):
+        raise SystemExit(f"{store.path} has no guidance sweep of {name}; python benchmarks/results.py measures it, after {TRAIN}")
     return min(MODELS[name].guidances, key=lambda guidance: store.values["sweeps"][f"{name} {guidance}"]["distance"])
 
 
 def measure_row(images: ImageSet, store: Measurements, judge: Judge, row: Row) -> None:
     if not images.weights(row.name).is_dir():
-        recorded = "the recorded" if row.key in store.values["rows"] else "no"
-        print(f"{images.name}: {images.weights(row.name)} is not here; {recorded} row {row.key!r}")
         return
     generation = planned(images, store, row)
     if current(store.values["rows"].get(row.key), generation):
@@ -347,7 +346,7 @@ def measure_row(images: ImageSet, store: Measurements, judge: Judge, row: Row) -
     features, labels = generate(generation, judge.network, COUNT)
     figures = {"name": row.name, "steps": row.steps, "guidance": generation.sampling.guidance, **judge.figures(features, labels)}
     print(json.dumps({row.key: figures}), flush=True)
-    store.keep("rows", row.key, {**figures, "machine": machine(), **generation.describe()})
+    store.keep("rows", row.key, {**figures, **made(), **generation.describe()})
 
 
 def planned(images: ImageSet, store: Measurements, row: Row) -> Generation:

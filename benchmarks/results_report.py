@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recorded import TRAIN, WEIGHTS, checksums
 
 from far.files import atomic_path, read_json
 from far.pictures import grid, save_png
@@ -77,7 +78,7 @@ def _table(values: dict[str, Any]) -> str:
         "|---" * 14 + "|",
     ]
     rows = values["rows"]
-    base = _distances(values, rows["diffusion 100 seed 0"])
+    base = _distances(values, rows["diffusion 100 seed 0"]) if "diffusion 100 seed 0" in rows else []
     for row in rows.values():
         if row.get("seed", 0) != 0:
             continue
@@ -85,7 +86,7 @@ def _table(values: dict[str, Any]) -> str:
         spread = f" ± {statistics.stdev(found):.1f} ({len(found)} seeds)" if len(found) > 1 else ""
         name = row["name"]
         title = TITLES.get(name, name)
-        ratio = f"{statistics.mean(found) / statistics.mean(base):.3f}" if "steps" in row else ""
+        ratio = f"{statistics.mean(found) / statistics.mean(base):.3f}" if base and "steps" in row else ""
         times = values.get("times", {}).get(f"{name} {_steps(row)}" if "steps" in row else "", {})
         cells = [
             title, _steps(row) if "steps" in row else "", f"{row['guidance']:g}" if "guidance" in row else "",
@@ -215,10 +216,11 @@ def _passes(model: str) -> str:
 
 
 def sample_grid(name: str, values: dict[str, Any], path: Path) -> None:
-    """The same seeds by each head, a row each; kept as it is where the weights are not at hand."""
+    """Draw the same seeds by each head, one row per head; keep the picture unless all weights of the recorded rows are here."""
     found = [(model, steps, values["rows"].get(f"{model} {steps} seed 0")) for model, steps in GRID_ROWS]
-    shown = [(model, steps, row) for model, steps, row in found if row is not None and Path(row["weights"]).is_dir()]
-    if not shown:
+    shown = [(model, steps, row) for model, steps, row in found if row is not None]
+    if any(checksums(Path(row["weights"])) != row["sha256"] for _, _, row in shown):
+        print(f"{path} is kept: not all weights of its rows are in {WEIGHTS / name}; {TRAIN} trains them")
         return
     rows = []
     for _, steps, row in shown:

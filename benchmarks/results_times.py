@@ -2,8 +2,8 @@
 
     python benchmarks/results_times.py [SET …] [--rounds 5]
 
-The rows of an image set take turns. Times are of the whole pipeline, pixels included, in the dtype of the quality
-figures; they are stored beside the rows in docs/results/SET.json.
+The weights are those that ``make results TRAIN=1`` trains. The rows of an image set take turns. Times are of the whole
+pipeline, pixels included, in the dtype of the quality figures; they are stored beside the rows in docs/results/SET.json.
 """
 
 import argparse
@@ -12,9 +12,10 @@ import statistics
 import time
 
 import torch
-from results import BATCH_SIZES, DTYPE, MODELS, RESULTS, SETS, Measurements, best_guidance, generation_of
+from recorded import Measurements, made, tell_missing
+from results import BATCH_SIZES, DTYPE, MODELS, RESULTS, SETS, best_guidance, generation_of
 
-from far.benchmark import Row, generate, machine, segments, summary
+from far.benchmark import Row, generate, segments, summary
 from far.pipeline import Pipeline
 
 
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     for name in arguments.sets:
+        tell_missing(name, [SETS[name].weights(model) for model in MODELS if MODELS[model].timed])
         store = Measurements(RESULTS / f"{name}.json")
         times: dict[str, dict[str, float]] = {}
         for batch in BATCH_SIZES:
@@ -35,7 +37,9 @@ def main() -> None:
                 values = {kind: value / batch for kind, value in values.items()} | {f"head share {batch}": share}
                 times.setdefault(key, {}).update(values)
                 print(f"{name}, batch {batch}, {key}: {summary(seconds)}, head {share:.0%}, backbone {backbone:.3f} s", flush=True)
-        store.keep("setting", "times", {"machine": machine(), "rounds": arguments.rounds})
+        if not times:
+            continue
+        store.keep("setting", "times", {**made(), "rounds": arguments.rounds})
         for key, found in times.items():
             store.keep("times", key, found)
 

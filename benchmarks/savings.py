@@ -2,9 +2,10 @@
 
     python benchmarks/savings.py [--sets SET …] [--seconds] [--rounds N] [--batch N --ways WAY …]
 
-Distances are kept in docs/results/savings.json and measured where they are missing or their weights changed, by any number
-of processes. ``--seconds`` times every row in turn, for which the machine should be free. Then docs/results.md's table is
-written. The same options are given to both sizes, but for the AR steps: 64 of 256 tokens there are 8 of 16 tokens here.
+Distances are kept in docs/results/savings.json and measured if they are missing or their weights changed, by any number
+of processes. Without the weights, which ``make results TRAIN=1`` trains, the recorded ones stay. ``--seconds`` times every
+row in turn, for which the machine should be free. Then docs/results.md's table is written. The same options are given to
+both sizes, but for the AR steps: 64 of 256 tokens there are 8 of 16 tokens here.
 """
 
 import argparse
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import RESULTS, SETS, ImageSet, Measurements, best_guidance, current, generate, generation_of, measure_floors
+from recorded import Measurements, made, tell_missing
+from results import RESULTS, SETS, ImageSet, best_guidance, current, current_rows, generate, generation_of, measure_floors
 from results_report import replace_block
 
-from far.benchmark import FASTEST, machine, measure, rows_of
+from far.benchmark import FASTEST, measure, rows_of
 from far.evaluation.generated import Generation
 from far.evaluation.metrics import FeatureStatistics, frechet_distance
 from far.files import atomic_path
@@ -40,9 +42,9 @@ class Way:
     ar_share: float = 1.0
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def generation(self, images: ImageSet) -> Generation:
-        """What is drawn of its small model."""
-        guidance = best_guidance(Measurements(RESULTS / f"{images.name}.json"), self.model)
+    def generation(self, images: ImageSet, compared: Measurements) -> Generation:
+        """What is drawn of its small model, at the best guidance of the comparison's rows ``compared``."""
+        guidance = best_guidance(compared, self.model)
         usual = generation_of(images.weights(self.model), seed=0, head_steps=self.head_steps, guidance=guidance, **self.sampling)
         ar_steps = round(usual.sampling.ar_steps * self.ar_share)
         return dataclasses.replace(usual, sampling=dataclasses.replace(usual.sampling, ar_steps=ar_steps), dtype=self.dtype)
@@ -91,17 +93,21 @@ def main() -> None:
 
 
 def measure_distances(images: ImageSet, store: Measurements) -> None:
-    missing = {name: way.generation(images) for name, way in WAYS.items()}
+    store.drop_other_weights()
+    tell_missing(images.name, [images.weights(way.model) for way in WAYS.values()])
+    compared = current_rows(images)
+    at_hand = {name: way for name, way in WAYS.items() if images.weights(way.model).is_dir()}
+    missing = {name: way.generation(images, compared) for name, way in at_hand.items()}
     missing = {name: drawn for name, drawn in missing.items() if not current(store.values["rows"].get(f"{images.name}, {name}"), drawn)}
     if not missing:
         return
-    judge = measure_floors(images, Measurements(RESULTS / f"{images.name}.json"))
+    judge = measure_floors(images, compared)
     for name, generation in missing.items():
         features, labels = generate(generation, judge.network, COUNT)
         distance = frechet_distance(FeatureStatistics.of(features), judge.reference.statistics)
         accuracy = judge.classifier.accuracy(features, labels)
         print(images.name, name, f"{distance:.1f} {accuracy:.3f}", flush=True)
-        row = {"distance": distance, "class accuracy": accuracy, "count": COUNT, "machine": machine(), **generation.describe()}
+        row = {"distance": distance, "class accuracy": accuracy, "count": COUNT, **made(), **generation.describe()}
         store.keep("rows", f"{images.name}, {name}", row)
 
 
@@ -113,7 +119,7 @@ def measure_seconds(store: Measurements, names: list[str], batch: int, rounds: i
     report = measure(rows, rounds=rounds)
     for name, finding in zip(names, report.findings):
         seconds = {"rounds": finding.image_seconds, "times faster": report.times_faster(finding)}
-        store.keep(f"seconds, batch {batch}", name, {**seconds, "machine": machine(), **dataclasses.asdict(finding.row)})
+        store.keep(f"seconds, batch {batch}", name, {**seconds, **made(), **dataclasses.asdict(finding.row)})
 
 
 def table(values: dict[str, Any]) -> str:

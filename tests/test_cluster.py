@@ -1,7 +1,6 @@
 """What ``docs/cluster.md`` computes and tells: memory at rest, presets by overrides of the recipe, the script for Slurm."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from scripts import load_script
 from torchrun import run
 
 from far.backbone import CausalConfig, MaskedConfig
@@ -36,17 +36,7 @@ SMALL = [
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """``benchmarks/cluster.py``."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))  # for the script that it imports
-    try:
-        spec = importlib.util.spec_from_file_location("cluster_script", ROOT / "benchmarks" / "cluster.py")
-        assert spec is not None
-        assert spec.loader is not None
-        found = importlib.util.module_from_spec(spec)
-        sys.modules["cluster_script"] = found  # dataclasses look their module up
-        spec.loader.exec_module(found)
-        return found
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+    return load_script("cluster")
 
 
 class Task:

@@ -261,7 +261,7 @@ def test_recipes_are_valid(document: Path) -> None:
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder as the reader's, who works in the repository; heads that are registered there go again."""
-    for name in ("recipes", "far", "weights", "docs", "README.md"):
+    for name in ("recipes", "far", "docs", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     heads = dict(HEADS)

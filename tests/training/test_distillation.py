@@ -1,7 +1,6 @@
 """Distillation: its loss against exact mean velocities, and ``far distill`` from a teacher's folder to drawn images."""
 
 import contextlib
-import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import scipy.stats
 import torch
 from checkpoints import assert_close_checkpoints, newest
 from exact import ExactNetwork
+from scripts import load_script
 from torch import Tensor
 from torchrun import kill_one, run, start, wait_for
 
@@ -30,7 +30,6 @@ from far.training.trajectories import GROUP, POINTS, TrajectoryConfig
 from far.weights import save_autoencoder
 
 DEVIATION = 0.5
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -369,12 +368,7 @@ def test_what_processes_cannot_share_is_told_before_long_work(
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """``benchmarks/distillation.py``."""
-    spec = importlib.util.spec_from_file_location("distillation_script", ROOT / "benchmarks" / "distillation.py")
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    return load_script("distillation")
 
 
 def test_from_the_published_pickle(script: ModuleType, diffusion_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""Measured rows in docs/results/*.json, and the trained weights in runs/ that they come from.
+
+Every row keeps the SHA-256 of its weights, the machine and the commit. The repository does not hold the weights:
+``make results TRAIN=1`` trains them again.
+"""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from far.benchmark import machine
+from far.files import read_json, sha256, write_json
+
+# One folder per image set and model.
+WEIGHTS = Path("runs/results/weights")
+TRAIN = "make results TRAIN=1"
+
+
+class Measurements:
+    """The rows of one JSON file. Each change reads and writes the whole file, so that processes can share the work."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.load()
+
+    def load(self) -> None:
+        self.values: dict[str, Any] = read_json(self.path) if self.path.exists() else {"rows": {}, "sweeps": {}}
+
+    def keep(self, kind: str, key: str, value: Any) -> None:
+        self.load()
+        self.values.setdefault(kind, {})[key] = value
+        write_json(self.path, self.values)
+
+    def drop_other_weights(self, autoencoder: str | None = None) -> None:
+        """Drop the rows of each model that is at hand with other weights than recorded, so that no table mixes the two.
+
+        Args:
+            autoencoder: SHA-256 of the autoencoder that all models share. Rows of another one are dropped too.
+        """
+        self.load()
+        at_hand: dict[str, dict[str, str]] = {}
+        dropped = 0
+        for kind in ("rows", "sweeps"):
+            for key, row in list(self.values.get(kind, {}).items()):
+                if "sha256" not in row:
+                    continue
+                folder = row["weights"]
+                if folder not in at_hand:
+                    at_hand[folder] = checksums(Path(folder))
+                found, recorded = at_hand[folder], row["sha256"]
+                changed = any(found.get(name, value) != value for name, value in recorded.items())
+                if changed or (autoencoder and recorded["autoencoder.safetensors"] != autoencoder):
+                    del self.values[kind][key]
+                    dropped += 1
+        if dropped:
+            print(f"{self.path}: {dropped} rows come from other weights than those in {WEIGHTS}; measured again")
+            write_json(self.path, self.values)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a model's folder by name; empty if the folder is missing."""
+    return {path.name: sha256(path) for path in sorted(folder.glob("*")) if path.suffix in (".json", ".safetensors")}
+
+
+def made() -> dict[str, str | None]:
+    """Return the machine, and the commit that is checked out (``None`` outside a clone), as rows record them."""
+    done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    return {"machine": machine(), "commit": done.stdout.strip() if done.returncode == 0 else None}
+
+
+def tell_missing(images: str, folders: list[Path]) -> None:
+    """Print, in one line, the models whose weights are missing and the command that trains them."""
+    missing = list(dict.fromkeys(folder.name for folder in folders if not folder.is_dir()))
+    if missing:
+        print(f"{images}: no weights of {', '.join(missing)} in {WEIGHTS / images}: recorded rows are kept; {TRAIN} trains them")
