@@ -1,4 +1,4 @@
-"""Image tensors ↔ Pillow pictures, grids, and PNG files that carry how they were made."""
+"""Image tensors ↔ Pillow pictures, grids, contact sheets, and PNG files that carry how they were made."""
 
 import io
 import math
@@ -12,6 +12,10 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from far.files import atomic_path
+
+# Of a contact sheet: pixels across at least, and images of a class in one row at most.
+_SHEET_WIDTH = 1000
+_ROW_IMAGES = 8
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -54,6 +58,55 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     for index, picture in enumerate(to_pictures(images)):
         sheet.paste(picture, (index % columns * width, index // columns * height))
     return sheet
+
+
+def contact_sheet(images: Tensor, labels: Sequence[int]) -> Image.Image:
+    """Lay out all images ``[n, 3, h, w]`` in [0, 1] with one row per class, and enlarge small ones.
+
+    Classes stand in order of appearance, their images in the given order. A class of more than eight images takes
+    several rows of equal length. If the sheet would be more than twice as high as wide, the rows stand in several
+    columns with a gap between them, so that the sheet is about square. One image alone is returned as it is.
+
+    Args:
+        images: ``[n, 3, h, w]``.
+        labels: the class of each image.
+    """
+    height, width = images.shape[-2:]
+    rows = _class_rows(labels)
+    length = max(map(len, rows))
+    columns = _block_columns(len(rows), length * width, height)
+    gap = width // 4 if length > 1 else 0
+    block = length * width + gap
+    sheet = Image.new("RGB", (columns * block - gap, -(-len(rows) // columns) * height), "white")
+    pictures = to_pictures(images)
+    for number, row in enumerate(rows):
+        top, left = number // columns * height, number % columns * block
+        for place, index in enumerate(row):
+            sheet.paste(pictures[index], (left + place * width, top))
+    return sheet if len(pictures) == 1 else enlarge(sheet)
+
+
+def _class_rows(labels: Sequence[int]) -> list[list[int]]:
+    """Indices of the images in each row of a contact sheet. The first row of a class is its longest."""
+    classes: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        classes.setdefault(label, []).append(index)
+    most = max(map(len, classes.values()))
+    length = -(-most // -(-most // _ROW_IMAGES))
+    return [found[start : start + length] for found in classes.values() for start in range(0, len(found), length)]
+
+
+def _block_columns(rows: int, width: int, height: int) -> int:
+    """Columns in which ``rows`` rows of ``width`` × ``height`` pixels stand: one, unless that is too high."""
+    if rows * height <= 2 * width:
+        return 1
+    return min(range(1, rows + 1), key=lambda columns: abs(math.log(columns * width / (-(-rows // columns) * height))))
+
+
+def enlarge(picture: Image.Image) -> Image.Image:
+    """Repeat every pixel, so that the picture is at least 1000 pixels wide; a wider one stays as it is."""
+    factor = -(-_SHEET_WIDTH // picture.width)
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
 def encode_png(picture: Image.Image, settings: Mapping[str, object] | None = None) -> bytes:

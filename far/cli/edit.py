@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--place", type=int, nargs=2, metavar=("LEFT", "TOP"), help="where a smaller image lies; all around it is drawn")
     parser.add_argument("--weights", default="avatars-64", help="bundled name, folder or OWNER/NAME[@REVISION], with a masked backbone")
     parser.add_argument("--count", type=int, default=1, help="versions, of seeds SEED, SEED + 1, … (default 1)")
-    parser.add_argument("--out", type=Path, default=Path("edited.png"), help="PNG, a grid if there are several (default edited.png)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("edited.png"), help="PNG, a contact sheet of several versions (default edited.png)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the first version (default 0)")
     parser.add_argument("--no-paste", action="store_true", help="decode kept tokens too, instead of putting the image's own pixels back")
     add_sampling_arguments(parser)
@@ -55,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     from torch import Tensor
     from tqdm import tqdm
 
-    from far.pictures import grid, save_png
+    from far.pictures import contact_sheet, save_png
     from far.pipeline import Pipeline, resolve_dtype
 
     dtype = resolve_dtype(arguments.dtype, arguments.device)
@@ -78,7 +80,8 @@ def run(arguments: argparse.Namespace) -> None:
     config = dataclasses.replace(pipeline.sampling_config(**sampling), ar_steps=steps)
     settings = {"weights": arguments.weights, **dataclasses.asdict(config), "dtype": dtype, "image": arguments.image.name}
     label = pipeline.label(arguments.label)
-    save_png(grid(images), arguments.out, {**settings, "label": label, "class": pipeline.classes[label], "seed": arguments.seed})
+    sheet = contact_sheet(images, [label] * len(images))
+    save_png(sheet, arguments.out, {**settings, "label": label, "class": pipeline.classes[label], "seed": arguments.seed})
     print(f"wrote {arguments.out} ({arguments.count} {'version' if arguments.count == 1 else 'versions'})")
 
 

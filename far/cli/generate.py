@@ -1,5 +1,7 @@
-"""Draw images from a bundled model, a folder or a model of the hub, into a PNG grid, a folder of PNGs, or an .npz.
+"""Draw images from a bundled model, a folder or a model of the hub, into a contact sheet, a folder of PNGs, or an .npz.
 
+A contact sheet has one row per class. Its pixels are repeated if the images are small, so that it is at least
+1000 pixels wide; one image alone, and those of a folder or .npz, are written as they are.
 Images are seeded one by one: image i has seed SEED + i, whatever the batch around it.
 """
 
@@ -29,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", default="avatars-64", help="bundled name, folder, or OWNER/NAME[@REVISION] (default avatars-64)")
     parser.add_argument("--labels", nargs="+", default=["all"], help="class numbers or names, or 'all' (default)")
     parser.add_argument("--count", type=int, help="images in all, shared evenly by the labels (default: one a label)")
-    parser.add_argument("--out", type=Path, default=Path("samples.png"), help="grid .png, .npz, or a folder (default samples.png)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("samples.png"), help=".png (a contact sheet), .npz, or a folder of PNGs (default samples.png)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default 0)")
     add_sampling_arguments(parser)
     parser.add_argument(
@@ -55,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from far.pictures import grid, save_gif, save_png, to_pictures
+    from far.pictures import contact_sheet, save_gif, save_png, to_pictures
     from far.pipeline import Pipeline, resolve_dtype
 
     dtype = _dtype(arguments)
@@ -86,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not folder:
         _write_together(torch.cat(parts), labels, arguments, settings)
     if arguments.gif is not None:
-        save_gif([grid(frame) for frame in frames], arguments.gif)
+        save_gif([contact_sheet(frame, labels[: len(frame)]) for frame in frames], arguments.gif)
         print(f"wrote {arguments.gif}")
     print(f"wrote {arguments.out} ({len(labels)} images)")
 
@@ -125,10 +129,10 @@ def _labels(pipeline: Pipeline, arguments: argparse.Namespace) -> list[int]:
 
 def _write_together(images: Tensor, labels: list[int], arguments: argparse.Namespace, settings: dict[str, object]) -> None:
     from far.evaluation.images import write_npz
-    from far.pictures import grid, save_png, to_uint8
+    from far.pictures import contact_sheet, save_png, to_uint8
 
     if arguments.out.suffix.lower() == ".png":
         runs = " ".join(map(str, labels))
-        save_png(grid(images), arguments.out, {**settings, "labels": runs, "seed": arguments.seed})
+        save_png(contact_sheet(images, labels), arguments.out, {**settings, "labels": runs, "seed": arguments.seed})
         return
     write_npz(arguments.out, [to_uint8(images)], len(images), labels)

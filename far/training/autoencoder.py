@@ -14,7 +14,7 @@ from far.data.shards import ShardReader
 from far.errors import InputError
 from far.evaluation.features import FeatureNetwork, load_feature_network
 from far.evaluation.metrics import FeatureStatistics, frechet_distance, psnr
-from far.pictures import grid, save_png
+from far.pictures import enlarge, grid, save_png
 from far.training.config import AutoencoderLossConfig, LoopConfig
 from far.training.loop import epoch_rows
 from far.weights import save_autoencoder, to_device
@@ -65,12 +65,12 @@ class AutoencoderTask:
 
     @torch.no_grad()
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """PSNR and reconstruction Fréchet distance on held-out images, and a sheet of pairs."""
+        """PSNR and reconstruction Fréchet distance on held-out images, and a sheet: originals above, reconstructions below."""
         assert isinstance(ema, Autoencoder)
         self.results = reconstruction_figures(ema, self.features, self.held_out, self.config.evaluation_images)
         images = read_images(self.held_out, torch.arange(min(16, len(self.held_out)))).to(self.loop.device)
         pairs = torch.cat([images, ema.decode(ema.encode(images).mean)])
-        save_png(grid(pairs / 2 + 0.5, columns=len(images)), folder / "reconstructions.png")
+        save_png(enlarge(grid(pairs / 2 + 0.5, columns=len(images))), folder / "reconstructions.png")
         self.publish(ema, folder, step)
         return self.results
 

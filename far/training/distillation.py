@@ -15,7 +15,7 @@ from far.config import to_dict
 from far.data.shards import ShardReader
 from far.heads.flow_map import FlowMapHead
 from far.model import FAR
-from far.pictures import grid, save_png
+from far.pictures import contact_sheet, save_png
 from far.pipeline import Pipeline
 from far.training.adapters import adapters, add_adapters, merged
 from far.training.config import GROUP, DistillationConfig, LoopConfig
@@ -95,8 +95,8 @@ class DistillationTask:
             self.results[f"error of {steps} steps"] = math.sqrt(float((drawn - end).square().mean()))
         pipeline = self._pipeline(ema)
         if pipeline.autoencoder is not None:
-            shown = [number % len(pipeline.classes) for number in range(64)]
-            save_png(grid(pipeline.draw(sorted(shown), range(64))), folder / "samples" / f"step-{step:08d}.png", {"step": step})
+            shown = sorted(number % len(pipeline.classes) for number in range(64))
+            save_png(contact_sheet(pipeline.draw(shown, range(64)), shown), folder / "samples" / f"step-{step:08d}.png", {"step": step})
         self.results["step"] = step
         self.publish(ema, folder, step)
         return {name: value for name, value in self.results.items() if name != "step"}

@@ -15,7 +15,7 @@ from far.errors import InputError
 from far.evaluation.features import FeatureNetwork, load_feature_network
 from far.evaluation.metrics import FeatureStatistics, frechet_distance
 from far.model import FAR, ModelConfig, NetworkConfig
-from far.pictures import grid, save_png
+from far.pictures import contact_sheet, save_png
 from far.pipeline import Pipeline
 from far.sampling import SamplingConfig
 from far.training.config import EvaluationConfig, LoopConfig
@@ -117,8 +117,7 @@ class GeneratorTask:
         classes = len(self.classes)
         shown = [label for label in range(min(classes, 32)) for _ in range(self.evaluation.grid_per_class)]
         sheet = pipeline.draw(shown, range(len(shown)))
-        columns = self.evaluation.grid_per_class * (2 if classes > 8 else 1)
-        save_png(grid(sheet, columns=columns), folder / "samples" / f"step-{step:08d}.png", {"step": step})
+        save_png(contact_sheet(sheet, shown), folder / "samples" / f"step-{step:08d}.png", {"step": step})
         network = self.features
         with torch.no_grad():
             if self._reference is None:
