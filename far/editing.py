@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from far.errors import InputError
+from far.pictures import to_rgb
 
 
 def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
@@ -30,12 +31,21 @@ def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
 
 
 def place(picture: Image.Image, size: tuple[int, int], left: int, top: int) -> tuple[Image.Image, Tensor]:
-    """A picture on a canvas of ``size`` (height, width), its edges carried on outwards, and the mask ``[height, width]`` of all around it.
+    """Lay a picture on a canvas of ``size`` (height, width), its edges carried on outwards, and mask all around it.
+
+    Args:
+        picture: of any mode; it is made upright and sRGB as :func:`far.pictures.to_rgb` does.
+        left: column of the canvas for the picture's left side, in pixels.
+        top: row of the canvas for its upper side.
+
+    Returns:
+        The canvas, and a bool mask ``[height, width]``, true around the picture.
 
     Raises:
-        InputError: the picture does not lie within the canvas.
+        InputError: the picture is damaged, or does not lie within the canvas.
     """
     height, width = size
+    picture = to_rgb(picture)  # upright, before its sides are measured
     right, bottom = left + picture.width, top + picture.height
     if not (left >= 0 and top >= 0 and right <= width and bottom <= height):
         raise InputError(
@@ -43,7 +53,7 @@ def place(picture: Image.Image, size: tuple[int, int], left: int, top: int) -> t
             "give the left and top pixel of a place where it does, or a smaller image"
         )
     margins = ((top, height - bottom), (left, width - right), (0, 0))
-    canvas = np.pad(np.asarray(picture.convert("RGB")), margins, mode="edge")
+    canvas = np.pad(np.asarray(picture), margins, mode="edge")
     return Image.fromarray(canvas), ~box_mask(size, (left, top, right, bottom))
 
 

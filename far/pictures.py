@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from far.colors import to_srgb
+from far.errors import InputError
 from far.files import atomic_path
 
 # Of a contact sheet: pixels across at least, and images of a class in one row at most.
@@ -29,24 +31,56 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(image) for image in to_uint8(images)]
 
 
-def to_rgb(picture: Image.Image, background: str = "white") -> Image.Image:
-    """A Pillow picture of any mode as RGB, transparency on ``background``."""
-    if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
-        # Pillow would clip these instead of scaling them.
-        values = np.asarray(picture)
-        if picture.mode in ("I", "F"):
-            values = np.clip(values, 0, 65535).round().astype(np.uint16)
-        scale = 257 if values.max() > 255 else 1
-        table = (np.arange(65536) / scale).clip(0, 255).round().astype(np.uint8)  # far smaller than a float for each pixel
-        picture = Image.fromarray(table[values])
-    if picture.has_transparency_data:
-        picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+def to_rgb(picture: Image.Image, background: str = "white", *, keep_colors: bool = False) -> Image.Image:
+    """Return a Pillow picture of any mode as it is meant to be seen: upright, sRGB, transparency on ``background``.
+
+    The one way into pixels: files, pictures given to :class:`far.Pipeline` and masks all come through here. EXIF orientation is
+    applied, an embedded color profile is converted to sRGB, and 16 bits are scaled to 8. The given picture is not changed.
+
+    Args:
+        keep_colors: ignore color profiles, as ADM's preparation of ImageNet does.
+
+    Raises:
+        InputError: the picture's file is damaged, which Pillow finds only when pixels are needed.
+    """
+    try:
+        picture.load()
+        if picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9):
+            picture = ImageOps.exif_transpose(picture)
+        picture = _eight_bits(picture)
+        if not keep_colors:
+            picture = to_srgb(picture)
+        if picture.has_transparency_data:
+            picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+        reason = first_line(error)
+        raise InputError(f"the picture cannot be decoded ({reason}); replace it") from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its class if it has none."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Scale 16-bit gray to 8 bits, which Pillow would clip; other pictures are returned as they are."""
+    if not (picture.mode.startswith("I;16") or picture.mode in ("I", "F")):
+        return picture
+    values = np.asarray(picture)
+    if picture.mode in ("I", "F"):
+        values = np.clip(values, 0, 65535).round().astype(np.uint16)
+    scale = 257 if values.max() > 255 else 1
+    table = (np.arange(65536) / scale).clip(0, 255).round().astype(np.uint8)  # far smaller than a float per pixel
+    scaled = Image.fromarray(table[values])
+    if "icc_profile" in picture.info:
+        scaled.info["icc_profile"] = picture.info["icc_profile"]
+    return scaled
 
 
 def to_tensor(picture: Image.Image, background: str = "white") -> Tensor:
-    """A Pillow picture, its transparency on ``background`` → ``[3, h, w]`` in [0, 1]; the inverse of :func:`to_pictures`."""
+    """Return a Pillow picture, by way of :func:`to_rgb`, as ``[3, h, w]`` float32 in [0, 1]; the inverse of :func:`to_pictures`."""
     return torch.from_numpy(np.array(to_rgb(picture, background))).permute(2, 0, 1).float() / 255
 
 

@@ -25,6 +25,7 @@ FLOORS = [
             "far.layers",
             "far.kernels",
             "far.packing",
+            "far.colors",
             "far.pictures",
             "far.editing",
             "far.card",

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from far.errors import InputError
 from far.files import is_plain
-from far.pictures import to_rgb
+from far.pictures import first_line, to_rgb
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 # Of Pillow's many decoders, one hands the file to another program.
@@ -88,26 +88,23 @@ def _made_of(path: Path, make: Callable[[Image.Image], T]) -> T:
             with _one_at_a_time, ThreadPoolExecutor(1) as thread:
                 return thread.submit(make, picture).result()
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is no readable image ({reason}); replace or remove it") from error
-
-
-def _upright(picture: Image.Image, background: str) -> Image.Image:
-    ImageOps.exif_transpose(picture, in_place=True)
-    return to_rgb(picture, background)
+        cause = error.__cause__ if isinstance(error, InputError) and isinstance(error.__cause__, Exception) else error
+        raise InputError(f"{path} is no readable image ({first_line(cause)}); replace or remove it") from error
 
 
 def decode_image(path: Path, background: str = "white") -> Image.Image:
-    """An image file as it is to be looked at: upright, RGB, transparency on ``background``.
+    """Read an image file as it is meant to be seen: upright, sRGB, transparency on ``background``.
 
     Raises:
         InputError: the file cannot be decoded, is no PNG, JPEG or WebP, or is implausibly large.
     """
-    return _made_of(path, lambda picture: _upright(picture, background))
+    return _made_of(path, lambda picture: to_rgb(picture, background))
 
 
-def read_image(path: Path, size: int) -> np.ndarray:
-    """An image file as ``[size, size, 3]`` uint8: decoded and centre-cropped.
+def read_image(path: Path, size: int, *, keep_colors: bool = False) -> np.ndarray:
+    """Read an image file as ``[size, size, 3]`` uint8: decoded by :func:`far.pictures.to_rgb`, then center-cropped.
+
+    ``keep_colors`` ignores embedded color profiles, as ADM's preparation of ImageNet does.
 
     Raises:
         InputError: the file cannot be decoded, is no PNG, JPEG or WebP, is implausibly large, or is one pixel thin.
@@ -117,7 +114,7 @@ def read_image(path: Path, size: int) -> np.ndarray:
         # The short side becomes the size, and the long one as many times longer.
         if min(picture.size) < 2 or max(picture.size) > 100 * min(picture.size):
             raise ValueError(f"{picture.width}×{picture.height} pixels are too thin for an image of {size}")
-        return np.asarray(centre_crop(_upright(picture, "white"), size))
+        return np.asarray(centre_crop(to_rgb(picture, keep_colors=keep_colors), size))
 
     return _made_of(path, make)
 

@@ -1,0 +1,70 @@
+"""Convert pictures with an embedded color profile (ICC) to sRGB, with littlecms by way of Pillow."""
+
+import functools
+import io
+
+import numpy as np
+from PIL import Image, ImageCms
+
+# Picture modes that a profile of each color space can describe. A gray picture may keep the profile of the RGB one it was.
+_MODES = {"GRAY": ("1", "L", "LA"), "RGB": ("1", "L", "LA", "P", "PA", "RGB", "RGBA"), "CMYK": ("CMYK",)}
+_CHANNELS = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}
+# A profile that moves no probe by more than this is sRGB itself, written down with other rounding.
+_ROUNDING = 1
+_UNUSABLE = ("", None)
+
+
+def to_srgb(picture: Image.Image) -> Image.Image:
+    """Return a picture of at most 8 bits per channel in sRGB; transparency is kept.
+
+    A picture without a profile is taken as sRGB, and so is one whose profile cannot be used (:func:`has_unusable_profile`).
+    These, and pictures whose profile is sRGB, are returned as they are.
+    """
+    channels, transform = _transform(picture) if picture.info.get("icc_profile") else ("", None)
+    if transform is None:
+        return picture
+    if picture.has_transparency_data and picture.mode not in ("LA", "RGBA"):
+        picture = picture.convert("LA" if picture.mode in ("1", "L") else "RGBA")
+    converted = transform.apply(picture if picture.mode == channels else picture.convert(channels))
+    del converted.info["icc_profile"]
+    if picture.has_transparency_data:
+        converted.putalpha(picture.getchannel("A"))
+    return converted
+
+
+def has_unusable_profile(picture: Image.Image) -> bool:
+    """Return whether a picture embeds a profile that is damaged or describes other channels than the picture has."""
+    # Pillow puts None for a profile of which it could not collect all parts.
+    return "icc_profile" in picture.info and (not picture.info["icc_profile"] or _transform(picture) == _UNUSABLE)
+
+
+def _transform(picture: Image.Image) -> tuple[str, ImageCms.ImageCmsTransform | None]:
+    return _build_transform(picture.info["icc_profile"], picture.mode)
+
+
+@functools.lru_cache(maxsize=32)
+def _build_transform(data: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransform | None]:
+    """Return the mode to convert from, and the transform from there to sRGB or ``None`` if it changes nothing.
+
+    The mode is empty if the profile cannot be used for a picture of ``mode``.
+    """
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        space = profile.profile.xcolor_space.strip()
+        if mode not in _MODES.get(space, ()):
+            return _UNUSABLE
+        channels = _CHANNELS[space]
+        # Tables of gray between a few points would be wrong by up to 10 in the dark, and save no time.
+        flags = ImageCms.Flags.NOOPTIMIZE if channels == "L" else ImageCms.Flags.NONE
+        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), channels, "RGB", flags=flags)
+        return channels, None if channels != "CMYK" and _changes_nothing(transform, channels) else transform
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return _UNUSABLE
+
+
+def _changes_nothing(transform: ImageCms.ImageCmsTransform, channels: str) -> bool:
+    levels = np.linspace(0, 255, 16).round().astype(np.uint8)
+    colors = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(64, 64, 3)
+    probe = Image.fromarray(colors if channels == "RGB" else np.arange(256, dtype=np.uint8).reshape(16, 16))
+    changes = np.asarray(transform.apply(probe), np.int16) - np.asarray(probe.convert("RGB"), np.int16)
+    return int(np.abs(changes).max()) <= _ROUNDING
