@@ -115,7 +115,9 @@ def _sampling_steps(model: FAR, labels: Tensor, noise: Noise, config: SamplingCo
     scales = config.guidance_scales(counts, known_count)
     # Guidance that the head has learnt is no matter of the backbone.
     conditions = _Conditions(model, labels, config, [1.0] * len(scales) if config.guided_in_head(model) else scales)
-    times: dict[int, Tensor] = {}
+    # All that comes from the host is on the device before the first step: copies in between would stall a GPU.
+    head_steps = [config.head_steps_at(step) for step in range(config.ar_steps)]
+    times = {steps: model.head.embed_times(steps, sequence) for steps in dict.fromkeys(head_steps)}
     for step, (count, guidance) in enumerate(zip(counts, scales)):
         # Step 1. The next positions in each image's order.
         known = orders[:, :known_count]
@@ -123,17 +125,14 @@ def _sampling_steps(model: FAR, labels: Tensor, noise: Noise, config: SamplingCo
         # Step 2. Their conditions, with and without the class.
         z, z_uncond = conditions.of_step(step, sequence, known, wanted)
         # Step 3. The head draws the tokens.
-        head_steps = config.head_steps_at(step)
-        if head_steps not in times:
-            times[head_steps] = model.head.embed_times(head_steps, sequence)
         drawn = model.head.sample(
             z,
             lambda: noise.normal(count, channels),
-            steps=head_steps,
+            steps=head_steps[step],
             temperature=config.temperature,
             z_uncond=z_uncond,
             guidance=guidance,
-            times=times[head_steps],
+            times=times[head_steps[step]],
         )
         sequence = sequence.scatter(1, wanted.unsqueeze(-1).expand(-1, -1, channels), model.constrain(drawn))
         known_count += count

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -72,9 +72,9 @@ class DiffusionHead(Head):
 
         ``x_t`` is the noisy token of the training step with the same share of noise, scaled to ``t x + (1 − t) ε``.
         """
-        times = flow_times().to(x.device)
-        t = t.clamp(float(times[-1]), float(times[0]))
-        step, t = training_steps(t, times), t.unsqueeze(-1)
+        bounds = flow_times()
+        t = t.clamp(float(bounds[-1]), float(bounds[0]))
+        step, t = training_steps(t, flow_times(t.device, t.dtype)), t.unsqueeze(-1)
         noisy = x / (t.square() + (1 - t).square()).sqrt()
         epsilon = guided(lambda c: self.network(noisy, c, step).to(x.dtype).chunk(2, dim=-1)[0], z, z_uncond, guidance)
         token = (x - (1 - t) * epsilon) / t
@@ -101,15 +101,16 @@ class DiffusionHead(Head):
         cond = self.network.embed_condition(z)
         uncond = None if z_uncond is None else self.network.embed_condition(z_uncond)
         for index in reversed(range(steps)):
-            step = torch.tensor(index, device=x.device)
             epsilon, fraction = self._predict(x, times[index], cond, uncond, guidance)
-            mean, logvar = schedule.model_posterior(x, epsilon, fraction, step, self.config.token_limit)
+            mean, logvar = schedule.model_posterior(x, epsilon, fraction, index, self.config.token_limit)
             noise = normal()
             x = mean + (0.5 * logvar).exp() * noise * temperature if index else mean
         return x
 
     def embed_times(self, steps: int, like: Tensor) -> Tensor:
-        return self.network.embed_times(like.new_tensor(Schedule.respaced(steps).timesteps))
+        schedule = Schedule.respaced(steps)
+        schedule.tables(like.device, like.dtype)  # moved now, so that no step waits for it
+        return self.network.embed_times(like.new_tensor(schedule.timesteps))
 
     def _predict(self, x: Tensor, time: Tensor, cond: Tensor, uncond: Tensor | None, guidance: float) -> tuple[Tensor, ...]:
         """ε, guided, and the variance's fraction, which stays the conditional one; of embedded time and conditions."""
@@ -125,10 +126,16 @@ class DiffusionHead(Head):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The noise schedule over ``len(timesteps)`` steps; every table is ``[steps]`` in float64."""
+    """The noise schedule over ``len(timesteps)`` steps; every table is ``[steps]``, in float64 on the CPU.
+
+    Steps ``t`` are indices into the tables: integers shaped as the leading axes of a tensor, or one ``int`` for all of it.
+    """
 
     timesteps: list[int]
     betas: Tensor
+    _moved: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @staticmethod
     @functools.lru_cache(maxsize=64)
@@ -155,37 +162,57 @@ class Schedule:
         variance = self.betas * (1 - self._previous) / (1 - self.alphas_cumprod)
         return torch.cat([variance[1:2], variance[1:]]).log() if len(variance) > 1 else self.betas.log()
 
-    def noisy(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """``q(x_t | x_0)`` at the steps ``t``, shaped as the leading axes."""
-        signal = self.alphas_cumprod
-        return _at(signal.sqrt(), t, noise) * x + _at((1 - signal).sqrt(), t, noise) * noise
+    def tables(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """All coefficients by name, on a device and in a dtype.
 
-    def true_posterior(self, x: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        They are computed in float64 on the CPU, since some devices have no float64, and moved once per device and dtype, in
+        one piece: a copy per step would stall a GPU.
+        """
+        if (device, dtype) not in self._moved:
+            signal, previous = self.alphas_cumprod, self._previous
+            tables = {
+                "signal": signal.sqrt(),
+                "noise": (1 - signal).sqrt(),
+                "x_of_x_t": (1 / signal).sqrt(),
+                "x_of_epsilon": (1 / signal - 1).sqrt(),
+                "mean_of_x": self.betas * previous.sqrt() / (1 - signal),
+                "mean_of_x_t": (1 - previous) * (1 - self.betas).sqrt() / (1 - signal),
+                "low": self.posterior_logvar,
+                "high": self.betas.log(),
+            }
+            moved = torch.stack(list(tables.values())).to(dtype).to(device)
+            self._moved[device, dtype] = dict(zip(tables, moved.unbind()))
+        return self._moved[device, dtype]
+
+    def _at(self, t: Tensor | int, like: Tensor, *names: str) -> Iterator[Tensor]:
+        """The named coefficients at the steps ``t``, with a last axis to broadcast over the channels of ``like``."""
+        tables = self.tables(like.device, like.dtype)
+        return (tables[name][t].unsqueeze(-1) for name in names)
+
+    def noisy(self, x: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+        """``q(x_t | x_0)`` at the steps ``t``."""
+        of_x, of_noise = self._at(t, noise, "signal", "noise")
+        return of_x * x + of_noise * noise
+
+    def true_posterior(self, x: Tensor, x_t: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of ``q(x_{t−1} | x_t, x_0 = x)``."""
-        signal, previous = self.alphas_cumprod, self._previous
-        of_x = self.betas * previous.sqrt() / (1 - signal)
-        of_x_t = (1 - previous) * (1 - self.betas).sqrt() / (1 - signal)
-        return _at(of_x, t, x_t) * x + _at(of_x_t, t, x_t) * x_t, _at(self.posterior_logvar, t, x_t)
+        of_x, of_x_t, logvar = self._at(t, x_t, "mean_of_x", "mean_of_x_t", "low")
+        return of_x * x + of_x_t * x_t, logvar
 
     def model_posterior(
-        self, x_t: Tensor, epsilon: Tensor, fraction: Tensor, t: Tensor, token_limit: float | None = None
+        self, x_t: Tensor, epsilon: Tensor, fraction: Tensor, t: Tensor | int, token_limit: float | None = None
     ) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of ``p(x_{t−1} | x_t)`` from the network's two outputs.
 
         At the noisy end the token follows from ε by a factor of up to 20,000: ``token_limit`` bounds it.
         """
-        signal = self.alphas_cumprod
-        x = _at((1 / signal).sqrt(), t, x_t) * x_t - _at((1 / signal - 1).sqrt(), t, x_t) * epsilon
+        of_x_t, of_epsilon, high = self._at(t, x_t, "x_of_x_t", "x_of_epsilon", "high")
+        x = of_x_t * x_t - of_epsilon * epsilon
         if token_limit is not None:
             x = x.clamp(-token_limit, token_limit)
         mean, low = self.true_posterior(x, x_t, t)
         share = (fraction + 1) / 2  # −1 … 1 spans the bounds
-        return mean, share * _at(self.betas.log(), t, x_t) + (1 - share) * low
-
-
-def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """Entries of a float64 table at ``t``, with a last axis to broadcast over channels."""
-    return table.to(like.device)[t].to(like.dtype).unsqueeze(-1)
+        return mean, share * high + (1 - share) * low
 
 
 @functools.lru_cache(maxsize=1)
@@ -200,11 +227,14 @@ def train_alphas_cumprod() -> Tensor:
     return (1 - betas).cumprod(dim=0)
 
 
-@functools.lru_cache(maxsize=1)
-def flow_times() -> Tensor:
-    """The time of flow matching, 0 noise … 1 data, at which the share of noise is that of each training step: ``[1000]``, falling."""
+@functools.lru_cache(maxsize=8)
+def flow_times(device: torch.device = torch.device("cpu"), dtype: torch.dtype = torch.float64) -> Tensor:  # noqa: B008
+    """Return the time of flow matching, 0 noise … 1 data, with the noise share of each training step: ``[1000]``, falling.
+
+    It is computed in float64 on the CPU and then moved, once per device and dtype.
+    """
     signal = train_alphas_cumprod().sqrt()
-    return signal / (signal + (1 - train_alphas_cumprod()).sqrt())
+    return (signal / (signal + (1 - train_alphas_cumprod()).sqrt())).to(dtype).to(device)
 
 
 def training_steps(t: Tensor, times: Tensor) -> Tensor:

@@ -47,7 +47,10 @@ class FlowMapHead(Head):
         embedded = self.network.embed_condition(z)
         if self.guidance_embedding is None:
             return embedded
-        scale = torch.as_tensor(guidance, dtype=torch.float32, device=z.device)
+        if isinstance(guidance, Tensor):
+            scale = guidance.to(z.device, torch.float32)
+        else:  # filled in on the device: a copy from the host would stall a GPU at every AR step
+            scale = torch.full((), guidance, dtype=torch.float32, device=z.device)
         return embedded + self.guidance_embedding((scale - 1) * TIME_UNIT, self.network.dtype)
 
     def mean_velocity(self, x: Tensor, s: Tensor, t: Tensor, z: Tensor, guidance: Tensor | float = 1.0) -> Tensor:

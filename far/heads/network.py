@@ -4,6 +4,7 @@ It maps (noisy token, condition, times) to an output of the token's shape or a m
 the output means (noise, velocity, mean velocity) and how it is trained is each head's own matter.
 """
 
+import functools
 import math
 
 import torch
@@ -61,8 +62,9 @@ class HeadNetwork(nn.Module):
 
     def embed_times(self, *times: Tensor) -> Tensor:
         """Times ``[…]`` → the sum of their embeddings ``[…, width]``, 0 if there are none; the same for every token of a step."""
-        embedded = (embed(time, self.dtype) for embed, time in zip(self.time_embeddings, times, strict=True))
-        return sum(embedded, start=torch.zeros(()))  # which, without axes, changes neither dtype nor device
+        embedded = [embed(time, self.dtype) for embed, time in zip(self.time_embeddings, times, strict=True)]
+        nothing = self.blocks[0].norm.weight.new_zeros(())  # type: ignore[union-attr, operator]
+        return functools.reduce(torch.add, embedded) if embedded else nothing
 
     def conditioned(self, x: Tensor, condition: Tensor, time: Tensor) -> Tensor:
         """Outputs ``[…, outputs]`` for both embeddings ``[…, width]``, broadcastable to the leading axes of ``x``."""

@@ -115,7 +115,8 @@ def latent_statistics(autoencoder: Autoencoder, images: ShardReader, rows: Tenso
     latents = []
     for chunk in rows.split(_CHUNK):
         posterior = autoencoder.encode(read_images(images, chunk).to(device))
-        latents.append(posterior.sample(torch.randn(posterior.mean.shape, generator=generator).to(device)).double())
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+        latents.append(posterior.sample(noise).cpu().double())  # summed on the CPU: not every device has float64
     stacked = torch.cat(latents)
     shift = stacked.mean(dim=(0, 2, 3))
     scale = 1 / (stacked - shift.view(1, -1, 1, 1)).std()

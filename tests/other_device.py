@@ -1,0 +1,86 @@
+"""A stand-in for a GPU or a Mac: torch's ``meta`` device, whose tensors have shapes and no values, under a watch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+DEVICE = torch.device("meta")
+
+
+class Watch(TorchDispatchMode):
+    """Notes what would stall a GPU, or what a Mac cannot do, and refuses to mix devices.
+
+    Attributes:
+        copies: operations that move a tensor from one device to another.
+        reads: operations that need a value of the device on the host: ``.item()``, ``bool(tensor)``, indexing by a mask.
+        float64: operations that give float64 on the device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = _Numbers(self)
+        self.clear()
+
+    def __enter__(self) -> "Watch":
+        self.numbers.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.numbers.__exit__(*error)
+
+    def clear(self) -> None:
+        """Forget all that was noted."""
+        self.copies: list[str] = []
+        self.reads: list[str] = []
+        self.float64: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        name = str(func)
+        result = self._run(func, name, inputs, args, kwargs or {})
+        outputs = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        if name == "aten.to.dtype_layout":  # forward-mode derivatives find shapes by the meta device, whatever the tensors' is
+            return result
+        self.float64 += [name for value in outputs if value.device == DEVICE and value.dtype == torch.float64]
+        return result
+
+    def _run(self, func: Callable[..., Any], name: str, inputs: list[Tensor], args: Any, kwargs: Any) -> Any:
+        devices = {value.device for value in inputs if value.dim() or len(inputs) == 1}
+        if name.startswith(("aten._to_copy", "aten.copy_")):
+            target = inputs[0].device if name.startswith("aten.copy_") else kwargs.get("device") or inputs[0].device
+            if {inputs[-1].device, torch.device(target)} == {DEVICE, torch.device("cpu")}:
+                self.copies.append(name)
+                if torch.device(target) != DEVICE:  # there are no values to move
+                    return torch.zeros(inputs[-1].shape, dtype=kwargs.get("dtype") or inputs[-1].dtype)
+        elif len(devices) > 1:
+            raise AssertionError(f"{name} mixes devices: {[(value.device, tuple(value.shape)) for value in inputs]}")
+        elif DEVICE in devices and name.startswith("aten._local_scalar_dense"):
+            self.reads.append(name)
+            return 0
+        elif DEVICE in devices and name.startswith("aten.index.") and any(value.dtype == torch.bool for value in inputs[1:]):
+            self.reads.append(name)
+            return inputs[0].new_empty(0)
+        return func(*args, **kwargs)
+
+
+class _Numbers(TorchFunctionMode):
+    """Notes tensors that are made of the host's numbers, which a GPU receives by a copy and ``meta`` does not."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and not any(isinstance(value, Tensor) for value in args[-1:])
+        if made and result.device == DEVICE:
+            self.watch.copies.append(func.__name__)
+        return result

@@ -1,0 +1,129 @@
+"""What runs on a GPU or a Mac, tried without one: no stalls between AR steps, no float64 on the device, no mixed devices."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from other_device import DEVICE, Watch
+from torch import Tensor
+
+from far.autoencoder import Autoencoder, AutoencoderConfig
+from far.backbone import CausalConfig, MaskedConfig
+from far.data.image_sets import open_image_set, read_images
+from far.evaluation.features import load_feature_network
+from far.heads import HEADS, HeadConfig
+from far.model import FAR, ModelConfig, NetworkConfig
+from far.sampling import Kept, SamplingConfig, sampling_steps
+from far.training.autoencoder import latent_statistics
+
+BACKBONES = {"masked": MaskedConfig(16, 1, 2, 24, 1, 2, buffer=2), "causal": CausalConfig(width=16, depth=1, heads=2, buffer=2)}
+GRID, BATCH, KEPT = (2, 4), 3, 3
+
+HEAD_CASES = [
+    *({"kind": kind} for kind in sorted(HEADS)),
+    {"kind": "flow_map", "max_guidance": 4.0},
+    {"kind": "flow_map", "objective": "lagrangian"},
+    {"kind": "flow", "solver": "heun"},
+    {"kind": "diffusion", "token_limit": 5.0},
+]
+
+
+def named(values: dict) -> str:
+    return "-".join(map(str, values.values())) or "plain"
+
+
+def model(backbone: str, **head: object) -> FAR:
+    network = NetworkConfig(BACKBONES[backbone], HeadConfig(width=16, depth=1, **head))
+    return FAR(ModelConfig(network, classes=5, latent_channels=3, grid=GRID)).to(DEVICE)
+
+
+class NoiseOnTheDevice:
+    """Draws made where they are needed, so that every copy that is left is the sampler's or the head's."""
+
+    def orders(self, tokens: int) -> Tensor:
+        return torch.empty(BATCH, tokens, dtype=torch.long, device=DEVICE)
+
+    def normal(self, count: int, channels: int) -> Tensor:
+        return torch.empty(BATCH, count, channels, device=DEVICE)
+
+
+def draw(network: FAR, kept: bool, **sampling: object) -> tuple[Watch, Watch]:
+    """A whole generation on the device; what was noted in all of it, and in the AR steps after the first."""
+    known = Kept(torch.zeros(BATCH, 3, *GRID), torch.arange(KEPT)) if kept else None
+    tokens = network.config.tokens - (KEPT if kept else 0)
+    config = SamplingConfig(ar_steps=4 if network.backbone.any_order else tokens, guidance=3.0, **sampling)
+    labels = torch.zeros(BATCH, dtype=torch.long, device=DEVICE)
+    steps = sampling_steps(network, labels, NoiseOnTheDevice(), config, kept=known)
+    first, later = Watch(), Watch()
+    with first:
+        next(steps)
+    with later:
+        last = list(steps)[-1]
+    assert last.latents.device == DEVICE
+    return first, later
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["whole", "kept"])
+@pytest.mark.parametrize("head", HEAD_CASES, ids=named)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_ar_steps_copy_and_read_nothing(backbone: str, head: dict, kept: bool) -> None:
+    network = model(backbone, **head)
+    most = min(3, network.head.max_steps)
+    first, later = draw(network, kept, head_steps=(most, 1))
+    assert (later.copies, later.reads) == ([], [])
+    assert first.reads == []
+    assert first.float64 == later.float64 == []
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"order": "halton"}, {"refresh_every": 2}, {"guidance_every": 2}, {"guidance_interval": (0.2, 0.8)}, {"guidance_passes": 2}],
+    ids=named,
+)
+def test_ar_steps_of_approximations_copy_and_read_nothing(sampling: dict) -> None:
+    first, later = draw(model("masked", kind="flow_map", max_guidance=4.0), False, head_steps=2, **sampling)
+    assert (later.copies, later.reads) == ([], [])
+    assert first.float64 == later.float64 == []
+
+
+@pytest.mark.parametrize("head", HEAD_CASES, ids=named)
+def test_16_bit_models_make_no_float64(head: dict) -> None:
+    network = model("masked", **head).to(torch.bfloat16)
+    first, later = draw(network, False, head_steps=min(2, network.head.max_steps))
+    assert first.float64 == later.float64 == []
+
+
+@pytest.mark.parametrize("head", HEAD_CASES, ids=named)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_training_makes_no_float64(backbone: str, head: dict) -> None:
+    network, teacher = model(backbone, **head), model(backbone, **head)
+    labels = torch.zeros(BATCH, dtype=torch.long, device=DEVICE)
+    with Watch() as watch:
+        latents = torch.empty(BATCH, 3, *GRID, device=DEVICE)
+        loss = network.loss(latents, labels, torch.Generator().manual_seed(0), label_drop=0.1, teacher=teacher, step=1)
+        loss.value.mean().backward()
+    assert watch.float64 == []
+    assert all(parameter.grad is not None for parameter in network.head.parameters())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in sorted(HEADS) if kind != "energy"])
+def test_velocities_make_no_float64(kind: str) -> None:
+    head = model("masked", kind=kind).head
+    z = torch.empty(5, 24, device=DEVICE)
+    head.velocity(torch.empty(5, 3, device=DEVICE), torch.empty(5, device=DEVICE), z)  # tables are moved once
+    with Watch() as watch:
+        head.velocity(torch.empty(5, 3, device=DEVICE), torch.empty(5, device=DEVICE), z, z, 2.0)
+    assert (watch.copies, watch.reads, watch.float64) == ([], [], [])
+
+
+@torch.no_grad()
+def test_figures_of_an_autoencoder_make_no_float64(image_set: Path) -> None:
+    config = AutoencoderConfig(width=8, width_multipliers=(1, 1, 2), blocks=1, latent_channels=2, norm_groups=4, scale=2.0)
+    images, network = open_image_set(image_set / "train"), load_feature_network().to(DEVICE)
+    for spherical in (False, True):
+        autoencoder = Autoencoder(dataclasses.replace(config, spherical=spherical)).to(DEVICE)
+        with Watch() as watch:
+            network(autoencoder.decode(autoencoder.encode(read_images(images, torch.arange(4)).to(DEVICE)).mean) / 2 + 0.5)
+            latent_statistics(autoencoder, images, torch.arange(4))
+        assert watch.float64 == []
