@@ -3,6 +3,7 @@
 # make results:  regenerate docs/results.md's tables and plots; TRAIN=1 trains first (hours), TIMES=1 measures the seconds again
 # make soak:     the tests that take many minutes: kills, damaged files, all heads in all formats, the demo under load
 # make wheel:    build dist/: what `pip install` takes    make matrix: the tests under each Python 3.10 to 3.13 that is here
+# make test-avx2: make test as on a processor without AVX-512 and AMX: these instructions are forbidden
 # make notebook: run notebooks/quickstart.ipynb in place    make lock: requirements.lock anew, from PyPI
 # make docs:     the documentation as a site, in site/
 # make train-small: render, train and draw from a small model of one's own in under half an hour
@@ -12,13 +13,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: generate test soak check wheel matrix notebook lock bench results train-small docs
+.PHONY: generate test test-avx2 soak check wheel matrix notebook lock bench results train-small docs
 
 generate: $(VENV)/installed
 	$(BIN)/far generate --weights avatars-64 --count 64 --out samples.png
 
 test: $(VENV)/installed-dev $(VENV)/browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# One variable each for torch itself, oneDNN and fbgemm.
+test-avx2: export ATEN_CPU_CAPABILITY = avx2
+test-avx2: export ONEDNN_MAX_CPU_ISA = AVX2
+test-avx2: export FBGEMM_ENABLE_INSTRUCTIONS = AVX2
+test-avx2: test
 
 soak: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 import far
+from far import kernels
 from far.cli.main import main
 from far.packing import can_quantize
-from far.pipeline import Pipeline
+from far.pipeline import Pipeline, resolve_dtype
 
 integers = pytest.mark.skipif(not can_quantize(), reason="this build of torch has no 8-bit matrix products")
 
@@ -126,3 +127,13 @@ def test_fast_leaves_a_causal_model_exact_but_for_its_weights(tmp_path: Path) ->
     assert main(["generate", "--weights", "avatars-64-causal", "--labels", "1", "--fast", "--out", str(tmp_path / "a.png")]) == 0
     text = Image.open(tmp_path / "a.png").text
     assert (text["refresh_every"], text["dtype"]) == ("1", "int8")
+
+
+def test_fast_says_in_one_line_why_it_leaves_the_weights(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels, "int8_fault", lambda kernel: "8-bit products saturate")
+    generate(pipeline_folder, tmp_path / "a.png", "--count", "1", "--fast")
+    assert Image.open(tmp_path / "a.png").text["dtype"] == resolve_dtype("auto", "cpu")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "--fast" in line]
+    assert "8-bit products saturate" in line
