@@ -93,6 +93,12 @@ def check_count(name: str, value: int, most: int = 2**16) -> None:
         raise InputError(f"{name} {value} must be positive" if value < 1 else f"{name} {value} is too large; give at most {most}")
 
 
+def check_seed(name: str, seed: int) -> None:
+    """Raise an :class:`InputError` that starts with ``name`` unless ``seed`` is within 0 … 2⁶³ − 1."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"{name} {seed}: give a whole number within 0 … 2⁶³ − 1")
+
+
 def _by_kind(options: tuple[Any, ...], values: Mapping[str, Any], source: str) -> Any:
     """The dataclass among ``options`` whose ``kind`` the values name; the first one where they name none."""
     kinds = {option.kind: option for option in options}

@@ -17,6 +17,7 @@ from far.layers import take
 from far.model import FAR
 from far.sampling_config import FAST as FAST
 from far.sampling_config import SamplingConfig
+from far.seeds import seeded_generator
 from far.tokens import cosine_token_counts, halton_orders, random_orders, raster_orders
 
 
@@ -31,13 +32,14 @@ class Noise(Protocol):
 
 
 class SeededNoise:
-    """One generator a seed, so that an image depends on its seed and not on the batch around it.
+    """One generator per seed, so that an image depends on its seed and not on the batch around it.
 
-    Numbers are drawn on the CPU and then moved: the same seed gives the same noise on every device.
+    Numbers are drawn on the CPU and then moved: the same seed gives the same noise on every device. ``run`` is the seed of
+    a run that numbers its images; see :func:`far.seeds.seeded_generator`.
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    def __init__(self, seeds: Sequence[int], device: torch.device, run: int = 0) -> None:
+        self.generators = [seeded_generator(seed, run) for seed in seeds]
         self.device = device
 
     def orders(self, tokens: int) -> Tensor:

@@ -31,6 +31,7 @@ FLOORS = [
             "far.card",
             "far.processes",
             "far.pickles",
+            "far.seeds",
         ),
     ),
     (

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import far
 from far.cli.sampling_arguments import MOST_IMAGES, add_sampling_arguments, sampling_options
+from far.config import check_seed
 from far.errors import InputError
 from far.files import check_exists, check_writable, write_json
 from far.names import find_folder
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from far.pipeline import Pipeline
 
 _DEFAULT_COUNT = 10_000
+# From the first image of one --seed to that of the next, which is more than any count: no two share an image.
+_IMAGE_SEEDS = 2**32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--inception", type=Path, metavar="FILE", help="pt_inception-2015-12-05 state dict: real FID instead of the default"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first image; also of subsets and splits (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="image i has seed SEED · 2³² + i; also of subsets and splits (default 0)")
     add_sampling_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=64, help="images drawn together, at most 100 (default 64)")
     parser.add_argument("--dtype", choices=DTYPES[1:], default="float32", help="of the weights (default float32)")
@@ -117,8 +120,9 @@ def _check(arguments: argparse.Namespace) -> None:
             raise InputError("several processes are for --weights only; run far evaluate without torchrun")
     if arguments.count is not None and not 2 <= arguments.count <= MOST_IMAGES:
         raise InputError(f"--count {arguments.count}: give at least 2 and at most {MOST_IMAGES}")
-    if not 0 <= arguments.seed < 2**63 - (arguments.count or _DEFAULT_COUNT):
-        raise InputError(f"--seed {arguments.seed}: give a number of at least 0 that leaves room for the images' seeds below 2⁶³")
+    check_seed("--seed", arguments.seed)
+    if arguments.weights is not None and arguments.seed >= 2**63 // _IMAGE_SEEDS:
+        raise InputError(f"--seed {arguments.seed}: give a number below 2³¹, so that the images' seeds stay below 2⁶³")
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size} must be positive")
     for option, path in (("--save-npz", arguments.save_npz), ("--save-statistics", arguments.save_statistics)):
@@ -157,7 +161,7 @@ def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: str
     sampling = pipeline.sampling_config(**sampling_options(arguments))
     sampling.check(pipeline.model)
     check_class_balance(count, len(pipeline.classes))
-    generation = Generation(arguments.weights, sampling, arguments.seed, arguments.dtype)
+    generation = Generation(arguments.weights, sampling, arguments.seed * _IMAGE_SEEDS, arguments.dtype)
     keep = arguments.save_npz is not None
     parts = parts_folder(arguments.out, generation, extractor, keep_images=keep)
     processes = started_by_torchrun()

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("samples.png"), help=".png (a contact sheet), .npz, or a folder of PNGs (default samples.png)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="image i has seed SEED + i (default 0)")
     add_sampling_arguments(parser)
     parser.add_argument(
         "--fast", action="store_true", help="approximate: int8 weights on a CPU, and in masked models parts of every 4th AR step reused"

@@ -19,6 +19,7 @@ from far.evaluation.metrics import (
     precision_recall,
 )  # fmt: skip
 from far.evaluation.references import Reference
+from far.seeds import seeded_generator
 
 NEIGHBOURS = 3
 _SUBSETS = 100
@@ -39,7 +40,7 @@ def figures(features: Tensor, reference: Reference, extractor: Extractor, *, see
     Raises:
         InputError: too few images on a side.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     check_counts(len(features), reference)
     name = distance_name(extractor)
     suffix = "" if name == "FID" else f" ({extractor.name})"

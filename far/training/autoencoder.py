@@ -15,6 +15,7 @@ from far.errors import InputError
 from far.evaluation.features import FeatureNetwork, load_feature_network
 from far.evaluation.metrics import FeatureStatistics, frechet_distance, psnr
 from far.pictures import enlarge, grid, save_png
+from far.seeds import seeded
 from far.training.config import AutoencoderLossConfig, LoopConfig
 from far.training.loop import epoch_rows
 from far.weights import save_autoencoder, to_device
@@ -32,8 +33,7 @@ class AutoencoderTask:
         size = self.train_images.meta["size"]
         if size % model.stride:
             raise InputError(f"{data}: images of {size} pixels are no multiple of the autoencoder's stride {model.stride}")
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(loop.seed)
+        with seeded(loop.seed):
             self.module = Autoencoder(model)
         self.features: FeatureNetwork = to_device(load_feature_network(), loop.device)
         self.results: dict[str, float] = {}

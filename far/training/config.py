@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from far.config import check_count
+from far.config import check_count, check_seed
 from far.errors import InputError
 
 # Images that know equally many tokens, so that the backbone can take them together.
@@ -57,8 +57,7 @@ class LoopConfig:
                 raise InputError(f"{name} {value} must be at least 0, and finite")
         if self.batch_size % self.micro_batches:
             raise InputError(f"micro_batches {self.micro_batches} must divide the batch_size {self.batch_size}")
-        if not 0 <= self.seed < 2**40:
-            raise InputError(f"seed {self.seed} must be at least 0 and below 2⁴⁰")
+        check_seed("seed", self.seed)
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay {self.ema_decay} must be at least 0 and below 1")
 
@@ -133,6 +132,7 @@ class TrajectoryConfig:
             raise InputError(f"label_drop {self.label_drop} must be at least 0 and below 1")
         if not (math.isfinite(self.max_guidance) and self.max_guidance > 1):
             raise InputError(f"max_guidance {self.max_guidance} must be a number above 1")
+        check_seed("seed", self.seed)
 
 
 _LOOP = LoopConfig(

@@ -17,6 +17,7 @@ from far.heads.flow_map import FlowMapHead
 from far.model import FAR
 from far.pictures import contact_sheet, save_png
 from far.pipeline import Pipeline
+from far.seeds import seeded
 from far.training.adapters import adapters, add_adapters, merged
 from far.training.config import GROUP, DistillationConfig, LoopConfig
 from far.training.loop import epoch_rows
@@ -35,8 +36,7 @@ class DistillationTask:
         self.groups = len(self.rows) // GROUP - 1  # the last one is held out
         self.module = _student(teacher.model, config)
         if config.adapter_rank:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(config.training.seed)
+            with seeded(config.training.seed):
                 add_adapters(self.module.backbone, config.adapter_rank)
         self.results: dict[str, Any] = {}
 
@@ -124,8 +124,7 @@ def _student(teacher: FAR, config: DistillationConfig) -> FAR:
         teacher.config.network.head, kind="flow_map", samples_per_token=max(2, config.samples_per_token),
         max_guidance=config.trajectories.max_guidance, token_limit=None, flow_steps=0,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.training.seed)
+    with seeded(config.training.seed):
         student = FAR(dataclasses.replace(teacher.config, network=dataclasses.replace(teacher.config.network, head=head)))
     student.backbone.load_state_dict(teacher.backbone.state_dict())
     student.backbone.requires_grad_(False)

@@ -18,6 +18,7 @@ from far.model import FAR, ModelConfig, NetworkConfig
 from far.pictures import contact_sheet, save_png
 from far.pipeline import Pipeline
 from far.sampling import SamplingConfig
+from far.seeds import seeded
 from far.training.config import EvaluationConfig, LoopConfig
 from far.training.loop import epoch_rows
 from far.weights import to_device
@@ -52,8 +53,7 @@ class GeneratorTask:
         self.held_out = open_image_set(images / "held-out")
         side = self.latents.meta["size"] // autoencoder.config.stride
         config = ModelConfig(network, len(self.classes), autoencoder.config.latent_channels, (side, side))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(loop.seed)
+        with seeded(loop.seed):
             self.module = FAR(config)
         self.training: dict[str, Any] = {
             "command": "far train",

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from far.errors import InputError
 from far.files import atomic_path, remove_leftovers
 from far.processes import Processes
+from far.seeds import seed_all, seeded_generator
 from far.training.checkpoint import list_checkpoints, named_tensors, open_checkpoint, save_checkpoint
 from far.training.config import LoopConfig
 from far.training.ema import Ema
@@ -258,9 +259,9 @@ class Trainer:
         Returns its loss and the other values to log.
         """
         config = self.config
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
+        generator = seeded_generator(number, config.seed)
         # Dropout can only draw from the device's default generator; seeding all makes a step a function of its number.
-        torch.manual_seed(config.seed * 1_000_003 + number)
+        seed_all(number, config.seed)
         start = time.perf_counter()
         batch = self.task.batch(number, generator)
         loaded = time.perf_counter()
@@ -397,4 +398,4 @@ def epoch_rows(number: int, batch_size: int, rows: int, seed: int) -> Tensor:
 
 @functools.lru_cache(maxsize=2)
 def _permutation(rows: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return torch.randperm(rows, generator=seeded_generator(epoch, seed))

@@ -23,6 +23,7 @@ from far.model import FAR
 from far.pipeline import Pipeline
 from far.processes import Processes
 from far.sampling import SeededNoise, sample
+from far.seeds import seeded_generator
 from far.tokens import cosine_token_counts, raster_orders
 from far.training.config import GROUP, TrajectoryConfig
 
@@ -79,7 +80,7 @@ def write_trajectories(
     def shard(numbers: range) -> dict[str, Tensor]:
         rows = []
         for group in numbers:
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + group)
+            generator = seeded_generator(group, config.seed)
             rows.append(group_rows(teacher.model, *images(group, generator), config, teacher.defaults.ar_steps, generator))
             bar.update()
         return {name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]}
@@ -112,7 +113,7 @@ def _cached(teacher: Pipeline, folder: Path, seed: int) -> Images:
         raise InputError(
             f"{folder} is of images of {size}×{size} pixels, the teacher's are {expected[0]}×{expected[1]}; give latents of such"
         )
-    order, labels = torch.randperm(len(reader), generator=torch.Generator().manual_seed(seed)), reader.all("labels")
+    order, labels = torch.randperm(len(reader), generator=seeded_generator(seed)), reader.all("labels")
 
     def read(group: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         rows = order[torch.arange(group * GROUP, (group + 1) * GROUP) % len(order)]
@@ -136,7 +137,7 @@ def _drawn(teacher: Pipeline, seed: int) -> Images:
     def draw(group: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         numbers = range(group * GROUP, (group + 1) * GROUP)
         labels = torch.tensor([number % len(teacher.classes) for number in numbers], device=teacher.device)
-        noise = SeededNoise([seed * 1_000_003 + number for number in numbers], teacher.device)
+        noise = SeededNoise(numbers, teacher.device, seed)
         return sample(teacher.model, labels, noise, teacher.defaults), labels
 
     return draw

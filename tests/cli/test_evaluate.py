@@ -42,7 +42,7 @@ def test_a_model(tmp_path: Path, pipeline_folder: Path, image_set: Path, capsys:
     assert "far: warning: 9 images are fewer than the 1280 features" in output.err
     assert result["judged"]["count"] == 9
     assert result["judged"]["sampling"]["head_steps"] == 1
-    assert result["judged"]["seed"] == 5
+    assert result["judged"]["seed"] == 5 * 2**32
     assert set(result["judged"]["sha256"]) == {"config.json", "model.safetensors", "autoencoder.safetensors"}
     assert result["reference"]["count"] == 12
     assert result["extractor"] == "EfficientNet-Lite0"
@@ -55,6 +55,22 @@ def test_a_model(tmp_path: Path, pipeline_folder: Path, image_set: Path, capsys:
         assert saved["arr_1"].tolist() == [0, 1, 2] * 3
     again = evaluate(tmp_path, "--npz", tmp_path / "samples.npz", "--reference", image_set, "--seed", 5)
     assert again["figures"] == pytest.approx(result["figures"])
+
+
+def test_evaluations_of_two_seeds_share_no_image(tmp_path: Path, pipeline_folder: Path, image_set: Path) -> None:
+    found = {}
+    for seed in (0, 1):
+        saved = tmp_path / f"{seed}.npz"
+        evaluate(tmp_path, "--weights", pipeline_folder, "--reference", image_set, "--count", 9, "--seed", seed, "--save-npz", saved)
+        with np.load(saved) as arrays:
+            found[seed] = arrays["arr_0"]
+    distances = np.abs(found[0][:, None].astype(int) - found[1][None]).mean(axis=(2, 3, 4))
+    assert distances.min() > 1, "an image of --seed 1 is one of --seed 0"
+    # The documented seeds, as far generate takes them.
+    command = ["generate", "--weights", str(pipeline_folder), "--dtype", "float32", "--count", "3", "--seed", str(2**32)]
+    assert main([*command, "--out", str(tmp_path / "drawn.npz")]) == 0
+    with np.load(tmp_path / "drawn.npz") as drawn:
+        assert np.abs(drawn["arr_0"].astype(int) - found[1][:3]).max() <= 1
 
 
 def test_the_distance_is_that_of_the_features(tmp_path: Path, folder: Path, image_set: Path) -> None:
@@ -158,8 +174,9 @@ def test_two_processes(tmp_path: Path, pipeline_folder: Path, image_set: Path) -
         (["--images", "{images}", "--reference", "{three}"], "need more than 3 images a side, got 12 and 3"),
         (["--weights", "{model}", "--reference", "{three}"], "need more than 3 images a side, got 10000 and 3"),
         (["--weights", "{model}", "--reference", "{images}", "--count", "3"], "need more than 3 images a side, got 3 and 12"),
-        (["--weights", "{model}", "--reference", "{images}", "--seed", "-1"], "--seed -1: give a number of at least 0"),
+        (["--weights", "{model}", "--reference", "{images}", "--seed", "-1"], "--seed -1"),
         (["--images", "{images}", "--reference", "{images}", "--seed", str(10**25)], "--seed 10000000000000000000000000"),
+        (["--weights", "{model}", "--reference", "{images}", "--seed", str(2**31)], f"--seed {2**31}"),
         (["--weights", "{model}", "--reference", "{images}", "--device", "nowhere"], "device 'nowhere' cannot be used here"),
         (["--images", "{images}", "--save-statistics", "statistics"], "--save-statistics statistics: give a name that ends in .npz"),
         (["--weights", "{model}", "--reference", "{images}", "--save-npz", "x.NPZ"], "--save-npz x.NPZ: give a name that ends in .npz"),

@@ -20,6 +20,7 @@ from far.heads import Head, HeadConfig
 from far.heads.diffusion import DiffusionHead
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pipeline import Pipeline
+from far.sampling import SeededNoise, sample
 from far.tokens import cosine_token_counts
 from far.training import trajectories as module
 from far.training.trajectories import (
@@ -253,7 +254,8 @@ def test_without_a_cache_the_teacher_draws(diffusion_folder: Path, tmp_path: Pat
     reader = ShardReader(tmp_path / "rows", "trajectories")
     labels = reader.all("labels")
     assert labels.tolist() == [number % 3 for number in range(2 * GROUP)]
-    drawn = teacher.draw(labels[60:70].tolist(), range(2 * 1_000_003 + 60, 2 * 1_000_003 + 70))
+    noise = SeededNoise(range(60, 70), teacher.device, run=2)
+    drawn = teacher.decode(sample(teacher.model, labels[60:70], noise, teacher.defaults))
     found = teacher.decode(teacher.model.latents(reader.all("tokens")[60:70].float()))
     torch.testing.assert_close(found, drawn, rtol=0, atol=5e-3)
     assert float((drawn[0] - drawn[3]).abs().max()) > 0.02

@@ -1,0 +1,49 @@
+"""Random number generators whose stream depends on every bit of their seed.
+
+torch seeds its CPU generator, a Mersenne Twister, with the lower 32 bits of a seed and ignores the others. Larger keys
+fill the twister's whole state here by ``init_by_array``, the initialization that its authors published for long keys and
+that Python's ``random`` uses. Keys below 2³² are torch's own seeding, so their streams are those of ``manual_seed``.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+# Where torch's serialized CPU generator holds the 624 words of the twister, 8 bytes each.
+_WORDS = slice(24, 24 + 8 * 624)
+
+
+def seeded_generator(number: int, seed: int = 0) -> torch.Generator:
+    """Return a CPU generator for one pair of numbers; different pairs give different streams.
+
+    Args:
+        number: seed of an image, or the number of a step, epoch or group of a run, within 0 … 2⁶³ − 1.
+        seed: seed of the run, within the same range.
+    """
+    words = np.array([number, seed], dtype="<u8").view("<u4")
+    if not words[1:].any():
+        return torch.Generator().manual_seed(int(words[0]))
+    # All four words always: init_by_array repeats its key, and keys of different lengths can repeat to the same one.
+    twister = np.random.RandomState(words).get_state(legacy=False)["state"]["key"]
+    made = torch.Generator().manual_seed(int(twister[1]) << 31 | int(twister[2]) >> 1)
+    state = made.get_state()
+    state[_WORDS] = torch.from_numpy(twister.astype(np.int64)).view(torch.uint8)
+    made.set_state(state)
+    return made
+
+
+def seed_all(number: int, seed: int = 0) -> None:
+    """Seed the default generators of all devices, for operations that accept no generator, such as dropout."""
+    made = seeded_generator(number, seed)
+    torch.manual_seed(made.initial_seed())
+    torch.default_generator.set_state(made.get_state())
+
+
+@contextlib.contextmanager
+def seeded(number: int) -> Iterator[None]:
+    """Seed the CPU's default generator within the block, as initializing weights needs, and restore it afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.set_state(seeded_generator(number).get_state())
+        yield
