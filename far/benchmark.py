@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.backbone import MaskedBackbone
+from far.devices import resolve_device
 from far.errors import InputError
 from far.heads.flow import FlowHead
 from far.kernels import product_operators
@@ -32,7 +33,7 @@ from far.model import FAR, PRESETS, ModelConfig, preset
 from far.packing import Int8Linear
 from far.pipeline import Pipeline, prepare, prepare_autoencoder
 from far.sampling import FAST, SamplingConfig, SeededNoise, sample
-from far.weights import find_folder, to_device
+from far.weights import find_folder
 
 SEED = 0
 # The whole of a generation; "sampler" is what is left when the networks are taken away.
@@ -124,7 +125,7 @@ def rows_of(
 def _outline(name: str) -> tuple[FAR, SamplingConfig]:
     """A model that serves for checks alone, and its default sampling values."""
     if name not in PRESETS:
-        pipeline = Pipeline.from_pretrained(_folder(name))
+        pipeline = Pipeline.from_pretrained(_folder(name), device="cpu")
         return pipeline.model, pipeline.defaults
     with torch.device("meta"):  # no memory, no time
         model = FAR(ModelConfig(preset(name)))
@@ -138,7 +139,7 @@ def _folder(name: str) -> Path:
         raise InputError(f"model {name!r} is no preset ({', '.join(PRESETS)}) and no folder: {error}") from None
 
 
-def load_models(rows: Sequence[Row], device: str) -> dict[tuple[str, str], Pipeline]:
+def load_models(rows: Sequence[Row], device: str | torch.device) -> dict[tuple[str, str], Pipeline]:
     """The pipeline of each model and dtype of ``rows``, each once.
 
     Presets get random weights of a fixed seed, which suffice for time, and the published KL-16 autoencoder's sizes.
@@ -146,7 +147,7 @@ def load_models(rows: Sequence[Row], device: str) -> dict[tuple[str, str], Pipel
     Raises:
         InputError: there is no such device here, or a folder's files are damaged.
     """
-    to_device(nn.LayerNorm(1), device)  # the device is refused before weights are drawn
+    device = resolve_device(device)
     wanted = dict.fromkeys((row.model, row.dtype) for row in rows)
     pipelines = {}
     for name, dtype in tqdm(wanted, desc="loading", unit="model"):
@@ -327,13 +328,13 @@ def weights_read(model: FAR, config: SamplingConfig) -> int:
     return config.ar_steps * at_each_step + embedded * times + passes * (size(network) - times - condition)
 
 
-def read_bandwidth(device: str = "cpu") -> float:
+def read_bandwidth(device: str | torch.device = "cpu") -> float:
     """Bytes a second at which a gigabyte is read, the best of five."""
     block = torch.ones(_BANDWIDTH_BYTES // 4, device=device)
     return block.nbytes / min(paired({"read": _finished(block.sum, block.device)}, 5)["read"])
 
 
-def product_peak(dtype: torch.dtype, device: str = "cpu") -> float:
+def product_peak(dtype: torch.dtype, device: str | torch.device = "cpu") -> float:
     """Operations a second of a large matrix product, the best of five."""
     a = torch.randn(_PRODUCT_SIDE, _PRODUCT_SIDE, device=device).to(dtype)
     return _product_speed(lambda: a @ a, a.device)
@@ -439,7 +440,7 @@ class Report:
         return median_ratio(self.findings[0].image_seconds, finding.image_seconds)
 
 
-def measure(rows: Sequence[Row], *, rounds: int = 3, full: bool = False, device: str = "cpu") -> Report:
+def measure(rows: Sequence[Row], *, rounds: int = 3, full: bool = False, device: str | torch.device = "auto") -> Report:
     """Time every row ``rounds`` times in turn, after a round that warms up and counts operations and memory.
 
     Args:
@@ -448,6 +449,7 @@ def measure(rows: Sequence[Row], *, rounds: int = 3, full: bool = False, device:
     Raises:
         InputError: a model, device or dtype cannot be used here.
     """
+    device = resolve_device(device)
     pipelines = load_models(rows, device)
     report = Report([], read_bandwidth(device), {})
     with tqdm(total=len(rows) * (1 + rounds), desc="benchmark", unit="run") as bar:
@@ -502,7 +504,7 @@ def _peak_of(module: nn.Module, report: Report) -> float:
     like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
     name = str(like.dtype).removeprefix("torch.")
     if name not in report.peaks:
-        report.peaks[name] = product_peak(like.dtype, str(like.device))
+        report.peaks[name] = product_peak(like.dtype, like.device)
     return report.peaks[name]
 
 

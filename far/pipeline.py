@@ -20,13 +20,14 @@ from torch import Tensor
 from far.autoencoder import Autoencoder
 from far.card import write_card
 from far.config import from_dict, to_dict
+from far.devices import resolve_device, resolve_training_dtype
 from far.editing import paste_kept, touched_tokens
 from far.errors import InputError
 from far.files import is_plain, read_json, write_json
 from far.hub import upload
 from far.kernels import no_int8
 from far.model import FAR, ModelConfig
-from far.packing import Int8Linear, can_pack, pack_linear_layers, quantize_linear_layers
+from far.packing import Int8Linear, pack_linear_layers, quantize_linear_layers
 from far.pictures import to_pictures, to_tensor
 from far.precision import DTYPES
 from far.sampling import Kept, Progress, SamplingConfig, SeededNoise, sampling_steps
@@ -39,7 +40,6 @@ from far.weights import (
     load_autoencoder,
     load_module,
     save_tensors,
-    to_device,
 )
 
 # On a CPU, few images at a time and channels last stay in the caches: twice as fast at 64 × 64 pixels.
@@ -337,7 +337,7 @@ class Pipeline:
         tensors, autoencoder, described = self.model.state_dict(), self.autoencoder, {}
         if base is not None:
             described = {"base": describe_base(base)}
-            other = Pipeline.from_pretrained(BUNDLED / base)
+            other = Pipeline.from_pretrained(BUNDLED / base, device="cpu")
             tensors = changed_tensors(self.model, other.model)
             if autoencoder is not None and other.autoencoder is not None and not changed_tensors(autoencoder, other.autoencoder):
                 autoencoder = None
@@ -396,7 +396,7 @@ class Pipeline:
         name: Path | str,
         *,
         dtype: str = "float32",
-        device: str = "cpu",
+        device: str | torch.device = "auto",
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> "Pipeline":
@@ -408,19 +408,22 @@ class Pipeline:
             dtype: of the generator's weights: float32; bfloat16; float16; int8, an approximation for CPUs; or auto, which is
                 bfloat16 where the device has the instructions and else float32. The autoencoder is bfloat16 with bfloat16 and
                 with int8 where the device has the instructions, and float32 otherwise.
+            device: such as ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or a ``torch.device``; ``"auto"`` takes a GPU if there is one, see
+                :func:`far.devices.resolve_device`.
             revision: a branch, tag or commit on the hub; ``None`` is the one in the name, else the main branch.
             local_files_only: take a model of the hub from the local cache alone, as HF_HUB_OFFLINE=1 does.
 
         Raises:
-            InputError: no such folder, name or revision; the hub cannot be reached; or the files are damaged or do not fit
-                together (the file is named, and the first tensor or key that differs).
+            InputError: no such folder, name or revision, no such device or dtype here, the hub cannot be reached, or the files
+                are damaged or do not fit together (the file is named, and the first tensor or key that differs).
         """
+        device = resolve_device(device)  # refused before anything is read, and so is the dtype
+        dtype = resolve_dtype(dtype, device)
         folder = find_folder(name, revision=revision, local_files_only=local_files_only)
         source = str(folder / "config.json")
         values = read_json(folder / "config.json")
         if not isinstance(values, dict) or "model" not in values:
             raise InputError(f"{source} describes no generator; give a folder with a 'model' entry")
-        dtype = resolve_dtype(dtype, device)  # refused before weights are read
         config = from_dict(ModelConfig, values["model"], source)
         defaults = from_dict(SamplingConfig, values.get("defaults", {}), source)
         classes = values.get("classes", [])
@@ -457,11 +460,12 @@ def load(
     name: Path | str,
     *,
     dtype: str = "float32",
-    device: str = "cpu",
+    device: str | torch.device = "auto",
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> Pipeline | Autoencoder:
     """:meth:`Pipeline.from_pretrained`; of a folder that holds an autoencoder alone, that autoencoder."""
+    device = resolve_device(device)
     folder = find_folder(name, revision=revision, local_files_only=local_files_only)
     values = read_json(folder / "config.json")
     if isinstance(values, dict) and "autoencoder" in values and "model" not in values:
@@ -471,42 +475,43 @@ def load(
     return Pipeline.from_pretrained(folder, dtype=dtype, device=device)
 
 
-def prepare(model: FAR, dtype: str, device: str) -> FAR:
+def prepare(model: FAR, dtype: str, device: str | torch.device) -> FAR:
     """``model`` as a pipeline runs it, changed in place: on a device, its weights in a dtype, laid out for inference.
 
     Raises:
         InputError: there is no such dtype, or no such device here.
     """
+    device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
-    model = to_device(model, device, _DTYPES[dtype])
+    model = model.to(device, _DTYPES[dtype])
     if dtype == "int8":
         quantize_linear_layers(model)
     pack_linear_layers(model)
     return model
 
 
-def prepare_autoencoder(autoencoder: Autoencoder, dtype: str, device: str) -> Autoencoder:
+def prepare_autoencoder(autoencoder: Autoencoder, dtype: str, device: str | torch.device) -> Autoencoder:
     """The same for the autoencoder of a generator in a dtype. In float16 its values can leave the range."""
+    device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
-    low = dtype == "bfloat16" or (dtype == "int8" and can_pack())
-    autoencoder = to_device(autoencoder, device, torch.bfloat16 if low else torch.float32)
+    low = dtype == "bfloat16" or (dtype == "int8" and resolve_dtype("auto", device) == "bfloat16")
+    autoencoder = autoencoder.to(device, torch.bfloat16 if low else torch.float32)
     return autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def resolve_dtype(name: str, device: str) -> str:
-    """The dtype that ``auto`` stands for on a device, or ``name`` itself.
+def resolve_dtype(name: str, device: str | torch.device) -> str:
+    """Return the dtype that ``auto`` stands for on a device: bfloat16 if it has instructions for it, else float32.
+
+    Any other name is returned as it is.
 
     Raises:
-        InputError: there is no such dtype, or it cannot be used on this device.
+        InputError: there is no such dtype or device, or the dtype cannot be used on this device.
     """
     if name not in DTYPES:
         raise InputError(f"dtype {name!r}: choose one of {', '.join(DTYPES)}")
-    kind = device.partition(":")[0]
-    if name == "int8" and kind != "cpu":
-        raise InputError(f"dtype int8 is for CPUs, not for device {device!r}; try auto")
+    device = resolve_device(device)
+    if name == "int8" and device.type != "cpu":
+        raise InputError(f"dtype int8 is for CPUs, not for device {str(device)!r}; try auto")
     if name == "int8" and (reason := no_int8()):
         raise InputError(f"dtype int8 cannot be used here: {reason}; try auto")
-    if name != "auto":
-        return name
-    fast = can_pack() if kind == "cpu" else kind == "cuda" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return "bfloat16" if fast else "float32"
+    return resolve_training_dtype("auto", device) if name == "auto" else name

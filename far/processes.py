@@ -12,9 +12,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from far.devices import resolve_device
 from far.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -26,9 +30,33 @@ class Processes:
     rank: int = 0
     count: int = 1
 
-    def device(self, name: str) -> str:
-        """The device of this process: of several, ``cuda`` is each one's own."""
-        return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and self.count > 1 else name
+    def device(self, name: "str | torch.device") -> "torch.device":
+        """Return the device of this process: of several, ``cuda`` and ``auto`` give each its own CUDA device.
+
+        Raises:
+            InputError: the name is unknown, the device cannot be used on this machine, or torchrun did not start this process.
+        """
+        import torch
+
+        if self.count == 1 or str(name) not in ("auto", "cuda"):
+            return resolve_device(name)
+        if str(name) == "auto" and not torch.cuda.is_available():
+            return torch.device("cpu")  # processes cannot share an MPS device
+        local, devices = self.local_rank(), torch.cuda.device_count()
+        if 0 < devices <= local:
+            raise InputError(f"LOCAL_RANK {local} has no CUDA device; start at most {devices} processes per machine, or give device cpu")
+        return resolve_device(f"cuda:{local}")
+
+    def local_rank(self) -> int:
+        """Return this process's number on its machine.
+
+        Raises:
+            InputError: torchrun did not start this process.
+        """
+        local = os.environ.get("LOCAL_RANK", "missing")
+        if not local.isdecimal():
+            raise InputError(f"WORLD_SIZE is {self.count}, but LOCAL_RANK is {local} in the environment; start the command by torchrun")
+        return int(local)
 
     def check_parts(self, name: str, parts: int) -> None:
         """Raise an :class:`InputError` unless so many parts of a step, set by ``name``, are as many for each process."""
@@ -115,12 +143,13 @@ def joined() -> Iterator[Processes]:
     if processes.count == 1:
         yield processes
         return
-    if missing := [name for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+    local = processes.local_rank()
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise InputError(f"WORLD_SIZE is {processes.count}, but {missing[0]} is missing in the environment; start the command by torchrun")
     import torch
     import torch.distributed as dist
 
-    if (local := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
+    if local < torch.cuda.device_count():
         torch.cuda.set_device(local)  # where torch's engines keep what they put together
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     # Some wait while one judges images, which may take long.

@@ -79,18 +79,6 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor.to_dense() if tensor.is_mkldnn else tensor
 
 
-def to_device(module: M, device: str, dtype: torch.dtype | None = None) -> M:
-    """``module`` on a device, and in a dtype where given.
-
-    Raises:
-        InputError: there is no such device here.
-    """
-    try:
-        return module.to(device, dtype)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
-
-
 def load_module(build: Callable[[], M], path: Path, base: Path | None = None, *, listed: Any = None) -> M:
     """The module that ``build`` makes, with the weights of a safetensors file in the module's dtype.
 

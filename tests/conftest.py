@@ -1,6 +1,7 @@
 """A tiny image set, autoencoder, latent cache and model that many tests share; real files, made once."""
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from far.model import FAR, ModelConfig, NetworkConfig
 from far.pipeline import Pipeline
 from far.sampling import SamplingConfig
 from far.weights import save_autoencoder
+
+# The references of the tests are the CPU's; device "auto" would take a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 CLASSES = ["circle", "square", "stripes"]
 SIZE = 16

@@ -32,6 +32,7 @@ FLOORS = [
             "far.processes",
             "far.pickles",
             "far.seeds",
+            "far.devices",
         ),
     ),
     (

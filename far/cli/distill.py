@@ -34,12 +34,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"{arguments.out} holds another model, which would be overwritten; choose another folder")
 
     from far.training.distillation import DistillationTask
-    from far.training.loop import check_unused, train
+    from far.training.loop import check_unused, resolve_loop, train
     from far.training.trajectories import load_teacher, write_trajectories
 
     check_unused(arguments.out, arguments.resume)
     with joined() as processes:
-        training = dataclasses.replace(config.training, device=processes.device(config.training.device))
+        training = resolve_loop(config.training, arguments.out, processes)
         config = dataclasses.replace(config, training=training)
         processes.check_parts("training.micro_batches", training.micro_batches)
         teacher = load_teacher(folder, config.trajectories, training.device)

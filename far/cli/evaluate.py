@@ -82,10 +82,9 @@ def run(arguments: argparse.Namespace) -> None:
     from far.evaluation.inception import load_inception
     from far.evaluation.references import default_cache, open_reference, write_statistics
     from far.evaluation.report import check_counts
-    from far.weights import to_device
 
     device = started_by_torchrun().device(arguments.device)
-    extractor: Extractor = to_device(load_inception(arguments.inception) if arguments.inception else load_feature_network(), device)
+    extractor: Extractor = (load_inception(arguments.inception) if arguments.inception else load_feature_network()).to(device)
     cache = arguments.cache or default_cache()
     start = time.perf_counter()
     # What is wrong with either side should show before hours of generation.
@@ -148,7 +147,7 @@ def _open_images(arguments: argparse.Namespace, extractor: Extractor, cache: Pat
     return Judged(count, source.size, described, lambda: features_of(source, extractor, cache, count=count))
 
 
-def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: str) -> Judged:
+def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: torch.device) -> Judged:
     import torch
 
     from far.evaluation.extraction import part_ranges, read_part, read_parts

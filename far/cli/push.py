@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from far.pipeline import Pipeline
 
-    pipeline = Pipeline.from_pretrained(folder)
+    pipeline = Pipeline.from_pretrained(folder, device="cpu")
     address = pipeline.push_to_hub(
         arguments.name, license=arguments.license, private=arguments.private or None, dtype=getattr(torch, arguments.dtype)
     )  # fmt: skip

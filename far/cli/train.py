@@ -6,7 +6,6 @@ any time; it holds the EMA weights of the last checkpoint.
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 from far.cli.recipe_arguments import add_recipe_arguments, read_recipe
@@ -23,11 +22,11 @@ def run(arguments: argparse.Namespace) -> None:
     config = recipe.generator
 
     from far.training.generator import GeneratorTask
-    from far.training.loop import train
+    from far.training.loop import resolve_loop, train
     from far.weights import load_autoencoder
 
     with joined() as processes:
-        training = dataclasses.replace(config.training, device=processes.device(config.training.device))
+        training = resolve_loop(config.training, recipe.model_folder, processes)
         task = GeneratorTask(
             config.network,
             config.sampling,

@@ -5,7 +5,6 @@ and shift, PSNR and reconstruction distance on held-out images, reconstructions.
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 from far.cli.recipe_arguments import add_recipe_arguments, read_recipe
@@ -22,10 +21,10 @@ def run(arguments: argparse.Namespace) -> None:
     config = recipe.autoencoder
 
     from far.training.autoencoder import AutoencoderTask
-    from far.training.loop import train
+    from far.training.loop import resolve_loop, train
 
     with joined() as processes:
-        training = dataclasses.replace(config.training, device=processes.device(config.training.device))
+        training = resolve_loop(config.training, recipe.autoencoder_folder, processes)
         task = AutoencoderTask(config.model, config.loss, Path(recipe.data), training)
         train(task, training, recipe.autoencoder_folder, resume=arguments.resume, processes=processes)
         if processes.rank == 0:

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from far.autoencoder import Autoencoder
 from far.data.image_sets import check_labels, check_meta, open_image_set, read_images
 from far.data.shards import INDEX, ShardReader, ShardWriter
+from far.devices import resolve_device
 from far.errors import InputError
 from far.files import sha256
 from far.processes import Processes
-from far.weights import to_device
 
 SHARD_ROWS = 4096
 
@@ -28,7 +28,7 @@ def write_latents(
     autoencoder: Autoencoder,
     folder: Path,
     batch_size: int = 64,
-    device: str = "cpu",
+    device: str | torch.device = "auto",
     processes: Processes = Processes(),  # noqa: B008
 ) -> None:
     """Encode ``images/train`` into ``folder``, each of several ``processes`` a part; continues where it stopped.
@@ -43,7 +43,8 @@ def write_latents(
     writer = ShardWriter(folder, _meta(source, autoencoder), processes)
     if writer.complete:
         return
-    to_device(autoencoder, device)
+    device = resolve_device(device)
+    autoencoder.to(device)
     bar = tqdm(
         total=len(source), initial=writer.cursor, desc=f"encoding into {folder}", unit="img", mininterval=1, smoothing=0,
         disable=processes.rank > 0,

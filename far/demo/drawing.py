@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from far.errors import InputError
@@ -30,7 +31,7 @@ class Model:
         return self.pipeline.model.config.network.head.kind.replace("_", " ")
 
 
-def load_models(names: Sequence[str], dtype: str, device: str) -> list[Model]:
+def load_models(names: Sequence[str], dtype: str, device: str | torch.device) -> list[Model]:
     """The pipelines of ``names``, each of which has drawn a first token, so that the first click waits for nothing.
 
     Raises:

@@ -17,8 +17,8 @@ from far.evaluation.metrics import FeatureStatistics, frechet_distance, psnr
 from far.pictures import enlarge, grid, save_png
 from far.seeds import seeded
 from far.training.config import AutoencoderLossConfig, LoopConfig
-from far.training.loop import epoch_rows
-from far.weights import save_autoencoder, to_device
+from far.training.loop import epoch_rows, resolve_loop
+from far.weights import save_autoencoder
 
 _CHUNK = 100
 
@@ -27,6 +27,7 @@ class AutoencoderTask:
     """See :class:`far.training.loop.Task`. ``data`` holds ``train`` and ``held-out`` images."""
 
     def __init__(self, model: AutoencoderConfig, loss: AutoencoderLossConfig, data: Path, loop: LoopConfig) -> None:
+        loop = resolve_loop(loop)
         self.config, self.loop = loss, loop
         self.train_images = open_image_set(data / "train")
         self.held_out = open_image_set(data / "held-out")
@@ -35,7 +36,7 @@ class AutoencoderTask:
             raise InputError(f"{data}: images of {size} pixels are no multiple of the autoencoder's stride {model.stride}")
         with seeded(loop.seed):
             self.module = Autoencoder(model)
-        self.features: FeatureNetwork = to_device(load_feature_network(), loop.device)
+        self.features: FeatureNetwork = load_feature_network().to(loop.device)
         self.results: dict[str, float] = {}
 
     def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:

@@ -150,6 +150,15 @@ def _step(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def newest_values(folder: Path) -> dict[str, Any]:
+    """Return the plain values of the newest checkpoint in ``folder``, unverified; none of a damaged one, nor of version 0.1."""
+    try:
+        values = read_json(list_checkpoints(folder)[-1][1] / _INDEX)["values"]
+        return values if isinstance(values, dict) else {}
+    except (InputError, OSError, LookupError, TypeError, ValueError):
+        return {}
+
+
 def open_checkpoint(path: Path, processes: Processes = Processes()) -> Checkpoint:  # noqa: B008
     """Read a checkpoint against its checksums, all processes together; a file of version 0.1 onto the CPU.
 
@@ -192,6 +201,8 @@ def _open_file(path: Path) -> Checkpoint:
 def _check_values(checkpoint: Checkpoint) -> None:
     if checkpoint.step != _step(checkpoint.path):
         raise ValueError(f"it is of step {checkpoint.step}")
+    if checkpoint.values.get("dtype", "float32") not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"its dtype is {checkpoint.values['dtype']!r}")
     skipped, scaler = checkpoint.values.get("skipped", (0, 0)), checkpoint.values.get("scaler", {})
     if len(skipped) != 2 or not all(isinstance(number, int) for number in (*skipped, *(int(value) for value in scaler.values()))):
         raise ValueError("its numbers of skipped steps, or of the loss's scale, are none")

@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+import typing
 from typing import Literal
 
 from far.config import check_count, check_seed
+from far.devices import TrainingDtype, check_device_name
 from far.errors import InputError
 
 # Images that know equally many tokens, so that the backbone can take them together.
@@ -16,10 +18,12 @@ class LoopConfig:
     """How long, how fast, how often.
 
     ``learning_rate`` is reached after ``warmup_steps`` and then kept, or lowered to zero along a half
-    cosine. ``dtype`` is the autocast type of the forward pass; weights stay in float32. In float16 the loss
-    is scaled by a factor that follows what its gradients bear. A step whose loss or gradient is not finite
-    changes nothing; ``max_skipped_steps`` of them in a row end the run. The default is more than the 16 halvings that
-    bring float16's first factor, 65536, down to 1.
+    cosine. ``device`` ``auto`` is a GPU if there is one, else the CPU; a ``torch.device`` is taken as well.
+    ``dtype`` is the autocast type of the forward pass; weights stay in float32. ``auto`` is bfloat16 if the device has
+    instructions that multiply it, else float32; a resumed run keeps its checkpoint's.
+    In float16 the loss is scaled by a factor that follows what its gradients bear. A step whose loss or gradient is not
+    finite changes nothing; ``max_skipped_steps`` of them in a row end the run. The default is more than the 16 halvings
+    that bring float16's first factor, 65536, down to 1.
     ``batch_size`` images of a step go through the network in ``micro_batches`` equal parts, whose gradients are
     averaged: less memory with one process, or the shares of several. Their number, not the processes', fixes the result.
     Several processes have a copy of the module each (``ddp``), or with less memory and more talk a shard (``fsdp``).
@@ -36,8 +40,8 @@ class LoopConfig:
     gradient_clip: float = 3.0
     ema_decay: float = 0.9999
     max_skipped_steps: int = 20
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    device: str = "cpu"
+    dtype: TrainingDtype = "auto"
+    device: str = "auto"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     seed: int = 0
     log_every: int = 50
@@ -46,6 +50,12 @@ class LoopConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "device", str(self.device))
+        check_device_name(self.device)
+        for name, hint in typing.get_type_hints(type(self)).items():
+            choices = typing.get_args(hint)
+            if typing.get_origin(hint) is Literal and getattr(self, name) not in choices:
+                raise InputError(f"{name} {getattr(self, name)!r}: choose one of {', '.join(choices)}")
         for name in ("steps", "batch_size", "micro_batches", "max_skipped_steps", "log_every", "checkpoint_every", "evaluate_every"):
             check_count(name, getattr(self, name), 2**20 if name.startswith(("batch", "micro")) else 2**40)
         rates = {name: getattr(self, name) for name in ("learning_rate", "gradient_clip", "head_learning_rate")}

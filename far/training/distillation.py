@@ -20,7 +20,7 @@ from far.pipeline import Pipeline
 from far.seeds import seeded
 from far.training.adapters import adapters, add_adapters, merged
 from far.training.config import GROUP, DistillationConfig, LoopConfig
-from far.training.loop import epoch_rows
+from far.training.loop import epoch_rows, published, resolve_loop
 from far.training.trajectories import POINTS
 
 # What an adapted backbone is asked again; otherwise its z is read.
@@ -31,6 +31,7 @@ class DistillationTask:
     """See :class:`far.training.loop.Task`."""
 
     def __init__(self, teacher: Pipeline, config: DistillationConfig, trajectories: Path) -> None:
+        config = dataclasses.replace(config, training=resolve_loop(config.training))
         self.teacher, self.config = teacher, config
         self.rows = ShardReader(trajectories, "trajectories", verify=True)
         self.groups = len(self.rows) // GROUP - 1  # the last one is held out
@@ -103,9 +104,10 @@ class DistillationTask:
 
     def publish(self, ema: nn.Module, folder: Path, step: int) -> None:
         """Write the EMA weights as a pipeline folder, adapters merged."""
+        recipe = {**to_dict(self.config), "training": published(self.config.training)}
         pipeline = self._pipeline(ema)
         pipeline.training = {
-            "command": "far distill", "finished steps": step, "recipe": to_dict(self.config), "teacher": self.teacher.training,
+            "command": "far distill", "finished steps": step, "recipe": recipe, "teacher": self.teacher.training,
         }  # fmt: skip
         pipeline.save_pretrained(folder)
 

@@ -20,8 +20,7 @@ from far.pipeline import Pipeline
 from far.sampling import SamplingConfig
 from far.seeds import seeded
 from far.training.config import EvaluationConfig, LoopConfig
-from far.training.loop import epoch_rows
-from far.weights import to_device
+from far.training.loop import epoch_rows, published, resolve_loop
 
 _CHUNK = 100
 _TIME_BUCKETS = 4
@@ -45,8 +44,9 @@ class GeneratorTask:
     ) -> None:
         if not 0 <= label_drop < 1:
             raise InputError(f"label_drop {label_drop} must be at least 0 and below 1")
+        loop = resolve_loop(loop)
         self.loop, self.sampling, self.evaluation, self.label_drop = loop, sampling, evaluation, label_drop
-        self.autoencoder = to_device(autoencoder, loop.device).requires_grad_(False)
+        self.autoencoder = autoencoder.to(loop.device).requires_grad_(False)
         self.latents = open_latents(latents, autoencoder)
         self.classes = self.latents.meta["classes"]
         self.labels = self.latents.all("labels")
@@ -60,7 +60,7 @@ class GeneratorTask:
             "data": Path(self.held_out.meta["source"]).name,  # of an image folder: where it lies is nobody else's affair
             "images": len(self.latents),
             "recipe": {
-                "network": to_dict(network), "training": to_dict(loop), "sampling": to_dict(sampling), "label_drop": label_drop,
+                "network": to_dict(network), "training": published(loop), "sampling": to_dict(sampling), "label_drop": label_drop,
             },
         }  # fmt: skip
         if frozen_backbone is not None:
@@ -151,7 +151,7 @@ def _take_backbone(module: FAR, weights: str) -> dict[str, Any]:
 
     Returns what is known of that pipeline's training.
     """
-    pipeline = Pipeline.from_pretrained(weights)
+    pipeline = Pipeline.from_pretrained(weights, device="cpu")
     trained = pipeline.model
     ours, theirs = module.config.network, trained.config.network
     if (theirs.backbone, theirs.spherical, trained.config.token_channels) != (ours.backbone, ours.spherical, module.config.token_channels):

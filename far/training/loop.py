@@ -7,6 +7,7 @@ resumed run repeats an uninterrupted one, and processes that share the micro-bat
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -22,15 +23,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from far.config import to_dict
+from far.devices import device_title, has_bfloat16_products, resolve_training_dtype
 from far.errors import InputError
 from far.files import atomic_path, remove_leftovers
 from far.processes import Processes
 from far.seeds import seed_all, seeded_generator
-from far.training.checkpoint import list_checkpoints, named_tensors, open_checkpoint, save_checkpoint
+from far.training.checkpoint import list_checkpoints, named_tensors, newest_values, open_checkpoint, save_checkpoint
 from far.training.config import LoopConfig
 from far.training.ema import Ema
 from far.training.parallel import gradients_together, replicate, shard, whole, whole_copy
-from far.weights import to_device
 
 
 class Task(Protocol):
@@ -71,6 +73,27 @@ def train(task: Task, config: LoopConfig, folder: Path, *, resume: bool = False,
     trainer.run()
 
 
+def resolve_loop(config: LoopConfig, folder: Path | None = None, processes: Processes = Processes()) -> LoopConfig:  # noqa: B008
+    """Replace ``auto`` by this machine's device and the dtype that suits it; of several ``processes``, all take the first one's.
+
+    Args:
+        folder: of a run to resume. ``auto`` keeps the dtype of its newest checkpoint.
+
+    Raises:
+        InputError: the device cannot be used here.
+    """
+    device, dtype = processes.device(config.device), config.dtype
+    if dtype == "auto" and folder is not None:
+        dtype = newest_values(_checkpoints(folder)).get("dtype", "auto")
+    dtype = processes.gather(resolve_training_dtype(dtype, device))[0]
+    return dataclasses.replace(config, device=str(device), dtype=dtype)
+
+
+def published(config: LoopConfig) -> dict[str, Any]:
+    """Return the values that a model carries: the kind of the device, not its number in one of the processes."""
+    return {**to_dict(config), "device": torch.device(config.device).type}
+
+
 def check_unused(folder: Path, resume: bool) -> None:
     """Raise an :class:`InputError` if ``folder`` holds a run that is not to be resumed."""
     existing = list_checkpoints(_checkpoints(folder))
@@ -98,8 +121,9 @@ class Trainer:
 
     def __init__(self, task: Task, config: LoopConfig, folder: Path, processes: Processes = Processes()) -> None:  # noqa: B008
         processes.check_parts("micro_batches", config.micro_batches)
+        config = resolve_loop(config, folder, processes)
         self.task, self.config, self.folder, self.processes = task, config, folder, processes
-        self.module = to_device(task.module, config.device).train()
+        self.module = task.module.to(config.device).train()
         self.ema = Ema(self.module, config.ema_decay)
         self.losses: nn.Module = Losses(task)
         if processes.count > 1:
@@ -109,6 +133,7 @@ class Trainer:
         # Gradients of float16 fall below its smallest number; those of a scaled loss do not.
         self.scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "float16")
         self.step, self.skipped_steps, self.skipped_in_a_row = 0, 0, 0
+        self.resumed_dtype: str | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -128,6 +153,7 @@ class Trainer:
             if saved.values.get("scaler"):  # none in runs of another dtype, nor of version 0.1
                 self.scaler.load_state_dict({**self.scaler.state_dict(), **saved.values["scaler"]})
             self.step = saved.step
+            self.resumed_dtype = saved.values.get("dtype")  # none in runs before 0.2
             self.skipped_steps, self.skipped_in_a_row = saved.values.get("skipped", (0, 0))
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -150,7 +176,7 @@ class Trainer:
         """Publish the EMA weights, and then write a checkpoint of the finished steps; all processes take part."""
         ema = whole_copy(self.ema.module, kept=self.first)
         self.processes.collect(lambda: self.task.publish(ema, self.folder, self.step) if self.first else None)
-        values = {"scaler": self.scaler.state_dict(), "skipped": (self.skipped_steps, self.skipped_in_a_row)}
+        values = {"scaler": self.scaler.state_dict(), "skipped": (self.skipped_steps, self.skipped_in_a_row), "dtype": self.config.dtype}
         save_checkpoint(self.checkpoints, self.step, self._tensors(), values, self.processes)
 
     def evaluate(self, log: "_Log | None") -> None:
@@ -169,9 +195,11 @@ class Trainer:
             if self.first:
                 print(f"{self.folder} is already trained to step {self.step}; raise the recipe's steps to go on")
             return
-        bar = tqdm(total=config.steps, initial=self.step, desc=self.folder.name, mininterval=1, disable=not self.first)
         log = _Log(self.folder, config.tensorboard) if self.first else None
         self.processes.collect(lambda: log.open(self.step) if log is not None else None)
+        if self.first:
+            print(self._machine())
+        bar = tqdm(total=config.steps, initial=self.step, desc=self.folder.name, mininterval=1, disable=not self.first)
         with log or contextlib.nullcontext(), bar, _DeferredInterrupt(patient=self.processes.count > 1) as interrupt:
             meter, save_due, evaluate_due = Meter(), False, False
             # Skipped steps can be the first sign of a run that is lost. Until one is taken again, nothing is saved over what is good.
@@ -182,6 +210,7 @@ class Trainer:
                 if self.step % config.log_every == 0 or last:
                     rate = self.optimizer.param_groups[0]["lr"]
                     entry = {"step": self.step, **meter.read(self.processes), "learning_rate": rate, "skipped_steps": self.skipped_steps}
+                    entry |= {"device": torch.device(config.device).type, "dtype": config.dtype}
                     skipped = f", skipped {self.skipped_steps}" if self.skipped_steps else ""
                     bar.set_postfix_str(f"loss {entry.get('loss', math.nan):.4f}, {entry['images_per_second']:.0f} img/s{skipped}")
                     self.processes.collect(lambda: log.write(entry) if log is not None else None)
@@ -203,6 +232,16 @@ class Trainer:
             self.processes.wait()
         if self.step < config.steps and self.first:
             print(f"interrupted at step {self.step}; saved in {self.checkpoints}; --resume goes on")
+
+    def _machine(self) -> str:
+        """Return a line that says where and in which dtype this run computes."""
+        config, device = self.config, torch.device(self.config.device)
+        line = f"{self.folder}: training on {device_title(device)} in {config.dtype}"
+        if self.resumed_dtype not in (None, config.dtype):
+            line += f", up to step {self.step} in {self.resumed_dtype}"
+        if config.dtype == "bfloat16" and not has_bfloat16_products(device):
+            line += "; this device has no instructions for it: dtype float32 may be several times faster"
+        return line
 
     @property
     def first(self) -> bool:
@@ -333,7 +372,7 @@ class _Log:
                 raise InputError("tensorboard is not installed; pip install 'far-image[log]'") from error
             self.board = SummaryWriter(str(self.path.with_name("tensorboard")))
 
-    def write(self, entry: dict[str, float]) -> None:
+    def write(self, entry: dict[str, Any]) -> None:
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"time": round(time.time(), 1), **entry}) + "\n")
@@ -341,6 +380,8 @@ class _Log:
             raise InputError(f"cannot write {self.path}: {error.strerror}; free some space, then --resume") from error
         if self.board is not None:
             for name, value in entry.items():
+                if isinstance(value, str):
+                    continue
                 self.board.add_scalar(name, value, entry["step"])
 
     def __enter__(self) -> "_Log":

@@ -34,7 +34,7 @@ SUBSTEPS = 2
 _SHARD_GROUPS = 16
 
 
-def load_teacher(folder: Path, config: TrajectoryConfig, device: str) -> Pipeline:
+def load_teacher(folder: Path, config: TrajectoryConfig, device: str | torch.device) -> Pipeline:
     """The model to be distilled, its head's predicted tokens limited."""
     teacher = Pipeline.from_pretrained(folder, device=device)
     if teacher.model.head.config.token_limit is None:

@@ -12,14 +12,17 @@ import yaml
 
 from far.cli.main import main
 from far.config import from_dict
+from far.devices import resolve_training_dtype
 from far.pipeline import Pipeline
 from far.recipe import GeneratorRecipe, load_recipe
+
+JOINT = ["generator.network.head.kind=diffusion", "generator.training.dtype=auto"]
 
 
 @pytest.fixture
 def joint(recipe: Path) -> Path:
     """A briefly trained model whose backbone is to be taken."""
-    assert main(["train", str(recipe), "model=joint", "generator.network.head.kind=diffusion"]) == 0
+    assert main(["train", str(recipe), "model=joint", *JOINT]) == 0
     return recipe.parent / "run" / "joint"
 
 
@@ -45,9 +48,11 @@ def test_the_folder_and_its_card_tell_the_training(recipe: Path, joint: Path) ->
     assert (training["data"], training["images"], training["finished steps"]) == ("drawn by the tests", 60, 20)
     assert "| data | drawn by the tests |" in card
     (block,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
-    trained = load_recipe(recipe, ["generator.network.head.kind=diffusion"]).generator
+    trained = load_recipe(recipe, JOINT).generator
     told = from_dict(GeneratorRecipe, yaml.safe_load(block), "the card")
-    assert told == dataclasses.replace(trained, evaluation=told.evaluation)
+    # What auto stood for is told, not auto.
+    loop = dataclasses.replace(trained.training, device="cpu", dtype=resolve_training_dtype("auto", torch.device("cpu")))
+    assert told == dataclasses.replace(trained, evaluation=told.evaluation, training=loop)
 
 
 def test_a_frozen_run_resumes(recipe: Path, joint: Path) -> None:

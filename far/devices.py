@@ -1,0 +1,127 @@
+"""Devices, the number formats that they multiply natively, and threads.
+
+Importing this needs no torch, so that the names in a recipe are checked without it.
+"""
+
+import functools
+import platform
+import re
+from typing import TYPE_CHECKING, Literal
+
+from far.config import check_count
+from far.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+_NAME = re.compile(r"auto|cpu(:0)?|(cuda|mps|xpu)(:(0|[1-9]\d{0,3}))?")
+_MOST_THREADS = 1024
+# Of the forward pass in training; weights are float32.
+TrainingDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def check_device_name(name: str) -> None:
+    """Raise an :class:`InputError` unless ``name`` is spelled like a device; it need not exist on this machine."""
+    if not _NAME.fullmatch(name):
+        raise InputError(f"device {name!r} cannot be used: give auto, cpu, cuda, cuda:1 …, mps or xpu")
+
+
+def resolve_device(device: "str | torch.device" = "auto") -> "torch.device":
+    """Return the device that a name stands for, once the operations of a model have been tried on it.
+
+    Args:
+        device: ``"auto"`` takes CUDA if torch finds a CUDA device, else MPS if it works, else the CPU.
+
+    Raises:
+        InputError: the name is unknown, or the device cannot be used on this machine.
+    """
+    import torch
+
+    name = str(device)
+    check_device_name(name)
+    if name == "auto":
+        works = torch.backends.mps.is_available() and _refusal("mps") is None
+        name = "cuda" if torch.cuda.is_available() else "mps" if works else "cpu"
+    if reason := _refusal(name):
+        raise InputError(f"device {name!r} cannot be used here ({reason}); give cpu")
+    return torch.device(name)
+
+
+def _refusal(name: str) -> str | None:
+    """Return why a device cannot compute, in a few words; None if it can."""
+    import torch
+
+    kind, _, number = name.partition(":")
+    if kind == "cpu":
+        return None
+    if not {"cuda": torch.cuda, "mps": torch.backends.mps, "xpu": torch.xpu}[kind].is_available():
+        return "torch finds no such device"
+    if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
+        return f"the last one is cuda:{torch.cuda.device_count() - 1}"
+    try:
+        return None if _computes(name) else "its results are wrong"
+    except RuntimeError as error:
+        return str(error).partition("\n")[0][:200]
+
+
+@functools.cache
+def _computes(name: str) -> bool:
+    """Return whether a device gets the results of the CPU for a convolution, norms, a linear layer and attention."""
+    import torch
+    import torch.nn.functional as F
+
+    def results(device: str) -> torch.Tensor:
+        x = torch.linspace(-1, 1, 2 * 4 * 8 * 8).view(2, 4, 8, 8).to(device)
+        image = F.silu(F.group_norm(F.conv2d(x, x[:, :, :3, :3].repeat(2, 1, 1, 1), padding=1), 2))
+        tokens = F.layer_norm(F.linear(image.flatten(2), x.view(8, 64)), (8,))
+        return F.scaled_dot_product_attention(tokens, tokens, tokens).cpu()
+
+    return torch.allclose(results(name), results("cpu"), atol=1e-2)  # GPUs may round to TF32
+
+
+def device_title(device: "torch.device") -> str:
+    """Return a device's name for people, such as ``cuda:1 (NVIDIA H100)``."""
+    import torch
+
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def has_bfloat16_products(device: "torch.device") -> bool:
+    """Return whether a device has instructions that multiply bfloat16; without them it is several times slower than float32.
+
+    These are AVX512_BF16 and AMX of a processor, if torch's matrix library may use them (``ONEDNN_MAX_CPU_ISA`` can forbid it),
+    and CUDA devices of compute capability 8.0 and above.
+    """
+    import torch
+
+    from far.kernels import bfloat16_fault
+
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu" or bfloat16_fault():
+        return False
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    # On AVX-512 without BF16, the matrix library converts to float32 and back.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def resolve_training_dtype(name: TrainingDtype, device: "torch.device") -> TrainingDtype:
+    """Return the autocast dtype that ``auto`` stands for on a device: bfloat16 if it has instructions for it, else float32."""
+    if name != "auto":
+        return name
+    return "bfloat16" if has_bfloat16_products(device) else "float32"
+
+
+def set_threads(count: int) -> None:
+    """Let torch compute with ``count`` threads.
+
+    Raises:
+        InputError: the count is not within 1 to 1024.
+    """
+    check_count("threads", count, _MOST_THREADS)
+
+    import torch
+
+    torch.set_num_threads(count)
