@@ -186,6 +186,7 @@ def test_resuming_repeats_a_run_with_skipped_steps(tmp_path: Path, cut: int) -> 
     assert saved[0]["values"]["scaler"]["scale"] == 128
     assert saved[0]["values"]["scaler"]["_growth_tracker"] == 4
     assert saved[0]["values"]["skipped"] == [9, 0]
+    assert [checkpoint["values"].pop("dtype") for checkpoint in saved] == ["float16", "float16"]
     assert_equal(*saved)
 
 
