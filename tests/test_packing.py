@@ -159,4 +159,5 @@ def test_unknown_dtypes_and_int8_on_a_gpu_are_refused(monkeypatch: pytest.Monkey
     for dtype, device in (("half", "cpu"), ("int8", "cuda:0")):
         with pytest.raises(InputError) as error:
             resolve_dtype(dtype, device)
-        assert dtype in str(error.value) and "\n" not in str(error.value)
+        assert dtype in str(error.value)
+        assert "\n" not in str(error.value)
