@@ -7,7 +7,7 @@ caching its moments are elsewhere.
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from far.autoencoder_config import AutoencoderConfig
 from far.errors import InputError
 from far.tokens import on_sphere
+
+# Numbers in the largest activation of a batch: 16 images of 256 × 256 pixels at the published size.
+_ACTIVATION = 2**27
 
 
 class Posterior:
@@ -59,7 +62,7 @@ class Autoencoder(nn.Module):
         height, width = images.shape[-2:]
         if height % self.config.stride or width % self.config.stride:
             raise InputError(f"image of {height}×{width} pixels: both sides must be multiples of the stride {self.config.stride}")
-        moments = self.quant_conv(self.encoder(images))
+        moments = self._in_parts(lambda part: self.quant_conv(self.encoder(part)), images, height, width)
         if not self.config.spherical:
             return moments
         mean, logvar = moments.chunk(2, dim=1)
@@ -69,7 +72,30 @@ class Autoencoder(nn.Module):
         """Images ``[b, 3, H, W]``, about [−1, 1], from unscaled latents ``[b, c, h, w]``."""
         if self.config.spherical:
             latents = on_sphere(latents, dim=1)
-        return self.decoder(self.post_quant_conv(latents))
+        height, width = (self.config.stride * side for side in latents.shape[-2:])
+        return self._in_parts(lambda part: self.decoder(self.post_quant_conv(part)), latents, height, width)
+
+    def images_at_once(self, height: int, width: int) -> int:
+        """Return how many images of ``height × width`` pixels go through the networks together without gradients.
+
+        Their largest activation, at one of the decoder's levels, has at most 2²⁷ numbers (0.5 GiB in float32), unless one image
+        alone has more.
+        """
+        widths = [self.config.width * multiplier for multiplier in self.config.width_multipliers]
+        # A level of the decoder begins with the width of the next coarser one.
+        levels = enumerate(zip(widths, [*widths[1:], widths[-1]]))
+        largest = max(max(pair) * (height >> level) * (width >> level) for level, pair in levels)
+        return max(1, _ACTIVATION // largest)
+
+    def _in_parts(self, network: Callable[[Tensor], Tensor], x: Tensor, height: int, width: int) -> Tensor:
+        """Return ``network(x)``, computed for a few images at a time unless gradients are recorded.
+
+        A large batch would fill a GPU's memory, and have activations of 2³¹ numbers, which some kernels cannot count.
+        """
+        if torch.is_grad_enabled():
+            return network(x)
+        parts = [network(part) for part in x.split(self.images_at_once(height, width))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def normalize(self, latents: Tensor) -> Tensor:
         """Raw latents → the deviation-1 latents that the generator models."""

@@ -22,6 +22,8 @@ INPUT_SIZE = 299
 CLASSES = 1008
 # On a CPU so many images at a time stay near the caches.
 _CPU_CHUNK = 16
+# On other devices so many, whatever the batch, bound the memory.
+_CHUNK = 64
 
 
 class InceptionV3(nn.Module):
@@ -54,7 +56,7 @@ class InceptionV3(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Pooled features ``[n, 2048]`` of images ``[n, 3, h, w]`` in [0, 1], resized to 299 pixels."""
         images = images.to(self.fc.weight.device)
-        chunk = _CPU_CHUNK if images.device.type == "cpu" else len(images)
+        chunk = _CPU_CHUNK if images.device.type == "cpu" else _CHUNK
         return torch.cat([self._features(part) for part in images.split(chunk)])
 
     def logits(self, features: Tensor) -> Tensor:
