@@ -63,9 +63,9 @@ results: $(VENV)/installed-dev
 
 train-small: $(VENV)/installed-dev
 	$(BIN)/far data avatars data/avatars-32 --size 32 --per-class 1500 --held-out-per-class 125
-	$(BIN)/far train-autoencoder recipes/avatars-32.yaml --resume
-	$(BIN)/far cache recipes/avatars-32.yaml
-	$(BIN)/far train recipes/avatars-32.yaml --resume
+	$(BIN)/far train-autoencoder avatars-32 --resume
+	$(BIN)/far cache avatars-32
+	$(BIN)/far train avatars-32 --resume
 	$(BIN)/far generate --weights runs/avatars-32/model --count 64 --out runs/avatars-32/samples.png
 
 docs: $(VENV)/installed-dev

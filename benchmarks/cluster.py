@@ -273,7 +273,7 @@ WAYS = {"1 process": ("ddp", 1), "2 processes, DDP": ("ddp", 2), "2 processes, F
 
 def models() -> dict[str, tuple[ModelConfig, tuple[int, ...]]]:
     """What is measured, and the images of a micro-batch."""
-    avatars = load_recipe(Path("recipes/avatars-64.yaml")).generator.network
+    avatars = load_recipe("avatars-64").generator.network
     return {"avatars-64": (ModelConfig(avatars, 16, 8, (8, 8)), (64, 128)), "far-b": (ModelConfig(PRESETS["far-b"]), (1, 4))}
 
 

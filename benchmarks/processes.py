@@ -2,7 +2,7 @@
 
     python benchmarks/processes.py [--batch-size N]
 
-Steps of recipes/avatars-64.yaml (after far cache) in two micro-batches, seed 0, on the CPU; two cores must be free. What the
+Steps of the recipe avatars-64 (after far cache) in two micro-batches, seed 0, on the CPU; two cores must be free. What the
 processes tell each other is as much for any batch, so the larger it is the less it matters. The checkpoint and the judgement
 at the end are not in the time.
 """
@@ -49,12 +49,12 @@ def images_per_second(way: str, latents: Path, batch_size: int) -> float:
         (Path(run) / "latents").symlink_to(latents.resolve())
         overrides = [
             f"run={run}",
-            "autoencoder_from=far/bundled/avatars-64",
+            "autoencoder_from=avatars-64",
             "generator.evaluation.images=16",
             "generator.evaluation.references=16",
         ]
         overrides += [f"generator.training.{name}={value}" for name, value in values.items()]
-        command = [sys.executable, *launcher, "-m", "far", "train", "recipes/avatars-64.yaml", *overrides]
+        command = [sys.executable, *launcher, "-m", "far", "train", "avatars-64", *overrides]
         subprocess.run(
             command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

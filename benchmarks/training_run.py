@@ -19,7 +19,7 @@ from far.recipe import load_recipe
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipe", type=Path, nargs="?", default=Path("recipes/avatars-64.yaml"))
+    parser.add_argument("recipe", type=Path, nargs="?", default=Path("avatars-64"))
     parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe)

@@ -11,8 +11,11 @@ from far.autoencoder_config import AutoencoderConfig
 from far.config import from_dict, to_dict
 from far.errors import InputError
 from far.model_config import NetworkConfig
+from far.names import find_folder
 from far.sampling_config import SamplingConfig
 from far.training.config import AutoencoderLossConfig, EvaluationConfig, LoopConfig
+
+RECIPES = Path(__file__).parent / "recipes"
 
 T = TypeVar("T")
 
@@ -65,7 +68,12 @@ class Recipe:
 
     @property
     def autoencoder_folder(self) -> Path:
-        return Path(self.autoencoder_from or Path(self.run) / "autoencoder")
+        """Folder of the autoencoder. One of the hub is downloaded if the cache lacks it.
+
+        Raises:
+            InputError: ``autoencoder_from`` names no folder or model.
+        """
+        return Path(self.run) / "autoencoder" if self.autoencoder_from is None else find_folder(self.autoencoder_from)
 
     @property
     def latents_folder(self) -> Path:
@@ -76,20 +84,32 @@ class Recipe:
         return Path(self.run) / self.model
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe; ``overrides`` are ``dotted.key=value`` with the value as YAML.
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the library, in alphabetical order."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def find_recipe(name: Path | str) -> Path:
+    """Return the file of a packaged recipe's name; a path stays as it is, also if a file has a packaged recipe's name."""
+    packaged = str(name) in recipe_names() and not Path(name).is_file()
+    return RECIPES / f"{name}.yaml" if packaged else Path(name)
+
+
+def load_recipe(name: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe: a YAML file, or one of :func:`recipe_names`. ``overrides`` are ``dotted.key=value``, the value as YAML.
 
     Raises:
-        InputError: the file is missing or no YAML, or a key or value is wrong.
+        InputError: the file is missing or not YAML, or a key or value is wrong.
     """
+    path = find_recipe(name)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"recipe {path}: {error.strerror}; those of the documentation are in recipes/ of the repository") from error
+        raise InputError(f"recipe {path}: {error.strerror}. Give a YAML file, or one of: {', '.join(recipe_names())}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # no text, a date or number that is none, endless nesting
         raise InputError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise InputError(f"recipe {path} holds no keys; see recipes/ for examples")
+        raise InputError(f"recipe {path} holds no keys; far recipe NAME prints an example ({', '.join(recipe_names())})")
     for override in overrides:
         _apply(values, override)
     return from_dict(Recipe, values, str(path))

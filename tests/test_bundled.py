@@ -18,7 +18,6 @@ from far.recipe import load_recipe
 from far.sampling import SamplingConfig
 from far.weights import BUNDLED, load_autoencoder
 
-RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(folder.name for folder in BUNDLED.iterdir())
 # The last of the recipes that made each.
 MADE_BY = {"avatars-64": "avatars-64-head", "avatars-64-causal": "avatars-64-causal", "avatars-64-mar": "avatars-64-mar"}
@@ -27,7 +26,7 @@ MADE_BY = {"avatars-64": "avatars-64-head", "avatars-64-causal": "avatars-64-cau
 @pytest.mark.parametrize("name", NAMES)
 def test_size_and_recipe(name: str) -> None:
     assert sum(file.stat().st_size for file in (BUNDLED / name).iterdir()) <= 30e6
-    pipeline, recipe = far.load(name), load_recipe(RECIPES / f"{MADE_BY[name]}.yaml")
+    pipeline, recipe = far.load(name), load_recipe(MADE_BY[name])
     assert pipeline.model.config.network == recipe.generator.network
     assert pipeline.defaults == recipe.generator.sampling
 

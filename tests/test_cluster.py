@@ -25,7 +25,7 @@ from far.training.generator import GeneratorTask
 from far.training.loop import LoopConfig, Meter, Trainer
 
 ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "recipes" / "imagenet-256.yaml"
+RECIPE = "imagenet-256"
 DOCUMENT = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 SMALL = [
     NetworkConfig(MaskedConfig(32, 2, 2, 64, 3, 2, 2), HeadConfig("shortcut", 48, 2)),
@@ -192,8 +192,8 @@ def job(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).chmod(0o755)
     text = re.search(r"```bash\n(.*?)```", DOCUMENT, re.DOTALL)[1]  # type: ignore[index]
     overrides = "generator.training.micro_batches=2 generator.training.log_every=1 generator.training.checkpoint_every=100000"
-    assert text.count("recipes/imagenet-256.yaml") == 1
-    text = text.replace("recipes/imagenet-256.yaml", f"{recipe} {overrides} $MORE").replace("29500", str(free_port()))
+    assert text.count("far train imagenet-256 ") == 1
+    text = text.replace("far train imagenet-256 ", f"far train {recipe} {overrides} $MORE ").replace("29500", str(free_port()))
     (tmp_path / "job.sh").write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")

@@ -33,7 +33,7 @@ DOCUMENTS = sorted(
         *(ROOT / "notebooks").glob("*.ipynb"),
     ]
 )
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted([*(ROOT / "far/recipes").glob("*.yaml"), *(ROOT / "recipes").rglob("*.yaml")])
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 # A block of Python that is not run is a decision.
 NOT_RUN = {"docs/hub.md": 3, "docs/tutorials/write-a-head.md": 1}
@@ -160,9 +160,9 @@ def check_far(words: list[str]) -> None:
     if arguments.command == "distill":
         from_overrides(DistillationConfig(), arguments.overrides)
     elif hasattr(arguments, "recipe"):
-        path = ROOT / arguments.recipe
         # A recipe of the reader's own is written out in the document, and is held to be one there; its name is all that is known.
-        load_recipe(path if arguments.recipe.parts[0] == "recipes" else ROOT / "recipes" / "avatars-64.yaml", arguments.overrides)
+        own = arguments.recipe.suffix == ".yaml" and arguments.recipe.parts[0] != "recipes"
+        load_recipe("avatars-64" if own else ROOT / arguments.recipe if arguments.recipe.suffix else arguments.recipe, arguments.overrides)
 
 
 def check_script(words: list[str]) -> None:
@@ -237,8 +237,8 @@ def parse_commands() -> frozenset[str]:
 
 @pytest.mark.parametrize(
     "words",
-    ["far gnerate", "far generate --lables 3", "far train recipes/none.yaml", "far train recipes/avatars-64.yaml generator.trainin.steps=3",
-     "far distill a b training.step=3", "make nothing", "python benchmarks/none.py", "python benchmarks/savings.py --none"],
+    ["far gnerate", "far generate --lables 3", "far train recipes/none.yaml", "far train none",
+     "far train avatars-64 generator.trainin.steps=3", "far distill a b training.step=3", "make nothing", "python benchmarks/none.py", "python benchmarks/savings.py --none"],
 )  # fmt: skip
 def test_wrong_commands_are_found(words: str) -> None:
     """The tests above are not blind."""

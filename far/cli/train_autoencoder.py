@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 from far.cli.recipe_arguments import add_recipe_arguments, read_recipe
+from far.errors import InputError
 from far.processes import joined
 
 
@@ -18,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     recipe = read_recipe(arguments)
+    if recipe.autoencoder_from is not None:
+        raise InputError(f"{arguments.recipe} takes its autoencoder from {recipe.autoencoder_from}; to train one: autoencoder_from=null")
     config = recipe.autoencoder
 
     from far.training.autoencoder import AutoencoderTask

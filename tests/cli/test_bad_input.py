@@ -304,3 +304,28 @@ def test_demo_without_gradio(pipeline_folder: Path, capsys: pytest.CaptureFixtur
     monkeypatch.delitem(sys.modules, "far.demo.page", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
     refused(capsys, ["demo", "--weights", pipeline_folder], "gradio", "pip install 'far-image[demo]'")
+
+
+# --- Recipes by name ----------------------------------------------------------------------------------
+
+
+def test_unknown_recipe_names_the_packaged_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, ["train", tmp_path / "none.yaml"], "none.yaml", "avatars-32", "imagenet-256")
+    refused(capsys, ["train", "avatars-46"], "avatars-46", "avatars-64")
+
+
+def test_file_of_a_packaged_recipes_name_is_read_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("avatars-64").write_text("data: mine\n")
+    refused(capsys, ["train", "avatars-64"], "avatars-64", "'run'")
+
+
+def test_autoencoder_taken_from_elsewhere_is_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, ["train-autoencoder", "avatars-64-causal", f"run={tmp_path}"], "avatars-64-causal", "autoencoder_from=null")
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_autoencoder_of_a_recipe_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, ["cache", "avatars-64", "autoencoder_from=nowhere", f"run={tmp_path}"], "'nowhere'", "avatars-64")

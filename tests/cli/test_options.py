@@ -8,7 +8,7 @@ import pytest
 from far.cli.main import build_parser, parse
 from far.errors import InputError
 from far.model import FAR, ModelConfig
-from far.recipe import load_recipe
+from far.recipe import load_recipe, recipe_names
 from far.weights import load_autoencoder
 
 ROOT = Path(__file__).parents[2]
@@ -30,12 +30,12 @@ def test_options_are_those_of_the_frozen_file() -> None:
     assert options(build_parser(), "far") == FROZEN.read_text().splitlines()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
-def test_recipes_load_and_their_samplers_fit(path: Path) -> None:
+@pytest.mark.parametrize("path", [*recipe_names(), *sorted((ROOT / "recipes").rglob("*.yaml"))], ids=str)
+def test_recipes_load_and_their_samplers_fit(path: Path | str) -> None:
     recipe = load_recipe(path)
     autoencoder = recipe.autoencoder.model  # the default is KL-16, which is nobody's here
     if recipe.autoencoder_from not in (None, "kl16"):
-        autoencoder = load_autoencoder(ROOT / recipe.autoencoder_from).config
+        autoencoder = load_autoencoder(recipe.autoencoder_folder).config
     side = {"avatars-64": 64, "avatars-32": 32, "fashion-mnist": 32, "imagenet-256": 256}[Path(recipe.data).name] // autoencoder.stride
     config = ModelConfig(recipe.generator.network, 16, autoencoder.latent_channels, (side, side))
     recipe.generator.sampling.check(FAR(config))

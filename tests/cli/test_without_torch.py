@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-RECIPE = str(ROOT / "recipes/avatars-32.yaml")
+RECIPE = "avatars-32"
 HEAVY = {"torch", "numpy", "PIL", "huggingface_hub"}
 PROGRAM = """
 import contextlib, io, json, sys
@@ -35,9 +35,9 @@ REFUSED = [
     ["generate", "--batch-size", "0"],
     ["generate", "--out", "/dev/null/samples.png"],
     ["edit", "nowhere.png", "--label", "3", "--redraw", "0", "0", "8", "8"],
-    ["evaluate", "--weights", "nowhere", "--reference", "recipes"],
-    ["evaluate", "--images", "nowhere", "--reference", "recipes"],
-    ["evaluate", "--images", "recipes"],
+    ["evaluate", "--weights", "nowhere", "--reference", "docs"],
+    ["evaluate", "--images", "nowhere", "--reference", "docs"],
+    ["evaluate", "--images", "docs"],
     ["train", "nowhere.yaml"],
     ["train", RECIPE, "generator.training.setps=3"],
     ["train", RECIPE, "generator.training.steps=0"],

@@ -43,7 +43,7 @@ from far.evaluation.features import FeatureNetwork
 from far.evaluation.images import open_images, write_npz
 from far.evaluation.references import open_reference, write_statistics
 from far.pipeline import Pipeline
-from far.recipe import load_recipe
+from far.recipe import find_recipe, load_recipe
 from far.training.checkpoint import named_tensors, save_checkpoint
 from far.weights import load_autoencoder, save_tensors
 
@@ -190,7 +190,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory, pipeline_folder: Path, autoe
     np.savez_compressed(at / "compressed.npz", arr_0=images)
     write_statistics(at / "statistics.npz", Extractor(), torch.randn(9, 4))
     (at / "override").write_text("generator.network.head={kind: flow_map, width: 64, max_guidance: 4.0}")
-    shutil.copy(Path(__file__).parent.parent.parent / "recipes/avatars-64-head.yaml", at / "recipe.yaml")
+    shutil.copy(find_recipe("avatars-64-head"), at / "recipe.yaml")
     for name in ("picture.png", "picture.jpg", "picture.webp"):
         Image.fromarray(np.kron(images[0], np.ones((4, 4, 1), np.uint8))).save(at / name)
     idx = struct.pack(">HBBIII", 0, 8, 3, 3, 8, 8) + images[..., 0].tobytes()

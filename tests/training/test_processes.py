@@ -191,10 +191,10 @@ def test_commands_of_one_process_say_so(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setenv("RANK", "1")
     assert main(["generate", "--out", str(tmp_path / "x.png")]) == 2
     assert "run far generate without torchrun" in capsys.readouterr().err
-    assert main(["train", "recipes/avatars-32.yaml"]) == 2
+    assert main(["train", "avatars-32"]) == 2
     assert "LOCAL_RANK is missing in the environment; start the command by torchrun" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "many")
-    assert main(["train", "recipes/avatars-32.yaml"]) == 2
+    assert main(["train", "avatars-32"]) == 2
     assert "WORLD_SIZE 'many' in the environment" in capsys.readouterr().err
 
 
