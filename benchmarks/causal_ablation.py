@@ -150,7 +150,7 @@ def reconstruction_distance(folder: Path, judge: Judge) -> float:
     assert autoencoder is not None
     source = open_images(IMAGES.data / "train")
 
-    def reconstruct(rows: range) -> torch.Tensor:
+    def reconstruct(rows: range, _: object) -> torch.Tensor:
         latents = autoencoder.encode(source.tensor(rows) * 2 - 1).mean
         return (autoencoder.decode(latents) / 2 + 0.5).clamp(0, 1)
 

@@ -280,7 +280,7 @@ def measure_floors(images: ImageSet, store: Measurements) -> Judge:
     autoencoder = Pipeline.from_pretrained(images.weights("diffusion")).autoencoder
     assert autoencoder is not None
 
-    def reconstruct(rows: range) -> Tensor:
+    def reconstruct(rows: range, _: object) -> Tensor:
         latents = autoencoder.encode(source.tensor(rows) * 2 - 1).mean
         return (autoencoder.decode(latents) / 2 + 0.5).clamp(0, 1)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from far.files import check_exists
 from far.names import find_folder
+from far.notices import noticed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,12 +37,13 @@ def run(arguments: argparse.Namespace) -> None:
     from far.diffusers_format import from_diffusers, to_diffusers
     from far.weights import load_autoencoder
 
-    if arguments.kind == "mar":
-        convert_mar(arguments.source, arguments.out, ema=not arguments.no_ema)
-    elif arguments.kind == "kl16":
-        convert_kl16(arguments.source, arguments.out)
-    elif arguments.kind == "from-diffusers":
-        from_diffusers(arguments.source, arguments.out)
-    else:
-        to_diffusers(load_autoencoder(source), arguments.out)
+    with noticed(f"converting {source}"):
+        if arguments.kind == "mar":
+            convert_mar(source, arguments.out, ema=not arguments.no_ema)
+        elif arguments.kind == "kl16":
+            convert_kl16(source, arguments.out)
+        elif arguments.kind == "from-diffusers":
+            from_diffusers(source, arguments.out)
+        else:
+            to_diffusers(load_autoencoder(source), arguments.out)
     print(f"{arguments.out}: converted from {arguments.source}")

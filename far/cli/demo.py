@@ -10,6 +10,7 @@ import threading
 
 from far.errors import InputError
 from far.names import bundled_names, find_folder
+from far.notices import noticed
 from far.precision import DTYPES
 
 
@@ -36,7 +37,8 @@ def run(arguments: argparse.Namespace) -> None:
         from far.demo.page import Demo
     except ModuleNotFoundError as error:
         raise InputError(f"the demo needs the package {error.name}; pip install 'far-image[demo]'") from error
-    demo = Demo(load_models(arguments.weights, arguments.dtype, arguments.device))
+    with noticed(f"loading {', '.join(arguments.weights)}"):
+        demo = Demo(load_models(arguments.weights, arguments.dtype, arguments.device))
     address = demo.launch(arguments.host, arguments.port)
     print(f"far demo: {address} (Ctrl-C ends it)", flush=True)
     threading.Event().wait()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from far.errors import InputError
 from far.names import find_folder
+from far.notices import noticed
 from far.processes import joined
 from far.recipe import from_overrides
 from far.training.config import DistillationConfig
@@ -42,7 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
         training = resolve_loop(config.training, arguments.out, processes)
         config = dataclasses.replace(config, training=training)
         processes.check_parts("training.micro_batches", training.micro_batches)
-        teacher = load_teacher(folder, config.trajectories, training.device)
+        with noticed(f"loading {arguments.teacher}"):
+            teacher = load_teacher(folder, config.trajectories, training.device)
         write_trajectories(teacher, folder, config.trajectories, arguments.out / "trajectories", arguments.latents, processes)
         task = DistillationTask(teacher, config, arguments.out / "trajectories")
         train(task, training, arguments.out, resume=arguments.resume, processes=processes)

@@ -15,6 +15,7 @@ from far.cli.sampling_arguments import add_sampling_arguments, sampling_options
 from far.errors import InputError
 from far.files import check_exists, check_writable
 from far.names import find_folder
+from far.notices import noticed
 from far.precision import DTYPES
 
 if TYPE_CHECKING:
@@ -55,23 +56,24 @@ def run(arguments: argparse.Namespace) -> None:
     weights = find_folder(arguments.weights)
 
     from torch import Tensor
-    from tqdm import tqdm
 
     from far.pictures import contact_sheet, save_png
     from far.pipeline import Pipeline, resolve_dtype
+    from far.progress import ImageBar
 
     dtype = resolve_dtype(arguments.dtype, arguments.device)
-    pipeline = Pipeline.from_pretrained(weights, dtype=dtype, device=arguments.device)
+    with noticed(f"loading {arguments.weights}"):
+        pipeline = Pipeline.from_pretrained(weights, dtype=dtype, device=arguments.device)
     picture, mask = _image_and_mask(arguments, pipeline.image_size)
     seeds = [arguments.seed + index for index in range(arguments.count)]
     sampling = {name: value for name, value in sampling_options(arguments).items() if value is not None}
     steps = 0
-    with tqdm(desc="editing", unit="AR step", delay=0.01) as bar:  # appears with the first step, not before an error
+    with ImageBar(arguments.count, "editing", delay=0.01) as bar:  # appears with the first step, not before an error
 
         def report(progress: Progress) -> None:
             nonlocal steps
-            bar.total = steps = progress.steps
-            bar.update()
+            steps = progress.steps
+            bar.ar_step(progress)
 
         images = pipeline.edit(
             picture, mask, arguments.label, seed=seeds, paste=not arguments.no_paste, output="tensor", callback=report, **sampling

@@ -23,6 +23,7 @@ from far.config import check_seed
 from far.errors import InputError
 from far.files import check_exists, check_writable, write_json
 from far.names import find_folder
+from far.notices import noticed
 from far.precision import DTYPES
 from far.processes import joined, started_by_torchrun
 
@@ -88,7 +89,8 @@ def run(arguments: argparse.Namespace) -> None:
     cache = arguments.cache or default_cache()
     start = time.perf_counter()
     # What is wrong with either side should show before hours of generation.
-    judged = _open_images(arguments, extractor, cache) if arguments.weights is None else _open_model(arguments, extractor, device)
+    with noticed(f"opening {arguments.weights or arguments.images or arguments.npz}"):
+        judged = _open_images(arguments, extractor, cache) if arguments.weights is None else _open_model(arguments, extractor, device)
     with joined() as processes:
         with torch.no_grad():
             reference = open_reference(arguments.reference, extractor, cache) if arguments.reference and processes.rank == 0 else None
@@ -204,7 +206,8 @@ def _report(
 
     from far.evaluation.report import figures
 
-    found, warnings = figures(features, reference, extractor, seed=arguments.seed)
+    with noticed("comparing the features with the reference"):
+        found, warnings = figures(features, reference, extractor, seed=arguments.seed)
     if reference.size is not None and judged.size is not None and reference.size != judged.size:
         sizes = " and ".join(f"{width}×{height}" for height, width in (judged.size, reference.size))
         warnings.append(f"judged images and reference have {sizes} pixels; the enlargement counts as a difference")

@@ -17,6 +17,7 @@ from far.config import check_count
 from far.errors import InputError
 from far.files import check_writable
 from far.names import find_folder
+from far.notices import noticed
 from far.precision import DTYPES
 from far.sampling_config import FAST, SamplingConfig
 
@@ -57,40 +58,42 @@ def run(arguments: argparse.Namespace) -> None:
     weights = find_folder(arguments.weights)
 
     import torch
-    from tqdm import tqdm
 
     from far.pictures import contact_sheet, save_gif, save_png, to_pictures
     from far.pipeline import Pipeline, resolve_dtype
+    from far.progress import ImageBar
 
     dtype = _dtype(arguments)
-    pipeline = Pipeline.from_pretrained(weights, dtype=dtype, device=arguments.device)
+    with noticed(f"loading {arguments.weights}"):
+        pipeline = Pipeline.from_pretrained(weights, dtype=dtype, device=arguments.device)
     labels = _labels(pipeline, arguments)
     seeds = [arguments.seed + index for index in range(len(labels))]
     frames: list[Tensor] = []
 
-    def remember(progress: Progress) -> None:
-        frames.append(pipeline.preview(progress))
+    def step(progress: Progress) -> None:
+        bar.ar_step(progress)
+        if arguments.gif is not None and start == 0:
+            frames.append(pipeline.preview(progress))
 
     config = _sampling(pipeline, arguments)
     config.check(pipeline.model)  # before the bar appears
     settings = {"weights": arguments.weights, **dataclasses.asdict(config), "dtype": resolve_dtype(dtype, arguments.device)}
     parts = []
-    with tqdm(total=len(labels), desc="generating", unit="img") as bar:
+    with ImageBar(len(labels), "generating") as bar:
         for start in range(0, len(labels), arguments.batch_size):
             chunk = slice(start, start + arguments.batch_size)
-            callback = remember if arguments.gif is not None and start == 0 else None
-            images = pipeline.draw(labels[chunk], seeds[chunk], config, batch_size=arguments.batch_size, callback=callback)
+            images = pipeline.draw(labels[chunk], seeds[chunk], config, batch_size=arguments.batch_size, callback=step)
             if folder:
                 for picture, label, seed in zip(to_pictures(images), labels[chunk], seeds[chunk]):
                     path = arguments.out / f"{seed - arguments.seed:06d}.png"
                     save_png(picture, path, {**settings, "label": label, "class": pipeline.classes[label], "seed": seed})
             else:
                 parts.append(images.cpu())
-            bar.update(len(images))
     if not folder:
         _write_together(torch.cat(parts), labels, arguments, settings)
     if arguments.gif is not None:
-        save_gif([contact_sheet(frame, labels[: len(frame)]) for frame in frames], arguments.gif)
+        with noticed(f"writing {arguments.gif}"):
+            save_gif([contact_sheet(frame, labels[: len(frame)]) for frame in frames], arguments.gif)
         print(f"wrote {arguments.gif}")
     print(f"wrote {arguments.out} ({len(labels)} images)")
 

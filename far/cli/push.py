@@ -6,6 +6,7 @@ A card that somebody wrote or changed on the hub stays as it is.
 import argparse
 
 from far.names import find_folder
+from far.notices import noticed
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -25,7 +26,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     from far.pipeline import Pipeline
 
-    pipeline = Pipeline.from_pretrained(folder, device="cpu")
+    with noticed(f"loading {arguments.weights}"):
+        pipeline = Pipeline.from_pretrained(folder, device="cpu")
     address = pipeline.push_to_hub(
         arguments.name, license=arguments.license, private=arguments.private or None, dtype=getattr(torch, arguments.dtype)
     )  # fmt: skip

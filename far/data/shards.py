@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from far.errors import InputError
 from far.files import atomic_path, json_digest, read_json, remove_leftovers, sha256, write_json
-from far.processes import Processes
+from far.processes import Processes, started_by_torchrun
 
 INDEX = "index.json"
 _NUMPY_TYPES = {"U8": np.uint8, "I64": np.int64, "F16": np.float16, "F32": np.float32}
@@ -139,11 +139,11 @@ class ShardReader:
             raise InputError(f"{folder} holds {self.meta.get('kind', 'no data')!r}, where {kind!r} is needed")
         if not index["complete"]:
             raise InputError(f"{folder} is unfinished; run the command that makes it again, it will go on where it stopped")
+        if verify:
+            _check_digests(folder, index["shards"])
         self._maps: list[dict[str, np.ndarray]] = []
         for shard in index["shards"]:
             path = folder / shard["file"]
-            if verify and (not path.exists() or sha256(path) != shard["sha256"]):
-                raise InputError(f"{path} is missing or damaged (its checksum differs); remove {folder} and make it again")
             self._maps.append(map_safetensors(path))
             if any(len(rows) != shard["count"] for rows in self._maps[-1].values()) or _form(self._maps[-1]) != _form(self._maps[0]):
                 raise InputError(f"{path} holds other rows than the index says; remove {folder} and make it again")
@@ -173,6 +173,15 @@ class ShardReader:
     def all(self, name: str) -> torch.Tensor:
         """Tensor ``name`` over all shards, copied into memory."""
         return torch.cat([torch.from_numpy(np.array(tensors[name])) for tensors in self._maps])
+
+
+def _check_digests(folder: Path, shards: list[dict[str, Any]]) -> None:
+    """Raise an :class:`InputError` if a shard's bytes are not those that were written; the bar appears after two seconds."""
+    hidden = started_by_torchrun().rank > 0
+    for shard in tqdm(shards, f"checking {folder}", unit="shard", delay=2, leave=False, disable=hidden):
+        path = folder / shard["file"]
+        if not path.exists() or sha256(path) != shard["sha256"]:
+            raise InputError(f"{path} is missing or damaged (its checksum differs); remove {folder} and make it again")
 
 
 def _read_index(path: Path) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from far.errors import InputError
 from far.evaluation.features import Extractor
 from far.files import remove_leftovers
+from far.progress import ImageBar
+from far.sampling import Progress
 from far.weights import read_tensors, save_tensors
 
 PART = 100
@@ -22,7 +23,7 @@ PART = 100
 def extract_parts(
     folder: Path,
     count: int,
-    images: Callable[[range], Tensor],
+    images: Callable[[range, Callable[[Progress], None]], Tensor],
     extractor: Extractor,
     *,
     keep_images: bool = False,
@@ -33,7 +34,7 @@ def extract_parts(
 
     Args:
         folder: one for each set of images and extractor.
-        images: image numbers → ``[n, 3, h, w]`` in [0, 1].
+        images: image numbers → ``[n, 3, h, w]`` in [0, 1]. If it draws them, it calls its second argument after each AR step.
         keep_images: also keep the images as uint8.
         share: (rank, processes): every ``processes``-th missing part is this process's.
 
@@ -46,16 +47,18 @@ def extract_parts(
     mine = [index for index in range(rank, len(parts), processes) if not part_path(folder, parts[index]).exists()]
     total = sum(map(len, parts[rank::processes]))
     missing = sum(len(parts[index]) for index in mine)
-    with tqdm(total=total, initial=total - missing, desc=description, unit="img", disable=rank > 0) as bar:
+    done = total - missing
+    with ImageBar(total, description, initial=done, disable=rank > 0) as bar:
         for index in mine:
             rows = parts[index]
             # Judged as they would be saved: with 8 bits.
-            quantized = (images(rows) * 255).round().clamp(0, 255)
+            quantized = (images(rows, bar.ar_step) * 255).round().clamp(0, 255)
             tensors = {"features": _checked(extractor(quantized / 255).cpu(), rows)}
             if keep_images:
                 tensors["images"] = quantized.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
             save_tensors(part_path(folder, rows), tensors)
-            bar.update(len(rows))
+            done += len(rows)
+            bar.move_to(done)
 
 
 def _checked(features: Tensor, rows: range) -> Tensor:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from far.evaluation.extraction import extract_parts
 from far.evaluation.features import Extractor
 from far.files import sha256
 from far.pipeline import Pipeline
-from far.sampling import SamplingConfig
+from far.sampling import Progress, SamplingConfig
 from far.weights import find_folder
 
 
@@ -69,8 +70,8 @@ def extract_generated(
     classes = len(pipeline.classes)
     check_class_balance(count, classes)
 
-    def images(rows: range) -> Tensor:
-        labels = [row % classes for row in rows]
-        return pipeline.draw(labels, [generation.seed + row for row in rows], generation.sampling, batch_size=batch_size)
+    def images(rows: range, step: Callable[[Progress], None]) -> Tensor:
+        labels, seeds = [row % classes for row in rows], [generation.seed + row for row in rows]
+        return pipeline.draw(labels, seeds, generation.sampling, batch_size=batch_size, callback=step)
 
     extract_parts(folder, count, images, extractor, keep_images=keep_images, share=share, description="generating")

@@ -19,12 +19,14 @@ from typing import IO
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from far.data.image_sets import open_image_set
 from far.data.images import SUFFIXES, class_folders, decode_image, images_within, is_image
 from far.data.shards import INDEX
 from far.errors import InputError
 from far.files import atomic_path, check_zip, sha256
+from far.notices import noticed
 
 # The names under which ADM's evaluation reads samples and labels.
 NPZ_IMAGES, NPZ_LABELS = "arr_0", "arr_1"
@@ -88,7 +90,7 @@ def _open_folder(folder: Path) -> ImageSource:
     if not files:
         raise InputError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
     digest = hashlib.sha256()
-    for file in files:
+    for file in tqdm(files, f"checksums of {folder}", unit="file", delay=2, leave=False):
         digest.update(os.fsencode(f"{file.relative_to(folder)} {sha256(file)}\n"))
     size = _decode(files[0]).shape
 
@@ -154,7 +156,7 @@ def check_npz(path: Path) -> None:
     Raises:
         InputError: the file is missing or damaged.
     """
-    with _readable(path):
+    with _readable(path), noticed(f"checking {path}"):
         check_zip(path)
 
 

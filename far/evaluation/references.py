@@ -68,7 +68,7 @@ def features_of(source: ImageSource, extractor: Extractor, cache: Path, *, count
     """Features of the first ``count`` images (default all), from ``cache`` where they are there."""
     count = source.count if count is None else count
     folder = cache / "features" / f"{source.digest}-{''.join(filter(str.isalnum, extractor.name))}-{extractor.digest[:16]}"
-    extract_parts(folder, count, source.tensor, extractor, description=f"features of {source.name}")
+    extract_parts(folder, count, lambda rows, _: source.tensor(rows), extractor, description=f"features of {source.name}")
     return read_parts(folder, count)
 
 

@@ -1,12 +1,14 @@
 """Training of the KL autoencoder: its loss, its held-out figures, the latents' scale and shift."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from far.autoencoder import Autoencoder, AutoencoderConfig, Posterior
 from far.data.image_sets import open_image_set, read_images
@@ -97,7 +99,7 @@ def reconstruction_figures(autoencoder: Autoencoder, network: FeatureNetwork, im
         raise InputError(f"{images.folder} holds {len(rows)} image; a Fréchet distance needs two or more")
     real, fake = FeatureStatistics.empty(network.dimensions), FeatureStatistics.empty(network.dimensions)
     ratios = []
-    for chunk in rows.split(_CHUNK):
+    for chunk in _chunks(rows, "reconstructions"):
         batch = read_images(images, chunk).to(device)
         output = autoencoder.decode(autoencoder.encode(batch).mean).clamp(-1, 1)
         ratios.append(psnr(output / 2 + 0.5, batch / 2 + 0.5))
@@ -107,6 +109,14 @@ def reconstruction_figures(autoencoder: Autoencoder, network: FeatureNetwork, im
     return {"psnr": float(torch.cat(ratios).mean()), f"reconstruction FD ({network.name})": distance, "images": len(rows)}
 
 
+def _chunks(rows: Tensor, description: str) -> Iterator[Tensor]:
+    """Parts of ``rows`` for the networks, with a progress bar."""
+    with tqdm(total=len(rows), desc=description, unit="img", leave=False) as bar:
+        for chunk in rows.split(_CHUNK):
+            yield chunk
+            bar.update(len(chunk))
+
+
 def latent_statistics(autoencoder: Autoencoder, images: ShardReader, rows: Tensor) -> dict[str, Any]:
     """``scale`` and per-channel ``shift`` that give the sampled latents deviation 1 and mean 0; a sphere stays where it is."""
     if autoencoder.config.spherical:
@@ -114,7 +124,7 @@ def latent_statistics(autoencoder: Autoencoder, images: ShardReader, rows: Tenso
     device = next(autoencoder.parameters()).device
     generator = torch.Generator().manual_seed(0)
     latents = []
-    for chunk in rows.split(_CHUNK):
+    for chunk in _chunks(rows, "scale and shift"):
         posterior = autoencoder.encode(read_images(images, chunk).to(device))
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
         latents.append(posterior.sample(noise).cpu().double())  # summed on the CPU: not every device has float64

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from far.errors import InputError
 from far.files import atomic_folder, json_digest, read_json, remove_folder, sha256, write_json
+from far.notices import noticed
 from far.pickles import is_held, read_pickle
 from far.processes import Processes
 from far.training.parallel import shards_like
@@ -166,7 +167,8 @@ def open_checkpoint(path: Path, processes: Processes = Processes()) -> Checkpoin
         InputError: it is cut off, damaged, or holds anything but tensors and plain values.
     """
     try:
-        found = _open_file(path) if path.is_file() else _open_folder(path, processes)
+        with noticed(f"reading {path}"):
+            found = _open_file(path) if path.is_file() else _open_folder(path, processes)
         _check_values(found)
         return found
     except (OSError, dist.DistError) as error:

@@ -17,6 +17,7 @@ from far.heads.flow_map import FlowMapHead
 from far.model import FAR
 from far.pictures import contact_sheet, save_png
 from far.pipeline import Pipeline
+from far.progress import ImageBar
 from far.seeds import seeded
 from far.training.adapters import adapters, add_adapters, merged
 from far.training.config import GROUP, DistillationConfig, LoopConfig
@@ -97,7 +98,9 @@ class DistillationTask:
         pipeline = self._pipeline(ema)
         if pipeline.autoencoder is not None:
             shown = sorted(number % len(pipeline.classes) for number in range(64))
-            save_png(contact_sheet(pipeline.draw(shown, range(64)), shown), folder / "samples" / f"step-{step:08d}.png", {"step": step})
+            with ImageBar(len(shown), "sample sheet", leave=False) as bar:
+                images = pipeline.draw(shown, range(64), callback=bar.ar_step)
+            save_png(contact_sheet(images, shown), folder / "samples" / f"step-{step:08d}.png", {"step": step})
         self.results["step"] = step
         self.publish(ema, folder, step)
         return {name: value for name, value in self.results.items() if name != "step"}

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from far.autoencoder import Autoencoder, Posterior
 from far.config import to_dict
@@ -17,6 +18,7 @@ from far.evaluation.metrics import FeatureStatistics, frechet_distance
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pictures import contact_sheet, save_png
 from far.pipeline import Pipeline
+from far.progress import ImageBar
 from far.sampling import SamplingConfig
 from far.seeds import seeded
 from far.training.config import EvaluationConfig, LoopConfig
@@ -116,24 +118,33 @@ class GeneratorTask:
         pipeline = self._pipeline(ema)
         classes = len(self.classes)
         shown = [label for label in range(min(classes, 32)) for _ in range(self.evaluation.grid_per_class)]
-        sheet = pipeline.draw(shown, range(len(shown)))
+        with ImageBar(len(shown), "sample sheet", leave=False) as bar:
+            sheet = pipeline.draw(shown, range(len(shown)), callback=bar.ar_step)
         save_png(contact_sheet(sheet, shown), folder / "samples" / f"step-{step:08d}.png", {"step": step})
         network = self.features
         with torch.no_grad():
             if self._reference is None:
-                self._reference = FeatureStatistics.empty(network.dimensions)
-                for rows in torch.arange(min(self.evaluation.references, len(self.held_out))).split(_CHUNK):
-                    images = read_images(self.held_out, rows).to(self.loop.device)
-                    self._reference.add(network(images / 2 + 0.5).cpu())
+                self._reference = self._held_out_statistics()
             drawn = FeatureStatistics.empty(network.dimensions)
-            for start in range(0, self.evaluation.images, _CHUNK):
-                labels = [index % classes for index in range(start, min(start + _CHUNK, self.evaluation.images))]
-                seeds = range(1000 + start, 1000 + start + len(labels))
-                drawn.add(network(pipeline.draw(labels, seeds)).cpu())
+            with ImageBar(self.evaluation.images, "images for the quick distance", leave=False) as bar:
+                for start in range(0, self.evaluation.images, _CHUNK):
+                    labels = [index % classes for index in range(start, min(start + _CHUNK, self.evaluation.images))]
+                    seeds = range(1000 + start, 1000 + start + len(labels))
+                    drawn.add(network(pipeline.draw(labels, seeds, callback=bar.ar_step)).cpu())
         distance = frechet_distance(drawn, self._reference)
         self.results = {"step": step, f"quick FD ({network.name})": distance, **dataclasses.asdict(self.evaluation)}
         self.publish(ema, folder, step)
         return {f"quick FD ({network.name})": distance}
+
+    def _held_out_statistics(self) -> FeatureStatistics:
+        statistics = FeatureStatistics.empty(self.features.dimensions)
+        count = min(self.evaluation.references, len(self.held_out))
+        with tqdm(total=count, desc="features of held-out images", unit="img", leave=False) as bar:
+            for rows in torch.arange(count).split(_CHUNK):
+                images = read_images(self.held_out, rows).to(self.loop.device)
+                statistics.add(self.features(images / 2 + 0.5).cpu())
+                bar.update(len(rows))
+        return statistics
 
     def publish(self, ema: nn.Module, folder: Path, step: int) -> None:
         """Write the EMA weights as a pipeline folder."""

@@ -16,6 +16,7 @@ import signal
 import statistics
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -199,7 +200,7 @@ class Trainer:
         self.processes.collect(lambda: log.open(self.step) if log is not None else None)
         if self.first:
             print(self._machine())
-        bar = tqdm(total=config.steps, initial=self.step, desc=self.folder.name, mininterval=1, disable=not self.first)
+        bar = _Bar(total=config.steps, initial=self.step, desc=self.folder.name, unit="step", mininterval=1, disable=not self.first)
         with log or contextlib.nullcontext(), bar, _DeferredInterrupt(patient=self.processes.count > 1) as interrupt:
             meter, save_due, evaluate_due = Meter(), False, False
             # Skipped steps can be the first sign of a run that is lost. Until one is taken again, nothing is saved over what is good.
@@ -212,22 +213,25 @@ class Trainer:
                     entry = {"step": self.step, **meter.read(self.processes), "learning_rate": rate, "skipped_steps": self.skipped_steps}
                     entry |= {"device": torch.device(config.device).type, "dtype": config.dtype}
                     skipped = f", skipped {self.skipped_steps}" if self.skipped_steps else ""
-                    bar.set_postfix_str(f"loss {entry.get('loss', math.nan):.4f}, {entry['images_per_second']:.0f} img/s{skipped}")
+                    bar.show(f"loss {entry.get('loss', math.nan):.4f}, {entry['images_per_second']:.0f} img/s{skipped}")
                     self.processes.collect(lambda: log.write(entry) if log is not None else None)
                 save_due |= self.step % config.checkpoint_every == 0 or last
                 evaluate_due |= self.step % config.evaluate_every == 0 or last
                 if self.skipped_in_a_row and not last:
                     continue
                 if evaluate_due:
-                    self.evaluate(log)
+                    with bar.doing("evaluating"):
+                        self.evaluate(log)
                     meter.restart()
                 evaluate_due = False
                 # At the end, since a run goes on after its checkpoint: all else of this step must be done by then.
                 if save_due:
-                    self.save()
+                    with bar.doing("saving"):
+                        self.save()
                     saved_at, save_due = self.step, False
             if saved_at != self.step:
-                self.save()
+                with bar.doing("saving"):
+                    self.save()
             # Until all are here, a signal that reaches some of them later must not end those.
             self.processes.wait()
         if self.step < config.steps and self.first:
@@ -398,6 +402,24 @@ def _step(line: str) -> float:
         return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf
+
+
+class _Bar(tqdm):
+    """The bar of a training. Behind it stand the newest figures, or what is done between two steps."""
+
+    figures = ""
+
+    def show(self, figures: str) -> None:
+        """Show the newest figures."""
+        self.figures = figures
+        self.set_postfix_str(figures)
+
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Show what the block does, in place of the figures."""
+        self.set_postfix_str(what)
+        yield
+        self.set_postfix_str(self.figures)
 
 
 class _DeferredInterrupt:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from far.autoencoder import Autoencoder, Posterior
 from far.data.latents import open_latents
@@ -22,7 +21,8 @@ from far.heads.flow import heun
 from far.model import FAR
 from far.pipeline import Pipeline
 from far.processes import Processes
-from far.sampling import SeededNoise, sample
+from far.progress import ImageBar
+from far.sampling import Progress, SeededNoise, sample
 from far.seeds import seeded_generator
 from far.tokens import cosine_token_counts, raster_orders
 from far.training.config import GROUP, TrajectoryConfig
@@ -72,24 +72,22 @@ def write_trajectories(
         return
     images = _open(teacher, latents, config.seed)
     groups = -(-config.images // GROUP)
-    bar = tqdm(
-        total=groups, initial=writer.cursor, desc="teacher's trajectories", unit="img", unit_scale=GROUP, mininterval=1, smoothing=0,
-        disable=processes.rank > 0,
-    )  # fmt: skip
+    bar = ImageBar(groups, "teacher's trajectories", group=GROUP, initial=writer.cursor, smoothing=0, disable=processes.rank > 0)
 
     def shard(numbers: range) -> dict[str, Tensor]:
-        rows = []
+        rows, done = [], round(bar.n)
         for group in numbers:
             generator = seeded_generator(group, config.seed)
-            rows.append(group_rows(teacher.model, *images(group, generator), config, teacher.defaults.ar_steps, generator))
-            bar.update()
+            rows.append(group_rows(teacher.model, *images(group, generator, bar.ar_step), config, teacher.defaults.ar_steps, generator))
+            bar.move_to(done + len(rows))
         return {name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]}
 
     with bar:
         writer.fill(groups, 1 if latents is None else _SHARD_GROUPS, shard, bar)
 
 
-Images = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+# A group's number and its generator → latents and labels. The last argument is called after each AR step, if there are any.
+Images = Callable[[int, torch.Generator, Callable[[Progress], None]], tuple[Tensor, Tensor]]
 
 
 def _open(teacher: Pipeline, latents: Path | None, seed: int) -> Images:
@@ -115,7 +113,7 @@ def _cached(teacher: Pipeline, folder: Path, seed: int) -> Images:
         )
     order, labels = torch.randperm(len(reader), generator=seeded_generator(seed)), reader.all("labels")
 
-    def read(group: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def read(group: int, generator: torch.Generator, step: Callable[[Progress], None]) -> tuple[Tensor, Tensor]:
         rows = order[torch.arange(group * GROUP, (group + 1) * GROUP) % len(order)]
         flips = torch.randint(0, 2, (GROUP,), generator=generator)
         posterior = Posterior(reader.rows("moments", rows)[torch.arange(GROUP), flips].float())
@@ -132,13 +130,13 @@ def _autoencoder(teacher: Pipeline) -> Autoencoder:
 
 
 def _drawn(teacher: Pipeline, seed: int) -> Images:
-    """The same of the teacher's own samples, every class alike."""
+    """Latents ``[64, c, h, w]`` and labels of a group that the teacher draws, every class equally often."""
 
-    def draw(group: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(group: int, generator: torch.Generator, step: Callable[[Progress], None]) -> tuple[Tensor, Tensor]:
         numbers = range(group * GROUP, (group + 1) * GROUP)
         labels = torch.tensor([number % len(teacher.classes) for number in numbers], device=teacher.device)
         noise = SeededNoise(numbers, teacher.device, seed)
-        return sample(teacher.model, labels, noise, teacher.defaults), labels
+        return sample(teacher.model, labels, noise, teacher.defaults, callback=step), labels
 
     return draw
 

@@ -43,7 +43,7 @@ class NamedInception(MeanColours):
     name = FID_NETWORK
 
 
-def random_images(rows: range, seed: int = 0) -> Tensor:
+def random_images(rows: range, step: object = None, seed: int = 0) -> Tensor:
     """Each image depends on its number only."""
     return torch.stack([torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(seed * 100_000 + row)) for row in rows])
 
@@ -94,7 +94,7 @@ def test_processes_share_the_parts(tmp_path: Path) -> None:
 
 
 def test_an_interruption_loses_one_part_at_most(tmp_path: Path) -> None:
-    def failing(rows: range) -> Tensor:
+    def failing(rows: range, step: object) -> Tensor:
         if rows.start >= 2 * PART:
             raise KeyboardInterrupt
         return random_images(rows)
