@@ -18,6 +18,7 @@ _NAME = re.compile(r"auto|cpu(:0)?|(cuda|mps|xpu)(:(0|[1-9]\d{0,3}))?")
 _MOST_THREADS = 1024
 # Of the forward pass in training; weights are float32.
 TrainingDtype = Literal["auto", "float32", "bfloat16", "float16"]
+TRAINING_DTYPES: tuple[TrainingDtype, ...] = ("auto", "float32", "bfloat16", "float16")
 
 
 def check_device_name(name: str) -> None:
@@ -114,13 +115,18 @@ def resolve_training_dtype(name: TrainingDtype, device: "torch.device") -> Train
     return "bfloat16" if has_bfloat16_products(device) else "float32"
 
 
+def check_threads(count: int) -> None:
+    """Raise an :class:`InputError` unless ``count`` is within 1 to 1024."""
+    check_count("threads", count, _MOST_THREADS)
+
+
 def set_threads(count: int) -> None:
-    """Let torch compute with ``count`` threads.
+    """Let torch compute with ``count`` threads, 1 to 1024.
 
     Raises:
-        InputError: the count is not within 1 to 1024.
+        InputError: the count is out of range.
     """
-    check_count("threads", count, _MOST_THREADS)
+    check_threads(count)
 
     import torch
 

@@ -17,11 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import far
+from far.cli.machine_arguments import add_machine_arguments, prepare_machine, tell_chosen
+from far.devices import device_title
 from far.errors import InputError
 from far.files import atomic_path, check_writable, write_json
 from far.precision import DTYPES
 
 if TYPE_CHECKING:
+    import torch
+
     from far.benchmark import Finding, Report
 
 _COLOURS = ("#4c72b0", "#55a868", "#dd8452", "#8172b3", "#8c8c8c")
@@ -40,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-passes", type=int, choices=[1, 2], help="of the backbone; 1 if the head has learnt guidance")
     parser.add_argument("--rounds", type=int, default=2, help="times that each row is timed, in turn (default 2)")
     parser.add_argument("--full", action="store_true", help="time whole images; otherwise some AR steps stand for all")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps … (default cpu)")
+    add_machine_arguments(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures and settings")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the seconds of each row by part, as PNG")
 
@@ -49,14 +53,19 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
 
     from far.benchmark import measure
+    from far.pipeline import resolve_dtype
 
+    device = prepare_machine(arguments)
     rows = _rows(arguments)
-    report = measure(rows, rounds=arguments.rounds, full=arguments.full, device=arguments.device)
-    print(_heading(report, arguments))
+    for row in rows:
+        resolve_dtype(row.dtype, device)  # refused before anything is loaded
+    tell_chosen(device=(arguments.device, device_title(device)))
+    report = measure(rows, rounds=arguments.rounds, full=arguments.full, device=device)
+    print(_heading(report, arguments, device))
     print(_table(report))
     print(_notes(report))
     if arguments.json is not None:
-        write_json(arguments.json, _record(report, arguments))
+        write_json(arguments.json, _record(report, arguments, device))
         print(f"wrote {arguments.json}")
     if arguments.plot is not None:
         _plot(report, arguments.plot)
@@ -92,14 +101,14 @@ def _rows(arguments: argparse.Namespace) -> list[Any]:
     )  # fmt: skip
 
 
-def _heading(report: Report, arguments: argparse.Namespace) -> str:
+def _heading(report: Report, arguments: argparse.Namespace, device: torch.device) -> str:
     from far.benchmark import SEED, machine
 
     scales = " or ".join(dict.fromkeys(f"{finding.row.sampling.guidance:g}" for finding in report.findings))
     peaks = ", ".join(f"{peak / 1e12:.3g} TFLOP/s in {name}" for name, peak in report.peaks.items())
-    device = "" if arguments.device == "cpu" else f"device {arguments.device}, "
+    where = "" if device.type == "cpu" else f"device {device_title(device)}, "
     return (
-        f"Guidance {scales}, seed {SEED}, {arguments.rounds} rounds in turn, {device}{machine()}; "
+        f"Guidance {scales}, seed {SEED}, {arguments.rounds} rounds in turn, {where}{machine()}; "
         f"measured: {report.bandwidth / 1e9:.3g} GB/s of reading, {peaks}.\n"
     )
 
@@ -162,7 +171,7 @@ TFLOP: multiplications and additions an image; of peak: the share of time they w
 Of reading: the share of time that reading each network's weights once a pass would take."""
 
 
-def _record(report: Report, arguments: argparse.Namespace) -> dict[str, Any]:
+def _record(report: Report, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     import torch
 
     from far.benchmark import SEED, processor
@@ -174,7 +183,7 @@ def _record(report: Report, arguments: argparse.Namespace) -> dict[str, Any]:
             "processor": processor(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "platform": platform.platform(),
-            "device": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else arguments.device,
+            "device": device_title(device),
             "threads": torch.get_num_threads(),
             "bytes read a second": report.bandwidth,
             "peak flop a second": report.peaks,

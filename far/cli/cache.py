@@ -6,23 +6,29 @@ torchrun --nproc-per-node N -m far cache … shares the images among processes, 
 import argparse
 from pathlib import Path
 
+from far.cli.machine_arguments import add_machine_arguments, tell_chosen, with_machine
 from far.cli.recipe_arguments import add_recipe_arguments, read_recipe
+from far.devices import device_title
 from far.processes import joined
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
+    add_machine_arguments(parser, recipe=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
     recipe = read_recipe(arguments)
+    loop = with_machine(recipe.generator.training, arguments)
 
     from far.data.latents import write_latents
     from far.weights import load_autoencoder
 
     autoencoder = load_autoencoder(recipe.autoencoder_folder)
     with joined() as processes:
-        device = processes.device(recipe.generator.training.device)
+        device = processes.device(loop.device)
+        if processes.rank == 0:
+            tell_chosen(device=(loop.device, device_title(device)))
         write_latents(Path(recipe.data), autoencoder, recipe.latents_folder, device=device, processes=processes)
         if processes.rank == 0:
             print(f"{recipe.latents_folder}: moments of {recipe.autoencoder_folder}, both flips")

@@ -8,6 +8,8 @@ import os
 import socket
 import threading
 
+from far.cli.machine_arguments import add_machine_arguments, prepare_machine, tell_chosen
+from far.devices import device_title
 from far.errors import InputError
 from far.names import bundled_names, find_folder
 from far.notices import noticed
@@ -20,8 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default 7860)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default auto: bfloat16 where it is fast)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps … (default cpu)")
+    add_machine_arguments(parser, DTYPES)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -37,8 +38,11 @@ def run(arguments: argparse.Namespace) -> None:
         from far.demo.page import Demo
     except ModuleNotFoundError as error:
         raise InputError(f"the demo needs the package {error.name}; pip install 'far-image[demo]'") from error
+    device = prepare_machine(arguments)
     with noticed(f"loading {', '.join(arguments.weights)}"):
-        demo = Demo(load_models(arguments.weights, arguments.dtype, arguments.device))
+        models = load_models(arguments.weights, arguments.dtype, device)
+    tell_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, models[0].dtype))
+    demo = Demo(models)
     address = demo.launch(arguments.host, arguments.port)
     print(f"far demo: {address} (Ctrl-C ends it)", flush=True)
     threading.Event().wait()

@@ -9,6 +9,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from far.cli.machine_arguments import add_machine_arguments, with_machine
+from far.devices import TRAINING_DTYPES
 from far.errors import InputError
 from far.names import find_folder
 from far.notices import noticed
@@ -22,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="folder of the distilled model, made where missing")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as training.steps=2000 or trajectories.images=50000")
     parser.add_argument("--latents", type=Path, help="a latent cache of the teacher's data (default: the teacher draws images itself)")
+    add_machine_arguments(parser, TRAINING_DTYPES, recipe=True)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
 
 
@@ -40,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     check_unused(arguments.out, arguments.resume)
     with joined() as processes:
-        training = resolve_loop(config.training, arguments.out, processes)
+        training = resolve_loop(with_machine(config.training, arguments), arguments.out, processes)
         config = dataclasses.replace(config, training=training)
         processes.check_parts("training.micro_batches", training.micro_batches)
         with noticed(f"loading {arguments.teacher}"):

@@ -11,7 +11,9 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from far.cli.machine_arguments import add_machine_arguments, prepare_machine, tell_chosen
 from far.cli.sampling_arguments import add_sampling_arguments, sampling_options
+from far.devices import device_title
 from far.errors import InputError
 from far.files import check_exists, check_writable
 from far.names import find_folder
@@ -42,8 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first version (default 0)")
     parser.add_argument("--no-paste", action="store_true", help="decode kept tokens too, instead of putting the image's own pixels back")
     add_sampling_arguments(parser)
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default auto: bfloat16 where it is fast)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps … (default cpu)")
+    add_machine_arguments(parser, DTYPES)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -61,9 +62,10 @@ def run(arguments: argparse.Namespace) -> None:
     from far.pipeline import Pipeline, resolve_dtype
     from far.progress import ImageBar
 
-    dtype = resolve_dtype(arguments.dtype, arguments.device)
+    device = prepare_machine(arguments)
+    dtype = resolve_dtype(arguments.dtype, device)
     with noticed(f"loading {arguments.weights}"):
-        pipeline = Pipeline.from_pretrained(weights, dtype=dtype, device=arguments.device)
+        pipeline = Pipeline.from_pretrained(weights, dtype=dtype, device=device)
     picture, mask = _image_and_mask(arguments, pipeline.image_size)
     seeds = [arguments.seed + index for index in range(arguments.count)]
     sampling = {name: value for name, value in sampling_options(arguments).items() if value is not None}
@@ -72,6 +74,8 @@ def run(arguments: argparse.Namespace) -> None:
 
         def report(progress: Progress) -> None:
             nonlocal steps
+            if not steps:
+                tell_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, dtype))
             steps = progress.steps
             bar.ar_step(progress)
 

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import far
+from far.cli.machine_arguments import add_machine_arguments, prepare_machine, tell_chosen
 from far.cli.sampling_arguments import MOST_IMAGES, add_sampling_arguments, sampling_options
 from far.config import check_seed
+from far.devices import device_title
 from far.errors import InputError
 from far.files import check_exists, check_writable, write_json
 from far.names import find_folder
@@ -53,8 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="image i has seed SEED · 2³² + i; also of subsets and splits (default 0)")
     add_sampling_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=64, help="images drawn together, at most 100 (default 64)")
-    parser.add_argument("--dtype", choices=DTYPES[1:], default="float32", help="of the weights (default float32)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps … (default cpu)")
+    add_machine_arguments(parser, DTYPES[1:], "float32")
     parser.add_argument("--save-npz", type=Path, metavar="FILE", help="also write the model's images in ADM's format")
     parser.add_argument("--save-statistics", type=Path, metavar="FILE", help="write mu, sigma and features, to be a --reference later")
     parser.add_argument("--cache", type=Path, help="folder for features of real images (default: far in the user's cache folder)")
@@ -84,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     from far.evaluation.references import default_cache, open_reference, write_statistics
     from far.evaluation.report import check_counts
 
-    device = started_by_torchrun().device(arguments.device)
+    device = prepare_machine(arguments, started_by_torchrun())
     extractor: Extractor = (load_inception(arguments.inception) if arguments.inception else load_feature_network()).to(device)
     cache = arguments.cache or default_cache()
     start = time.perf_counter()
@@ -96,6 +97,8 @@ def run(arguments: argparse.Namespace) -> None:
             reference = open_reference(arguments.reference, extractor, cache) if arguments.reference and processes.rank == 0 else None
             if reference is not None:
                 check_counts(judged.count, reference)
+            if processes.rank == 0:
+                tell_chosen(device=(arguments.device, device_title(device)))
             extraction_start = time.perf_counter()
             features = judged.extract()
             seconds = {"extraction seconds": time.perf_counter() - extraction_start}
@@ -181,7 +184,8 @@ def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: tor
             print(f"wrote {arguments.save_npz} ({count} images)")
         return read_parts(parts, count)
 
-    setting = {"count": count, "batch size": arguments.batch_size, "device": arguments.device, "processes": processes.count}
+    setting = {"count": count, "batch size": arguments.batch_size, "processes": processes.count}
+    setting["device"] = device_title(device) if processes.count == 1 else device.type
     return Judged(count, _pixels(pipeline), {**generation.describe(), **setting}, extract, parts)
 
 

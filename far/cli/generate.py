@@ -12,8 +12,10 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from far.cli.machine_arguments import add_machine_arguments, prepare_machine, tell_chosen
 from far.cli.sampling_arguments import MOST_IMAGES, add_sampling_arguments, sampling_options
 from far.config import check_count
+from far.devices import device_title
 from far.errors import InputError
 from far.files import check_writable
 from far.names import find_folder
@@ -22,6 +24,7 @@ from far.precision import DTYPES
 from far.sampling_config import FAST, SamplingConfig
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from far.pipeline import Pipeline
@@ -41,8 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fast", action="store_true", help="approximate: int8 weights on a CPU, and in masked models parts of every 4th AR step reused"
     )
     parser.add_argument("--batch-size", type=int, default=64, help="images drawn together (default 64)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default auto: bfloat16 where it is fast)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps … (default cpu)")
+    add_machine_arguments(parser, DTYPES)
     parser.add_argument("--gif", type=Path, help="also write an animation of the first batch's tokens appearing")
 
 
@@ -63,9 +65,10 @@ def run(arguments: argparse.Namespace) -> None:
     from far.pipeline import Pipeline, resolve_dtype
     from far.progress import ImageBar
 
-    dtype = _dtype(arguments)
+    device = prepare_machine(arguments)
+    dtype = resolve_dtype(_dtype(arguments, device), device)
     with noticed(f"loading {arguments.weights}"):
-        pipeline = Pipeline.from_pretrained(weights, dtype=dtype, device=arguments.device)
+        pipeline = Pipeline.from_pretrained(weights, dtype=dtype, device=device)
     labels = _labels(pipeline, arguments)
     seeds = [arguments.seed + index for index in range(len(labels))]
     frames: list[Tensor] = []
@@ -77,7 +80,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     config = _sampling(pipeline, arguments)
     config.check(pipeline.model)  # before the bar appears
-    settings = {"weights": arguments.weights, **dataclasses.asdict(config), "dtype": resolve_dtype(dtype, arguments.device)}
+    settings = {"weights": arguments.weights, **dataclasses.asdict(config), "dtype": dtype}
+    tell_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, dtype))
     parts = []
     with ImageBar(len(labels), "generating") as bar:
         for start in range(0, len(labels), arguments.batch_size):
@@ -98,15 +102,14 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.out} ({len(labels)} images)")
 
 
-def _dtype(arguments: argparse.Namespace) -> str:
+def _dtype(arguments: argparse.Namespace, device: torch.device) -> str:
     """Return the requested dtype; ``--fast`` alone selects int8 if it is exact here, and says why if not."""
     if not arguments.fast or arguments.dtype != "auto":
         return str(arguments.dtype)
 
     from far.kernels import no_int8
 
-    kind = arguments.device.partition(":")[0]
-    reason = no_int8() if kind == "cpu" else f"int8 is for CPUs, not for {arguments.device}"
+    reason = no_int8() if device.type == "cpu" else f"int8 is for CPUs, not for {device}"
     if reason is None:
         return "int8"
     print(f"--fast leaves the weights as they are: {reason}")

@@ -8,12 +8,15 @@ any time; it holds the EMA weights of the last checkpoint.
 import argparse
 from pathlib import Path
 
+from far.cli.machine_arguments import add_machine_arguments, with_machine
 from far.cli.recipe_arguments import add_recipe_arguments, read_recipe
+from far.devices import TRAINING_DTYPES
 from far.processes import joined
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
+    add_machine_arguments(parser, TRAINING_DTYPES, recipe=True)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
 
 
@@ -26,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     from far.weights import load_autoencoder
 
     with joined() as processes:
-        training = resolve_loop(config.training, recipe.model_folder, processes)
+        training = resolve_loop(with_machine(config.training, arguments), recipe.model_folder, processes)
         task = GeneratorTask(
             config.network,
             config.sampling,

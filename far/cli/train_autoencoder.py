@@ -7,13 +7,16 @@ and shift, PSNR and reconstruction distance on held-out images, reconstructions.
 import argparse
 from pathlib import Path
 
+from far.cli.machine_arguments import add_machine_arguments, with_machine
 from far.cli.recipe_arguments import add_recipe_arguments, read_recipe
+from far.devices import TRAINING_DTYPES
 from far.errors import InputError
 from far.processes import joined
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
+    add_machine_arguments(parser, TRAINING_DTYPES, recipe=True)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
 
 
@@ -27,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     from far.training.loop import resolve_loop, train
 
     with joined() as processes:
-        training = resolve_loop(config.training, recipe.autoencoder_folder, processes)
+        training = resolve_loop(with_machine(config.training, arguments), recipe.autoencoder_folder, processes)
         task = AutoencoderTask(config.model, config.loss, Path(recipe.data), training)
         train(task, training, recipe.autoencoder_folder, resume=arguments.resume, processes=processes)
         if processes.rank == 0:
