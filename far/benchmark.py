@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.backbone import MaskedBackbone
-from far.devices import resolve_device
+from far.devices import has_bfloat16_products, resolve_device
 from far.errors import InputError
 from far.heads.flow import FlowHead
 from far.kernels import product_operators
 from far.model import FAR, PRESETS, ModelConfig, preset
 from far.packing import Int8Linear
-from far.pipeline import Pipeline, prepare, prepare_autoencoder
+from far.pipeline import Pipeline, prepare, prepare_autoencoder, resolve_dtype
 from far.sampling import FAST, SamplingConfig, SeededNoise, sample
 from far.weights import find_folder
 
@@ -41,6 +41,8 @@ PARTS = ("encoder", "decoder", "head", "autoencoder", "sampler")
 _SEGMENTS = 4
 _BANDWIDTH_BYTES = 2**30
 _PRODUCT_SIDE = 2048
+# Unless rounds are given, a second one begins only if it ends by then: ten minutes with imports and the table.
+_MOST_SECONDS = 570
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,24 @@ def default_rows(*, batches: Sequence[int] = (1,), guidance: float | None = None
         options = {**unusual, "guidance": guidance}
         rows += rows_of([model], batches=[batch], ar_steps=[ar], head_steps=[head], dtypes=[dtype], **options)
     return rows
+
+
+def usable_rows(rows: Sequence[Row], device: str | torch.device = "auto") -> tuple[list[Row], dict[str, str]]:
+    """Return the rows whose dtype a device has instructions for, and why the dtypes of the others are left out.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    device = resolve_device(device)
+    reasons = {}
+    for dtype in dict.fromkeys(row.dtype for row in rows):
+        try:
+            resolve_dtype(dtype, device)
+        except InputError as error:
+            reasons[dtype] = str(error)
+        if dtype == "bfloat16" and not has_bfloat16_products(device):
+            reasons[dtype] = f"device {device} has no instructions for it"
+    return [row for row in rows if row.dtype not in reasons], reasons
 
 
 def rows_of(
@@ -440,24 +460,26 @@ class Report:
         return median_ratio(self.findings[0].image_seconds, finding.image_seconds)
 
 
-def measure(rows: Sequence[Row], *, rounds: int = 3, full: bool = False, device: str | torch.device = "auto") -> Report:
+def measure(rows: Sequence[Row], *, rounds: int | None = None, full: bool = False, device: str | torch.device = "auto") -> Report:
     """Time every row ``rounds`` times in turn, after a round that warms up and counts operations and memory.
 
     Args:
+        rounds: None is two, or one if a second like it would end more than 9.5 minutes after the start.
         full: draw whole images; otherwise a row's time is estimated from the AR steps of :func:`segments`.
 
     Raises:
         InputError: a model, device or dtype cannot be used here.
     """
-    device = resolve_device(device)
+    begin, device = time.perf_counter(), resolve_device(device)
     pipelines = load_models(rows, device)
     report = Report([], read_bandwidth(device), {})
-    with tqdm(total=len(rows) * (1 + rounds), desc="benchmark", unit="run") as bar:
+    with tqdm(total=len(rows) * (1 + (rounds or 2)), desc="benchmark", unit="run") as bar:
         for row in rows:
             bar.set_postfix_str(f"warm-up, {row.model}")
             report.findings.append(_first_look(pipelines[row.model, row.dtype], row, full, report))
             bar.update()
-        for turn in range(rounds):
+        for turn in range(rounds or 2):
+            start = time.perf_counter()
             for finding in report.findings:
                 row = finding.row
                 bar.set_postfix_str(f"round {turn + 1}, {row.model}")
@@ -465,6 +487,9 @@ def measure(rows: Sequence[Row], *, rounds: int = 3, full: bool = False, device:
                 plan = segments(row.sampling, full=full)
                 finding.rounds.append(generate(pipeline, row, plan, clock(pipeline.device)))
                 bar.update()
+            now = time.perf_counter()
+            if rounds is None and now - begin + now - start > _MOST_SECONDS:
+                break
     return report
 
 

@@ -26,7 +26,7 @@ from far.precision import DTYPES
 if TYPE_CHECKING:
     import torch
 
-    from far.benchmark import Finding, Report
+    from far.benchmark import Finding, Report, Row
 
 _COLOURS = ("#4c72b0", "#55a868", "#dd8452", "#8172b3", "#8c8c8c")
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--refresh-every", type=int, metavar="N", help="masked models: all positions at every N-th AR step only")
     parser.add_argument("--guidance-every", type=int, metavar="N", help="masked models: no-class half at every N-th AR step only")
     parser.add_argument("--guidance-passes", type=int, choices=[1, 2], help="of the backbone; 1 if the head has learnt guidance")
-    parser.add_argument("--rounds", type=int, default=2, help="times that each row is timed, in turn (default 2)")
+    parser.add_argument("--rounds", type=int, help="times that each row is timed, in turn (default 2, or 1 if 2 take over 10 minutes)")
     parser.add_argument("--full", action="store_true", help="time whole images; otherwise some AR steps stand for all")
     add_machine_arguments(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures and settings")
@@ -53,19 +53,16 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
 
     from far.benchmark import measure
-    from far.pipeline import resolve_dtype
 
     device = prepare_machine(arguments)
-    rows = _rows(arguments)
-    for row in rows:
-        resolve_dtype(row.dtype, device)  # refused before anything is loaded
+    rows, left_out = _rows(arguments, device)
     tell_chosen(device=(arguments.device, device_title(device)))
     report = measure(rows, rounds=arguments.rounds, full=arguments.full, device=device)
     print(_heading(report, arguments, device))
     print(_table(report))
-    print(_notes(report))
+    print(_notes(report, arguments, left_out))
     if arguments.json is not None:
-        write_json(arguments.json, _record(report, arguments, device))
+        write_json(arguments.json, _record(report, arguments, device, left_out))
         print(f"wrote {arguments.json}")
     if arguments.plot is not None:
         _plot(report, arguments.plot)
@@ -73,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if arguments.rounds < 1:
+    if arguments.rounds is not None and arguments.rounds < 1:
         raise InputError(f"--rounds {arguments.rounds} must be positive")
     if arguments.plot is not None and arguments.plot.suffix.lower() != ".png":
         raise InputError(f"--plot {arguments.plot}: give a name that ends in .png")
@@ -88,27 +85,34 @@ def _check(arguments: argparse.Namespace) -> None:
             check_writable(path)
 
 
-def _rows(arguments: argparse.Namespace) -> list[Any]:
-    from far.benchmark import default_rows, rows_of
+def _rows(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Row], dict[str, str]]:
+    """Return the rows to run, and why the usual ones of a dtype are left out."""
+    from far.benchmark import default_rows, rows_of, usable_rows
+    from far.pipeline import resolve_dtype
 
     if arguments.models is None:
-        return default_rows(batches=arguments.batch, guidance=arguments.guidance)
-    return rows_of(
+        return usable_rows(default_rows(batches=arguments.batch, guidance=arguments.guidance), device)
+    rows = rows_of(
         arguments.models, batches=arguments.batch, ar_steps=arguments.ar_steps, head_steps=arguments.head_steps,
         dtypes=arguments.dtypes or ["float32"], guidance=arguments.guidance,
         order=arguments.order, refresh_every=arguments.refresh_every, guidance_every=arguments.guidance_every,
         guidance_passes=arguments.guidance_passes,
     )  # fmt: skip
+    for row in rows:
+        resolve_dtype(row.dtype, device)  # refused before anything is loaded
+    return rows, {}
 
 
 def _heading(report: Report, arguments: argparse.Namespace, device: torch.device) -> str:
     from far.benchmark import SEED, machine
 
     scales = " or ".join(dict.fromkeys(f"{finding.row.sampling.guidance:g}" for finding in report.findings))
+    count = len(report.findings[0].rounds)
+    rounds = f"{count} round{'s' if count > 1 else ''}"
     peaks = ", ".join(f"{peak / 1e12:.3g} TFLOP/s in {name}" for name, peak in report.peaks.items())
     where = "" if device.type == "cpu" else f"device {device_title(device)}, "
     return (
-        f"Guidance {scales}, seed {SEED}, {arguments.rounds} rounds in turn, {where}{machine()}; "
+        f"Guidance {scales}, seed {SEED}, {rounds} in turn, {where}{machine()}; "
         f"measured: {report.bandwidth / 1e9:.3g} GB/s of reading, {peaks}.\n"
     )
 
@@ -155,7 +159,7 @@ def _gigabytes(count: int | None) -> str:
     return "–" if count is None else f"{count / 2**30:.3g} GB" if count >= 2**30 / 10 else f"{count / 2**20:.3g} MB"
 
 
-def _notes(report: Report) -> str:
+def _notes(report: Report, arguments: argparse.Namespace, left_out: dict[str, str]) -> str:
     estimated = [finding for finding in report.findings if finding.estimated]
     steps = ", ".join(dict.fromkeys(f"{finding.timed_steps} of {finding.row.sampling.ar_steps}" for finding in estimated))
     how = (
@@ -163,6 +167,11 @@ def _notes(report: Report) -> str:
         if estimated
         else "Times are of whole images."
     )
+    if arguments.rounds is None and len(report.findings[0].rounds) == 1:
+        how += "\nA second round is left out, since it would have ended after more than 10 minutes; --rounds 2 runs it."
+    if left_out:
+        reasons = "; ".join(f"{dtype} ({reason})" for dtype, reason in left_out.items())
+        how += f"\nLeft out are the usual rows in {reasons}; --models and --dtypes choose others."
     return f"""
 {how}
 Seconds: median (lowest to highest round); encoder … sampler: shares of them. A causal backbone decodes only.
@@ -171,7 +180,7 @@ TFLOP: multiplications and additions an image; of peak: the share of time they w
 Of reading: the share of time that reading each network's weights once a pass would take."""
 
 
-def _record(report: Report, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def _record(report: Report, arguments: argparse.Namespace, device: torch.device, left_out: dict[str, str]) -> dict[str, Any]:
     import torch
 
     from far.benchmark import SEED, processor
@@ -190,6 +199,7 @@ def _record(report: Report, arguments: argparse.Namespace, device: torch.device)
         },
         "versions": {"far": far.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "command": ["far", *sys.argv[1:]],
+        "left out": left_out,
         "rows": [_row_record(finding, report) for finding in report.findings],
     }
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import far.benchmark
@@ -83,9 +84,33 @@ def test_without_models_the_usual_rows_are_run(monkeypatch: pytest.MonkeyPatch) 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(far.benchmark, "measure", stop)
-    assert main(["benchmark", "--batch", "2", "--guidance", "1", "--rounds", "5", "--full"]) == 130
-    assert asked["rows"] == far.benchmark.default_rows(batches=[2], guidance=1.0)
-    assert {**asked, "rows": None} == {"rows": None, "rounds": 5, "full": True, "device": "cpu"}
+    for native in (True, False):
+        monkeypatch.setattr(far.benchmark, "has_bfloat16_products", lambda device, native=native: native)
+        assert main(["benchmark", "--batch", "2", "--guidance", "1", "--rounds", "5", "--full", "--device", "cpu"]) == 130
+        usual = far.benchmark.default_rows(batches=[2], guidance=1.0)
+        assert asked["rows"] == [row for row in usual if native or row.dtype != "bfloat16"]
+        assert {**asked, "rows": None} == {"rows": None, "rounds": 5, "full": True, "device": torch.device("cpu")}
+
+
+def test_rows_without_instructions_and_a_round_without_time_are_left_out_in_words(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    usual = far.benchmark.rows_of([str(pipeline_folder)], dtypes=["float32", "bfloat16"])
+    monkeypatch.setattr(far.benchmark, "default_rows", lambda **options: usual)
+    for native, seconds in ((False, 0), (True, 1000)):
+        monkeypatch.setattr(far.benchmark, "has_bfloat16_products", lambda device, native=native: native)
+        monkeypatch.setattr(far.benchmark, "_MOST_SECONDS", seconds)
+        assert main(["benchmark", "--device", "cpu", "--json", str(tmp_path / "a.json")]) == 0
+        text, found = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
+        assert [row["dtype"] for row in table(text)] == ["float32", "bfloat16"][: 1 + native]
+        assert {len(row["rounds"]) for row in found["rows"]} == {2 if seconds else 1}
+        notes = [line for line in text.splitlines() if "left out" in line.lower()]
+        assert len(notes) == 2 * (not native)
+        assert list(found["left out"]) == ["bfloat16"] * (not native)
+    monkeypatch.setattr(far.benchmark, "_MOST_SECONDS", 0)
+    assert main(["benchmark", "--device", "cpu", "--rounds", "2", "--json", str(tmp_path / "a.json")]) == 0
+    assert {len(row["rounds"]) for row in json.loads((tmp_path / "a.json").read_text())["rows"]} == {2}
+    assert "2 rounds" in capsys.readouterr().out
 
 
 def test_unusual_sampling_is_told_in_the_row(pipeline_folder: Path, capsys: pytest.CaptureFixture) -> None:
