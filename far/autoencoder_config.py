@@ -10,12 +10,19 @@ from far.errors import InputError
 class AutoencoderConfig:
     """Size and latent statistics of an autoencoder.
 
-    ``width_multipliers`` has one entry a resolution, so the stride is ``2 ** (len − 1)``: 4 to 16.
-    A latent leaves the tokenizer as ``(latent − shift) · scale``, with deviation 1 over the training
-    images; ``shift`` is a number, or one number a channel. ``norm_groups`` divides every width; narrow
-    autoencoders want few groups, since a group of one channel loses that channel's mean.
-    ``spherical`` ones scale every latent vector to the norm √latent_channels, both what they encode and what they decode
-    (SphereAR, arXiv 2509.24335).
+    Attributes:
+        width: channels at full resolution.
+        width_multipliers: factors of ``width``, one per resolution, 3 to 5 of them; the stride is ``2 ** (len −
+            1)``: 4 to 16.
+        blocks: residual blocks per resolution.
+        latent_channels: channels of a latent.
+        norm_groups: groups of each normalization, a divisor of ``width``. Narrow autoencoders want few: a
+            group of one channel loses that channel's mean.
+        scale: a latent leaves as ``(latent − shift) · scale``, with unit variance over the training images;
+            measured at the end of training.
+        shift: see ``scale``; one number, or one per channel.
+        spherical: scale every latent vector to the norm √latent_channels, in encoding and decoding
+            (SphereAR, arXiv 2509.24335).
     """
 
     width: int = 128

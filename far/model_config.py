@@ -10,10 +10,14 @@ from far.heads.config import HeadConfig
 
 @dataclasses.dataclass(frozen=True)
 class NetworkConfig:
-    """What can be chosen freely: the sizes of backbone and head, and latents a token along a side.
+    """Sizes of backbone and head, and latents per token.
 
-    ``spherical`` models see and draw latents of the norm √channels only (SphereAR, arXiv 2509.24335): a drawn token's
-    norm can then not drift, whatever guidance does. The autoencoder should be a spherical one too.
+    Attributes:
+        backbone: which backbone, and its size.
+        head: which head, and its size.
+        patch: latents per token along a side.
+        spherical: the model sees and draws latents of the norm √channels only (SphereAR, arXiv 2509.24335),
+            so that a drawn token's norm cannot drift. The autoencoder should be spherical too.
     """
 
     backbone: MaskedConfig | CausalConfig = MaskedConfig()

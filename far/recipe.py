@@ -22,7 +22,13 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderRecipe:
-    """Everything that ``far train-autoencoder`` needs besides the data."""
+    """Everything that ``far train-autoencoder`` needs besides the data.
+
+    Attributes:
+        model: size of the autoencoder.
+        loss: weights of the loss terms.
+        training: how it is trained.
+    """
 
     model: AutoencoderConfig = AutoencoderConfig()
     loss: AutoencoderLossConfig = AutoencoderLossConfig()
@@ -33,8 +39,14 @@ class AutoencoderRecipe:
 class GeneratorRecipe:
     """Everything that ``far train`` needs besides latents: network, training, and how samples are drawn.
 
-    ``frozen_backbone`` names a trained model (a folder, bundled, or of the hub): its backbone is taken and kept, and only the head
-    is trained.
+    Attributes:
+        network: sizes of backbone and head.
+        training: how they are trained.
+        sampling: the trained model's defaults.
+        evaluation: the quick evaluation during training.
+        label_drop: fraction of images that are trained without their class; guidance needs some.
+        frozen_backbone: a trained model (folder, bundled name or ``OWNER/NAME``) whose backbone is taken
+            and kept, so that only the head is trained.
     """
 
     network: NetworkConfig = NetworkConfig()
@@ -47,11 +59,17 @@ class GeneratorRecipe:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """``data`` is an image set that ``far data`` made; ``run`` receives ``autoencoder/``, ``latents/`` and the ``model`` folder.
+    """Data, run folder, autoencoder and generator.
 
-    Generators with other ``model`` names share a run's autoencoder and latents.
-    ``autoencoder_from`` names a folder with a finished autoencoder to use instead of one trained by
-    this recipe.
+    Attributes:
+        data: folder of an image set that ``far data`` wrote.
+        run: folder that receives ``autoencoder/``, ``latents/`` and the model's folder.
+        autoencoder: used by ``far train-autoencoder``.
+        generator: used by ``far train``.
+        autoencoder_from: a finished autoencoder (folder, bundled name or ``OWNER/NAME``) to use instead of
+            this recipe's own.
+        model: name of the model's folder within ``run``. Models of other names share a run's autoencoder
+            and latents.
     """
 
     data: str

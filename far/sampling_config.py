@@ -18,19 +18,19 @@ class SamplingConfig:
     Attributes:
         ar_steps: autoregressive steps (``num_iter``), 1 … number of tokens.
         head_steps: steps of the head; or (first, last), changing linearly over the AR steps (DiSA).
-        guidance: scale (``cfg``); 1 is off.
+        guidance: guidance scale (``cfg``); 1 is off.
         guidance_schedule: ``linear`` grows with the share of known tokens up to ``guidance``
             (``cfg_schedule``), ``constant`` is the same at every step.
-        guidance_interval: shares of known tokens (start, end) outside which guidance is off.
+        guidance_interval: fractions of known tokens (start, end) outside which guidance is off.
         temperature: multiplies the head's noise.
-        order: in which positions become known, of masked models: ``random``, or ``halton``, which spreads those of a step
-            evenly over the image.
-        refresh_every: of masked models: the network runs over all positions at every so many AR steps only; between them, over
-            what became known and what is wanted, with the keys and values of all the rest as they were. 1 is exact.
-        guidance_every: of masked models: the unconditional half is computed at every so many AR steps only; between them, its
-            difference from the conditional one is taken as it was. 1 is exact.
-        guidance_passes: 2 computes the backbone with and without the class; 1 gives the scale to a head that has learnt the
-            guided field. None is 1 where the head knows the scale, and else 2.
+        order: masked models: the order in which positions become known: ``random``, or ``halton``, which spreads
+            those of a step evenly over the image.
+        refresh_every: masked models: recompute all positions only every so many AR steps. Between them, only positions that
+            became known and those that are drawn; the rest keep their keys and values. 1 is exact.
+        guidance_every: masked models: compute the unconditional half only every so many AR steps. Between them, its
+            difference from the conditional half is kept. 1 is exact.
+        guidance_passes: 2 computes the backbone with and without the class; 1 gives the scale to a head that has learned the
+            guided field. None is 1 if the head knows the scale, else 2.
     """
 
     ar_steps: int = 16

@@ -56,7 +56,7 @@ FLOORS = [
     (3, ("far.sampling", "far.weights")),
     (4, ("far.pipeline", "far.progress", "far.data*")),
     (5, ("far", "far.benchmark", "far.convert", "far.demo*", "far.diffusers_format", "far.training*", "far.evaluation*")),
-    (6, ("far.recipe",)),
+    (6, ("far.recipe", "far.recipe_keys")),
     (7, ("far.cli*",)),
     (8, ("far.__main__",)),
 ]

@@ -238,7 +238,8 @@ def parse_commands() -> frozenset[str]:
 @pytest.mark.parametrize(
     "words",
     ["far gnerate", "far generate --lables 3", "far train recipes/none.yaml", "far train none",
-     "far train avatars-64 generator.trainin.steps=3", "far distill a b training.step=3", "make nothing", "python benchmarks/none.py", "python benchmarks/savings.py --none"],
+     "far train avatars-64 generator.trainin.steps=3", "far distill a b training.step=3", "make nothing",
+     "python benchmarks/none.py", "python benchmarks/savings.py --none"],
 )  # fmt: skip
 def test_wrong_commands_are_found(words: str) -> None:
     """The tests above are not blind."""

@@ -10,11 +10,22 @@ from far.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class MaskedConfig:
-    """Size of the backbone, and how it is masked in training.
+    """Size of the masked backbone, and how it is masked in training.
 
-    ``buffer`` is the number of class-token copies before the sequence. The masking ratio of a batch is
-    drawn from a normal of mean 1 and ``mask_ratio_deviation``, truncated to [``mask_ratio_min``, 1]; models of
-    few tokens want a low minimum, since there every token that becomes known changes the picture much.
+    Attributes:
+        encoder_width: channels of the encoder, a multiple of its heads.
+        encoder_depth: blocks of the encoder.
+        encoder_heads: attention heads of the encoder.
+        decoder_width: channels of the decoder, a multiple of its heads.
+        decoder_depth: blocks of the decoder.
+        decoder_heads: attention heads of the decoder.
+        buffer: copies of the class token before the sequence.
+        dropout: probability of dropout in attention and feed-forward parts.
+        mask_ratio_min: the masking ratio of a batch is drawn from a normal of mean 1, truncated to [this,
+            1]. Models of few tokens want a low minimum, since every token that becomes known changes the
+            image much.
+        mask_ratio_deviation: standard deviation of that normal.
+        kind: chooses this backbone; it is the default.
     """
 
     encoder_width: int = 768
@@ -50,11 +61,19 @@ class MaskedConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CausalConfig:
-    """Size of the backbone, and how it is trained.
+    """Size of the causal backbone, and how it is trained.
 
-    ``buffer`` is the number of class-token copies before the sequence. ``positions`` of the rotary embedding are
-    (row, column), or the number in the sequence. ``input_noise`` is the deviation of the noise on the tokens that are
-    fed in training: in sampling the backbone sees tokens with the head's errors, here it learns to bear them.
+    Attributes:
+        kind: chooses this backbone; must be given.
+        width: channels, a multiple of the heads.
+        depth: number of blocks.
+        heads: attention heads.
+        buffer: copies of the class token before the sequence.
+        positions: what the rotary embedding encodes: ``grid`` is (row, column), ``sequence`` the number in the
+            sequence.
+        dropout: probability of dropout in attention and feed-forward parts.
+        input_noise: standard deviation of the noise on the tokens that are fed in training. In sampling the
+            backbone sees tokens with the head's errors; this prepares it for them.
     """
 
     kind: Literal["causal"] = "causal"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import far
-from far.cli import benchmark, cache, convert, data, demo, distill, edit, evaluate, generate, push, train, train_autoencoder
+from far.cli import benchmark, cache, convert, data, demo, distill, edit, evaluate, generate, push, recipe, train, train_autoencoder
 from far.errors import InputError
 from far.files import printable
 from far.processes import leave, started_by_torchrun
@@ -18,6 +18,7 @@ COMMANDS = {
     "edit": edit,
     "evaluate": evaluate,
     "data": data,
+    "recipe": recipe,
     "train-autoencoder": train_autoencoder,
     "cache": cache,
     "train": train,

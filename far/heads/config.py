@@ -19,14 +19,23 @@ HEADS: dict[str, type["Head"]] = {}
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
-    """Kind and size of a head. ``kind`` is a name in :data:`far.heads.HEADS`.
+    """Kind and size of a head.
 
-    ``samples_per_token`` noise samples share each ``z`` in training (MAR's ``diffusion_batch_mul``);
-    ``solver`` is the flow head's only. ``token_limit`` is the diffusion head's: in sampling, the token that each
-    step predicts is clipped to it, in deviations of the latents. MAR has none, and needs long training for that;
-    a causal backbone, which feeds every token back, needs it longest.
-    The flow-map head's are ``objective``; ``flow_steps``, the training steps of plain flow matching before it begins; and
-    ``max_guidance``, up to which scale the head learns the guided field (without it, guidance takes two passes).
+    Attributes:
+        kind: ``shortcut``, ``flow``, ``diffusion``, ``flow_map``, ``energy``, or another name in
+            :data:`far.heads.HEADS`.
+        width: channels of its blocks.
+        depth: number of its blocks.
+        samples_per_token: noise samples that share each condition in training (MAR's
+            ``diffusion_batch_mul``).
+        solver: the flow head's: ``euler``, or ``heun`` with two evaluations per step.
+        token_limit: the diffusion head's: in sampling, clip the token that each step predicts to this many
+            standard deviations of the latents. MAR has none and needs long training for that; a causal
+            backbone, which feeds every token back, needs it longest.
+        objective: the flow-map head's: MeanFlow, or Lagrangian self-distillation.
+        flow_steps: the flow-map head's: training steps of plain flow matching before its objective begins.
+        max_guidance: the flow-map head's: up to which scale it learns the guided field, so that guidance
+            takes one pass of the backbone; none learns no guidance, which then takes two.
     """
 
     kind: str = "shortcut"

@@ -15,18 +15,37 @@ GROUP = 64
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """How long, how fast, how often.
+    """How long, how fast, how often to train.
 
-    ``learning_rate`` is reached after ``warmup_steps`` and then kept, or lowered to zero along a half
-    cosine. ``device`` ``auto`` is a GPU if there is one, else the CPU; a ``torch.device`` is taken as well.
-    ``dtype`` is the autocast type of the forward pass; weights stay in float32. ``auto`` is bfloat16 if the device has
-    instructions that multiply it, else float32; a resumed run keeps its checkpoint's.
-    In float16 the loss is scaled by a factor that follows what its gradients bear. A step whose loss or gradient is not
-    finite changes nothing; ``max_skipped_steps`` of them in a row end the run. The default is more than the 16 halvings
-    that bring float16's first factor, 65536, down to 1.
-    ``batch_size`` images of a step go through the network in ``micro_batches`` equal parts, whose gradients are
-    averaged: less memory with one process, or the shares of several. Their number, not the processes', fixes the result.
-    Several processes have a copy of the module each (``ddp``), or with less memory and more talk a shard (``fsdp``).
+    Attributes:
+        steps: optimizer steps.
+        batch_size: images per step, at all processes together.
+        micro_batches: equal parts of a step's images that go through the network one after the other, or on
+            several processes; their gradients are averaged. This number fixes the result, not that of the
+            processes.
+        learning_rate: AdamW's, reached after the warmup.
+        head_learning_rate: the head's own; none is ``learning_rate``.
+        schedule: the learning rate after the warmup: kept, or lowered to zero along a half cosine.
+        warmup_steps: steps over which the learning rate rises from zero.
+        weight_decay: AdamW's decay of weight matrices; autoencoders are trained without.
+        gradient_clip: largest norm of the gradient; a larger one is scaled down to it.
+        ema_decay: decay of the averaged weights, which are the ones that are evaluated and saved; it rises
+            to this value.
+        max_skipped_steps: a step whose loss or gradient is not finite changes nothing; this many of them in
+            a row end the run. The default is more than the 16 halvings that bring float16's first loss
+            factor, 65536, down to 1.
+        dtype: autocast type of the forward pass; weights stay in float32. ``auto`` is bfloat16 if the
+            device has instructions that multiply it, else float32; a resumed run keeps its checkpoint's. In
+            float16 the loss is scaled by a factor that adapts to the gradients.
+        device: ``auto`` is a GPU if there is one, else the CPU; or ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+            A ``torch.device`` is taken as well.
+        parallel: with several processes, ``ddp`` replicates the module; ``fsdp`` shards it, trading
+            communication for memory.
+        seed: fixes weights, batches and noise: step k is a function of seed and k.
+        log_every: steps between lines of log.jsonl.
+        checkpoint_every: steps between checkpoints.
+        evaluate_every: steps between evaluations.
+        tensorboard: write TensorBoard files too; needs the extra ``log``.
     """
 
     steps: int = 10_000
@@ -79,10 +98,14 @@ class LoopConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderLossConfig:
-    """Weights of the loss terms, and how many held-out images each evaluation uses.
+    """Weights of the autoencoder's loss terms, and the images of its evaluation.
 
-    The reconstruction terms are means over pixels in [−1, 1], the perceptual one a mean over images,
-    and ``kl_weight`` multiplies the KL divergence in nats per latent value.
+    Attributes:
+        l1_weight: weight of the mean absolute error over pixels in [−1, 1].
+        mse_weight: weight of the mean squared error over pixels in [−1, 1].
+        perceptual_weight: weight of the distance between features of EfficientNet-Lite0, a mean over images.
+        kl_weight: weight of the KL divergence in nats per latent value.
+        evaluation_images: held-out images per evaluation, at least 2.
     """
 
     l1_weight: float = 1.0
@@ -98,9 +121,12 @@ class AutoencoderLossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """The quick judgement during training: how many images, against how many held-out ones.
+    """The quick evaluation during training. Small counts bias the distance upwards: compare only figures of equal counts.
 
-    Small counts bias the distance upwards: compare it only with itself, at the same counts.
+    Attributes:
+        images: drawn images, at least 2.
+        references: held-out images that they are compared with, at least 2.
+        grid_per_class: images of each class on the sample sheet.
     """
 
     images: int = 500
@@ -115,16 +141,17 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrajectoryConfig:
-    """What is computed once, before training.
+    """What distillation computes once, before training.
 
     Attributes:
-        images: how many, rounded up to whole groups of 64.
-        tokens_per_image: of which conditions and trajectories are kept, at most the model's tokens.
-        max_guidance: scales are drawn between 1 and this.
-        label_drop: the share of images without their class, so that the student keeps the unconditional half of guidance.
-        token_limit: of what a diffusion teacher predicts that has no limit of its own, see :class:`far.heads.HeadConfig`: near
-            the noise its errors are magnified. None is no limit.
-        seed: of everything drawn.
+        images: their number, rounded up to whole groups of 64.
+        tokens_per_image: tokens whose conditions and trajectories are kept, at most the model's tokens.
+        max_guidance: guidance scales are drawn between 1 and this.
+        label_drop: fraction of images without their class, so that the student keeps the unconditional half
+            of guidance.
+        token_limit: clips what a diffusion teacher without a limit of its own predicts, see
+            ``head.token_limit``: near the noise its errors are magnified. None is no limit.
+        seed: fixes everything that is drawn.
     """
 
     images: int = 20_000
@@ -153,10 +180,13 @@ _LOOP = LoopConfig(
 
 @dataclasses.dataclass(frozen=True)
 class DistillationConfig:
-    """What ``far distill`` can be told.
+    """Settings of ``far distill``. The student's head has the size of the teacher's.
 
-    ``samples_per_token`` steps of each trajectory are learnt at a time; ``adapter_rank`` is that of the backbone's low-rank
-    adapters, 0 for none. The student's head has the size of the teacher's.
+    Attributes:
+        trajectories: what is computed once, before training.
+        training: how the student is trained.
+        samples_per_token: steps of each trajectory that are learned at a time.
+        adapter_rank: rank of low-rank adapters in the backbone; 0 is none.
     """
 
     trajectories: TrajectoryConfig = TrajectoryConfig()

@@ -1,0 +1,36 @@
+"""List the packaged recipes, print one, or explain every key.
+
+far recipe NAME > mine.yaml gives a copy to change. far train-autoencoder, cache and train take the name as well.
+"""
+
+import argparse
+import shutil
+
+from far.errors import InputError
+from far.recipe import find_recipe, recipe_names
+from far.recipe_keys import as_text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="the recipe to print (default: list all)")
+    parser.add_argument("--keys", action="store_true", help="print every key with type, default and meaning")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.keys and arguments.name:
+        raise InputError(f"--keys explains the keys of all recipes; leave out {arguments.name!r}")
+    if arguments.keys:
+        print(as_text(min(shutil.get_terminal_size().columns, 110)), end="")
+    elif arguments.name:
+        if arguments.name not in recipe_names():
+            raise InputError(f"no packaged recipe {arguments.name!r}; choose one of: {', '.join(recipe_names())}")
+        print(packaged(arguments.name), end="")
+    else:
+        width = max(map(len, recipe_names()))
+        for name in recipe_names():
+            print(f"{name:{width}}  {packaged(name).splitlines()[0].removeprefix('# ')}")
+
+
+def packaged(name: str) -> str:
+    """Return the text of a packaged recipe."""
+    return find_recipe(name).read_text(encoding="utf-8")

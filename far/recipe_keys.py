@@ -1,0 +1,122 @@
+"""Every key of a recipe: type and default from the dataclasses, meaning from their docstrings. Needs no torch."""
+
+import dataclasses
+import inspect
+import re
+import textwrap
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from far.recipe import Recipe
+from far.training.config import DistillationConfig
+
+_ROLE = re.compile(r":\w+:`([^`]+)`")
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A key with its dotted name; ``default`` is YAML, or ``None`` if the key must be given."""
+
+    name: str
+    type: str
+    default: str | None
+    meaning: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """The keys of one dataclass. ``name`` is empty for the keys that stand outside of all sections."""
+
+    command: str
+    name: str
+    kind: str
+    summary: str
+    keys: list[Key]
+
+
+def sections() -> list[Section]:
+    """Return the sections of a recipe, and then those of ``far distill``'s overrides."""
+    return [
+        *_sections("a recipe", Recipe, Recipe("", ""), ""),
+        *_sections("far distill", DistillationConfig, DistillationConfig(), ""),
+    ]
+
+
+def _sections(command: str, kind: type, default: Any, prefix: str) -> Iterator[Section]:
+    summary, meanings = _described(kind)
+    hints = typing.get_type_hints(kind)
+    keys: list[Key] = []
+    inner: list[tuple[str, type, Any]] = []
+    for field in dataclasses.fields(kind):
+        hint, value = hints[field.name], getattr(default, field.name)
+        options: list[Any] = [option for option in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(option)]
+        if options:
+            inner += [(f"{prefix}{field.name}", option, value if isinstance(value, option) else option()) for option in options]
+            continue
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        shown = None if required else _yaml(value)
+        keys.append(Key(f"{prefix}{field.name}", _type(hint), shown, meanings.get(field.name, "")))
+    chosen = typing.get_args(hints.get("kind"))
+    yield Section(command, prefix.rstrip("."), chosen[0] if len(chosen) == 1 else "", summary, keys)
+    for name, option, value in inner:
+        yield from _sections(command, option, value, f"{name}.")
+
+
+def _described(kind: type) -> tuple[str, dict[str, str]]:
+    """Return the first part of a dataclass's docstring, and the meaning of each field that it lists."""
+    head, _, listed = (_ROLE.sub(r"`\1`", inspect.getdoc(kind) or "").replace("``", "`")).partition("Attributes:\n")
+    entries = re.findall(r"^(\w+): (.*(?:\n .*)*)", textwrap.dedent(listed), re.MULTILINE)
+    return " ".join(head.split()), {name: " ".join(text.split()) for name, text in entries}
+
+
+def _type(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return ", ".join(arguments)
+    if origin is tuple:
+        return f"list of {_type(arguments[0])}s"
+    if arguments:
+        return " or ".join(_type(option) for option in arguments if option is not type(None))
+    return {"str": "text", "int": "whole number", "float": "number", "bool": "true, false"}[hint.__name__]
+
+
+def _yaml(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(list(value)) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _title(section: Section) -> str:
+    kind = f" of kind {section.kind}" if section.kind else ""
+    return f"{section.name}{kind}" if section.name else f"Keys of {section.command}"
+
+
+def as_text(width: int) -> str:
+    """Return all keys for a terminal of ``width`` columns."""
+    lines: list[str] = []
+    for section in sections():
+        lines += [_title(section), *textwrap.wrap(section.summary, width), ""]
+        for key in section.keys:
+            default = "must be given" if key.default is None else f"default {key.default}"
+            meaning = f"{key.type}; {default}. {key.meaning[:1].upper()}{key.meaning[1:]}"
+            lines += [f"  {key.name}", *textwrap.wrap(meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+        lines += [""] if section.keys else []
+    return "\n".join(lines).replace("`", "")
+
+
+def as_markdown() -> str:
+    """Return all keys as headings and tables."""
+    lines: list[str] = []
+    for section in sections():
+        title = f"`{section.name}`" + (f", kind {section.kind}" if section.kind else "")
+        lines += [f"### {title}" if section.name else f"## {_title(section)}", "", section.summary, ""]
+        if section.keys:
+            lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        for key in section.keys:
+            default = "must be given" if key.default is None else f"`{key.default}`"
+            lines.append(f"| `{key.name}` | {key.type} | {default} | {key.meaning} |")
+        lines += [""] if section.keys else []
+    return "\n".join(lines)
