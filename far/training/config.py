@@ -27,7 +27,7 @@ class LoopConfig:
         head_learning_rate: the head's own; none is ``learning_rate``.
         schedule: the learning rate after the warmup: kept, or lowered to zero along a half cosine.
         warmup_steps: steps over which the learning rate rises from zero.
-        weight_decay: AdamW's decay of weight matrices; autoencoders are trained without.
+        weight_decay: AdamW's decay of the backbone's matrices; heads and autoencoders are trained without.
         gradient_clip: largest norm of the gradient; a larger one is scaled down to it.
         ema_decay: decay of the averaged weights, which are the ones that are evaluated and saved; it rises
             to this value.
