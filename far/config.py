@@ -6,6 +6,7 @@ The dataclasses themselves stand beside what they configure.
 import dataclasses
 import difflib
 import math
+import operator
 import reprlib
 import types
 import typing
@@ -93,10 +94,46 @@ def check_count(name: str, value: int, most: int = 2**16) -> None:
         raise InputError(f"{name} {value} must be positive" if value < 1 else f"{name} {value} is too large; give at most {most}")
 
 
+def whole_number(name: str, value: Any) -> int:
+    """Return an integer of Python, of numpy, or in a tensor without dimensions, as an ``int``.
+
+    Raises:
+        InputError: it is anything else, such as a float or a bool; ``name`` begins the message.
+    """
+    try:
+        # Tensors of one element, and of bools, would give an integer too.
+        if not isinstance(value, bool) and not getattr(value, "ndim", 0) and "bool" not in str(getattr(value, "dtype", "")):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise InputError(f"{name} {_shown(value)[:80]} is no whole number; give one") from None
+
+
+def listed(name: str, values: Any) -> list[Any]:
+    """Return the items of a list, tuple, range, array or tensor.
+
+    Raises:
+        InputError: it is a single value or a text; ``name`` begins the message.
+    """
+    try:
+        if not isinstance(values, str | bytes):
+            return list(values)
+    except TypeError:
+        pass
+    raise InputError(f"{name} {_shown(values)[:80]}: give a list, such as [{_shown(values)[:80]}]") from None
+
+
 def check_seed(name: str, seed: int) -> None:
     """Raise an :class:`InputError` that starts with ``name`` unless ``seed`` is within 0 … 2⁶³ − 1."""
     if not 0 <= seed < 2**63:
         raise InputError(f"{name} {seed}: give a whole number within 0 … 2⁶³ − 1")
+
+
+def check_types(config: Any) -> None:
+    """Raise an :class:`InputError` that names the first value of a dataclass that is not of its field's type."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        _convert(hints[field.name], getattr(config, field.name), f"{type(config).__name__}: {field.name}")
 
 
 def _by_kind(options: tuple[Any, ...], values: Mapping[str, Any], source: str) -> Any:

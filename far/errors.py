@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The message is one line that names the file or value and says what to do about it.
     """
+
+
+class NotFiniteError(InputError):
+    """A model's images hold NaN or infinite values: its weights are damaged, or overflow in their dtype."""

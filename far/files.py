@@ -14,7 +14,7 @@ import tempfile
 import time
 import unicodedata
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,27 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         remove_folder(path)
         temporary.replace(path)
+
+
+@contextlib.contextmanager
+def files_together(folder: Path, replaced: Iterable[Path] = ()) -> Iterator[Path]:
+    """Yield an empty temporary folder beside ``folder``; on success move its files into ``folder``, else remove them.
+
+    Args:
+        folder: made where missing; other files in it stay.
+        replaced: files that are removed before the new ones arrive.
+
+    Raises:
+        InputError: the folder cannot be made or written, or the disk is full.
+    """
+    with _beside(folder) as temporary:
+        temporary.mkdir()
+        yield temporary
+        for path in replaced:
+            path.unlink(missing_ok=True)
+        folder.mkdir(exist_ok=True)
+        for path in temporary.iterdir():
+            path.replace(folder / path.name)
 
 
 def remove_folder(path: Path) -> None:

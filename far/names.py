@@ -3,6 +3,7 @@
 The one place where names become folders; see :meth:`far.Pipeline.from_pretrained` for what they may be.
 """
 
+import difflib
 from pathlib import Path
 
 from far.errors import InputError
@@ -17,16 +18,31 @@ def find_folder(name: Path | str, *, revision: str | None = None, local_files_on
     Raises:
         InputError: none of them exists, or the hub cannot be reached.
     """
+    if not isinstance(name, str | Path):
+        raise InputError(f"weights {name!r}: give a folder, the name of a bundled model, or OWNER/NAME of the hub")
     bundled = bundled_names()
-    if Path(name).is_dir() or (isinstance(name, str) and name in bundled):
+    if (name != "" and Path(name).is_dir()) or (isinstance(name, str) and name in bundled):
         if revision is not None:
             raise InputError(f"weights {str(name)!r} are a folder here, which has no revision {revision!r}; leave it out")
         return Path(name) if Path(name).is_dir() else BUNDLED / name
-    if isinstance(name, str) and is_hub_name(name):
-        return download(name, revision, local_files_only=local_files_only)
+    if isinstance(name, str) and is_hub_name(name) and not name.startswith(("./", "../")):
+        try:
+            return download(name, revision, local_files_only=local_files_only)
+        except InputError as error:
+            raise InputError(f"weights {name!r}: no such folder{_beside(name)}; taken for a name on the hub, {error}") from error
     raise InputError(
         f"weights {str(name)!r}: no such folder or bundled model; bundled: {', '.join(bundled) or 'none'}; on the hub: OWNER/NAME"
     )
+
+
+def _beside(name: str) -> str:
+    """What a name that could be a path may have been meant to be, for an error."""
+    parent = Path(name).parent
+    if not parent.is_dir():
+        return ""
+    found = sorted(path.name for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+    near = difflib.get_close_matches(Path(name).name, found, n=3, cutoff=0.0)
+    return f" ({parent} holds {', '.join(near) or 'no folder'})"
 
 
 def bundled_names() -> list[str]:

@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from far.colors import to_srgb
-from far.errors import InputError
+from far.errors import InputError, NotFiniteError
 from far.files import atomic_path
 
 # Of a contact sheet: pixels across at least, and images of a class in one row at most.
@@ -20,9 +20,29 @@ _SHEET_WIDTH = 1000
 _ROW_IMAGES = 8
 
 
+def check_finite(images: Tensor) -> Tensor:
+    """Return ``images [n, …]`` as they are.
+
+    Raises:
+        NotFiniteError: a value is NaN or infinite.
+    """
+    finite = images.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
+        number = int((~finite).nonzero()[0])
+        raise NotFiniteError(
+            f"image {number} of {len(images)} has values that are not finite numbers: the model's weights are damaged, or its "
+            "values overflow; check the weights, or take dtype float32"
+        )
+    return images
+
+
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Images ``[n, 3, h, w]`` in [0, 1] → ``[n, h, w, 3]`` uint8, rounded."""
-    scaled = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    """Images ``[n, 3, h, w]`` in [0, 1] → ``[n, h, w, 3]`` uint8, rounded.
+
+    Raises:
+        NotFiniteError: a value is NaN or infinite.
+    """
+    scaled = (check_finite(images).float().clamp(0, 1) * 255).round().to(torch.uint8)
     return scaled.permute(0, 2, 3, 1).cpu().numpy()
 
 

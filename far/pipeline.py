@@ -5,9 +5,8 @@ is in ``far.sampling``.
 """
 
 import dataclasses
-import operator
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +18,8 @@ from torch import Tensor
 
 from far.autoencoder import Autoencoder
 from far.card import write_card
-from far.config import from_dict, to_dict
+from far.classes import class_number
+from far.config import check_count, check_seed, from_dict, listed, to_dict, whole_number
 from far.devices import resolve_device, resolve_training_dtype
 from far.editing import paste_kept, touched_tokens
 from far.errors import InputError
@@ -28,7 +28,7 @@ from far.hub import upload
 from far.kernels import no_int8
 from far.model import FAR, ModelConfig
 from far.packing import Int8Linear, pack_linear_layers, quantize_linear_layers
-from far.pictures import to_pictures, to_tensor
+from far.pictures import check_finite, to_pictures, to_tensor
 from far.precision import DTYPES
 from far.sampling import Kept, Progress, SamplingConfig, SeededNoise, sampling_steps
 from far.weights import (
@@ -91,23 +91,12 @@ class Pipeline:
         return self.autoencoder
 
     def label(self, name: int | str) -> int:
-        """The class number of a number or a name.
+        """Return the number of a class from its number or name; see :func:`far.classes.class_number`.
 
         Raises:
-            InputError: no such class; the message tells which there are.
+            InputError: no such class, or a text that is the name of one class and the number of another.
         """
-        if isinstance(name, str) and name in self.classes:
-            return self.classes.index(name)
-        try:
-            number = int(name)
-        except ValueError:
-            raise InputError(f"unknown class {name!r}; give a number 0 to {len(self.classes) - 1} or one of: {self._names()}") from None
-        if not 0 <= number < len(self.classes):
-            raise InputError(f"label {number} is out of range; give 0 to {len(self.classes) - 1} ({self._names()})")
-        return number
-
-    def _names(self) -> str:
-        return ", ".join(self.classes[:20]) + (" …" if len(self.classes) > 20 else "")
+        return class_number(self.classes, name)
 
     def generate(
         self,
@@ -152,6 +141,7 @@ class Pipeline:
             InputError: an unknown class, or a value out of range.
         """
         check_output(output)
+        labels = listed("labels", labels)
         seeds = _seeds(seed, len(labels))
         config = self.sampling_config(
             guidance=guidance, ar_steps=ar_steps, head_steps=head_steps, temperature=temperature,
@@ -171,9 +161,8 @@ class Pipeline:
         callback: Callable[[Progress], None] | None = None,
     ) -> Tensor:
         """What :meth:`generate` does, with one seed a label and a whole config: ``[n, 3, h, w]`` in [0, 1]."""
-        if batch_size < 1:
-            raise InputError(f"batch_size {batch_size} must be positive")
-        numbers = self._numbers(labels, seeds)
+        check_count("batch_size", whole_number("batch_size", batch_size), 2**40)
+        numbers, seeds = self._numbers(labels, seeds)
         parts = []
         for start in range(0, len(numbers), batch_size):
             chunk = slice(start, start + batch_size)
@@ -197,20 +186,20 @@ class Pipeline:
         Raises:
             InputError: an unknown class, or a value out of range; by the call itself, before any step.
         """
-        numbers = torch.tensor(self._numbers(labels, seeds), device=self.device)
+        numbers, seeds = self._numbers(labels, seeds)
         noise = SeededNoise(seeds, self.device)
-        return sampling_steps(self.model, numbers, noise, config or self.defaults, kept=kept)
+        return sampling_steps(self.model, torch.tensor(numbers, device=self.device), noise, config or self.defaults, kept=kept)
 
-    def _numbers(self, labels: Sequence[int | str], seeds: Sequence[int]) -> list[int]:
-        """The class numbers; an :class:`InputError` if there are none, or not one good seed each."""
-        numbers = [self.label(name) for name in labels]
+    def _numbers(self, labels: Sequence[int | str], seeds: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Class numbers and seeds; an :class:`InputError` if there are none, or not one good seed each."""
+        numbers, seeds = [self.label(name) for name in listed("labels", labels)], _seeds(seeds, 1)
         if not numbers:
             raise InputError("no labels were given; give at least one class")
         if len(seeds) != len(numbers):
             raise InputError(f"{len(seeds)} seeds for {len(numbers)} labels; give one seed, or one a label")
-        if any(not 0 <= seed < 2**63 for seed in seeds):
-            raise InputError(f"seeds {min(seeds)} to {max(seeds)}: each must be within 0 … 2⁶³ − 1")
-        return numbers
+        for seed in (min(seeds), max(seeds)):
+            check_seed("seed", seed)
+        return numbers, seeds
 
     def preview(self, progress: Progress) -> Tensor:
         """Images so far ``[b, 3, H, W]`` in [0, 1], mid-grey where no token is known yet."""
@@ -237,8 +226,10 @@ class Pipeline:
         are drawn anew as wholes, given the kept ones. A causal backbone can redraw from one token to the end only.
 
         Args:
-            image: a picture, or ``[3, H, W]`` in [0, 1], of the model's size (:attr:`image_size`).
-            mask: white, or above 0.5 of ``[H, W]``, where the image is to be redrawn, not where it is transparent; of the same size.
+            image: of the model's size (:attr:`image_size`): a picture, 8-bit pixels ``[H, W, 3]`` of numpy, or ``[3, H, W]``
+                in [0, 1].
+            mask: of the same size; white, or above 0.5 of a tensor or array ``[H, W]``, where the image is to be redrawn, not
+                where it is transparent.
             label: the class, number or name, of what is drawn.
             seed: one seed; or several, for as many versions.
             paste: put the pixels of ``image`` back where tokens were kept; else these are decoded from the tokens.
@@ -268,17 +259,21 @@ class Pipeline:
         return images if output == "tensor" else to_pictures(images)
 
     def _checked_image(self, image: Image.Image | Tensor) -> Tensor:
-        tensor = to_tensor(image) if isinstance(image, Image.Image) else image
+        tensor = _pixels("image", image, "white")
         if tensor.shape != (3, *self.image_size):
             raise InputError(f"image of shape {list(tensor.shape)}: this model's are {[3, *self.image_size]}; crop or resize it")
-        if not (tensor.is_floating_point() and tensor.min() >= 0 and tensor.max() <= 1):  # NaN is neither
+        if not (tensor.is_floating_point() and tensor.isfinite().all() and tensor.min() >= 0 and tensor.max() <= 1):
             raise InputError(f"image of {tensor.dtype} from {tensor.min():g} to {tensor.max():g}: give floats within 0 … 1, as bytes / 255")
         return tensor
 
     def _checked_mask(self, mask: Image.Image | Tensor) -> Tensor:
-        tensor = to_tensor(mask, "black").mean(dim=0) if isinstance(mask, Image.Image) else mask
+        tensor = _pixels("mask", mask, "black")
+        if tensor.dim() == 3 and not isinstance(mask, Tensor):
+            tensor = tensor.mean(dim=0)
         if tensor.shape != self.image_size:
             raise InputError(f"mask of shape {list(tensor.shape)}: it must be the image's, {list(self.image_size)}")
+        if not tensor.isfinite().all():
+            raise InputError("mask holds values that are not finite numbers; give 1 where to redraw, and 0 elsewhere")
         return tensor > 0.5
 
     def _edit_config(self, tokens: int, sampling: dict[str, Any]) -> SamplingConfig:
@@ -287,24 +282,29 @@ class Pipeline:
         return self.sampling_config(**{"ar_steps": max(1, steps), **{k: v for k, v in sampling.items() if v is not None}})
 
     def sampling_config(self, **given: Any) -> SamplingConfig:
-        """The model's default sampling values with those of ``given`` that are not ``None``."""
-        return dataclasses.replace(self.defaults, **{key: value for key, value in given.items() if value is not None})
+        """The model's default sampling values with those of ``given`` that are not ``None``.
+
+        Raises:
+            InputError: a name that :class:`far.sampling.SamplingConfig` does not have, or a value of another type.
+        """
+        values = {field.name: getattr(self.defaults, field.name) for field in dataclasses.fields(self.defaults)}
+        values |= {name: _plain(value) for name, value in given.items() if value is not None}
+        return from_dict(SamplingConfig, values, "sampling values")
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images ``[b, 3, H, W]`` in [0, 1] from latents of deviation 1.
 
         Raises:
-            InputError: the pipeline has no autoencoder.
+            InputError: the pipeline has no autoencoder, or (:class:`far.errors.NotFiniteError`) an image has values that are
+                not finite.
         """
         autoencoder = self._autoencoder()
         latents = autoencoder.denormalize(latents.to(next(autoencoder.parameters()).dtype))
         chunk = _CPU_DECODE_CHUNK if latents.device.type == "cpu" else len(latents)
-        parts = [
-            (autoencoder.decode(part.contiguous(memory_format=torch.channels_last)).float() / 2 + 0.5).clamp(0, 1)
-            for part in latents.split(chunk)
-        ]
-        return torch.cat(parts).contiguous()
+        parts = [autoencoder.decode(part.contiguous(memory_format=torch.channels_last)).float() / 2 + 0.5 for part in latents.split(chunk)]
+        # The one place where images leave a model, so the one where NaN has to be found: a picture would show it as black.
+        return check_finite(torch.cat(parts)).clamp(0, 1).contiguous()
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -332,6 +332,8 @@ class Pipeline:
             InputError: the weights are 8-bit integers, of which there is no way back; or no whole model ``base`` is bundled.
         """
         folder = Path(folder)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise InputError(f"dtype {dtype!r}: give a floating point dtype of torch, such as torch.float16")
         if any(isinstance(module, Int8Linear) for module in self.model.modules()):
             raise InputError(f"{folder}: int8 weights are for running only; load the model in another dtype to save it")
         tensors, autoencoder, described = self.model.state_dict(), self.autoencoder, {}
@@ -444,10 +446,28 @@ class Pipeline:
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    """The seeds that were given, which may be numpy's; or of one seed, it and the next ones."""
-    if isinstance(seed, int | np.integer):
-        return [int(seed) + index for index in range(count)]
-    return [operator.index(one) for one in seed]
+    """The seeds that were given; or of one seed, it and the next ones."""
+    if isinstance(seed, Iterable) and not isinstance(seed, str | bytes) and getattr(seed, "ndim", None) != 0:
+        return [whole_number("seed", one) for one in seed]
+    return [whole_number("seed", seed) + index for index in range(count)]
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy, or in a tensor, as Python's own; anything else as it is."""
+    return value.item() if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0 else value
+
+
+def _pixels(name: str, given: Any, background: str) -> Tensor:
+    """A picture of Pillow, or an array of 8-bit pixels as Pillow makes them, as ``[3, H, W]`` in [0, 1]; a tensor as it is."""
+    if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.ndim == 3 and given.shape[-1] in (3, 4):
+        given = Image.fromarray(given)
+    if isinstance(given, Image.Image):
+        return to_tensor(given, background)
+    if isinstance(given, np.ndarray) and given.dtype.kind in "bfiu":
+        return torch.from_numpy(given.copy())
+    if isinstance(given, Tensor) and not given.is_complex():
+        return given
+    raise InputError(f"{name} is {type(given).__name__}; give a picture of Pillow, an array of numpy or a tensor")
 
 
 def check_output(output: str) -> None:

@@ -5,6 +5,7 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Literal
 
+from far.config import check_types
 from far.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class SamplingConfig:
         Args:
             kept: how many tokens are not drawn, but given.
         """
+        check_types(self)
         tokens = model.config.tokens - kept
         if not model.backbone.any_order and self.ar_steps != tokens:
             raise InputError(

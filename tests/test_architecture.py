@@ -32,6 +32,7 @@ FLOORS = [
             "far.card",
             "far.processes",
             "far.pickles",
+            "far.classes",
             "far.seeds",
             "far.devices",
         ),

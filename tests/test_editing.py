@@ -172,7 +172,7 @@ def test_the_label_decides_what_is_drawn(pipeline: Pipeline, planet: Image.Image
         ({"mask": torch.zeros(64, 64)}, "marks nothing"),
         ({"mask": torch.ones(64, 64)}, "nothing is kept"),
         ({"label": "hexagon"}, "unknown class 'hexagon'"),
-        ({"seed": -1}, "seeds -1"),
+        ({"seed": -1}, "seed -1"),
         ({"seed": []}, "no seeds"),
         ({"ar_steps": 5}, "ar_steps 5: give 1 to 4"),
         ({"output": "jpeg"}, "output 'jpeg'"),

@@ -11,6 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from far.classes import label_text
 from far.cli.machine_arguments import add_machine_arguments, prepare_machine, tell_chosen
 from far.cli.sampling_arguments import add_sampling_arguments, sampling_options
 from far.devices import device_title
@@ -87,7 +88,8 @@ def run(arguments: argparse.Namespace) -> None:
     settings = {"weights": arguments.weights, **dataclasses.asdict(config), "dtype": dtype, "image": arguments.image.name}
     label = pipeline.label(arguments.label)
     sheet = contact_sheet(images, [label] * len(images))
-    save_png(sheet, arguments.out, {**settings, "label": label, "class": pipeline.classes[label], "seed": arguments.seed})
+    made = {"label": label_text(pipeline.classes, label), "class": pipeline.classes[label], "seed": arguments.seed}
+    save_png(sheet, arguments.out, {**settings, **made})
     print(f"wrote {arguments.out} ({arguments.count} {'version' if arguments.count == 1 else 'versions'})")
 
 

@@ -8,16 +8,19 @@ Images are seeded one by one: image i has seed SEED + i, whatever the batch arou
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from far.classes import label_text
 from far.cli.machine_arguments import add_machine_arguments, prepare_machine, tell_chosen
 from far.cli.sampling_arguments import MOST_IMAGES, add_sampling_arguments, sampling_options
 from far.config import check_count
 from far.devices import device_title
 from far.errors import InputError
-from far.files import check_writable
+from far.files import check_writable, files_together
 from far.names import find_folder
 from far.notices import noticed
 from far.precision import DTYPES
@@ -33,12 +36,13 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", default="avatars-64", help="bundled name, folder, or OWNER/NAME[@REVISION] (default avatars-64)")
-    parser.add_argument("--labels", nargs="+", default=["all"], help="class numbers or names, or 'all' (default)")
+    parser.add_argument("--labels", nargs="+", help="class numbers or names, or 'all' (default)")
     parser.add_argument("--count", type=int, help="images in all, shared evenly by the labels (default: one a label)")
     parser.add_argument(
         "--out", type=Path, default=Path("samples.png"), help=".png (a contact sheet), .npz, or a folder of PNGs (default samples.png)"
     )
     parser.add_argument("--seed", type=int, default=0, help="image i has seed SEED + i (default 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the generated images that the folder --out already holds")
     add_sampling_arguments(parser)
     parser.add_argument(
         "--fast", action="store_true", help="approximate: int8 weights on a CPU, and in masked models parts of every 4th AR step reused"
@@ -54,7 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.count is not None:
         check_count("--count", arguments.count, MOST_IMAGES)
     folder = arguments.out.suffix.lower() not in (".png", ".npz")
-    check_writable(arguments.out / "000000.png" if folder else arguments.out)
+    earlier = _earlier_images(arguments.out, arguments.overwrite) if folder and arguments.out.exists() else []
+    check_writable(arguments.out / "000000.png" if folder and arguments.out.exists() else arguments.out)
     if arguments.gif is not None:
         check_writable(arguments.gif)
     weights = find_folder(arguments.weights)
@@ -83,23 +88,44 @@ def run(arguments: argparse.Namespace) -> None:
     settings = {"weights": arguments.weights, **dataclasses.asdict(config), "dtype": dtype}
     tell_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, dtype))
     parts = []
-    with ImageBar(len(labels), "generating") as bar:
+    # A folder is filled at the end, so that nothing half-written is taken for the whole.
+    together = files_together(arguments.out, earlier) if folder else contextlib.nullcontext(arguments.out)
+    with together as out, ImageBar(len(labels), "generating") as bar:
         for start in range(0, len(labels), arguments.batch_size):
             chunk = slice(start, start + arguments.batch_size)
             images = pipeline.draw(labels[chunk], seeds[chunk], config, batch_size=arguments.batch_size, callback=step)
             if folder:
                 for picture, label, seed in zip(to_pictures(images), labels[chunk], seeds[chunk]):
-                    path = arguments.out / f"{seed - arguments.seed:06d}.png"
-                    save_png(picture, path, {**settings, "label": label, "class": pipeline.classes[label], "seed": seed})
+                    made = {"label": label_text(pipeline.classes, label), "class": pipeline.classes[label], "seed": seed}
+                    save_png(picture, out / f"{seed - arguments.seed:06d}.png", {**settings, **made})
             else:
                 parts.append(images.cpu())
     if not folder:
-        _write_together(torch.cat(parts), labels, arguments, settings)
+        texts = " ".join(label_text(pipeline.classes, label) for label in labels)
+        _write_together(torch.cat(parts), labels, arguments, {**settings, "labels": texts, "seed": arguments.seed})
     if arguments.gif is not None:
         with noticed(f"writing {arguments.gif}"):
             save_gif([contact_sheet(frame, labels[: len(frame)]) for frame in frames], arguments.gif)
         print(f"wrote {arguments.gif}")
     print(f"wrote {arguments.out} ({len(labels)} images)")
+
+
+def _earlier_images(folder: Path, overwrite: bool) -> list[Path]:
+    """The numbered PNGs of an earlier run in ``folder``, which may be replaced.
+
+    Raises:
+        InputError: the folder holds some and ``overwrite`` is false, or it holds other images, or is no folder.
+    """
+    if not folder.is_dir():
+        raise InputError(f"--out {folder} is a file; give a folder, or a name that ends in .png or .npz")
+    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    for path in images:
+        if not re.fullmatch(r"[0-9]{6,}\.png", path.name):
+            raise InputError(f"--out {folder} holds another image ({path.name}); choose a folder for generated images alone")
+    if images and not overwrite:
+        remedy = "add --overwrite to replace them, or choose another folder"
+        raise InputError(f"--out {folder} already holds {len(images)} generated images; {remedy}")
+    return images
 
 
 def _dtype(arguments: argparse.Namespace, device: torch.device) -> str:
@@ -125,7 +151,8 @@ def _sampling(pipeline: Pipeline, arguments: argparse.Namespace) -> SamplingConf
 
 def _labels(pipeline: Pipeline, arguments: argparse.Namespace) -> list[int]:
     """The class of each image: every label as often as the count allows, equal ones together."""
-    names = list(range(len(pipeline.classes))) if arguments.labels == ["all"] else arguments.labels
+    every = arguments.labels is None or (arguments.labels == ["all"] and "all" not in pipeline.classes)
+    names = list(range(len(pipeline.classes))) if every else arguments.labels
     chosen = [pipeline.label(name) for name in names]
     count = len(chosen) if arguments.count is None else arguments.count
     check_count("--count", count, MOST_IMAGES)  # as many labels as images by default
@@ -138,7 +165,6 @@ def _write_together(images: Tensor, labels: list[int], arguments: argparse.Names
     from far.pictures import contact_sheet, save_png, to_uint8
 
     if arguments.out.suffix.lower() == ".png":
-        runs = " ".join(map(str, labels))
-        save_png(contact_sheet(images, labels), arguments.out, {**settings, "labels": runs, "seed": arguments.seed})
+        save_png(contact_sheet(images, labels), arguments.out, settings)
         return
     write_npz(arguments.out, [to_uint8(images)], len(images), labels)

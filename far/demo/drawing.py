@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from far.classes import label_text
 from far.errors import InputError
 from far.pipeline import Pipeline, resolve_dtype
 from far.sampling import Progress, SamplingConfig
@@ -67,7 +68,10 @@ class Order:
         values = {name: number(name, entry, float if name == "guidance" else int) for name, entry in sampling.items()}
         config = model.pipeline.sampling_config(**values)
         config.check(model.pipeline.model)
-        return cls(model, model.pipeline.label(str(label or "")), list(range(first, first + images)), config)
+        # The page offers names, so a name wins over a number here.
+        classes, chosen = model.pipeline.classes, str("" if label is None else label)
+        number_ = classes.index(chosen) if chosen in classes else model.pipeline.label(chosen)
+        return cls(model, number_, list(range(first, first + images)), config)
 
     @property
     def class_name(self) -> str:
@@ -79,7 +83,7 @@ class Order:
             "weights": self.model.name,
             **dataclasses.asdict(self.config),
             "dtype": self.model.dtype,
-            "label": self.label,
+            "label": label_text(self.model.pipeline.classes, self.label),
             "class": self.class_name,
             "seed": seed,
         }

@@ -16,7 +16,7 @@ from far.data.shards import ShardReader
 from far.errors import InputError
 from far.evaluation.features import FeatureNetwork, load_feature_network
 from far.evaluation.metrics import FeatureStatistics, frechet_distance, psnr
-from far.pictures import enlarge, grid, save_png
+from far.pictures import check_finite, enlarge, grid, save_png
 from far.seeds import seeded
 from far.training.config import AutoencoderLossConfig, LoopConfig
 from far.training.loop import epoch_rows, resolve_loop
@@ -101,7 +101,7 @@ def reconstruction_figures(autoencoder: Autoencoder, network: FeatureNetwork, im
     ratios = []
     for chunk in _chunks(rows, "reconstructions"):
         batch = read_images(images, chunk).to(device)
-        output = autoencoder.decode(autoencoder.encode(batch).mean).clamp(-1, 1)
+        output = check_finite(autoencoder.decode(autoencoder.encode(batch).mean)).clamp(-1, 1)
         ratios.append(psnr(output / 2 + 0.5, batch / 2 + 0.5))
         real.add(network(batch / 2 + 0.5).cpu())
         fake.add(network(output / 2 + 0.5).cpu())

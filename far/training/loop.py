@@ -14,6 +14,7 @@ import json
 import math
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from far.config import to_dict
 from far.devices import device_title, has_bfloat16_products, resolve_training_dtype
-from far.errors import InputError
+from far.errors import InputError, NotFiniteError
 from far.files import atomic_path, remove_leftovers
 from far.processes import Processes
 from far.seeds import seed_all, seeded_generator
@@ -186,7 +187,10 @@ class Trainer:
 
         def judge() -> None:
             if log is not None:
-                log.write({"step": self.step, **self.task.evaluate(ema, self.folder, self.step)})
+                try:
+                    log.write({"step": self.step, **self.task.evaluate(ema, self.folder, self.step)})
+                except NotFiniteError as error:  # it may pass, and ends nothing
+                    tqdm.write(f"far: warning: no evaluation at step {self.step}: {error}", file=sys.stderr)
 
         self.processes.collect(judge)
 

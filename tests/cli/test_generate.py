@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import far
@@ -137,3 +138,78 @@ def test_fast_says_in_one_line_why_it_leaves_the_weights(
     assert Image.open(tmp_path / "a.png").text["dtype"] == resolve_dtype("auto", "cpu")
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "--fast" in line]
     assert "8-bit products saturate" in line
+
+
+def refused(arguments: list[object], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["generate", *map(str, arguments)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("far: error: ")
+    return error
+
+
+def test_folder_of_an_earlier_run_is_refused_or_replaced_but_never_mixed(
+    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    generate(pipeline_folder, out, "--labels", "circle", "--count", "4")
+    (out / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert str(out) in refused(["--weights", pipeline_folder, "--labels", "square", "--out", out], capsys)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    generate(pipeline_folder, out, "--labels", "square", "--count", "2", "--overwrite")
+    assert sorted(path.name for path in out.iterdir()) == ["000000.png", "000001.png", "notes.txt"]
+    assert {Image.open(path).text["class"] for path in out.glob("*.png")} == {"square"}
+    Image.new("RGB", (16, 16)).save(out / "mine.jpg")
+    for more in ([], ["--overwrite"]):
+        assert "mine.jpg" in refused(["--weights", pipeline_folder, "--out", out, *more], capsys)
+    assert len(list(out.iterdir())) == 4
+
+
+def test_run_that_fails_midway_leaves_the_folder_as_it_was(
+    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, calls = Pipeline.decode, []
+
+    def broken_later(self: Pipeline, latents: torch.Tensor) -> torch.Tensor:
+        calls.append(len(latents))
+        return decode(self, latents * (float("nan") if len(calls) == 2 else 1))
+
+    out = tmp_path / "out"
+    generate(pipeline_folder, out, "--count", "3")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setattr(Pipeline, "decode", broken_later)
+    for target in (out, tmp_path / "new", tmp_path / "a.npz", tmp_path / "a.png"):
+        calls.clear()
+        options = ["--count", 6, "--seed", 9, "--batch-size", 3, "--overwrite"]
+        refused(["--weights", pipeline_folder, "--out", target, *options], capsys)
+        assert len(calls) == 2
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("names", [["0", "1", "2"], ["1", "2", "3"], ["2", "0", "1"], ["01", "02", "x"]])
+def test_label_of_a_png_draws_its_class_again(pipeline_folder: Path, tmp_path: Path, names: list[str]) -> None:
+    pipeline = far.load(pipeline_folder)
+    assert isinstance(pipeline, Pipeline)
+    pipeline.classes = names
+    pipeline.save_pretrained(tmp_path / "model")
+    generate(tmp_path / "model", tmp_path / "all")
+    for number, name in enumerate(names):
+        first = Image.open(tmp_path / "all" / f"{number:06d}.png")
+        assert first.text["class"] == name
+        out = tmp_path / f"again-{number}"
+        generate(tmp_path / "model", out, "--labels", first.text["label"], "--seed", str(number))
+        again = Image.open(out / "000000.png")
+        assert again.text["class"] == name
+        assert np.abs(np.asarray(first).astype(int) - np.asarray(again)).max() <= 1
+
+
+def test_class_that_is_named_all_can_be_drawn_alone(pipeline_folder: Path, tmp_path: Path) -> None:
+    pipeline = far.load(pipeline_folder)
+    assert isinstance(pipeline, Pipeline)
+    pipeline.classes = ["one", "all", "three"]
+    pipeline.save_pretrained(tmp_path / "model")
+    generate(tmp_path / "model", tmp_path / "out", "--labels", "all")
+    assert [Image.open(path).text["class"] for path in (tmp_path / "out").iterdir()] == ["all"]
+    generate(tmp_path / "model", tmp_path / "every")
+    assert len(list((tmp_path / "every").iterdir())) == 3

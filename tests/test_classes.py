@@ -1,0 +1,88 @@
+"""Labels: numbers and names never mix."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from far.classes import check_same_classes, class_number, label_text
+from far.errors import InputError
+
+PLAIN = ["0", "1", "2"]
+FROM_ONE = ["1", "2", "3"]
+SORTED_AS_TEXT = [str(name) for name in sorted(map(str, range(12)))]
+PADDED = ["01", "02", "03"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "label", "expected"),
+    [
+        (["cat", "dog"], "dog", 1),
+        (["cat", "dog"], "1", 1),
+        (["cat", "dog"], "number=1", 1),
+        (["cat", "dog"], np.int64(1), 1),
+        (["cat", "dog"], torch.tensor(1), 1),
+        (PLAIN, "2", 2),
+        (FROM_ONE, "3", 2),  # no class of this number
+        (FROM_ONE, 1, 1),
+        (FROM_ONE, "number=1", 1),
+        (SORTED_AS_TEXT, "1", 1),
+        (PADDED, "02", 1),
+        (["7", "cat"], "7", 0),
+    ],
+)
+def test_label_means_its_class(classes: list[str], label: Any, expected: int) -> None:
+    assert class_number(classes, label) == expected
+
+
+@pytest.mark.parametrize(
+    ("classes", "label"),
+    [
+        (FROM_ONE, "1"),  # names class 0 and numbers class 1
+        (FROM_ONE, "0"),  # numbers a class that another number names
+        (SORTED_AS_TEXT, "2"),
+        (PADDED, "1"),
+        (["7", "cat"], "0"),
+        (["cat", "dog"], "bird"),
+        (["cat", "dog"], "2"),
+        (["cat", "dog"], -1),
+        (["cat", "dog"], 1.0),
+        (["cat", "dog"], np.float32(1)),
+        (["cat", "dog"], True),
+        (["cat", "dog"], np.bool_(True)),
+        (["cat", "dog"], torch.tensor(True)),
+        (["cat", "dog"], None),
+        (["cat", "dog"], ["cat"]),
+        (["cat", "dog"], "9" * 5000),
+        (["cat", "dog"], "cat\ndog"),
+    ],
+)
+def test_label_that_could_mean_another_class_or_none_is_refused(classes: list[str], label: Any) -> None:
+    with pytest.raises(InputError) as error:
+        class_number(classes, label)
+    message = str(error.value)
+    assert "\n" not in message
+    assert len(message) < 400
+    assert str(label)[:20].splitlines()[0] in message
+
+
+def test_text_of_every_class_leads_back_to_it() -> None:
+    lists = [PLAIN, FROM_ONE, SORTED_AS_TEXT, PADDED, ["cat", "dog"]]
+    lists += [list(names) for names in itertools.permutations(["0", "1", "2", "x"])]
+    for classes in lists:
+        assert [class_number(classes, label_text(classes, number)) for number in range(len(classes))] == list(range(len(classes)))
+    assert label_text(["cat", "dog"], 1) == "1"
+
+
+def test_different_names_are_told_with_both_sides() -> None:
+    check_same_classes(["a", "b"], "one", ("a", "b"), "other", "nothing to do")
+    with pytest.raises(InputError) as error:
+        check_same_classes(["a", "b", "c"], "set/train", ["a", "c", "z"], "run/latents", "run far cache again")
+    for part in ("'b'", "'c'", "set/train", "run/latents", "far cache"):
+        assert part in str(error.value)
+    with pytest.raises(InputError) as error:
+        check_same_classes(["a"], "set/train", ["a", "b"], "run/latents", "run far cache again")
+    for part in ("1", "2", "set/train", "run/latents"):
+        assert part in str(error.value)
