@@ -44,6 +44,8 @@ def test_torch_still_has_the_private_operators_that_kernels_calls() -> None:
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_missing_operator_is_reported_in_one_line_and_not_used(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     library, _, name = operator.partition("::")
+    if library == "mkldnn" and kernels.bfloat16_fault() and not name.startswith("_is"):
+        pytest.skip("without bfloat16 instructions, the operator is never called")
     present = getattr(torch.ops, library)
 
     class Later:
