@@ -19,6 +19,7 @@ FLOORS = [
             "far.errors",
             "far.files",
             "far.config",
+            "far.interrupt",
             "far.lazy",
             "far.notices",
             "far.precision",

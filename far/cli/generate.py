@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
     from far.pipeline import Pipeline
     from far.sampling import Progress
+
+_LABELS_SHOWN = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,27 +90,44 @@ def run(arguments: argparse.Namespace) -> None:
     config.check(pipeline.model)  # before the bar appears
     settings = {"weights": arguments.weights, **dataclasses.asdict(config), "dtype": dtype}
     tell_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, dtype))
-    parts = []
+    parts: list[Tensor] = []
+    done = 0
     # A folder is filled at the end, so that nothing half-written is taken for the whole.
     together = files_together(arguments.out, earlier) if folder else contextlib.nullcontext(arguments.out)
     with together as out, ImageBar(len(labels), "generating") as bar:
-        for start in range(0, len(labels), arguments.batch_size):
-            chunk = slice(start, start + arguments.batch_size)
-            images = pipeline.draw(labels[chunk], seeds[chunk], config, batch_size=arguments.batch_size, callback=step)
-            if folder:
-                for picture, label, seed in zip(to_pictures(images), labels[chunk], seeds[chunk]):
-                    made = {"label": label_text(pipeline.classes, label), "class": pipeline.classes[label], "seed": seed}
-                    save_png(picture, out / f"{seed - arguments.seed:06d}.png", {**settings, **made})
-            else:
-                parts.append(images.cpu())
+        try:
+            for start in range(0, len(labels), arguments.batch_size):
+                chunk = slice(start, start + arguments.batch_size)
+                images = pipeline.draw(labels[chunk], seeds[chunk], config, batch_size=arguments.batch_size, callback=step)
+                if folder:
+                    for picture, label, seed in zip(to_pictures(images), labels[chunk], seeds[chunk]):
+                        made = {"label": label_text(pipeline.classes, label), "class": pipeline.classes[label], "seed": seed}
+                        save_png(picture, out / f"{seed - arguments.seed:06d}.png", {**settings, **made})
+                        done += 1
+                else:
+                    parts.append(images.cpu())
+                    done += len(images)
+        except KeyboardInterrupt:
+            if not done:
+                raise
+    texts = [label_text(pipeline.classes, label) for label in labels]
     if not folder:
-        texts = " ".join(label_text(pipeline.classes, label) for label in labels)
-        _write_together(torch.cat(parts), labels, arguments, {**settings, "labels": texts, "seed": arguments.seed})
+        described = {**settings, "labels": " ".join(texts[:done]), "seed": arguments.seed}
+        _write_together(torch.cat(parts), labels[:done], arguments, described)
+    if done < len(labels):
+        raise KeyboardInterrupt(_remaining(arguments, texts, done))
     if arguments.gif is not None:
         with noticed(f"writing {arguments.gif}"):
             save_gif([contact_sheet(frame, labels[: len(frame)]) for frame in frames], arguments.gif)
         print(f"wrote {arguments.gif}")
     print(f"wrote {arguments.out} ({len(labels)} images)")
+
+
+def _remaining(arguments: argparse.Namespace, labels: list[str], done: int) -> str:
+    """Say what an interruption has left, and how the other images are drawn."""
+    rest = [shlex.quote(label) for label in labels[done : done + _LABELS_SHOWN]] + ["…"] * (len(labels) - done > _LABELS_SHOWN)
+    options = f"--count {len(labels) - done} --seed {arguments.seed + done} --labels {' '.join(rest)} --out ANOTHER"
+    return f"{done} of {len(labels)} images are in {arguments.out}; the same command with {options} draws the others"
 
 
 def _earlier_images(folder: Path, overwrite: bool) -> list[Path]:

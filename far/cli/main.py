@@ -32,6 +32,15 @@ COMMANDS = {
 # What several processes can do together.
 SHARED = ("train-autoencoder", "cache", "train", "distill", "evaluate")
 
+# What an interrupted command leaves, and how it continues.
+_AGAIN = "what is finished stays, and the same command continues after it"
+_RESUME = "what was saved stays, and the same command with --resume continues after it"
+_HOW_TO_RESUME = {
+    "generate": "no image was finished, and nothing was written",
+    **dict.fromkeys(("cache", "data", "evaluate"), _AGAIN),
+    **dict.fromkeys(("distill", "train", "train-autoencoder"), _RESUME),
+}
+
 
 class Parser(argparse.ArgumentParser):
     """Reports a usage error as one line, like every other user error."""
@@ -77,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``far`` and return its exit status: 0, 2 for a user error, 130 after Ctrl-C."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a file's name may be no text
+    parsed = argparse.Namespace(command=None)
     try:
         parsed = parse(sys.argv[1:] if arguments is None else arguments)
         if parsed.command not in SHARED and started_by_torchrun().count > 1:
@@ -85,8 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"far: error: {printable(str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("far: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        how = str(interruption) or _HOW_TO_RESUME.get(parsed.command)
+        print(f"far: interrupted; {how}" if how else "far: interrupted", file=sys.stderr)
         return 130
     return 0
 

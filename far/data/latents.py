@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from far.autoencoder import Autoencoder
 from far.data.image_sets import check_labels, check_meta, open_image_set, read_images
-from far.data.shards import INDEX, ShardReader, ShardWriter
+from far.data.shards import INDEX, Pieces, ShardReader, ShardWriter
 from far.devices import resolve_device
 from far.errors import InputError
 from far.files import sha256
@@ -50,16 +50,14 @@ def write_latents(
         disable=processes.rank > 0,
     )  # fmt: skip
 
-    def shard(numbers: range) -> dict[str, Tensor]:
-        rows = torch.arange(numbers.start, numbers.stop)
-        moments = []
-        for chunk in rows.split(batch_size):
-            moments.append(_moments(autoencoder, read_images(source, chunk).to(device), source))
-            bar.update(len(chunk))
-        return {"moments": torch.cat(moments), "labels": source.rows("labels", rows)}
+    def pieces(numbers: range) -> Pieces:
+        for rows in torch.arange(numbers.start, numbers.stop).split(batch_size):
+            moments = _moments(autoencoder, read_images(source, rows).to(device), source)
+            yield len(rows), {"moments": moments, "labels": source.rows("labels", rows)}
+            bar.update(len(rows))
 
     with bar:
-        writer.fill(len(source), SHARD_ROWS, shard, bar)
+        writer.fill(len(source), SHARD_ROWS, pieces, bar)
 
 
 def _meta(source: ShardReader, autoencoder: Autoencoder) -> dict[str, object]:

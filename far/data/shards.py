@@ -9,7 +9,7 @@ What the rows mean (images, moments) is the business of the modules that write t
 
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ from far.processes import Processes, started_by_torchrun
 
 INDEX = "index.json"
 _NUMPY_TYPES = {"U8": np.uint8, "I64": np.int64, "F16": np.float16, "F32": np.float32}
+
+
+# Rows of some items of a source, by the names of their tensors, after the number of these items.
+Pieces = Iterable[tuple[int, Mapping[str, torch.Tensor]]]
 
 
 class ShardWriter:
@@ -76,11 +80,18 @@ class ShardWriter:
         """Append one shard of equally many rows a tensor; no rows only moves the cursor."""
         self._list([self._save(len(self.index["shards"]), tensors)] if len(next(iter(tensors.values()))) else [], cursor)
 
-    def fill(self, total: int, step: int, make: Callable[[range], Mapping[str, torch.Tensor]], bar: tqdm) -> None:
-        """Write what is missing of a source of ``total`` items, ``step`` of them a shard, and finish.
+    def fill(self, total: int, step: int, make: Callable[[range], Pieces], bar: tqdm) -> None:
+        """Write what is missing of a source of ``total`` items, ``step`` of them per shard, and finish.
 
         In a round each process makes one shard, from its items alone, and then the first lists them. So the files are the
-        same at any number of processes, and a kill costs a round. ``make`` may move ``bar``, which a round moves to the cursor.
+        same at any number of processes, and a kill costs a round. Ctrl-C costs one process a piece: the pieces that it has
+        become a shorter shard.
+
+        Args:
+            total: items of the source.
+            step: items of a shard.
+            make: items → pieces of their rows, each with the number of its items. It may move ``bar``.
+            bar: moved to the cursor after each round.
         """
         while self.cursor < total:
             parts = [range(start, min(start + step, total)) for start in range(self.cursor, total, step)[: self.processes.count]]
@@ -90,10 +101,22 @@ class ShardWriter:
         self.finish()
         self.processes.wait()  # now all can read it
 
-    def _save_own(self, parts: list[range], make: Callable[[range], Mapping[str, torch.Tensor]]) -> dict[str, Any] | None:
-        """This process's shard of a round, if there are so many left."""
-        rank = self.processes.rank
-        return self._save(len(self.index["shards"]) + rank, make(parts[rank])) if rank < len(parts) else None
+    def _save_own(self, parts: list[range], make: Callable[[range], Pieces]) -> dict[str, Any] | None:
+        """Write this process's shard of a round, and return its entry in the index; None if no shard is left for it."""
+        rank, number = self.processes.rank, len(self.index["shards"]) + self.processes.rank
+        if rank >= len(parts):
+            return None
+        pieces: list[Mapping[str, torch.Tensor]] = []
+        done = 0
+        try:
+            for items, tensors in make(parts[rank]):
+                pieces.append(tensors)
+                done += items
+        except KeyboardInterrupt:
+            if pieces and self.processes.count == 1:
+                self._list([self._save(number, _joined(pieces))], parts[0].start + done)
+            raise
+        return self._save(number, _joined(pieces))
 
     def _save(self, number: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Write a shard, and return its entry in the index."""
@@ -173,6 +196,10 @@ class ShardReader:
     def all(self, name: str) -> torch.Tensor:
         """Tensor ``name`` over all shards, copied into memory."""
         return torch.cat([torch.from_numpy(np.array(tensors[name])) for tensors in self._maps])
+
+
+def _joined(pieces: list[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def _check_digests(folder: Path, shards: list[dict[str, Any]]) -> None:

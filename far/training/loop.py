@@ -12,10 +12,8 @@ import functools
 import itertools
 import json
 import math
-import signal
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +27,7 @@ from far.config import to_dict
 from far.devices import device_title, has_bfloat16_products, resolve_training_dtype
 from far.errors import InputError, NotFiniteError
 from far.files import atomic_path, remove_leftovers
+from far.interrupt import DeferredInterrupt
 from far.processes import Processes
 from far.seeds import seed_all, seeded_generator
 from far.training.checkpoint import list_checkpoints, named_tensors, newest_values, open_checkpoint, save_checkpoint
@@ -205,7 +204,9 @@ class Trainer:
         if self.first:
             print(self._machine())
         bar = _Bar(total=config.steps, initial=self.step, desc=self.folder.name, unit="step", mininterval=1, disable=not self.first)
-        with log or contextlib.nullcontext(), bar, _DeferredInterrupt(patient=self.processes.count > 1) as interrupt:
+        finishing = "finishing this step, and evaluating if that is due, then saving"
+        interruption = DeferredInterrupt(finishing, rank=self.processes.rank, count=self.processes.count)
+        with log or contextlib.nullcontext(), bar, interruption as interrupt:
             meter, save_due, evaluate_due = Meter(), False, False
             # Skipped steps can be the first sign of a run that is lost. Until one is taken again, nothing is saved over what is good.
             while self.step < config.steps and (self.skipped_in_a_row or not self.processes.any(interrupt.requested)):
@@ -424,30 +425,6 @@ class _Bar(tqdm):
         self.set_postfix_str(what)
         yield
         self.set_postfix_str(self.figures)
-
-
-class _DeferredInterrupt:
-    """Turns Ctrl-C, or a cluster's SIGTERM, into a request that is granted between steps; a second one stops at once.
-
-    Not if it is ``patient``: torchrun passes on what its processes have got already.
-    """
-
-    def __init__(self, *, patient: bool) -> None:
-        self.requested, self.patient = False, patient
-
-    def __enter__(self) -> "_DeferredInterrupt":
-        main = threading.current_thread() is threading.main_thread()
-        self.previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM) if main}
-        return self
-
-    def _request(self, signum: int, frame: object) -> None:
-        if self.requested and not self.patient:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
 
 
 def epoch_rows(number: int, batch_size: int, rows: int, seed: int) -> Tensor:

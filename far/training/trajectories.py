@@ -14,7 +14,7 @@ from torch import Tensor
 
 from far.autoencoder import Autoencoder, Posterior
 from far.data.latents import open_latents
-from far.data.shards import ShardWriter
+from far.data.shards import Pieces, ShardWriter
 from far.errors import InputError
 from far.files import sha256
 from far.heads.flow import heun
@@ -74,16 +74,17 @@ def write_trajectories(
     groups = -(-config.images // GROUP)
     bar = ImageBar(groups, "teacher's trajectories", group=GROUP, initial=writer.cursor, smoothing=0, disable=processes.rank > 0)
 
-    def shard(numbers: range) -> dict[str, Tensor]:
-        rows, done = [], round(bar.n)
-        for group in numbers:
+    def pieces(numbers: range) -> Pieces:
+        start = round(bar.n)
+        for done, group in enumerate(numbers, start=1):
             generator = seeded_generator(group, config.seed)
-            rows.append(group_rows(teacher.model, *images(group, generator, bar.ar_step), config, teacher.defaults.ar_steps, generator))
-            bar.move_to(done + len(rows))
-        return {name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]}
+            drawn = images(group, generator, bar.ar_step)
+            rows = group_rows(teacher.model, *drawn, config, teacher.defaults.ar_steps, generator)
+            yield 1, {name: tensor.cpu() for name, tensor in rows.items()}
+            bar.move_to(start + done)
 
     with bar:
-        writer.fill(groups, 1 if latents is None else _SHARD_GROUPS, shard, bar)
+        writer.fill(groups, 1 if latents is None else _SHARD_GROUPS, pieces, bar)
 
 
 # A group's number and its generator → latents and labels. The last argument is called after each AR step, if there are any.

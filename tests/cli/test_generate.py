@@ -213,3 +213,44 @@ def test_class_that_is_named_all_can_be_drawn_alone(pipeline_folder: Path, tmp_p
     assert [Image.open(path).text["class"] for path in (tmp_path / "out").iterdir()] == ["all"]
     generate(tmp_path / "model", tmp_path / "every")
     assert len(list((tmp_path / "every").iterdir())) == 3
+
+
+@pytest.mark.parametrize("out", ["a.png", "a.npz", "a"])
+def test_an_interruption_leaves_the_finished_images_and_says_how_to_draw_the_others(
+    out: str, pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--labels", "2", "0", "--count", "6", "--seed", "5", "--batch-size", "2", "--dtype", "float32"]
+    generate(pipeline_folder, tmp_path / "whole.npz", *options)
+    draw, calls = Pipeline.draw, []
+
+    def interrupted(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return draw(*arguments, **named)
+
+    monkeypatch.setattr(Pipeline, "draw", interrupted)
+    command = ["generate", "--weights", str(pipeline_folder), "--out", str(tmp_path / out), *options]
+    assert main(command) == 130
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("far: interrupted; 4 of 6 images")
+    assert str(tmp_path / out) in told
+    rest = told[told.index("--count") : told.index("--out")].split()
+    # What it names is drawn by the command it names.
+    generate(pipeline_folder, tmp_path / "rest.npz", *rest, "--dtype", "float32")
+    whole, others = np.load(tmp_path / "whole.npz"), np.load(tmp_path / "rest.npz")
+    assert others["arr_1"].tolist() == whole["arr_1"][4:].tolist()
+    assert np.array_equal(others["arr_0"], whole["arr_0"][4:])
+    assert np.array_equal(written(tmp_path / out), whole["arr_0"][:4])
+
+
+def written(path: Path) -> np.ndarray:
+    """Four images that a folder, an archive, or a sheet with a row of three and a row of one holds."""
+    if path.suffix == ".npz":
+        return np.load(path)["arr_0"]
+    if path.is_dir():
+        return np.stack([np.asarray(Image.open(file)) for file in sorted(path.iterdir())])
+    sheet = np.asarray(Image.open(path))
+    factor = sheet.shape[1] // 48
+    sheet = sheet[::factor, ::factor]
+    return np.stack([sheet[:16, :16], sheet[:16, 16:32], sheet[:16, 32:], sheet[16:, :16]])

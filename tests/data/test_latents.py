@@ -70,6 +70,31 @@ def test_a_stopped_cache_goes_on(image_set: Path, latents_folder: Path, autoenco
     assert a.all("labels").tolist() == b.all("labels").tolist()
 
 
+def test_an_interrupted_cache_keeps_every_encoded_batch(
+    image_set: Path, latents_folder: Path, autoencoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    autoencoder = load_autoencoder(autoencoder_folder)
+    original, encoded = latents._moments, []
+
+    def stop(*arguments):
+        if len(encoded) == 2:
+            raise KeyboardInterrupt
+        encoded.append(len(arguments[1]))
+        return original(*arguments)
+
+    monkeypatch.setattr(latents, "_moments", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_latents(image_set, autoencoder, tmp_path, batch_size=7)
+    assert encoded == [7, 7]
+    encoded = [0] * 3
+    monkeypatch.setattr(latents, "_moments", lambda *arguments: (encoded.append(len(arguments[1])), original(*arguments))[1])
+    write_latents(image_set, autoencoder, tmp_path, batch_size=7)
+    a, b = open_latents(tmp_path, autoencoder), open_latents(latents_folder, autoencoder)
+    assert sum(encoded) == len(a) - 14
+    torch.testing.assert_close(a.all("moments"), b.all("moments"), atol=1e-3, rtol=1e-3)
+    assert a.all("labels").tolist() == b.all("labels").tolist()
+
+
 def set_of(images: Path, folder: Path, *, inverted: bool = False) -> Path:
     """A copy of an image set, or of others of the same form."""
     shutil.copytree(images, folder)

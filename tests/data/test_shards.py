@@ -110,7 +110,8 @@ from far.processes import joined
 def make(part):
     if processes.rank == wrong and part.start > 3:
         raise InputError(f"no rows {part}")
-    return {"rows": torch.arange(part.start, part.stop)}
+    for row in part:
+        yield 1, {"rows": torch.tensor([row])}
 
 
 def attempt(folder, meta):

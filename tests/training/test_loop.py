@@ -107,19 +107,44 @@ def test_ctrl_c_saves_and_resuming_gives_the_uninterrupted_weights(recipe: Path,
     steps = ["generator.training.steps=400", "generator.training.checkpoint_every=1000", "generator.training.evaluate_every=1000"]
     assert main(["train", str(recipe), f"run={whole}", *steps]) == 0
     command = [sys.executable, "-m", "far", "train", str(recipe), f"run={cut}", *steps]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL, env=ONE_THREAD)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE, env=ONE_THREAD)
     log = cut / "model" / "log.jsonl"
     deadline = time.monotonic() + 60
     while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "interrupted at step" in output
+    assert [line for line in errors.splitlines() if line.startswith("far: ") and "Ctrl-C again" in line]
     step = list_checkpoints(cut / "model" / "checkpoints")[-1][0]
     assert 0 < step < 400
     assert main(["train", str(recipe), f"run={cut}", *steps, "--resume"]) == 0
     assert_same(newest(whole / "model"), newest(cut / "model"))
+
+
+def test_a_second_ctrl_c_stops_at_once_and_leaves_what_was_saved(recipe: Path, tmp_path: Path) -> None:
+    few = ["generator.training.steps=10", "generator.training.checkpoint_every=1", "generator.training.evaluate_every=5"]
+    # The evaluation after step 5 draws for hours.
+    endless = [*few, "generator.evaluation.images=1000000", "generator.evaluation.references=12"]
+    command = [sys.executable, "-m", "far", "train", str(recipe), *endless]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE, env=ONE_THREAD)
+    checkpoints = tmp_path / "run/model/checkpoints"
+    deadline = time.monotonic() + 120
+    while not (checkpoints / "step-00000004").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(1)  # into the evaluation
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None, "the first one waits"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1].startswith("far: interrupted; ")
+    assert "--resume" in errors.splitlines()[-1]
+    assert [step for step, _ in list_checkpoints(checkpoints)] == [3, 4]
+    assert main(["train", str(recipe), *few, "--resume"]) == 0
+    assert newest(tmp_path / "run/model")["step"] == 10
 
 
 def test_a_diverging_loss_stops_with_step_rate_and_last_checkpoint(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
