@@ -13,12 +13,15 @@ from far.files import check_exists
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
 
-    folder = sources.add_parser("folder", help="images of your own, one subfolder a class", allow_abbrev=False)
-    folder.add_argument("images", type=Path, help="folder with one subfolder of images a class")
+    folder = sources.add_parser("folder", help="images of your own, one subfolder per class", allow_abbrev=False)
+    folder.add_argument("images", type=Path, help="folder with one subfolder of images per class")
     folder.add_argument("out", type=Path, help="where the image set goes")
     folder.add_argument("--size", type=int, default=256, help="side of the square images in pixels (default 256)")
     folder.add_argument("--held-out-share", type=float, default=0.05, help="share kept for evaluation (default 0.05)")
     folder.add_argument("--strict", action="store_true", help="stop at the first broken file instead of skipping it")
+    folder.add_argument(
+        "--keep-colors", action="store_true", help="ignore color profiles, as ADM prepares ImageNet, instead of converting to sRGB"
+    )
 
     fashion = sources.add_parser("fashion-mnist", help="Fashion-MNIST's gzipped IDX files", allow_abbrev=False)
     fashion.add_argument("out", type=Path, help="where the image set goes")
@@ -37,15 +40,19 @@ def run(arguments: argparse.Namespace) -> None:
 
         from far.data.folders import write_folder
 
-        counts = write_folder(arguments.images, arguments.out, arguments.size, arguments.held_out_share, arguments.strict)
+        summary = write_folder(
+            arguments.images, arguments.out, arguments.size, arguments.held_out_share, arguments.strict, arguments.keep_colors
+        )
     elif arguments.source == "fashion-mnist":
         check_exists(arguments.files)
 
         from far.data.fashion_mnist import write_fashion_mnist
 
-        counts = write_fashion_mnist(arguments.files, arguments.out)
+        summary = write_fashion_mnist(arguments.files, arguments.out)
     else:
         from far.data.avatars import write_avatars
 
-        counts = write_avatars(arguments.out, arguments.size, arguments.per_class, arguments.held_out_per_class)
-    print(f"{arguments.out}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+        summary = write_avatars(arguments.out, arguments.size, arguments.per_class, arguments.held_out_per_class)
+    for hint in summary.hints:
+        print(f"far: note: {hint}")
+    print(f"{arguments.out}: {summary}")

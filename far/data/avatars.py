@@ -6,6 +6,8 @@ from it on are the held-out reference; training pictures that also stand in the 
 
 import functools
 import hashlib
+import importlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -20,23 +22,22 @@ from PIL import Image
 from tqdm import tqdm
 
 from far.data.avatar_styles import HELD_OUT_SEED, STYLES
+from far.data.image_sets import Summary
 from far.data.shards import ShardWriter
 from far.errors import InputError
+from far.files import json_digest, sha256
 
 SHARD_ROWS = 2000
 _RENDER_SIZE = 128
 
 
-def write_avatars(folder: Path, size: int, per_class: int, held_out_per_class: int) -> dict[str, int]:
+def write_avatars(folder: Path, size: int, per_class: int, held_out_per_class: int) -> Summary:
     """Render the set into ``folder/train`` and ``folder/held-out``; continues where it stopped.
 
     Args:
         size: side of the square images in pixels; must divide 128.
         per_class: training pictures a style, at most ``HELD_OUT_SEED``.
         held_out_per_class: held-out pictures a style.
-
-    Returns:
-        ``{"train": …, "held-out": …, "duplicates removed": …}``, counts of images.
 
     Raises:
         InputError: a size or count out of range, or the packages of the ``data`` extra are missing.
@@ -50,18 +51,19 @@ def write_avatars(folder: Path, size: int, per_class: int, held_out_per_class: i
     _styles()
     held_out = _render_split(folder / "held-out", size, HELD_OUT_SEED, held_out_per_class, exclude=None)
     train = _render_split(folder / "train", size, 0, per_class, exclude=frozenset(held_out.report["digests"]))
-    return {
-        "train": sum(shard["count"] for shard in train.index["shards"]),
-        "held-out": sum(shard["count"] for shard in held_out.index["shards"]),
-        "duplicates removed": train.report.get("duplicates removed", 0),
-    }
+    duplicates = train.report.get("duplicates removed", 0)
+    return Summary(
+        train.count, held_out.count, STYLES, {"that are also held out": duplicates} if duplicates else {},
+        already_complete=train.found_complete and held_out.found_complete,
+    )  # fmt: skip
 
 
 def _render_split(folder: Path, size: int, first_seed: int, seeds: int, exclude: frozenset[str] | None) -> ShardWriter:
     """Without ``exclude`` this is the reference, and its report remembers what it holds."""
     meta = {
         "kind": "images", "size": size, "classes": list(STYLES), "source": "DiceBear styles, CC0 1.0",
-        "first_seed": first_seed, "seeds": seeds,
+        "first_seed": first_seed, "seeds": seeds, "styles or their renderer": _renderer(),
+        "held-out images": json_digest(sorted(exclude)) if exclude is not None else None,
     }  # fmt: skip
     writer = ShardWriter(folder, meta)
     total = seeds * len(STYLES)
@@ -115,6 +117,13 @@ def render_avatar(job: tuple[int, int], size: int) -> np.ndarray:
         rgba = picture.convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
     return np.asarray(Image.alpha_composite(white, rgba).convert("RGB").resize((size, size), Image.Resampling.BOX))
+
+
+def _renderer() -> str:
+    """Return a SHA-256 of the styles and of the versions of what renders them."""
+    folder = Path(next(iter(importlib.import_module("dicebear_styles").__path__)))
+    versions = [importlib.metadata.version(name) for name in ("dicebear-core", "resvg_py", "Pillow")]
+    return json_digest([versions, [sha256(folder / f"{name}.json") for name in STYLES]])
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Fashion-MNIST's four IDX files as an image set: grey photographs of 10 classes, MIT licence."""
 
 import gzip
+import hashlib
 import struct
 import zlib
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from far.data.image_sets import Summary
 from far.data.shards import ShardWriter
 from far.errors import InputError
 
@@ -20,28 +22,33 @@ _UNSIGNED_BYTE = 0x08
 _MOST_BYTES = 16 + 60_000 * 28 * 28
 
 
-def write_fashion_mnist(source: Path, folder: Path) -> dict[str, int]:
+def write_fashion_mnist(source: Path, folder: Path) -> Summary:
     """Write ``folder/train`` and ``folder/held-out``: 32×32 (28 padded with black), grey as RGB.
 
     ``source`` holds the four files under their published names, gzipped or not.
-
-    Returns:
-        ``{"train": …, "held-out": …}``, counts of images.
 
     Raises:
         InputError: a file is missing, cut off, or not what its name says.
     """
     read = {name: _read_part(source, prefix) for name, prefix in _PARTS.items()}
+    meta = {"kind": "images", "size": SIZE, "classes": list(CLASSES), "source": "Fashion-MNIST, MIT licence"}
+    writers = {name: ShardWriter(folder / name, {**meta, "image files": _content(*arrays)}) for name, arrays in read.items()}
     for name, (images, labels) in read.items():
-        meta = {"kind": "images", "size": SIZE, "classes": list(CLASSES), "source": "Fashion-MNIST, MIT licence"}
-        writer = ShardWriter(folder / name, meta)
+        writer = writers[name]
         while writer.cursor < len(images):
             rows = slice(writer.cursor, writer.cursor + _SHARD_ROWS)
             padded = np.pad(images[rows], ((0, 0), (2, 2), (2, 2)))
             rgb = torch.from_numpy(np.repeat(padded[..., None], 3, axis=-1))
             writer.write({"images": rgb, "labels": torch.from_numpy(labels[rows].astype(np.int64))}, cursor=writer.cursor + len(padded))
-        writer.finish()
-    return {name: len(images) for name, (images, _) in read.items()}
+        if not writer.complete:
+            writer.finish()
+    return Summary(
+        writers["train"].count, writers["held-out"].count, CLASSES, already_complete=all(w.found_complete for w in writers.values())
+    )
+
+
+def _content(images: np.ndarray, labels: np.ndarray) -> str:
+    return hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
 
 
 def _read_part(source: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:

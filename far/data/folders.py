@@ -1,10 +1,11 @@
-"""From a folder of images, one subfolder a class, to an image set with a training and a held-out part."""
+"""From a folder of images, one subfolder per class, to an image set with a training and a held-out part."""
 
 import hashlib
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,103 +14,245 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from far.data.images import find_images, read_image
+from far.data.image_sets import PARTS, Summary
+from far.data.images import OtherFormat, few_images, find_images, prepare_image
 from far.data.shards import ShardWriter
 from far.errors import InputError
-from far.files import printable
+from far.files import printable, sha256
 
 _SHARD_BYTES = 64 * 2**20
+_HASHED_TOGETHER = 4096
+# Names of the parts of data sets, which are seldom classes.
+_PART_NAMES = frozenset(("train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval", *PARTS))
+
+File = tuple[Path, int]  # a path and its label
+Found = tuple[np.ndarray, bool] | InputError  # pixels, and whether a color profile was ignored
+Read = Callable[[Path], Found]
 
 
-def write_folder(source: Path, folder: Path, size: int, held_out_share: float = 0.05, strict: bool = False) -> dict[str, int]:
-    """Pack ``source`` into ``folder/train`` and ``folder/held-out``; continues where it stopped.
+def write_folder(
+    source: Path,
+    folder: Path,
+    size: int,
+    held_out_share: float = 0.05,
+    strict: bool = False,
+    keep_colors: bool = False,
+) -> Summary:
+    """Pack ``source`` into ``folder/train`` and ``folder/held-out``; resume where it stopped.
 
-    Every k-th image of each class is held out, at least one. Broken files are named on the standard
-    error and skipped, or end the work under ``strict``.
+    Held-out images are spread evenly over each class's sorted files. Files that cannot be read are named on the standard error and
+    left out, or end the work under ``strict``. If one of them was to be held out, the next readable one of its class takes its place.
+
+    An image set belongs to the names within ``source`` and the contents of the files: a copy of ``source`` can continue it, a
+    changed one cannot.
 
     Args:
+        source: folder with one subfolder of images per class.
+        folder: where the image set goes, outside ``source``.
         size: side of the square images in pixels, a multiple of 4 from 8 to 1024.
-        held_out_share: share of each class that is held out, above 0 and at most 0.5.
-
-    Returns:
-        ``{"train": …, "held-out": …, "broken files skipped": …}``, counts of images.
+        held_out_share: share of each class that is held out, above 0 and at most 0.5. Each part gets at least one image.
+        strict: raise on the first file that cannot be read.
+        keep_colors: ignore embedded color profiles instead of converting to sRGB, as ADM's preparation of ImageNet does.
 
     Raises:
-        InputError: a value out of range, no classes, a class with fewer than two images that can be read,
-            or, under ``strict``, a broken file.
+        InputError: a value is out of range, ``source`` has no classes, a class has fewer than two images that can be read,
+            ``folder`` holds a set of other images, or, under ``strict``, a file cannot be read.
     """
+    _check(source, folder, size, held_out_share)
+    left_out: Counter[str] = Counter()
+    classes, files = find_images(source, left_out)
+    held_out, train = _split(files, held_out_share)
+    meta = {
+        "kind": "images", "size": size, "classes": classes, "source": str(source), "image files": _content(files, source),
+        "held-out share": held_out_share, "colors": "as stored" if keep_colors else "sRGB",
+    }  # fmt: skip
+    writers = {part: ShardWriter(folder / part, meta) for part in PARTS}
+    complete = all(writer.found_complete for writer in writers.values())
+    if not complete:
+        read = partial(_try_read, size=size, keep_colors=keep_colors)
+        held_out, train, needed = _with_both_parts(held_out, train, classes, read, strict)
+        spare = _Spare(source, train, needed, writers["held-out"])
+        _fill(writers["held-out"], source, held_out, read, strict, spare)
+        _fill(writers["train"], source, spare.left(), read, strict)
+    for writer in writers.values():
+        left_out.update(writer.report.get("left out", {}))
+    ignored = sum(writer.report.get("profiles ignored", 0) for writer in writers.values())
+    hints = _hints(source, classes, files) + [f"{ignored} color profiles cannot be used; their colors are taken as sRGB"] * bool(ignored)
+    return Summary(writers["train"].count, writers["held-out"].count, classes, dict(left_out), hints, complete)
+
+
+def _check(source: Path, folder: Path, size: int, held_out_share: float) -> None:
     if not 8 <= size <= 1024 or size % 4:
         raise InputError(f"size {size}: give a multiple of 4 from 8 to 1024")
     if not 0 < held_out_share <= 0.5:
         raise InputError(f"held-out-share {held_out_share}: give a number above 0 and at most 0.5")
-    classes, files = find_images(source)
-    every = round(1 / held_out_share)
-    parts: dict[str, list[tuple[Path, int]]] = {"train": [], "held-out": []}
-    for _, group in itertools.groupby(files, key=lambda file: file[1]):
-        for index, file in enumerate(group):
-            parts["held-out" if index % every == 0 else "train"].append(file)
-    counts: dict[str, int] = {}
-    skipped = 0
-    for name, chosen in parts.items():
-        writer = _write_part(folder / name, source, classes, _shuffled(chosen), size, strict)
-        counts[name] = sum(shard["count"] for shard in writer.index["shards"])
-        skipped += len(writer.report.get("skipped", []))
-        _check_classes(writer, folder / name, classes)
-    return {**counts, "broken files skipped": skipped}
+    if folder.resolve().is_relative_to(source.resolve()):
+        raise InputError(f"{folder} lies within the folder of images {source}, where it would be a class; choose a place outside")
 
 
-def _check_classes(writer: ShardWriter, folder: Path, classes: list[str]) -> None:
-    for label, name in enumerate(classes):
-        if not writer.report["counts"].get(str(label)):
-            raise InputError(f"class {name!r} has no readable image for {folder}; add images to it, remove {folder.parent} and start again")
+def _split(files: list[File], share: float) -> tuple[list[File], list[File]]:
+    """Return held-out and training files; of each class the nearest whole number to ``share``, evenly spaced."""
+    held_out: list[File] = []
+    train: list[File] = []
+    for members in _by_class(files):
+        count = min(len(members) - 1, max(1, int(len(members) * share + 0.5)))
+        chosen = {index * len(members) // count for index in range(count)}
+        for index, file in enumerate(members):
+            (held_out if index in chosen else train).append(file)
+    return held_out, train
 
 
-def _shuffled(files: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
-    # Mixed classes, so that any leading part of a set is a fair sample; fixed, so that work can go on.
+def _content(files: list[File], source: Path) -> str:
+    """Return a SHA-256 of the names and contents of all files."""
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor() as pool, tqdm(total=len(files), desc="comparing files", unit="file", mininterval=1, delay=1) as bar:
+        for start in range(0, len(files), _HASHED_TOGETHER):
+            paths = [path for path, _ in files[start : start + _HASHED_TOGETHER]]
+            for path, content in zip(paths, pool.map(_hash, paths)):
+                digest.update(os.fsencode(path.relative_to(source)) + b"\0" + content.encode() + b"\n")
+            bar.update(len(paths))
+    return digest.hexdigest()
+
+
+def _hash(path: Path) -> str:
+    try:
+        return sha256(path)
+    except OSError:
+        return "unreadable"  # as decoding it will find
+
+
+def _with_both_parts(
+    held_out: list[File], train: list[File], classes: list[str], read: Read, strict: bool
+) -> tuple[list[File], list[File], set[File]]:
+    """Make sure that either part of each class can have an image, before anything is written.
+
+    Returns:
+        Held-out files, training files (if no other can be read, one that was to be held out), and of each class the one training
+        file that must not be held out instead of a broken one.
+
+    Raises:
+        InputError: a class has fewer than two files that can be read; or, under ``strict``, one of the files tried cannot be.
+    """
+
+    def readable(files: Iterable[File]) -> Iterator[File]:
+        for file in files:
+            found = read(file[0])
+            if not isinstance(found, InputError):
+                yield file
+            elif strict:
+                raise found
+
+    needed: set[File] = set()
+    too_few = []
+    groups = zip(_by_class(held_out), _by_class(train))
+    for name, (held, trained) in zip(tqdm(classes, desc="checking classes", unit="class", mininterval=1, delay=1), groups):
+        trains = next(readable(itertools.chain(reversed(trained), reversed(held))), None)
+        stays = next((file for file in readable(itertools.chain(held, trained)) if file != trains), None)
+        if trains is None or stays is None:
+            too_few.append(f"{name!r} ({len(held) + len(trained)} files, {int(trains is not None)} of them can be read)")
+        else:
+            needed.add(trains)
+    if too_few:
+        raise InputError(few_images(too_few))
+    moved = [file for file in held_out if file in needed]
+    return [file for file in held_out if file not in moved], sorted([*train, *moved], key=lambda file: (file[1], file[0])), needed
+
+
+def _by_class(files: list[File]) -> Iterator[list[File]]:
+    return (list(group) for _, group in itertools.groupby(files, key=lambda file: file[1]))
+
+
+class _Spare:
+    """Training files that can take the place of held-out ones; which of them did so is in the report of the held-out part."""
+
+    def __init__(self, source: Path, train: list[File], needed: set[File], held_out: ShardWriter) -> None:
+        self.source, self.train, self.needed = source, train, needed
+        self.report = held_out.report
+
+    def __call__(self, broken: File) -> Iterator[File]:
+        """Yield training files of the class of ``broken``, first those that follow it."""
+        same = [file for file in self.left() if file[1] == broken[1] and file not in self.needed]
+        yield from [file for file in same if file > broken] + [file for file in same if file < broken]
+
+    def left(self) -> list[File]:
+        """Return the training files that were not held out instead and did not prove broken on the way."""
+        gone = {*self.report.get("taken instead", ()), *self.report.get("skipped", ())}
+        return [file for file in self.train if _name(file[0], self.source) not in gone] if gone else self.train
+
+
+def _name(path: Path, source: Path) -> str:
+    return str(path.relative_to(source))
+
+
+def _shuffled(files: list[File]) -> list[File]:
+    # Mixed classes, so that any leading part of a set is a fair sample; fixed, so that work can resume.
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
     return [files[index] for index in order]
 
 
-def _write_part(folder: Path, source: Path, classes: list[str], files: list[tuple[Path, int]], size: int, strict: bool) -> ShardWriter:
-    listing = hashlib.sha256(b"\n".join(os.fsencode(path.relative_to(source)) for path, _ in files)).hexdigest()[:16]
-    writer = ShardWriter(folder, {"kind": "images", "size": size, "classes": classes, "source": str(source), "listing": listing})
+def _fill(writer: ShardWriter, source: Path, files: list[File], read: Read, strict: bool, spare: _Spare | None = None) -> None:
+    """Write the images of ``files`` that are not yet written, of unreadable ones those that ``spare`` has instead, and finish."""
     if writer.complete:
-        return writer
+        return
+    files, size, report = _shuffled(files), writer.index["meta"]["size"], writer.report
     rows = max(1, _SHARD_BYTES // (3 * size * size))
+
+    def skip(path: Path, error: InputError) -> None:
+        if strict:
+            raise error
+        tqdm.write(f"skipped: {printable(str(error))}", file=sys.stderr)
+        report.setdefault("skipped", []).append(_name(path, source))
+        reasons = report.setdefault("left out", {})
+        reason = "in other formats under names of images" if isinstance(error, OtherFormat) else "broken"
+        reasons[reason] = reasons.get(reason, 0) + 1
+
     with (
         ThreadPoolExecutor() as pool,
-        tqdm(total=len(files), initial=writer.cursor, desc=f"packing {folder.name}", unit="img", mininterval=1) as bar,
+        tqdm(total=len(files), initial=writer.cursor, desc=f"packing {writer.folder.name}", unit="img", mininterval=1) as bar,
     ):
         while writer.cursor < len(files):
             chunk = files[writer.cursor : writer.cursor + rows]
             images, labels = [], []
-            for (path, label), image in zip(chunk, _read(pool, chunk, size)):
+            for file, found in zip(chunk, pool.map(read, [path for path, _ in chunk])):
                 bar.update()
-                if isinstance(image, InputError):
-                    if strict:
-                        raise image
-                    tqdm.write(f"skipped: {printable(str(image))}", file=sys.stderr)
-                    writer.report.setdefault("skipped", []).append(str(path))
+                usable = _first_usable(file, found, spare(file) if spare else (), read, skip)
+                if usable is None:
                     continue
-                images.append(image)
-                labels.append(label)
-                counts = writer.report.setdefault("counts", {})
-                counts[str(label)] = counts.get(str(label), 0) + 1
+                path, pixels, profile_ignored = usable
+                if path != file[0]:
+                    report.setdefault("taken instead", []).append(_name(path, source))
+                report["profiles ignored"] = report.get("profiles ignored", 0) + profile_ignored
+                images.append(pixels)
+                labels.append(file[1])
             stacked = np.stack(images) if images else np.empty((0, size, size, 3), np.uint8)
             tensors = {"images": torch.from_numpy(stacked), "labels": torch.tensor(labels, dtype=torch.int64)}
             writer.write(tensors, cursor=writer.cursor + len(chunk))
-    writer.report.setdefault("counts", {})
     writer.finish()
-    return writer
 
 
-def _read(pool: ThreadPoolExecutor, files: list[tuple[Path, int]], size: int) -> Iterator[np.ndarray | InputError]:
-    """Decoded images in order, and the error of each that cannot be decoded; threads, as Pillow frees the lock."""
-    return pool.map(partial(_try_read, size=size), [path for path, _ in files])
+def _first_usable(
+    file: File, found: Found, others: Iterable[File], read: Read, skip: Callable[[Path, InputError], None]
+) -> tuple[Path, np.ndarray, bool] | None:
+    """Return the path of ``file`` and what was ``found`` in it, or the same of the first of ``others`` that can be read."""
+    for (path, _), result in itertools.chain([(file, found)], ((other, read(other[0])) for other in others)):
+        if not isinstance(result, InputError):
+            return path, *result
+        skip(path, result)
+    return None
 
 
-def _try_read(path: Path, size: int) -> np.ndarray | InputError:
+def _try_read(path: Path, size: int, keep_colors: bool) -> Found:
     try:
-        return read_image(path, size)
+        return prepare_image(path, size, keep_colors=keep_colors)
     except InputError as error:
         return error
+
+
+def _hints(source: Path, classes: list[str], files: list[File]) -> list[str]:
+    """Return what to say of classes that may be something else: parts of a data set, or folders of classes."""
+    within = [path.relative_to(source).parts for path, _ in files]
+    parts = all(name.casefold().rstrip("0123456789-_ ") in _PART_NAMES for name in classes)
+    if not parts and any(len(names) < 3 for names in within):
+        return []
+    what = "have names of parts of a data set" if parts else f"are folders of folders, such as {printable('/'.join(within[0][:2]))}"
+    return [f"the classes {what}; if the folders in them are the classes, run: far data folder {source / classes[0]} OUT"]

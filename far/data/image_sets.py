@@ -1,13 +1,49 @@
 """Reading an image set (``train/`` and ``held-out/`` shards of uint8 images) as tensors for the networks."""
 
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
+from far.data.listing import describe
 from far.data.shards import INDEX, ShardReader
 from far.errors import InputError
 from far.files import is_plain
+
+PARTS = ("held-out", "train")  # in the order in which they are written
+_MOST_NAMES = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What an image set holds and how it came about.
+
+    Attributes:
+        train: number of training images.
+        held_out: number of held-out images.
+        classes: names of the classes.
+        left_out: numbers of files or images of the source that are in neither part, by reason.
+        hints: sentences on what may be unintended.
+        already_complete: whether there was nothing left to do.
+    """
+
+    train: int
+    held_out: int
+    classes: Sequence[str]
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    hints: Sequence[str] = ()
+    already_complete: bool = False
+
+    def __str__(self) -> str:
+        """Return all but the hints in one line."""
+        names = ", ".join(self.classes[:_MOST_NAMES]) + (", …" if len(self.classes) > _MOST_NAMES else "")
+        classes = f"{len(self.classes)} {'class' if len(self.classes) == 1 else 'classes'} ({names})"
+        line = f"{self.train} train, {self.held_out} held-out, {classes}"
+        left_out = describe(Counter(self.left_out))
+        return ("already complete: " if self.already_complete else "") + line + (f"; left out: {left_out}" if left_out else "")
 
 
 def open_image_set(folder: Path) -> ShardReader:

@@ -4,75 +4,95 @@ What is done with the arrays (packing into shards) is in ``far.data.folders``.
 """
 
 import threading
+import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from far.colors import has_unusable_profile
+from far.data.listing import SUFFIXES, class_folders, describe, images_in, images_within
 from far.errors import InputError
 from far.files import is_plain
 from far.pictures import first_line, to_rgb
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 # Of Pillow's many decoders, one hands the file to another program.
 _FORMATS = ("PNG", "JPEG", "WEBP")
-# The largest of a file that is decoded; above the second number only one is at a time, as it takes up to 16 bytes a pixel.
+# The largest of a file that is decoded; above the second number only one is at a time, as it takes some 20 bytes per pixel.
 _MOST_PIXELS, _MANY_PIXELS = 120_000_000, 16_000_000
+# First bytes of what is often found under the names of images.
+_OTHER_FORMATS = {
+    b"GIF8": "a GIF", b"BM": "a BMP", b"II*\0": "a TIFF", b"MM\0*": "a TIFF", b"\0\0\0\x0cjP": "a JPEG 2000", b"\xff\x0a": "a JPEG XL",
+    b"8BPS": "a PSD", b"%PDF": "a PDF", b"<": "HTML or SVG", b"version https://git-lfs": "a pointer of Git LFS",
+}  # fmt: skip
 _one_at_a_time = threading.Lock()
 
 T = TypeVar("T")
 
 
-def class_folders(folder: Path) -> list[Path]:
-    """The subfolders of ``folder``, sorted, without hidden ones.
+class OtherFormat(InputError):
+    """A file under an image's name holds something that is not decoded: another format of images, or none."""
+
+
+def find_images(folder: Path, left_out: Counter[str] | None = None) -> tuple[list[str], list[tuple[Path, int]]]:
+    """Find the images of a folder with one subfolder per class.
+
+    Args:
+        left_out: receives the numbers of files that are left out, by reason.
+
+    Returns:
+        The class names in natural order, and (path, label) of every image, sorted by label and path.
 
     Raises:
-        InputError: one is a link to a folder above.
-    """
-    found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    for path in found:
-        if folder.resolve().is_relative_to(path.resolve()):
-            raise InputError(f"class {path} is a link to a folder above it; remove it, or let it lead to the class's images")
-    return found
-
-
-def images_within(folder: Path) -> list[Path]:
-    """Every image file in ``folder`` and its subfolders, sorted; ``folder`` may be a link, links to folders in it are not followed."""
-    return sorted(path for path in folder.rglob("*") if is_image(path))
-
-
-def is_image(path: Path) -> bool:
-    """Whether it is a file, not a device or a pipe, with the name of an image."""
-    return path.suffix.lower() in SUFFIXES and path.is_file()
-
-
-def find_images(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
-    """Class names and (path, label) of every image under ``folder``, one subfolder a class, both sorted.
-
-    Raises:
-        InputError: no such folder, no subfolder with images, one that is a link to a folder above, or a class with fewer than
-            two images.
+        InputError: ``folder`` is not a folder or has no class folders, a class has fewer than two images, is a dead link or a link
+            to a folder above, or has a name that cannot be printed or differs from another one only in case.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; give a folder with one subfolder of images a class")
-    classes: list[str] = []
-    found: list[tuple[Path, int]] = []
-    for subfolder in class_folders(folder):
-        if not is_plain(subfolder.name):
-            raise InputError(f"class {str(subfolder)!r}: its name cannot be printed; rename the folder")
-        files = images_within(subfolder)
-        if not files:
-            continue
-        if len(files) < 2:
-            raise InputError(f"class {subfolder} has one image; two are needed, one to train on and one held out")
-        found += [(path, len(classes)) for path in files]
-        classes.append(subfolder.name)
-    if not classes:
-        raise InputError(f"{folder} holds no classes; put the images ({', '.join(SUFFIXES)}) into one subfolder a class")
-    return classes, found
+        raise InputError(f"{folder} is not a folder; give a folder with one subfolder of images per class")
+    left_out = Counter() if left_out is None else left_out
+    subfolders = class_folders(folder, left_out)
+    _check_names(subfolders)
+    others: Counter[str] = Counter()
+    if outside := len(images_in(folder, others)) + others.total():
+        left_out["outside the class folders"] += outside
+    files: list[tuple[Path, int]] = []
+    too_few: list[str] = []
+    for label, subfolder in enumerate(subfolders):
+        others = Counter()
+        images = images_within(subfolder, others)
+        if len(images) < 2:
+            has = f"1 image, {describe(others)}" if images else describe(others)
+            too_few.append(f"{subfolder.name!r} ({has.removesuffix(', ') or 'empty'})")
+        files += [(path, label) for path in images]
+        left_out.update(others)
+    if not subfolders:
+        raise InputError(f"{folder} holds no class folders; put the images ({', '.join(SUFFIXES)}) into one subfolder per class")
+    if too_few:
+        raise InputError(f"{folder}: {few_images(too_few)}")
+    return [path.name for path in subfolders], files
+
+
+def few_images(classes: list[str]) -> str:
+    """Return what to say of described classes that cannot be both trained on and held out."""
+    shown = ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
+    return (
+        f"fewer than two images that can be read in {len(classes)} {'class' if len(classes) == 1 else 'classes'}: {shown}; "
+        "add PNG, JPEG or WebP files, or remove the class folders"
+    )
+
+
+def _check_names(subfolders: list[Path]) -> None:
+    seen: dict[str, Path] = {}
+    for path in subfolders:
+        if not is_plain(path.name):
+            raise InputError(f"class {str(path)!r}: its name cannot be printed; rename the folder")
+        other = seen.setdefault(unicodedata.normalize("NFC", path.name).strip().casefold(), path)
+        if other is not path:
+            raise InputError(f"classes {str(other)!r} and {path.name!r} differ only in case or spaces; rename or merge the folders")
 
 
 def _made_of(path: Path, make: Callable[[Image.Image], T]) -> T:
@@ -89,7 +109,18 @@ def _made_of(path: Path, make: Callable[[Image.Image], T]) -> T:
                 return thread.submit(make, picture).result()
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         cause = error.__cause__ if isinstance(error, InputError) and isinstance(error.__cause__, Exception) else error
+        if isinstance(cause, UnidentifiedImageError) and (held := _other_format(path)):
+            raise OtherFormat(f"{path} is no readable image (it holds {held}); convert it to PNG, JPEG or WebP, or remove it") from error
         raise InputError(f"{path} is no readable image ({first_line(cause)}); replace or remove it") from error
+
+
+def _other_format(path: Path) -> str | None:
+    """Return what a file holds that is not an image of :data:`_FORMATS`, if its first bytes say so."""
+    with path.open("rb") as file:
+        start = file.read(24)
+    if start[4:8] == b"ftyp":
+        return "a HEIF or AVIF"
+    return next((held for signature, held in _OTHER_FORMATS.items() if start.startswith(signature)), None)
 
 
 def decode_image(path: Path, background: str = "white") -> Image.Image:
@@ -109,12 +140,18 @@ def read_image(path: Path, size: int, *, keep_colors: bool = False) -> np.ndarra
     Raises:
         InputError: the file cannot be decoded, is no PNG, JPEG or WebP, is implausibly large, or is one pixel thin.
     """
+    return prepare_image(path, size, keep_colors=keep_colors)[0]
 
-    def make(picture: Image.Image) -> np.ndarray:
+
+def prepare_image(path: Path, size: int, *, keep_colors: bool = False) -> tuple[np.ndarray, bool]:
+    """Return what :func:`read_image` does, and whether a color profile was ignored because it cannot be used."""
+
+    def make(picture: Image.Image) -> tuple[np.ndarray, bool]:
         # The short side becomes the size, and the long one as many times longer.
         if min(picture.size) < 2 or max(picture.size) > 100 * min(picture.size):
             raise ValueError(f"{picture.width}×{picture.height} pixels are too thin for an image of {size}")
-        return np.asarray(centre_crop(to_rgb(picture, keep_colors=keep_colors), size))
+        pixels = np.asarray(centre_crop(to_rgb(picture, keep_colors=keep_colors), size))
+        return pixels, not keep_colors and has_unusable_profile(picture)
 
     return _made_of(path, make)
 

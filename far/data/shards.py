@@ -34,9 +34,10 @@ Pieces = Iterable[tuple[int, Mapping[str, torch.Tensor]]]
 class ShardWriter:
     """Writes shards one by one; opening the same folder again continues after the last whole one.
 
-    ``meta`` describes the rows (kind, classes, size …) and must be the same when a folder is continued.
+    ``meta`` describes the rows (kind, classes, size …) and must be the same when a folder is continued, but for ``"source"``,
+    the place that they came from: data are the same if their content is.
     ``cursor`` counts what the writer's caller has consumed from its own source. ``processes`` open a folder together, and
-    then :meth:`fill` it; the first of them owns the index.
+    then :meth:`fill` it; the first of them owns the index. ``found_complete`` tells whether nothing was left to write at first.
 
     Raises:
         InputError: the folder holds shards that were written with other ``meta``, or is not the same for all processes.
@@ -47,6 +48,7 @@ class ShardWriter:
         processes.check_shared(folder)
         # Nobody writes before the first has removed what is left of an earlier start.
         self.index: dict[str, Any] = processes.collect(self._open, dict(meta))[0]
+        self.found_complete = self.complete
 
     def _open(self, meta: dict[str, Any]) -> dict[str, Any]:
         if self.processes.rank > 0:
@@ -58,8 +60,11 @@ class ShardWriter:
         wanted = json.loads(json.dumps(meta))
         if index["complete"]:  # an older version, which told less, may have made it
             wanted = {name: value for name, value in wanted.items() if name in index["meta"]}
-        if index["meta"] != wanted:
-            raise InputError(f"{self.folder} already holds data made with other settings; remove it or choose another folder")
+        differ = [name for name in {**index["meta"], **wanted} if index["meta"].get(name) != wanted.get(name) and name != "source"]
+        if differ:
+            raise InputError(
+                f"{self.folder} already holds data made with other settings ({', '.join(differ)}); remove it or choose another folder"
+            )
         return index
 
     @property
@@ -70,6 +75,11 @@ class ShardWriter:
     def cursor(self) -> int:
         """How far into its source the caller had come when the last shard was written."""
         return int(self.index["cursor"])
+
+    @property
+    def count(self) -> int:
+        """Number of rows written."""
+        return sum(shard["count"] for shard in self.index["shards"])
 
     @property
     def report(self) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import itertools
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -22,7 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from far.data.image_sets import open_image_set
-from far.data.images import SUFFIXES, class_folders, decode_image, images_within, is_image
+from far.data.images import decode_image
+from far.data.listing import SUFFIXES, class_folders, describe, images_in, images_within
 from far.data.shards import INDEX
 from far.errors import InputError
 from far.files import atomic_path, check_zip, sha256
@@ -42,6 +44,7 @@ class ImageSource:
         size: (height, width) in pixels.
         digest: of the contents; equal for equal images in equal order.
         read: rows ``range`` → ``[n, h, w, 3]`` uint8.
+        left_out: numbers of a folder's other files, by reason.
     """
 
     name: str
@@ -49,6 +52,7 @@ class ImageSource:
     size: tuple[int, int]
     digest: str
     read: Callable[[range], np.ndarray]
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def tensor(self, rows: range) -> Tensor:
         """Rows as ``[n, 3, h, w]`` float32 in [0, 1]."""
@@ -86,9 +90,11 @@ def _open_image_set(folder: Path) -> ImageSource:
 
 
 def _open_folder(folder: Path) -> ImageSource:
-    files = _image_files(folder)
+    left_out: Counter[str] = Counter()
+    files = _image_files(folder, left_out)
     if not files:
-        raise InputError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
+        also = f"; it holds {describe(left_out)}" if left_out else ""
+        raise InputError(f"{folder} holds no images ({', '.join(SUFFIXES)}){also}")
     digest = hashlib.sha256()
     for file in tqdm(files, f"checksums of {folder}", unit="file", delay=2, leave=False):
         digest.update(os.fsencode(f"{file.relative_to(folder)} {sha256(file)}\n"))
@@ -106,23 +112,19 @@ def _open_folder(folder: Path) -> ImageSource:
                 )
         return np.stack(images)
 
-    return ImageSource(str(folder), len(files), (size[0], size[1]), f"folder-{digest.hexdigest()}", read)
+    return ImageSource(str(folder), len(files), (size[0], size[1]), f"folder-{digest.hexdigest()}", read, left_out)
 
 
-def _image_files(folder: Path) -> list[Path]:
-    """All images, those of each subfolder in turn, so that the first ones are of all classes; hidden ones are left out."""
-    classes = {"": sorted(path for path in folder.iterdir() if is_image(path))}
-    classes |= {path.name: images_within(path) for path in class_folders(folder)}
-    classes = {name: [path for path in found if not _is_hidden(path, folder)] for name, found in classes.items()}
-    for name, found in classes.items():
-        if name and not found:
-            raise InputError(f"class {folder / name} is empty; add images to it or remove it")
-    rows = itertools.zip_longest(*(found for _, found in sorted(classes.items())))
-    return [file for row in rows for file in row if file is not None]
-
-
-def _is_hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+def _image_files(folder: Path, left_out: Counter[str]) -> list[Path]:
+    """Return all images, those of each subfolder in turn, so that the first ones are of all classes."""
+    classes = [images_in(folder, left_out)]
+    for subfolder in class_folders(folder, left_out):
+        others: Counter[str] = Counter()
+        classes.append(images_within(subfolder, others))
+        if not classes[-1]:
+            raise InputError(f"class {subfolder} has no images ({describe(others) or 'empty'}); add PNG, JPEG or WebP files or remove it")
+        left_out.update(others)
+    return [file for row in itertools.zip_longest(*classes) for file in row if file is not None]
 
 
 def _decode(path: Path) -> np.ndarray:

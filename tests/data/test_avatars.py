@@ -1,5 +1,6 @@
 """The avatar set: determinism, balance, no picture in both parts, continuing after a stop."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -44,7 +45,13 @@ def test_parts_are_balanced_and_share_no_picture(tmp_path: Path, monkeypatch: py
     rendered = [render_avatar((label, seed), size=8) for seed in range(2) for label in range(16)]
     kept = [picture for picture in rendered if picture.tobytes() not in held]
     assert np.array_equal(train.all("images").numpy(), np.stack(kept))
-    assert counts == {"train": len(kept), "held-out": 32, "duplicates removed": 32 - len(kept)}
+    assert (counts.train, counts.held_out, counts.already_complete) == (len(kept), 32, False)
+    assert list(counts.left_out.values()) == [32 - len(kept)]
+    monkeypatch.setattr(avatars, "render_avatar", lambda *arguments: pytest.fail("it was rendered again"))
+    assert write_avatars(tmp_path, 8, per_class=2, held_out_per_class=2) == dataclasses.replace(counts, already_complete=True)
+    monkeypatch.setattr(avatars, "_renderer", lambda: "another")
+    with pytest.raises(InputError, match="held-out"):
+        write_avatars(tmp_path, 8, per_class=2, held_out_per_class=2)
 
 
 def test_pictures_of_the_reference_are_removed_from_training(tmp_path: Path) -> None:

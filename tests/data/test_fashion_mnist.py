@@ -1,6 +1,7 @@
 """Fashion-MNIST's files, written here in their published format."""
 
 import gzip
+import shutil
 import struct
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def files(tmp_path: Path) -> Path:
 
 
 def test_images_are_padded_and_grey(files: Path, tmp_path: Path) -> None:
-    assert write_fashion_mnist(files, tmp_path / "set") == {"train": 30, "held-out": 10}
+    summary = write_fashion_mnist(files, tmp_path / "set")
+    assert (summary.train, summary.held_out, summary.already_complete) == (30, 10, False)
     raw = gzip.decompress((files / "t10k-images-idx3-ubyte.gz").read_bytes())[16:]
     expected = np.frombuffer(raw, np.uint8).reshape(10, 28, 28)
     reader = ShardReader(tmp_path / "set/held-out", "images", verify=True)
@@ -41,6 +43,15 @@ def test_images_are_padded_and_grey(files: Path, tmp_path: Path) -> None:
     assert images.sum(dtype=np.int64) == 3 * expected.sum(dtype=np.int64)  # the border is black
     assert reader.all("labels").tolist() == list(range(10))
     assert reader.meta["classes"] == list(CLASSES)
+
+
+def test_finished_set_is_told_and_other_files_are_refused(files: Path, tmp_path: Path) -> None:
+    write_fashion_mnist(files, tmp_path / "set")
+    shutil.copytree(files, tmp_path / "copy")
+    assert write_fashion_mnist(tmp_path / "copy", tmp_path / "set").already_complete
+    (files / "t10k-labels-idx1-ubyte").write_bytes(idx(np.arange(10, dtype=np.uint8)[::-1]))
+    with pytest.raises(InputError, match="held-out"):
+        write_fashion_mnist(files, tmp_path / "set")
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "magic", "count", "label", "shape", "garbage"])

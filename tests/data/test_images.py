@@ -4,6 +4,7 @@ import os
 import threading
 import time
 import tracemalloc
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -185,11 +186,114 @@ def test_no_pipe_device_or_link_upwards_is_read(tmp_path: Path) -> None:
         (folder / "up").unlink()
 
 
-def test_classes_are_the_sorted_subfolders(tmp_path: Path) -> None:
-    for name in ("b/2.PNG", "b/deep/1.jpg", "a/x.webp", "a/y.jpeg", "a/notes.txt", ".hidden/x.png", "empty/readme.md"):
+def test_classes_are_the_subfolders_in_natural_order(tmp_path: Path) -> None:
+    names = ["0", "1", "2", "9", "10", "11", "a2", "a10b", "a10c", "b"]
+    for name in names:
+        for file in ("x.png", "deep/y.JPG"):
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).touch()
+    (tmp_path / ".hidden").mkdir()
+    classes, files = find_images(tmp_path)
+    assert classes == names
+    assert [path.relative_to(tmp_path).as_posix() for path, _ in files] == [f"{n}/{f}" for n in names for f in ("deep/y.JPG", "x.png")]
+    assert [label for _, label in files] == [index for index in range(10) for _ in "ab"]
+
+
+def test_every_suffix_of_the_three_formats_is_read(tmp_path: Path) -> None:
+    for suffix, form in ((".png", "PNG"), (".jpe", "JPEG"), (".jfif", "JPEG"), (".JPEG", "JPEG"), (".webp", "WEBP"), (".jpg", "PNG")):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        Image.fromarray(gradient(16, 16)).save(tmp_path / "a" / f"{form}{suffix}", format=form)
+    _, files = find_images(tmp_path)
+    assert len(files) == 6
+    for path, _ in files:
+        assert np.abs(read_image(path, 16).astype(int) - gradient(16, 16)).mean() < 12
+
+
+def test_all_that_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    for name in (
+        *("x.png", "y.png", "b.bmp", "c.TIF", "d.tif", "noun", ".DS_Store", "._x.png", "Thumbs.db", "desktop.ini"),
+        *(".Trash-1000/files/x.png", "__MACOSX/._x.png", "more/@eaDir/x.png/SYNOPHOTO.jpg", "$RECYCLE.BIN/x.png", "x.png~"),
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / ".empty").mkdir()
+    (folder / "dead.png").symlink_to("/nowhere")
+    (folder / "round.png").symlink_to("round.png")
+    (folder / "elsewhere").symlink_to(tmp_path)
+    os.mkfifo(folder / "pipe.png")
+    (tmp_path / "loose.png").touch()
+    (tmp_path / "README").touch()
+    classes, files = find_images(tmp_path, left_out := Counter())
+    assert classes == ["a"]
+    assert [path.name for path, _ in files] == ["x.png", "y.png"]
+    assert left_out == {
+        "hidden": 8, ".bmp": 1, ".tif": 2, "without a suffix": 1, ".png~": 1, "dead links": 2, "links to folders": 1,
+        "pipes or devices": 1, "outside the class folders": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
+def test_what_may_not_be_read_is_counted_or_refused(tmp_path: Path) -> None:
+    for name in ("a/x.png", "a/y.png", "a/z.png", "a/deep/w.png", "b/x.png", "b/y.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    classes, files = find_images(tmp_path)
-    assert classes == ["a", "b"]
-    found = [(str(path.relative_to(tmp_path)), label) for path, label in files]
-    assert found == [("a/x.webp", 0), ("a/y.jpeg", 0), ("b/2.PNG", 1), ("b/deep/1.jpg", 1)]
+    (tmp_path / "a/z.png").chmod(0)
+    (tmp_path / "a/deep").chmod(0)
+    find_images(tmp_path, left_out := Counter())
+    assert left_out == {"that cannot be read": 1, "folders that cannot be read": 1}
+    (tmp_path / "b").chmod(0)
+    with pytest.raises(InputError, match="'b'"):
+        find_images(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["empty", "bmp", "dead links", "hidden", "one"])
+def test_class_that_would_vanish_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    for name in ("ant/x.png", "ant/y.png", "cow/x.png", "cow/y.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "bee").mkdir()
+    files = {"bmp": ["x.bmp", "y.bmp"], "hidden": [".x.png", ".y.png"], "one": ["x.png"]}
+    for name in files.get(kind, ()):
+        (tmp_path / "bee" / name).touch()
+    if kind == "dead links":
+        for name in "xy":
+            (tmp_path / "bee" / f"{name}.png").symlink_to(f"/nowhere/{name}.png")
+    with pytest.raises(InputError, match="'bee'") as error:
+        find_images(tmp_path)
+    assert "\n" not in str(error.value)
+    assert "ant" not in str(error.value)
+
+
+def test_class_folder_that_is_a_dead_link_is_refused(tmp_path: Path) -> None:
+    for name in ("ant/x.png", "ant/y.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "bee").symlink_to("/not-mounted/bee")
+    with pytest.raises(InputError, match="bee"):
+        find_images(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("Cat", "cat"), ("caf\u00e9", "cafe\u0301"), ("cat", "cat ")])
+def test_classes_that_look_the_same_are_refused(names: tuple[str, str], tmp_path: Path) -> None:
+    for name in names:
+        for file in "xy":
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"{file}.png").touch()
+    with pytest.raises(InputError, match="classes"):
+        find_images(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jpg", b"GIF89a"),
+        ("a.png", b"<!DOCTYPE html>"),
+        ("a.png", b"version https://git-lfs.github.com/spec/v1\n"),
+        ("a.jpg", b"\0\0\0\x20ftypheic"),
+    ],
+)
+def test_what_a_file_holds_instead_of_an_image_is_said(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content + bytes(100))
+    with pytest.raises(images.OtherFormat, match=name):
+        read_image(tmp_path / name, 16)

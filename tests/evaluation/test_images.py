@@ -52,7 +52,10 @@ def test_links_are_followed_and_hidden_files_left_out(folder: Path, tmp_path: Pa
     (tmp_path / "linked" / ".hidden").mkdir()
     Image.fromarray(pictures[6]).save(tmp_path / "linked" / ".hidden" / "x.png")
     Image.fromarray(pictures[6]).save(tmp_path / "linked" / ".x.png")
+    (tmp_path / "linked" / "notes.txt").touch()
+    (tmp_path / "linked" / "a" / "x.bmp").touch()
     source = open_images(tmp_path / "linked")
+    assert source.left_out == {"hidden": 2, "links to folders": 1, ".txt": 1, ".bmp": 1}
     np.testing.assert_array_equal(source.read(range(source.count)), pictures[:4])
 
 
@@ -132,7 +135,7 @@ def test_a_corrupt_image_is_named(folder: Path) -> None:
 
 def test_an_empty_class_is_named(folder: Path) -> None:
     (folder / "c").mkdir()
-    with pytest.raises(InputError, match=r"class .*c is empty"):
+    with pytest.raises(InputError, match=r"class .*c has no images"):
         open_images(folder)
 
 

@@ -513,5 +513,5 @@ def test_folders_of_strange_names(tmp_path: Path) -> None:
                 Image.fromarray(np.full((16, 16, 3), len(file), np.uint8)).save(out, "PNG")
     refused(lambda: find_images(tmp_path / "photos"), "cannot be printed")
     os.rename(os.path.join(os.fsencode(tmp_path), b"photos", b"\xffb"), tmp_path / "photos" / "…b")
-    assert write_folder(tmp_path / "photos", tmp_path / "set", 8, held_out_share=0.5)["train"] == 2
+    assert write_folder(tmp_path / "photos", tmp_path / "set", 8, held_out_share=0.5).train == 2
     assert open_images(tmp_path / "photos").count == 4  # those whose names begin with a dot are hidden

@@ -1,0 +1,129 @@
+"""The one rule of which files in a folder are images and which subfolders are classes; all else is counted by reason.
+
+Reading the files is in ``far.data.images``.
+"""
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+from far.errors import InputError
+from far.files import printable
+
+# The names of files that are read. What a file holds must agree: far.data.images decodes PNG, JPEG and WebP only.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
+# Made by systems and file managers, not by users; so is every name that begins with a dot, such as "._a.jpg" and ".Trash-1000".
+_SYSTEM_NAMES = frozenset((
+    "__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin", "recycler",
+    "system volume information", "lost+found", "network trash folder", "temporary items", "__pycache__", "thumbs.db", "ehthumbs.db",
+    "desktop.ini", "icon\r",
+))  # fmt: skip
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of this name is left out whatever it holds."""
+    return name.startswith(".") or name.casefold() in _SYSTEM_NAMES
+
+
+def natural_order(name: str) -> tuple[list[str | int], str]:
+    """Return a sorting key that compares the numbers within names as numbers: 2 before 11, n02 before n10."""
+    parts: list[str | int] = list(re.split("([0-9]+)", name))
+    parts[1::2] = map(int, parts[1::2])
+    return parts, name
+
+
+def class_folders(folder: Path, left_out: Counter[str]) -> list[Path]:
+    """Return the subfolders of ``folder`` in natural order, without hidden ones; a subfolder may be a link.
+
+    Args:
+        left_out: receives the numbers of hidden files by reason. Files directly in ``folder`` are for the caller.
+
+    Raises:
+        InputError: ``folder`` cannot be read, or a subfolder is a dead link or a link to a folder above it.
+    """
+    found = []
+    for path in _entries(folder):
+        if is_hidden(path.name):
+            _count_hidden(path, left_out)
+        elif os.path.isdir(path):
+            if folder.resolve().is_relative_to(path.resolve()):
+                raise InputError(f"class {path} is a link to a folder above it; remove it, or link to the class's images")
+            found.append(path)
+        elif path.suffix.lower() not in SUFFIXES and not os.path.exists(path):
+            raise InputError(f"class {path} is a link to {os.readlink(path)}, which does not exist; restore or remove it")
+    return sorted(found, key=lambda path: natural_order(path.name))
+
+
+def images_in(folder: Path, left_out: Counter[str]) -> list[Path]:
+    """Return the image files directly in ``folder``, sorted; all others that are not hidden are added to ``left_out``.
+
+    Raises:
+        InputError: ``folder`` cannot be read.
+    """
+    found = []
+    for path in _entries(folder):
+        if not is_hidden(path.name) and not os.path.isdir(path):
+            reason = _reason(path)
+            if reason:
+                left_out[reason] += 1
+            else:
+                found.append(path)
+    return sorted(found)
+
+
+def images_within(folder: Path, left_out: Counter[str]) -> list[Path]:
+    """Return the image files in ``folder`` and its subfolders, sorted.
+
+    ``folder`` may be a link. Links to folders within it are not followed, since they may lead anywhere, also back.
+
+    Args:
+        left_out: receives the numbers of all other files by reason.
+    """
+    try:
+        found = images_in(folder, left_out)
+        subfolders = [path for path in _entries(folder) if is_hidden(path.name) or os.path.isdir(path)]
+    except InputError:
+        left_out["folders that cannot be read"] += 1
+        return []
+    for path in subfolders:
+        if is_hidden(path.name):
+            _count_hidden(path, left_out)
+        elif path.is_symlink():
+            left_out["links to folders"] += 1
+        else:
+            found += images_within(path, left_out)
+    return sorted(found)
+
+
+def describe(left_out: Counter[str]) -> str:
+    """Return counts by reason in one line, the largest first: ``"20 .tif, 12 hidden"``."""
+    ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {printable(reason)}" for reason, count in ordered)
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"cannot read the folder {folder}: {error.strerror}; change its permissions or remove it") from error
+
+
+def _reason(path: Path) -> str | None:
+    """Return why a file is left out, or ``None`` for one that should be an image."""
+    if path.is_symlink() and not os.path.exists(path):
+        return "dead links"
+    if not os.path.isfile(path):
+        return "pipes or devices"
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        return suffix or "without a suffix"
+    return None if os.access(path, os.R_OK) else "that cannot be read"
+
+
+def _count_hidden(path: Path, left_out: Counter[str]) -> None:
+    """Count a hidden file, or all files within a hidden folder."""
+    inside = path.is_dir() and not path.is_symlink()
+    count = sum(len(files) for _, _, files in os.walk(path)) if inside else 1
+    if count:
+        left_out["hidden"] += count
