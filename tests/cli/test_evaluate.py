@@ -170,7 +170,7 @@ def test_two_processes(tmp_path: Path, pipeline_folder: Path, image_set: Path) -
         (["--weights", "{model}", "--reference", "{images}", "--inception", "none.pth"], "none.pth"),
         (["--images", "{mixed}", "--reference", "{images}"], "bring all images to one size"),
         (["--images", "{corrupt}", "--reference", "{images}"], "is no readable image"),
-        (["--images", "{empty}", "--reference", "{images}"], "is empty"),
+        (["--images", "{empty}", "--reference", "{images}"], "c has no images"),
         (["--images", "{images}", "--reference", "{three}"], "need more than 3 images a side, got 12 and 3"),
         (["--weights", "{model}", "--reference", "{three}"], "need more than 3 images a side, got 10000 and 3"),
         (["--weights", "{model}", "--reference", "{images}", "--count", "3"], "need more than 3 images a side, got 3 and 12"),
