@@ -144,6 +144,19 @@ def test_processor_with_avx2_alone_takes_the_kernel_that_is_exact_there() -> Non
     assert report["bfloat16"] == NO_BFLOAT16
 
 
+def test_trials_do_not_depend_on_the_default_dtype_and_device() -> None:
+    def faults() -> list[str | None]:
+        return [kernels.bfloat16_fault.__wrapped__(), *map(kernels.int8_fault.__wrapped__, INT8_KERNELS)]
+
+    expected = faults()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+            assert faults() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_preparing_weights_leaves_the_engine_of_quantized_models_alone() -> None:
     before = torch.backends.quantized.engine
     if kernels.int8_kernel():
