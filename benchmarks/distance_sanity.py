@@ -1,72 +1,95 @@
-"""Does the default distance rise with damage? Blur, noise and missing classes against held-out images.
+"""Do the default figures tell damaged and empty images from real ones, and from how many images on?
 
-Training images of a set, damaged or not, are compared with as many held-out ones; figures are printed as a table.
+Training images of a set, damaged or replaced, are compared with as many held-out ones. Prints one table with every
+kind of damage at the largest count, and one with a few kinds at every count. Features are kept in
+runs/distance-sanity, so that an interrupted run continues.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from far.benchmark import machine
-from far.data.image_sets import read_images
 from far.data.shards import ShardReader
+from far.evaluation.extraction import extract_parts, read_parts
 from far.evaluation.features import load_feature_network
-from far.evaluation.metrics import FeatureStatistics, frechet_distance, kernel_distance
+from far.evaluation.images import open_images
+from far.evaluation.metrics import FeatureStatistics, Neighborhoods, frechet_distance, kernel_distance
 from far.evaluation.report import distance_name
 
-CHUNK = 100
+WORK = Path("runs/distance-sanity")
+AT_EVERY_COUNT = ("real images", "blur, σ 1 pixels", "flat colors", "blurred noise")
 
 
-def blur(images: Tensor, deviation: float) -> Tensor:
+def blur(images: Tensor, sigma: float) -> Tensor:
     """Gaussian blur of ``[n, 3, h, w]``, edges repeated."""
-    reach = round(4 * deviation + 0.5)
+    reach = round(4 * sigma + 0.5)
     x = torch.arange(-reach, reach + 1, dtype=images.dtype)
-    kernel = (-0.5 * (x / deviation) ** 2).exp()
+    kernel = (-0.5 * (x / sigma) ** 2).exp()
     kernel = (kernel / kernel.sum()).repeat(3, 1, 1, 1)
     images = F.conv2d(F.pad(images, [reach, reach, 0, 0], mode="replicate"), kernel, groups=3)
     return F.conv2d(F.pad(images, [0, 0, reach, reach], mode="replicate"), kernel.transpose(2, 3), groups=3)
 
 
-def noise(images: Tensor, deviation: float) -> Tensor:
-    """Normal noise; ``deviation`` is in steps of 8 bits."""
-    generator = torch.Generator().manual_seed(0)
-    return (images + deviation / 255 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+def kinds(real: Callable[[range], Tensor], size: tuple[int, int]) -> dict[str, Callable[[range], Tensor]]:
+    """For each kind of images, a function from image numbers to ``[n, 3, h, w]`` in [0, 1]."""
+
+    def seeded(rows: range) -> torch.Generator:
+        return torch.Generator().manual_seed(rows.start)
+
+    def noisy(rows: range, sigma: float) -> Tensor:
+        images = real(rows)
+        return (images + sigma / 255 * torch.randn(images.shape, generator=seeded(rows))).clamp(0, 1)
+
+    return {
+        "real images": real,
+        **{f"blur, σ {sigma:g} pixels": lambda rows, sigma=sigma: blur(real(rows), sigma) for sigma in (0.5, 1.0, 2.0)},
+        **{f"noise, σ {sigma:g} of 255": lambda rows, sigma=sigma: noisy(rows, sigma) for sigma in (5.0, 20.0, 60.0)},
+        "flat colors": lambda rows: torch.rand(len(rows), 3, 1, 1, generator=seeded(rows)).expand(-1, -1, *size),
+        "blurred noise": lambda rows: blur(torch.rand(len(rows), 3, *size, generator=seeded(rows)), 4.0),
+    }
+
+
+def row(name: str, features: Tensor, reference: Tensor) -> str:
+    """One line of a table: all figures of ``features [n, d]`` against ``reference [m, d]``."""
+    distance = frechet_distance(FeatureStatistics.of(features), FeatureStatistics.of(reference))
+    kernel = kernel_distance(features, reference, torch.Generator().manual_seed(0)).value
+    found = Neighborhoods(reference).overlap(features)
+    overlap = " | ".join(f"{value:.2f}" for value in (found.precision, found.recall, found.density, found.coverage))
+    return f"| {name} | {len(features)} | {distance:.1f} | {1000 * kernel:.2f} | {overlap} |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/avatars-64"))
-    parser.add_argument("--count", type=int, default=5000)
+    parser.add_argument("--counts", type=int, nargs="+", default=[60, 200, 1000, 4000])
     arguments = parser.parse_args()
     network = load_feature_network()
-    train, held_out = (ShardReader(arguments.data / part, "images") for part in ("train", "held-out"))
-    count = min(arguments.count, len(train), len(held_out))
+    train, held_out = (open_images(arguments.data / part) for part in ("train", "held-out"))
+    most = min(max(arguments.counts), train.count, held_out.count)
 
-    def features(reader: ShardReader, name: str, damage=lambda images: images) -> Tensor:  # type: ignore[no-untyped-def]
-        rows = torch.arange(count).split(CHUNK)
-        return torch.cat([network((damage(read_images(reader, part) / 2 + 0.5) * 255).round() / 255) for part in tqdm(rows, desc=name)])
+    def features(name: str, digest: str, images: Callable[[range], Tensor]) -> Tensor:
+        folder = WORK / f"{digest}-{name}"
+        extract_parts(folder, most, images, network, description=name)
+        return read_parts(folder, most)
 
-    reference = features(held_out, "held-out")
-    real = features(train, "real")
-    labels = train.all("labels")[:count]
+    reference = features("held-out", held_out.digest, held_out.tensor)
+    found = {name: features(name, train.digest, images) for name, images in kinds(train.tensor, train.size).items()}
+    labels = ShardReader(arguments.data / "train", "images").all("labels")[:most]
     classes = int(labels.max()) + 1
-    alternatives = {"real images": real}
-    for deviation in (0.5, 1.0, 2.0):
-        alternatives[f"blur, σ {deviation} pixels"] = features(train, f"blur {deviation}", lambda x, d=deviation: blur(x, d))
-    for deviation in (5.0, 20.0, 60.0):
-        alternatives[f"noise, σ {deviation:g} of 255"] = features(train, f"noise {deviation}", lambda x, d=deviation: noise(x, d))
-    for kept in (classes * 3 // 4, classes // 2, 1):
-        alternatives[f"{kept} of {classes} classes"] = real[labels < kept]
-    print(f"{arguments.data}: {count} training images against {count} held-out ones; float32, {machine()}\n")
-    print(f"| images | number | {distance_name(network)} | KID × 1000 |\n|---|---|---|---|")
-    statistics = FeatureStatistics.of(reference)
-    for name, found in alternatives.items():
-        kernel = kernel_distance(found, reference, torch.Generator().manual_seed(0)).value
-        print(f"| {name} | {len(found)} | {frechet_distance(FeatureStatistics.of(found), statistics):.1f} | {1000 * kernel:.2f} |")
+    fewer = {f"{kept} of {classes} classes": found["real images"][labels < kept] for kept in (classes * 3 // 4, classes // 2, 1)}
+    title = f"| images | number | {distance_name(network)} | KID × 1000 | precision | recall | density | coverage |\n{'|---' * 8}|"
+    print(f"{arguments.data}: training images against {most} held-out ones; float32, {machine()}\n\n{title}")
+    for name, chosen in {**found, **fewer}.items():
+        print(row(name, chosen, reference), flush=True)
+    print(f"\nAgainst as many held-out images:\n\n{title}")
+    for count in sorted(arguments.counts):
+        for name in AT_EVERY_COUNT:
+            print(row(name, found[name][:count], reference[:count]), flush=True)
 
 
 if __name__ == "__main__":

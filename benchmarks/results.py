@@ -30,7 +30,7 @@ from far.evaluation.generated import Generation, extract_generated, parts_folder
 from far.evaluation.images import open_images
 from far.evaluation.metrics import FeatureStatistics, frechet_distance
 from far.evaluation.references import Reference, features_of
-from far.evaluation.report import distance_name, figures
+from far.evaluation.report import distance_name, report
 from far.files import read_json
 from far.pipeline import Pipeline
 from far.sampling import SamplingConfig
@@ -254,8 +254,7 @@ class Judge:
     classifier: LinearClassifier
 
     def figures(self, features: Tensor, labels: Tensor) -> dict[str, Any]:
-        found, _ = figures(features, self.reference, self.network)
-        return {**found, "class accuracy": self.classifier.accuracy(features, labels)}
+        return {**report(features, self.reference, self.network).figures, "class accuracy": self.classifier.accuracy(features, labels)}
 
 
 def measure_floors(images: ImageSet, store: Measurements) -> Judge:

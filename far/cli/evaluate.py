@@ -1,4 +1,4 @@
-"""Judge a model, a folder or an .npz: Fréchet distance, KID, Inception Score, precision and recall.
+"""Evaluate a model, a folder or an .npz: Fréchet distance, KID, Inception Score, precision, recall, density, coverage.
 
 The default network is EfficientNet-Lite0, whose figures compare with no published ones; give FID's own
 weights with --inception FILE for figures that do. Generation goes on where it stopped, and can be shared
@@ -208,17 +208,19 @@ def _report(
 ) -> None:
     import torch
 
-    from far.evaluation.report import figures
+    from far.evaluation.report import report
 
     with noticed("comparing the features with the reference"):
-        found, warnings = figures(features, reference, extractor, seed=arguments.seed)
+        found = report(features, reference, extractor, seed=arguments.seed)
+    warnings = list(found.warnings)
     if reference.size is not None and judged.size is not None and reference.size != judged.size:
         sizes = " and ".join(f"{width}×{height}" for height, width in (judged.size, reference.size))
         warnings.append(f"judged images and reference have {sizes} pixels; the enlargement counts as a difference")
     for warning in warnings:
         print(f"far: warning: {warning}", file=sys.stderr)
     result = {
-        "figures": found,
+        "figures": found.figures,
+        "controls": found.controls,
         "warnings": warnings,
         "judged": {**judged.described, "size": judged.size},
         "reference": {"source": reference.source, "digest": reference.digest, "count": reference.count, "size": reference.size},
@@ -232,7 +234,9 @@ def _report(
         "versions": {"far": far.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     write_json(arguments.out / "result.json", result)
-    for name, value in found.items():
-        print(f"{name:40s} {value:.4f}")
-    against = reference.source if reference.count is None else str(reference.count)
+    for name, value in found.figures.items():
+        key = name.partition(" ")[0]
+        beside = ", ".join(f"{kind} {scores[key]:.4f}" for kind, scores in found.controls.items() if key in scores)
+        print(f"{name:40s} {value:.4f}" + (f"   ({beside})" if beside else ""))
+    against = reference.source if reference.count is None else f"{reference.count} of {reference.source}"
     print(f"wrote {arguments.out / 'result.json'} ({len(features)} images against {against})")

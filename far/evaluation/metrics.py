@@ -69,7 +69,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
         InputError: a feature was not finite.
     """
     if min(a.count, b.count) < 2:
-        raise ValueError(f"a Fréchet distance needs two images a side, got {a.count} and {b.count}")
+        raise ValueError(f"a Fréchet distance needs two images per side, got {a.count} and {b.count}")
     if len(a.total) != len(b.total):
         raise ValueError(f"features of {len(a.total)} and {len(b.total)} dimensions cannot be compared")
     if not all(torch.isfinite(side.total).all() and torch.isfinite(side.covariance).all() for side in (a, b)):
@@ -98,35 +98,70 @@ def frechet_bias(reference: FeatureStatistics, count: int, generator: torch.Gene
     return frechet_distance(drawn, reference)
 
 
+def frechet_floor(real: Tensor, count: int, reference_count: float, generator: torch.Generator) -> float:
+    """Estimate the distance of ``count`` real images to ``reference_count`` others, which is all bias.
+
+    The rows of ``real [m, d]`` are divided at random, ``count`` of them or half against the rest. The bias falls
+    with 1 / count on either side, so their distance is scaled to the counts in question. With fewer images than
+    features it falls more slowly, and the estimate is too low.
+
+    Args:
+        count: images that are compared with the reference.
+        reference_count: images of the reference, ``math.inf`` for exact statistics.
+
+    Raises:
+        ValueError: fewer than four rows.
+    """
+    if len(real) < real.shape[1]:
+        # No direction but those of the rows matters, and fewer of them take less time.
+        real = real.double() @ torch.linalg.qr(real.double().T).Q
+    order = torch.randperm(len(real), generator=generator)
+    drawn = max(2, min(count, len(real) // 2))
+    sides = [FeatureStatistics.of(real[rows]) for rows in (order[:drawn], order[drawn:])]
+    scale = (1 / count + 1 / reference_count) / (1 / drawn + 1 / (len(real) - drawn))
+    return frechet_distance(*sides) * scale
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its deviation over subsets or splits."""
+    """A figure, and how much it varies; ``None`` if the images are too few to tell."""
 
     value: float
-    deviation: float
+    error: float | None
 
 
 def kernel_distance(a: Tensor, b: Tensor, generator: torch.Generator, *, subsets: int = 100, subset_size: int = 1000) -> Estimate:
-    """KID (Bińkowski et al., arXiv 1801.01401): unbiased squared MMD with a cubic kernel, over random subsets.
+    """KID (Bińkowski et al., arXiv 1801.01401): unbiased squared MMD with a cubic kernel, mean over random subsets.
+
+    ``error`` is the standard error of the mean, from the standard deviation over the subsets. It needs twice
+    ``subset_size`` images per side: subsets that share most of their images vary too little.
 
     Args:
         a: features ``[n, d]``.
         b: features ``[m, d]``.
-        subsets: how many.
-        subset_size: images of each side in a subset, no more than the smaller side has.
+        subsets: number of subsets; one is enough if it holds all images.
+        subset_size: images per side and subset, at most the smaller side's number.
 
     Raises:
         ValueError: fewer than two rows on a side.
     """
-    size = min(subset_size, len(a), len(b))
-    if size < 2:
-        raise ValueError(f"a kernel distance needs two images a side, got {len(a)} and {len(b)}")
+    smaller = min(len(a), len(b))
+    if smaller < 2:
+        raise ValueError(f"a kernel distance needs two images per side, got {len(a)} and {len(b)}")
+    if max(len(a), len(b)) <= subset_size:
+        return Estimate(squared_mmd(a, b), None)
+    size = min(subset_size, smaller)
     values = []
     for _ in range(subsets):
         chosen = (features[torch.randperm(len(features), generator=generator)[:size]] for features in (a, b))
         values.append(squared_mmd(*chosen))
     found = torch.tensor(values, dtype=torch.float64)
-    return Estimate(float(found.mean()), float(found.std(correction=0)))
+    if smaller < 2 * subset_size:
+        return Estimate(float(found.mean()), None)
+    # Subsets drawn without replacement from n images vary less than fresh ones, by 1 − size / n;
+    # n images are n / size independent subsets.
+    share = size / smaller
+    return Estimate(float(found.mean()), float(found.std() * math.sqrt(share / (1 - share))))
 
 
 def squared_mmd(a: Tensor, b: Tensor) -> float:
@@ -139,7 +174,9 @@ def squared_mmd(a: Tensor, b: Tensor) -> float:
 
 
 def inception_score(logits: Tensor, generator: torch.Generator, *, splits: int = 10) -> Estimate:
-    """``exp E KL(p(y|x) ‖ p(y))`` (Salimans et al., arXiv 1606.03498) of class logits ``[n, classes]``, over random splits.
+    """``exp E KL(p(y|x) ‖ p(y))`` (Salimans et al., arXiv 1606.03498) of class logits ``[n, classes]``, mean over random splits.
+
+    ``error`` is the standard deviation over the splits, as published; ``None`` with one split.
 
     Raises:
         ValueError: fewer rows than splits.
@@ -153,33 +190,75 @@ def inception_score(logits: Tensor, generator: torch.Generator, *, splits: int =
         marginal = (logs.logsumexp(dim=0) - math.log(len(rows))).unsqueeze(0)
         scores.append((logs.exp() * (logs - marginal)).sum(dim=1).mean().exp())
     found = torch.stack(scores)
-    return Estimate(float(found.mean()), float(found.std(correction=0)))
+    return Estimate(float(found.mean()), float(found.std(correction=0)) if splits > 1 else None)
 
 
-def precision_recall(fake: Tensor, real: Tensor, *, neighbours: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991) of features ``[n, d]`` and ``[m, d]``.
+@dataclass(frozen=True)
+class Overlap:
+    """How far a set of images and the real ones lie in each other's neighborhoods.
 
-    Precision is the share of ``fake`` within the reach of some row of ``real``, a row's reach being the
-    distance to its k-th nearest neighbour in its own set; recall the same with the sides exchanged.
+    Attributes:
+        precision: fraction of images inside the ball of any real one (Kynkäänniemi et al., arXiv 1904.06991).
+        recall: fraction of real images inside the ball of any of these.
+        density: mean number of real balls around an image, divided by k (Naeem et al., arXiv 2002.09797):
+            about 1 for real images, and more is possible.
+        coverage: fraction of the real images whose ball holds any of these.
+    """
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+class Neighborhoods:
+    """A ball around each real image, which reaches to its k-th nearest neighbor among the real ones.
+
+    Args:
+        real: features ``[m, d]``.
+        neighbors: k of precision and recall.
+        density_neighbors: k of density and coverage.
 
     Raises:
-        ValueError: a side has no more rows than ``neighbours``.
+        ValueError: ``real`` has no more rows than either k.
     """
-    if min(len(fake), len(real)) <= neighbours:
-        raise ValueError(
-            f"precision and recall with {neighbours} neighbours need more than {neighbours} images a side, got {len(fake)} and {len(real)}"
-        )
-    # Differences decide: centred rows lose fewer digits to the squares below.
-    center = real.double().mean(dim=0)
-    fake, real = fake.double() - center, real.double() - center
-    return _share_within_reach(fake, real, neighbours), _share_within_reach(real, fake, neighbours)
+
+    def __init__(self, real: Tensor, *, neighbors: int = 3, density_neighbors: int = 5) -> None:
+        self.neighbors, self.density_neighbors = neighbors, density_neighbors
+        # Around their mean the squares are small, so the differences between them keep their digits.
+        self._center = real.double().mean(dim=0)
+        self._real = real.double() - self._center
+        self._radii = _squared_radii(self._real, neighbors, density_neighbors)
+
+    def overlap(self, fake: Tensor) -> Overlap:
+        """Compare a set of features ``[n, d]`` with the real ones.
+
+        Raises:
+            ValueError: ``fake`` has no more rows than ``neighbors``.
+        """
+        fake, real, (radii, density_radii) = fake.double() - self._center, self._real, self._radii
+        (fake_radii,) = _squared_radii(fake, self.neighbors)
+        inside = around = 0
+        covered, recalled = torch.zeros(2, len(real), dtype=torch.bool)
+        for rows, reach in zip(fake.split(_CHUNK), fake_radii.split(_CHUNK)):
+            distances = _squared_distances(rows, real)
+            inside += int((distances <= radii).any(dim=1).sum())
+            recalled |= (distances <= reach.unsqueeze(1)).any(dim=0)
+            within = distances <= density_radii
+            around += int(within.sum())
+            covered |= within.any(dim=0)
+        precision, density = inside / len(fake), around / (self.density_neighbors * len(fake))
+        return Overlap(precision, float(recalled.double().mean()), density, float(covered.double().mean()))
 
 
-def _share_within_reach(rows: Tensor, others: Tensor, neighbours: int) -> float:
-    # A row's own distance of zero is one of those sorted, hence one more.
-    reach = torch.cat([_squared_distances(chunk, others).kthvalue(neighbours + 1).values for chunk in others.split(_CHUNK)])
-    within = [(_squared_distances(chunk, others) <= reach).any(dim=1) for chunk in rows.split(_CHUNK)]
-    return float(torch.cat(within).double().mean())
+def _squared_radii(rows: Tensor, *neighbors: int) -> list[Tensor]:
+    """The squared distance of each row to its k-th nearest neighbor, for each k: ``[len(rows)]``."""
+    most = max(neighbors)
+    if len(rows) <= most:
+        raise ValueError(f"balls of {most} neighbors need more than {most} images per side, got {len(rows)}")
+    # A row is its own nearest one, so the k-th neighbor has index k.
+    nearest = torch.cat([_squared_distances(chunk, rows).topk(most + 1, largest=False).values for chunk in rows.split(_CHUNK)])
+    return [nearest[:, k] for k in neighbors]
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:

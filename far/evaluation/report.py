@@ -3,7 +3,8 @@
 Only over FID's own Inception network may a distance be called FID.
 """
 
-from typing import Any
+import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -12,18 +13,39 @@ from far.errors import InputError
 from far.evaluation.features import FID_NETWORK, Extractor
 from far.evaluation.metrics import (
     FeatureStatistics,
+    Neighborhoods,
+    Overlap,
     frechet_bias,
     frechet_distance,
+    frechet_floor,
     inception_score,
     kernel_distance,
-    precision_recall,
 )  # fmt: skip
 from far.evaluation.references import Reference
 from far.seeds import seeded_generator
 
-NEIGHBOURS = 3
-_SUBSETS = 100
-_SPLITS = 10
+# The least number of images on either side: their neighborhoods need one more than they have neighbors.
+_LEAST, _LEAST_REFERENCE = 4, 6
+# Scores of 10 splits are published for 50,000 images, and given for 10,000. Fewer are scored as one split.
+_SPLITS, _SPLIT_IMAGES = 10, 1000
+_CONTROLS = 100
+# A figure that images without content score above this says little. Real images score about 0.9 or 1.
+_MEANINGLESS = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The figures of one evaluation.
+
+    Attributes:
+        figures: by name, the network's included.
+        controls: for each kind of images without content, its precision, recall, density and coverage.
+        warnings: one line each.
+    """
+
+    figures: dict[str, float]
+    controls: dict[str, dict[str, float]]
+    warnings: list[str]
 
 
 def distance_name(extractor: Extractor) -> str:
@@ -31,32 +53,43 @@ def distance_name(extractor: Extractor) -> str:
     return "FID" if extractor.name == FID_NETWORK else f"FD ({extractor.name})"
 
 
-def figures(features: Tensor, reference: Reference, extractor: Extractor, *, seed: int = 0) -> tuple[dict[str, Any], list[str]]:
-    """All figures of ``features [n, d]``, and warnings in words.
+def report(features: Tensor, reference: Reference, extractor: Extractor, *, seed: int = 0) -> Report:
+    """Compute all figures of ``features [n, d]``.
 
-    Subsets and splits are drawn from ``seed``. Without the reference's features there is no KID,
-    precision and recall.
+    Subsets, splits and controls are drawn from ``seed``. Without the reference's features there are no KID, precision,
+    recall, density and coverage.
 
     Raises:
         InputError: too few images on a side.
     """
-    generator = seeded_generator(seed)
     check_counts(len(features), reference)
+    generator = seeded_generator(seed)
     name = distance_name(extractor)
     suffix = "" if name == "FID" else f" ({extractor.name})"
-    warnings: list[str] = []
     distance = frechet_distance(FeatureStatistics.of(features), reference.statistics)
-    found: dict[str, Any] = {name: distance, **_biases(name, distance, features, reference, generator, warnings)}
-    score = inception_score(extractor.logits(features), generator, splits=min(_SPLITS, len(features)))
-    found[f"IS{suffix}"], found[f"IS deviation{suffix}"] = score.value, score.deviation
+    found = {name: distance, **_biases(name, features, reference, seed)}
+    warnings = _bias_warnings(name, found, len(features), reference, features.shape[1])
+    enough = len(features) >= _SPLITS * _SPLIT_IMAGES
+    score = inception_score(extractor.logits(features), generator, splits=_SPLITS if enough else 1)
+    found[f"IS{suffix}"] = score.value
+    if score.error is not None:
+        found[f"IS std over splits{suffix}"] = score.error
     if reference.features is None:
-        warnings.append(f"{reference.source} holds no features, so there is no KID, precision and recall")
-        return found, warnings
-    kernel = kernel_distance(features, reference.features, generator, subsets=_SUBSETS)
-    found[f"KID{suffix}"], found[f"KID deviation{suffix}"] = kernel.value, kernel.deviation
-    precision, recall = precision_recall(features, reference.features, neighbours=NEIGHBOURS)
-    found[f"precision{suffix}"], found[f"recall{suffix}"] = precision, recall
-    return found, warnings
+        warnings.append(f"{reference.source} holds no features, so there are no KID, precision, recall, density and coverage")
+        return Report(found, {}, warnings)
+    kernel = kernel_distance(features, reference.features, generator)
+    found[f"KID{suffix}"] = kernel.value
+    if kernel.error is not None:
+        found[f"KID standard error{suffix}"] = kernel.error
+    neighborhoods = Neighborhoods(reference.features)
+    overlap = neighborhoods.overlap(features)
+    found |= {f"{key}{suffix}": value for key, value in dataclasses.asdict(overlap).items()}
+    controls = {
+        kind: dataclasses.asdict(neighborhoods.overlap(extractor(images).cpu()))
+        for kind, images in _control_images(min(_CONTROLS, len(features)), seed).items()
+    }
+    warnings += _control_warnings(overlap, controls, len(reference.features))
+    return Report(found, controls, warnings)
 
 
 def check_counts(count: int, reference: Reference) -> None:
@@ -64,33 +97,59 @@ def check_counts(count: int, reference: Reference) -> None:
     if reference.features is None:
         if count < 2:
             raise InputError(f"a Fréchet distance needs two images or more, got {count}; give more images")
-    elif min(count, len(reference.features)) <= NEIGHBOURS:
+    elif count < _LEAST or len(reference.features) < _LEAST_REFERENCE:
         raise InputError(
-            f"precision and recall with {NEIGHBOURS} neighbours need more than {NEIGHBOURS} images a side, "
+            f"precision and coverage need at least {_LEAST} images and {_LEAST_REFERENCE} of the reference, "
             f"got {count} and {len(reference.features)}; give more images"
         )
 
 
-def _biases(
-    name: str, distance: float, features: Tensor, reference: Reference, generator: torch.Generator, warnings: list[str]
-) -> dict[str, float]:
-    """How much of the distance comes from too few images on a side alone, each side's drawn from what is known of the other."""
-    dimensions, found = features.shape[1], {}
-    few_judged = len(features) < dimensions
-    few_reference = reference.count is not None and reference.count < dimensions
-    # A side that is too small itself knows too few directions, and the other's bias comes out too low.
-    about = "at least" if few_judged and few_reference else "about"
-    if few_judged:
-        bias = found[f"bias of {name}"] = frechet_bias(reference.statistics, len(features), generator)
-        warnings.append(
-            f"{len(features)} images are fewer than the {dimensions} features: of the distance {distance:.1f}, {about} "
-            f"{bias:.1f} come from that alone; generate more, and compare equal numbers only"
-        )
-    if few_reference:
-        assert reference.count is not None
-        bias = found[f"bias of {name} by the reference"] = frechet_bias(FeatureStatistics.of(features), reference.count, generator)
-        warnings.append(
-            f"the reference's {reference.count} images are fewer than the {dimensions} features: of the distance {distance:.1f}, {about} "
-            f"{bias:.1f} come from that alone; take a larger reference"
-        )
+def _biases(name: str, features: Tensor, reference: Reference, seed: int) -> dict[str, float]:
+    """The distance that real images would have at these counts, and what a small reference adds to this one."""
+    generator = seeded_generator(seed, 1)
+    if reference.features is None:
+        floor = frechet_bias(reference.statistics, len(features), generator)
+    else:
+        floor = frechet_floor(reference.features, len(features), reference.count or math.inf, generator)
+    found = {f"floor of {name}": floor}
+    if reference.count is not None and reference.count < features.shape[1]:
+        # So few real images do not show their own spread. The images compared with them show theirs.
+        found[f"bias of {name} by the reference"] = frechet_bias(FeatureStatistics.of(features), reference.count, generator)
     return found
+
+
+def _bias_warnings(name: str, found: dict[str, float], count: int, reference: Reference, dimensions: int) -> list[str]:
+    warnings = []
+    if count < dimensions:
+        warnings.append(
+            f"{count} images are fewer than the {dimensions} features: of the distance {found[name]:.1f}, at least "
+            f"{found[f'floor of {name}']:.1f} is bias, which real images would have too; compare equal numbers only"
+        )
+    if f"bias of {name} by the reference" in found:
+        about = "at least" if count < dimensions else "about"
+        warnings.append(
+            f"the reference's {reference.count} images are fewer than the {dimensions} features: of the distance {found[name]:.1f}, "
+            f"{about} {found[f'bias of {name} by the reference']:.1f} is bias for that alone; take a larger reference"
+        )
+    return warnings
+
+
+def _control_images(count: int, seed: int) -> dict[str, Tensor]:
+    """Images without content ``[count, 3, 8, 8]`` in [0, 1], in 8 bits. The network enlarges them."""
+    generator = seeded_generator(seed, 2)
+    flat = torch.rand(count, 3, 1, 1, generator=generator).expand(-1, -1, 8, 8)
+    # As faint as noise of every pixel is after a blur this wide.
+    noise = 0.5 + 0.1 * (torch.rand(count, 3, 8, 8, generator=generator) - 0.5)
+    return {kind: (images * 255).round() / 255 for kind, images in (("flat colors", flat), ("blurred noise", noise))}
+
+
+def _control_warnings(overlap: Overlap, controls: dict[str, dict[str, float]], count: int) -> list[str]:
+    """One line if images without content score well: then the figure says little of others."""
+    shown = []
+    for key, value in dataclasses.asdict(overlap).items():
+        kind = max(controls, key=lambda kind: controls[kind][key])
+        if controls[kind][key] > _MEANINGLESS:
+            shown.append(f"{key} {value:.2f} ({kind}: {controls[kind][key]:.2f})")
+    if not shown:
+        return []
+    return [f"images without content score too, so these figures say little against {count} images: {', '.join(shown)}"]

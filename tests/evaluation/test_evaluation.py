@@ -1,5 +1,6 @@
 """From images to figures: parts, caching, statistics files, warnings, and generation that can be interrupted and shared."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,9 @@ from far.evaluation.extraction import PART, extract_parts, part_path, part_range
 from far.evaluation.features import FID_NETWORK
 from far.evaluation.generated import Generation, extract_generated, parts_folder
 from far.evaluation.images import open_images
-from far.evaluation.metrics import FeatureStatistics, frechet_distance, inception_score, kernel_distance, precision_recall
+from far.evaluation.metrics import FeatureStatistics, Neighborhoods, frechet_distance, inception_score, kernel_distance
 from far.evaluation.references import Reference, features_of, open_reference, write_statistics
-from far.evaluation.report import figures
+from far.evaluation.report import report
 from far.pipeline import Pipeline
 from far.sampling import SamplingConfig
 
@@ -180,9 +181,10 @@ def test_adms_statistics_are_inceptions(tmp_path: Path) -> None:
     reference = open_reference(tmp_path / "adm.npz", NamedInception(), tmp_path)
     assert reference.features is None
     assert reference.count is None, "a count was made up"
-    found, warnings = figures(torch.rand(40, 24), reference, NamedInception())
-    assert set(found) == {"FID", "IS", "IS deviation"}
-    assert any("no KID, precision and recall" in warning for warning in warnings)
+    found = report(torch.rand(40, 24), reference, NamedInception())
+    assert set(found.figures) == {"FID", "floor of FID", "IS"}
+    assert found.controls == {}
+    assert any("adm.npz" in warning and "coverage" in warning for warning in found.warnings)
 
 
 def test_adms_reference_batch_gives_statistics_and_features(tmp_path: Path) -> None:
@@ -241,52 +243,111 @@ def reference_of(features: Tensor) -> Reference:
     return Reference("real", "0", FeatureStatistics.of(features), features, len(features), None)
 
 
+def normal(count: int, seed: int, dimensions: int = 24) -> Tensor:
+    """Features far away from those of flat colors."""
+    return 10 + torch.randn(count, dimensions, generator=torch.Generator().manual_seed(seed))
+
+
 def test_figures_are_the_metrics() -> None:
     generator = torch.Generator().manual_seed(0)
-    fake, real = torch.rand(120, 24, generator=generator), torch.rand(150, 24, generator=generator) * 1.1
-    found, warnings = figures(fake, reference_of(real), MeanColours())
-    assert warnings == []
-    assert found["FD (mean colours)"] == frechet_distance(FeatureStatistics.of(fake), FeatureStatistics.of(real))
-    assert (found["precision (mean colours)"], found["recall (mean colours)"]) == precision_recall(fake, real)
-    assert found["KID (mean colours)"] == pytest.approx(kernel_distance(fake, real, generator).value, abs=2e-3)
-    # The splits are the first draws from the seed.
-    score = inception_score(MeanColours().logits(fake), torch.Generator().manual_seed(0), splits=10)
-    assert (found["IS (mean colours)"], found["IS deviation (mean colours)"]) == (score.value, score.deviation)
+    fake, real = 5 + torch.rand(120, 24, generator=generator), 5 + torch.rand(150, 24, generator=generator) * 1.1
+    found = report(fake, reference_of(real), MeanColours())
+    assert found.warnings == []
+    figures = found.figures
+    assert figures["FD (mean colours)"] == frechet_distance(FeatureStatistics.of(fake), FeatureStatistics.of(real))
+    overlap = dataclasses.asdict(Neighborhoods(real).overlap(fake))
+    assert {key: figures[f"{key} (mean colours)"] for key in overlap} == overlap
+    assert figures["KID (mean colours)"] == pytest.approx(kernel_distance(fake, real, generator).value, abs=1e-9)
+    score = inception_score(MeanColours().logits(fake), generator, splits=1)
+    assert figures["IS (mean colours)"] == pytest.approx(score.value)
     assert score.value > 1.2
-    assert "FID" not in found
-    assert "FID" in figures(fake, reference_of(real), NamedInception())[0]
-    assert figures(fake, reference_of(real), MeanColours())[0] == found, "one seed, other figures"
+    assert "FID" not in figures
+    assert "FID" in report(fake, reference_of(real), NamedInception()).figures
+    assert report(fake, reference_of(real), MeanColours()) == found, "one seed, other figures"
+
+
+def test_spreads_are_reported_only_if_there_are_images_enough() -> None:
+    few, many = (report(normal(count, 0, 3), reference_of(normal(2000, 1, 3)), ThreeFeatures()).figures for count in (1999, 10_000))
+    assert not any("error" in name or "std" in name for name in few)
+    score = inception_score(normal(10_000, 0, 3), torch.Generator().manual_seed(0), splits=10)
+    assert (many["IS (three)"], many["IS std over splits (three)"]) == (score.value, score.error)
+    assert many["KID standard error (three)"] > 0
+
+
+class ThreeFeatures(MeanColours):
+    """The mean of each color."""
+
+    name = "three"
+    dimensions = 3
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.mean(dim=(2, 3))
+
+    def logits(self, features: Tensor) -> Tensor:
+        return features
+
+
+def test_figures_that_flat_colors_reach_are_warned_of() -> None:
+    """This network sees nothing but the mean color, so flat colors are as good as real images."""
+    real, fake = (torch.rand(500, 3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    found = report(fake, reference_of(real), ThreeFeatures())
+    assert found.controls["flat colors"]["precision"] > 0.9
+    assert found.controls["blurred noise"]["coverage"] < 0.05
+    assert len(found.warnings) == 1
+    assert all(text in found.warnings[0] for text in ("500 images", "precision", "density", "coverage", "flat colors"))
+    far_off = report(fake + 5, reference_of(real + 5), ThreeFeatures())
+    assert far_off.warnings == []
+    assert far_off.controls["flat colors"]["precision"] == 0
+
+
+def test_controls_do_not_depend_on_the_images_compared() -> None:
+    real = torch.rand(300, 3, generator=torch.Generator().manual_seed(1))
+    found = [report(fake, reference_of(real), ThreeFeatures()).controls for fake in (real[:200], real[:150] + 3)]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("count", "reference_count"), [(200, 3000), (3000, 3000), (3000, 400)])
+def test_floor_is_the_distance_of_real_images(count: int, reference_count: int) -> None:
+    found = report(normal(count, 1), reference_of(normal(reference_count, 0)), MeanColours())
+    assert found.warnings == []
+    fresh = [
+        frechet_distance(FeatureStatistics.of(normal(count, seed)), FeatureStatistics.of(normal(reference_count, seed + 1)))
+        for seed in range(10, 30, 2)
+    ]
+    assert found.figures["floor of FD (mean colours)"] == pytest.approx(sum(fresh) / len(fresh), rel=0.25)
+
+
+def test_floor_without_features_is_that_of_the_statistics() -> None:
+    real = FeatureStatistics.of(normal(20_000, 0))
+    found = report(normal(300, 1), Reference("real", "0", real, None, None, None), MeanColours())
+    assert found.figures["floor of FD (mean colours)"] == pytest.approx(found.figures["FD (mean colours)"], rel=0.25)
 
 
 def test_few_images_are_warned_of_with_their_bias() -> None:
-    real = torch.randn(3000, 24, generator=torch.Generator().manual_seed(0))
-    fake = torch.randn(12, 24, generator=torch.Generator().manual_seed(1))
-    found, warnings = figures(fake, reference_of(real), MeanColours())
-    assert len(warnings) == 1
-    assert "12 images are fewer than the 24 features" in warnings[0]
+    found = report(normal(12, 1), reference_of(normal(3000, 0)), MeanColours())
+    assert len(found.warnings) == 1
+    assert "12 images" in found.warnings[0]
     # Both are real: all of the distance is bias.
-    assert found["bias of FD (mean colours)"] == pytest.approx(found["FD (mean colours)"], rel=0.3)
+    assert found.figures["floor of FD (mean colours)"] == pytest.approx(found.figures["FD (mean colours)"], rel=0.3)
 
 
 def test_a_small_reference_is_warned_of_with_its_bias() -> None:
-    real = torch.randn(12, 24, generator=torch.Generator().manual_seed(0))
-    fake = torch.randn(3000, 24, generator=torch.Generator().manual_seed(1))
-    found, warnings = figures(fake, reference_of(real), MeanColours())
-    assert len(warnings) == 1
-    assert "the reference's 12 images are fewer than the 24 features" in warnings[0]
-    assert found["bias of FD (mean colours) by the reference"] == pytest.approx(found["FD (mean colours)"], rel=0.3)
-    # Where both are small neither can tell the whole of it.
-    _, warnings = figures(fake[:10], reference_of(real), MeanColours())
-    assert len(warnings) == 2
-    assert all("at least" in warning for warning in warnings)
+    real, fake = normal(12, 0), normal(3000, 1)
+    found = report(fake, reference_of(real), MeanColours())
+    assert len(found.warnings) == 1
+    assert "reference's 12 images" in found.warnings[0]
+    assert found.figures["bias of FD (mean colours) by the reference"] == pytest.approx(found.figures["FD (mean colours)"], rel=0.3)
+    assert len(report(fake[:10], reference_of(real), MeanColours()).warnings) == 2
 
 
-def test_a_reference_smaller_than_the_neighbours() -> None:
-    with pytest.raises(InputError, match="need more than 3 images a side, got 40 and 3; give more images"):
-        figures(torch.rand(40, 24), reference_of(torch.rand(3, 24)), MeanColours())
+def test_too_few_images_on_a_side_are_refused() -> None:
+    for count, reference_count in ((3, 40), (40, 5)):
+        with pytest.raises(InputError, match=f"got {count} and {reference_count}"):
+            report(torch.rand(count, 24), reference_of(torch.rand(reference_count, 24)), MeanColours())
+    assert report(torch.rand(4, 24), reference_of(torch.rand(6, 24)), MeanColours()).figures["FD (mean colours)"] > 0
     statistics_only = Reference("real", "0", FeatureStatistics.of(torch.rand(40, 24)), None, 40, None)
-    with pytest.raises(InputError, match="needs two images or more, got 1"):
-        figures(torch.rand(1, 24), statistics_only, MeanColours())
+    with pytest.raises(InputError, match="got 1"):
+        report(torch.rand(1, 24), statistics_only, MeanColours())
 
 
 def test_generated_features_do_not_depend_on_batches_or_processes(tmp_path: Path, pipeline_folder: Path) -> None:

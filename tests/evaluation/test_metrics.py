@@ -11,11 +11,11 @@ from torch import Tensor
 
 from far.evaluation.metrics import (
     FeatureStatistics,
+    Neighborhoods,
     frechet_bias,
     frechet_distance,
     inception_score,
     kernel_distance,
-    precision_recall,
     psnr,
     squared_mmd,
 )  # fmt: skip
@@ -94,7 +94,7 @@ def test_fewer_images_than_dimensions() -> None:
 
 
 def test_what_cannot_be_compared() -> None:
-    with pytest.raises(ValueError, match="two images a side, got 1 and 5"):
+    with pytest.raises(ValueError, match="two images per side, got 1 and 5"):
         frechet_distance(gather(features(1, 3, 0)), gather(features(5, 3, 0)))
     with pytest.raises(ValueError, match="features of 3 and 4 dimensions"):
         frechet_distance(gather(features(5, 3, 0)), gather(features(5, 4, 0)))
@@ -161,7 +161,7 @@ def test_kernel_distance_against_torchmetrics() -> None:
     # A subset as large as both sets leaves nothing to chance.
     whole = kernel_distance(a, b, seeded(), subsets=3, subset_size=500)
     assert whole.value == pytest.approx(float(poly_mmd(a, b)), rel=1e-9)
-    assert whole.deviation == pytest.approx(0, abs=1e-9)
+    assert whole.error is None, "one subset does not vary"
 
 
 def test_kernel_distance_over_the_same_subsets() -> None:
@@ -175,7 +175,24 @@ def test_kernel_distance_over_the_same_subsets() -> None:
         expected.append(float(poly_mmd(first, second)))
     found = kernel_distance(a, b, seeded(5), subsets=8, subset_size=20)
     assert found.value == pytest.approx(np.mean(expected), rel=1e-9)
-    assert found.deviation == pytest.approx(np.std(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [150, 600])
+def test_error_of_a_kernel_distance_is_its_spread_over_fresh_images(count: int) -> None:
+    found = []
+    for seed in range(120):
+        a, b = torch.randn(2, count, 4, generator=seeded(seed), dtype=torch.float64)
+        found.append(kernel_distance(a, b + 0.4, seeded(seed), subsets=40, subset_size=60))
+    spread = np.std([estimate.value for estimate in found])
+    assert np.mean([estimate.error for estimate in found]) == pytest.approx(spread, rel=0.3)
+
+
+@pytest.mark.parametrize(("left", "right"), [(60, 60), (60, 500), (119, 500)])
+def test_kernel_distance_of_few_images_has_no_error(left: int, right: int) -> None:
+    """Subsets of nearly all images of a side vary too little."""
+    found = kernel_distance(features(left, 4, 0), features(right, 4, 1), seeded(), subsets=5, subset_size=60)
+    assert found.error is None
+    assert math.isfinite(found.value)
 
 
 def test_squared_mmd_is_unbiased() -> None:
@@ -205,9 +222,21 @@ def test_inception_score_of_certain_and_of_equal_predictions() -> None:
     assert inception_score(certain, seeded(), splits=1).value == pytest.approx(5)
     assert inception_score(torch.ones(20, 5), seeded()).value == pytest.approx(1)
     split = inception_score(torch.randn(100, 5, generator=seeded()), seeded(), splits=4)
-    assert split.deviation > 0
+    assert split.error is not None
+    assert split.error > 0
+    assert inception_score(torch.ones(20, 5), seeded(), splits=1).error is None
     with pytest.raises(ValueError, match="needs as many images"):
         inception_score(torch.ones(9, 5), seeded(), splits=10)
+
+
+def precision_recall(fake: Tensor, real: Tensor, *, neighbors: int = 3) -> tuple[float, float]:
+    found = Neighborhoods(real, neighbors=neighbors).overlap(fake)
+    return found.precision, found.recall
+
+
+def density_coverage(fake: Tensor, real: Tensor, *, neighbors: int = 5) -> tuple[float, float]:
+    found = Neighborhoods(real, density_neighbors=neighbors).overlap(fake)
+    return found.density, found.coverage
 
 
 def brute_share(rows: Tensor, others: Tensor, neighbours: int) -> float:
@@ -222,7 +251,7 @@ def brute_share(rows: Tensor, others: Tensor, neighbours: int) -> float:
 def test_precision_and_recall_by_brute_force(dimensions: int, neighbours: int, scale: float) -> None:
     fake, real = features(40, dimensions, 0, scale), features(55, dimensions, 1, shift=0.5)
     expected = brute_share(fake, real, neighbours), brute_share(real, fake, neighbours)
-    assert precision_recall(fake, real, neighbours=neighbours) == pytest.approx(expected, rel=1e-6)
+    assert precision_recall(fake, real, neighbors=neighbours) == pytest.approx(expected, rel=1e-6)
     assert 0 < expected[0] < 1
 
 
@@ -243,7 +272,7 @@ def test_precision_and_recall_of_equal_and_of_distant_sets() -> None:
     x = features(30, 4, 0)
     assert precision_recall(x, x) == (1.0, 1.0)
     assert precision_recall(x, x + 1000) == (0.0, 0.0)
-    with pytest.raises(ValueError, match="need more than 3 images a side, got 3 and 30"):
+    with pytest.raises(ValueError, match="got 3"):
         precision_recall(x[:3], x)
 
 
@@ -261,6 +290,51 @@ def test_precision_and_recall_of_repeated_images(scale: float) -> None:
     assert precision_recall(fake, real) == (1.0, 1.0)
     assert precision_recall(fake[:350], real)[1] == pytest.approx(50 / 90)
     assert precision_recall(fake, real[torch.arange(900) % 90 < 30])[0] == pytest.approx(30 / 90)
+
+
+def brute_density_coverage(fake: Tensor, real: Tensor, neighbours: int) -> tuple[float, float]:
+    """The definitions of arXiv 2002.09797, one pair at a time."""
+    radii = []
+    for index, row in enumerate(real):
+        distances = sorted(float((row - other).norm()) for position, other in enumerate(real) if position != index)
+        radii.append(distances[neighbours - 1])
+    held = [[float((row - center).norm()) <= radius for center, radius in zip(real, radii)] for row in fake]
+    return sum(map(sum, held)) / (neighbours * len(fake)), float(np.mean([any(column) for column in zip(*held)]))
+
+
+@pytest.mark.parametrize(("dimensions", "neighbours", "scale"), [(1, 1, 1.0), (4, 3, 0.5), (10, 5, 1.3)])
+def test_density_and_coverage_by_brute_force(dimensions: int, neighbours: int, scale: float) -> None:
+    fake, real = features(40, dimensions, 0, scale), features(55, dimensions, 1, shift=0.5)
+    expected = brute_density_coverage(fake, real, neighbours)
+    assert density_coverage(fake, real, neighbors=neighbours) == pytest.approx(expected, rel=1e-9)
+    assert 0 < expected[1] < 1
+
+
+def test_density_and_coverage_over_many_chunks() -> None:
+    fake, real = features(600, 3, 0, 0.6), features(520, 3, 1)
+    radii = scipy.spatial.cKDTree(real).query(real, k=6)[0][:, -1]
+    held = scipy.spatial.distance.cdist(fake, real) <= radii
+    assert density_coverage(fake, real) == pytest.approx((held.sum() / (5 * 600), held.any(axis=0).mean()), rel=1e-9)
+    assert density_coverage(fake + 1e8, real + 1e8) == pytest.approx(density_coverage(fake, real), rel=1e-9)
+
+
+def test_density_and_coverage_of_real_and_of_distant_images() -> None:
+    """Of the real distribution the density is 1 and the coverage 1 − 2⁻ᵏ, whatever the distribution (Naeem et al., section 3.3)."""
+    fake, real = torch.randn(2, 3000, 8, generator=seeded(), dtype=torch.float64)
+    density, coverage = density_coverage(fake, real)
+    assert density == pytest.approx(1, abs=0.05)
+    assert coverage == pytest.approx(1 - 2**-5, abs=0.01)
+    assert density_coverage(fake + 1000, real) == (0.0, 0.0)
+    with pytest.raises(ValueError, match="got 5"):
+        density_coverage(fake[:30], real[:5])
+
+
+def test_one_outlier_gives_precision_but_no_density() -> None:
+    """Its ball reaches over everything: images that look like nothing are inside it, and inside no other."""
+    real = torch.cat([torch.randn(500, 8, generator=seeded(), dtype=torch.float64), torch.full((1, 8), 40.0, dtype=torch.float64)])
+    fake = 20 + torch.randn(100, 8, generator=seeded(1), dtype=torch.float64)
+    assert precision_recall(fake, real)[0] == 1
+    assert density_coverage(fake, real)[0] == pytest.approx(1 / 5)
 
 
 def test_frechet_and_kernel_distance_against_torchmetrics_with_a_network() -> None:
@@ -287,5 +361,5 @@ def test_frechet_and_kernel_distance_against_torchmetrics_with_a_network() -> No
 
 
 def test_too_few_images_for_a_kernel_distance() -> None:
-    with pytest.raises(ValueError, match="two images a side"):
+    with pytest.raises(ValueError, match="two images per side"):
         kernel_distance(features(1, 3, 0), features(5, 3, 1), seeded())
