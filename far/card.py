@@ -89,7 +89,7 @@ def _use(config: dict[str, Any], name: str | None) -> str:
     load = 'far.load(".")  # this folder' if name is None else f'far.load("{name}")'
     label = json.dumps(config["classes"][0], ensure_ascii=False)
     return (
-        "## Use\n\n```sh\npip install far-image\n```\n\n```python\nimport far\n\n"
+        "## Use\n\nWith the Python package `far-image` installed:\n\n```python\nimport far\n\n"
         f"pipeline = {load}\npictures = pipeline.generate(labels=[{label}], seed=0)  # Pillow images\n"
         'pictures[0].save("picture.png")\n```'
     )

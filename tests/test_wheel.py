@@ -33,7 +33,7 @@ def test_wheel() -> None:
 
 def holds_the_package_and_nothing_else(wheel: Path) -> None:
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "far").rglob("*") if path.is_file() and path.suffix != ".pyc"}
-    assert {"far/py.typed", "far/bundled/avatars-64/model.safetensors"} <= package
+    assert {"far/py.typed", "far/bundled/avatars-64/model.safetensors", "far/recipes/avatars-64.yaml"} <= package
     names = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt")
     about = {f"far_image-{far.__version__}.dist-info/{name}" for name in names}
     assert set(zipfile.ZipFile(wheel).namelist()) == package | about
@@ -59,6 +59,22 @@ def draws_in_an_empty_environment(wheel: Path, folder: Path) -> None:
     installed, here = (np.asarray(Image.open(folder / name)) for name in ("installed.png", "here.png"))
     assert installed.std() > 30
     np.testing.assert_array_equal(installed, here)
+    encodes_a_folder_of_images_by_a_packaged_recipe(environment / "bin/far", folder)
+
+
+def encodes_a_folder_of_images_by_a_packaged_recipe(far: Path, folder: Path) -> None:
+    """The recipe by its name, and a copy of it; both take the bundled autoencoder."""
+    (folder / "images" / "noise").mkdir(parents=True)
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / "noise" / f"{number}.png")
+    run(far, "data", "folder", folder / "images", folder / "data", "--size", "64", folder=folder)
+    listed = run(far, "recipe", folder=folder)
+    assert "avatars-64-causal" in listed
+    (folder / "mine.yaml").write_text(run(far, "recipe", "avatars-64-causal", folder=folder), encoding="utf-8")
+    for recipe in ("avatars-64-causal", "mine.yaml"):
+        run(far, "cache", recipe, "data=data", f"run=run-{recipe}", folder=folder)
+        assert list((folder / f"run-{recipe}" / "latents").glob("*.safetensors")), recipe
 
 
 def run(*command: Path | str, folder: Path) -> str:
