@@ -13,7 +13,8 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ import far
 from far.cli.machine_arguments import add_machine_arguments, prepare_machine, tell_chosen
 from far.cli.sampling_arguments import MOST_IMAGES, add_sampling_arguments, sampling_options
 from far.config import check_seed
+from far.data.listing import describe
 from far.devices import device_title
 from far.errors import InputError
 from far.files import check_exists, check_writable, write_json
@@ -108,7 +110,10 @@ def run(arguments: argparse.Namespace) -> None:
             _report(arguments, reference, features, extractor, judged, seconds, start)
         if arguments.save_statistics:
             write_statistics(arguments.save_statistics, extractor, features)
-            print(f"wrote {arguments.save_statistics}")
+            print(
+                f"wrote {arguments.save_statistics} ({judged.count} images)"
+                + _left_out(judged.described.get("images"), judged.described.get("left out"))
+            )
         if judged.parts is not None:
             shutil.rmtree(judged.parts)
 
@@ -148,7 +153,7 @@ def _open_images(arguments: argparse.Namespace, extractor: Extractor, cache: Pat
     count = source.count if arguments.count is None else arguments.count
     if count > source.count:
         raise InputError(f"--count {count}: {source.name} holds {source.count} images")
-    described = {"images": source.name, "digest": source.digest, "count": count}
+    described = {"images": source.name, "digest": source.digest, "count": count, "left out": dict(source.left_out)}
     return Judged(count, source.size, described, lambda: features_of(source, extractor, cache, count=count))
 
 
@@ -223,7 +228,13 @@ def _report(
         "controls": found.controls,
         "warnings": warnings,
         "judged": {**judged.described, "size": judged.size},
-        "reference": {"source": reference.source, "digest": reference.digest, "count": reference.count, "size": reference.size},
+        "reference": {
+            "source": reference.source,
+            "digest": reference.digest,
+            "count": reference.count,
+            "size": reference.size,
+            "left out": dict(reference.left_out),
+        },
         "extractor": extractor.name,
         "extractor sha256": extractor.digest,
         "seed": arguments.seed,
@@ -239,4 +250,10 @@ def _report(
         beside = ", ".join(f"{kind} {scores[key]:.4f}" for kind, scores in found.controls.items() if key in scores)
         print(f"{name:40s} {value:.4f}" + (f"   ({beside})" if beside else ""))
     against = reference.source if reference.count is None else f"{reference.count} of {reference.source}"
-    print(f"wrote {arguments.out / 'result.json'} ({len(features)} images against {against})")
+    others = _left_out(judged.described.get("images"), judged.described.get("left out")) + _left_out(reference.source, reference.left_out)
+    print(f"wrote {arguments.out / 'result.json'} ({len(features)} images against {against}){others}")
+
+
+def _left_out(folder: object, counts: Mapping[str, int] | None) -> str:
+    """Return what to add to a line about files in a folder that are not images."""
+    return f"; left out of {folder}: {describe(Counter(counts))}" if counts else ""

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from far.data.image_sets import PARTS, Summary
 from far.data.images import OtherFormat, few_images, find_images, prepare_image
+from far.data.listing import describe
 from far.data.shards import ShardWriter
 from far.errors import InputError
 from far.files import printable, sha256
@@ -70,7 +71,7 @@ def write_folder(
     complete = all(writer.found_complete for writer in writers.values())
     if not complete:
         read = partial(_try_read, size=size, keep_colors=keep_colors)
-        held_out, train, needed = _with_both_parts(held_out, train, classes, read, strict)
+        held_out, train, needed = _with_both_parts(source, held_out, train, classes, read, strict)
         spare = _Spare(source, train, needed, writers["held-out"])
         _fill(writers["held-out"], source, held_out, read, strict, spare)
         _fill(writers["train"], source, spare.left(), read, strict)
@@ -122,7 +123,7 @@ def _hash(path: Path) -> str:
 
 
 def _with_both_parts(
-    held_out: list[File], train: list[File], classes: list[str], read: Read, strict: bool
+    source: Path, held_out: list[File], train: list[File], classes: list[str], read: Read, strict: bool
 ) -> tuple[list[File], list[File], set[File]]:
     """Make sure that either part of each class can have an image, before anything is written.
 
@@ -141,7 +142,10 @@ def _with_both_parts(
                 yield file
             elif strict:
                 raise found
+            else:
+                reasons[file] = _reason(found)
 
+    reasons: dict[File, str] = {}
     needed: set[File] = set()
     too_few = []
     groups = zip(_by_class(held_out), _by_class(train))
@@ -149,11 +153,12 @@ def _with_both_parts(
         trains = next(readable(itertools.chain(reversed(trained), reversed(held))), None)
         stays = next((file for file in readable(itertools.chain(held, trained)) if file != trains), None)
         if trains is None or stays is None:
-            too_few.append(f"{name!r} ({len(held) + len(trained)} files, {int(trains is not None)} of them can be read)")
+            unread = Counter(reasons[file] for file in held + trained if file in reasons)
+            too_few.append(f"{name!r} ({describe(unread)})")
         else:
             needed.add(trains)
     if too_few:
-        raise InputError(few_images(too_few))
+        raise InputError(few_images(source, too_few))
     moved = [file for file in held_out if file in needed]
     return [file for file in held_out if file not in moved], sorted([*train, *moved], key=lambda file: (file[1], file[0])), needed
 
@@ -203,8 +208,7 @@ def _fill(writer: ShardWriter, source: Path, files: list[File], read: Read, stri
         tqdm.write(f"skipped: {printable(str(error))}", file=sys.stderr)
         report.setdefault("skipped", []).append(_name(path, source))
         reasons = report.setdefault("left out", {})
-        reason = "in other formats under names of images" if isinstance(error, OtherFormat) else "broken"
-        reasons[reason] = reasons.get(reason, 0) + 1
+        reasons[_reason(error)] = reasons.get(_reason(error), 0) + 1
 
     with (
         ThreadPoolExecutor() as pool,
@@ -228,6 +232,10 @@ def _fill(writer: ShardWriter, source: Path, files: list[File], read: Read, stri
             tensors = {"images": torch.from_numpy(stacked), "labels": torch.tensor(labels, dtype=torch.int64)}
             writer.write(tensors, cursor=writer.cursor + len(chunk))
     writer.finish()
+
+
+def _reason(error: InputError) -> str:
+    return "in other formats under names of images" if isinstance(error, OtherFormat) else "broken"
 
 
 def _first_usable(

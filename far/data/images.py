@@ -48,8 +48,8 @@ def find_images(folder: Path, left_out: Counter[str] | None = None) -> tuple[lis
         The class names in natural order, and (path, label) of every image, sorted by label and path.
 
     Raises:
-        InputError: ``folder`` is not a folder or has no class folders, a class has fewer than two images, is a dead link or a link
-            to a folder above, or has a name that cannot be printed or differs from another one only in case.
+        InputError: ``folder`` is not a folder or has no class folders, a class has fewer than two images, is a dead link, or a
+            link to a folder above or another class, or has a name that cannot be printed or differs from another one only in case.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give a folder with one subfolder of images per class")
@@ -72,27 +72,31 @@ def find_images(folder: Path, left_out: Counter[str] | None = None) -> tuple[lis
     if not subfolders:
         raise InputError(f"{folder} holds no class folders; put the images ({', '.join(SUFFIXES)}) into one subfolder per class")
     if too_few:
-        raise InputError(f"{folder}: {few_images(too_few)}")
+        raise InputError(few_images(folder, too_few))
     return [path.name for path in subfolders], files
 
 
-def few_images(classes: list[str]) -> str:
-    """Return what to say of described classes that cannot be both trained on and held out."""
+def few_images(folder: Path, classes: list[str]) -> str:
+    """Return what to say of described classes in ``folder`` that cannot be both trained on and held out."""
     shown = ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
     return (
-        f"fewer than two images that can be read in {len(classes)} {'class' if len(classes) == 1 else 'classes'}: {shown}; "
+        f"{folder} has fewer than two images that can be read in {len(classes)} {'class' if len(classes) == 1 else 'classes'}: {shown}; "
         "add PNG, JPEG or WebP files, or remove the class folders"
     )
 
 
 def _check_names(subfolders: list[Path]) -> None:
     seen: dict[str, Path] = {}
+    folders: dict[Path, Path] = {}
     for path in subfolders:
         if not is_plain(path.name):
             raise InputError(f"class {str(path)!r}: its name cannot be printed; rename the folder")
         other = seen.setdefault(unicodedata.normalize("NFC", path.name).strip().casefold(), path)
         if other is not path:
             raise InputError(f"classes {str(other)!r} and {path.name!r} differ only in case or spaces; rename or merge the folders")
+        other = folders.setdefault(path.resolve(), path)
+        if other is not path:
+            raise InputError(f"classes {str(other)!r} and {path.name!r} are one folder, of which one is a link; remove the link")
 
 
 def _made_of(path: Path, make: Callable[[Image.Image], T]) -> T:

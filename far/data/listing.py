@@ -19,6 +19,8 @@ _SYSTEM_NAMES = frozenset((
     "system volume information", "lost+found", "network trash folder", "temporary items", "__pycache__", "thumbs.db", "ehthumbs.db",
     "desktop.ini", "icon\r",
 ))  # fmt: skip
+# Reasons that are told in a line.
+_MOST_REASONS = 12
 
 
 def is_hidden(name: str) -> bool:
@@ -97,9 +99,11 @@ def images_within(folder: Path, left_out: Counter[str]) -> list[Path]:
 
 
 def describe(left_out: Counter[str]) -> str:
-    """Return counts by reason in one line, the largest first: ``"20 .tif, 12 hidden"``."""
+    """Return counts by reason in one line, the largest first: ``"20 .tif, 12 hidden"``; rare ones together."""
     ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{count} {printable(reason)}" for reason, count in ordered)
+    rare = sum(count for _, count in ordered[_MOST_REASONS:])
+    shown = [f"{count} {printable(reason)}" for reason, count in ordered[:_MOST_REASONS]]
+    return ", ".join(shown + [f"{rare} others"] * (rare > 0))
 
 
 def _entries(folder: Path) -> list[Path]:

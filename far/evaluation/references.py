@@ -7,6 +7,7 @@ those written here also hold the name of their network, the number of images, an
 import dataclasses
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ class Reference:
     """Statistics, and the features ``[n, d]`` they come from where these are at hand.
 
     ``source`` says where from, ``digest`` identifies the content. ``count`` of images and their ``size``
-    (height, width) are ``None`` where a file does not tell.
+    (height, width) are ``None`` where a file does not tell. ``left_out`` counts a folder's other files by reason.
     """
 
     source: str
@@ -38,6 +39,7 @@ class Reference:
     features: Tensor | None
     count: int | None
     size: tuple[int, int] | None
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def default_cache() -> Path:
@@ -61,7 +63,7 @@ def open_reference(path: Path, extractor: Extractor, cache: Path) -> Reference:
     features = features_of(source, extractor, cache)
     if extractor.name == FID_NETWORK and {"mu", "sigma"} <= names:
         return dataclasses.replace(_read_statistics(path, extractor), features=features, size=source.size)
-    return Reference(source.name, source.digest, FeatureStatistics.of(features), features, source.count, source.size)
+    return Reference(source.name, source.digest, FeatureStatistics.of(features), features, source.count, source.size, source.left_out)
 
 
 def features_of(source: ImageSource, extractor: Extractor, cache: Path, *, count: int | None = None) -> Tensor:

@@ -153,6 +153,32 @@ def test_two_processes(tmp_path: Path, pipeline_folder: Path, image_set: Path) -
     assert result["figures"] == pytest.approx(single["figures"], rel=1e-3)
 
 
+def test_what_is_left_out_of_folders_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    generator = np.random.default_rng(0)
+    for folder, others in (("judged", (".hidden.png", "a.gif")), ("reference", ("b.bmp",))):
+        (tmp_path / folder).mkdir()
+        for index in range(5):
+            Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / folder / f"{index}.png")
+        for name in others:
+            (tmp_path / folder / name).touch()
+    given = [
+        "--images",
+        tmp_path / "judged",
+        "--reference",
+        tmp_path / "reference",
+        "--out",
+        tmp_path / "out",
+        "--cache",
+        tmp_path / "cache",
+    ]
+    assert main(["evaluate", *map(str, given)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert all(count in last for count in ("1 hidden", "1 .gif", "1 .bmp"))
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["judged"]["left out"] == {"hidden": 1, ".gif": 1}
+    assert result["reference"]["left out"] == {".bmp": 1}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -165,20 +165,26 @@ def test_deep_pictures_are_scaled_in_little_memory(mode: str, dtype: str, tmp_pa
 
 
 def test_no_pipe_device_or_link_upwards_is_read(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
     for name in "ab":
-        Image.fromarray(gradient(16, 16)).save(tmp_path / f"{name}.png")
+        Image.fromarray(gradient(16, 16)).save(elsewhere / f"{name}.png")
     folder = tmp_path / "photos"
     (folder / "real").mkdir(parents=True)
     for name in "ab":
-        (folder / "real" / f"{name}.png").symlink_to(tmp_path / f"{name}.png")
+        (folder / "real" / f"{name}.png").symlink_to(elsewhere / f"{name}.png")
     os.mkfifo(folder / "real" / "pipe.png")
     (folder / "real" / "zero.png").symlink_to("/dev/zero")
     (folder / "real" / "nothing.png").symlink_to("/nowhere")
     (folder / "real" / "all").symlink_to("/")
-    (folder / "also").symlink_to(folder / "real")
+    (folder / "linked").symlink_to(elsewhere)
     classes, files = find_images(folder)
-    assert classes == ["also", "real"]
+    assert classes == ["linked", "real"]
     assert [(path.parent.name, path.name) for path, _ in files] == [(name, f"{x}.png") for name in classes for x in "ab"]
+    (folder / "also").symlink_to(folder / "real")
+    with pytest.raises(InputError, match="'real'"):
+        find_images(folder)
+    (folder / "also").unlink()
     for above in (Path("/"), tmp_path, folder):
         (folder / "up").symlink_to(above)
         with pytest.raises(InputError, match=r"up is a link to a folder above"):

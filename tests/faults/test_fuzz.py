@@ -26,6 +26,7 @@ import pytest
 import torch
 from checkpoints import read_checkpoint, write_file_of_0_1
 from PIL import Image
+from profiles import EXCHANGED
 from torch import Tensor, nn
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
@@ -123,6 +124,8 @@ LOADERS = {
     "PNG": Loader("picture.png", lambda at: read_image(at / "picture.png", 16), False),
     "JPEG": Loader("picture.jpg", lambda at: read_image(at / "picture.jpg", 16), False),
     "WebP": Loader("picture.webp", lambda at: read_image(at / "picture.webp", 16), False),
+    "PNG with a color profile": Loader("profile.png", lambda at: read_image(at / "profile.png", 16), False),
+    "JPEG with a profile and EXIF": Loader("profile.jpg", lambda at: read_image(at / "profile.jpg", 16), False),
     "IDX": Loader("idx", lambda at: read_idx(at / "idx"), False),
     "gzipped IDX": Loader("idx.gz", lambda at: read_idx(at / "idx.gz"), True),
 }
@@ -193,6 +196,10 @@ def valid(tmp_path_factory: pytest.TempPathFactory, pipeline_folder: Path, autoe
     shutil.copy(find_recipe("avatars-64-head"), at / "recipe.yaml")
     for name in ("picture.png", "picture.jpg", "picture.webp"):
         Image.fromarray(np.kron(images[0], np.ones((4, 4, 1), np.uint8))).save(at / name)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("profile.png", "profile.jpg"):
+        Image.fromarray(images[0]).save(at / name, icc_profile=EXCHANGED, exif=exif)
     idx = struct.pack(">HBBIII", 0, 8, 3, 3, 8, 8) + images[..., 0].tobytes()
     (at / "idx").write_bytes(idx)
     (at / "idx.gz").write_bytes(gzip.compress(idx))
