@@ -109,6 +109,18 @@ class Autoencoder(nn.Module):
         shift = self.config.shift
         return latents.new_tensor(shift if isinstance(shift, Sequence) else [shift]).view(1, -1, 1, 1)
 
+    def same_latents(self, other: "Autoencoder") -> bool:
+        """Whether both give the same latents, but for the rounding of weights that one of them was saved with."""
+        pairs = [
+            (ours.detach().float().cpu(), theirs.detach().float().cpu())
+            for part, twin in ((self.encoder, other.encoder), (self.quant_conv, other.quant_conv))
+            for ours, theirs in zip(part.state_dict().values(), twin.state_dict().values())
+        ]
+        return self.config == other.config and any(
+            all(torch.equal(ours.to(dtype), theirs.to(dtype)) for ours, theirs in pairs)
+            for dtype in (torch.float32, torch.float16, torch.bfloat16)
+        )
+
     def fingerprint(self) -> str:
         """A digest of the encoder's weights: moments of another fingerprint are of another autoencoder."""
         digest = hashlib.sha256(b"spherical" if self.config.spherical else b"")

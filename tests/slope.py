@@ -16,6 +16,7 @@ class Slope:
     def __init__(self, faults: dict[int, Callable[[Tensor], Tensor]] | None = None, factor: float = 0.5) -> None:
         torch.manual_seed(0)
         self.module = nn.Linear(4, 2)
+        self.identity: dict[str, Any] = {}
         self.faults, self.factor = faults or {}, factor
         self.evaluated: list[int] = []
 

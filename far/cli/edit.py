@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from far.classes import label_text
 from far.cli.machine_arguments import add_machine_arguments, prepare_machine, tell_chosen
 from far.cli.sampling_arguments import add_sampling_arguments, sampling_options
+from far.config import check_seed
 from far.devices import device_title
 from far.errors import InputError
 from far.files import check_exists, check_writable
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_seed("--seed", arguments.seed)
     if arguments.count < 1:
         raise InputError(f"--count {arguments.count} must be positive")
     if arguments.out.suffix.lower() != ".png":

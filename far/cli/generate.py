@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from far.classes import label_text
 from far.cli.machine_arguments import add_machine_arguments, prepare_machine, tell_chosen
 from far.cli.sampling_arguments import MOST_IMAGES, add_sampling_arguments, sampling_options
-from far.config import check_count
+from far.config import check_count, check_seed
 from far.devices import device_title
 from far.errors import InputError
 from far.files import check_writable, files_together
@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size} must be positive")
+    check_seed("--seed", arguments.seed)
     if arguments.count is not None:
         check_count("--count", arguments.count, MOST_IMAGES)
     folder = arguments.out.suffix.lower() not in (".png", ".npz")

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from far.classes import check_same_classes
 from far.data.listing import describe
 from far.data.shards import INDEX, ShardReader
 from far.errors import InputError
-from far.files import is_plain
+from far.files import is_plain, json_digest
 
 PARTS = ("held-out", "train")  # in the order in which they are written
 _MOST_NAMES = 20
@@ -58,6 +59,26 @@ def open_image_set(folder: Path) -> ShardReader:
     reader.require({"images": (np.uint8, (size, size, 3)), "labels": (np.int64, ())})
     check_labels(reader)
     return reader
+
+
+def fingerprint(images: ShardReader) -> str:
+    """Return a digest of the classes, size and pixels of one part of an image set, wherever it lies and came from."""
+    return json_digest([images.meta["classes"], images.meta["size"], images.digest])[:16]
+
+
+def open_held_out(data: Path, train: ShardReader) -> ShardReader:
+    """Return the held-out part of the image set ``data``, its checksums verified.
+
+    Raises:
+        InputError: it is missing, unfinished or damaged, or has other classes or another size than ``train``.
+    """
+    held_out = open_image_set(data / "held-out")
+    sides = (train.meta["classes"], str(train.folder), held_out.meta["classes"], str(held_out.folder))
+    check_same_classes(*sides, "make the image set again")
+    if train.meta["size"] != held_out.meta["size"]:
+        sizes = f"{train.meta['size']} pixels in {train.folder} and {held_out.meta['size']} in {held_out.folder}"
+        raise InputError(f"images have {sizes}; make the image set again")
+    return held_out
 
 
 def check_meta(reader: ShardReader, **kinds: type) -> None:

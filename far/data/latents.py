@@ -5,6 +5,7 @@ epoch draws latents anew. The shards' form is in ``far.data.shards``.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from far.autoencoder import Autoencoder
-from far.data.image_sets import check_labels, check_meta, open_image_set, read_images
-from far.data.shards import INDEX, Pieces, ShardReader, ShardWriter
+from far.classes import check_same_classes
+from far.data.image_sets import check_labels, check_meta, fingerprint, open_image_set, read_images
+from far.data.shards import Pieces, ShardReader, ShardWriter
 from far.devices import resolve_device
 from far.errors import InputError
-from far.files import sha256
 from far.processes import Processes
 
 SHARD_ROWS = 4096
@@ -42,6 +43,7 @@ def write_latents(
     source = open_image_set(images / "train")
     writer = ShardWriter(folder, _meta(source, autoencoder), processes)
     if writer.complete:
+        _check_source(folder, writer.index["meta"], source)
         return
     device = resolve_device(device)
     autoencoder.to(device)
@@ -63,8 +65,8 @@ def write_latents(
 def _meta(source: ShardReader, autoencoder: Autoencoder) -> dict[str, object]:
     config = autoencoder.config
     return {
-        "kind": "moments", "classes": source.meta["classes"], "size": source.meta["size"], "images": str(source.folder),
-        "images_sha256": sha256(source.folder / INDEX),  # other images at the same path are not mixed with these
+        "kind": "moments", "classes": source.meta["classes"], "size": source.meta["size"],
+        "images_fingerprint": fingerprint(source),  # other images at the same path are not mixed with these
         "fingerprint": autoencoder.fingerprint(), "latent_channels": config.latent_channels, "stride": config.stride,
     }  # fmt: skip
 
@@ -77,11 +79,25 @@ def _moments(autoencoder: Autoencoder, images: Tensor, source: ShardReader) -> T
     return stored
 
 
-def open_latents(folder: Path, autoencoder: Autoencoder) -> ShardReader:
-    """A finished cache that ``autoencoder`` made, its checksums verified.
+def _check_source(folder: Path, meta: dict[str, Any], images: ShardReader) -> None:
+    """Raise an :class:`InputError` unless the cache ``folder`` with this ``meta`` was made from ``images``."""
+    remedy = f"remove {folder} and run far cache again"
+    check_same_classes(meta["classes"], str(folder), images.meta["classes"], str(images.folder), remedy)
+    made, given = meta.get("images_fingerprint"), fingerprint(images)
+    if made != given:
+        raise InputError(f"{folder} was made from other images (fingerprint {made}) than {images.folder} holds ({given}); {remedy}")
+
+
+def open_latents(folder: Path, autoencoder: Autoencoder, images: ShardReader | None = None) -> ShardReader:
+    """Return a finished cache that ``autoencoder`` made, its checksums verified.
+
+    Args:
+        folder: of the cache.
+        autoencoder: whose scale and shift the latents get.
+        images: the training images that the cache has to come from; ``None`` accepts any.
 
     Raises:
-        InputError: the cache is missing, unfinished, damaged, or of another autoencoder.
+        InputError: the cache is missing, unfinished, damaged, of another autoencoder or of other images.
     """
     reader = ShardReader(folder, "moments", verify=True)
     check_meta(reader, fingerprint=str)
@@ -90,6 +106,8 @@ def open_latents(folder: Path, autoencoder: Autoencoder) -> ShardReader:
         raise InputError(
             f"{folder} was made by another autoencoder (fingerprint {made}, this one is {given}); remove it and run far cache again"
         )
+    if images is not None:
+        _check_source(folder, reader.meta, images)
     config, side = autoencoder.config, reader.meta["size"] // autoencoder.config.stride
     reader.require({"moments": (np.float16, (2, 2 * config.latent_channels, side, side)), "labels": (np.int64, ())})
     check_labels(reader)

@@ -8,6 +8,7 @@ What the rows mean (images, moments) is the business of the modules that write t
 """
 
 import json
+import reprlib
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -62,8 +63,10 @@ class ShardWriter:
             wanted = {name: value for name, value in wanted.items() if name in index["meta"]}
         differ = [name for name in {**index["meta"], **wanted} if index["meta"].get(name) != wanted.get(name) and name != "source"]
         if differ:
+            theirs, ours = (reprlib.repr(values.get(differ[0])) for values in (index["meta"], wanted))
             raise InputError(
-                f"{self.folder} already holds data made with other settings ({', '.join(differ)}); remove it or choose another folder"
+                f"{self.folder} already holds data made with other settings: {differ[0]} {theirs} there, {ours} now "
+                f"(differing: {', '.join(differ)}); remove it or choose another folder"
             )
         return index
 
@@ -174,6 +177,9 @@ class ShardReader:
             raise InputError(f"{folder} is unfinished; run the command that makes it again, it will go on where it stopped")
         if verify:
             _check_digests(folder, index["shards"])
+        self.report: dict[str, Any] = index["report"]
+        # Identifies the rows, wherever the folder lies.
+        self.digest = json_digest([[shard["count"], shard["sha256"]] for shard in index["shards"]])
         self._maps: list[dict[str, np.ndarray]] = []
         for shard in index["shards"]:
             path = folder / shard["file"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from far.autoencoder import Autoencoder, AutoencoderConfig, Posterior
-from far.data.image_sets import open_image_set, read_images
+from far.data.image_sets import fingerprint, open_held_out, open_image_set, read_images
 from far.data.shards import ShardReader
 from far.errors import InputError
 from far.evaluation.features import FeatureNetwork, load_feature_network
@@ -32,7 +32,8 @@ class AutoencoderTask:
         loop = resolve_loop(loop)
         self.config, self.loop = loss, loop
         self.train_images = open_image_set(data / "train")
-        self.held_out = open_image_set(data / "held-out")
+        self.held_out = open_held_out(data, self.train_images)
+        self.identity = {"images": fingerprint(self.train_images)}
         size = self.train_images.meta["size"]
         if size % model.stride:
             raise InputError(f"{data}: images of {size} pixels are no multiple of the autoencoder's stride {model.stride}")

@@ -203,6 +203,9 @@ def _open_file(path: Path) -> Checkpoint:
 def _check_values(checkpoint: Checkpoint) -> None:
     if checkpoint.step != _step(checkpoint.path):
         raise ValueError(f"it is of step {checkpoint.step}")
+    identity = checkpoint.values.get("identity", {})
+    if not isinstance(identity, dict) or not isinstance(identity.get("classes", []), list):
+        raise ValueError("what it was trained on is of another form")
     if checkpoint.values.get("dtype", "float32") not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"its dtype is {checkpoint.values['dtype']!r}")
     skipped, scaler = checkpoint.values.get("skipped", (0, 0)), checkpoint.values.get("scaler", {})

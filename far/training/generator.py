@@ -9,12 +9,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from far.autoencoder import Autoencoder, Posterior
+from far.classes import check_same_classes
 from far.config import to_dict
-from far.data.image_sets import open_image_set, read_images
+from far.data.image_sets import check_meta, fingerprint, open_held_out, read_images
 from far.data.latents import open_latents
+from far.data.shards import ShardReader
 from far.errors import InputError
 from far.evaluation.features import FeatureNetwork, load_feature_network
 from far.evaluation.metrics import FeatureStatistics, frechet_distance
+from far.files import json_digest
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pictures import contact_sheet, save_png
 from far.pipeline import Pipeline
@@ -49,10 +52,18 @@ class GeneratorTask:
         loop = resolve_loop(loop)
         self.loop, self.sampling, self.evaluation, self.label_drop = loop, sampling, evaluation, label_drop
         self.autoencoder = autoencoder.to(loop.device).requires_grad_(False)
-        self.latents = open_latents(latents, autoencoder)
+        train = ShardReader(images / "train", "images")  # not read, so not verified
+        check_meta(train)
+        self.latents = open_latents(latents, autoencoder, train)
         self.classes = self.latents.meta["classes"]
         self.labels = self.latents.all("labels")
-        self.held_out = open_image_set(images / "held-out")
+        self.held_out = open_held_out(images, train)
+        scale_and_shift = [autoencoder.config.scale, autoencoder.config.shift]
+        self.identity = {
+            "classes": self.classes,
+            "images": fingerprint(train),
+            "autoencoder": json_digest([autoencoder.fingerprint(), scale_and_shift])[:16],
+        }
         side = self.latents.meta["size"] // autoencoder.config.stride
         config = ModelConfig(network, len(self.classes), autoencoder.config.latent_channels, (side, side))
         with seeded(loop.seed):
@@ -61,12 +72,13 @@ class GeneratorTask:
             "command": "far train",
             "data": Path(self.held_out.meta["source"]).name,  # of an image folder: where it lies is nobody else's affair
             "images": len(self.latents),
+            "fingerprint of the images": self.identity["images"],
             "recipe": {
                 "network": to_dict(network), "training": published(loop), "sampling": to_dict(sampling), "label_drop": label_drop,
             },
         }  # fmt: skip
         if frozen_backbone is not None:
-            self.training["backbone"] = _take_backbone(self.module, frozen_backbone)
+            self.training["backbone"] = _take_backbone(self.module, frozen_backbone, autoencoder, self.classes, latents)
         if network.spherical and not autoencoder.config.spherical:
             raise InputError("network.spherical needs an autoencoder whose decoder knows such latents: train it with model.spherical=true")
         sampling.check(self.module)
@@ -157,10 +169,13 @@ class GeneratorTask:
         return Pipeline(ema, self.autoencoder, self.classes, self.sampling, self.results)
 
 
-def _take_backbone(module: FAR, weights: str) -> dict[str, Any]:
+def _take_backbone(module: FAR, weights: str, autoencoder: Autoencoder, classes: list[str], latents: Path) -> dict[str, Any]:
     """Copy the backbone of a trained pipeline into ``module`` and freeze it; the head stays fresh.
 
     Returns what is known of that pipeline's training.
+
+    Raises:
+        InputError: the pipeline has another network, other classes than ``latents``, or another autoencoder.
     """
     pipeline = Pipeline.from_pretrained(weights, device="cpu")
     trained = pipeline.model
@@ -169,8 +184,13 @@ def _take_backbone(module: FAR, weights: str) -> dict[str, Any]:
         raise InputError(
             f"the backbone of {weights} is another than the recipe's; give both the same network.backbone, spherical and patch"
         )
-    if (trained.config.classes, trained.config.grid) != (module.config.classes, module.config.grid):
-        raise InputError(f"the backbone of {weights} was trained on other classes or another grid of latents; train on the same data")
+    source = f"the backbone of {weights}"
+    check_same_classes(pipeline.classes, source, classes, str(latents), "train on the same classes, or train the backbone too")
+    if trained.config.grid != module.config.grid:
+        grids = f"{list(trained.config.grid)} latents an image, {latents} has {list(module.config.grid)}"
+        raise InputError(f"{source} was trained on {grids}; train on images of the same size")
+    if pipeline.autoencoder is not None and not pipeline.autoencoder.same_latents(autoencoder):
+        raise InputError(f"{source} was trained on latents of another autoencoder than {latents}; give both the same autoencoder_from")
     module.backbone.load_state_dict(trained.backbone.state_dict())
     module.backbone.requires_grad_(False)
     return pipeline.training

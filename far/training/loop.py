@@ -15,7 +15,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from far.classes import check_same_classes
 from far.config import to_dict
 from far.devices import device_title, has_bfloat16_products, resolve_training_dtype
 from far.errors import InputError, NotFiniteError
@@ -38,6 +39,10 @@ from far.training.parallel import gradients_together, replicate, shard, whole, w
 
 class Task(Protocol):
     """What the loop trains."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What a resumed run has to share with its checkpoint: fingerprints of data and networks, and ``classes``, the names."""
 
     @property
     def module(self) -> nn.Module:
@@ -102,6 +107,18 @@ def check_unused(folder: Path, resume: bool) -> None:
         raise InputError(f"{folder} already holds a run at step {existing[-1][0]}; add --resume, or choose another folder")
 
 
+def _check_identity(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: Path) -> None:
+    """Raise an :class:`InputError` that names the first difference, unless a checkpoint is of the same data and networks."""
+    remedy = "resume with what it was trained on, or choose another folder"
+    if "classes" in ours and "classes" in theirs:
+        check_same_classes(theirs["classes"], str(path), ours["classes"], "this run's data", remedy)
+    for name in ours:
+        if name not in theirs:
+            raise InputError(f"{path} does not say on which {name} it was trained, as an older version wrote it; choose another folder")
+        if ours[name] != theirs[name]:
+            raise InputError(f"{path} was trained with other {name} ({theirs[name]}) than this run has ({ours[name]}); {remedy}")
+
+
 def _checkpoints(folder: Path) -> Path:
     return folder / "checkpoints"
 
@@ -149,6 +166,7 @@ class Trainer:
         existing = self.processes.gather(list_checkpoints(self.checkpoints))[0]
         if existing:
             saved = open_checkpoint(existing[-1][1], self.processes)
+            _check_identity(self.task.identity, saved.values.get("identity", {}), existing[-1][1])
             self._make_optimizer_state(saved.shapes)
             saved.fill(self._tensors(), self.processes)
             if saved.values.get("scaler"):  # none in runs of another dtype, nor of version 0.1
@@ -178,6 +196,7 @@ class Trainer:
         ema = whole_copy(self.ema.module, kept=self.first)
         self.processes.collect(lambda: self.task.publish(ema, self.folder, self.step) if self.first else None)
         values = {"scaler": self.scaler.state_dict(), "skipped": (self.skipped_steps, self.skipped_in_a_row), "dtype": self.config.dtype}
+        values["identity"] = dict(self.task.identity)
         save_checkpoint(self.checkpoints, self.step, self._tensors(), values, self.processes)
 
     def evaluate(self, log: "_Log | None") -> None:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from far.autoencoder import Autoencoder, Posterior
+from far.classes import check_same_classes
+from far.config import to_dict
 from far.data.latents import open_latents
-from far.data.shards import Pieces, ShardWriter
+from far.data.shards import Pieces, ShardReader, ShardWriter
 from far.errors import InputError
 from far.files import sha256
 from far.heads.flow import heun
@@ -63,9 +65,10 @@ def write_trajectories(
     Raises:
         InputError: the teacher's head has no velocity, the latents are not the teacher's, or the folder holds other trajectories.
     """
+    source = "drawn by the teacher" if latents is None else ShardReader(latents, "moments").digest
     meta = {
         "kind": "trajectories", "teacher": sha256(weights / "model.safetensors"), "classes": teacher.classes,
-        "latents": "drawn by the teacher" if latents is None else str(latents), **dataclasses.asdict(config),
+        "sampling": to_dict(teacher.defaults), "latents": source, **dataclasses.asdict(config),
     }  # fmt: skip
     writer = ShardWriter(folder, meta, processes)
     if writer.complete:
@@ -103,10 +106,7 @@ def _cached(teacher: Pipeline, folder: Path, seed: int) -> Images:
     """Latents ``[64, c, h, w]`` and labels of a group, drawn from a latent cache: another part of a permutation each, and flips."""
     autoencoder = _autoencoder(teacher)
     reader = open_latents(folder, autoencoder)
-    if len(reader.meta["classes"]) != len(teacher.classes):
-        raise InputError(
-            f"{folder} has {len(reader.meta['classes'])} classes, the teacher {len(teacher.classes)}; give latents of its own data"
-        )
+    check_same_classes(reader.meta["classes"], str(folder), teacher.classes, "the teacher", "give latents of the teacher's own data")
     size, expected = reader.meta["size"], [side * autoencoder.config.stride for side in teacher.model.config.grid]
     if [size, size] != expected:
         raise InputError(

@@ -1,5 +1,6 @@
 """The latent cache: it holds what the autoencoder gives, for both flips, and knows its autoencoder."""
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from torchrun import kill_one, run, start, wait_for
 from far.autoencoder import Autoencoder
 from far.cli.main import main
 from far.data import latents
-from far.data.image_sets import read_images
+from far.data.image_sets import fingerprint, read_images
 from far.data.latents import open_latents, write_latents
 from far.data.shards import ShardReader, ShardWriter
 from far.errors import InputError
@@ -34,8 +35,6 @@ def test_moments_of_both_flips(image_set: Path, latents_folder: Path, autoencode
 
 
 def test_another_autoencoder_is_refused_but_not_another_scale(latents_folder: Path, autoencoder_folder: Path) -> None:
-    import dataclasses
-
     autoencoder = load_autoencoder(autoencoder_folder)
     rescaled = Autoencoder(dataclasses.replace(autoencoder.config, scale=9.0))
     rescaled.load_state_dict(autoencoder.state_dict())
@@ -126,22 +125,54 @@ def test_other_images_at_the_same_path_are_not_mixed_in(
     assert len(open_latents(tmp_path / "cache", autoencoder)) == 60
 
 
-def test_a_finished_cache_of_an_older_version_is_complete(image_set: Path, autoencoder_folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_finished_cache_that_does_not_say_of_which_images_is_refused(image_set: Path, autoencoder_folder: Path, tmp_path: Path) -> None:
     autoencoder = load_autoencoder(autoencoder_folder)
     write_latents(image_set, autoencoder, tmp_path)
-
-    def older(index: dict) -> None:
-        del index["meta"]["images_sha256"]
-
-    change_index(tmp_path, older)
+    change_index(tmp_path, lambda index: index["meta"].pop("images_fingerprint"))
     before = files(tmp_path)
-    monkeypatch.setattr(latents, "_moments", lambda *arguments: pytest.fail("it was encoded again"))
-    write_latents(image_set, autoencoder, tmp_path)
-    assert files(tmp_path) == before
-    assert len(open_latents(tmp_path, autoencoder)) == 60
-    change_index(tmp_path, lambda index: index["meta"].update(size=8))
-    with pytest.raises(InputError, match="other settings"):
+    with pytest.raises(InputError, match=str(tmp_path)):
         write_latents(image_set, autoencoder, tmp_path)
+    with pytest.raises(InputError, match=str(tmp_path)):
+        open_latents(tmp_path, autoencoder, ShardReader(image_set / "train", "images"))
+    assert files(tmp_path) == before
+
+
+def test_cache_belongs_to_the_content_of_its_images_wherever_these_lie(
+    image_set: Path, autoencoder_folder: Path, latents_folder: Path, tmp_path: Path
+) -> None:
+    autoencoder = load_autoencoder(autoencoder_folder)
+    shutil.copytree(image_set, tmp_path / "moved")
+    change_index(tmp_path / "moved/train", lambda index: index["meta"].update(source="/elsewhere"))
+    moved = ShardReader(tmp_path / "moved/train", "images")
+    assert fingerprint(moved) == fingerprint(ShardReader(image_set / "train", "images"))
+    open_latents(latents_folder, autoencoder, moved)
+    write_latents(tmp_path / "moved", autoencoder, latents_folder)  # it is complete
+    for change in (
+        lambda index: index["meta"].update(classes=["circle", "square", "rings"]),
+        lambda index: index["shards"][0].update(sha256="0" * 64),
+    ):
+        shutil.copy(image_set / "train/index.json", tmp_path / "moved/train/index.json")
+        change_index(tmp_path / "moved/train", change)
+        other = ShardReader(tmp_path / "moved/train", "images")
+        assert fingerprint(other) != fingerprint(moved)
+        with pytest.raises(InputError) as error:
+            open_latents(latents_folder, autoencoder, other)
+        for part in (str(latents_folder), str(other.folder), "far cache"):
+            assert part in str(error.value)
+
+
+def test_autoencoders_are_the_same_but_for_rounding(autoencoder_folder: Path) -> None:
+    autoencoder, other = load_autoencoder(autoencoder_folder), load_autoencoder(autoencoder_folder)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert autoencoder.same_latents(load_autoencoder(autoencoder_folder).to(dtype))
+    with torch.no_grad():
+        other.decoder.conv_in.weight.add_(1)  # it is no part of the latents
+        assert autoencoder.same_latents(other)
+        other.encoder.conv_in.weight[0, 0, 0, 0] += 1e-2
+    assert not autoencoder.same_latents(other)
+    rescaled = Autoencoder(dataclasses.replace(autoencoder.config, scale=9.0))
+    rescaled.load_state_dict(autoencoder.state_dict())
+    assert not autoencoder.same_latents(rescaled)
 
 
 def change_index(folder: Path, change: Callable[[dict], None]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import yaml
 
 from far.cli.main import main
 from far.config import from_dict
+from far.data.latents import write_latents
 from far.devices import resolve_training_dtype
+from far.files import json_digest, read_json, write_json
 from far.pipeline import Pipeline
 from far.recipe import GeneratorRecipe, load_recipe
+from far.weights import load_autoencoder
 
 JOINT = ["generator.network.head.kind=diffusion", "generator.training.dtype=auto"]
 
@@ -107,3 +111,99 @@ def test_a_flow_map_head_is_trained_and_guided_in_one_pass(recipe: Path, objecti
     for passes in (None, 2):
         pipeline.generate([0, 1], guidance_passes=passes)
     assert rows == [2, 2, 4, 4]
+
+
+RENAMED = ["circle", "rings", "square"]  # as many classes as the shared image set has, and one name of them moved
+
+
+@pytest.fixture
+def renamed(recipe: Path, image_set: Path, autoencoder_folder: Path, tmp_path: Path) -> list[str]:
+    """Overrides that train on an image set of as many other classes, with a cache of its own."""
+    shutil.copytree(image_set, tmp_path / "renamed")
+    for part in ("train", "held-out"):
+        index = read_json(tmp_path / "renamed" / part / "index.json")
+        index["meta"]["classes"] = RENAMED
+        index["sha256"] = json_digest({name: value for name, value in index.items() if name != "sha256"})
+        write_json(tmp_path / "renamed" / part / "index.json", index)
+    write_latents(tmp_path / "renamed", load_autoencoder(autoencoder_folder), tmp_path / "other" / "latents")
+    return [f"data={tmp_path / 'renamed'}", f"run={tmp_path / 'other'}"]
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(["train", *arguments]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("far: error: ")]
+    return line
+
+
+def test_training_refuses_latents_of_other_images(
+    recipe: Path, renamed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal([str(recipe), renamed[0]], capsys)  # the set was made again, far cache was forgotten
+    for part in (str(tmp_path / "run" / "latents"), str(tmp_path / "renamed" / "train"), "'square'", "'rings'", "far cache"):
+        assert part in line
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_training_refuses_a_held_out_part_of_other_classes(
+    recipe: Path, image_set: Path, tmp_path: Path, renamed: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(tmp_path / "renamed" / "train")
+    shutil.copytree(image_set / "train", tmp_path / "renamed" / "train")
+    line = refusal([str(recipe), renamed[0]], capsys)
+    assert str(tmp_path / "renamed" / "held-out") in line
+    assert "'rings'" in line
+
+
+def test_run_is_not_resumed_on_other_classes_or_another_autoencoder(
+    recipe: Path, renamed: list[str], autoencoder_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(recipe), "generator.training.steps=10"]) == 0
+    (tmp_path / "other" / "model").symlink_to(tmp_path / "run" / "model")
+    before = (tmp_path / "run" / "model" / "config.json").read_bytes()
+    line = refusal([str(recipe), "--resume", *renamed], capsys)
+    for part in ("step-00000010", "'square'", "'rings'"):
+        assert part in line
+    # The same encoder, and so the same cache, with another scale of the latents.
+    shutil.copytree(autoencoder_folder, tmp_path / "rescaled")
+    config = read_json(tmp_path / "rescaled" / "config.json")
+    config["autoencoder"]["scale"] *= 1.5
+    write_json(tmp_path / "rescaled" / "config.json", config)
+    line = refusal([str(recipe), "--resume", f"autoencoder_from={tmp_path / 'rescaled'}"], capsys)
+    assert "autoencoder" in line
+    assert "step-00000010" in line
+    assert (tmp_path / "run" / "model" / "config.json").read_bytes() == before
+    assert main(["train", str(recipe), "--resume"]) == 0
+
+
+def test_backbone_of_other_classes_or_another_autoencoder_is_not_taken(
+    recipe: Path, joint: Path, renamed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal([str(recipe), *renamed, f"generator.frozen_backbone={joint}"], capsys)
+    for part in (str(joint), str(tmp_path / "other" / "latents"), "'square'", "'rings'"):
+        assert part in line
+    # The backbone's folder with an autoencoder that encodes otherwise.
+    pipeline = Pipeline.from_pretrained(joint)
+    assert pipeline.autoencoder is not None
+    with torch.no_grad():
+        pipeline.autoencoder.encoder.conv_in.weight.mul_(1.1)
+    pipeline.save_pretrained(tmp_path / "moved")
+    line = refusal([str(recipe), "model=third", f"generator.frozen_backbone={tmp_path / 'moved'}"], capsys)
+    assert str(tmp_path / "moved") in line
+    assert "autoencoder" in line
+    # Saved in fewer bits it is the same autoencoder.
+    Pipeline.from_pretrained(joint).save_pretrained(tmp_path / "half", torch.float16)
+    assert main(["train", str(recipe), "model=fourth", f"generator.frozen_backbone={tmp_path / 'half'}"]) == 0
+
+
+def test_evaluation_with_values_that_are_not_finite_is_said_and_ends_nothing(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = Pipeline.decode
+    monkeypatch.setattr(Pipeline, "decode", lambda self, latents: decode(self, latents * float("nan")))
+    assert main(["train", str(recipe)]) == 0
+    warning = [line for line in capsys.readouterr().err.splitlines() if line.startswith("far: warning: ")]
+    assert len(warning) == 1
+    assert "step 20" in warning[0]
+    assert not (tmp_path / "run" / "model" / "samples").exists()
+    assert Pipeline.from_pretrained(tmp_path / "run" / "model").training["finished steps"] == 20

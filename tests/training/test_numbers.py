@@ -240,6 +240,7 @@ class Shapes:
         self.loop = loop
         torch.manual_seed(0)
         self.module = FAR(ModelConfig(network, len(CLASSES), 3, (4, 4)))
+        self.identity: dict[str, Any] = {}
 
     def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
         return [{"params": list(self.module.parameters()), "lr": config.learning_rate, "weight_decay": 0.0}]

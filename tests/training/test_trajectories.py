@@ -304,7 +304,7 @@ def test_rows_of_another_teacher_or_config_are_refused(diffusion_folder: Path, p
     before = files(tmp_path / "rows")
     others = [(pipeline_folder, config), (diffusion_folder, TrajectoryConfig(images=GROUP, tokens_per_image=1, max_guidance=2.0))]
     for folder, other in others:
-        with pytest.raises(InputError, match=r"^\S*rows already holds data made with other settings; remove it or choose another folder$"):
+        with pytest.raises(InputError, match=r"^\S*rows already holds data made with other settings"):
             write_trajectories(load_teacher(folder, other, "cpu"), folder, other, tmp_path / "rows", None)
     assert files(tmp_path / "rows") == before
 
