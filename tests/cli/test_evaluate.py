@@ -157,7 +157,7 @@ def test_what_is_left_out_of_folders_is_told(tmp_path: Path, capsys: pytest.Capt
     generator = np.random.default_rng(0)
     for folder, others in (("judged", (".hidden.png", "a.gif")), ("reference", ("b.bmp",))):
         (tmp_path / folder).mkdir()
-        for index in range(5):
+        for index in range(8):
             Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / folder / f"{index}.png")
         for name in others:
             (tmp_path / folder / name).touch()
