@@ -129,7 +129,7 @@ def as_sampled(variant: Variant) -> Path:
 
 def deviations(folder: Path, generation: Generation) -> list[float]:
     """The root mean square of the first and of the last row of latents of 500 images."""
-    pipeline = Pipeline.from_pretrained(folder, dtype=generation.dtype)
+    pipeline = Pipeline.from_pretrained(folder, dtype=generation.dtype, device="cpu")
     labels = torch.arange(500) % len(pipeline.classes)
     latents = sample(pipeline.model, labels, SeededNoise(range(500), torch.device("cpu")), generation.sampling)
     return [float(latents[:, :, row].square().mean().sqrt()) for row in (0, -1)]
@@ -137,7 +137,7 @@ def deviations(folder: Path, generation: Generation) -> list[float]:
 
 def data_deviations(folder: Path) -> list[float]:
     """The same of 2,000 training images."""
-    autoencoder = Pipeline.from_pretrained(folder).autoencoder
+    autoencoder = Pipeline.from_pretrained(folder, device="cpu").autoencoder
     assert autoencoder is not None
     images = open_images(IMAGES.data / "train").tensor(range(2000)) * 2 - 1
     latents = torch.cat([autoencoder.normalize(autoencoder.encode(part).mean) for part in images.split(100)])
@@ -146,7 +146,7 @@ def data_deviations(folder: Path) -> list[float]:
 
 def reconstruction_distance(folder: Path, judge: Judge) -> float:
     """The floor of a model: its autoencoder's reconstructions of as many training images."""
-    autoencoder = Pipeline.from_pretrained(folder).autoencoder
+    autoencoder = Pipeline.from_pretrained(folder, device="cpu").autoencoder
     assert autoencoder is not None
     source = open_images(IMAGES.data / "train")
 

@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 
 from far.benchmark import machine
+from far.recipe import load_recipe
+from far.training.loop import resolve_loop
 
 STEPS = 12
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -33,8 +35,9 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for way in WAYS:
             rates[way].append(images_per_second(way, arguments.latents, arguments.batch_size))
+    dtype = resolve_loop(load_recipe(Path("avatars-64")).generator.training).dtype
     print(
-        f"{machine()}; a thread a process, batch {arguments.batch_size}, bfloat16\n\n| way | images/s | times one process |\n|---|---|---|"
+        f"{machine()}; a thread a process, batch {arguments.batch_size}, {dtype}\n\n| way | images/s | times one process |\n|---|---|---|"
     )
     one = statistics.median(rates["1 process"])
     for way, found in rates.items():
@@ -44,7 +47,7 @@ def main() -> None:
 def images_per_second(way: str, latents: Path, batch_size: int) -> float:
     """Of the second half of the steps, as logged."""
     launcher, parallel = WAYS[way]
-    values = {"steps": STEPS, "log_every": STEPS // 2, "batch_size": batch_size, "micro_batches": 2, "parallel": parallel}
+    values = {"steps": STEPS, "log_every": STEPS // 2, "batch_size": batch_size, "micro_batches": 2, "parallel": parallel, "device": "cpu"}
     with tempfile.TemporaryDirectory() as run:
         (Path(run) / "latents").symlink_to(latents.resolve())
         overrides = [

@@ -276,7 +276,7 @@ def measure_floors(images: ImageSet, store: Measurements) -> Judge:
     accuracy = judge.classifier.accuracy(real, ShardReader(images.data / "held-out", "images").all("labels"))
     found = judge.figures(training, labels)
     store.keep("rows", "real", {"name": "real images", **found, "class accuracy": accuracy, **made()})
-    autoencoder = Pipeline.from_pretrained(images.weights("diffusion")).autoencoder
+    autoencoder = Pipeline.from_pretrained(images.weights("diffusion"), device="cpu").autoencoder
     assert autoencoder is not None
 
     def reconstruct(rows: range, _: object) -> Tensor:

@@ -35,7 +35,7 @@ def main() -> None:
     steps = [entry for entry in entries if "loss" in entry][1:]  # the first includes warming up
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     training = recipe.generator.training
-    print(f"{arguments.recipe}: batch {training.batch_size}, {training.dtype}, seed {training.seed}, {machine()}")
+    print(f"{arguments.recipe}: batch {training.batch_size}, {steps[-1]['dtype']}, seed {training.seed}, {machine()}")
     print(f"images/s: median {statistics.median(entry['images_per_second'] for entry in steps):.0f} over {arguments.steps} steps")
     print(f"loader's share of a step: {statistics.median(entry['loader_share'] for entry in steps):.2%}")
     print(f"peak memory: {peak:.2f} GB")

@@ -1,0 +1,96 @@
+"""How long does a training step of a recipe take in auto, float32 and bfloat16, autoencoder and generator?
+
+Real steps of the loop (loss, optimizer, EMA) on random images, all dtypes in turn. Prints a Markdown table. It can
+pretend a processor that has AVX2 and nothing newer, except in products of 8-bit integers, by two variables:
+ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/training_dtypes.py
+"""
+
+import argparse
+import dataclasses
+import functools
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from far.autoencoder import Autoencoder
+from far.benchmark import machine, paired, summary
+from far.data.latents import write_latents
+from far.data.shards import ShardWriter
+from far.devices import TrainingDtype
+from far.recipe import Recipe, load_recipe
+from far.training.autoencoder import AutoencoderTask
+from far.training.config import LoopConfig
+from far.training.generator import GeneratorTask
+from far.training.loop import Meter, Trainer, resolve_loop
+
+IMAGES, CLASSES = 256, 16
+DTYPES: tuple[TrainingDtype, ...] = ("auto", "float32", "bfloat16")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, nargs="?", default=Path("avatars-64"))
+    parser.add_argument("--size", type=int, default=64, help="side of the images in pixels (default 64)")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    recipe = load_recipe(arguments.recipe)
+    print(f"{arguments.recipe}, seed 0, {arguments.rounds} rounds in turn, {machine()}\n")
+    print("| step of | batch | dtype | seconds | times float32 |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as name:
+        data = write_images(Path(name) / "data", arguments.size)
+        for part, loop, steps in (
+            ("autoencoder", recipe.autoencoder.training, autoencoder_steps(recipe, data, Path(name))),
+            ("generator", recipe.generator.training, generator_steps(recipe, data, Path(name))),
+        ):
+            seconds = paired(steps, arguments.rounds)
+            base = statistics.median(seconds["float32"])
+            for dtype in DTYPES:
+                chosen = f"auto: {resolve_loop(loop).dtype}" if dtype == "auto" else dtype
+                ratio = statistics.median(seconds[dtype]) / base
+                print(f"| {part} | {loop.batch_size} | {chosen} | {summary(seconds[dtype])} | {ratio:.2f} |", flush=True)
+
+
+def write_images(folder: Path, size: int) -> Path:
+    """Write an image set of random pixels."""
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "held-out"):
+        meta = {"kind": "images", "size": size, "classes": [str(number) for number in range(CLASSES)], "source": "random pixels"}
+        writer = ShardWriter(folder / split, meta)
+        images = torch.randint(0, 256, (IMAGES, size, size, 3), generator=generator).to(torch.uint8)
+        writer.write({"images": images, "labels": torch.arange(IMAGES) % CLASSES}, cursor=IMAGES)
+        writer.finish()
+    return folder
+
+
+def autoencoder_steps(recipe: Recipe, data: Path, folder: Path) -> dict[str, Callable[[], object]]:
+    """Return one training step of the recipe's autoencoder by dtype."""
+    config = recipe.autoencoder
+    return steps(config.training, folder, lambda loop: AutoencoderTask(config.model, config.loss, data, loop))
+
+
+def generator_steps(recipe: Recipe, data: Path, folder: Path) -> dict[str, Callable[[], object]]:
+    """Return one training step of the recipe's generator by dtype."""
+    config, autoencoder = recipe.generator, Autoencoder(recipe.autoencoder.model)
+    write_latents(data, autoencoder, folder / "latents")
+    return steps(config.training, folder, lambda loop: GeneratorTask(
+        config.network, config.sampling, config.evaluation, loop, label_drop=config.label_drop, images=data,
+        latents=folder / "latents", autoencoder=autoencoder,
+    ))  # fmt: skip
+
+
+def steps(loop: LoopConfig, folder: Path, task: Callable[[LoopConfig], AutoencoderTask | GeneratorTask]) -> dict[str, Callable[[], object]]:
+    """Return one training step by dtype, each of a trainer of its own."""
+    meter = Meter()
+    calls: dict[str, Callable[[], object]] = {}
+    for dtype in DTYPES:
+        config = resolve_loop(dataclasses.replace(loop, dtype=dtype))
+        trainer = Trainer(task(config), config, folder / dtype)
+        calls[dtype] = functools.partial(trainer.train_step, meter)
+    return calls
+
+
+if __name__ == "__main__":
+    main()
