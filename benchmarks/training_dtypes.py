@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from far.training.generator import GeneratorTask
 from far.training.loop import Meter, Trainer, resolve_loop
 
 IMAGES, CLASSES = 256, 16
-DTYPES: tuple[TrainingDtype, ...] = ("auto", "float32", "bfloat16")
+DTYPES: tuple[TrainingDtype, ...] = ("float32", "auto", "bfloat16")
 
 
 def main() -> None:
@@ -35,19 +35,19 @@ def main() -> None:
     parser.add_argument("recipe", type=Path, nargs="?", default=Path("avatars-64"))
     parser.add_argument("--size", type=int, default=64, help="side of the images in pixels (default 64)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="the first is the base of the ratios")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe)
     print(f"{arguments.recipe}, seed 0, {arguments.rounds} rounds in turn, {machine()}\n")
-    print("| step of | batch | dtype | seconds | times float32 |\n|---|---|---|---|---|")
+    print("| step of | batch | dtype | seconds | times the first |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         data = write_images(Path(name) / "data", arguments.size)
-        for part, loop, steps in (
-            ("autoencoder", recipe.autoencoder.training, autoencoder_steps(recipe, data, Path(name))),
-            ("generator", recipe.generator.training, generator_steps(recipe, data, Path(name))),
-        ):
-            seconds = paired(steps, arguments.rounds)
-            base = statistics.median(seconds["float32"])
-            for dtype in DTYPES:
+        for part in arguments.parts:
+            loop = getattr(recipe, part).training
+            seconds = paired(PARTS[part](recipe, data, Path(name), arguments.dtypes), arguments.rounds)
+            base = statistics.median(seconds[arguments.dtypes[0]])
+            for dtype in arguments.dtypes:
                 chosen = f"auto: {resolve_loop(loop).dtype}" if dtype == "auto" else dtype
                 ratio = statistics.median(seconds[dtype]) / base
                 print(f"| {part} | {loop.batch_size} | {chosen} | {summary(seconds[dtype])} | {ratio:.2f} |", flush=True)
@@ -65,31 +65,36 @@ def write_images(folder: Path, size: int) -> Path:
     return folder
 
 
-def autoencoder_steps(recipe: Recipe, data: Path, folder: Path) -> dict[str, Callable[[], object]]:
+def autoencoder_steps(recipe: Recipe, data: Path, folder: Path, dtypes: Sequence[TrainingDtype]) -> dict[str, Callable[[], object]]:
     """Return one training step of the recipe's autoencoder by dtype."""
     config = recipe.autoencoder
-    return steps(config.training, folder, lambda loop: AutoencoderTask(config.model, config.loss, data, loop))
+    return steps(config.training, folder, dtypes, lambda loop: AutoencoderTask(config.model, config.loss, data, loop))
 
 
-def generator_steps(recipe: Recipe, data: Path, folder: Path) -> dict[str, Callable[[], object]]:
+def generator_steps(recipe: Recipe, data: Path, folder: Path, dtypes: Sequence[TrainingDtype]) -> dict[str, Callable[[], object]]:
     """Return one training step of the recipe's generator by dtype."""
     config, autoencoder = recipe.generator, Autoencoder(recipe.autoencoder.model)
     write_latents(data, autoencoder, folder / "latents")
-    return steps(config.training, folder, lambda loop: GeneratorTask(
+    return steps(config.training, folder, dtypes, lambda loop: GeneratorTask(
         config.network, config.sampling, config.evaluation, loop, label_drop=config.label_drop, images=data,
         latents=folder / "latents", autoencoder=autoencoder,
     ))  # fmt: skip
 
 
-def steps(loop: LoopConfig, folder: Path, task: Callable[[LoopConfig], AutoencoderTask | GeneratorTask]) -> dict[str, Callable[[], object]]:
+def steps(
+    loop: LoopConfig, folder: Path, dtypes: Sequence[TrainingDtype], task: Callable[[LoopConfig], AutoencoderTask | GeneratorTask]
+) -> dict[str, Callable[[], object]]:
     """Return one training step by dtype, each of a trainer of its own."""
     meter = Meter()
     calls: dict[str, Callable[[], object]] = {}
-    for dtype in DTYPES:
+    for dtype in dtypes:
         config = resolve_loop(dataclasses.replace(loop, dtype=dtype))
         trainer = Trainer(task(config), config, folder / dtype)
         calls[dtype] = functools.partial(trainer.train_step, meter)
     return calls
+
+
+PARTS = {"autoencoder": autoencoder_steps, "generator": generator_steps}
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def resolve_device(device: "str | torch.device" = "auto") -> "torch.device":
         works = torch.backends.mps.is_available() and _refusal("mps") is None
         name = "cuda" if torch.cuda.is_available() else "mps" if works else "cpu"
     if reason := _refusal(name):
-        raise InputError(f"device {name!r} cannot be used here ({reason}); give cpu")
+        raise InputError(f"device {name!r} cannot be used here ({reason}); give cpu, or auto for what there is")
     return torch.device(name)
 
 

@@ -74,8 +74,10 @@ def _device(text: str) -> str:
 
 
 def _threads(text: str) -> int:
+    if not text.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"threads {text!r}: give a whole number")
     try:
-        check_threads(count := int(text))
+        check_threads(int(text))
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return count
+    return int(text)
