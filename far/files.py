@@ -124,11 +124,10 @@ def remove_leftovers(*folders: Path, idle_seconds: float = 3600) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def check_exists(*paths: Path | None) -> None:
-    """Raise an :class:`InputError` that names the first of ``paths`` that does not exist; None stands for no path."""
-    for path in paths:
-        if path is not None and not path.exists():
-            raise InputError(f"{path} does not exist; check the path")
+def check_exists(path: Path | None, remedy: str) -> None:
+    """Raise an :class:`InputError` with a ``remedy``, such as a command that makes it, if ``path`` does not exist; None is no path."""
+    if path is not None and not path.exists():
+        raise InputError(f"{path} does not exist. {remedy}")
 
 
 def check_writable(path: Path) -> None:

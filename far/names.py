@@ -10,6 +10,7 @@ from far.errors import InputError
 from far.hub import download, is_hub_name
 
 BUNDLED = Path(__file__).parent / "bundled"
+_WRITERS = "far train, far distill, far train-autoencoder or far convert"
 
 
 def find_folder(name: Path | str, *, revision: str | None = None, local_files_only: bool = False) -> Path:
@@ -24,14 +25,18 @@ def find_folder(name: Path | str, *, revision: str | None = None, local_files_on
     if (name != "" and Path(name).is_dir()) or (isinstance(name, str) and name in bundled):
         if revision is not None:
             raise InputError(f"weights {str(name)!r} are a folder here, which has no revision {revision!r}; leave it out")
-        return Path(name) if Path(name).is_dir() else BUNDLED / name
+        folder = Path(name) if Path(name).is_dir() else BUNDLED / name
+        if not (folder / "config.json").exists():
+            raise InputError(f"{folder} holds no model (no config.json). Give a folder that {_WRITERS} wrote")
+        return folder
     if isinstance(name, str) and is_hub_name(name) and not name.startswith(("./", "../")):
         try:
             return download(name, revision, local_files_only=local_files_only)
         except InputError as error:
             raise InputError(f"weights {name!r}: no such folder{_beside(name)}; taken for a name on the hub, {error}") from error
     raise InputError(
-        f"weights {str(name)!r}: no such folder or bundled model; bundled: {', '.join(bundled) or 'none'}; on the hub: OWNER/NAME"
+        f"weights {str(name)!r}: no such folder or bundled model. Give one of {', '.join(bundled)}, "
+        f"a folder that {_WRITERS} wrote, or OWNER/NAME of the hub"
     )
 
 

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from far.cli.machine_arguments import add_machine_arguments, tell_chosen, with_machine
-from far.cli.recipe_arguments import add_recipe_arguments, read_recipe
+from far.cli.recipe_arguments import add_recipe_arguments, check_made, read_recipe
 from far.devices import device_title
 from far.processes import joined
 
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     recipe = read_recipe(arguments)
+    check_made(recipe, arguments, autoencoder=True)
     loop = with_machine(recipe.generator.training, arguments)
 
     from far.data.latents import write_latents

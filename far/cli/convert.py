@@ -11,6 +11,13 @@ from far.files import check_exists
 from far.names import find_folder
 from far.notices import noticed
 
+_SOURCES = {
+    "mar": "Get checkpoint-last.pth from MAR's page, github.com/LTH14/mar",
+    "kl16": "Get kl16.ckpt from MAR's page, github.com/LTH14/mar",
+    "from-diffusers": "Give the folder of an AutoencoderKL; of a whole diffusers pipeline, its vae",
+    "to-diffusers": "Give a folder with an autoencoder, such as far train-autoencoder writes",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
@@ -31,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     source = find_folder(arguments.source) if arguments.kind == "to-diffusers" else arguments.source
-    check_exists(source)
+    check_exists(source, _SOURCES[arguments.kind])
 
     from far.convert import convert_kl16, convert_mar
     from far.diffusers_format import from_diffusers, to_diffusers

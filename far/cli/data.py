@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.source == "folder":
-        check_exists(arguments.images)
+        check_exists(arguments.images, "Give a folder with one subfolder of images per class")
 
         from far.data.folders import write_folder
 
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.images, arguments.out, arguments.size, arguments.held_out_share, arguments.strict, arguments.keep_colors
         )
     elif arguments.source == "fashion-mnist":
-        check_exists(arguments.files)
+        check_exists(arguments.files, "Give the folder with the four .gz files, such as Debian's dataset-fashion-mnist installs")
 
         from far.data.fashion_mnist import write_fashion_mnist
 

@@ -17,6 +17,7 @@ from far.notices import noticed
 from far.processes import joined
 from far.recipe import from_overrides
 from far.training.config import DistillationConfig
+from far.training.runs import check_unused
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,12 +37,14 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"{arguments.out} is the teacher, which would be overwritten; choose another folder")
     if (arguments.out / "config.json").exists() and not (arguments.out / "trajectories").exists():
         raise InputError(f"{arguments.out} holds another model, which would be overwritten; choose another folder")
+    check_unused(arguments.out, arguments.resume)
+    if arguments.latents is not None and not (arguments.latents / "index.json").exists():
+        raise InputError(f"{arguments.latents} holds no latents. Give the folder that far cache RECIPE wrote, or leave --latents out")
 
     from far.training.distillation import DistillationTask
-    from far.training.loop import check_unused, resolve_loop, train
+    from far.training.loop import resolve_loop, train
     from far.training.trajectories import load_teacher, write_trajectories
 
-    check_unused(arguments.out, arguments.resume)
     with joined() as processes:
         training = resolve_loop(with_machine(config.training, arguments), arguments.out, processes)
         config = dataclasses.replace(config, training=training)

@@ -55,7 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"--count {arguments.count} must be positive")
     if arguments.out.suffix.lower() != ".png":
         raise InputError(f"--out {arguments.out}: give a name that ends with .png")
-    check_exists(arguments.image, arguments.mask)
+    check_exists(arguments.image, "Give an image, such as far generate --out FOLDER writes")
+    check_exists(arguments.mask, "Give an image of the same size, white where to redraw; or --redraw, --keep or --place")
     check_writable(arguments.out)
     weights = find_folder(arguments.weights)
 

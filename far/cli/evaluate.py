@@ -137,7 +137,13 @@ def _check(arguments: argparse.Namespace) -> None:
     for option, path in (("--save-npz", arguments.save_npz), ("--save-statistics", arguments.save_statistics)):
         if path is not None and path.suffix != ".npz":
             raise InputError(f"{option} {path}: give a name that ends in .npz")
-    check_exists(arguments.images, arguments.npz, arguments.reference, arguments.inception)
+    check_exists(arguments.images, "Give a folder of images, such as far generate --out FOLDER writes, or an image set of far data")
+    check_exists(arguments.npz, "far generate --out FILE.npz writes one")
+    check_exists(
+        arguments.reference,
+        "Give a folder of images, an image set (far data makes one), or statistics (far evaluate --save-statistics writes them)",
+    )
+    check_exists(arguments.inception, "Get pt_inception-2015-12-05-6726825d.pth, as published for pytorch-fid")
     if arguments.weights is not None:
         find_folder(arguments.weights)
     for path in (arguments.out / "result.json", arguments.save_npz, arguments.save_statistics):

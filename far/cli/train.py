@@ -9,9 +9,10 @@ import argparse
 from pathlib import Path
 
 from far.cli.machine_arguments import add_machine_arguments, with_machine
-from far.cli.recipe_arguments import add_recipe_arguments, read_recipe
+from far.cli.recipe_arguments import add_recipe_arguments, check_made, read_recipe
 from far.devices import TRAINING_DTYPES
 from far.processes import joined
+from far.training.runs import check_unused
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     recipe = read_recipe(arguments)
     config = recipe.generator
+    check_made(recipe, arguments, autoencoder=True, latents=True)
+    check_unused(recipe.model_folder, arguments.resume)
 
     from far.training.generator import GeneratorTask
     from far.training.loop import resolve_loop, train

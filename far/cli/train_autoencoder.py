@@ -8,10 +8,11 @@ import argparse
 from pathlib import Path
 
 from far.cli.machine_arguments import add_machine_arguments, with_machine
-from far.cli.recipe_arguments import add_recipe_arguments, read_recipe
+from far.cli.recipe_arguments import add_recipe_arguments, check_made, read_recipe
 from far.devices import TRAINING_DTYPES
 from far.errors import InputError
 from far.processes import joined
+from far.training.runs import check_unused
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +26,8 @@ def run(arguments: argparse.Namespace) -> None:
     if recipe.autoencoder_from is not None:
         raise InputError(f"{arguments.recipe} takes its autoencoder from {recipe.autoencoder_from}; to train one: autoencoder_from=null")
     config = recipe.autoencoder
+    check_made(recipe, arguments)
+    check_unused(recipe.autoencoder_folder, arguments.resume)
 
     from far.training.autoencoder import AutoencoderTask
     from far.training.loop import resolve_loop, train

@@ -25,6 +25,7 @@ from far.files import atomic_path, json_digest, read_json, remove_leftovers, sha
 from far.processes import Processes, started_by_torchrun
 
 INDEX = "index.json"
+_MADE_BY = {"images": "far data", "moments": "far cache RECIPE", "trajectories": "far distill"}
 _NUMPY_TYPES = {"U8": np.uint8, "I64": np.int64, "F16": np.float16, "F32": np.float32}
 
 
@@ -168,13 +169,15 @@ class ShardReader:
     def __init__(self, folder: Path, kind: str, *, verify: bool = False) -> None:
         self.folder = folder
         if not (folder / INDEX).exists():
-            raise InputError(f"{folder} holds no {kind}: {folder / INDEX} does not exist; make it first (far data, far cache)")
+            command = _MADE_BY.get(kind, "the command that writes it")
+            raise InputError(f"{folder} holds no {kind}: {folder / INDEX} does not exist. Make it first, with {command}")
         index = _read_index(folder / INDEX)
         self.meta: dict[str, Any] = index["meta"]
         if self.meta.get("kind") != kind:
             raise InputError(f"{folder} holds {self.meta.get('kind', 'no data')!r}, where {kind!r} is needed")
         if not index["complete"]:
-            raise InputError(f"{folder} is unfinished; run the command that makes it again, it will go on where it stopped")
+            command = _MADE_BY.get(kind, "the command that writes it")
+            raise InputError(f"{folder} is unfinished. Run {command} again with the same arguments: it continues where it stopped")
         if verify:
             _check_digests(folder, index["shards"])
         self.report: dict[str, Any] = index["report"]

@@ -8,7 +8,6 @@ processes. What is published is another folder of safetensors (``far.weights``).
 import contextlib
 import dataclasses
 import itertools
-import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from far.notices import noticed
 from far.pickles import is_held, read_pickle
 from far.processes import Processes
 from far.training.parallel import shards_like
+from far.training.runs import checkpoint_step, list_checkpoints
 
 KEPT = 2
 _FILE_BYTES = 2**28
@@ -141,16 +141,6 @@ def _digests(folder: Path, processes: Processes) -> dict[str, str]:
     return {name: digest for part in found for name, digest in part.items()}
 
 
-def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every checkpoint in ``folder``, oldest first."""
-    return sorted((step, path) for path in folder.glob("step-*") if (step := _step(path)) is not None)
-
-
-def _step(path: Path) -> int | None:
-    match = re.fullmatch(r"step-(\d+)(\.pt)?", path.name)
-    return int(match[1]) if match else None
-
-
 def newest_values(folder: Path) -> dict[str, Any]:
     """Return the plain values of the newest checkpoint in ``folder``, unverified; none of a damaged one, nor of version 0.1."""
     try:
@@ -201,7 +191,7 @@ def _open_file(path: Path) -> Checkpoint:
 
 
 def _check_values(checkpoint: Checkpoint) -> None:
-    if checkpoint.step != _step(checkpoint.path):
+    if checkpoint.step != checkpoint_step(checkpoint.path):
         raise ValueError(f"it is of step {checkpoint.step}")
     identity = checkpoint.values.get("identity", {})
     if not isinstance(identity, dict) or not isinstance(identity.get("classes", []), list):

@@ -31,10 +31,11 @@ from far.files import atomic_path, remove_leftovers
 from far.interrupt import DeferredInterrupt
 from far.processes import Processes
 from far.seeds import seed_all, seeded_generator
-from far.training.checkpoint import list_checkpoints, named_tensors, newest_values, open_checkpoint, save_checkpoint
+from far.training.checkpoint import named_tensors, newest_values, open_checkpoint, save_checkpoint
 from far.training.config import LoopConfig
 from far.training.ema import Ema
 from far.training.parallel import gradients_together, replicate, shard, whole, whole_copy
+from far.training.runs import check_unused, checkpoints_folder, list_checkpoints
 
 
 class Task(Protocol):
@@ -90,7 +91,7 @@ def resolve_loop(config: LoopConfig, folder: Path | None = None, processes: Proc
     """
     device, dtype = processes.device(config.device), config.dtype
     if dtype == "auto" and folder is not None:
-        dtype = newest_values(_checkpoints(folder)).get("dtype", "auto")
+        dtype = newest_values(checkpoints_folder(folder)).get("dtype", "auto")
     dtype = processes.gather(resolve_training_dtype(dtype, device))[0]
     return dataclasses.replace(config, device=str(device), dtype=dtype)
 
@@ -98,13 +99,6 @@ def resolve_loop(config: LoopConfig, folder: Path | None = None, processes: Proc
 def published(config: LoopConfig) -> dict[str, Any]:
     """Return the values that a model carries: the kind of the device, not its number in one of the processes."""
     return {**to_dict(config), "device": torch.device(config.device).type}
-
-
-def check_unused(folder: Path, resume: bool) -> None:
-    """Raise an :class:`InputError` if ``folder`` holds a run that is not to be resumed."""
-    existing = list_checkpoints(_checkpoints(folder))
-    if existing and not resume:
-        raise InputError(f"{folder} already holds a run at step {existing[-1][0]}; add --resume, or choose another folder")
 
 
 def _check_identity(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: Path) -> None:
@@ -117,10 +111,6 @@ def _check_identity(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: Pa
             raise InputError(f"{path} does not say on which {name} it was trained, as an older version wrote it; choose another folder")
         if ours[name] != theirs[name]:
             raise InputError(f"{path} was trained with other {name} ({theirs[name]}) than this run has ({ours[name]}); {remedy}")
-
-
-def _checkpoints(folder: Path) -> Path:
-    return folder / "checkpoints"
 
 
 class Losses(nn.Module):
@@ -155,7 +145,7 @@ class Trainer:
 
     @property
     def checkpoints(self) -> Path:
-        return _checkpoints(self.folder)
+        return checkpoints_folder(self.folder)
 
     def restore(self, resume: bool) -> None:
         """Load the newest checkpoint, or make sure that there is none to overwrite."""

@@ -44,6 +44,10 @@ REFUSED = [
     ["train", RECIPE, "generator.network.head.kind=floe"],
     ["train-autoencoder", RECIPE, "autoencoder.model.width=-1"],
     ["cache", RECIPE, "=3"],
+    ["train-autoencoder", RECIPE],
+    ["cache", RECIPE],
+    ["train", RECIPE],
+    ["distill", "avatars-64-mar", "out", "--latents", "nowhere"],
     ["distill", "nowhere", "out"],
     ["distill", "avatars-64-mar", "out", "training.stesp=3"],
     ["convert", "mar", "nowhere.pth", "out"],
@@ -85,6 +89,52 @@ def test_refusals_need_no_torch(tmp_path: Path) -> None:
         assert error.startswith("far: error: "), arguments
         assert error.count("\n") == 1, arguments
     assert not list(tmp_path.iterdir())
+
+
+def made(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+
+
+def test_a_missing_file_is_told_with_the_command_that_makes_it(tmp_path: Path) -> None:
+    same = f"{RECIPE} data=images run=my-run autoencoder_from=null"
+    options = same.split()
+
+    def told(*commands: str) -> list[str]:
+        """The errors of commands, each of which names one command to run."""
+        found = run([[*command.split(), *options] for command in commands], tmp_path)
+        assert all(status == 2 and not HEAVY & set(modules) for _, status, _, _, modules in found), found
+        return [error for *_, error, _ in found]
+
+    every = ("train-autoencoder", "cache", "train")
+    assert all("images" in error and "far data" in error for error in told(*every))
+    made(tmp_path, "images/train/index.json")
+    assert all("images" in error and "far data" in error for error in told(*every))  # no held-out part
+    made(tmp_path, "images/held-out/index.json")
+    assert all(f"far train-autoencoder {same}" in error for error in told("cache", "train"))
+    made(tmp_path, "my-run/autoencoder/config.json")
+    [error] = told("train")
+    assert f"far cache {same}" in error
+    assert "my-run/latents" in error
+    made(tmp_path, "my-run/latents/index.json", "my-run/model/checkpoints/step-00000007/index.json")
+    [error] = told("train")
+    assert "my-run/model" in error
+    assert "--resume" in error
+    made(tmp_path, "my-run/autoencoder/checkpoints/step-00000009/index.json")
+    [error] = told("train-autoencoder")
+    assert "--resume" in error
+
+
+def test_a_folder_without_a_model_names_the_commands_that_write_one(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    commands = [["generate", "--weights", "empty"], ["push", "empty", "me/model", "--license", "mit"], ["distill", "empty", "out"]]
+    for _, status, _, error, modules in run(commands, tmp_path):
+        assert status == 2
+        assert not HEAVY & set(modules)
+        assert "empty" in error
+        assert "far train" in error
+        assert error.count("\n") == 1
 
 
 def test_keys_of_recipes_and_distillation_need_no_torch(tmp_path: Path) -> None:
