@@ -131,7 +131,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist. Copy or download the folder again, or run the command that wrote it") from error
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path} is damaged ({' '.join(str(error).split())}); restore or remake it") from error
+        raise InputError(f"{path} is missing or damaged ({' '.join(str(error).split())}); restore or remake it") from error
     return tensors
 
 
