@@ -80,6 +80,11 @@ def _computes(name: str) -> bool:
     return torch.allclose(results(name), results("cpu"), atol=1e-2)  # GPUs may round to TF32
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether torch raised an error because a device, or the CPU, has too little memory."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
 def device_title(device: "torch.device") -> str:
     """Return a device's name for people, such as ``cuda:1 (NVIDIA H100)``."""
     import torch

@@ -91,6 +91,11 @@ def test_trial_of_a_device_runs_and_sees_wrong_results(monkeypatch: pytest.Monke
     assert not trial("cpu")
 
 
+def test_title_of_a_cuda_device_is_that_of_the_device_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"card {0 if device is None else device.index}")
+    assert device_title(torch.device("cuda", 1)) == "cuda:1 (card 1)"
+
+
 def test_number_beyond_the_last_cuda_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -144,6 +149,7 @@ def test_auto_is_float32_if_the_instructions_are_masked() -> None:
 def test_auto_is_bfloat16_only_with_instructions_for_it(native: bool, monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path) -> None:
     monkeypatch.setattr(devices, "has_bfloat16_products", lambda device: native)
     expected = "bfloat16" if native else "float32"
+    assert resolve_loop(LoopConfig(dtype="auto")) == resolve_loop(LoopConfig(dtype=expected))  # type: ignore[arg-type]
     assert resolve_training_dtype("auto", CPU) == resolve_dtype("auto", "cpu") == resolve_loop(LoopConfig()).dtype == expected
     assert resolve_training_dtype("float16", CPU) == "float16"
     pipeline = far.load(pipeline_folder, dtype="auto", device="cpu")

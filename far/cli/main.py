@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import far
 from far.cli import benchmark, cache, convert, data, demo, distill, edit, evaluate, generate, push, recipe, train, train_autoencoder
+from far.devices import is_out_of_memory
 from far.errors import InputError
 from far.files import printable
 from far.processes import leave, started_by_torchrun
@@ -94,6 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.run(parsed)
     except (InputError, OSError) as error:
         print(f"far: error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = printable(" ".join(str(error).split())[:200])
+        print(f"far: error: out of memory ({reason}); take smaller batches, or more micro_batches", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
         how = str(interruption) or _HOW_TO_RESUME.get(parsed.command)

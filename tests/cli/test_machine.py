@@ -90,3 +90,18 @@ def test_processes_without_a_local_rank_are_refused_in_one_line(
         error = capsys.readouterr().err
         assert len(error.splitlines()) == 1
         assert "LOCAL_RANK" in error
+
+
+def test_full_memory_is_one_line_and_other_faults_are_not_hidden(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    generate = ["generate", "--weights", str(pipeline_folder), "--out", str(tmp_path / "a.png")]
+    faults = [lambda: torch.empty(2**60), lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.\nTried 2 GiB"))]
+    for fault in faults:
+        monkeypatch.setattr("far.pipeline.Pipeline.draw", lambda *values, fault=fault, **options: [*fault()])
+        assert main(generate) == 2
+        assert [line for line in capsys.readouterr().err.splitlines() if "memory" in line][-1].startswith("far: error: ")
+        assert not (tmp_path / "a.png").exists()
+    monkeypatch.setattr("far.pipeline.Pipeline.draw", lambda *values, **options: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError):
+        main(generate)
