@@ -227,3 +227,24 @@ def test_threads_are_set() -> None:
     set_threads(before + 1)
     assert torch.get_num_threads() == before + 1
     set_threads(before)
+
+
+def test_first_cuda_device_turns_tf32_off_and_later_ones_keep_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(devices, "_computes", lambda name: True)
+    devices._turn_tf32_off.cache_clear()
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        resolve_device("cpu")
+        assert torch.backends.cudnn.allow_tf32
+        resolve_device("cuda:1")
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cudnn.allow_tf32 = True
+        resolve_device("cuda:0")
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+        devices._turn_tf32_off.cache_clear()
