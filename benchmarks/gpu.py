@@ -1,0 +1,131 @@
+"""Check far on a GPU against the CPU beside it, and time it there: ``python benchmarks/gpu.py``, at most 8 minutes.
+
+Needs torch, numpy, safetensors, Pillow, PyYAML and tqdm, no installation and no internet; of the repository, ``far/`` and
+``benchmarks/`` suffice. The report, one JSON, is written after every entry. Each part has a deadline, by which it ends: what
+does not fit is left out, and listed. Without a GPU, the checks compare the CPU with itself at tiny sizes, and nothing is timed.
+The exit status is 1 if a check fails.
+"""
+
+import argparse
+import contextlib
+import json
+import platform
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from gpu_checks import CHECKS  # noqa: E402
+from gpu_speed import SPEED  # noqa: E402
+
+from far.devices import device_title, resolve_device  # noqa: E402
+
+# Seconds of each part. What one part does not need, the next ones may use.
+PARTS = {
+    "machine": 15, "heads": 60, "bundled models": 40, "training": 30, "autoencoder": 20, "far-b": 75, "far-causal-b": 60,
+    "approximations": 25, "MAR's plain path": 80, "training speed": 75,
+}  # fmt: skip
+
+
+class Late(BaseException):
+    """A part's deadline is over; no handler of errors on the way catches it."""
+
+
+@contextlib.contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Raise :class:`Late` in the block once ``seconds`` are over."""
+
+    def over(*_: object) -> None:
+        raise Late
+
+    previous = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def run_part(calls: dict[str, Callable[[], dict[str, Any]]], until: float, write: Callable[[dict[str, Any]], None]) -> None:
+    """Make the entries of a part one after the other until a time of ``time.monotonic``; ``write`` what there is after each."""
+    start, entries, left_out = time.monotonic(), {}, []
+    for name, call in calls.items():
+        seconds = until - time.monotonic()
+        try:
+            if seconds <= 0:
+                raise Late
+            with deadline(seconds):
+                entries[name] = call()
+        except Late:
+            left_out.append(name)
+        except Exception as error:  # such as a full memory: the others may still work
+            entries[name] = {"error": "".join(traceback.format_exception_only(error)).strip(), "holds": False}
+            print("".join(traceback.format_exception(error)), file=sys.stderr)
+        print(f"  {name}: {json.dumps(entries[name]) if name in entries else 'left out'}", flush=True)
+        write({"seconds": round(time.monotonic() - start, 1), "entries": entries, "left_out": left_out})
+
+
+def checks(value: Any, name: str = "") -> Iterator[tuple[str, bool]]:
+    """Name and outcome of every check within a report."""
+    if isinstance(value, dict):
+        if "holds" in value:
+            yield name, value["holds"]
+        for key, inner in value.items():
+            yield from checks(inner, f"{name}: {key}" if name else key)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {
+        "commit": commit, "device": device_title(device), "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
+        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1 … or cpu (default: a GPU if there is one)")
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="the report (default gpu.json)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="run these parts only")
+    arguments = parser.parse_args()
+    device = resolve_device(arguments.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    small = device.type == "cpu"
+    report: dict[str, Any] = {"machine": machine(device), "parts": {}}
+    if small:
+        report["note"] = "no GPU: checks of the CPU against itself, at tiny sizes"
+        print(report["note"])
+        torch.set_num_threads(1)  # at these sizes, several take longer
+    until = time.monotonic()
+    for name in arguments.parts:
+        print(name, flush=True)
+        until += PARTS[name]
+        calls = {**CHECKS, **SPEED}[name](device, small)
+
+        def write(part: dict[str, Any], name: str = name) -> None:
+            report["parts"][name] = part
+            outcomes = dict(checks(report["parts"]))
+            report["checks"] = {"held": sum(outcomes.values()), "failed": [key for key, held in outcomes.items() if not held]}
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+        run_part(calls, until, write)
+    print(f"{report['checks']['held']} checks held, {len(report['checks']['failed'])} failed; see {arguments.out}")
+    return 1 if report["checks"]["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

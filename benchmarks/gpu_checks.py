@@ -1,0 +1,378 @@
+"""The checks of ``gpu.py``: what a device computes against the same on the CPU. Each entry says what was found and its limit.
+
+Limits: float32 differs by the order of its sums alone. In a 16-bit format, ten roundings of the largest number, on average.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from mar_plain import PlainMar
+from torch import Tensor, nn
+
+from far.autoencoder import Autoencoder, AutoencoderConfig
+from far.backbone import CausalConfig, MaskedConfig
+from far.heads import HEADS, HeadConfig
+from far.model import FAR, ModelConfig, NetworkConfig
+from far.pipeline import Pipeline
+from far.sampling import FAST, Kept, SamplingConfig, SeededNoise, sample
+from far.training.loop import LoopConfig, Meter, Trainer
+
+Calls = dict[str, Callable[[], dict[str, Any]]]
+CPU = torch.device("cpu")
+FLOAT32 = 1e-4
+# Half of the distance from 1 to the next number.
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+CLASSES, CHANNELS, GRID, BATCH = 5, 3, (2, 4), 3
+BACKBONES = {
+    "masked": MaskedConfig(32, 2, 2, 48, 2, 2, buffer=2, dropout=0.0),
+    "causal": CausalConfig(width=32, depth=2, heads=2, dropout=0.0),
+}
+HEAD_CASES = [*({"kind": kind} for kind in sorted(HEADS)), {"kind": "flow_map", "max_guidance": 4.0}, {"kind": "flow", "solver": "heun"}]
+
+
+def check(found: float, limit: float) -> dict[str, Any]:
+    return {"found": float(f"{found:.3g}"), "limit": float(f"{limit:.3g}"), "holds": bool(found <= limit)}
+
+
+def worst(ours: Tensor, reference: Tensor) -> float:
+    """The largest difference as a fraction of the reference's largest number."""
+    return float((ours.detach().float().cpu() - reference.detach().float()).abs().max() / reference.detach().abs().max().clamp(min=1e-12))
+
+
+def title(head: dict[str, Any]) -> str:
+    return " ".join(map(str, head.values()))
+
+
+def tiny(backbone: str, **head: Any) -> FAR:
+    """An untrained model whose weights are none of them zero."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = FAR(ModelConfig(NetworkConfig(BACKBONES[backbone], HeadConfig(width=32, depth=2, **head)), CLASSES, CHANNELS, GRID))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def drawn_tokens(model: FAR, config: SamplingConfig, kept: Kept | None, given: list[Tensor] | None = None) -> list[Tensor]:
+    """The tokens of each AR step, kept ones first; with ``given``, each step continues from these instead of its own.
+
+    Untrained causal models that run freely differ by rounding alone, more at each token.
+    """
+    device, drawn, constrain = next(model.parameters()).device, [], model.constrain
+
+    def follow(tokens: Tensor) -> Tensor:
+        drawn.append(constrain(tokens).float().cpu())
+        return drawn[-1].to(device) if given is None else given[len(drawn) - 1].to(device)
+
+    labels = torch.arange(BATCH, device=device)
+    with _replaced(model, follow):
+        sample(model, labels, SeededNoise(range(BATCH), device), config, kept=kept)
+    return drawn
+
+
+@contextlib.contextmanager
+def _replaced(model: FAR, constrain: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    model.constrain = constrain  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.constrain
+
+
+def head_case(
+    device: torch.device, backbone: str, head: dict[str, Any], guidance: float, kept: int, dtypes: tuple[torch.dtype, ...]
+) -> dict[str, Any]:
+    """Every AR step on the device from the CPU's sequence, in each number format."""
+    model = tiny(backbone, **head)
+    tokens = model.config.tokens - kept
+    config = SamplingConfig(
+        ar_steps=3 if model.backbone.any_order else tokens, head_steps=min(4, model.head.max_steps), guidance=guidance, temperature=0.9
+    )
+    given = Kept(torch.randn(BATCH, CHANNELS, *GRID, generator=torch.Generator().manual_seed(3)), torch.arange(kept)) if kept else None
+    reference = drawn_tokens(model, config, given)
+    found = {}
+    for dtype in dtypes:
+        drawn = drawn_tokens(copy.deepcopy(model).to(device, dtype), config, given, reference)
+        if dtype == torch.float32:
+            found["float32"] = check(max(worst(ours, theirs) for ours, theirs in zip(drawn, reference)), FLOAT32)
+        else:
+            mean = max(float((ours - theirs).abs().mean() / theirs.abs().max()) for ours, theirs in zip(drawn, reference))
+            found[str(dtype).removeprefix("torch.")] = check(mean, 10 * ROUNDING[dtype])
+    return found
+
+
+def heads(device: torch.device, small: bool) -> Calls:
+    calls: Calls = {}
+    # Processors without the instructions take a second for a bfloat16 model that is this small.
+    dtypes = (torch.float32, torch.float16) if small else (torch.float32, torch.bfloat16, torch.float16)
+    for backbone, head, guidance, kept in itertools.product(BACKBONES, HEAD_CASES, (1.0, 3.0), (0, 3)):
+        if small and (guidance, kept) != (3.0, 3):
+            continue
+        name = f"{backbone} {title(head)}, guidance {guidance:g}{', kept tokens' if kept else ''}"
+        calls[name] = functools.partial(head_case, device, backbone, head, guidance, kept, dtypes)
+    calls["MAR's plain path is ours"] = functools.partial(plain_case, device)
+    return calls
+
+
+def plain_case(device: torch.device) -> dict[str, Any]:
+    """Whole images by MAR's arithmetic and by ours, from the same noise, both in float32 on the device."""
+    found = {}
+    for guidance in (1.0, 3.0):
+        model = tiny("masked", kind="diffusion").to(device)
+        seeds, labels = range(BATCH), torch.arange(BATCH, device=device)
+        ours = sample(model, labels, SeededNoise(seeds, device), SamplingConfig(ar_steps=3, head_steps=4, guidance=guidance))
+        noise = SeededNoise(seeds, device)
+        plain = PlainMar(model, lambda rows, channels: noise.normal(rows // BATCH, channels).flatten(0, 1))
+        theirs = plain.sample(labels, noise.orders(model.config.tokens).flip(1), 3, 4, guidance)
+        found[f"guidance {guidance:g}"] = check(worst(ours, theirs.cpu()), FLOAT32)
+    return found
+
+
+# The sampling of each bundled model, and one that takes no time.
+BUNDLED: dict[str, dict[str, Any]] = {"avatars-64": {}, "avatars-64-causal": {}, "avatars-64-mar": {"head_steps": 10}}
+SHORT: dict[str, Any] = {"ar_steps": 2, "head_steps": 1}
+
+
+@functools.lru_cache(maxsize=4)
+def bundled(name: str, dtype: str, device: str) -> Pipeline:
+    return Pipeline.from_pretrained(name, dtype=dtype, device=device)
+
+
+def pixels(pipeline: Pipeline, count: int, first: int = 0, **sampling: Any) -> Tensor:
+    numbers = range(first, first + count)
+    labels = [number % len(pipeline.classes) for number in numbers]
+    images = pipeline.draw(labels, numbers, pipeline.sampling_config(**sampling), batch_size=count)
+    return images.float().cpu()
+
+
+def bundled_case(name: str, device: torch.device, count: int, small: bool) -> dict[str, Any]:
+    """Whole images of a trained model; the CPU's float32 ones are the reference of both formats."""
+    sampling = SHORT if small else BUNDLED[name]
+    reference = pixels(bundled(name, "float32", "cpu"), count, **sampling)
+    ours = pixels(bundled(name, "float32", str(device)), count, **sampling)
+    again = pixels(bundled(name, "float32", str(device)), count, **sampling)
+    found = {
+        "float32 pixels": check(float((ours - reference).abs().max()), 2e-3),
+        "the same call twice, differing numbers": check(int((ours != again).sum()), 0),
+    }
+    if not small:
+        low = pixels(bundled(name, "bfloat16", str(device)), count, **sampling)
+        found["bfloat16 mean of pixels"] = check(float((low - reference).abs().mean()), 0.01)
+    return found
+
+
+def batch_case(device: torch.device, sizes: tuple[int, ...], small: bool) -> dict[str, Any]:
+    """One seed gives one image, whatever the batch around it."""
+    pipeline = bundled("avatars-64", "float32", str(device))
+    sampling = SHORT if small else {}
+    alone = pixels(pipeline, 1, **sampling)
+    return {f"batch {size}": check(float((pixels(pipeline, size, **sampling)[:1] - alone).abs().max()), 2e-3) for size in sizes}
+
+
+def edit_case(device: torch.device, small: bool) -> dict[str, Any]:
+    """An edit keeps the pixels of untouched tokens, and its new ones are the CPU's."""
+    edited = {}
+    for place in ("cpu", str(device)):
+        pipeline = bundled("avatars-64", "float32", place)
+        height, width = pipeline.image_size
+        image = torch.linspace(0, 1, 3 * height * width).view(3, height, width)
+        mask = torch.zeros(height, width)
+        mask[: height // 2] = 1
+        edited[place] = pipeline.edit(image, mask, 1, output="tensor", **(SHORT if small else {})).cpu()
+    kept = (edited[str(device)][:, :, height // 2 :] - image[:, height // 2 :]).abs().max()
+    return {
+        "kept pixels": check(float(kept), 1e-6),
+        "new pixels": check(float((edited[str(device)] - edited["cpu"]).abs().max()), 2e-3),
+    }
+
+
+def approximation_case(device: torch.device, count: int, sampling: dict[str, Any]) -> dict[str, Any]:
+    reference = pixels(bundled("avatars-64", "float32", "cpu"), count, **sampling)
+    ours = pixels(bundled("avatars-64", "float32", str(device)), count, **sampling)
+    return {"float32 pixels": check(float((ours - reference).abs().max()), 2e-3)}
+
+
+def bundled_models(device: torch.device, small: bool) -> Calls:
+    count = 1 if small else 16
+    calls: Calls = {name: functools.partial(bundled_case, name, device, count, small) for name in ([*BUNDLED][:1] if small else BUNDLED)}
+    calls["one seed, one image"] = functools.partial(batch_case, device, (2,) if small else (4, 16), small)
+    calls["edit"] = functools.partial(edit_case, device, small)
+    for name, sampling in {"--fast": FAST, "Halton order": {"order": "halton"}}.items():
+        calls[name] = functools.partial(approximation_case, device, count, {**sampling, **(SHORT if small else {})})
+    return calls
+
+
+class RandomLatents:
+    """See :class:`far.training.loop.Task`: random latents from the host, and losses that become NaN when told."""
+
+    def __init__(self, model: FAR, device: torch.device, batch: int = 4) -> None:
+        self.module, self.device, self.batch_size, self.poison = model, device, batch, False
+        self.identity: dict[str, Any] = {}
+
+    def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
+        return [{"params": list(self.module.parameters()), "lr": config.learning_rate, "weight_decay": 0.0}]
+
+    def batch(self, number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        config = self.module.config
+        latents = torch.randn(self.batch_size, config.latent_channels, *config.grid, generator=generator)
+        labels = torch.randint(0, config.classes, (self.batch_size,), generator=generator)
+        return latents.to(self.device), labels.to(self.device)
+
+    def loss(self, step: int, batch: tuple[Tensor, Tensor], ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        assert isinstance(ema, FAR)
+        found = self.module.loss(*batch, generator, label_drop=0.1, teacher=ema, step=step)
+        return found.value.mean() * (torch.nan if self.poison else 1.0), {}
+
+    def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        return {}
+
+    def publish(self, ema: nn.Module, folder: Path, step: int) -> None:
+        pass
+
+
+def trainer(folder: Path, device: torch.device, dtype: str = "float32", kind: str = "shortcut", backbone: str = "masked") -> Trainer:
+    loop = LoopConfig(steps=100, batch_size=4, dtype=dtype, device=str(device), warmup_steps=1, learning_rate=1e-3)
+    return Trainer(RandomLatents(tiny(backbone, kind=kind), device), loop, folder)
+
+
+def gradient_case(device: torch.device, backbone: str, head: dict[str, Any], all_masked: bool) -> dict[str, Any]:
+    """Loss and gradients of one batch, drawn alike."""
+    found = []
+    for place in (CPU, device):
+        model = tiny(backbone, **head)
+        if all_masked:
+            model.backbone.config = dataclasses.replace(model.backbone.config, mask_ratio_min=0.999)
+        teacher, model = copy.deepcopy(model).to(place), model.to(place)
+        latents = torch.randn(4, CHANNELS, *GRID, generator=torch.Generator().manual_seed(1)).to(place)
+        labels, generator = torch.arange(4, device=place), torch.Generator().manual_seed(2)
+        loss = model.loss(latents, labels, generator, label_drop=0.1, teacher=teacher, step=1).value.mean()
+        loss.backward()
+        gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+        found.append((loss, torch.cat(gradients)))
+    return {"loss": check(worst(found[1][0], found[0][0]), FLOAT32), "gradients": check(worst(found[1][1], found[0][1]), 1e-3)}
+
+
+def steps_case(device: torch.device, steps: int) -> dict[str, Any]:
+    """The losses of many optimizer steps. Weights are not compared: Adam's first steps have the signs of their gradients."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for place in (CPU, device):
+            run, losses = trainer(Path(folder) / str(len(found)), place), []
+            for _ in range(steps):
+                meter = Meter()
+                run.train_step(meter)
+                losses.append(float(meter.values["loss"][0]))
+            found.append(torch.tensor(losses))
+    return {"losses": check(worst(found[1], found[0]), 1e-2)}
+
+
+def checkpoint_case(device: torch.device) -> dict[str, Any]:
+    """A checkpoint of one device is the other's state, bit for bit."""
+    found = {}
+    for source, target in ((CPU, device), (device, CPU)):
+        with tempfile.TemporaryDirectory() as folder:
+            saved, loaded = trainer(Path(folder), source), trainer(Path(folder), target)
+            saved.train_step(Meter())
+            saved.save()
+            loaded.restore(resume=True)
+            ours, theirs = loaded._tensors(), saved._tensors()
+            differing = [name for name in theirs if name not in ours or not torch.equal(ours[name].cpu(), theirs[name].cpu())]
+            found[f"{source.type} to {target.type}, differing tensors"] = check(len(differing), 0)
+    return found
+
+
+def nan_case(device: torch.device) -> dict[str, Any]:
+    """A step whose loss is NaN changes nothing; float16's scale is halved by it, and later steps go on."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = trainer(Path(folder), device, "float16")
+        run.train_step(Meter())
+        before, scale = {name: tensor.clone() for name, tensor in run.module.state_dict().items()}, run.scaler.get_scale()
+        run.task.poison = True  # type: ignore[attr-defined]
+        run.train_step(Meter())
+        changed = [name for name, tensor in run.module.state_dict().items() if not torch.equal(tensor, before[name])]
+        halved = run.scaler.get_scale() / scale
+        run.task.poison = False  # type: ignore[attr-defined]
+        for _ in range(20):  # the first scale may still be too large
+            run.train_step(Meter())
+        moved = [name for name, tensor in run.module.state_dict().items() if not torch.equal(tensor, before[name])]
+    return {
+        "changed tensors": check(len(changed), 0), "factor of the scale": check(halved, 0.5),
+        "tensors that stay as they were later": check(len(before) - len(moved), len(before) / 2),
+    }  # fmt: skip
+
+
+def training(device: torch.device, small: bool) -> Calls:
+    calls: Calls = {}
+    for backbone, head in itertools.product(BACKBONES, HEAD_CASES[:5] if small else HEAD_CASES):
+        calls[f"{backbone} {title(head)}"] = functools.partial(gradient_case, device, backbone, head, False)
+    calls["everything masked"] = functools.partial(gradient_case, device, "masked", {"kind": "shortcut"}, True)
+    calls["steps"] = functools.partial(steps_case, device, 5 if small else 20)
+    calls["checkpoints"] = functools.partial(checkpoint_case, device)
+    calls["a NaN"] = functools.partial(nan_case, device)
+    return calls
+
+
+@functools.lru_cache(maxsize=1)
+def kl16(small: bool) -> tuple[Autoencoder, int]:
+    """An untrained autoencoder of the published size, and the side of its images; or a tiny one."""
+    config = AutoencoderConfig(width=16, width_multipliers=(1, 1, 2), blocks=1, norm_groups=4) if small else AutoencoderConfig()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Autoencoder(config).eval(), 32 if small else 256
+
+
+@torch.no_grad()
+def coding_case(device: torch.device, small: bool) -> dict[str, Any]:
+    autoencoder, side = kl16(small)
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    moments = autoencoder.moments(images)
+    reference = autoencoder.decode(moments.chunk(2, dim=1)[0])
+    there = copy.deepcopy(autoencoder).to(device)
+    return {
+        "moments": check(worst(there.moments(images.to(device)), moments), FLOAT32),
+        "images": check(worst(there.decode(moments.chunk(2, dim=1)[0].to(device)), reference), FLOAT32),
+    }
+
+
+@torch.no_grad()
+def parts_case(device: torch.device, small: bool) -> dict[str, Any]:
+    """Decoding of a large batch in parts: its images are those of small batches; its memory is bounded."""
+    autoencoder, side = kl16(small)
+    count, found = 8 if small else 256, {}
+    latents = torch.randn(count, autoencoder.config.latent_channels, *[side // autoencoder.config.stride] * 2).to(device)
+    for dtype in (torch.float32,) if small else (torch.float32, torch.bfloat16):
+        there = copy.deepcopy(autoencoder).to(device, dtype).to(memory_format=torch.channels_last)
+        there.decode(latents[:1].to(dtype))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        start = time.perf_counter()
+        images = there.decode(latents.to(dtype))
+        last = images[-1:].float().cpu()  # waits for all of them
+        entry: dict[str, Any] = {"images": count, "seconds": round(time.perf_counter() - start, 3)}
+        alone = there.decode(latents[-1:].to(dtype))
+        limit = FLOAT32 if dtype == torch.float32 else 10 * ROUNDING[dtype]
+        entry["the last image alone"] = check(worst(alone, last), limit)
+        if device.type == "cuda":
+            entry["GiB beside weights"] = check((torch.cuda.max_memory_allocated(device) - before) / 2**30, 8)
+        found[str(dtype).removeprefix("torch.")] = entry
+    return found
+
+
+def autoencoders(device: torch.device, small: bool) -> Calls:
+    return {
+        "encode and decode": functools.partial(coding_case, device, small), "decode in parts": functools.partial(parts_case, device, small),
+    }  # fmt: skip
+
+
+CHECKS = {"heads": heads, "bundled models": bundled_models, "training": training, "autoencoder": autoencoders}

@@ -1,0 +1,153 @@
+"""MAR's plain path: sampling and loss as MAR's released code computes them, for our weights; what FAR's speed is compared with.
+
+Written anew from the paper (arXiv 2406.11838) and the published algorithm, with its costs: guided batches are doubled through
+backbone, noise and head; the decoder runs over all tokens, and each has its ``z``; tokens are picked by boolean masks; every
+denoising step moves the schedule's tables from the CPU; weights are float32 under float16 autocast. Nothing is made slower than
+there, and attention is torch's fused one.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from far.backbone import MaskedBackbone
+from far.heads.diffusion import DiffusionHead, Schedule
+from far.layers import Block
+from far.model import FAR
+
+HEAD_STEPS = 100
+
+
+class PlainMar:
+    """A masked model with a diffusion head, computed as MAR does.
+
+    ``normal(rows, channels)`` gives standard normal noise for the tokens of an AR step: first all of the first image's.
+    """
+
+    def __init__(self, model: FAR, normal: Callable[[int, int], Tensor] | None = None, temperature: float = 1.0) -> None:
+        assert isinstance(model.backbone, MaskedBackbone)
+        assert isinstance(model.head, DiffusionHead)
+        self.model, self.backbone, self.head = model, model.backbone, model.head
+        self.temperature = temperature
+        self.buffer = model.config.network.backbone.buffer
+        self.tokens, self.channels = model.config.tokens, model.config.token_channels
+        self.device = model.backbone.mask_token.device
+        self.normal = normal or (lambda rows, channels: torch.randn(rows, channels, device=self.device))
+
+    @torch.no_grad()
+    def sample(self, labels: Tensor, orders: Tensor, ar_steps: int, head_steps: int, guidance: float) -> Tensor:
+        """Latents ``[b, c, h, w]`` for ``labels [b]``; ``orders [b, n]`` begins with the tokens that become known last."""
+        tokens = torch.zeros(len(labels), self.tokens, self.channels, device=self.device)
+        mask = torch.ones(len(labels), self.tokens, device=self.device)
+        for step in range(ar_steps):
+            tokens, mask = self.ar_step(tokens, mask, labels, orders, step, ar_steps, head_steps, guidance)
+        return self.model.latents(tokens)
+
+    def ar_step(
+        self, tokens: Tensor, mask: Tensor, labels: Tensor, orders: Tensor, step: int, ar_steps: int, head_steps: int, guidance: float
+    ) -> tuple[Tensor, Tensor]:
+        """One AR step: tokens ``[b, n, c]`` and mask ``[b, n]`` (1 = unknown) before it → both after it."""
+        batch, guided = len(labels), guidance != 1.0
+        current = tokens.clone()
+        embedding = self.backbone.class_embedding(labels)
+        if guided:
+            none = self.backbone.class_embedding(torch.full_like(labels, self.model.null_label))
+            tokens, embedding, mask = torch.cat([tokens, tokens]), torch.cat([embedding, none]), torch.cat([mask, mask])
+        z = self.decode(self.encode(tokens, mask, embedding), mask)
+        left = torch.tensor([math.floor(self.tokens * math.cos(math.pi / 2 * (step + 1) / ar_steps))], device=self.device)
+        left = torch.maximum(torch.tensor([1], device=self.device), torch.minimum(mask.sum(dim=-1, keepdim=True) - 1, left))
+        count = int(left[0])
+        later = torch.zeros(batch, self.tokens, device=self.device)
+        later.scatter_(-1, orders[:, :count], torch.ones(batch, self.tokens, device=self.device))
+        wanted = mask[:batch].bool() if step >= ar_steps - 1 else torch.logical_xor(mask[:batch].bool(), later.bool())
+        pairs = torch.cat([wanted, wanted]) if guided else wanted
+        scale = 1 + (guidance - 1) * (self.tokens - count) / self.tokens
+        drawn = self.draw(z[pairs.nonzero(as_tuple=True)], head_steps, scale, guided)
+        current[wanted.nonzero(as_tuple=True)] = drawn.chunk(2)[0] if guided else drawn
+        return current, later
+
+    def encode(self, tokens: Tensor, mask: Tensor, embedding: Tensor) -> Tensor:
+        """The encoder's output for the buffer and the known tokens ``[b, buffer + k, width]``."""
+        backbone = self.backbone
+        x = backbone.token_projection(tokens)
+        x = torch.cat([x.new_zeros(len(x), self.buffer, x.shape[-1]), x], dim=1)
+        x[:, : self.buffer] = embedding.unsqueeze(1).to(x.dtype)
+        x = backbone.token_norm(x + backbone.encoder_positions)
+        x = x[(1 - self._with_buffer(mask)).nonzero(as_tuple=True)].reshape(len(x), -1, x.shape[-1])
+        return backbone.encoder_norm(_through(x, backbone.encoder_blocks))
+
+    def decode(self, x: Tensor, mask: Tensor) -> Tensor:
+        """``z [b, n, width]`` at all tokens."""
+        backbone = self.backbone
+        x = backbone.decoder_projection(x)
+        padded = backbone.mask_token.to(x.dtype).repeat(len(x), self.buffer + self.tokens, 1)
+        padded[(1 - self._with_buffer(mask)).nonzero(as_tuple=True)] = x.reshape(-1, x.shape[-1])
+        x = backbone.decoder_norm(_through(padded + backbone.decoder_positions, backbone.decoder_blocks))
+        return x[:, self.buffer :] + backbone.condition_positions
+
+    def _with_buffer(self, mask: Tensor) -> Tensor:
+        return torch.cat([torch.zeros(len(mask), self.buffer, device=mask.device), mask], dim=1)
+
+    def draw(self, z: Tensor, steps: int, scale: float, guided: bool) -> Tensor:
+        """Tokens ``[rows, c]`` by ancestral sampling; of guided rows, the second half repeats the first."""
+        rows = len(z) // 2 if guided else len(z)
+
+        def noise() -> Tensor:
+            drawn = self.normal(rows, self.channels)
+            return torch.cat([drawn, drawn]) if guided else drawn
+
+        schedule, x = Schedule.respaced(steps), noise()
+        for index in reversed(range(steps)):
+            t = torch.tensor([index] * len(z), device=self.device)
+            epsilon, fraction = self._predict(x, z, t, schedule, scale, guided)
+            # Each coefficient is a table on the CPU that is moved and indexed.
+            x = self._ancestral(x, epsilon, fraction, t, schedule, noise())
+        return x
+
+    def _predict(self, x: Tensor, z: Tensor, t: Tensor, schedule: Schedule, scale: float, guided: bool) -> tuple[Tensor, Tensor]:
+        times = torch.tensor(schedule.timesteps, device=self.device)[t]
+        x = torch.cat([x.chunk(2)[0]] * 2) if guided else x
+        epsilon, fraction = self.head.network(x, z, times).float().chunk(2, dim=1)
+        if guided:
+            cond, uncond = epsilon.chunk(2)
+            epsilon = torch.cat([uncond + scale * (cond - uncond)] * 2)
+        return epsilon, fraction
+
+    def _ancestral(self, x: Tensor, epsilon: Tensor, fraction: Tensor, t: Tensor, schedule: Schedule, noise: Tensor) -> Tensor:
+        def at(table: Tensor) -> Tensor:
+            return table.to(self.device)[t].float().unsqueeze(-1).expand(x.shape)
+
+        signal, betas = schedule.alphas_cumprod, schedule.betas
+        before = torch.cat([signal.new_ones(1), signal[:-1]])
+        share = (fraction + 1) / 2
+        logvar = share * at(betas.log()) + (1 - share) * at(schedule.posterior_logvar)
+        token = at((1 / signal).sqrt()) * x - at((1 / signal - 1).sqrt()) * epsilon
+        mean = at(betas * before.sqrt() / (1 - signal)) * token + at((1 - before) * (1 - betas).sqrt() / (1 - signal)) * x
+        moves = (t != 0).float().unsqueeze(-1)
+        return mean + moves * (0.5 * logvar).exp() * noise * self.temperature
+
+    def loss(self, latents: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        """The training loss: the head sees all tokens, four noise samples each, and the masked ones count."""
+        tokens = self.model.tokens(latents)
+        z = self.decode(self.encode(tokens, mask, self.backbone.class_embedding(labels)), mask)
+        samples = self.head.config.samples_per_token
+        x, z = tokens.flatten(0, 1).repeat(samples, 1), z.flatten(0, 1).repeat(samples, 1)
+        weights = mask.flatten().repeat(samples)
+        t = torch.randint(0, 1000, (len(x),), device=self.device)
+        mse, bound = self.head.loss_terms(x, z, t, torch.randn_like(x))
+        return ((mse + bound) * weights).sum() / weights.sum()
+
+
+def _through(x: Tensor, blocks: "torch.nn.ModuleList") -> Tensor:
+    """Pre-norm blocks over all places, as timm's."""
+    for block in blocks:
+        assert isinstance(block, Block)
+        batch, count, width = x.shape
+        qkv = block.attn.qkv(block.norm1(x)).reshape(batch, count, 3, block.attn.heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(*qkv.unbind(0)).transpose(1, 2).reshape(batch, count, width)
+        x = x + block.attn.proj(y)
+        x = x + block.mlp(block.norm2(x))
+    return x

@@ -1,0 +1,131 @@
+"""``benchmarks/gpu.py`` on a machine without a GPU: its checks hold and can fail, its deadlines end parts, its path of MAR is MAR's."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors import safe_open
+from scripts import BENCHMARKS, load_script
+
+import far
+from far.convert import convert_mar
+
+ROOT = BENCHMARKS.parent
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return load_script("gpu")
+
+
+@pytest.fixture(scope="module")
+def checks(script: ModuleType) -> ModuleType:
+    return sys.modules.get("gpu_checks") or load_script("gpu_checks")
+
+
+def run(folder: Path, root: Path, *parts: str) -> tuple[dict, subprocess.CompletedProcess]:
+    """The script's report and its process, started in a folder where neither far nor the script is."""
+    command = [sys.executable, str(root / "benchmarks/gpu.py"), "--device", "cpu", "--out", "report.json", "--parts", *parts]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    return json.loads((folder / "report.json").read_text()), done
+
+
+def test_script_runs_from_a_sparse_checkout_without_a_gpu(tmp_path: Path) -> None:
+    root = tmp_path / "sparse"
+    for part in ("far", "benchmarks"):
+        shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
+    parts = ["machine", "heads", "training", "autoencoder", "far-b", "far-causal-b", "approximations", "MAR's plain path", "training speed"]
+    report, done = run(tmp_path, root, *parts)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no GPU" in report["note"]
+    assert list(report["parts"]) == parts
+    assert report["checks"]["failed"] == []
+    assert report["checks"]["held"] > 20
+    assert all(part["entries"] for part in report["parts"].values())
+    assert report["parts"]["far-b"]["entries"]["4 head steps, batch 1"] == {"ran": True}
+
+
+def test_bundled_models_are_checked(tmp_path: Path) -> None:
+    report, done = run(tmp_path, ROOT, "bundled models")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {"avatars-64", "one seed, one image", "edit"} <= report["parts"]["bundled models"]["entries"].keys()
+
+
+def test_a_wrong_result_fails_its_check(checks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = torch.device("cpu"), "masked", {"kind": "shortcut"}, 3.0, 3, (torch.float32,)
+    assert checks.head_case(*case)["float32"]["holds"]
+    prepared = checks.copy.deepcopy
+
+    def slightly_wrong(model: torch.nn.Module) -> torch.nn.Module:
+        model = prepared(model)
+        model.head.network.output.linear.bias.data += 1e-2
+        return model
+
+    monkeypatch.setattr(checks.copy, "deepcopy", slightly_wrong)
+    assert not checks.head_case(*case)["float32"]["holds"]
+
+
+def test_16_bit_weights_would_fail_the_float32_limit(checks: ModuleType) -> None:
+    found = checks.head_case(torch.device("cpu"), "masked", {"kind": "flow"}, 3.0, 0, (torch.float16,))["float16"]
+    assert checks.FLOAT32 < found["found"] <= found["limit"]
+
+
+def test_steps_of_the_device_continue_from_the_given_tokens(checks: ModuleType) -> None:
+    """So that an error of one step is not carried to the next."""
+    model = checks.tiny("causal", kind="flow")
+    config = checks.SamplingConfig(ar_steps=8, head_steps=2)
+    reference = checks.drawn_tokens(model, config, None)
+    other = [reference[0], *(torch.zeros_like(tokens) for tokens in reference[1:])]
+    followed = checks.drawn_tokens(model, config, None, other)
+    assert torch.equal(followed[0], reference[0])
+    assert torch.equal(followed[1], reference[1])
+    assert not torch.equal(followed[2], reference[2])
+
+
+def test_deadline_leaves_out_what_does_not_fit_and_keeps_the_rest(script: ModuleType) -> None:
+    def endless() -> dict:
+        while True:
+            time.sleep(0.01)
+
+    def broken() -> dict:
+        raise MemoryError("no room")
+
+    written: list[dict] = []
+    calls = {"quick": lambda: {"found": 1}, "broken": broken, "endless": endless, "after": lambda: {"found": 2}}
+    start = time.monotonic()
+    script.run_part(calls, start + 0.3, lambda part: written.append(json.loads(json.dumps(part))))
+    assert time.monotonic() - start < 5
+    assert len(written) == len(calls), "the report is written after each entry"
+    assert written[-1]["left_out"] == ["endless", "after"]
+    assert written[-1]["entries"]["quick"] == {"found": 1}
+    assert dict(script.checks(written[-1])) == {"entries: broken": False}
+
+
+def test_parts_fit_into_eight_minutes(script: ModuleType) -> None:
+    assert sum(script.PARTS.values()) <= 480
+    assert script.PARTS.keys() == script.CHECKS.keys() | script.SPEED.keys()
+
+
+@pytest.mark.parametrize("kind", ["plain", "guided"])
+def test_plain_path_of_mar_draws_what_the_original_drew(kind: str, tmp_path: Path) -> None:
+    """Recordings of MAR's own code: weights, orders, noise and latents."""
+    fixtures = Path(__file__).parent / "reference/fixtures"
+    convert_mar(fixtures / "mar_reference_checkpoint.pth", tmp_path, ema=False)
+    with safe_open(fixtures / "mar_reference.safetensors", "pt") as file:
+        recorded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — not a mapping
+        settings = file.metadata()
+    guidance, temperature = (float(settings["cfg"]), float(settings["temperature"])) if kind == "guided" else (1.0, 1.0)
+    noise = iter(recorded[name] for name in sorted(name for name in recorded if name.startswith(f"sample.{kind}.noise.")))
+    model = far.load(tmp_path, device="cpu").model
+    plain = load_script("mar_plain").PlainMar(model, lambda rows, channels: next(noise)[:rows], temperature)
+    labels = recorded.get(f"sample.{kind}.labels", recorded["forward.labels"])
+    latents = plain.sample(labels, recorded[f"sample.{kind}.orders"], int(settings["num_iter"]), 10, guidance)
+    expected = recorded[f"sample.{kind}.latents"]
+    assert float((latents - expected).abs().max() / expected.abs().max()) < 1e-3
+    assert next(noise, None) is None, "the original drew more"
