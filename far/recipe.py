@@ -108,13 +108,17 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name: Path | str) -> Path:
-    """Return the file of a packaged recipe's name; a path stays as it is, also if a file has a packaged recipe's name."""
+    """Return the file of a packaged recipe's name. A path stays as it is, even to a file that has such a name."""
     packaged = str(name) in recipe_names() and not Path(name).is_file()
     return RECIPES / f"{name}.yaml" if packaged else Path(name)
 
 
 def load_recipe(name: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe: a YAML file, or one of :func:`recipe_names`. ``overrides`` are ``dotted.key=value``, the value as YAML.
+    """Read a recipe: a YAML file, or one of :func:`recipe_names`.
+
+    Args:
+        name: the file or the name.
+        overrides: ``dotted.key=value`` with the value as YAML, applied in order.
 
     Raises:
         InputError: the file is missing or not YAML, or a key or value is wrong.

@@ -7,7 +7,7 @@ import argparse
 import shutil
 
 from far.errors import InputError
-from far.recipe import find_recipe, recipe_names
+from far.recipe import RECIPES, recipe_names
 from far.recipe_keys import as_text
 
 
@@ -17,11 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.keys and arguments.name:
+    if arguments.keys and arguments.name is not None:
         raise InputError(f"--keys explains the keys of all recipes; leave out {arguments.name!r}")
     if arguments.keys:
         print(as_text(min(shutil.get_terminal_size().columns, 110)), end="")
-    elif arguments.name:
+    elif arguments.name is not None:
         if arguments.name not in recipe_names():
             raise InputError(f"no packaged recipe {arguments.name!r}; choose one of: {', '.join(recipe_names())}")
         print(packaged(arguments.name), end="")
@@ -33,4 +33,4 @@ def run(arguments: argparse.Namespace) -> None:
 
 def packaged(name: str) -> str:
     """Return the text of a packaged recipe."""
-    return find_recipe(name).read_text(encoding="utf-8")
+    return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")

@@ -35,6 +35,15 @@ def test_every_packaged_recipe_is_listed_in_one_line(capsys: pytest.CaptureFixtu
     assert all(len(line.split()) > 5 for line in lines)
 
 
+def test_files_of_the_same_name_are_not_printed_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = [printed(capsys), printed(capsys, "avatars-64")]
+    monkeypatch.chdir(tmp_path)
+    Path("avatars-64").write_text("mine")
+    assert [printed(capsys), printed(capsys, "avatars-64")] == before
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_printed_recipe_is_the_packaged_one(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.yaml").write_text(printed(capsys, name), encoding="utf-8")
@@ -50,7 +59,7 @@ def test_values_that_users_change_have_a_comment(name: str) -> None:
 
 
 def test_unknown_recipe_and_a_name_beside_keys_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, named in ((["avatars"], "'avatars'"), (["avatars-64", "--keys"], "'avatars-64'")):
+    for arguments, named in ((["avatars"], "'avatars'"), ([""], "''"), (["avatars-64", "--keys"], "'avatars-64'")):
         assert main(["recipe", *arguments]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1

@@ -275,7 +275,7 @@ def test_a_flipped_bit_of_bundled_weights_is_found(name: str, tmp_path: Path) ->
     for path in (tmp_path / "model").glob("*.safetensors"):
         flip_last(path)
     refused(lambda: Pipeline.from_pretrained(tmp_path / "model"), "model.safetensors", "checksum differs")
-    if name != "avatars-64-mar":
+    if name == "avatars-64":  # the others read its autoencoder
         refused(lambda: load_autoencoder(tmp_path / "model"), "autoencoder.safetensors", "checksum differs")
 
 
