@@ -8,6 +8,8 @@ import dataclasses
 import re
 from pathlib import Path
 
+from torch import Tensor
+
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.config import from_dict, to_dict
 from far.convert import add_autoencoder
@@ -17,6 +19,11 @@ from far.weights import read_tensors, save_tensors
 
 _CLASS = "AutoencoderKL"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Weights in one file or, listed by an index, in several; of a variant such as fp16, or plain.
+_FILE = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?\.safetensors", re.ASCII)
+_SHARDS = re.compile(r"diffusion_pytorch_model\.safetensors\.index(?:\.(\w+))?\.json", re.ASCII)
+# Attention's tensors as older versions of diffusers saved them, and their names today.
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 # Our names and those of diffusers; all that fit a name are applied, in this order. Levels of the decoder are counted below.
 _NAMES = (
@@ -93,10 +100,12 @@ def to_diffusers(autoencoder: Autoencoder, folder: Path) -> None:
     write_json(folder / "config.json", {"_class_name": _CLASS, **to_dict(_theirs(config))})
 
 
-def from_diffusers(source: Path, folder: Path) -> None:
-    """Add the autoencoder of an ``AutoencoderKL`` folder to a folder of ours.
+def from_diffusers(source: Path, folder: Path) -> str:
+    """Add the autoencoder of an ``AutoencoderKL`` folder to a folder of ours; return which weights were read, in words.
 
-    A model that the folder already holds stays; an autoencoder that it already holds is never overwritten.
+    A model that the folder already holds stays; an autoencoder that it already holds is never overwritten. The weights may be
+    in one file or in shards, under the attention's older names, and a variant such as ``fp16``. Of several, the plain ones
+    are taken.
 
     Args:
         source: holds ``config.json`` and ``diffusion_pytorch_model.safetensors``; of a whole diffusers pipeline, its ``vae``.
@@ -114,14 +123,60 @@ def from_diffusers(source: Path, folder: Path) -> None:
     if not isinstance(values, dict) or values.get("_class_name") != _CLASS:
         raise InputError(f"{path}: _class_name is not {_CLASS!r}, the only one that can be converted")
     theirs = from_dict(AutoencoderKLConfig, {key: value for key, value in values.items() if not key.startswith("_")}, str(path))
-    config, weights = _ours(theirs, path), source / _WEIGHTS
-    if not weights.exists():
-        raise InputError(f"{weights} does not exist, and pickles are not read; have diffusers save it as safetensors")
-    tensors = read_tensors(weights)
+    config = _ours(theirs, path)
+    weights, *others = _weights(source)
+    tensors = _today(read_tensors(weights) if weights.suffix == ".safetensors" else _read_shards(weights), weights)
     levels = len(config.width_multipliers)
     # Linear layers there, 1 × 1 convolutions here.
     shaped = {name: tensor[:, :, None, None] if tensor.dim() == 2 else tensor for name, tensor in tensors.items()}
     add_autoencoder(folder, config, shaped, lambda ours: _name(ours, levels), weights)
+    return weights.name + (f", not {', '.join(path.name for path in others)}" if others else "")
+
+
+def _weights(source: Path) -> list[Path]:
+    """The files and indices of weights in ``source``, the ones to take first: plain before variants, one file before shards."""
+    found = []
+    for path in source.iterdir():
+        for sharded, pattern in enumerate((_FILE, _SHARDS)):
+            if match := pattern.fullmatch(path.name):
+                found.append((match[1] or "", sharded, path))
+    if not found:
+        raise InputError(f"{source / _WEIGHTS} does not exist, and pickles are not read; have diffusers save it as safetensors")
+    return [path for _, _, path in sorted(found)]
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of all files that an index lists.
+
+    Raises:
+        InputError: the index or a file is missing or damaged, or they disagree on which tensors there are.
+    """
+    listed = read_json(index)
+    files = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise InputError(f"{index} has no weight_map from tensors to files; copy or save the weights again")
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(files.values())):
+        if not re.fullmatch(r"[\w.-]+\.safetensors", file, re.ASCII):
+            raise InputError(f"{index} lists the file {file[:80]!r}, which is no safetensors file beside it")
+        found = read_tensors(index.parent / file)
+        if found.keys() != {name for name, place in files.items() if place == file}:
+            raise InputError(f"{index.parent / file} holds other tensors than {index.name} lists for it; copy or save the weights again")
+        tensors |= found
+    return tensors
+
+
+def _today(tensors: dict[str, Tensor], weights: Path) -> dict[str, Tensor]:
+    """Tensors by today's names of diffusers."""
+
+    def name(old: str) -> str:
+        pattern = rf"(\.attentions\.\d+)\.({'|'.join(_OLD_NAMES)})\."
+        return re.sub(pattern, lambda match: f"{match[1]}.{_OLD_NAMES[match[2]]}.", old)
+
+    renamed = {name(old): tensor for old, tensor in tensors.items()}
+    if len(renamed) < len(tensors):
+        raise InputError(f"{weights} holds tensors of attention under both older and newer names; save it again")
+    return renamed
 
 
 def _name(ours: str, levels: int) -> str:

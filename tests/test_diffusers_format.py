@@ -220,3 +220,76 @@ def test_what_diffusers_cannot_do_is_refused(config: AutoencoderConfig, expected
     with pytest.raises(InputError, match=expected):
         to_diffusers(load_autoencoder(tmp_path / "ours"), tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()
+
+
+def with_old_names(folder: Path) -> None:
+    """Save the weights again as diffusers did before its attention was renamed."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = load_file(path)
+    for new, name in old.items():
+        tensors = {key.replace(f".{new}.", f".{name}."): tensor for key, tensor in tensors.items()}
+    assert any(".proj_attn." in key for key in tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("form", ["older names", "shards", "fp16", "fp16 in shards"])
+def test_forms_that_diffusers_reads_are_read(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    variant = "fp16" if "fp16" in form else None
+    folder = tmp_path / "theirs"
+    theirs = fresh(tmp_path / "whole")
+    if variant:
+        theirs = theirs.half()
+    theirs.save_pretrained(folder, variant=variant, max_shard_size="20KB" if "shards" in form else "10GB")
+    if form == "older names":
+        with_old_names(folder)
+    files = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
+    assert (len(files) > 1) == ("shards" in form)
+    expected = AutoencoderKL.from_pretrained(folder, variant=variant).float()  # diffusers reads it too
+    assert main(["convert", "from-diffusers", str(folder), str(tmp_path / "ours")]) == 0
+    assert (variant or "diffusion_pytorch_model") in capsys.readouterr().out
+    check_equal(load_autoencoder(tmp_path / "ours"), expected)
+
+
+def test_plain_weights_are_taken_before_a_variant_and_both_are_said(tmp_path: Path) -> None:
+    theirs = fresh(tmp_path / "theirs")
+    theirs.half().save_pretrained(tmp_path / "theirs", variant="fp16")
+    said = from_diffusers(tmp_path / "theirs", tmp_path / "ours")
+    assert said.index("diffusion_pytorch_model.safetensors") < said.index("diffusion_pytorch_model.fp16.safetensors")
+    check_equal(load_autoencoder(tmp_path / "ours"), AutoencoderKL.from_pretrained(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        None,
+        {},
+        {"a": 3},
+        {"a": "../secret.safetensors"},
+        {"a": "/etc/passwd"},
+        {"a": "model.bin"},
+        {"a": "missing.safetensors"},
+        {"another": "one.safetensors"},
+        {"a": "one.safetensors", "b": "one.safetensors"},
+    ],
+)
+def test_index_of_shards_that_lists_anything_else_is_refused(weight_map: object, tmp_path: Path) -> None:
+    fresh(tmp_path / "theirs")
+    (tmp_path / "theirs" / "diffusion_pytorch_model.safetensors").unlink()
+    save_file({"a": torch.ones(2)}, tmp_path / "theirs" / "one.safetensors", {"format": "pt"})
+    save_file({"a": torch.ones(2)}, tmp_path / "secret.safetensors", {"format": "pt"})
+    (tmp_path / "theirs" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InputError) as error:
+        from_diffusers(tmp_path / "theirs", tmp_path / "ours")
+    assert "\n" not in str(error.value)
+    assert str(tmp_path / "theirs") in str(error.value)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_attention_under_both_names_is_refused(tmp_path: Path) -> None:
+    fresh(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, **{key.replace(".to_q.", ".query."): tensor + 1 for key, tensor in tensors.items()}}, path, {"format": "pt"})
+    with pytest.raises(InputError, match=r"diffusion_pytorch_model\.safetensors"):
+        from_diffusers(tmp_path / "theirs", tmp_path / "ours")

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kl16.add_argument("source", type=Path, help="kl16.ckpt")
     kl16.add_argument("out", type=Path, help="folder to write; may hold a converted MAR")
     inward = kinds.add_parser("from-diffusers", help="an AutoencoderKL of diffusers (folder)", allow_abbrev=False)
-    inward.add_argument("source", type=Path, help="folder with config.json and diffusion_pytorch_model.safetensors")
+    inward.add_argument("source", type=Path, help="folder with config.json and diffusion_pytorch_model….safetensors, in one file or shards")
     inward.add_argument("out", type=Path, help="folder to write; may hold a converted MAR")
     outward = kinds.add_parser("to-diffusers", help="an autoencoder of ours, into an AutoencoderKL of diffusers", allow_abbrev=False)
     outward.add_argument("source", metavar="weights", help="bundled name, folder, or OWNER/NAME[@REVISION]")
@@ -44,13 +44,14 @@ def run(arguments: argparse.Namespace) -> None:
     from far.diffusers_format import from_diffusers, to_diffusers
     from far.weights import load_autoencoder
 
+    read = ""
     with noticed(f"converting {source}"):
         if arguments.kind == "mar":
             convert_mar(source, arguments.out, ema=not arguments.no_ema)
         elif arguments.kind == "kl16":
             convert_kl16(source, arguments.out)
         elif arguments.kind == "from-diffusers":
-            from_diffusers(source, arguments.out)
+            read = f" ({from_diffusers(source, arguments.out)})"
         else:
             to_diffusers(load_autoencoder(source), arguments.out)
-    print(f"{arguments.out}: converted from {arguments.source}")
+    print(f"{arguments.out}: converted from {arguments.source}{read}")

@@ -35,7 +35,7 @@ class DistillationTask:
         config = dataclasses.replace(config, training=resolve_loop(config.training))
         self.teacher, self.config = teacher, config
         self.rows = ShardReader(trajectories, "trajectories", verify=True)
-        self.identity = {"teacher": self.rows.meta["teacher"], "classes": teacher.classes, "trajectories": self.rows.digest[:16]}
+        self.identity = {"teacher": self.rows.meta.get("teacher"), "classes": teacher.classes, "trajectories": self.rows.digest[:16]}
         self.groups = len(self.rows) // GROUP - 1  # the last one is held out
         self.module = _student(teacher.model, config)
         if config.adapter_rank:

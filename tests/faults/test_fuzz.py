@@ -27,6 +27,7 @@ import torch
 from checkpoints import read_checkpoint, write_file_of_0_1
 from PIL import Image
 from profiles import EXCHANGED
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
@@ -43,6 +44,7 @@ from far.evaluation.extraction import part_path, read_parts
 from far.evaluation.features import FeatureNetwork
 from far.evaluation.images import open_images, write_npz
 from far.evaluation.references import open_reference, write_statistics
+from far.files import write_json
 from far.pipeline import Pipeline
 from far.recipe import find_recipe, load_recipe
 from far.training.checkpoint import named_tensors, save_checkpoint
@@ -115,6 +117,13 @@ LOADERS = {
         False,
         "diffusion_pytorch_model.safetensors",
     ),
+    "shard of diffusers": Loader("shards/one.safetensors", lambda at: converted(from_diffusers, at, "shards", "autoencoder"), True),
+    "index of diffusers": Loader(
+        "shards/diffusion_pytorch_model.safetensors.index.json",
+        lambda at: converted(from_diffusers, at, "shards", "autoencoder"),
+        True,
+        "at/shards",
+    ),
     "features": Loader("parts/part-00000000-6.safetensors", lambda at: read_parts(at / "parts", 6), True),
     "images .npz": Loader("images.npz", lambda at: pixels(at / "images.npz"), True),
     "compressed .npz": Loader("compressed.npz", lambda at: pixels(at / "compressed.npz"), True),
@@ -152,7 +161,20 @@ def statistics(path: Path, at: Path) -> list[Any]:
     return [found.statistics.mean, found.statistics.covariance, found.features, found.count]
 
 
-def converted(convert: Callable[[Path, Path], None], at: Path, source: str, part: str) -> Any:
+def split_weights(whole: Path, folder: Path) -> None:
+    """An ``AutoencoderKL`` folder again, its weights in two files."""
+    folder.mkdir()
+    shutil.copy(whole / "config.json", folder)
+    tensors = load_file(whole / "diffusion_pytorch_model.safetensors")
+    names = sorted(tensors)
+    parts = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+    for file, chosen in parts.items():
+        save_tensors(folder / file, {name: tensors[name] for name in chosen})
+    places = {name: file for file, chosen in parts.items() for name in chosen}
+    write_json(folder / "diffusion_pytorch_model.safetensors.index.json", {"weight_map": places})
+
+
+def converted(convert: Callable[[Path, Path], Any], at: Path, source: str, part: str) -> Any:
     out = at / "converted"
     shutil.rmtree(out, ignore_errors=True)
     convert(at / source, out)
@@ -187,6 +209,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory, pipeline_folder: Path, autoe
     torch.save({"model": Autoencoder(narrow).state_dict()}, at / "kl16.ckpt")
     torch.save(network().state_dict(), at / "inception.pth")
     to_diffusers(ours, at / "theirs")
+    split_weights(at / "theirs", at / "shards")
     save_tensors(part_path(at / "parts", range(6)), {"features": torch.randn(6, 4)})
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     write_npz(at / "images.npz", [images], 3, [0, 1, 2])

@@ -323,11 +323,15 @@ def test_a_refusal_leaves_no_folder(diffusion_folder: Path, latents_folder: Path
 
     assert "no moments" in refusal(tmp_path)
     other = json.loads((latents_folder / "index.json").read_text())["meta"]
-    for name, meta, side in (("other", {**other, "classes": ["a", "b"]}, 4), ("large", {**other, "size": 32}, 8)):
+    renamed = {**other, "classes": ["circle", "rings", "stripes"]}
+    for name, meta, side in (("other", {**other, "classes": ["a", "b"]}, 4), ("renamed", renamed, 4), ("large", {**other, "size": 32}, 8)):
         writer = ShardWriter(tmp_path / name, meta)
         writer.write({"moments": torch.zeros(1, 2, 4, side, side, dtype=torch.float16), "labels": torch.zeros(1, dtype=torch.int64)}, 1)
         writer.finish()
-    assert "other has 2 classes, the teacher 3; give latents of its own data" in refusal(tmp_path / "other")
+    told = refusal(tmp_path / "renamed")
+    assert all(part in told for part in (str(tmp_path / "renamed"), "'square'", "'rings'"))
+    told = refusal(tmp_path / "other")
+    assert all(part in told for part in (str(tmp_path / "other"), "2 classes (a, b)", "3 (circle, square, stripes)"))
     assert "large is of images of 32×32 pixels, the teacher's are 16×16" in refusal(tmp_path / "large")
     autoencoder, teacher.autoencoder = teacher.autoencoder, None
     assert "the teacher has no autoencoder" in refusal(latents_folder)
