@@ -55,6 +55,18 @@ def test_srgb_profile_changes_no_bit(mode: str) -> None:
     assert np.array_equal(np.asarray(with_profile), np.asarray(without))
 
 
+def test_srgb_profile_with_a_curve_of_points_changes_no_bit() -> None:
+    """As cameras and editors embed it: 1,024 points of sRGB's curve, rounded."""
+    at = np.linspace(0, 1, 1024)
+    linear = np.where(at <= 0.04045, at / 12.92, ((at + 0.055) / 1.055) ** 2.4)
+    curve = b"curv" + bytes(4) + struct.pack(">I", 1024) + (65535 * linear).round().astype(">u2").tobytes()
+    points = profile(b"RGB ", {name: curve if name.endswith(b"TRC") else tag for name, tag in RGB_TAGS.items()})
+    levels = np.arange(256, dtype=np.uint8)
+    given = Image.fromarray(np.stack([levels, levels[::-1], np.roll(levels, 77)], axis=-1)[None])
+    given.info["icc_profile"] = points
+    assert np.array_equal(np.asarray(to_rgb(given)), np.asarray(given))
+
+
 def test_transparency_is_kept_beside_a_profile() -> None:
     given = picture("RGBA")
     given.putalpha(Image.fromarray(PIXELS[..., 0]))

@@ -174,7 +174,7 @@ def recolor(path: Path) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-@pytest.mark.parametrize("change", ["new", "gone", "renamed", "content", "moved to another class"])
+@pytest.mark.parametrize("change", ["new", "gone", "renamed", "content", "moved to another class", "moved in the same order"])
 @pytest.mark.parametrize("stopped", [False, True])
 def test_set_of_a_changed_folder_is_refused(
     change: str, stopped: bool, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -193,6 +193,8 @@ def test_set_of_a_changed_folder_is_refused(
         path.unlink()
     elif change == "content":
         recolor(path)
+    elif change == "moved in the same order":
+        (photos / "dogs" / "05.png").rename(photos / "cats" / "05.png")
     else:
         path.rename(photos / ("cats" if change.startswith("moved") else "dogs") / "a.png")
     with pytest.raises(InputError, match=str(tmp_path / "set")) as error:
