@@ -72,10 +72,10 @@ def _table(values: dict[str, Any]) -> str:
     distance = values["setting"]["distance"]
     suffix = distance.removeprefix("FD ")
     lines = [
-        f"| head | head steps | guidance | {distance} | of diffusion, 100 | KID × 1000 | precision | recall |"
+        f"| head | head steps | guidance | {distance} | of diffusion, 100 | KID × 1000 |"
         f" IS {suffix} | class accuracy |"
         " ms per image, batch 1 | ms per image, batch 64 | head's share, batch 1 | the same, batch 64 |",
-        "|---" * 14 + "|",
+        "|---" * 12 + "|",
     ]
     rows = values["rows"]
     base = _distances(values, rows["diffusion 100 seed 0"]) if "diffusion 100 seed 0" in rows else []
@@ -91,7 +91,6 @@ def _table(values: dict[str, Any]) -> str:
         cells = [
             title, _steps(row) if "steps" in row else "", f"{row['guidance']:g}" if "guidance" in row else "",
             f"{statistics.mean(found):.1f}{spread}", ratio, f"{1000 * row[f'KID {suffix}']:.2f}",
-            f"{row[f'precision {suffix}']:.3f}", f"{row[f'recall {suffix}']:.3f}",
             f"{row[f'IS {suffix}']:.2f}", f"{row['class accuracy']:.3f}",
             *(f"{1000 * times[key]:.1f}" if key in times else "" for key in ("batch 1", "batch 64")),
             *(f"{times[key]:.0%}" if key in times else "" for key in ("head share 1", "head share 64")),

@@ -39,6 +39,10 @@ def test_a_model(tmp_path: Path, pipeline_folder: Path, image_set: Path, capsys:
     result = evaluate(tmp_path, "--weights", pipeline_folder, *settings, "--save-npz", tmp_path / "samples.npz")
     output = capsys.readouterr()
     assert "FD (EfficientNet-Lite0)" in output.out
+    assert result["figures"]["floor of FD (EfficientNet-Lite0)"] > 0
+    # The control's score stands beside the model's.
+    (line,) = (line for line in output.out.splitlines() if line.startswith("coverage"))
+    assert f"flat colors {result['controls']['flat colors']['coverage']:.4f}" in line
     assert "far: warning: 9 images are fewer than the 1280 features" in output.err
     assert result["judged"]["count"] == 9
     assert result["judged"]["sampling"]["head_steps"] == 1

@@ -14,6 +14,7 @@ from far.evaluation.metrics import (
     Neighborhoods,
     frechet_bias,
     frechet_distance,
+    frechet_floor,
     inception_score,
     kernel_distance,
     psnr,
@@ -150,6 +151,19 @@ def test_bias_is_that_of_real_samples() -> None:
     ]
     assert found == pytest.approx(fresh, rel=0.25)
     assert found[0] > 3 * found[1] > 9 * found[2] > 0
+
+
+@pytest.mark.parametrize(("rows", "dimensions"), [(10, 40), (60, 5)])
+def test_floor_is_the_scaled_distance_of_two_parts(rows: int, dimensions: int) -> None:
+    real = features(rows, dimensions, 0)
+    order = torch.randperm(rows, generator=seeded())
+    small, rest = real[order[:4]], real[order[4:]]
+    expected = frechet_distance(FeatureStatistics.of(small), FeatureStatistics.of(rest)) * (1 / 4) / (1 / 4 + 1 / (rows - 4))
+    assert frechet_floor(real, 4, math.inf, seeded()) == pytest.approx(expected, rel=1e-6)
+    # More images than half of the real ones: halves, scaled to what was asked.
+    half, other = real[order[: rows // 2]], real[order[rows // 2 :]]
+    expected = frechet_distance(FeatureStatistics.of(half), FeatureStatistics.of(other)) * (1 / 500 + 1 / rows) / (4 / rows)
+    assert frechet_floor(real, 500, rows, seeded()) == pytest.approx(expected, rel=1e-6)
 
 
 def test_kernel_distance_against_torchmetrics() -> None:
