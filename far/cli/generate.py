@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,62 +57,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.batch_size < 1:
-        raise InputError(f"--batch-size {arguments.batch_size} must be positive")
-    check_seed("--seed", arguments.seed)
-    if arguments.count is not None:
-        check_count("--count", arguments.count, MOST_IMAGES)
-    folder = arguments.out.suffix.lower() not in (".png", ".npz")
-    earlier = _earlier_images(arguments.out, arguments.overwrite) if folder and arguments.out.exists() else []
-    check_writable(arguments.out / "000000.png" if folder and arguments.out.exists() else arguments.out)
-    if arguments.gif is not None:
-        check_writable(arguments.gif)
+    earlier = _check(arguments)
     weights = find_folder(arguments.weights)
 
     import torch
 
     from far.pictures import contact_sheet, save_gif, save_png, to_pictures
     from far.pipeline import Pipeline, resolve_dtype
-    from far.progress import ImageBar
 
     device = prepare_machine(arguments)
     dtype = resolve_dtype(_dtype(arguments, device), device)
     with noticed(f"loading {arguments.weights}"):
         pipeline = Pipeline.from_pretrained(weights, dtype=dtype, device=device)
     labels = _labels(pipeline, arguments)
-    seeds = [arguments.seed + index for index in range(len(labels))]
-    frames: list[Tensor] = []
-
-    def step(progress: Progress) -> None:
-        bar.ar_step(progress)
-        if arguments.gif is not None and start == 0:
-            frames.append(pipeline.preview(progress))
-
+    texts = [label_text(pipeline.classes, label) for label in labels]
     config = _sampling(pipeline, arguments)
     config.check(pipeline.model)  # before the bar appears
     settings = {"weights": arguments.weights, **dataclasses.asdict(config), "dtype": dtype}
     tell_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, dtype))
+    folder = _is_folder(arguments.out)
     parts: list[Tensor] = []
-    done = 0
+    frames: list[Tensor] = []
     # A folder is filled at the end, so that nothing half-written is taken for the whole.
-    together = files_together(arguments.out, earlier) if folder else contextlib.nullcontext(arguments.out)
-    with together as out, ImageBar(len(labels), "generating") as bar:
-        try:
-            for start in range(0, len(labels), arguments.batch_size):
-                chunk = slice(start, start + arguments.batch_size)
-                images = pipeline.draw(labels[chunk], seeds[chunk], config, batch_size=arguments.batch_size, callback=step)
-                if folder:
-                    for picture, label, seed in zip(to_pictures(images), labels[chunk], seeds[chunk]):
-                        made = {"label": label_text(pipeline.classes, label), "class": pipeline.classes[label], "seed": seed}
-                        save_png(picture, out / f"{seed - arguments.seed:06d}.png", {**settings, **made})
-                        done += 1
-                else:
-                    parts.append(images.cpu())
-                    done += len(images)
-        except KeyboardInterrupt:
-            if not done:
-                raise
-    texts = [label_text(pipeline.classes, label) for label in labels]
+    with files_together(arguments.out, earlier) if folder else contextlib.nullcontext(arguments.out) as out:
+
+        def finish(images: Tensor, start: int) -> None:
+            if not folder:
+                parts.append(images.cpu())
+                return
+            for number, picture in enumerate(to_pictures(images), start):
+                made = {"label": texts[number], "class": pipeline.classes[labels[number]], "seed": arguments.seed + number}
+                save_png(picture, out / f"{number:06d}.png", {**settings, **made})
+
+        done = _draw(pipeline, labels, config, arguments, finish, frames if arguments.gif is not None else None)
     if not folder:
         described = {**settings, "labels": " ".join(texts[:done]), "seed": arguments.seed}
         _write_together(torch.cat(parts), labels[:done], arguments, described)
@@ -122,6 +100,66 @@ def run(arguments: argparse.Namespace) -> None:
             save_gif([contact_sheet(frame, labels[: len(frame)]) for frame in frames], arguments.gif)
         print(f"wrote {arguments.gif}")
     print(f"wrote {arguments.out} ({len(labels)} images)")
+
+
+def _check(arguments: argparse.Namespace) -> list[Path]:
+    """Raise an :class:`InputError` for what is wrong without a model; return the images of an earlier run that will be replaced."""
+    if arguments.batch_size < 1:
+        raise InputError(f"--batch-size {arguments.batch_size} must be positive")
+    check_seed("--seed", arguments.seed)
+    if arguments.count is not None:
+        check_count("--count", arguments.count, MOST_IMAGES)
+    filled = _is_folder(arguments.out) and arguments.out.exists()
+    earlier = _earlier_images(arguments.out, arguments.overwrite) if filled else []
+    check_writable(arguments.out / "000000.png" if filled else arguments.out)
+    if arguments.gif is not None:
+        check_writable(arguments.gif)
+    return earlier
+
+
+def _is_folder(out: Path) -> bool:
+    return out.suffix.lower() not in (".png", ".npz")
+
+
+def _draw(
+    pipeline: Pipeline,
+    labels: list[int],
+    config: SamplingConfig,
+    arguments: argparse.Namespace,
+    finish: Callable[[Tensor, int], None],
+    frames: list[Tensor] | None,
+) -> int:
+    """Draw images batch by batch, and return how many are finished: all, unless Ctrl-C came after the first batch.
+
+    Args:
+        pipeline: the model.
+        labels: one per image.
+        config: how to sample.
+        arguments: with the first seed and the batch size.
+        finish: takes each batch ``[b, 3, h, w]``, and the number of its first image.
+        frames: receives a preview of the first batch after each AR step; or None.
+    """
+    from far.progress import ImageBar
+
+    done = 0
+    with ImageBar(len(labels), "generating") as bar:
+
+        def step(progress: Progress) -> None:
+            bar.ar_step(progress)
+            if frames is not None and done == 0:
+                frames.append(pipeline.preview(progress))
+
+        try:
+            while done < len(labels):
+                chunk = labels[done : done + arguments.batch_size]
+                seeds = [arguments.seed + done + index for index in range(len(chunk))]
+                images = pipeline.draw(chunk, seeds, config, batch_size=arguments.batch_size, callback=step)
+                finish(images, done)
+                done += len(chunk)
+        except KeyboardInterrupt:
+            if not done:
+                raise
+    return done
 
 
 def _remaining(arguments: argparse.Namespace, labels: list[str], done: int) -> str:

@@ -37,7 +37,7 @@ SHARED = ("train-autoencoder", "cache", "train", "distill", "evaluate")
 _AGAIN = "what is finished stays, and the same command continues after it"
 _RESUME = "what was saved stays, and the same command with --resume continues after it"
 _HOW_TO_RESUME = {
-    "generate": "no image was finished, and nothing was written",
+    "generate": "nothing was written",
     **dict.fromkeys(("cache", "data", "evaluate"), _AGAIN),
     **dict.fromkeys(("distill", "train", "train-autoencoder"), _RESUME),
 }
