@@ -122,7 +122,7 @@ def render_avatar(job: tuple[int, int], size: int) -> np.ndarray:
 def _renderer() -> str:
     """Return a SHA-256 of the styles and of the versions of what renders them."""
     folder = Path(next(iter(importlib.import_module("dicebear_styles").__path__)))
-    versions = [importlib.metadata.version(name) for name in ("dicebear-core", "resvg_py", "Pillow")]
+    versions = [importlib.metadata.version(name) for name in ("dicebear-core", "resvg_py")]
     return json_digest([versions, [sha256(folder / f"{name}.json") for name in STYLES]])
 
 

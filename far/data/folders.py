@@ -160,7 +160,7 @@ def _with_both_parts(
     if too_few:
         raise InputError(few_images(source, too_few))
     moved = [file for file in held_out if file in needed]
-    return [file for file in held_out if file not in moved], sorted([*train, *moved], key=lambda file: (file[1], file[0])), needed
+    return [file for file in held_out if file not in needed], sorted([*train, *moved], key=lambda file: (file[1], file[0])), needed
 
 
 def _by_class(files: list[File]) -> Iterator[list[File]]:
