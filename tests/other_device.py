@@ -1,9 +1,12 @@
 """A stand-in for a GPU or a Mac: torch's ``meta`` device, whose tensors have shapes and no values, under a watch."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import torchgen
+import yaml
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +23,7 @@ class Watch(TorchDispatchMode):
         copies: operations that move a tensor from one device to another.
         reads: operations that need a value of the device on the host: ``.item()``, ``bool(tensor)``, indexing by a mask.
         float64: operations that give float64 on the device.
+        operations: all operations on the device, as torch's table of kernels names them.
     """
 
     def __init__(self) -> None:
@@ -41,6 +45,7 @@ class Watch(TorchDispatchMode):
         self.copies: list[str] = []
         self.reads: list[str] = []
         self.float64: list[str] = []
+        self.operations: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
@@ -49,6 +54,10 @@ class Watch(TorchDispatchMode):
         outputs = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
         if name == "aten.to.dtype_layout":  # forward-mode derivatives find shapes by the meta device, whatever the tensors' is
             return result
+        if any(value.device == DEVICE for value in (*inputs, *outputs)) and func.namespace == "aten":
+            self.operations.add(
+                func._schema.name.removeprefix("aten::") + ("." * bool(func._schema.overload_name)) + func._schema.overload_name
+            )
         self.float64 += [name for value in outputs if value.device == DEVICE and value.dtype == torch.float64]
         return result
 
@@ -69,6 +78,21 @@ class Watch(TorchDispatchMode):
             self.reads.append(name)
             return inputs[0].new_empty(0)
         return func(*args, **kwargs)
+
+
+def without_mps_kernel(operations: set[str]) -> list[str]:
+    """The operations that have no kernel for Apple's MPS, by the table that torch itself is generated from."""
+    path = Path(torchgen.__file__).with_name("packaged") / "ATen/native/native_functions.yaml"
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    table = {entry["func"].partition("(")[0]: entry for entry in yaml.load(path.read_text(), loader)}
+
+    def runs(name: str) -> bool:
+        entry = table[name]
+        if "structured_delegate" in entry:
+            return runs(entry["structured_delegate"])
+        return any("MPS" in keys or "Composite" in keys for keys in entry.get("dispatch", {"Composite": ""}))
+
+    return sorted(name for name in operations if not runs(name))
 
 
 class _Numbers(TorchFunctionMode):

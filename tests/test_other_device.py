@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from other_device import DEVICE, Watch
+from other_device import DEVICE, Watch, without_mps_kernel
 from torch import Tensor
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
@@ -127,3 +127,19 @@ def test_figures_of_an_autoencoder_make_no_float64(image_set: Path) -> None:
             network(autoencoder.decode(autoencoder.encode(read_images(images, torch.arange(4)).to(DEVICE)).mean) / 2 + 0.5)
             latent_statistics(autoencoder, images, torch.arange(4))
         assert watch.float64 == []
+
+
+def test_drawing_and_training_use_only_operations_that_a_mac_has() -> None:
+    used: set[str] = set()
+    for backbone in BACKBONES:
+        for head in HEAD_CASES:
+            network = model(backbone, **head)
+            used |= set.union(*(watch.operations for watch in draw(network, True, head_steps=min(2, network.head.max_steps))))
+            with Watch() as watch:
+                latents, labels = torch.empty(BATCH, 3, *GRID, device=DEVICE), torch.zeros(BATCH, dtype=torch.long, device=DEVICE)
+                generator = torch.Generator().manual_seed(0)
+                network.loss(latents, labels, generator, label_drop=0.1, teacher=network, step=1).value.mean().backward()
+            used |= watch.operations
+    assert {"addmm", "native_layer_norm_backward"} <= used, "the watch sees operations"
+    assert without_mps_kernel(used) == []
+    assert without_mps_kernel({"special_ndtri", "addmm"}) == ["special_ndtri"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from far.errors import InputError
-from far.heads.flow import draw_noise_and_time, interpolate
+from far.heads.flow import interpolate
 from far.heads.head import Head, HeadConfig, TokenLoss, guided, take_steps
 from far.heads.network import HeadNetwork, TimeEmbedding
 
@@ -95,11 +95,12 @@ class FlowMapHead(Head):
 
     def _draw(self, x: Tensor, off: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Noise ``[samples, n, channels]`` and times ``s ≤ t [samples, n]``, which differ in the first ``off`` samples."""
-        noise, s = draw_noise_and_time(x, self.config.samples_per_token, generator)
-        other = torch.rand(off, len(x), generator=generator).to(x.device)
-        s, other = logistic_normal(s), logistic_normal(other)
+        samples = self.config.samples_per_token
+        noise = torch.randn(samples, *x.shape, generator=generator)
+        s, other = torch.rand(samples, len(x), generator=generator), torch.rand(off, len(x), generator=generator)
+        s, other = logistic_normal(s), logistic_normal(other)  # on the CPU: MPS has no kernel for it
         first, last = torch.minimum(s[:off], other), torch.maximum(s[:off], other)
-        return noise, torch.cat([first, s[off:]]), torch.cat([last, s[off:]])
+        return noise.to(x.device), torch.cat([first, s[off:]]).to(x.device), torch.cat([last, s[off:]]).to(x.device)
 
     def _draw_scales(self, like: Tensor, z_uncond: Tensor | None, generator: torch.Generator) -> Tensor:
         """Guidance scales ``[samples, n]``: uniform for the tokens that learn guidance, 1 for the others."""
