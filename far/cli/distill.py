@@ -46,9 +46,9 @@ def run(arguments: argparse.Namespace) -> None:
     from far.training.trajectories import load_teacher, write_trajectories
 
     with joined() as processes:
+        processes.check_parts("training.micro_batches", config.training.micro_batches)
         training = resolve_loop(with_machine(config.training, arguments), arguments.out, processes)
         config = dataclasses.replace(config, training=training)
-        processes.check_parts("training.micro_batches", training.micro_batches)
         with noticed(f"loading {arguments.teacher}"):
             teacher = load_teacher(folder, config.trajectories, training.device)
         write_trajectories(teacher, folder, config.trajectories, arguments.out / "trajectories", arguments.latents, processes)
