@@ -7,6 +7,7 @@ Several processes can write one folder together. Reading goes through memory map
 What the rows mean (images, moments) is the business of the modules that write them.
 """
 
+import functools
 import json
 import reprlib
 import struct
@@ -160,13 +161,14 @@ class ShardWriter:
 class ShardReader:
     """Random access to the rows of a finished folder.
 
-    ``kind`` is what ``meta["kind"]`` must say. With ``verify`` every shard's checksum is compared first.
+    ``kind`` is what ``meta["kind"]`` must say. With ``verify`` every shard's checksum is compared first. ``index_only`` leaves
+    the shards alone, which need not be there until a row is read.
 
     Raises:
         InputError: no such folder, another kind, an unfinished folder, or a damaged shard.
     """
 
-    def __init__(self, folder: Path, kind: str, *, verify: bool = False) -> None:
+    def __init__(self, folder: Path, kind: str, *, verify: bool = False, index_only: bool = False) -> None:
         self.folder = folder
         if not (folder / INDEX).exists():
             command = _MADE_BY.get(kind, "the command that writes it")
@@ -178,18 +180,25 @@ class ShardReader:
         if not index["complete"]:
             command = _MADE_BY.get(kind, "the command that writes it")
             raise InputError(f"{folder} is unfinished. Run {command} again with the same arguments: it continues where it stopped")
-        if verify:
-            _check_digests(folder, index["shards"])
-        self.report: dict[str, Any] = index["report"]
         # Identifies the rows, wherever the folder lies.
         self.digest = json_digest([[shard["count"], shard["sha256"]] for shard in index["shards"]])
-        self._maps: list[dict[str, np.ndarray]] = []
-        for shard in index["shards"]:
-            path = folder / shard["file"]
-            self._maps.append(map_safetensors(path))
-            if any(len(rows) != shard["count"] for rows in self._maps[-1].values()) or _form(self._maps[-1]) != _form(self._maps[0]):
-                raise InputError(f"{path} holds other rows than the index says; remove {folder} and make it again")
-        self._starts = np.cumsum([0] + [shard["count"] for shard in index["shards"]])
+        self._shards = index["shards"]
+        self._starts = np.cumsum([0] + [shard["count"] for shard in self._shards])
+        if verify:
+            _check_digests(folder, self._shards)
+        if not index_only:
+            _ = self._maps
+
+    @functools.cached_property
+    def _maps(self) -> list[dict[str, np.ndarray]]:
+        """The tensors of each shard, mapped on first use."""
+        maps: list[dict[str, np.ndarray]] = []
+        for shard in self._shards:
+            path = self.folder / shard["file"]
+            maps.append(map_safetensors(path))
+            if any(len(rows) != shard["count"] for rows in maps[-1].values()) or _form(maps[-1]) != _form(maps[0]):
+                raise InputError(f"{path} holds other rows than the index says; remove {self.folder} and make it again")
+        return maps
 
     def require(self, forms: Mapping[str, tuple[type, tuple[int, ...]]]) -> None:
         """Raise an :class:`InputError` unless each tensor of ``forms`` is there, its rows of such (dtype, shape)."""

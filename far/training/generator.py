@@ -52,7 +52,7 @@ class GeneratorTask:
         loop = resolve_loop(loop)
         self.loop, self.sampling, self.evaluation, self.label_drop = loop, sampling, evaluation, label_drop
         self.autoencoder = autoencoder.to(loop.device).requires_grad_(False)
-        train = ShardReader(images / "train", "images")  # not read, so not verified
+        train = ShardReader(images / "train", "images", index_only=True)
         check_meta(train)
         self.latents = open_latents(latents, autoencoder, train)
         self.classes = self.latents.meta["classes"]
