@@ -226,7 +226,7 @@ def test_a_full_disk_is_one_line_and_with_more_space_the_command_goes_on(disk: s
         status, said = work.run(name, folder, largest=max(sizes) - 1 if disk == "limited" else None)
         assert status == 2, said
         assert "Traceback" not in said
-        (line,) = [line for line in said.splitlines() if line.startswith("far:")]
+        (line,) = [line for line in said.splitlines() if line.startswith("far: error")]
         assert "cannot write" in line
         assert "space" in line
         assert not [path for path in contents(folder) if "/." in f"/{path}"]
