@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from far.config import listed, whole_number
 from far.errors import InputError
 from far.pictures import to_rgb
 
@@ -17,10 +18,13 @@ def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
     """A mask ``[height, width]``, true within ``box`` (left, top, right, bottom) in pixels, right and bottom excluded.
 
     Raises:
-        InputError: the box is empty or leaves the image of ``size`` (height, width).
+        InputError: the box is not four whole numbers, is empty, or leaves the image of ``size`` (height, width).
     """
     height, width = size
-    left, top, right, bottom = box
+    sides = [whole_number("box", side) for side in listed("box", box)]
+    if len(sides) != 4:
+        raise InputError(f"box {sides}: give left, top, right and bottom in pixels")
+    left, top, right, bottom = sides
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise InputError(
             f"box {left} {top} {right} {bottom}: give left, top, right and bottom in pixels, within 0 0 {width} {height} and not empty"
@@ -42,9 +46,10 @@ def place(picture: Image.Image, size: tuple[int, int], left: int, top: int) -> t
         The canvas, and a bool mask ``[height, width]``, true around the picture.
 
     Raises:
-        InputError: the picture is damaged, or does not lie within the canvas.
+        InputError: the picture is damaged, its place is not two whole numbers, or it does not lie within the canvas.
     """
     height, width = size
+    left, top = whole_number("left", left), whole_number("top", top)
     picture = to_rgb(picture)  # upright, before its sides are measured
     right, bottom = left + picture.width, top + picture.height
     if not (left >= 0 and top >= 0 and right <= width and bottom <= height):

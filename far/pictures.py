@@ -61,7 +61,7 @@ def to_rgb(picture: Image.Image, background: str = "white", *, keep_colors: bool
         keep_colors: ignore color profiles, as ADM's preparation of ImageNet does.
 
     Raises:
-        InputError: the picture's file is damaged, which Pillow finds only when pixels are needed.
+        InputError: the picture's file is damaged, which Pillow finds only when pixels are needed; or a pixel is not finite.
     """
     try:
         picture.load()
@@ -90,6 +90,8 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
         return picture
     values = np.asarray(picture)
     if picture.mode in ("I", "F"):
+        if not np.isfinite(values).all():
+            raise ValueError("it has values that are not finite numbers")
         values = np.clip(values, 0, 65535).round().astype(np.uint16)
     scale = 257 if values.max() > 255 else 1
     table = (np.arange(65536) / scale).clip(0, 255).round().astype(np.uint8)  # far smaller than a float per pixel

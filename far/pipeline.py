@@ -262,14 +262,16 @@ class Pipeline:
         tensor = _pixels("image", image, "white")
         if tensor.shape != (3, *self.image_size):
             raise InputError(f"image of shape {list(tensor.shape)}: this model's are {[3, *self.image_size]}; crop or resize it")
-        if not (tensor.is_floating_point() and tensor.isfinite().all() and tensor.min() >= 0 and tensor.max() <= 1):
-            raise InputError(f"image of {tensor.dtype} from {tensor.min():g} to {tensor.max():g}: give floats within 0 … 1, as bytes / 255")
+        low, high = tensor.float().aminmax()  # NaN if any value is
+        if not (tensor.is_floating_point() and low >= 0 and high <= 1):
+            raise InputError(f"image of {tensor.dtype} from {low:g} to {high:g}: give floats within 0 … 1, as bytes / 255")
         return tensor
 
     def _checked_mask(self, mask: Image.Image | Tensor) -> Tensor:
         tensor = _pixels("mask", mask, "black")
         if tensor.dim() == 3 and not isinstance(mask, Tensor):
-            tensor = tensor.mean(dim=0)
+            # Of a picture, or an array with an axis for channels.
+            tensor = tensor[..., 0] if tensor.shape[-1] == 1 else tensor.float().mean(dim=0)
         if tensor.shape != self.image_size:
             raise InputError(f"mask of shape {list(tensor.shape)}: it must be the image's, {list(self.image_size)}")
         if not tensor.isfinite().all():
@@ -463,8 +465,11 @@ def _pixels(name: str, given: Any, background: str) -> Tensor:
         given = Image.fromarray(given)
     if isinstance(given, Image.Image):
         return to_tensor(given, background)
-    if isinstance(given, np.ndarray) and given.dtype.kind in "bfiu":
-        return torch.from_numpy(given.copy())
+    if isinstance(given, np.ndarray):
+        try:
+            given = torch.from_numpy(given.copy())
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{name} of dtype {given.dtype}: give another, such as uint8 or float32") from error
     if isinstance(given, Tensor) and not given.is_complex():
         return given
     raise InputError(f"{name} is {type(given).__name__}; give a picture of Pillow, an array of numpy or a tensor")

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import far
+from far.editing import box_mask, place
 from far.errors import InputError, NotFiniteError
 from far.pictures import to_uint8
 from far.pipeline import Pipeline
@@ -104,7 +105,10 @@ def test_edit_takes_pictures_and_masks_of_pillow_numpy_and_torch_alike(pipeline:
     expected = pipeline.edit(floats, torch.from_numpy(mask), 1, output="tensor")
     white = Image.fromarray(mask.astype(np.uint8) * 255)
     for image in (Image.fromarray(pixels), pixels, floats.numpy(), floats.double()):
-        for painted in (white, mask, mask.astype(np.float32), mask.astype(np.uint8) * 255, np.asarray(white.convert("RGB"))):
+        for painted in (
+            white, mask, mask.astype(np.float32), mask.astype(np.uint8) * 255, np.asarray(white.convert("RGB")), mask[..., None],
+            mask[None], mask[..., None].astype(np.int64),
+        ):  # fmt: skip
             assert torch.equal(pipeline.edit(image, painted, 1, output="tensor"), expected)
 
 
@@ -117,6 +121,11 @@ def test_edit_takes_pictures_and_masks_of_pillow_numpy_and_torch_alike(pipeline:
         (np.zeros((3, 16, 16)), None),
         (np.zeros((3, 16, 16)), np.full((16, 16), np.nan)),
         (np.zeros((3, 16, 16), dtype=object), np.ones((16, 16))),
+        (np.zeros((3, 16, 16), dtype=np.uint32), np.eye(16)),
+        (np.zeros((3, 16, 16), dtype=np.dtype(float).newbyteorder()), np.eye(16)),
+        (np.zeros((3, 16, 16)), np.eye(16, dtype=np.longdouble)),
+        (np.zeros((3, 16, 16)), np.zeros((16, 16, 3))),
+        (Image.fromarray(np.full((16, 16), np.nan, np.float32)), np.eye(16)),
     ],
 )
 def test_edit_refuses_what_is_no_picture_or_mask(pipeline: Pipeline, image: Any, mask: Any) -> None:
@@ -166,3 +175,16 @@ def test_misspelt_folder_is_not_taken_for_a_name_on_the_hub(tmp_path: Path, monk
 def test_dtype_to_save_in_is_a_floating_point_one(pipeline: Pipeline, tmp_path: Path, dtype: Any) -> None:
     assert str(dtype) in refusal(lambda: pipeline.save_pretrained(tmp_path / "model", dtype))
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("box", "named"),
+    [((0, 0, 8), "[0, 0, 8]"), ((0, 0, 1.5, 8), "1.5"), (("a", 0, 8, 8), "'a'"), (None, "None"), ((0, 0, True, 8), "True")],
+)
+def test_box_of_anything_but_four_whole_numbers_is_named(box: Any, named: str) -> None:
+    assert named in refusal(lambda: box_mask((16, 16), box))
+
+
+@pytest.mark.parametrize("left", [0.5, None, "1"])
+def test_place_of_anything_but_whole_numbers_is_named(left: Any) -> None:
+    assert str(left) in refusal(lambda: place(Image.new("RGB", (8, 8)), (16, 16), left, 0))
