@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from far.classes import label_text
 from far.cli.machine_arguments import add_machine_arguments, prepare_machine, tell_chosen
 from far.cli.sampling_arguments import add_sampling_arguments, sampling_options
-from far.config import check_seed
+from far.config import check_count, check_seed
 from far.devices import device_title
 from far.errors import InputError
 from far.files import check_exists, check_writable
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from far.sampling import Progress
+
+# All versions are drawn together.
+_MOST_VERSIONS = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     check_seed("--seed", arguments.seed)
-    if arguments.count < 1:
-        raise InputError(f"--count {arguments.count} must be positive")
+    check_count("--count", arguments.count, _MOST_VERSIONS)
     if arguments.out.suffix.lower() != ".png":
         raise InputError(f"--out {arguments.out}: give a name that ends with .png")
     check_exists(arguments.image, "Give an image, such as far generate --out FOLDER writes")

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from far.sampling import Progress
 
 _LABELS_SHOWN = 64
+# Pictures in other formats, which nobody means as the name of a folder.
+_OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,10 +111,14 @@ def _check(arguments: argparse.Namespace) -> list[Path]:
     check_seed("--seed", arguments.seed)
     if arguments.count is not None:
         check_count("--count", arguments.count, MOST_IMAGES)
+    if arguments.out.suffix.lower() in _OTHER_PICTURES:
+        raise InputError(f"--out {arguments.out}: images are written as PNG; give a name that ends in .png or .npz, or a folder")
     filled = _is_folder(arguments.out) and arguments.out.exists()
     earlier = _earlier_images(arguments.out, arguments.overwrite) if filled else []
     check_writable(arguments.out / "000000.png" if filled else arguments.out)
     if arguments.gif is not None:
+        if arguments.gif.suffix.lower() != ".gif":
+            raise InputError(f"--gif {arguments.gif}: give a name that ends in .gif")
         check_writable(arguments.gif)
     return earlier
 

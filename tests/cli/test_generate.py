@@ -165,6 +165,22 @@ def test_folder_of_an_earlier_run_is_refused_or_replaced_but_never_mixed(
     assert len(list(out.iterdir())) == 4
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.webp", "a.gif", "a.tif"])
+def test_name_of_a_picture_in_another_format_does_not_become_a_folder(
+    name: str, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert name in refused(["--weights", pipeline_folder, "--out", tmp_path / name], capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.mp4", "a"])
+def test_animation_is_written_under_a_gif_name_only(
+    name: str, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert name in refused(["--weights", pipeline_folder, "--out", tmp_path / "a.png", "--gif", tmp_path / name], capsys)
+    assert not list(tmp_path.iterdir())
+
+
 def test_run_that_fails_midway_leaves_the_folder_as_it_was(
     pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
