@@ -15,6 +15,7 @@ from torch import Tensor
 from far.autoencoder import Autoencoder, Posterior
 from far.classes import check_same_classes
 from far.config import to_dict
+from far.data.image_sets import check_meta
 from far.data.latents import open_latents
 from far.data.shards import Pieces, ShardReader, ShardWriter
 from far.errors import InputError
@@ -65,7 +66,7 @@ def write_trajectories(
     Raises:
         InputError: the teacher's head has no velocity, the latents are not the teacher's, or the folder holds other trajectories.
     """
-    source = "drawn by the teacher" if latents is None else ShardReader(latents, "moments").digest
+    source = "drawn by the teacher" if latents is None else _of_its_classes(latents, teacher).digest
     meta = {
         "kind": "trajectories", "teacher": sha256(weights / "model.safetensors"), "classes": teacher.classes,
         "sampling": to_dict(teacher.defaults), "latents": source, **dataclasses.asdict(config),
@@ -102,11 +103,18 @@ def _open(teacher: Pipeline, latents: Path | None, seed: int) -> Images:
     return _drawn(teacher, seed) if latents is None else _cached(teacher, latents, seed)
 
 
+def _of_its_classes(folder: Path, teacher: Pipeline) -> ShardReader:
+    """Open the index of a latent cache whose classes are the teacher's, also if its trajectories are there already."""
+    reader = ShardReader(folder, "moments", index_only=True)
+    check_meta(reader)
+    check_same_classes(reader.meta["classes"], str(folder), teacher.classes, "the teacher", "give latents of the teacher's own data")
+    return reader
+
+
 def _cached(teacher: Pipeline, folder: Path, seed: int) -> Images:
     """Latents ``[64, c, h, w]`` and labels of a group, drawn from a latent cache: another part of a permutation each, and flips."""
     autoencoder = _autoencoder(teacher)
     reader = open_latents(folder, autoencoder)
-    check_same_classes(reader.meta["classes"], str(folder), teacher.classes, "the teacher", "give latents of the teacher's own data")
     size, expected = reader.meta["size"], [side * autoencoder.config.stride for side in teacher.model.config.grid]
     if [size, size] != expected:
         raise InputError(

@@ -341,6 +341,22 @@ def test_a_refusal_leaves_no_folder(diffusion_folder: Path, latents_folder: Path
     assert "no velocity field" in refusal(None)
 
 
+def test_latents_under_other_class_names_are_refused_beside_finished_trajectories(
+    diffusion_folder: Path, latents_folder: Path, tmp_path: Path
+) -> None:
+    config = TrajectoryConfig(images=GROUP, tokens_per_image=1)
+    teacher = load_teacher(diffusion_folder, config, "cpu")
+    write_trajectories(teacher, diffusion_folder, config, tmp_path / "rows", latents_folder)
+    shutil.copytree(latents_folder, tmp_path / "renamed")
+    index = json.loads((latents_folder / "index.json").read_text())
+    index["meta"]["classes"] = ["circle", "rings", "stripes"]
+    del index["sha256"]
+    (tmp_path / "renamed" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError) as caught:
+        write_trajectories(teacher, diffusion_folder, config, tmp_path / "rows", tmp_path / "renamed")
+    assert all(part in str(caught.value) for part in (str(tmp_path / "renamed"), "'square'", "'rings'"))
+
+
 def test_trajectories_that_explode_are_refused(diffusion_folder: Path, tmp_path: Path) -> None:
     """Without its limit the untrained teacher's ε becomes a token of thousands at the noisy end."""
     config = TrajectoryConfig(images=GROUP, tokens_per_image=1)
