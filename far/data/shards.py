@@ -43,7 +43,8 @@ class ShardWriter:
     then :meth:`fill` it; the first of them owns the index. ``found_complete`` tells whether nothing was left to write at first.
 
     Raises:
-        InputError: the folder holds shards that were written with other ``meta``, or is not the same for all processes.
+        InputError: the folder holds shards that were written with other ``meta``, lacks one of its shards, or is not the same
+            for all processes.
     """
 
     def __init__(self, folder: Path, meta: Mapping[str, Any], processes: Processes = Processes()) -> None:  # noqa: B008
@@ -70,6 +71,9 @@ class ShardWriter:
                 f"{self.folder} already holds data made with other settings: {differ[0]} {theirs} there, {ours} now "
                 f"(differing: {', '.join(differ)}); remove it or choose another folder"
             )
+        for shard in index["shards"]:
+            if not (self.folder / shard["file"]).exists():
+                raise InputError(f"{self.folder / shard['file']} is missing; remove {self.folder} and make it again")
         return index
 
     @property

@@ -1,5 +1,6 @@
 """Shards: reading equals what was written, writing continues, and damage of any kind is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,19 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
         ShardWriter(tmp_path, {**META, "size": 4})
     with pytest.raises(InputError, match="'images'"):
         ShardReader(tmp_path, "moments")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_folder_that_lacks_a_shard_is_not_continued(finished: bool, tmp_path: Path) -> None:
+    write(tmp_path, [2, 2])
+    if not finished:
+        index = json.loads((tmp_path / "index.json").read_text()) | {"complete": False}
+        del index["sha256"]
+        (tmp_path / "index.json").write_text(json.dumps(index))
+    ShardWriter(tmp_path, META)
+    (tmp_path / "shard-00000.safetensors").unlink()
+    with pytest.raises(InputError, match="shard-00000"):
+        ShardWriter(tmp_path, META)
 
 
 @pytest.mark.parametrize("position", [0, 5, 60, -1])
