@@ -18,18 +18,18 @@ def class_number(classes: Sequence[str], label: object) -> int:
     ``"number=3"`` is always class 3.
 
     Raises:
-        InputError: no such class, or digits that a class of another number is named.
+        InputError: no such class, a name that several classes have, or digits that a class of another number is named.
     """
     if not isinstance(label, str):
         return _within(classes, whole_number("label", label))
     match = re.fullmatch(rf"({_NUMBER})?(-?(?:0|[1-9][0-9]{{0,17}}))", label)
     if match is None:
         if label in classes:
-            return classes.index(label)
+            return _named(classes, label)
         raise InputError(f"unknown class {label[:80]!r}; give a number 0 to {len(classes) - 1} or one of: {_shown(classes)}")
     number = int(match[2])
     if match[1] is None and label in classes:
-        named = classes.index(label)
+        named = _named(classes, label)
         if named == number or not 0 <= number < len(classes):
             return named
         raise InputError(
@@ -70,6 +70,15 @@ def check_same_classes(ours: Sequence[str], source: str, theirs: Sequence[str], 
         raise InputError(f"{source} has {len(ours)} classes ({_shown(ours)}) and {other} {len(theirs)} ({_shown(theirs)}); {remedy}")
     number = next(index for index, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
     raise InputError(f"class {number} is {ours[number]!r} in {source} and {theirs[number]!r} in {other}; {remedy}")
+
+
+def _named(classes: Sequence[str], name: str) -> int:
+    """Return the number of the one class of a name, of which there is at least one."""
+    numbers = [number for number, other in enumerate(classes) if other == name]
+    if len(numbers) > 1:
+        choices = " or ".join(f"{_NUMBER}{number}" for number in numbers[:_SHOWN])
+        raise InputError(f"label {name!r} is the name of {len(numbers)} classes; give {choices} (in Python, the integer)")
+    return numbers[0]
 
 
 def _within(classes: Sequence[str], number: int) -> int:

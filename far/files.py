@@ -144,6 +144,17 @@ def check_writable(path: Path) -> None:
     remove_leftovers(path.parent)
 
 
+def check_folder(path: Path) -> None:
+    """Raise an :class:`InputError` now, before long work, if ``path`` could not be a folder that files are written to.
+
+    Nothing is made.
+    """
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        wrong = "cannot be written to" if there.is_dir() else "is not a folder"
+        raise InputError(f"cannot write {path}: {there} {wrong}; choose another path")
+
+
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)

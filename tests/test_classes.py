@@ -31,6 +31,8 @@ PADDED = ["01", "02", "03"]
         (SORTED_AS_TEXT, "1", 1),
         (PADDED, "02", 1),
         (["7", "cat"], "7", 0),
+        (["crane", "maillot", "crane"], "number=2", 2),
+        (["crane", "maillot", "crane"], "2", 2),
     ],
 )
 def test_label_means_its_class(classes: list[str], label: Any, expected: int) -> None:
@@ -45,6 +47,8 @@ def test_label_means_its_class(classes: list[str], label: Any, expected: int) ->
         (SORTED_AS_TEXT, "2"),
         (PADDED, "1"),
         (["7", "cat"], "0"),
+        (["crane", "maillot", "crane"], "crane"),  # two classes, as ImageNet has them
+        (["0", "1", "0"], "0"),
         (["cat", "dog"], "bird"),
         (["cat", "dog"], "2"),
         (["cat", "dog"], -1),

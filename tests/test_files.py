@@ -1,4 +1,4 @@
-"""What killed processes leave half-written."""
+"""What killed processes leave half-written, and folders that cannot be written to."""
 
 import os
 import shutil
@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from far.files import atomic_folder, atomic_path, check_writable, remove_folder, remove_leftovers
+from far.data.shards import ShardWriter
+from far.errors import InputError
+from far.files import atomic_folder, atomic_path, check_folder, check_writable, remove_folder, remove_leftovers
+from far.training.runs import check_unused
 
 
 def die_within(work: Callable[[], None]) -> None:
@@ -139,3 +142,24 @@ def test_folders_of_somebody_else_stay(files: list[str], tmp_path: Path) -> None
     remove_leftovers(tmp_path, idle_seconds=0)
     check_writable(tmp_path / "notes")
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == set(files)
+
+
+def test_folder_that_cannot_be_is_refused_before_work_and_nothing_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    check_folder(tmp_path)
+    check_folder(tmp_path / "new" / "deeper")
+    for path in (tmp_path / "file", tmp_path / "file" / "new" / "deeper"):
+        with pytest.raises(InputError) as error:
+            check_folder(path)
+        assert str(tmp_path / "file") in str(error.value)
+        assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("below", [".", "train"])
+def test_shards_and_runs_below_a_file_are_refused_before_work(below: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for start in (lambda path: ShardWriter(path, {"kind": "images"}), lambda path: check_unused(path, resume=False)):
+        with pytest.raises(InputError) as error:
+            start(tmp_path / "file" / below)
+        assert str(tmp_path / "file") in str(error.value)

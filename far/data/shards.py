@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from far.errors import InputError
-from far.files import atomic_path, json_digest, read_json, remove_leftovers, sha256, write_json
+from far.files import atomic_path, check_folder, json_digest, read_json, remove_leftovers, sha256, write_json
 from far.processes import Processes, started_by_torchrun
 
 INDEX = "index.json"
@@ -43,8 +43,8 @@ class ShardWriter:
     then :meth:`fill` it; the first of them owns the index. ``found_complete`` tells whether nothing was left to write at first.
 
     Raises:
-        InputError: the folder holds shards that were written with other ``meta``, lacks one of its shards, or is not the same
-            for all processes.
+        InputError: the folder holds shards that were written with other ``meta``, lacks one of its shards, cannot be written
+            to, or is not the same for all processes.
     """
 
     def __init__(self, folder: Path, meta: Mapping[str, Any], processes: Processes = Processes()) -> None:  # noqa: B008
@@ -59,6 +59,7 @@ class ShardWriter:
             return {}
         remove_leftovers(self.folder, idle_seconds=0)
         if not (self.folder / INDEX).exists():
+            check_folder(self.folder)
             return {"meta": meta, "complete": False, "cursor": 0, "shards": [], "report": {}}
         index = _read_index(self.folder / INDEX)
         wanted = json.loads(json.dumps(meta))

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from far.errors import InputError
+from far.files import check_folder
 
 
 def checkpoints_folder(folder: Path) -> Path:
@@ -23,7 +24,8 @@ def checkpoint_step(path: Path) -> int | None:
 
 
 def check_unused(folder: Path, resume: bool) -> None:
-    """Raise an :class:`InputError` if ``folder`` holds a run that is not to be resumed."""
+    """Raise an :class:`InputError` if ``folder`` holds a run that is not to be resumed, or cannot be written to."""
+    check_folder(folder)
     existing = list_checkpoints(checkpoints_folder(folder))
     if existing and not resume:
         raise InputError(f"{folder} already holds a run at step {existing[-1][0]}; add --resume, or choose another folder")
