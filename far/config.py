@@ -68,7 +68,10 @@ def _convert(hint: Any, value: Any, source: str) -> Any:
     # To Python 3.10, a hint with an origin, such as list[int], is a type too.
     elif origin is None and isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    wanted = " or ".join(map(repr, arguments)) if origin is typing.Literal else getattr(hint, "__name__", str(hint))
+    if origin is typing.Literal:
+        wanted = " or ".join(map(repr, arguments))
+    else:
+        wanted = "a finite number" if hint is float else getattr(hint, "__name__", str(hint))
     hint_for_exponents = "; write 1.0e-4, not 1e-4, in YAML" if hint is float and isinstance(value, str) else ""
     raise InputError(f"{source} is {_shown(value)}, expected {wanted}{hint_for_exponents}")
 

@@ -71,7 +71,7 @@ def test_any_round_trip(config: Outer) -> None:
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), 10**400])
 def test_numbers_that_no_float_can_hold_are_refused(number: float) -> None:
-    with pytest.raises(InputError, match=r"rate is .*, expected float"):
+    with pytest.raises(InputError, match=r"rate is .*, expected a finite number"):
         from_dict(Outer, {"path": "x", "rate": number, "inner": {"size": 4}}, "test")
 
 
@@ -126,8 +126,8 @@ def test_defaults_and_whole_numbers_for_floats() -> None:
         ({}, "test: the key 'path' is missing"),
         ({"path": 3}, "test: path is 3, expected str"),
         ({"path": None}, "test: path is None, expected str"),
-        ({"path": "x", "rate": "1e-4"}, "test: rate is '1e-4', expected float; write 1.0e-4, not 1e-4, in YAML"),
-        ({"path": "x", "rate": True}, "test: rate is True, expected float"),
+        ({"path": "x", "rate": "1e-4"}, "test: rate is '1e-4', expected a finite number; write 1.0e-4, not 1e-4, in YAML"),
+        ({"path": "x", "rate": True}, "test: rate is True, expected a finite number"),
         ({"path": "x", "inner": 5}, "test: inner: expected keys and values, got int 5"),
         ({"path": "x", "inner": {"size": 1.5}}, "test: inner: size is 1.5, expected int"),
         ({"path": "x", "inner": {"size": True}}, "test: inner: size is True, expected int"),
@@ -139,7 +139,7 @@ def test_defaults_and_whole_numbers_for_floats() -> None:
         ({"path": "x", "kind": "cosine"}, "test: kind is 'cosine', expected 'linear' or 'constant'"),
         ({"path": "x", "kind": ["linear"]}, "test: kind is ['linear'], expected 'linear' or 'constant'"),
         ({"path": "x", "flag": 1}, "test: flag is 1, expected bool"),
-        ({"path": "x", "weights": {"a": "b"}}, "test: weights is 'b', expected float"),
+        ({"path": "x", "weights": {"a": "b"}}, "test: weights is 'b', expected a finite number"),
         (["path"], "test: expected keys and values, got list ['path']"),
         (None, "test: expected keys and values, got NoneType None"),
     ],

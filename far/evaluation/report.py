@@ -121,9 +121,10 @@ def _biases(name: str, features: Tensor, reference: Reference, seed: int) -> dic
 def _bias_warnings(name: str, found: dict[str, float], count: int, reference: Reference, dimensions: int) -> list[str]:
     warnings = []
     if count < dimensions:
+        bias = min(found[f"floor of {name}"], found[name])  # an estimate, which may exceed the whole
         warnings.append(
             f"{count} images are fewer than the {dimensions} features: of the distance {found[name]:.1f}, at least "
-            f"{found[f'floor of {name}']:.1f} is bias, which real images would have too; compare equal numbers only"
+            f"{bias:.1f} is bias, which real images would have too; compare equal numbers only"
         )
     if f"bias of {name} by the reference" in found:
         about = "at least" if count < dimensions else "about"
