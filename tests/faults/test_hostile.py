@@ -77,6 +77,7 @@ def test_no_command_executes_a_pickle(
         evil.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, evil, _use_new_zipfile_serialization=form == "zip")
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
     arguments = {
         "train": ["train", recipe, "--resume"],
         "mar": ["convert", "mar", evil, tmp_path / "out", "--no-ema"],
