@@ -90,8 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = argparse.Namespace(command=None)
     try:
         parsed = parse(sys.argv[1:] if arguments is None else arguments)
-        if parsed.command not in SHARED and started_by_torchrun().count > 1:
-            raise InputError(f"several processes are for {', '.join(SHARED)}; run far {parsed.command} without torchrun (unset WORLD_SIZE)")
+        if (processes := started_by_torchrun()).count > 1:
+            if parsed.command not in SHARED:
+                shared = ", ".join(SHARED)
+                raise InputError(f"several processes are for {shared}; run far {parsed.command} without torchrun (unset WORLD_SIZE)")
+            processes.local_rank()  # torchrun's variables are checked before any file
         parsed.run(parsed)
     except (InputError, OSError) as error:
         print(f"far: error: {printable(str(error))}", file=sys.stderr)

@@ -192,8 +192,10 @@ def test_commands_of_one_process_say_so(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setenv("RANK", "1")
     assert main(["generate", "--out", str(tmp_path / "x.png")]) == 2
     assert "run far generate without torchrun" in capsys.readouterr().err
-    assert main(["train", "avatars-32"]) == 2
-    assert "LOCAL_RANK is missing in the environment; start the command by torchrun" in capsys.readouterr().err
+    for arguments in (["train", "avatars-32"], ["evaluate", "--weights", "avatars-64", "--out", str(tmp_path / "evaluation")]):
+        assert main(arguments) == 2
+        assert "LOCAL_RANK" in capsys.readouterr().err
+    assert not (tmp_path / "evaluation").exists()
     monkeypatch.setenv("WORLD_SIZE", "many")
     assert main(["train", "avatars-32"]) == 2
     assert "WORLD_SIZE 'many' in the environment" in capsys.readouterr().err
