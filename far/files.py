@@ -213,7 +213,7 @@ def check_zip(path: Path) -> None:
 
 def is_plain(name: str) -> bool:
     """Whether a name can be printed and written: no line ends or other control characters, no halves of a character."""
-    return not any(unicodedata.category(character) in ("Cc", "Cs") for character in name)
+    return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name)
 
 
 def printable(text: str) -> str:

@@ -495,7 +495,7 @@ def test_a_cache_whose_labels_are_no_classes(latents_folder: Path, autoencoder_f
     refused(lambda: open_latents(tmp_path / "latents", load_autoencoder(autoencoder_folder)), "labels 0 to 2")
 
 
-@pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "\ud800"])
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "\ud800", "a\u2028b"])
 def test_class_names_that_cannot_be_printed(name: str, pipeline_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(pipeline_folder, tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
