@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image, ImageCms
 
 # Picture modes that a profile of each color space can describe. A gray picture may keep the profile of the RGB one it was.
-_MODES = {"GRAY": ("1", "L", "LA"), "RGB": ("1", "L", "LA", "P", "PA", "RGB", "RGBA"), "CMYK": ("CMYK",)}
+_GRAY_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+_MODES = {"GRAY": _GRAY_MODES, "RGB": (*_GRAY_MODES, "P", "PA", "RGB", "RGBA"), "CMYK": ("CMYK",)}
 _CHANNELS = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}
 # A profile that moves no probe by more than this is sRGB itself, written down with other rounding.
 _ROUNDING = 1

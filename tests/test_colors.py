@@ -86,6 +86,7 @@ def test_gray_profile_applies_its_curve(mode: str) -> None:
     given.info["icc_profile"] = GRAY
     expected = np.repeat(encoded(gray / 255)[..., None], 3, axis=-1)
     assert np.abs(np.asarray(to_rgb(given)).astype(float) - expected).max() <= 1
+    assert not has_unusable_profile(given)
 
 
 def test_inks_become_the_colors_of_their_table() -> None:
