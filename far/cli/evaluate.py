@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,9 +134,11 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--seed {arguments.seed}: give a number below 2³¹, so that the images' seeds stay below 2⁶³")
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size} must be positive")
-    for option, path in (("--save-npz", arguments.save_npz), ("--save-statistics", arguments.save_statistics)):
+    outputs = {"--save-npz": arguments.save_npz, "--save-statistics": arguments.save_statistics}
+    for option, path in outputs.items():
         if path is not None and path.suffix != ".npz":
             raise InputError(f"{option} {path}: give a name that ends in .npz")
+    _check_apart({"--npz": arguments.npz, "--reference": arguments.reference, **outputs}, outputs)
     check_exists(arguments.images, "Give a folder of images, such as far generate --out FOLDER writes, or an image set of far data")
     check_exists(arguments.npz, "far generate --out FILE.npz writes one")
     check_exists(
@@ -149,6 +151,14 @@ def _check(arguments: argparse.Namespace) -> None:
     for path in (arguments.out / "result.json", arguments.save_npz, arguments.save_statistics):
         if path is not None:
             check_writable(path)
+
+
+def _check_apart(files: Mapping[str, Path | None], outputs: Collection[str]) -> None:
+    """Raise an :class:`InputError` if an option of ``outputs`` would overwrite another option's file."""
+    seen: dict[Path, str] = {}
+    for option, path in files.items():
+        if path is not None and seen.setdefault(path.resolve(), option) != option and option in outputs:
+            raise InputError(f"{option} {path} would overwrite the file of {seen[path.resolve()]}; give another name")
 
 
 def _open_images(arguments: argparse.Namespace, extractor: Extractor, cache: Path) -> Judged:

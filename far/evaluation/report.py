@@ -119,18 +119,20 @@ def _biases(name: str, features: Tensor, reference: Reference, seed: int) -> dic
 
 
 def _bias_warnings(name: str, found: dict[str, float], count: int, reference: Reference, dimensions: int) -> list[str]:
+    def part(bias: str) -> str:
+        return f"{min(found[bias], found[name]):.1f}"  # an estimate, which may exceed the whole
+
     warnings = []
     if count < dimensions:
-        bias = min(found[f"floor of {name}"], found[name])  # an estimate, which may exceed the whole
         warnings.append(
             f"{count} images are fewer than the {dimensions} features: of the distance {found[name]:.1f}, at least "
-            f"{bias:.1f} is bias, which real images would have too; compare equal numbers only"
+            f"{part(f'floor of {name}')} is bias, which real images would have too; compare equal numbers only"
         )
     if f"bias of {name} by the reference" in found:
         about = "at least" if count < dimensions else "about"
         warnings.append(
             f"the reference's {reference.count} images are fewer than the {dimensions} features: of the distance {found[name]:.1f}, "
-            f"{about} {found[f'bias of {name} by the reference']:.1f} is bias for that alone; take a larger reference"
+            f"{about} {part(f'bias of {name} by the reference')} is bias for that alone; take a larger reference"
         )
     return warnings
 

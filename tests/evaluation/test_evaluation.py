@@ -335,8 +335,8 @@ def test_no_more_than_the_whole_distance_is_called_bias() -> None:
     found = report(normal(12, 1), reference_of(normal(12, 1)), MeanColours())
     floor, distance = found.figures["floor of FD (mean colours)"], found.figures["FD (mean colours)"]
     assert floor > distance + 1  # the same images on both sides
-    assert f"{floor:.1f} is bias" not in found.warnings[0]
-    assert f"{distance:.1f} is bias" in found.warnings[0]
+    assert len(found.warnings) == 2  # few images, and a small reference
+    assert all(f"{distance:.1f} is bias" in warning for warning in found.warnings)
 
 
 def test_a_small_reference_is_warned_of_with_its_bias() -> None:
