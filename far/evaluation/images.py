@@ -95,7 +95,8 @@ def _open_folder(folder: Path) -> ImageSource:
     if not files:
         also = f"; it holds {describe(left_out)}" if left_out else ""
         raise InputError(f"{folder} holds no images ({', '.join(SUFFIXES)}){also}")
-    digest = hashlib.sha256()
+    # Version 0.1 read the same files without their color profiles, and its features may still be in the cache.
+    digest = hashlib.sha256(b"sRGB\n")
     for file in tqdm(files, f"checksums of {folder}", unit="file", delay=2, leave=False):
         digest.update(os.fsencode(f"{file.relative_to(folder)} {sha256(file)}\n"))
     size = _decode(files[0]).shape

@@ -1,5 +1,6 @@
 """Image sources of an evaluation: the same pictures as a folder, an .npz and an image set; and ADM's format."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -69,6 +70,12 @@ def test_no_pipe_device_or_link_upwards_is_read(folder: Path, pictures: np.ndarr
     (folder / "up").symlink_to("/")
     with pytest.raises(InputError, match=r"up is a link to a folder above"):
         open_images(folder)
+
+
+def test_features_that_version_0_1_cached_without_color_profiles_are_not_taken(folder: Path) -> None:
+    names = ["a/000.png", "b/004.png", "a/001.png", "b/005.png", "a/002.png", "b/006.png", "a/003.png"]
+    lines = (f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n" for name in names)
+    assert open_images(folder).digest != f"folder-{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
 
 
 def test_the_digest_follows_the_content(folder: Path, pictures: np.ndarray) -> None:
