@@ -92,9 +92,11 @@ def run(arguments: argparse.Namespace) -> None:
                 save_png(picture, out / f"{number:06d}.png", {**settings, **made})
 
         done = _draw(pipeline, labels, config, arguments, finish, frames if arguments.gif is not None else None)
+        for number in range(done, len(labels)) if folder else ():  # of a batch whose writing was interrupted
+            (out / f"{number:06d}.png").unlink(missing_ok=True)
     if not folder:
         described = {**settings, "labels": " ".join(texts[:done]), "seed": arguments.seed}
-        _write_together(torch.cat(parts), labels[:done], arguments, described)
+        _write_together(torch.cat(parts)[:done], labels[:done], arguments, described)
     if done < len(labels):
         raise KeyboardInterrupt(_remaining(arguments, texts, done))
     if arguments.gif is not None:

@@ -260,6 +260,23 @@ def test_an_interruption_leaves_the_finished_images_and_says_how_to_draw_the_oth
     assert np.array_equal(written(tmp_path / out), whole["arr_0"][:4])
 
 
+def test_an_interruption_while_images_are_written_leaves_those_of_whole_batches(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    save = far.pictures.save_png
+
+    def interrupted(picture: Image.Image, path: Path, *settings: object) -> None:
+        save(picture, path, *settings)
+        if path.name == "000004.png":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(far.pictures, "save_png", interrupted)
+    out = tmp_path / "out"
+    assert main(["generate", "--weights", str(pipeline_folder), "--count", "6", "--batch-size", "3", "--out", str(out)]) == 130
+    assert "3 of 6 images" in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == ["000000.png", "000001.png", "000002.png"]
+
+
 def written(path: Path) -> np.ndarray:
     """Four images that a folder, an archive, or a sheet with a row of three and a row of one holds."""
     if path.suffix == ".npz":
