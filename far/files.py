@@ -101,6 +101,37 @@ def files_together(folder: Path, replaced: Iterable[Path] = ()) -> Iterator[Path
             path.replace(folder / path.name)
 
 
+@contextlib.contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """Keep others that ask for it out of ``folder``, which is made where missing, until the block or the process ends.
+
+    Where the system or the disk cannot lock a folder (Windows, some network disks), nobody is kept out.
+
+    Raises:
+        InputError: somebody else uses the folder, or it cannot be made.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}; check the path and its permissions") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another command is writing to {folder}; wait until it ends, or choose another folder") from error
+        except OSError:  # a disk without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder so that nobody finds a part of it; nothing where there is none."""
     if path.exists():

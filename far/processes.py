@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from far.devices import resolve_device
 from far.errors import InputError
+from far.files import sole_use
 
 if TYPE_CHECKING:
     import torch
@@ -111,6 +112,13 @@ class Processes:
             probe = self.collect(lambda: stack.enter_context(_probe(folder)) if self.rank == 0 else None)[0]
             if not all(self.gather(probe is not None and probe.exists())):
                 raise InputError(f"{folder} is not the same for all processes; put it on a disk that they share")
+
+    @contextlib.contextmanager
+    def alone_in(self, folder: Path) -> Iterator[None]:
+        """Keep other commands out of ``folder`` within the block; see :func:`far.files.sole_use`."""
+        with contextlib.ExitStack() as stack:
+            self.collect(lambda: stack.enter_context(sole_use(folder)) if self.rank == 0 else None)
+            yield
 
     def wait(self) -> None:
         """Until all processes are here."""

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from far.data.shards import ShardWriter
 from far.errors import InputError
-from far.files import atomic_folder, atomic_path, check_folder, check_writable, remove_folder, remove_leftovers
+from far.files import atomic_folder, atomic_path, check_folder, check_writable, remove_folder, remove_leftovers, sole_use
 from far.training.runs import check_unused
 
 
@@ -163,3 +164,39 @@ def test_shards_and_runs_below_a_file_are_refused_before_work(below: str, tmp_pa
         with pytest.raises(InputError) as error:
             start(tmp_path / "file" / below)
         assert str(tmp_path / "file") in str(error.value)
+
+
+def test_a_folder_in_use_is_refused_until_its_user_ends(tmp_path: Path) -> None:
+    used, other = tmp_path / "made" / "used", tmp_path / "other"
+    with sole_use(used):
+        with pytest.raises(InputError) as error, sole_use(used):
+            pass
+        assert str(used) in str(error.value)
+        with sole_use(other):
+            pass
+    ready, wait = os.pipe()
+
+    def hold() -> None:
+        with sole_use(used):
+            os.write(wait, b".")
+            time.sleep(60)
+
+    if (child := os.fork()) == 0:
+        hold()
+        os._exit(1)
+    os.read(ready, 1)
+    with pytest.raises(InputError), sole_use(used):
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with sole_use(used):
+        pass
+    assert not list(used.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError) as error, sole_use(tmp_path / "file" / "folder"):
+        pass
+    assert str(tmp_path / "file" / "folder") in str(error.value)
+    assert "\n" not in str(error.value)

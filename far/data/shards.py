@@ -7,6 +7,7 @@ Several processes can write one folder together. Reading goes through memory map
 What the rows mean (images, moments) is the business of the modules that write them.
 """
 
+import contextlib
 import functools
 import json
 import reprlib
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from far.errors import InputError
-from far.files import atomic_path, check_folder, json_digest, read_json, remove_leftovers, sha256, write_json
+from far.files import atomic_path, check_folder, json_digest, read_json, remove_leftovers, sha256, sole_use, write_json
 from far.processes import Processes, started_by_torchrun
 
 INDEX = "index.json"
@@ -44,7 +45,7 @@ class ShardWriter:
 
     Raises:
         InputError: the folder holds shards that were written with other ``meta``, lacks one of its shards, cannot be written
-            to, or is not the same for all processes.
+            to, is filled by another command, or is not the same for all processes.
     """
 
     def __init__(self, folder: Path, meta: Mapping[str, Any], processes: Processes = Processes()) -> None:  # noqa: B008
@@ -57,7 +58,8 @@ class ShardWriter:
     def _open(self, meta: dict[str, Any]) -> dict[str, Any]:
         if self.processes.rank > 0:
             return {}
-        remove_leftovers(self.folder, idle_seconds=0)
+        with sole_use(self.folder) if self.folder.is_dir() else contextlib.nullcontext():
+            remove_leftovers(self.folder, idle_seconds=0)
         if not (self.folder / INDEX).exists():
             check_folder(self.folder)
             return {"meta": meta, "complete": False, "cursor": 0, "shards": [], "report": {}}
@@ -113,12 +115,13 @@ class ShardWriter:
             make: items → pieces of their rows, each with the number of its items. It may move ``bar``.
             bar: moved to the cursor after each round.
         """
-        while self.cursor < total:
-            parts = [range(start, min(start + step, total)) for start in range(self.cursor, total, step)[: self.processes.count]]
-            shards = [shard for shard in self.processes.collect(self._save_own, parts, make) if shard is not None]
-            self._list(shards, parts[-1].stop)
-            bar.update(self.cursor - bar.n)
-        self.finish()
+        with self.processes.alone_in(self.folder):
+            while self.cursor < total:
+                parts = [range(start, min(start + step, total)) for start in range(self.cursor, total, step)[: self.processes.count]]
+                shards = [shard for shard in self.processes.collect(self._save_own, parts, make) if shard is not None]
+                self._list(shards, parts[-1].stop)
+                bar.update(self.cursor - bar.n)
+            self.finish()
         self.processes.wait()  # now all can read it
 
     def _save_own(self, parts: list[range], make: Callable[[range], Pieces]) -> dict[str, Any] | None:

@@ -72,12 +72,13 @@ def train(task: Task, config: LoopConfig, folder: Path, *, resume: bool = False,
     each with a task of its own, the first writes them.
 
     Raises:
-        InputError: the folder holds a run and ``resume`` is false, too many losses in a row are not finite, the processes cannot share the
-            micro-batches evenly, or they do not see the same folder.
+        InputError: the folder holds a run and ``resume`` is false, another command is writing to it, too many losses in a row are not
+            finite, the processes cannot share the micro-batches evenly, or they do not see the same folder.
     """
     trainer = Trainer(task, config, folder, processes)
-    trainer.restore(resume)
-    trainer.run()
+    with processes.alone_in(folder):
+        trainer.restore(resume)
+        trainer.run()
 
 
 def resolve_loop(config: LoopConfig, folder: Path | None = None, processes: Processes = Processes()) -> LoopConfig:  # noqa: B008

@@ -94,6 +94,26 @@ def test_an_interrupted_cache_keeps_every_encoded_batch(
     assert a.all("labels").tolist() == b.all("labels").tolist()
 
 
+def test_a_second_command_leaves_a_cache_that_another_fills_alone(
+    image_set: Path, autoencoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    autoencoder, original, refused = load_autoencoder(autoencoder_folder), latents._moments, []
+
+    def start_another(*arguments):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(InputError) as error:
+            write_latents(image_set, autoencoder, tmp_path / "latents")
+        assert sorted(tmp_path.rglob("*")) == before
+        refused.append(str(error.value))
+        return original(*arguments)
+
+    monkeypatch.setattr(latents, "_moments", start_another)
+    write_latents(image_set, autoencoder, tmp_path / "latents")
+    assert refused
+    assert all(str(tmp_path / "latents") in line and "\n" not in line for line in refused)
+    write_latents(image_set, autoencoder, tmp_path / "latents")  # whole now, and free
+
+
 def set_of(images: Path, folder: Path, *, inverted: bool = False) -> Path:
     """A copy of an image set, or of others of the same form."""
     shutil.copytree(images, folder)

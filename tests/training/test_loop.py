@@ -24,7 +24,7 @@ from far.training import checkpoint
 from far.training.checkpoint import list_checkpoints, save_checkpoint
 from far.training.ema import Ema
 from far.training.generator import GeneratorTask
-from far.training.loop import LoopConfig, Trainer, _step, epoch_rows
+from far.training.loop import LoopConfig, Meter, Trainer, _step, epoch_rows
 from far.weights import load_autoencoder
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -96,6 +96,29 @@ def test_a_run_is_not_overwritten_and_a_finished_one_is_left_alone(recipe: Path,
     assert "already holds a run at step 20" in capsys.readouterr().err
     assert main(["train", str(recipe), "--resume"]) == 0
     assert "already trained" in capsys.readouterr().out
+
+
+def test_a_second_training_in_a_folder_is_refused_and_changes_nothing(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    step, found = Trainer.train_step, []
+
+    def start_another(trainer: Trainer, meter: Meter) -> None:
+        monkeypatch.setattr(Trainer, "train_step", step)
+        (folder / ".model.safetensors.abcdefgh.far").mkdir()  # as if it were just saving
+        before = sorted(folder.rglob("*"))
+        status = main(["train", str(recipe), "--resume"])
+        found.append((status, capsys.readouterr().err.splitlines()[-1], sorted(folder.rglob("*")) == before))
+        step(trainer, meter)
+
+    folder = tmp_path / "run" / "model"
+    monkeypatch.setattr(Trainer, "train_step", start_another)
+    assert main(["train", str(recipe)]) == 0
+    [(status, line, unchanged)] = found
+    assert (status, unchanged) == (2, True)
+    assert "far: error: " in line  # behind the bar of the first
+    assert str(folder) in line
+    assert main(["train", str(recipe), "generator.training.steps=21", "--resume"]) == 0
 
 
 @pytest.mark.usefixtures("one_thread")
