@@ -4,6 +4,7 @@ It says what ``config.json`` and the weights' headers say, and leaves out what t
 changed is theirs: it is not written again.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -14,6 +15,8 @@ from typing import Any
 import yaml
 from safetensors import safe_open
 
+from far.classes import class_number
+from far.errors import InputError
 from far.files import atomic_path, read_json
 
 _SEAL = "<!-- far wrote this card and renews it; once changed, it is kept as it is: {} -->\n"
@@ -87,12 +90,19 @@ def _use(config: dict[str, Any], name: str | None) -> str:
     if "autoencoder" not in config:
         return "It has no autoencoder: `far convert kl16 kl16.ckpt FOLDER` adds MAR's to a copy of this folder."
     load = 'far.load(".")  # this folder' if name is None else f'far.load("{name}")'
-    label = json.dumps(config["classes"][0], ensure_ascii=False)
     return (
         "## Use\n\nWith the Python package `far-image` installed:\n\n```python\nimport far\n\n"
-        f"pipeline = {load}\npictures = pipeline.generate(labels=[{label}], seed=0)  # Pillow images\n"
+        f"pipeline = {load}\npictures = pipeline.generate(labels=[{_example(config['classes'])}], seed=0)  # Pillow images\n"
         'pictures[0].save("picture.png")\n```'
     )
+
+
+def _example(classes: list[str]) -> str:
+    """Return the first class as a label in Python: its name, unless that could mean another class too."""
+    with contextlib.suppress(InputError):
+        if class_number(classes, classes[0]) == 0:
+            return json.dumps(classes[0], ensure_ascii=False)
+    return "0"
 
 
 def _sizes(config: dict[str, Any], folder: Path) -> Iterable[tuple[str, object]]:

@@ -4,10 +4,12 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 
 import far
 from far import InputError, Pipeline
@@ -42,12 +44,17 @@ def test_figures_are_those_of_the_model(folder: Path) -> None:
     assert "| quick FD (some network) | 421.61 |" in card
 
 
-def test_a_name_or_the_folder_in_the_code_which_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("classes", [None, ["1", "2", "3"], ["a", "a", "b"], ["number=1", "b", "c"]])
+def test_a_name_or_the_folder_in_the_code_which_runs(classes: list[str] | None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline.from_pretrained(folder)
+    pipeline.classes = classes or pipeline.classes
+    pipeline.save_pretrained(folder)
     assert 'far.load("ann/shapes@v1")' in model_card(folder, "ann/shapes@v1")
     monkeypatch.chdir(folder)
     (block,) = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
     exec(compile(block, "README.md", "exec"), {})
-    assert Path("picture.png").exists()
+    expected = pipeline.generate([0], seed=0)[0]
+    assert np.array_equal(np.asarray(Image.open("picture.png")), np.asarray(expected))
 
 
 def test_what_is_not_known_is_left_out(folder: Path) -> None:
