@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -263,4 +264,4 @@ def _hints(source: Path, classes: list[str], files: list[File]) -> list[str]:
     if not parts and any(len(names) < 3 for names in within):
         return []
     what = "have names of parts of a data set" if parts else f"are folders of folders, such as {printable('/'.join(within[0][:2]))}"
-    return [f"the classes {what}; if the folders in them are the classes, run: far data folder {source / classes[0]} OUT"]
+    return [f"the classes {what}; if the folders in them are the classes, run: far data folder {shlex.quote(str(source / classes[0]))} OUT"]

@@ -259,6 +259,8 @@ def test_names_of_parts_and_folders_of_folders_are_hinted_at(photos: Path, tmp_p
         shutil.copytree(photos / "dogs", tmp_path / "flat" / name)
     for name, first in (("parts", "train2017"), ("nested", "xtrain2017"), ("flat", "train2017")):
         assert f"{tmp_path / name / first}" in hints(name)
+    shutil.copytree(tmp_path / "parts", tmp_path / "my parts")
+    assert f"'{tmp_path / 'my parts' / 'train2017'}'" in hints("my parts")  # as a shell takes it
 
 
 def test_image_set_within_its_own_source_is_refused(photos: Path) -> None:
