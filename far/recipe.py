@@ -83,6 +83,9 @@ class Recipe:
         for name in (self.data, self.run, self.autoencoder_from or "", self.model):
             if "\0" in name:
                 raise InputError(f"the path {name!r} has a character that no path can have; write it without")
+        place = Path(self.model)
+        if not place.parts or place.parts[0] in ("autoencoder", "latents") or place.is_absolute() or ".." in place.parts:
+            raise InputError(f"model {self.model!r} is not the name of a new folder within the run's; give a name, such as wide")
 
     @property
     def autoencoder_folder(self) -> Path:

@@ -11,6 +11,7 @@ import yaml
 
 from far.cli.main import main
 from far.config import to_dict
+from far.errors import InputError
 from far.recipe import Recipe, find_recipe, from_overrides, load_recipe, recipe_names
 from far.recipe_keys import Section, as_text, sections
 from far.training.config import DistillationConfig
@@ -64,6 +65,16 @@ def test_unknown_recipe_and_a_name_beside_keys_are_refused(capsys: pytest.Captur
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert named in error
+
+
+@pytest.mark.parametrize("model", ["''", ".", "..", "../other", "a/../..", "/tmp/model", "latents", "autoencoder", "latents/a"])
+def test_model_is_the_name_of_a_folder_of_its_own_within_the_run(model: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_recipe("avatars-64", [f"model={model}"])
+    assert repr(model.strip("'")) in str(error.value)
+    assert "\n" not in str(error.value)
+    for good in ("wide", "wide/2", "latents-2", "my..model"):
+        assert load_recipe("avatars-64", [f"model={good}"]).model == good
 
 
 # --- Keys ---------------------------------------------------------------------------------------------
