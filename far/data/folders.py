@@ -177,13 +177,14 @@ class _Spare:
 
     def __call__(self, broken: File) -> Iterator[File]:
         """Yield training files of the class of ``broken``, first those that follow it."""
-        same = [file for file in self.left() if file[1] == broken[1] and file not in self.needed]
+        same = [file for file in self.left(broken[1]) if file not in self.needed]
         yield from [file for file in same if file > broken] + [file for file in same if file < broken]
 
-    def left(self) -> list[File]:
-        """Return the training files that were not held out instead and did not prove broken on the way."""
+    def left(self, label: int | None = None) -> list[File]:
+        """Return the training files, of all classes or one, that were not held out instead and did not prove broken on the way."""
+        files = self.train if label is None else [file for file in self.train if file[1] == label]
         gone = {*self.report.get("taken instead", ()), *self.report.get("skipped", ())}
-        return [file for file in self.train if _name(file[0], self.source) not in gone] if gone else self.train
+        return [file for file in files if _name(file[0], self.source) not in gone] if gone else files
 
 
 def _name(path: Path, source: Path) -> str:
