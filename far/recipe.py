@@ -116,6 +116,19 @@ def find_recipe(name: Path | str) -> Path:
     return RECIPES / f"{name}.yaml" if packaged else Path(name)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Plain values only, as ``safe_load`` reads them; a key that a mapping has twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.YAMLError(f"the key {key.value!r} stands in lines {lines[key.value]} and {line}")
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(name: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe: a YAML file, or one of :func:`recipe_names`.
 
@@ -128,11 +141,11 @@ def load_recipe(name: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(name)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise InputError(f"recipe {path}: {error.strerror}. Give a YAML file, or one of: {', '.join(recipe_names())}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # no text, a date or number that is none, endless nesting
-        raise InputError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"recipe {path} holds no keys; far recipe NAME prints an example ({', '.join(recipe_names())})")
     for override in overrides:

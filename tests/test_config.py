@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -15,6 +16,7 @@ from far.config import from_dict, to_dict
 from far.errors import InputError
 from far.heads import HeadConfig
 from far.model import PRESETS, ModelConfig, NetworkConfig
+from far.recipe import load_recipe
 from far.sampling import SamplingConfig
 
 
@@ -191,3 +193,12 @@ def test_to_dict_is_plain() -> None:
         "weights": {},
     }
     assert math.isclose(to_dict(AutoencoderConfig())["scale"], 0.2325)
+
+
+def test_recipe_with_a_key_twice_is_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "twice.yaml"
+    recipe.write_text("data: a\nrun: b\ngenerator:\n  training: {steps: 5}\n  label_drop: 0.2\n  training: {steps: 7}\n")
+    with pytest.raises(InputError, match="training") as refused:
+        load_recipe(recipe)
+    assert str(recipe) in str(refused.value)
+    assert "\n" not in str(refused.value)
