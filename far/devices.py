@@ -110,7 +110,7 @@ def device_title(device: "torch.device") -> str:
 def has_bfloat16_products(device: "torch.device") -> bool:
     """Return whether a device has instructions that multiply bfloat16; without them it is several times slower than float32.
 
-    These are AVX512_BF16 and AMX of a processor, if torch's matrix library may use them (``ONEDNN_MAX_CPU_ISA`` can forbid it),
+    These are AVX512_BF16 and AMX of a processor, unless torch's matrix library may use no AVX-512 (``ONEDNN_MAX_CPU_ISA=AVX2``),
     and CUDA devices of compute capability 8.0 and above.
     """
     import torch

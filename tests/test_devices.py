@@ -16,7 +16,7 @@ from far.devices import check_device_name, device_title, has_bfloat16_products, 
 from far.errors import InputError
 from far.pipeline import resolve_dtype
 from far.processes import Processes
-from far.training.loop import LoopConfig, Trainer, resolve_loop
+from far.training.loop import LoopConfig, Trainer, published, resolve_loop
 
 CPU = torch.device("cpu")
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -211,6 +211,10 @@ def test_missing_instructions_are_said_if_bfloat16_is_given(
         monkeypatch.setattr("far.training.loop.has_bfloat16_products", lambda device, native=native: native)
         Trainer(Slope(), loop(dtype="bfloat16", steps=1), tmp_path / str(native)).run()
         assert ("float32" in capsys.readouterr().out) != native
+
+
+def test_published_recipe_has_the_kind_of_device_without_its_number() -> None:
+    assert published(LoopConfig(device="cuda:3"))["device"] == "cuda"
 
 
 @pytest.mark.parametrize("count", [0, -1, 10**6])

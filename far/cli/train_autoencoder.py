@@ -36,5 +36,5 @@ def run(arguments: argparse.Namespace) -> None:
         training = resolve_loop(with_machine(config.training, arguments), recipe.autoencoder_folder, processes)
         task = AutoencoderTask(config.model, config.loss, Path(recipe.data), training)
         train(task, training, recipe.autoencoder_folder, resume=arguments.resume, processes=processes)
-        if processes.rank == 0:
+        if processes.rank == 0 and task.results:  # none if it was interrupted before its first evaluation, or was trained already
             print(f"{recipe.autoencoder_folder}: " + ", ".join(f"{name} {value:.4g}" for name, value in task.results.items()))

@@ -73,6 +73,15 @@ def test_four_commands_make_a_generator(autoencoder_recipe: Path, tmp_path: Path
     assert (tmp_path / "grid.png").stat().st_size > 100
 
 
+def test_figures_are_told_only_if_some_were_measured(autoencoder_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["train-autoencoder", str(autoencoder_recipe), "autoencoder.training.steps=1"]
+    assert main(command) == 0
+    assert "psnr" in capsys.readouterr().out.splitlines()[-1]
+    assert main([*command, "--resume"]) == 0
+    [line] = capsys.readouterr().out.splitlines()
+    assert "already trained" in line
+
+
 def test_images_that_the_stride_does_not_divide_are_refused(autoencoder_recipe: Path, capsys: pytest.CaptureFixture) -> None:
     override = "autoencoder.model={width: 8, width_multipliers: [1, 1, 1, 1, 1], norm_groups: 2}"
     assert main(["train-autoencoder", str(autoencoder_recipe), override, "autoencoder.training.steps=1"]) == 0  # 16 pixels, stride 16
