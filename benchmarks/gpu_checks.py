@@ -24,6 +24,7 @@ from far.heads import HEADS, HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pipeline import Pipeline
 from far.sampling import FAST, Kept, SamplingConfig, SeededNoise, sample
+from far.seeds import seeded
 from far.training.loop import LoopConfig, Meter, Trainer
 
 Calls = dict[str, Callable[[], dict[str, Any]]]
@@ -54,8 +55,7 @@ def title(head: dict[str, Any]) -> str:
 
 def tiny(backbone: str, **head: Any) -> FAR:
     """An untrained model whose weights are none of them zero."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         model = FAR(ModelConfig(NetworkConfig(BACKBONES[backbone], HeadConfig(width=32, depth=2, **head)), CLASSES, CHANNELS, GRID))
         with torch.no_grad():
             for parameter in model.parameters():
@@ -329,8 +329,7 @@ def training(device: torch.device, small: bool) -> Calls:
 def kl16(small: bool) -> tuple[Autoencoder, int]:
     """An untrained autoencoder of the published size, and the side of its images; or a tiny one."""
     config = AutoencoderConfig(width=16, width_multipliers=(1, 1, 2), blocks=1, norm_groups=4) if small else AutoencoderConfig()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         return Autoencoder(config).eval(), 32 if small else 256
 
 

@@ -33,6 +33,7 @@ from far.model import FAR, PRESETS, ModelConfig, preset
 from far.packing import Int8Linear
 from far.pipeline import Pipeline, prepare, prepare_autoencoder, resolve_dtype
 from far.sampling import FAST, SamplingConfig, SeededNoise, sample
+from far.seeds import seeded
 from far.weights import find_folder
 
 SEED = 0
@@ -174,8 +175,7 @@ def load_models(rows: Sequence[Row], device: str | torch.device) -> dict[tuple[s
         if name not in PRESETS:
             pipelines[name, dtype] = Pipeline.from_pretrained(_folder(name), dtype=dtype, device=device)
             continue
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)
+        with seeded(SEED):
             autoencoder = prepare_autoencoder(Autoencoder(AutoencoderConfig()).eval(), dtype, device)
             model = prepare(FAR(ModelConfig(preset(name))), dtype, device)
         pipelines[name, dtype] = Pipeline(model, autoencoder, [str(label) for label in range(model.config.classes)], SamplingConfig())
