@@ -13,7 +13,19 @@ from typing import Any
 
 import torch
 from recorded import TRAIN, Measurements, made
-from results import RESULTS, SETS, SWEEP_COUNT, WORK, Judge, current, current_rows, generate, generation_of, measure_floors, run
+from results import (
+    RESULTS,
+    SETS,
+    SWEEP_COUNT,
+    WORK,
+    Judge,
+    current,
+    current_rows,
+    generate,
+    generation_of,
+    measure_floors,
+    run,
+)
 from results_report import replace_block
 
 from far.evaluation.extraction import extract_parts, read_parts
@@ -53,7 +65,9 @@ SPHERICAL = (
 VARIANTS = {
     "plain": Variant(PLAIN, WITHOUT_NOISE),
     "guidance constant": Variant(PLAIN, WITHOUT_NOISE, sampling=(("guidance_schedule", "constant"),)),
-    "guidance off for the first half": Variant(PLAIN, WITHOUT_NOISE, sampling=(("guidance_interval", (0.5, 1.0)),)),
+    "guidance off for the first half": Variant(
+        PLAIN, WITHOUT_NOISE, sampling=(("guidance_interval", (0.5, 1.0)),)
+    ),
     "tokens renormalised in sampling only": Variant(PLAIN, WITHOUT_NOISE, spherical=True),
     "input noise 0.1 (the default)": Variant(NOISY),
     "spherical latents": Variant(SPHERE, SPHERICAL),
@@ -61,14 +75,20 @@ VARIANTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--train", action="store_true", help="train what is not trained yet")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="only these")
+    parser.add_argument(
+        "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="only these"
+    )
     arguments = parser.parse_args()
     if arguments.train:
         for command in IMAGES.preparation:
             run(*command)
-        for variant in dict.fromkeys((VARIANTS[name].folder, VARIANTS[name].overrides) for name in arguments.variants):
+        for variant in dict.fromkeys(
+            (VARIANTS[name].folder, VARIANTS[name].overrides) for name in arguments.variants
+        ):
             train(*variant)
     store = Measurements(RESULTS / "causal-ablation.json")
     with torch.no_grad():
@@ -77,7 +97,9 @@ def main() -> None:
                 measure(name, store)
     missing = [name for name in arguments.variants if not (VARIANTS[name].folder / "config.json").exists()]
     if missing:
-        print(f"{store.path}: no weights of {', '.join(missing)} in runs/: recorded rows are kept; {TRAIN} trains them")
+        print(
+            f"{store.path}: no weights of {', '.join(missing)} in runs/: recorded rows are kept; {TRAIN} trains them"
+        )
     report = Path("docs/results.md")
     text = replace_block(report.read_text(encoding="utf-8"), "causal-ablation", table(store.values))
     with atomic_path(report) as temporary:
@@ -97,7 +119,9 @@ def measure(name: str, store: Measurements) -> None:
     folder = as_sampled(variant)
     judge: Judge | None = None
     for guidance in GUIDANCES:
-        generation = generation_of(folder, head_steps=HEAD_STEPS, guidance=guidance, seed=1_000_000, **dict(variant.sampling))
+        generation = generation_of(
+            folder, head_steps=HEAD_STEPS, guidance=guidance, seed=1_000_000, **dict(variant.sampling)
+        )
         key = f"{name}, guidance {guidance:g}"
         if current(store.values["rows"].get(key), generation):
             continue
@@ -131,7 +155,9 @@ def deviations(folder: Path, generation: Generation) -> list[float]:
     """The root mean square of the first and of the last row of latents of 500 images."""
     pipeline = Pipeline.from_pretrained(folder, dtype=generation.dtype, device="cpu")
     labels = torch.arange(500) % len(pipeline.classes)
-    latents = sample(pipeline.model, labels, SeededNoise(range(500), torch.device("cpu")), generation.sampling)
+    latents = sample(
+        pipeline.model, labels, SeededNoise(range(500), torch.device("cpu")), generation.sampling
+    )
     return [float(latents[:, :, row].square().mean().sqrt()) for row in (0, -1)]
 
 
@@ -154,14 +180,20 @@ def reconstruction_distance(folder: Path, judge: Judge) -> float:
         latents = autoencoder.encode(source.tensor(rows) * 2 - 1).mean
         return (autoencoder.decode(latents) / 2 + 0.5).clamp(0, 1)
 
-    parts = WORK / "features" / f"{source.digest}-{SWEEP_COUNT}-reconstructions-{sha256(folder / 'autoencoder.safetensors')[:16]}"
+    parts = (
+        WORK
+        / "features"
+        / f"{source.digest}-{SWEEP_COUNT}-reconstructions-{sha256(folder / 'autoencoder.safetensors')[:16]}"
+    )
     extract_parts(parts, SWEEP_COUNT, reconstruct, judge.network, description="reconstructions")
     return frechet_distance(FeatureStatistics.of(read_parts(parts, SWEEP_COUNT)), judge.reference.statistics)
 
 
 def table(values: dict[str, Any]) -> str:
     lines = [
-        "| causal model | " + " | ".join(f"guidance {scale:g}" for scale in GUIDANCES) + " | class accuracy at the best |"
+        "| causal model | "
+        + " | ".join(f"guidance {scale:g}" for scale in GUIDANCES)
+        + " | class accuracy at the best |"
         f" its reconstructions | first → last row's deviation / the data's, at the best | at guidance {GUIDANCES[-1]:g} |",
         "|---" * (len(GUIDANCES) + 5) + "|",
     ]
@@ -173,7 +205,14 @@ def table(values: dict[str, Any]) -> str:
         best = min(rows, key=lambda row: row["distance"])
         cells = [
             name,
-            *("" if row is None else f"**{row['distance']:.1f}**" if row is best else f"{row['distance']:.1f}" for row in found),
+            *(
+                ""
+                if row is None
+                else f"**{row['distance']:.1f}**"
+                if row is best
+                else f"{row['distance']:.1f}"
+                for row in found
+            ),
             f"{best['class accuracy']:.3f}",
             f"{best['reconstructions']:.1f}",
             _drift(best),

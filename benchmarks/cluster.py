@@ -46,7 +46,9 @@ USABLE = 0.9
 PEAKS = {"A100": 312e12, "H100": 989e12}
 NODES = {"A100": (1, 2, 4, 8), "H100": (1, 2, 4, 8)}
 GPUS_A_NODE = 8
-TINY = ModelConfig(NetworkConfig(MaskedConfig(32, 1, 2, 32, 1, 2, 1), HeadConfig("shortcut", 32, 1)), 2, 4, (2, 2))
+TINY = ModelConfig(
+    NetworkConfig(MaskedConfig(32, 1, 2, 32, 1, 2, 1), HeadConfig("shortcut", 32, 1)), 2, 4, (2, 2)
+)
 # MAR's README: MAR-L with a head of 3 blocks of 1024, 400 epochs, 16 H100, cached latents.
 MAR = NetworkConfig(PRESETS["mar-l"].backbone, HeadConfig("diffusion", 1024, 3))
 MAR_SECONDS, MAR_GPUS = 35 * 3600, 16
@@ -81,7 +83,9 @@ def at_rest(sizes: Sizes, parallel: str = "ddp", processes: int = 1) -> float:
     return 20 * sizes.all / processes + 4 * sizes.head * (1 - 1 / processes)
 
 
-def memory(sizes: Sizes, kept: Kept, images: int, parallel: str = "ddp", processes: int = 1, micro_batches: int = 1) -> float:
+def memory(
+    sizes: Sizes, kept: Kept, images: int, parallel: str = "ddp", processes: int = 1, micro_batches: int = 1
+) -> float:
     """Bytes of a process at the peak of a training step: where the forward pass of its last micro-batch ends.
 
     That is what it holds at rest and what the forward pass keeps: activations of every image, and of every weight a copy in bfloat16.
@@ -141,7 +145,11 @@ def _saved(config: ModelConfig, images: int, mask_ratio: float, gpu: bool) -> in
 
 def flops(config: ModelConfig) -> float:
     """Multiplications and additions of the matrix products of a training step, forward and backward, an image; at the mean mask."""
-    with _outline(config, mean_mask_ratio(config)) as model, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with (
+        _outline(config, mean_mask_ratio(config)) as model,
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         _loss(model, 8).backward()
     return counter.get_total_flops() / 8
 
@@ -159,8 +167,13 @@ def _outline(config: ModelConfig, mask_ratio: float) -> Iterator[FAR]:
 
 def _loss(model: FAR, images: int) -> Tensor:
     config = model.config
-    latents, labels = torch.randn(images, config.latent_channels, *config.grid), torch.zeros(images, dtype=torch.long)
-    loss = model.loss(latents, labels, torch.Generator(), label_drop=0.1, teacher=model, step=config.network.head.flow_steps)
+    latents, labels = (
+        torch.randn(images, config.latent_channels, *config.grid),
+        torch.zeros(images, dtype=torch.long),
+    )
+    loss = model.loss(
+        latents, labels, torch.Generator(), label_drop=0.1, teacher=model, step=config.network.head.flow_steps
+    )
     return loss.value.mean()
 
 
@@ -170,7 +183,9 @@ def _kernels_of_a_gpu() -> Iterator[None]:
     attention, layer_norm = F.scaled_dot_product_attention, F.layer_norm
     with contextlib.ExitStack() as stack:
         for name, function in {
-            "scaled_dot_product_attention": lambda *args, dropout_p=0.0, **options: attention(*args, **options),
+            "scaled_dot_product_attention": lambda *args, dropout_p=0.0, **options: attention(
+                *args, **options
+            ),
             "dropout": lambda x, p, training, inplace: torch.native_dropout(x, p, training)[0],
             "layer_norm": lambda x, *args, **options: layer_norm(x.float(), *args, **options),
         }.items():
@@ -183,7 +198,10 @@ def mean_mask_ratio(config: ModelConfig) -> float:
     backbone, generator = config.network.backbone, torch.Generator().manual_seed(0)
     if not isinstance(backbone, MaskedConfig):
         return 1.0
-    return statistics.mean(sample_mask_ratio(generator, backbone.mask_ratio_min, backbone.mask_ratio_deviation) for _ in range(2000))
+    return statistics.mean(
+        sample_mask_ratio(generator, backbone.mask_ratio_min, backbone.mask_ratio_deviation)
+        for _ in range(2000)
+    )
 
 
 def largest_kept(config: ModelConfig, gpu: bool = True) -> Kept:
@@ -209,19 +227,40 @@ def computed_tables() -> dict[str, str]:
         sizes, kept, work = sizes_of(config), largest_kept(config), flops(config)
         ways = [("ddp", 8, 2), ("fsdp", 8, 1), ("fsdp", 64, 1)]
         fixed = [f"{memory(sizes, kept, 0, *way) / GB:.1f}" for way in ways]
-        of_sizes.append([f"`{name}`", f"{sizes.all:,}", *fixed, f"{kept.image / GB:.3f}", f"{work / 1e9:.0f}"])
-        of_images.append([f"`{name}`", *(str(fits(sizes, kept, gpu, *way)) for way in ways[:2] for gpu in GPUS)])
+        of_sizes.append(
+            [f"`{name}`", f"{sizes.all:,}", *fixed, f"{kept.image / GB:.3f}", f"{work / 1e9:.0f}"]
+        )
+        of_images.append(
+            [f"`{name}`", *(str(fits(sizes, kept, gpu, *way)) for way in ways[:2] for gpu in GPUS)]
+        )
         all_work = work * EPOCHS * IMAGES
-        seconds = [all_work / (GPUS_A_NODE * nodes * PEAKS[gpu] * utilisation) for gpu in NODES for nodes in NODES[gpu]]
+        seconds = [
+            all_work / (GPUS_A_NODE * nodes * PEAKS[gpu] * utilisation)
+            for gpu in NODES
+            for nodes in NODES[gpu]
+        ]
         of_hours.append([f"`{name}`", f"{all_work / 1e18:.0f}", *(f"{one / 3600:.0f}" for one in seconds)])
         print(name, flush=True)
     return {
         "networks": networks_table(),
         "sizes": table(
-            ["preset", "parameters", "GB, DDP", "FSDP2, 8 processes", "FSDP2, 64", "GB more an image", "GFLOP an image"], of_sizes
+            [
+                "preset",
+                "parameters",
+                "GB, DDP",
+                "FSDP2, 8 processes",
+                "FSDP2, 64",
+                "GB more an image",
+                "GFLOP an image",
+            ],
+            of_sizes,
         ),
-        "images": table(["preset", *(f"{way}, {gpu} GB" for way in ("DDP", "FSDP2") for gpu in GPUS)], of_images),
-        "hours": table(["preset", "EFLOP", *(f"{nodes} × 8 {gpu}" for gpu in NODES for nodes in NODES[gpu])], of_hours),
+        "images": table(
+            ["preset", *(f"{way}, {gpu} GB" for way in ("DDP", "FSDP2") for gpu in GPUS)], of_images
+        ),
+        "hours": table(
+            ["preset", "EFLOP", *(f"{nodes} × 8 {gpu}" for gpu in NODES for nodes in NODES[gpu])], of_hours
+        ),
         "utilisation": calibration(utilisation),
         "mar-memory": mar_memory(),
     }
@@ -233,11 +272,25 @@ def networks_table() -> str:
     for name, network in PRESETS.items():
         backbone, head = network.backbone, network.head
         if isinstance(backbone, MaskedConfig):
-            sizes = {"width": backbone.encoder_width, "depth": backbone.encoder_depth, "heads": backbone.encoder_heads}
-            values = ", ".join(f"{part}_{key}: {size}" for part in ("encoder", "decoder") for key, size in sizes.items())
+            sizes = {
+                "width": backbone.encoder_width,
+                "depth": backbone.encoder_depth,
+                "heads": backbone.encoder_heads,
+            }
+            values = ", ".join(
+                f"{part}_{key}: {size}" for part in ("encoder", "decoder") for key, size in sizes.items()
+            )
         else:
-            values = f"kind: causal, width: {backbone.width}, depth: {backbone.depth}, heads: {backbone.heads}"
-        rows.append([f"`{name}`", f"`{{{values}}}`", f"`{{kind: {head.kind}, width: {head.width}, depth: {head.depth}}}`"])
+            values = (
+                f"kind: causal, width: {backbone.width}, depth: {backbone.depth}, heads: {backbone.heads}"
+            )
+        rows.append(
+            [
+                f"`{name}`",
+                f"`{{{values}}}`",
+                f"`{{kind: {head.kind}, width: {head.width}, depth: {head.depth}}}`",
+            ]
+        )
     return table(["preset", "`generator.network.backbone`", "`generator.network.head`"], rows)
 
 
@@ -274,7 +327,10 @@ WAYS = {"1 process": ("ddp", 1), "2 processes, DDP": ("ddp", 2), "2 processes, F
 def models() -> dict[str, tuple[ModelConfig, tuple[int, ...]]]:
     """What is measured, and the images of a micro-batch."""
     avatars = load_recipe("avatars-64").generator.network
-    return {"avatars-64": (ModelConfig(avatars, 16, 8, (8, 8)), (64, 128)), "far-b": (ModelConfig(PRESETS["far-b"]), (1, 4))}
+    return {
+        "avatars-64": (ModelConfig(avatars, 16, 8, (8, 8)), (64, 128)),
+        "far-b": (ModelConfig(PRESETS["far-b"]), (1, 4)),
+    }
 
 
 def measured_tables() -> dict[str, str]:
@@ -290,7 +346,14 @@ def measured_tables() -> dict[str, str]:
                 options = {"MALLOC_MMAP_THRESHOLD_": "65536"}
                 found = train(name, images, parallel, processes, micro_batches, steps=2, **options)["bytes"]
                 computed = memory(sizes, kept, images, parallel, processes, micro_batches)
-                row = [name, way, str(images), f"{computed / GB:.2f}", f"{found / GB:.2f}", f"{found / computed:.2f}"]
+                row = [
+                    name,
+                    way,
+                    str(images),
+                    f"{computed / GB:.2f}",
+                    f"{found / GB:.2f}",
+                    f"{found / computed:.2f}",
+                ]
                 of_memory.append(row)
                 print(*row, flush=True)
     return {
@@ -305,24 +368,50 @@ def measured_speed() -> str:
     for name, (config, batches) in models().items():
         seconds = statistics.median(train(name, batches[-1], "ddp", 1, 1, steps=12)["seconds"][2:])
         rate, work = batches[-1] / seconds, flops(config)
-        rows.append([name, str(batches[-1]), f"{rate:.3g}", f"{work / 1e9:.2f}", f"{rate * work / 1e9:.0f}", f"{rate * work / peak:.0%}"])
-    heading = ["model", "batch", "images/s", "GFLOP an image", "GFLOP/s", f"of the product's {peak / 1e9:.0f}"]
+        rows.append(
+            [
+                name,
+                str(batches[-1]),
+                f"{rate:.3g}",
+                f"{work / 1e9:.2f}",
+                f"{rate * work / 1e9:.0f}",
+                f"{rate * work / peak:.0%}",
+            ]
+        )
+    heading = [
+        "model",
+        "batch",
+        "images/s",
+        "GFLOP an image",
+        "GFLOP/s",
+        f"of the product's {peak / 1e9:.0f}",
+    ]
     return table(heading, rows) + f"\n{machine()}; median of 10 steps.\n"
 
 
-def train(name: str, images: int, parallel: str, processes: int, micro_batches: int, steps: int, **variables: str) -> dict:
+def train(
+    name: str, images: int, parallel: str, processes: int, micro_batches: int, steps: int, **variables: str
+) -> dict:
     """What ``cluster_process.py`` finds, in a fresh process or two, with these environment variables."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        if processes > 1
+        else []
+    )
     script = Path(__file__).with_name("cluster_process.py")
     arguments = [name, images, parallel, micro_batches, steps]
     command = [sys.executable, *launcher, str(script), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment).stdout
+    printed = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ).stdout
     return json.loads(printed.splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--measure", action="store_true", help="run training steps too")
     arguments = parser.parse_args()
     tables = {**computed_tables(), **(measured_tables() if arguments.measure else {})}

@@ -37,7 +37,9 @@ CLICK = """button => new Promise(done => {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--weights", nargs="+", default=["avatars-64", "avatars-64-mar"])
     parser.add_argument("--clicks", type=int, default=10)
     parser.add_argument("--picture", default="docs/images/demo.png")
@@ -47,11 +49,16 @@ def main() -> None:
         port = probe.getsockname()[1]
     started = time.perf_counter()
     command = [sys.executable, "-m", "far", "demo", "--weights", *arguments.weights, "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as server, sync_playwright() as playwright:
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as server,
+        sync_playwright() as playwright,
+    ):
         assert server.stdout is not None
         if not server.stdout.readline():
             raise SystemExit("the demo did not start")
-        print(f"{arguments.weights[0]}, one image, {machine()}\nready {time.perf_counter() - started:.1f} s after the start\n")
+        print(
+            f"{arguments.weights[0]}, one image, {machine()}\nready {time.perf_counter() - started:.1f} s after the start\n"
+        )
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
         try:
@@ -73,7 +80,10 @@ def measure(page: Page, clicks: int) -> None:
         times.append(page.get_by_role("button", name="Generate").evaluate(CLICK))
     print("| click | first tokens shown, ms | picture finished, ms |\n|---|---|---|")
     print("| the first | {:.0f} | {:.0f} |".format(*times[0]))
-    middle = [f"{statistics.median(column):.0f} ({min(column):.0f} to {max(column):.0f})" for column in zip(*times[1:])]
+    middle = [
+        f"{statistics.median(column):.0f} ({min(column):.0f} to {max(column):.0f})"
+        for column in zip(*times[1:])
+    ]
     print(f"| the next {clicks} | {middle[0]} | {middle[1]} |\n")
 
 

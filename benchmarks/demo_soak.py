@@ -58,7 +58,9 @@ class Demo:
         leaves = draw.random() < 0.1
         body = {"data": entries, "fn_index": self.functions[name], "session_hash": session}
         httpx.post(f"{self.address}/gradio_api/queue/join", json=body, timeout=PATIENCE).raise_for_status()
-        with httpx.stream("GET", f"{self.address}/gradio_api/queue/data", params={"session_hash": session}, timeout=PATIENCE) as response:
+        with httpx.stream(
+            "GET", f"{self.address}/gradio_api/queue/data", params={"session_hash": session}, timeout=PATIENCE
+        ) as response:
             for line in response.iter_lines():
                 message = json.loads(line[5:]) if line.startswith("data:") else {"msg": ""}
                 if message["msg"] == "process_generating" and leaves:
@@ -76,8 +78,15 @@ def memory(process: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", nargs="+", default=["avatars-64", "avatars-64-causal"], help="bundled names (default: two of them)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        default=["avatars-64", "avatars-64-causal"],
+        help="bundled names (default: two of them)",
+    )
     parser.add_argument("--visitors", type=int, default=8, help="who click at the same time (default 8)")
     parser.add_argument("--minutes", type=int, default=10, help="3 or more (default 10)")
     arguments = parser.parse_args()

@@ -47,9 +47,17 @@ def kinds(real: Callable[[range], Tensor], size: tuple[int, int]) -> dict[str, C
 
     return {
         "real images": real,
-        **{f"blur, σ {sigma:g} pixels": lambda rows, sigma=sigma: blur(real(rows), sigma) for sigma in (0.5, 1.0, 2.0)},
-        **{f"noise, σ {sigma:g} of 255": lambda rows, sigma=sigma: noisy(rows, sigma) for sigma in (5.0, 20.0, 60.0)},
-        "flat colors": lambda rows: torch.rand(len(rows), 3, 1, 1, generator=seeded(rows)).expand(-1, -1, *size),
+        **{
+            f"blur, σ {sigma:g} pixels": lambda rows, sigma=sigma: blur(real(rows), sigma)
+            for sigma in (0.5, 1.0, 2.0)
+        },
+        **{
+            f"noise, σ {sigma:g} of 255": lambda rows, sigma=sigma: noisy(rows, sigma)
+            for sigma in (5.0, 20.0, 60.0)
+        },
+        "flat colors": lambda rows: torch.rand(len(rows), 3, 1, 1, generator=seeded(rows)).expand(
+            -1, -1, *size
+        ),
         "blurred noise": lambda rows: blur(torch.rand(len(rows), 3, *size, generator=seeded(rows)), 4.0),
     }
 
@@ -58,19 +66,27 @@ class Reference:
     """Held-out features ``[m, d]``, and the figures of others against them."""
 
     def __init__(self, features: Tensor) -> None:
-        self.features, self.statistics, self.neighborhoods = features, FeatureStatistics.of(features), Neighborhoods(features)
+        self.features, self.statistics, self.neighborhoods = (
+            features,
+            FeatureStatistics.of(features),
+            Neighborhoods(features),
+        )
 
     def row(self, name: str, features: Tensor) -> str:
         """One line of a table: all figures of ``features [n, d]``."""
         distance = frechet_distance(FeatureStatistics.of(features), self.statistics)
         kernel = kernel_distance(features, self.features, torch.Generator().manual_seed(0), subsets=10).value
         found = self.neighborhoods.overlap(features)
-        overlap = " | ".join(f"{value:.2f}" for value in (found.precision, found.recall, found.density, found.coverage))
+        overlap = " | ".join(
+            f"{value:.2f}" for value in (found.precision, found.recall, found.density, found.coverage)
+        )
         return f"| {name} | {len(features)} | {distance:.1f} | {1000 * kernel:.2f} | {overlap} |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=Path("data/avatars-64"))
     parser.add_argument("--counts", type=int, nargs="+", default=[60, 200, 1000, 4000])
     arguments = parser.parse_args()
@@ -84,10 +100,15 @@ def main() -> None:
         return read_parts(folder, most)
 
     reference = features("held-out", held_out.digest, held_out.tensor)
-    found = {name: features(name, train.digest, images) for name, images in kinds(train.tensor, train.size).items()}
+    found = {
+        name: features(name, train.digest, images) for name, images in kinds(train.tensor, train.size).items()
+    }
     labels = ShardReader(arguments.data / "train", "images").all("labels")[:most]
     classes = int(labels.max()) + 1
-    fewer = {f"{kept} of {classes} classes": found["real images"][labels < kept] for kept in (classes * 3 // 4, classes // 2, 1)}
+    fewer = {
+        f"{kept} of {classes} classes": found["real images"][labels < kept]
+        for kept in (classes * 3 // 4, classes // 2, 1)
+    }
     title = f"| images | number | {distance_name(network)} | KID × 1000 | precision | recall | density | coverage |\n{'|---' * 8}|"
     print(f"{arguments.data}: training images against {most} held-out ones; float32, {machine()}\n\n{title}")
     whole = Reference(reference)

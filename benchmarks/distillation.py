@@ -23,11 +23,18 @@ from far.pipeline import Pipeline
 from far.weights import save_autoencoder
 
 RESULTS = Path("docs/results/distillation.json")
-OPTIONS = ["trajectories.images=12800", "trajectories.token_limit=5.0", "training.steps=3000", "training.batch_size=128"]
+OPTIONS = [
+    "trajectories.images=12800",
+    "trajectories.token_limit=5.0",
+    "training.steps=3000",
+    "training.batch_size=128",
+]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sets", nargs="*", default=["avatars-64", "fashion-mnist"])
     for name in parser.parse_args().sets:
         distill(name)
@@ -35,7 +42,11 @@ def main() -> None:
 
 def distill(name: str) -> None:
     """Publish, convert, distil, unless it was done; resumes a distillation that was interrupted, whose seconds are then unknown."""
-    folder, result, start = Path("runs/distillation") / name, WEIGHTS / name / "distilled", time.perf_counter()
+    folder, result, start = (
+        Path("runs/distillation") / name,
+        WEIGHTS / name / "distilled",
+        time.perf_counter(),
+    )
     if result.exists():
         return
     interrupted = (folder / "distilled").exists()
@@ -56,7 +67,14 @@ def distill(name: str) -> None:
     found.save_pretrained(result, torch.float16)
     report = read_json(RESULTS) if RESULTS.exists() else {}
     seconds = None if interrupted else {"convert": converted - start, "distill": distilled - converted}
-    row = {"options": OPTIONS, "seconds": seconds, "weights": str(result), "sha256": checksums(result), **made(), **found.results}
+    row = {
+        "options": OPTIONS,
+        "seconds": seconds,
+        "weights": str(result),
+        "sha256": checksums(result),
+        **made(),
+        **found.results,
+    }
     write_json(RESULTS, {**report, name: row})
     print(f"{name}: {seconds} seconds, {found.results}")
 

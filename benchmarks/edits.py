@@ -36,7 +36,9 @@ ROWS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--picture", type=Path, default=Path("docs/images/edits.png"))
     arguments = parser.parse_args()
     pipeline = far.load("avatars-64", dtype="auto")
@@ -58,9 +60,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image.png"
         to_pictures(image.unsqueeze(0))[0].save(path)
-        command = [sys.executable, "-m", "far", "edit", path, "--label", "moods", "--redraw", "16", "16", "48", "48"]
+        command = [
+            sys.executable,
+            "-m",
+            "far",
+            "edit",
+            path,
+            "--label",
+            "moods",
+            "--redraw",
+            "16",
+            "16",
+            "48",
+            "48",
+        ]
         start = time.perf_counter()
-        subprocess.run([*map(str, command), "--out", str(path.with_name("edited.png"))], check=True, capture_output=True)
+        subprocess.run(
+            [*map(str, command), "--out", str(path.with_name("edited.png"))], check=True, capture_output=True
+        )
         print(f"far edit, the whole command: {time.perf_counter() - start:.2f} s")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
 

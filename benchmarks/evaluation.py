@@ -30,7 +30,9 @@ def large() -> None:
     fake, real = (torch.randn(count, 2048, generator=generator) for count in (50_000, 10_000))
     start = time.perf_counter()
     Neighborhoods(real).overlap(fake)
-    print(f"precision, recall, density and coverage, 50,000 against 10,000 images of 2,048 features, {machine()}")
+    print(
+        f"precision, recall, density and coverage, 50,000 against 10,000 images of 2,048 features, {machine()}"
+    )
     print(f"{time.perf_counter() - start:.0f} s, peak memory: {peak_memory(resource.RUSAGE_SELF):.2f} GB")
 
 
@@ -41,11 +43,17 @@ def whole(data: Path, count: int) -> None:
         far = [sys.executable, "-m", "far", "evaluate"]
         train = ["--images", str(data / "train"), "--count", str(count), "--save-statistics", statistics]
         subprocess.run([*far, *train, *paths], check=True, stderr=subprocess.DEVNULL)
-        subprocess.run([*far, "--images", str(data), "--reference", statistics, *paths], check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [*far, "--images", str(data), "--reference", statistics, *paths],
+            check=True,
+            stderr=subprocess.DEVNULL,
+        )
         result = json.loads(Path(name, "out", "result.json").read_text())
     judged = result["judged"]["count"]
     print(f"{data}: {judged} images against {result['reference']['count']}, float32, {machine()}")
-    print(f"reading and features: {judged / result['extraction seconds']:.0f} images/s; with all figures {result['seconds']:.0f} s in all")
+    print(
+        f"reading and features: {judged / result['extraction seconds']:.0f} images/s; with all figures {result['seconds']:.0f} s in all"
+    )
     print(f"peak memory: {peak_memory(resource.RUSAGE_CHILDREN):.2f} GB")
 
 
@@ -53,7 +61,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("data/avatars-64"))
     parser.add_argument("--count", type=int, default=10_000)
-    parser.add_argument("--large", action="store_true", help="precision, recall, density and coverage of many images")
+    parser.add_argument(
+        "--large", action="store_true", help="precision, recall, density and coverage of many images"
+    )
     arguments = parser.parse_args()
     large() if arguments.large else whole(arguments.data, arguments.count)
 

@@ -36,8 +36,12 @@ def main() -> None:
     assert isinstance(pipeline, Pipeline)
     baseline = with_diffusion_head(pipeline)
     defaults = pipeline.defaults
-    print(f"{arguments.weights}, float32, seed 0, {defaults.ar_steps} AR steps, guidance {defaults.guidance}, {machine()}\n")
-    print("| batch | head | head steps | seconds per batch | ms per image | times faster |\n|---|---|---|---|---|---|")
+    print(
+        f"{arguments.weights}, float32, seed 0, {defaults.ar_steps} AR steps, guidance {defaults.guidance}, {machine()}\n"
+    )
+    print(
+        "| batch | head | head steps | seconds per batch | ms per image | times faster |\n|---|---|---|---|---|---|"
+    )
     for batch in (1, 64):
         labels = [index % len(pipeline.classes) for index in range(batch)]
         calls = {("diffusion", 100): lambda: baseline.generate(labels, head_steps=100, output="tensor")}

@@ -55,7 +55,9 @@ def deadline(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def run_part(calls: dict[str, Callable[[], dict[str, Any]]], until: float, write: Callable[[dict[str, Any]], None]) -> None:
+def run_part(
+    calls: dict[str, Callable[[], dict[str, Any]]], until: float, write: Callable[[dict[str, Any]], None]
+) -> None:
     """Make the entries of a part one after the other until a time of ``time.monotonic``; ``write`` what there is after each."""
     start, entries, left_out = time.monotonic(), {}, []
     for name, call in calls.items():
@@ -86,7 +88,9 @@ def checks(value: Any, name: str = "") -> Iterator[tuple[str, bool]]:
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures depend on."""
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     return {
@@ -98,7 +102,9 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="auto", help="cuda, cuda:1 … or cpu (default: a GPU if there is one)")
+    parser.add_argument(
+        "--device", default="auto", help="cuda, cuda:1 … or cpu (default: a GPU if there is one)"
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="the report (default gpu.json)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="run these parts only")
     arguments = parser.parse_args()
@@ -119,11 +125,16 @@ def main() -> int:
         def write(part: dict[str, Any], name: str = name) -> None:
             report["parts"][name] = part
             outcomes = dict(checks(report["parts"]))
-            report["checks"] = {"held": sum(outcomes.values()), "failed": [key for key, held in outcomes.items() if not held]}
+            report["checks"] = {
+                "held": sum(outcomes.values()),
+                "failed": [key for key, held in outcomes.items() if not held],
+            }
             arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
         run_part(calls, until, write)
-    print(f"{report['checks']['held']} checks held, {len(report['checks']['failed'])} failed; see {arguments.out}")
+    print(
+        f"{report['checks']['held']} checks held, {len(report['checks']['failed'])} failed; see {arguments.out}"
+    )
     return 1 if report["checks"]["failed"] else 0
 
 

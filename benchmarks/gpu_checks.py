@@ -37,7 +37,11 @@ BACKBONES = {
     "masked": MaskedConfig(32, 2, 2, 48, 2, 2, buffer=2, dropout=0.0),
     "causal": CausalConfig(width=32, depth=2, heads=2, dropout=0.0),
 }
-HEAD_CASES = [*({"kind": kind} for kind in sorted(HEADS)), {"kind": "flow_map", "max_guidance": 4.0}, {"kind": "flow", "solver": "heun"}]
+HEAD_CASES = [
+    *({"kind": kind} for kind in sorted(HEADS)),
+    {"kind": "flow_map", "max_guidance": 4.0},
+    {"kind": "flow", "solver": "heun"},
+]
 
 
 def check(found: float, limit: float) -> dict[str, Any]:
@@ -46,7 +50,10 @@ def check(found: float, limit: float) -> dict[str, Any]:
 
 def worst(ours: Tensor, reference: Tensor) -> float:
     """The largest difference as a fraction of the reference's largest number."""
-    return float((ours.detach().float().cpu() - reference.detach().float()).abs().max() / reference.detach().abs().max().clamp(min=1e-12))
+    return float(
+        (ours.detach().float().cpu() - reference.detach().float()).abs().max()
+        / reference.detach().abs().max().clamp(min=1e-12)
+    )
 
 
 def title(head: dict[str, Any]) -> str:
@@ -56,14 +63,23 @@ def title(head: dict[str, Any]) -> str:
 def tiny(backbone: str, **head: Any) -> FAR:
     """An untrained model whose weights are none of them zero."""
     with seeded(0):
-        model = FAR(ModelConfig(NetworkConfig(BACKBONES[backbone], HeadConfig(width=32, depth=2, **head)), CLASSES, CHANNELS, GRID))
+        model = FAR(
+            ModelConfig(
+                NetworkConfig(BACKBONES[backbone], HeadConfig(width=32, depth=2, **head)),
+                CLASSES,
+                CHANNELS,
+                GRID,
+            )
+        )
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
 
 
-def drawn_tokens(model: FAR, config: SamplingConfig, kept: Kept | None, given: list[Tensor] | None = None) -> list[Tensor]:
+def drawn_tokens(
+    model: FAR, config: SamplingConfig, kept: Kept | None, given: list[Tensor] | None = None
+) -> list[Tensor]:
     """The tokens of each AR step, kept ones first; with ``given``, each step continues from these instead of its own.
 
     Untrained causal models that run freely differ by rounding alone, more at each token.
@@ -90,23 +106,43 @@ def _replaced(model: FAR, constrain: Callable[[Tensor], Tensor]) -> Iterator[Non
 
 
 def head_case(
-    device: torch.device, backbone: str, head: dict[str, Any], guidance: float, kept: int, dtypes: tuple[torch.dtype, ...]
+    device: torch.device,
+    backbone: str,
+    head: dict[str, Any],
+    guidance: float,
+    kept: int,
+    dtypes: tuple[torch.dtype, ...],
 ) -> dict[str, Any]:
     """Every AR step on the device from the CPU's sequence, in each number format."""
     model = tiny(backbone, **head)
     tokens = model.config.tokens - kept
     config = SamplingConfig(
-        ar_steps=3 if model.backbone.any_order else tokens, head_steps=min(4, model.head.max_steps), guidance=guidance, temperature=0.9
+        ar_steps=3 if model.backbone.any_order else tokens,
+        head_steps=min(4, model.head.max_steps),
+        guidance=guidance,
+        temperature=0.9,
     )
-    given = Kept(torch.randn(BATCH, CHANNELS, *GRID, generator=torch.Generator().manual_seed(3)), torch.arange(kept)) if kept else None
+    given = (
+        Kept(
+            torch.randn(BATCH, CHANNELS, *GRID, generator=torch.Generator().manual_seed(3)),
+            torch.arange(kept),
+        )
+        if kept
+        else None
+    )
     reference = drawn_tokens(model, config, given)
     found = {}
     for dtype in dtypes:
         drawn = drawn_tokens(copy.deepcopy(model).to(device, dtype), config, given, reference)
         if dtype == torch.float32:
-            found["float32"] = check(max(worst(ours, theirs) for ours, theirs in zip(drawn, reference)), FLOAT32)
+            found["float32"] = check(
+                max(worst(ours, theirs) for ours, theirs in zip(drawn, reference)), FLOAT32
+            )
         else:
-            mean = max(float((ours - theirs).abs().mean() / theirs.abs().max()) for ours, theirs in zip(drawn, reference))
+            mean = max(
+                float((ours - theirs).abs().mean() / theirs.abs().max())
+                for ours, theirs in zip(drawn, reference)
+            )
             found[str(dtype).removeprefix("torch.")] = check(mean, 10 * ROUNDING[dtype])
     return found
 
@@ -130,7 +166,12 @@ def plain_case(device: torch.device) -> dict[str, Any]:
     for guidance in (1.0, 3.0):
         model = tiny("masked", kind="diffusion").to(device)
         seeds, labels = range(BATCH), torch.arange(BATCH, device=device)
-        ours = sample(model, labels, SeededNoise(seeds, device), SamplingConfig(ar_steps=3, head_steps=4, guidance=guidance))
+        ours = sample(
+            model,
+            labels,
+            SeededNoise(seeds, device),
+            SamplingConfig(ar_steps=3, head_steps=4, guidance=guidance),
+        )
         noise = SeededNoise(seeds, device)
         plain = PlainMar(model, lambda rows, channels: noise.normal(rows // BATCH, channels).flatten(0, 1))
         theirs = plain.sample(labels, noise.orders(model.config.tokens).flip(1), 3, 4, guidance)
@@ -139,7 +180,11 @@ def plain_case(device: torch.device) -> dict[str, Any]:
 
 
 # The sampling of each bundled model, and one that takes no time.
-BUNDLED: dict[str, dict[str, Any]] = {"avatars-64": {}, "avatars-64-causal": {}, "avatars-64-mar": {"head_steps": 10}}
+BUNDLED: dict[str, dict[str, Any]] = {
+    "avatars-64": {},
+    "avatars-64-causal": {},
+    "avatars-64-mar": {"head_steps": 10},
+}
 SHORT: dict[str, Any] = {"ar_steps": 2, "head_steps": 1}
 
 
@@ -170,7 +215,9 @@ def bundled_case(name: str, device: torch.device, count: int, small: bool) -> di
     }
     if not small:
         low = pixels(bundled(name, "bfloat16", str(device)), count, **sampling)
-        found["bfloat16 mean of pixels"] = check(float((low - reference).abs().mean()), 0.03 if name == "avatars-64-mar" else 0.01)
+        found["bfloat16 mean of pixels"] = check(
+            float((low - reference).abs().mean()), 0.03 if name == "avatars-64-mar" else 0.01
+        )
     return found
 
 
@@ -179,7 +226,10 @@ def batch_case(device: torch.device, sizes: tuple[int, ...], small: bool) -> dic
     pipeline = bundled("avatars-64", "float32", str(device))
     sampling = SHORT if small else {}
     alone = pixels(pipeline, 1, **sampling)
-    return {f"batch {size}": check(float((pixels(pipeline, size, **sampling)[:1] - alone).abs().max()), 2e-3) for size in sizes}
+    return {
+        f"batch {size}": check(float((pixels(pipeline, size, **sampling)[:1] - alone).abs().max()), 2e-3)
+        for size in sizes
+    }
 
 
 def edit_case(device: torch.device, small: bool) -> dict[str, Any]:
@@ -207,11 +257,16 @@ def approximation_case(device: torch.device, count: int, sampling: dict[str, Any
 
 def bundled_models(device: torch.device, small: bool) -> Calls:
     count = 1 if small else 16
-    calls: Calls = {name: functools.partial(bundled_case, name, device, count, small) for name in ([*BUNDLED][:1] if small else BUNDLED)}
+    calls: Calls = {
+        name: functools.partial(bundled_case, name, device, count, small)
+        for name in ([*BUNDLED][:1] if small else BUNDLED)
+    }
     calls["one seed, one image"] = functools.partial(batch_case, device, (2,) if small else (4, 16), small)
     calls["edit"] = functools.partial(edit_case, device, small)
     for name, sampling in {"--fast": FAST, "Halton order": {"order": "halton"}}.items():
-        calls[name] = functools.partial(approximation_case, device, count, {**sampling, **(SHORT if small else {})})
+        calls[name] = functools.partial(
+            approximation_case, device, count, {**sampling, **(SHORT if small else {})}
+        )
     return calls
 
 
@@ -231,7 +286,9 @@ class RandomLatents:
         labels = torch.randint(0, config.classes, (self.batch_size,), generator=generator)
         return latents.to(self.device), labels.to(self.device)
 
-    def loss(self, step: int, batch: tuple[Tensor, Tensor], ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, step: int, batch: tuple[Tensor, Tensor], ema: nn.Module, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         assert isinstance(ema, FAR)
         found = self.module.loss(*batch, generator, label_drop=0.1, teacher=ema, step=step)
         return found.value.mean() * (torch.nan if self.poison else 1.0), {}
@@ -243,12 +300,22 @@ class RandomLatents:
         pass
 
 
-def trainer(folder: Path, device: torch.device, dtype: str = "float32", kind: str = "shortcut", backbone: str = "masked") -> Trainer:
-    loop = LoopConfig(steps=100, batch_size=4, dtype=dtype, device=str(device), warmup_steps=1, learning_rate=1e-3)
+def trainer(
+    folder: Path,
+    device: torch.device,
+    dtype: str = "float32",
+    kind: str = "shortcut",
+    backbone: str = "masked",
+) -> Trainer:
+    loop = LoopConfig(
+        steps=100, batch_size=4, dtype=dtype, device=str(device), warmup_steps=1, learning_rate=1e-3
+    )
     return Trainer(RandomLatents(tiny(backbone, kind=kind), device), loop, folder)
 
 
-def gradient_case(device: torch.device, backbone: str, head: dict[str, Any], all_masked: bool) -> dict[str, Any]:
+def gradient_case(
+    device: torch.device, backbone: str, head: dict[str, Any], all_masked: bool
+) -> dict[str, Any]:
     """Loss and gradients of one batch, drawn alike."""
     found = []
     for place in (CPU, device):
@@ -260,9 +327,14 @@ def gradient_case(device: torch.device, backbone: str, head: dict[str, Any], all
         labels, generator = torch.arange(4, device=place), torch.Generator().manual_seed(2)
         loss = model.loss(latents, labels, generator, label_drop=0.1, teacher=teacher, step=1).value.mean()
         loss.backward()
-        gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+        gradients = [
+            parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None
+        ]
         found.append((loss, torch.cat(gradients)))
-    return {"loss": check(worst(found[1][0], found[0][0]), FLOAT32), "gradients": check(worst(found[1][1], found[0][1]), 1e-3)}
+    return {
+        "loss": check(worst(found[1][0], found[0][0]), FLOAT32),
+        "gradients": check(worst(found[1][1], found[0][1]), 1e-3),
+    }
 
 
 def steps_case(device: torch.device, steps: int) -> dict[str, Any]:
@@ -289,7 +361,11 @@ def checkpoint_case(device: torch.device) -> dict[str, Any]:
             saved.save()
             loaded.restore(resume=True)
             ours, theirs = loaded._tensors(), saved._tensors()
-            differing = [name for name in theirs if name not in ours or not torch.equal(ours[name].cpu(), theirs[name].cpu())]
+            differing = [
+                name
+                for name in theirs
+                if name not in ours or not torch.equal(ours[name].cpu(), theirs[name].cpu())
+            ]
             found[f"{source.type} to {target.type}, differing tensors"] = check(len(differing), 0)
     return found
 
@@ -299,15 +375,22 @@ def nan_case(device: torch.device) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run = trainer(Path(folder), device, "float16")
         run.train_step(Meter())
-        before, scale = {name: tensor.clone() for name, tensor in run.module.state_dict().items()}, run.scaler.get_scale()
+        before, scale = (
+            {name: tensor.clone() for name, tensor in run.module.state_dict().items()},
+            run.scaler.get_scale(),
+        )
         run.task.poison = True  # type: ignore[attr-defined]
         run.train_step(Meter())
-        changed = [name for name, tensor in run.module.state_dict().items() if not torch.equal(tensor, before[name])]
+        changed = [
+            name for name, tensor in run.module.state_dict().items() if not torch.equal(tensor, before[name])
+        ]
         halved = run.scaler.get_scale() / scale
         run.task.poison = False  # type: ignore[attr-defined]
         for _ in range(20):  # the first scale may still be too large
             run.train_step(Meter())
-        moved = [name for name, tensor in run.module.state_dict().items() if not torch.equal(tensor, before[name])]
+        moved = [
+            name for name, tensor in run.module.state_dict().items() if not torch.equal(tensor, before[name])
+        ]
     return {
         "changed tensors": check(len(changed), 0), "factor of the scale": check(halved, 0.5),
         "tensors that stay as they were later": check(len(before) - len(moved), len(before) / 2),
@@ -318,7 +401,9 @@ def training(device: torch.device, small: bool) -> Calls:
     calls: Calls = {}
     for backbone, head in itertools.product(BACKBONES, HEAD_CASES[:5] if small else HEAD_CASES):
         calls[f"{backbone} {title(head)}"] = functools.partial(gradient_case, device, backbone, head, False)
-    calls["everything masked"] = functools.partial(gradient_case, device, "masked", {"kind": "shortcut"}, True)
+    calls["everything masked"] = functools.partial(
+        gradient_case, device, "masked", {"kind": "shortcut"}, True
+    )
     calls["steps"] = functools.partial(steps_case, device, 5 if small else 20)
     calls["checkpoints"] = functools.partial(checkpoint_case, device)
     calls["a NaN"] = functools.partial(nan_case, device)
@@ -328,7 +413,11 @@ def training(device: torch.device, small: bool) -> Calls:
 @functools.lru_cache(maxsize=1)
 def kl16(small: bool) -> tuple[Autoencoder, int]:
     """An untrained autoencoder of the published size, and the side of its images; or a tiny one."""
-    config = AutoencoderConfig(width=16, width_multipliers=(1, 1, 2), blocks=1, norm_groups=4) if small else AutoencoderConfig()
+    config = (
+        AutoencoderConfig(width=16, width_multipliers=(1, 1, 2), blocks=1, norm_groups=4)
+        if small
+        else AutoencoderConfig()
+    )
     with seeded(0):
         return Autoencoder(config).eval(), 32 if small else 256
 
@@ -351,7 +440,9 @@ def parts_case(device: torch.device, small: bool) -> dict[str, Any]:
     """Decoding of a large batch in parts: its images are those of small batches; its memory is bounded."""
     autoencoder, side = kl16(small)
     count, found = 8 if small else 256, {}
-    latents = torch.randn(count, autoencoder.config.latent_channels, *[side // autoencoder.config.stride] * 2).to(device)
+    latents = torch.randn(
+        count, autoencoder.config.latent_channels, *[side // autoencoder.config.stride] * 2
+    ).to(device)
     for dtype in (torch.float32,) if small else (torch.float32, torch.bfloat16):
         there = copy.deepcopy(autoencoder).to(device, dtype).to(memory_format=torch.channels_last)
         there.decode(latents[:1].to(dtype))

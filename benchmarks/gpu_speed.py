@@ -57,7 +57,12 @@ def entry(small: bool, figures: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What was measured, rounded; without a GPU only that it ran."""
     measured = figures()
     return (
-        {"ran": True} if small else {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in measured.items()}
+        {"ran": True}
+        if small
+        else {
+            name: float(f"{value:.4g}") if isinstance(value, float) else value
+            for name, value in measured.items()
+        }
     )
 
 
@@ -78,7 +83,9 @@ def machine(device: torch.device, small: bool) -> Calls:
     def copying() -> dict[str, Any]:
         source = torch.empty(2**16 if small else 2**30, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
-        return {"GB/s read and written": 2 * source.nbytes / seconds(device, lambda: target.copy_(source)) / 1e9}
+        return {
+            "GB/s read and written": 2 * source.nbytes / seconds(device, lambda: target.copy_(source)) / 1e9
+        }
 
     def product() -> dict[str, Any]:
         side = 64 if small else 8192
@@ -120,17 +127,23 @@ def network_of(name: str, small: bool) -> NetworkConfig:
     """The preset, or a tiny network of its kind; ``far-b flow_map`` is far-b with a head that learned guidance."""
     full = preset(name.removesuffix(" flow_map"))
     if name.endswith("flow_map"):
-        full = dataclasses.replace(full, head=dataclasses.replace(full.head, kind="flow_map", max_guidance=4.0))
+        full = dataclasses.replace(
+            full, head=dataclasses.replace(full.head, kind="flow_map", max_guidance=4.0)
+        )
     if not small:
         return full
     tiny = (
-        CausalConfig(width=16, depth=1, heads=2) if isinstance(full.backbone, CausalConfig) else MaskedConfig(16, 1, 2, 16, 1, 2, buffer=2)
+        CausalConfig(width=16, depth=1, heads=2)
+        if isinstance(full.backbone, CausalConfig)
+        else MaskedConfig(16, 1, 2, 16, 1, 2, buffer=2)
     )
     return NetworkConfig(tiny, dataclasses.replace(full.head, width=16, depth=1))
 
 
 def model_config(name: str, small: bool) -> ModelConfig:
-    return ModelConfig(network_of(name, small), 5, 4, (4, 4)) if small else ModelConfig(network_of(name, small))
+    return (
+        ModelConfig(network_of(name, small), 5, 4, (4, 4)) if small else ModelConfig(network_of(name, small))
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -146,10 +159,14 @@ def pipeline_of(name: str, device: torch.device, small: bool) -> Pipeline:
         model, autoencoder = FAR(config), Autoencoder(sizes)
     dtype = torch.float32 if small else torch.bfloat16
     autoencoder = autoencoder.eval().to(dtype=dtype, memory_format=torch.channels_last)
-    return Pipeline(model.to(dtype), autoencoder, [str(label) for label in range(config.classes)], SamplingConfig())
+    return Pipeline(
+        model.to(dtype), autoencoder, [str(label) for label in range(config.classes)], SamplingConfig()
+    )
 
 
-def drawing_case(device: torch.device, small: bool, name: str, batch: int, sampling: dict[str, Any]) -> dict[str, Any]:
+def drawing_case(
+    device: torch.device, small: bool, name: str, batch: int, sampling: dict[str, Any]
+) -> dict[str, Any]:
     """Whole images, from labels to pixels."""
 
     def figures() -> dict[str, Any]:
@@ -161,14 +178,21 @@ def drawing_case(device: torch.device, small: bool, name: str, batch: int, sampl
             config = dataclasses.replace(config, ar_steps=tokens)
         labels = [number % len(pipeline.classes) for number in range(batch)]
         took = seconds(device, lambda: pipeline.draw(labels, range(batch), config, batch_size=batch))
-        return {"seconds per batch": took, "seconds per image": took / batch, "images/s": batch / took, "GiB": peak(device)}
+        return {
+            "seconds per batch": took,
+            "seconds per image": took / batch,
+            "images/s": batch / took,
+            "GiB": peak(device),
+        }
 
     return entry(small, figures)
 
 
 def drawing(name: str, head_steps: tuple[int, ...], device: torch.device, small: bool) -> Calls:
     return {
-        f"{steps} head steps, batch {batch}": functools.partial(drawing_case, device, small, name, batch, {"head_steps": steps})
+        f"{steps} head steps, batch {batch}": functools.partial(
+            drawing_case, device, small, name, batch, {"head_steps": steps}
+        )
         for batch in ((1, 2) if small else (1, 8, 64, 256))
         for steps in head_steps
     }
@@ -177,7 +201,10 @@ def drawing(name: str, head_steps: tuple[int, ...], device: torch.device, small:
 def approximations(device: torch.device, small: bool) -> Calls:
     cases: dict[str, tuple[str, dict[str, Any]]] = {
         "--fast": ("far-b", {"head_steps": 4, **FAST}),
-        "half of the AR steps, Halton order": ("far-b", {"head_steps": 4, "ar_steps": 4 if small else 32, "order": "halton"}),
+        "half of the AR steps, Halton order": (
+            "far-b",
+            {"head_steps": 4, "ar_steps": 4 if small else 32, "order": "halton"},
+        ),
         "flow map, 2 steps, one pass": ("far-b flow_map", {"head_steps": 2}),
     }
     return {
@@ -193,7 +220,9 @@ def mar_b(device: torch.device, small: bool, dtype: torch.dtype) -> FAR:
         return FAR(model_config("mar-b", small)).eval().to(dtype)
 
 
-def before_step(model: FAR, batch: int, step: int, ar_steps: int, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+def before_step(
+    model: FAR, batch: int, step: int, ar_steps: int, device: torch.device
+) -> tuple[Tensor, Tensor, int, int]:
     """Random tokens and orders ``[b, n]``, and how many are known before an AR step and become known in it."""
     generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
     counts = cosine_token_counts(model.config.tokens, ar_steps)
@@ -239,7 +268,9 @@ def our_step(device: torch.device, small: bool, batch: int, step: int, ar_steps:
     return call
 
 
-def mar_case(device: torch.device, small: bool, batch: int, make: Callable[..., Callable[[], Any]]) -> dict[str, Any]:
+def mar_case(
+    device: torch.device, small: bool, batch: int, make: Callable[..., Callable[[], Any]]
+) -> dict[str, Any]:
     """A generation of 64 × 100 without decoding, from four of its AR steps."""
 
     def figures() -> dict[str, Any]:
@@ -270,7 +301,9 @@ def mar_plain(device: torch.device, small: bool) -> Calls:
 class PlainLoss(RandomLatents):
     """MAR's plain loss, with the mean of its masking ratio, 0.86."""
 
-    def loss(self, step: int, batch: tuple[Tensor, Tensor], ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, step: int, batch: tuple[Tensor, Tensor], ema: nn.Module, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         mask = torch.ones(self.batch_size, self.module.config.tokens, device=self.device)
         mask[:, : self.module.config.tokens // 7] = 0
         return PlainMar(self.module).loss(*batch, mask), {}
@@ -305,7 +338,9 @@ def training_speed(device: torch.device, small: bool) -> Calls:
     for batch in (2,) if small else (64, 128, 16, 32):
         for name, plain in (("far-b", False), ("far-causal-b", False), ("mar-b", True)):
             title = "MAR's plain loss" if plain else name
-            calls[f"{title}, micro-batch {batch}"] = functools.partial(training_case, device, small, name, batch, plain)
+            calls[f"{title}, micro-batch {batch}"] = functools.partial(
+                training_case, device, small, name, batch, plain
+            )
     return calls
 
 

@@ -63,7 +63,9 @@ def main() -> None:
         config = pipeline.sampling_config(head_steps=steps)
 
         def drawn(rows: Tensor, config=config) -> Tensor:  # type: ignore[no-untyped-def]
-            return pipeline.draw([row % classes for row in rows.tolist()], rows.tolist(), config, batch_size=CHUNK)
+            return pipeline.draw(
+                [row % classes for row in rows.tolist()], rows.tolist(), config, batch_size=CHUNK
+            )
 
         results[f"{steps} head steps"] = statistics(f"{steps} head steps", arguments.count, drawn)
     defaults = pipeline.defaults
@@ -74,8 +76,15 @@ def main() -> None:
     print(f"| images | number | FD ({network.name}) |\n|---|---|---|")
     for name, found in results.items():
         print(f"| {name} | {found.count} | {frechet_distance(found, reference):.1f} |")
-    rows = [pipeline.draw(range(classes), range(classes), pipeline.sampling_config(head_steps=steps)) for steps in STEPS]
-    save_png(grid(torch.cat(rows), columns=classes), arguments.picture, {"rows": f"head steps {STEPS}", "weights": arguments.weights})
+    rows = [
+        pipeline.draw(range(classes), range(classes), pipeline.sampling_config(head_steps=steps))
+        for steps in STEPS
+    ]
+    save_png(
+        grid(torch.cat(rows), columns=classes),
+        arguments.picture,
+        {"rows": f"head steps {STEPS}", "weights": arguments.weights},
+    )
 
 
 if __name__ == "__main__":

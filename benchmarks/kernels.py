@@ -24,7 +24,11 @@ INPUTS, OUTPUTS = 768, 3072  # far-b's widest layers
 MASKS = {
     "all of this processor": {},
     "AVX-512 without VNNI": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "FBGEMM_ENABLE_INSTRUCTIONS": "AVX512"},
-    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"},
+    "AVX2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
+    },
 }
 
 
@@ -51,7 +55,10 @@ def report(instructions: str, rounds: int) -> None:
     exact, plain = x.double() @ linear.weight.double().T, images(None)
     low = nn.Linear(INPUTS, OUTPUTS, bias=False, dtype=torch.bfloat16)
     low.weight.copy_(linear.weight)
-    layers = {"float32": linear, **{f"int8, {kernel}": Int8Linear(linear, kernel) for kernel in kernels.INT8_KERNELS}}
+    layers = {
+        "float32": linear,
+        **{f"int8, {kernel}": Int8Linear(linear, kernel) for kernel in kernels.INT8_KERNELS},
+    }
     layers["bfloat16"] = PackedLinear(low) if can_pack() else low
     for name, layer in layers.items():
         inputs = x.to(torch.bfloat16) if name == "bfloat16" else x
@@ -69,15 +76,23 @@ def report(instructions: str, rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20, help="of which the fastest counts (default 20)")
-    parser.add_argument("--only", choices=list(MASKS), help="print these rows alone, with the variables as they are")
+    parser.add_argument(
+        "--only", choices=list(MASKS), help="print these rows alone, with the variables as they are"
+    )
     arguments = parser.parse_args()
     if arguments.only:
         report(arguments.only, arguments.rounds)
         return
-    print(f"A layer of {INPUTS} × {OUTPUTS}, n rows of normal inputs, seed 0, {machine()}; variables:", end=" ")
-    print("; ".join(f"{name}: {' '.join(map('='.join, mask.items()))}" for name, mask in MASKS.items() if mask))
+    print(
+        f"A layer of {INPUTS} × {OUTPUTS}, n rows of normal inputs, seed 0, {machine()}; variables:", end=" "
+    )
+    print(
+        "; ".join(f"{name}: {' '.join(map('='.join, mask.items()))}" for name, mask in MASKS.items() if mask)
+    )
     columns = ["instructions", "weights", "products", "relative RMS error", "difference of pixels (of 255)"]
-    print(f"\n| {' | '.join([*columns, *(f'{rows} rows, µs' for rows in ROWS)])} |\n|{'---|' * (len(columns) + len(ROWS))}")
+    print(
+        f"\n| {' | '.join([*columns, *(f'{rows} rows, µs' for rows in ROWS)])} |\n|{'---|' * (len(columns) + len(ROWS))}"
+    )
     sys.stdout.flush()
     for name, mask in MASKS.items():
         command = [sys.executable, __file__, "--only", name, "--rounds", str(arguments.rounds)]

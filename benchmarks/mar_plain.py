@@ -27,7 +27,9 @@ class PlainMar:
     ``normal(rows, channels)`` gives standard normal noise for the tokens of an AR step: first all of the first image's.
     """
 
-    def __init__(self, model: FAR, normal: Callable[[int, int], Tensor] | None = None, temperature: float = 1.0) -> None:
+    def __init__(
+        self, model: FAR, normal: Callable[[int, int], Tensor] | None = None, temperature: float = 1.0
+    ) -> None:
         assert isinstance(model.backbone, MaskedBackbone)
         assert isinstance(model.head, DiffusionHead)
         self.model, self.backbone, self.head = model, model.backbone, model.head
@@ -38,7 +40,9 @@ class PlainMar:
         self.normal = normal or (lambda rows, channels: torch.randn(rows, channels, device=self.device))
 
     @torch.no_grad()
-    def sample(self, labels: Tensor, orders: Tensor, ar_steps: int, head_steps: int, guidance: float) -> Tensor:
+    def sample(
+        self, labels: Tensor, orders: Tensor, ar_steps: int, head_steps: int, guidance: float
+    ) -> Tensor:
         """Latents ``[b, c, h, w]`` for ``labels [b]``; ``orders [b, n]`` begins with the tokens that become known last."""
         tokens = torch.zeros(len(labels), self.tokens, self.channels, device=self.device)
         mask = torch.ones(len(labels), self.tokens, device=self.device)
@@ -47,7 +51,15 @@ class PlainMar:
         return self.model.latents(tokens)
 
     def ar_step(
-        self, tokens: Tensor, mask: Tensor, labels: Tensor, orders: Tensor, step: int, ar_steps: int, head_steps: int, guidance: float
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        labels: Tensor,
+        orders: Tensor,
+        step: int,
+        ar_steps: int,
+        head_steps: int,
+        guidance: float,
     ) -> tuple[Tensor, Tensor]:
         """One AR step: tokens ``[b, n, c]`` and mask ``[b, n]`` (1 = unknown) before it → both after it."""
         batch, guided = len(labels), guidance != 1.0
@@ -55,14 +67,26 @@ class PlainMar:
         embedding = self.backbone.class_embedding(labels)
         if guided:
             none = self.backbone.class_embedding(torch.full_like(labels, self.model.null_label))
-            tokens, embedding, mask = torch.cat([tokens, tokens]), torch.cat([embedding, none]), torch.cat([mask, mask])
+            tokens, embedding, mask = (
+                torch.cat([tokens, tokens]),
+                torch.cat([embedding, none]),
+                torch.cat([mask, mask]),
+            )
         z = self.decode(self.encode(tokens, mask, embedding), mask)
-        left = torch.tensor([math.floor(self.tokens * math.cos(math.pi / 2 * (step + 1) / ar_steps))], device=self.device)
-        left = torch.maximum(torch.tensor([1], device=self.device), torch.minimum(mask.sum(dim=-1, keepdim=True) - 1, left))
+        left = torch.tensor(
+            [math.floor(self.tokens * math.cos(math.pi / 2 * (step + 1) / ar_steps))], device=self.device
+        )
+        left = torch.maximum(
+            torch.tensor([1], device=self.device), torch.minimum(mask.sum(dim=-1, keepdim=True) - 1, left)
+        )
         count = int(left[0])
         later = torch.zeros(batch, self.tokens, device=self.device)
         later.scatter_(-1, orders[:, :count], torch.ones(batch, self.tokens, device=self.device))
-        wanted = mask[:batch].bool() if step >= ar_steps - 1 else torch.logical_xor(mask[:batch].bool(), later.bool())
+        wanted = (
+            mask[:batch].bool()
+            if step >= ar_steps - 1
+            else torch.logical_xor(mask[:batch].bool(), later.bool())
+        )
         pairs = torch.cat([wanted, wanted]) if guided else wanted
         scale = 1 + (guidance - 1) * (self.tokens - count) / self.tokens
         drawn = self.draw(z[pairs.nonzero(as_tuple=True)], head_steps, scale, guided)
@@ -107,7 +131,9 @@ class PlainMar:
             x = self._ancestral(x, epsilon, fraction, t, schedule, noise())
         return x
 
-    def _predict(self, x: Tensor, z: Tensor, t: Tensor, schedule: Schedule, scale: float, guided: bool) -> tuple[Tensor, Tensor]:
+    def _predict(
+        self, x: Tensor, z: Tensor, t: Tensor, schedule: Schedule, scale: float, guided: bool
+    ) -> tuple[Tensor, Tensor]:
         times = torch.tensor(schedule.timesteps, device=self.device)[t]
         x = torch.cat([x.chunk(2)[0]] * 2) if guided else x
         epsilon, fraction = self.head.network(x, z, times).float().chunk(2, dim=1)
@@ -116,7 +142,9 @@ class PlainMar:
             epsilon = torch.cat([uncond + scale * (cond - uncond)] * 2)
         return epsilon, fraction
 
-    def _ancestral(self, x: Tensor, epsilon: Tensor, fraction: Tensor, t: Tensor, schedule: Schedule, noise: Tensor) -> Tensor:
+    def _ancestral(
+        self, x: Tensor, epsilon: Tensor, fraction: Tensor, t: Tensor, schedule: Schedule, noise: Tensor
+    ) -> Tensor:
         def at(table: Tensor) -> Tensor:
             return table.to(self.device)[t].float().unsqueeze(-1).expand(x.shape)
 
@@ -125,7 +153,10 @@ class PlainMar:
         share = (fraction + 1) / 2
         logvar = share * at(betas.log()) + (1 - share) * at(schedule.posterior_logvar)
         token = at((1 / signal).sqrt()) * x - at((1 / signal - 1).sqrt()) * epsilon
-        mean = at(betas * before.sqrt() / (1 - signal)) * token + at((1 - before) * (1 - betas).sqrt() / (1 - signal)) * x
+        mean = (
+            at(betas * before.sqrt() / (1 - signal)) * token
+            + at((1 - before) * (1 - betas).sqrt() / (1 - signal)) * x
+        )
         moves = (t != 0).float().unsqueeze(-1)
         return mean + moves * (0.5 * logvar).exp() * noise * self.temperature
 
@@ -146,7 +177,11 @@ def _through(x: Tensor, blocks: "torch.nn.ModuleList") -> Tensor:
     for block in blocks:
         assert isinstance(block, Block)
         batch, count, width = x.shape
-        qkv = block.attn.qkv(block.norm1(x)).reshape(batch, count, 3, block.attn.heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = (
+            block.attn.qkv(block.norm1(x))
+            .reshape(batch, count, 3, block.attn.heads, -1)
+            .permute(2, 0, 3, 1, 4)
+        )
         y = F.scaled_dot_product_attention(*qkv.unbind(0)).transpose(1, 2).reshape(batch, count, width)
         x = x + block.attn.proj(y)
         x = x + block.mlp(block.norm2(x))

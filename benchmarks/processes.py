@@ -22,13 +22,24 @@ from far.training.loop import resolve_loop
 
 STEPS = 12
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-WAYS = {"1 process": ([], "ddp"), "2 processes, DDP": (TORCHRUN, "ddp"), "2 processes, FSDP2": (TORCHRUN, "fsdp")}
+WAYS = {
+    "1 process": ([], "ddp"),
+    "2 processes, DDP": (TORCHRUN, "ddp"),
+    "2 processes, FSDP2": (TORCHRUN, "fsdp"),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--latents", type=Path, default=Path("runs/avatars-64/latents"))
-    parser.add_argument("--batch-size", type=int, default=128, help="images of a step, of all processes together (default 128)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=128,
+        help="images of a step, of all processes together (default 128)",
+    )
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
     rates: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -41,13 +52,22 @@ def main() -> None:
     )
     one = statistics.median(rates["1 process"])
     for way, found in rates.items():
-        print(f"| {way} | {statistics.median(found):.0f} ({min(found):.0f} to {max(found):.0f}) | {statistics.median(found) / one:.2f} |")
+        print(
+            f"| {way} | {statistics.median(found):.0f} ({min(found):.0f} to {max(found):.0f}) | {statistics.median(found) / one:.2f} |"
+        )
 
 
 def images_per_second(way: str, latents: Path, batch_size: int) -> float:
     """Of the second half of the steps, as logged."""
     launcher, parallel = WAYS[way]
-    values = {"steps": STEPS, "log_every": STEPS // 2, "batch_size": batch_size, "micro_batches": 2, "parallel": parallel, "device": "cpu"}
+    values = {
+        "steps": STEPS,
+        "log_every": STEPS // 2,
+        "batch_size": batch_size,
+        "micro_batches": 2,
+        "parallel": parallel,
+        "device": "cpu",
+    }
     with tempfile.TemporaryDirectory() as run:
         (Path(run) / "latents").symlink_to(latents.resolve())
         overrides = [
@@ -59,7 +79,11 @@ def images_per_second(way: str, latents: Path, batch_size: int) -> float:
         overrides += [f"generator.training.{name}={value}" for name, value in values.items()]
         command = [sys.executable, *launcher, "-m", "far", "train", "avatars-64", *overrides]
         subprocess.run(
-            command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command,
+            check=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         entries = [json.loads(line) for line in (Path(run) / "model" / "log.jsonl").read_text().splitlines()]
     return float([entry["images_per_second"] for entry in entries if "images_per_second" in entry][-1])

@@ -24,7 +24,9 @@ class Measurements:
         self.load()
 
     def load(self) -> None:
-        self.values: dict[str, Any] = read_json(self.path) if self.path.exists() else {"rows": {}, "sweeps": {}}
+        self.values: dict[str, Any] = (
+            read_json(self.path) if self.path.exists() else {"rows": {}, "sweeps": {}}
+        )
 
     def keep(self, kind: str, key: str, value: Any) -> None:
         self.load()
@@ -53,13 +55,19 @@ class Measurements:
                     del self.values[kind][key]
                     dropped += 1
         if dropped:
-            print(f"{self.path}: {dropped} rows come from other weights than those in {WEIGHTS}; measured again")
+            print(
+                f"{self.path}: {dropped} rows come from other weights than those in {WEIGHTS}; measured again"
+            )
             write_json(self.path, self.values)
 
 
 def checksums(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file of a model's folder by name; empty if the folder is missing."""
-    return {path.name: sha256(path) for path in sorted(folder.glob("*")) if path.suffix in (".json", ".safetensors")}
+    return {
+        path.name: sha256(path)
+        for path in sorted(folder.glob("*"))
+        if path.suffix in (".json", ".safetensors")
+    }
 
 
 def made() -> dict[str, str | None]:
@@ -72,4 +80,6 @@ def tell_missing(images: str, folders: list[Path]) -> None:
     """Print, in one line, the models whose weights are missing and the command that trains them."""
     missing = list(dict.fromkeys(folder.name for folder in folders if not folder.is_dir()))
     if missing:
-        print(f"{images}: no weights of {', '.join(missing)} in {WEIGHTS / images}: recorded rows are kept; {TRAIN} trains them")
+        print(
+            f"{images}: no weights of {', '.join(missing)} in {WEIGHTS / images}: recorded rows are kept; {TRAIN} trains them"
+        )

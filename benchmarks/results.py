@@ -82,7 +82,13 @@ MODELS = {
     # Heads for one or two steps, guided in two passes of the backbone and in one.
     "mean-flow": Model("flow_map", (4, 2, 1), 2, LEARNT, passes=2, overrides=FLOW_MAP),
     "mean-flow-1": Model("flow_map", (4, 2, 1), 2, LEARNT, passes=1, weights_of="mean-flow"),
-    "flow-map": Model("flow_map", (4, 2, 1), guidance_of="mean-flow", passes=2, overrides=("objective=lagrangian", *FLOW_MAP)),
+    "flow-map": Model(
+        "flow_map",
+        (4, 2, 1),
+        guidance_of="mean-flow",
+        passes=2,
+        overrides=("objective=lagrangian", *FLOW_MAP),
+    ),
     "flow-map-1": Model("flow_map", (4, 2, 1), guidance_of="mean-flow-1", passes=1, weights_of="flow-map"),
     "energy": Model("energy", (1,), 1, LEARNT, overrides=("samples_per_token=4",)),
     # The diffusion model, saved as MAR's checkpoints are, converted and distilled.
@@ -133,7 +139,9 @@ SETS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sets", nargs="*", default=list(SETS), help=f"of {', '.join(SETS)} (default: all)")
     parser.add_argument("--train", action="store_true", help="train what is not trained yet")
     parser.add_argument(
@@ -143,7 +151,13 @@ def main() -> None:
         default=[0, 1, 2],
         help="of sampling; all but the first for the row of comparison only",
     )
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="only these; processes can share the work")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=list(MODELS),
+        default=list(MODELS),
+        help="only these; processes can share the work",
+    )
     arguments = parser.parse_args()
     for name in arguments.sets:
         if arguments.train:
@@ -164,11 +178,16 @@ def train(images: ImageSet, models: list[str]) -> None:
         if name == "distilled":
             distill(images.name)
             continue
-        overrides = [f"generator.network.head.{override}" for override in (f"kind={model.head}", *model.overrides)] + [f"model={name}"]
+        overrides = [
+            f"generator.network.head.{override}" for override in (f"kind={model.head}", *model.overrides)
+        ] + [f"model={name}"]
         if model.head == "energy":  # a quarter of the others' rate, as in EAR
             overrides += ["generator.training.head_learning_rate=2.5e-4", "generator.sampling.head_steps=1"]
         if model.frozen:
-            overrides += [f"generator.frozen_backbone={images.weights('diffusion')}", "generator.training.steps=800"]
+            overrides += [
+                f"generator.frozen_backbone={images.weights('diffusion')}",
+                "generator.training.steps=800",
+            ]
         run("train", images.recipe(model), *overrides, "--resume")
         publish(images, name)
 
@@ -208,7 +227,9 @@ def measure(images: ImageSet, models: list[str], seeds: list[int]) -> None:
     """Floors, guidance sweeps and rows of one image set, as far as they are missing."""
     store = current_rows(images)
     tell_missing(images.name, [images.weights(name) for name in models])
-    swept_models = list(dict.fromkeys([*models, *(other for name in models if (other := MODELS[name].guidance_of))]))
+    swept_models = list(
+        dict.fromkeys([*models, *(other for name in models if (other := MODELS[name].guidance_of))])
+    )
     if complete(images, store, models, swept_models, seeds):
         return
     judge = measure_floors(images, store)
@@ -223,14 +244,20 @@ def measure(images: ImageSet, models: list[str], seeds: list[int]) -> None:
 def current_rows(images: ImageSet) -> Measurements:
     """The rows of an image set without those of other weights than at hand. All models share one autoencoder."""
     store = Measurements(RESULTS / f"{images.name}.json")
-    autoencoders = {checksums(images.weights(name)).get("autoencoder.safetensors") for name in MODELS} - {None}
+    autoencoders = {checksums(images.weights(name)).get("autoencoder.safetensors") for name in MODELS} - {
+        None
+    }
     if len(autoencoders) > 1:
-        raise SystemExit(f"{WEIGHTS / images.name}: the models have different autoencoders; remove it, then: {TRAIN}")
+        raise SystemExit(
+            f"{WEIGHTS / images.name}: the models have different autoencoders; remove it, then: {TRAIN}"
+        )
     store.drop_other_weights(*autoencoders)
     return store
 
 
-def complete(images: ImageSet, store: Measurements, models: list[str], swept_models: list[str], seeds: list[int]) -> bool:
+def complete(
+    images: ImageSet, store: Measurements, models: list[str], swept_models: list[str], seeds: list[int]
+) -> bool:
     """Return whether every figure that the weights at hand can give is recorded, so that no image is needed."""
     at_hand = [name for name in models if images.weights(name).is_dir()]
     sweeps = [
@@ -254,7 +281,10 @@ class Judge:
     classifier: LinearClassifier
 
     def figures(self, features: Tensor, labels: Tensor) -> dict[str, Any]:
-        return {**report(features, self.reference, self.network).figures, "class accuracy": self.classifier.accuracy(features, labels)}
+        return {
+            **report(features, self.reference, self.network).figures,
+            "class accuracy": self.classifier.accuracy(features, labels),
+        }
 
 
 def measure_floors(images: ImageSet, store: Measurements) -> Judge:
@@ -302,13 +332,21 @@ def sweep(images: ImageSet, store: Measurements, judge: Judge, name: str) -> Non
             continue
         features, _ = generate(generation, judge.network, SWEEP_COUNT)
         distance = frechet_distance(FeatureStatistics.of(features), judge.reference.statistics)
-        store.keep("sweeps", f"{name} {guidance}", {"distance": distance, "count": SWEEP_COUNT, **made(), **generation.describe()})
+        store.keep(
+            "sweeps",
+            f"{name} {guidance}",
+            {"distance": distance, "count": SWEEP_COUNT, **made(), **generation.describe()},
+        )
 
 
 def swept(images: ImageSet, name: str, guidance: float) -> Generation:
     model = MODELS[name]
     return generation_of(
-        images.weights(name), head_steps=model.sweep_steps, guidance=guidance, guidance_passes=model.passes, seed=1_000_000
+        images.weights(name),
+        head_steps=model.sweep_steps,
+        guidance=guidance,
+        guidance_passes=model.passes,
+        seed=1_000_000,
     )
 
 
@@ -319,21 +357,33 @@ def measure_unlimited(images: ImageSet, store: Measurements, judge: Judge) -> No
     folder = WORK / f"{images.name}-unlimited"
     pipeline = Pipeline.from_pretrained(images.weights("diffusion"))
     head = pipeline.model.config.network.head
-    network = dataclasses.replace(pipeline.model.config.network, head=dataclasses.replace(head, token_limit=None))
+    network = dataclasses.replace(
+        pipeline.model.config.network, head=dataclasses.replace(head, token_limit=None)
+    )
     pipeline.model.config = dataclasses.replace(pipeline.model.config, network=network)
     pipeline.save_pretrained(folder, torch.float16)
-    generation = generation_of(folder, head_steps=100, guidance=best_guidance(store, "diffusion"), seed=1_000_000)
+    generation = generation_of(
+        folder, head_steps=100, guidance=best_guidance(store, "diffusion"), seed=1_000_000
+    )
     if not current(store.values["sweeps"].get(UNLIMITED), generation):
         features, _ = generate(generation, judge.network, SWEEP_COUNT)
         distance = frechet_distance(FeatureStatistics.of(features), judge.reference.statistics)
-        store.keep("sweeps", UNLIMITED, {"distance": distance, "count": SWEEP_COUNT, **made(), **generation.describe()})
+        store.keep(
+            "sweeps",
+            UNLIMITED,
+            {"distance": distance, "count": SWEEP_COUNT, **made(), **generation.describe()},
+        )
 
 
 def best_guidance(store: Measurements, name: str) -> float:
     name = MODELS[name].guidance_of or name
     if any(f"{name} {guidance}" not in store.values["sweeps"] for guidance in MODELS[name].guidances):
-        raise SystemExit(f"{store.path} has no guidance sweep of {name}; python benchmarks/results.py measures it, after {TRAIN}")
-    return min(MODELS[name].guidances, key=lambda guidance: store.values["sweeps"][f"{name} {guidance}"]["distance"])
+        raise SystemExit(
+            f"{store.path} has no guidance sweep of {name}; python benchmarks/results.py measures it, after {TRAIN}"
+        )
+    return min(
+        MODELS[name].guidances, key=lambda guidance: store.values["sweeps"][f"{name} {guidance}"]["distance"]
+    )
 
 
 def measure_row(images: ImageSet, store: Measurements, judge: Judge, row: Row) -> None:
@@ -343,7 +393,12 @@ def measure_row(images: ImageSet, store: Measurements, judge: Judge, row: Row) -
     if current(store.values["rows"].get(row.key), generation):
         return
     features, labels = generate(generation, judge.network, COUNT)
-    figures = {"name": row.name, "steps": row.steps, "guidance": generation.sampling.guidance, **judge.figures(features, labels)}
+    figures = {
+        "name": row.name,
+        "steps": row.steps,
+        "guidance": generation.sampling.guidance,
+        **judge.figures(features, labels),
+    }
     print(json.dumps({row.key: figures}), flush=True)
     store.keep("rows", row.key, {**figures, **made(), **generation.describe()})
 
@@ -351,7 +406,13 @@ def measure_row(images: ImageSet, store: Measurements, judge: Judge, row: Row) -
 def planned(images: ImageSet, store: Measurements, row: Row) -> Generation:
     guidance = best_guidance(store, row.name)
     passes = MODELS[row.name].passes
-    return generation_of(images.weights(row.name), head_steps=row.steps, guidance=guidance, guidance_passes=passes, seed=row.seed * COUNT)
+    return generation_of(
+        images.weights(row.name),
+        head_steps=row.steps,
+        guidance=guidance,
+        guidance_passes=passes,
+        seed=row.seed * COUNT,
+    )
 
 
 def generation_of(weights: Path, *, seed: int, **sampling: Any) -> Generation:

@@ -102,7 +102,9 @@ def _table(values: dict[str, Any]) -> str:
 def _distances(values: dict[str, Any], row: dict[str, Any]) -> list[float]:
     """The distances of a row's model and steps at every sampling seed, as far as they are of the same weights."""
     same = ("name", "steps", "sha256")
-    alike = [other for other in values["rows"].values() if all(other.get(key) == row.get(key) for key in same)]
+    alike = [
+        other for other in values["rows"].values() if all(other.get(key) == row.get(key) for key in same)
+    ]
     return [other[values["setting"]["distance"]] for other in alike]
 
 
@@ -114,14 +116,22 @@ def _guidance_table(values: dict[str, Any]) -> str:
         name, _, guidance = key.rpartition(" ")
         sweeps.setdefault(name, {})[guidance] = found["distance"]
     scales = list(dict.fromkeys(scale for found in sweeps.values() for scale in found))
-    lines = ["| head | " + " | ".join(f"guidance {scale}" for scale in scales) + " |", "|---" * (len(scales) + 1) + "|"]
+    lines = [
+        "| head | " + " | ".join(f"guidance {scale}" for scale in scales) + " |",
+        "|---" * (len(scales) + 1) + "|",
+    ]
     lines += [
-        f"| {TITLES[name]} | " + " | ".join(f"{found[scale]:.1f}" if scale in found else "" for scale in scales) + " |"
+        f"| {TITLES[name]} | "
+        + " | ".join(f"{found[scale]:.1f}" if scale in found else "" for scale in scales)
+        + " |"
         for name, found in sweeps.items()
     ]
     unlimited = values["sweeps"].get("diffusion without limit")
     if unlimited:
-        lines += ["", f"The diffusion head at 100 steps without a limit of the predicted token: {unlimited['distance']:.1f}."]
+        lines += [
+            "",
+            f"The diffusion head at 100 steps without a limit of the predicted token: {unlimited['distance']:.1f}.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -145,7 +155,14 @@ def _passes_table(values: dict[str, Any]) -> str:
             ]
             found = [row[distance] for row in rows]
             scales = [f"{row['guidance']:g}" for row in rows]
-            cells = [TITLES[two], str(steps), *scales, *(f"{d:.1f}" for d in found), f"{found[1] / found[0]:.3f}", *shares]
+            cells = [
+                TITLES[two],
+                str(steps),
+                *scales,
+                *(f"{d:.1f}" for d in found),
+                f"{found[1] / found[0]:.3f}",
+                *shares,
+            ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -165,7 +182,9 @@ def plot(measured: dict[str, Any], path: Path) -> None:
             found = [
                 (values["times"][f"{model} {_steps(row)}"]["batch 1"], row[distance], _steps(row))
                 for row in values["rows"].values()
-                if row["name"] == model and row.get("seed") == 0 and f"{model} {_steps(row)}" in values.get("times", {})
+                if row["name"] == model
+                and row.get("seed") == 0
+                and f"{model} {_steps(row)}" in values.get("times", {})
             ]
             if not found:
                 continue
@@ -175,10 +194,19 @@ def plot(measured: dict[str, Any], path: Path) -> None:
                 if "→" in steps:
                     panel.plot([seconds], [value], "s", color=colour, label=f"{title}, {steps} (DiSA)")
                 else:
-                    panel.annotate(steps, (seconds, value), textcoords="offset points", xytext=(4, 4), fontsize=8)
+                    panel.annotate(
+                        steps, (seconds, value), textcoords="offset points", xytext=(4, 4), fontsize=8
+                    )
         if "reconstructions" in values["rows"]:
-            panel.axhline(values["rows"]["reconstructions"][distance], color="grey", linestyle="--", label="reconstructions")
-        panel.set(xscale="log", title=name, xlabel="seconds per image, batch 1", ylabel=distance, ylim=(0, None))
+            panel.axhline(
+                values["rows"]["reconstructions"][distance],
+                color="grey",
+                linestyle="--",
+                label="reconstructions",
+            )
+        panel.set(
+            xscale="log", title=name, xlabel="seconds per image, batch 1", ylabel=distance, ylim=(0, None)
+        )
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, loc="lower center", ncol=4)
     figure.tight_layout(rect=(0, 0.16, 1, 1))
@@ -198,11 +226,23 @@ def plot_guidance(measured: dict[str, Any], path: Path) -> None:
     for panel, (name, values) in zip(panels[0], measured.items()):
         for pair, colour in zip(GUIDED_TWICE.items(), ("#8172b3", "#da8bc3")):
             for model, style in zip(pair, ("o--", "o-")):
-                found = sorted((float(key.split()[1]), row["distance"]) for key, row in values["sweeps"].items() if key.split()[0] == model)
+                found = sorted(
+                    (float(key.split()[1]), row["distance"])
+                    for key, row in values["sweeps"].items()
+                    if key.split()[0] == model
+                )
                 if not found:
                     continue
-                panel.plot([scale for scale, _ in found], [distance for _, distance in found], style, color=colour, label=_passes(model))
-        panel.set(title=name, xlabel="guidance scale", ylabel=f"{values['setting']['distance']}, 2,000 images")
+                panel.plot(
+                    [scale for scale, _ in found],
+                    [distance for _, distance in found],
+                    style,
+                    color=colour,
+                    label=_passes(model),
+                )
+        panel.set(
+            title=name, xlabel="guidance scale", ylabel=f"{values['setting']['distance']}, 2,000 images"
+        )
         panel.legend(fontsize=8)
     figure.tight_layout()
     with atomic_path(path) as temporary:
@@ -230,4 +270,6 @@ def sample_grid(name: str, values: dict[str, Any], path: Path) -> None:
         rows.append(pipeline.draw(labels, list(range(16)), config))
     settings = {"rows": ", ".join(f"{model} {steps}" for model, steps, _ in shown), "seeds": "0 to 15"}
     sheet = grid(torch.cat(rows), columns=16)
-    save_png(sheet.resize((sheet.width * 1024 // sheet.width, sheet.height * 1024 // sheet.width)), path, settings)
+    save_png(
+        sheet.resize((sheet.width * 1024 // sheet.width, sheet.height * 1024 // sheet.width)), path, settings
+    )

@@ -20,7 +20,9 @@ from far.pipeline import Pipeline
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sets", nargs="*", default=list(SETS))
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
@@ -34,9 +36,14 @@ def main() -> None:
                 share = statistics.median(parts["head"] / sum(parts.values()) for parts in found)
                 backbone = statistics.median(parts["encoder"] + parts["decoder"] for parts in found)
                 values = {f"batch {batch}": statistics.median(seconds), f"backbone {batch}": backbone}
-                values = {kind: value / batch for kind, value in values.items()} | {f"head share {batch}": share}
+                values = {kind: value / batch for kind, value in values.items()} | {
+                    f"head share {batch}": share
+                }
                 times.setdefault(key, {}).update(values)
-                print(f"{name}, batch {batch}, {key}: {summary(seconds)}, head {share:.0%}, backbone {backbone:.3f} s", flush=True)
+                print(
+                    f"{name}, batch {batch}, {key}: {summary(seconds)}, head {share:.0%}, backbone {backbone:.3f} s",
+                    flush=True,
+                )
         if not times:
             continue
         store.keep("setting", "times", {**made(), "rounds": arguments.rounds})
@@ -50,7 +57,11 @@ def measure(name: str, store: Measurements, batch: int, rounds: int) -> dict[str
     for model in (model for model in MODELS if MODELS[model].timed and SETS[name].weights(model).is_dir()):
         pipeline = Pipeline.from_pretrained(SETS[name].weights(model), dtype=DTYPE)
         for steps in MODELS[model].steps:
-            options = {"head_steps": steps, "guidance": best_guidance(store, model), "guidance_passes": MODELS[model].passes}
+            options = {
+                "head_steps": steps,
+                "guidance": best_guidance(store, model),
+                "guidance_passes": MODELS[model].passes,
+            }
             generation = generation_of(SETS[name].weights(model), seed=0, **options)
             row = Row(generation.weights, generation.sampling, generation.dtype, batch)
             plan = segments(generation.sampling, full=True)

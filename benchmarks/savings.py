@@ -16,7 +16,17 @@ from typing import Any
 
 import torch
 from recorded import Measurements, made, tell_missing
-from results import RESULTS, SETS, ImageSet, best_guidance, current, current_rows, generate, generation_of, measure_floors
+from results import (
+    RESULTS,
+    SETS,
+    ImageSet,
+    best_guidance,
+    current,
+    current_rows,
+    generate,
+    generation_of,
+    measure_floors,
+)
 from results_report import replace_block
 
 from far.benchmark import FASTEST, measure, rows_of
@@ -45,9 +55,13 @@ class Way:
     def generation(self, images: ImageSet, compared: Measurements) -> Generation:
         """What is drawn of its small model, at the best guidance of the comparison's rows ``compared``."""
         guidance = best_guidance(compared, self.model)
-        usual = generation_of(images.weights(self.model), seed=0, head_steps=self.head_steps, guidance=guidance, **self.sampling)
+        usual = generation_of(
+            images.weights(self.model), seed=0, head_steps=self.head_steps, guidance=guidance, **self.sampling
+        )
         ar_steps = round(usual.sampling.ar_steps * self.ar_share)
-        return dataclasses.replace(usual, sampling=dataclasses.replace(usual.sampling, ar_steps=ar_steps), dtype=self.dtype)
+        return dataclasses.replace(
+            usual, sampling=dataclasses.replace(usual.sampling, ar_steps=ar_steps), dtype=self.dtype
+        )
 
 
 WAYS = {
@@ -55,10 +69,18 @@ WAYS = {
     "shortcut head": Way("shortcut", 4, "float32"),
     "+ bfloat16": Way("shortcut", 4, "bfloat16"),
     "+ int8": Way("shortcut", 4, "int8"),
-    "bfloat16, all positions every 2nd AR step": Way("shortcut", 4, "bfloat16", sampling={"refresh_every": 2}),
-    "bfloat16, all positions every 4th AR step": Way("shortcut", 4, "bfloat16", sampling={"refresh_every": 4}),
-    "bfloat16, guidance's difference every 4th AR step": Way("shortcut", 4, "bfloat16", sampling={"guidance_every": 4}),
-    "bfloat16, guidance from a quarter on": Way("shortcut", 4, "bfloat16", sampling={"guidance_interval": (0.25, 1.0)}),
+    "bfloat16, all positions every 2nd AR step": Way(
+        "shortcut", 4, "bfloat16", sampling={"refresh_every": 2}
+    ),
+    "bfloat16, all positions every 4th AR step": Way(
+        "shortcut", 4, "bfloat16", sampling={"refresh_every": 4}
+    ),
+    "bfloat16, guidance's difference every 4th AR step": Way(
+        "shortcut", 4, "bfloat16", sampling={"guidance_every": 4}
+    ),
+    "bfloat16, guidance from a quarter on": Way(
+        "shortcut", 4, "bfloat16", sampling={"guidance_interval": (0.25, 1.0)}
+    ),
     "bfloat16, head steps from 4 to 2": Way("shortcut", (4, 2), "bfloat16"),
     "bfloat16, Halton order": Way("shortcut", 4, "bfloat16", sampling={"order": "halton"}),
     "bfloat16, half of the AR steps": Way("shortcut", 4, "bfloat16", 0.5),
@@ -73,12 +95,30 @@ WAYS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sets", nargs="*", choices=list(SETS), default=list(SETS), help="whose distances are measured (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sets",
+        nargs="*",
+        choices=list(SETS),
+        default=list(SETS),
+        help="whose distances are measured (default: all)",
+    )
     parser.add_argument("--seconds", action="store_true", help="time all rows at ImageNet's size")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each row is timed, in turn (default 3)")
-    parser.add_argument("--batch", type=int, choices=BATCHES, default=1, help="images drawn together when timed (default 1)")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="what is timed; the first is compared with")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="times that each row is timed, in turn (default 3)"
+    )
+    parser.add_argument(
+        "--batch", type=int, choices=BATCHES, default=1, help="images drawn together when timed (default 1)"
+    )
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        choices=list(WAYS),
+        default=list(WAYS),
+        help="what is timed; the first is compared with",
+    )
     arguments = parser.parse_args()
     store = Measurements(FILE)
     with torch.no_grad():
@@ -98,7 +138,11 @@ def measure_distances(images: ImageSet, store: Measurements) -> None:
     compared = current_rows(images)
     at_hand = {name: way for name, way in WAYS.items() if images.weights(way.model).is_dir()}
     missing = {name: way.generation(images, compared) for name, way in at_hand.items()}
-    missing = {name: drawn for name, drawn in missing.items() if not current(store.values["rows"].get(f"{images.name}, {name}"), drawn)}
+    missing = {
+        name: drawn
+        for name, drawn in missing.items()
+        if not current(store.values["rows"].get(f"{images.name}, {name}"), drawn)
+    }
     if not missing:
         return
     judge = measure_floors(images, compared)
@@ -107,7 +151,13 @@ def measure_distances(images: ImageSet, store: Measurements) -> None:
         distance = frechet_distance(FeatureStatistics.of(features), judge.reference.statistics)
         accuracy = judge.classifier.accuracy(features, labels)
         print(images.name, name, f"{distance:.1f} {accuracy:.3f}", flush=True)
-        row = {"distance": distance, "class accuracy": accuracy, "count": COUNT, **made(), **generation.describe()}
+        row = {
+            "distance": distance,
+            "class accuracy": accuracy,
+            "count": COUNT,
+            **made(),
+            **generation.describe(),
+        }
         store.keep("rows", f"{images.name}, {name}", row)
 
 
@@ -124,16 +174,25 @@ def measure_seconds(store: Measurements, names: list[str], batch: int, rounds: i
 
 def table(values: dict[str, Any]) -> str:
     """A row a way: seconds and ratio at ImageNet's size, then each set's distance and its share of MAR's and of the plain model's."""
-    heads = [f"s per image, batch {batch} | times faster" for batch in BATCHES] + [f"{name} | of MAR's | of the plain" for name in SETS]
+    heads = [f"s per image, batch {batch} | times faster" for batch in BATCHES] + [
+        f"{name} | of MAR's | of the plain" for name in SETS
+    ]
     lines = ["| way | " + " | ".join(heads) + " |", "|---" * (1 + 2 * len(BATCHES) + 3 * len(SETS)) + "|"]
     plain = {way.model: name for name, way in reversed(WAYS.items())}
     for name, way in WAYS.items():
         cells = [name]
         for batch in BATCHES:
             timed = values.get(f"seconds, batch {batch}", {}).get(name)
-            cells += ["", ""] if timed is None else [f"{statistics.median(timed['rounds']):.3g}", f"{timed['times faster']:.1f}"]
+            cells += (
+                ["", ""]
+                if timed is None
+                else [f"{statistics.median(timed['rounds']):.3g}", f"{timed['times faster']:.1f}"]
+            )
         for images in SETS:
-            distances = [values["rows"].get(f"{images}, {key}", {}).get("distance") for key in (name, "MAR", plain[way.model])]
+            distances = [
+                values["rows"].get(f"{images}, {key}", {}).get("distance")
+                for key in (name, "MAR", plain[way.model])
+            ]
             if None in distances:
                 cells += [""] * 3
                 continue

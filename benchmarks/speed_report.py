@@ -17,8 +17,18 @@ README_COLUMNS = ("model", "steps", "dtype", "seconds per image", "memory", "tim
 
 
 def main() -> None:
-    command = ["-m", "far", "benchmark", "--json", "docs/results/benchmark.json", "--plot", "docs/images/benchmark.png"]
-    printed = subprocess.run([sys.executable, *command], check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout
+    command = [
+        "-m",
+        "far",
+        "benchmark",
+        "--json",
+        "docs/results/benchmark.json",
+        "--plot",
+        "docs/images/benchmark.png",
+    ]
+    printed = subprocess.run(
+        [sys.executable, *command], check=True, stdout=subprocess.PIPE, encoding="utf-8"
+    ).stdout
     print(printed)
     heading, *rest = printed.splitlines()
     lines = [line for line in rest if line.startswith("|")]
@@ -30,7 +40,10 @@ def columns(lines: list[str]) -> list[str]:
     """The table with the columns that the README has room for."""
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     places = [cells[0].index(name) for name in README_COLUMNS]
-    return ["| " + " | ".join("---" if row == 1 else line[place] for place in places) + " |" for row, line in enumerate(cells)]
+    return [
+        "| " + " | ".join("---" if row == 1 else line[place] for place in places) + " |"
+        for row, line in enumerate(cells)
+    ]
 
 
 def write(path: Path, block: str) -> None:

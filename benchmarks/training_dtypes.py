@@ -31,12 +31,16 @@ DTYPES: tuple[TrainingDtype, ...] = ("float32", "auto", "bfloat16")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", type=Path, nargs="?", default=Path("avatars-64"))
     parser.add_argument("--size", type=int, default=64, help="side of the images in pixels (default 64)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="the first is the base of the ratios")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="the first is the base of the ratios"
+    )
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe)
     print(f"{arguments.recipe}, seed 0, {arguments.rounds} rounds in turn, {machine()}\n")
@@ -50,14 +54,22 @@ def main() -> None:
             for dtype in arguments.dtypes:
                 chosen = f"auto: {resolve_loop(loop).dtype}" if dtype == "auto" else dtype
                 ratio = statistics.median(seconds[dtype]) / base
-                print(f"| {part} | {loop.batch_size} | {chosen} | {summary(seconds[dtype])} | {ratio:.2f} |", flush=True)
+                print(
+                    f"| {part} | {loop.batch_size} | {chosen} | {summary(seconds[dtype])} | {ratio:.2f} |",
+                    flush=True,
+                )
 
 
 def write_images(folder: Path, size: int) -> Path:
     """Write an image set of random pixels."""
     generator = torch.Generator().manual_seed(0)
     for split in ("train", "held-out"):
-        meta = {"kind": "images", "size": size, "classes": [str(number) for number in range(CLASSES)], "source": "random pixels"}
+        meta = {
+            "kind": "images",
+            "size": size,
+            "classes": [str(number) for number in range(CLASSES)],
+            "source": "random pixels",
+        }
         writer = ShardWriter(folder / split, meta)
         images = torch.randint(0, 256, (IMAGES, size, size, 3), generator=generator).to(torch.uint8)
         writer.write({"images": images, "labels": torch.arange(IMAGES) % CLASSES}, cursor=IMAGES)
@@ -65,13 +77,19 @@ def write_images(folder: Path, size: int) -> Path:
     return folder
 
 
-def autoencoder_steps(recipe: Recipe, data: Path, folder: Path, dtypes: Sequence[TrainingDtype]) -> dict[str, Callable[[], object]]:
+def autoencoder_steps(
+    recipe: Recipe, data: Path, folder: Path, dtypes: Sequence[TrainingDtype]
+) -> dict[str, Callable[[], object]]:
     """Return one training step of the recipe's autoencoder by dtype."""
     config = recipe.autoencoder
-    return steps(config.training, folder, dtypes, lambda loop: AutoencoderTask(config.model, config.loss, data, loop))
+    return steps(
+        config.training, folder, dtypes, lambda loop: AutoencoderTask(config.model, config.loss, data, loop)
+    )
 
 
-def generator_steps(recipe: Recipe, data: Path, folder: Path, dtypes: Sequence[TrainingDtype]) -> dict[str, Callable[[], object]]:
+def generator_steps(
+    recipe: Recipe, data: Path, folder: Path, dtypes: Sequence[TrainingDtype]
+) -> dict[str, Callable[[], object]]:
     """Return one training step of the recipe's generator by dtype."""
     config, autoencoder = recipe.generator, Autoencoder(recipe.autoencoder.model)
     write_latents(data, autoencoder, folder / "latents")
@@ -82,7 +100,10 @@ def generator_steps(recipe: Recipe, data: Path, folder: Path, dtypes: Sequence[T
 
 
 def steps(
-    loop: LoopConfig, folder: Path, dtypes: Sequence[TrainingDtype], task: Callable[[LoopConfig], AutoencoderTask | GeneratorTask]
+    loop: LoopConfig,
+    folder: Path,
+    dtypes: Sequence[TrainingDtype],
+    task: Callable[[LoopConfig], AutoencoderTask | GeneratorTask],
 ) -> dict[str, Callable[[], object]]:
     """Return one training step by dtype, each of a trainer of its own."""
     meter = Meter()

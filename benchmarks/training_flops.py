@@ -20,7 +20,10 @@ def flops(model: FAR) -> float:
     config, generator = model.config, torch.Generator().manual_seed(0)
     total = 0
     for _ in range(STEPS):
-        latents, labels = torch.randn(2, config.latent_channels, *config.grid, generator=generator), torch.zeros(2, dtype=torch.long)
+        latents, labels = (
+            torch.randn(2, config.latent_channels, *config.grid, generator=generator),
+            torch.zeros(2, dtype=torch.long),
+        )
         with FlopCounterMode(display=False) as counter:
             # After the steps of flow matching alone. One of the two images teaches guidance, where the head learns it.
             loss = model.loss(latents, labels, generator, label_drop=0.1, teacher=model, step=1600)
@@ -35,7 +38,10 @@ def main() -> None:
         for name, choice in MODELS.items():
             if choice.frozen or choice.weights_of or name == "distilled":
                 continue
-            overrides = [f"generator.network.head.{override}" for override in (f"kind={choice.head}", *choice.overrides)]
+            overrides = [
+                f"generator.network.head.{override}"
+                for override in (f"kind={choice.head}", *choice.overrides)
+            ]
             network = load_recipe(Path(images.recipe(choice)), overrides).generator.network
             model = FAR(ModelConfig(network, classes, channels, (8, 8)))
             parameters = sum(parameter.numel() for parameter in model.parameters())

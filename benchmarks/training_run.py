@@ -30,13 +30,21 @@ def main() -> None:
             f"run={run}", f"autoencoder_from={recipe.autoencoder_folder}", f"generator.training.steps={arguments.steps}",
             "generator.training.log_every=10", "generator.evaluation.images=100", "generator.evaluation.references=100",
         ]  # fmt: skip
-        subprocess.run([sys.executable, "-m", "far", "train", str(arguments.recipe), *overrides], check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "far", "train", str(arguments.recipe), *overrides],
+            check=True,
+            stderr=subprocess.DEVNULL,
+        )
         entries = [json.loads(line) for line in (run / "model" / "log.jsonl").read_text().splitlines()]
     steps = [entry for entry in entries if "loss" in entry][1:]  # the first includes warming up
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     training = recipe.generator.training
-    print(f"{arguments.recipe}: batch {training.batch_size}, {steps[-1]['dtype']}, seed {training.seed}, {machine()}")
-    print(f"images/s: median {statistics.median(entry['images_per_second'] for entry in steps):.0f} over {arguments.steps} steps")
+    print(
+        f"{arguments.recipe}: batch {training.batch_size}, {steps[-1]['dtype']}, seed {training.seed}, {machine()}"
+    )
+    print(
+        f"images/s: median {statistics.median(entry['images_per_second'] for entry in steps):.0f} over {arguments.steps} steps"
+    )
     print(f"loader's share of a step: {statistics.median(entry['loader_share'] for entry in steps):.2%}")
     print(f"peak memory: {peak:.2f} GB")
 

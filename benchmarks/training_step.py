@@ -37,7 +37,10 @@ def plain_loss(model: FAR, tokens: Tensor, labels: Tensor, mask: Tensor, t: Tens
     batch, count, _ = tokens.shape
     buffer = backbone.config.buffer
     x = backbone.token_projection(tokens)
-    x = torch.cat([backbone.class_embedding(labels).unsqueeze(1).expand(-1, buffer, -1), x], dim=1) + backbone.encoder_positions
+    x = (
+        torch.cat([backbone.class_embedding(labels).unsqueeze(1).expand(-1, buffer, -1), x], dim=1)
+        + backbone.encoder_positions
+    )
     kept = torch.cat([torch.ones(batch, buffer, dtype=torch.bool), ~mask], dim=1)
     x = backbone.token_norm(x)[kept].view(batch, -1, x.shape[-1])
     for block in backbone.encoder_blocks:
@@ -51,7 +54,9 @@ def plain_loss(model: FAR, tokens: Tensor, labels: Tensor, mask: Tensor, t: Tens
     z = backbone.decoder_norm(x)[:, buffer:] + backbone.condition_positions
     samples = len(t)
     repeated = z.reshape(1, batch * count, -1).repeat(samples, 1, 1)
-    mse, bound = head.loss_terms(tokens.reshape(1, batch * count, -1).expand(samples, -1, -1), repeated, t, noise)
+    mse, bound = head.loss_terms(
+        tokens.reshape(1, batch * count, -1).expand(samples, -1, -1), repeated, t, noise
+    )
     weight = mask.reshape(-1).float()
     return ((mse + bound) * weight).sum() / (weight.sum() * samples)
 
@@ -65,7 +70,9 @@ def ours_loss(model: FAR, tokens: Tensor, labels: Tensor, mask: Tensor, t: Tenso
     wanted, known = order[:, :masked], order[:, masked:]
     z = backbone.condition(tokens, known, wanted, labels)
     rows = (wanted + count * torch.arange(batch).unsqueeze(1)).flatten()
-    mse, bound = head.loss_terms(tokens.reshape(-1, channels)[rows], z.flatten(0, 1), t[:, rows], noise[:, rows])
+    mse, bound = head.loss_terms(
+        tokens.reshape(-1, channels)[rows], z.flatten(0, 1), t[:, rows], noise[:, rows]
+    )
     return (mse + bound).mean()
 
 
@@ -100,7 +107,9 @@ def main() -> None:
             tolerance = 1e-4 if dtype == torch.float32 else 2e-2
             if abs(a - b) > tolerance * abs(b):
                 raise SystemExit(f"the two losses differ: {a} and {b}")
-            seconds = paired({"far": lambda: step(ours_loss), "plain": lambda: step(plain_loss)}, arguments.rounds)
+            seconds = paired(
+                {"far": lambda: step(ours_loss), "plain": lambda: step(plain_loss)}, arguments.rounds
+            )
             print(
                 f"| {str(dtype)[6:]} | {ratio:.0%} | {summary(seconds['far'])} | {summary(seconds['plain'])} "
                 f"| {median_ratio(seconds['far'], seconds['plain']):.2f} |",

@@ -27,10 +27,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages and files of the repository that stand outside docs/."""
     for source, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
-    wanted = {target for file in files.documentation_pages() for _, target in _links(file.content_string, file.src_uri)}
+    wanted = {
+        target
+        for file in files.documentation_pages()
+        for _, target in _links(file.content_string, file.src_uri)
+    }
     for target in sorted(wanted):
         if target.startswith("files/"):
-            files.append(File.generated(config, target, abs_src_path=str(ROOT / target.removeprefix("files/"))))
+            files.append(
+                File.generated(config, target, abs_src_path=str(ROOT / target.removeprefix("files/")))
+            )
     return files
 
 

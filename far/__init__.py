@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from far.autoencoder import Autoencoder
     from far.pipeline import Pipeline, load
 else:
-    __getattr__, __dir__ = lazily(__name__, {"Autoencoder": "far.autoencoder", "Pipeline": "far.pipeline", "load": "far.pipeline"})
+    __getattr__, __dir__ = lazily(
+        __name__, {"Autoencoder": "far.autoencoder", "Pipeline": "far.pipeline", "load": "far.pipeline"}
+    )
 
 __version__ = "0.1.0"
 __all__ = ["Autoencoder", "InputError", "Pipeline", "SamplingConfig", "__version__", "load"]

@@ -61,7 +61,9 @@ class Autoencoder(nn.Module):
         """Mean and log-variance, stacked: ``[b, 2c, h, w]``, unscaled; what a latent cache stores."""
         height, width = images.shape[-2:]
         if height % self.config.stride or width % self.config.stride:
-            raise InputError(f"image of {height}×{width} pixels: both sides must be multiples of the stride {self.config.stride}")
+            raise InputError(
+                f"image of {height}×{width} pixels: both sides must be multiples of the stride {self.config.stride}"
+            )
         moments = self._in_parts(lambda part: self.quant_conv(self.encoder(part)), images, height, width)
         if not self.config.spherical:
             return moments
@@ -190,11 +192,15 @@ class Decoder(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution, then a change of resolution where there is one."""
 
-    def __init__(self, channels_in: int, channels_out: int, blocks: int, groups: int, *, attention: bool) -> None:
+    def __init__(
+        self, channels_in: int, channels_out: int, blocks: int, groups: int, *, attention: bool
+    ) -> None:
         super().__init__()
         widths = [channels_in] + [channels_out] * blocks
         self.block = nn.ModuleList(ResidualBlock(a, b, groups) for a, b in itertools.pairwise(widths))
-        self.attn = nn.ModuleList(SpatialAttention(channels_out, groups) for _ in range(blocks if attention else 0))
+        self.attn = nn.ModuleList(
+            SpatialAttention(channels_out, groups) for _ in range(blocks if attention else 0)
+        )
         self.downsample: nn.Module = nn.Identity()
         self.upsample: nn.Module = nn.Identity()
 
@@ -228,7 +234,9 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, channels_out, eps=1e-6)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+        self.nin_shortcut = (
+            nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))

@@ -40,16 +40,25 @@ class AutoencoderConfig:
                 f"width_multipliers: {len(self.width_multipliers)} of them give stride 2^{len(self.width_multipliers) - 1}; "
                 "use 3 to 5 entries, for stride 4 to 16"
             )
-        for name, most in (("width", 2**16), ("blocks", 2**8), ("latent_channels", 2**16), ("norm_groups", 2**16)):
+        for name, most in (
+            ("width", 2**16),
+            ("blocks", 2**8),
+            ("latent_channels", 2**16),
+            ("norm_groups", 2**16),
+        ):
             check_count(f"autoencoder {name}", getattr(self, name), most)
         if self.scale <= 0:
             raise InputError(f"autoencoder scale {self.scale} must be positive")
         if not 1 <= min(self.width_multipliers) <= max(self.width_multipliers) <= 2**8:
-            raise InputError(f"width_multipliers {list(self.width_multipliers)} must be positive, and at most {2**8}")
+            raise InputError(
+                f"width_multipliers {list(self.width_multipliers)} must be positive, and at most {2**8}"
+            )
         if self.width % self.norm_groups:
             raise InputError(f"norm_groups {self.norm_groups} must divide the width {self.width}")
         if isinstance(self.shift, tuple) and len(self.shift) != self.latent_channels:
-            raise InputError(f"shift has {len(self.shift)} entries for {self.latent_channels} latent channels; give one each")
+            raise InputError(
+                f"shift has {len(self.shift)} entries for {self.latent_channels} latent channels; give one each"
+            )
 
     @property
     def stride(self) -> int:

@@ -157,7 +157,9 @@ def _folder(name: str) -> Path:
     try:
         return find_folder(name)
     except InputError as error:
-        raise InputError(f"model {name!r} is no preset ({', '.join(PRESETS)}) and no folder: {error}") from None
+        raise InputError(
+            f"model {name!r} is no preset ({', '.join(PRESETS)}) and no folder: {error}"
+        ) from None
 
 
 def load_models(rows: Sequence[Row], device: str | torch.device) -> dict[tuple[str, str], Pipeline]:
@@ -178,7 +180,9 @@ def load_models(rows: Sequence[Row], device: str | torch.device) -> dict[tuple[s
         with seeded(SEED):
             autoencoder = prepare_autoencoder(Autoencoder(AutoencoderConfig()).eval(), dtype, device)
             model = prepare(FAR(ModelConfig(preset(name))), dtype, device)
-        pipelines[name, dtype] = Pipeline(model, autoencoder, [str(label) for label in range(model.config.classes)], SamplingConfig())
+        pipelines[name, dtype] = Pipeline(
+            model, autoencoder, [str(label) for label in range(model.config.classes)], SamplingConfig()
+        )
     return pipelines
 
 
@@ -223,7 +227,9 @@ class Watch:
         self.borders: list[float] = []
         self.inside: list[dict[str, float]] = []
         self.width = model.backbone.width
-        self.dtype = next(parameter.dtype for parameter in model.backbone.parameters() if parameter.is_floating_point())
+        self.dtype = next(
+            parameter.dtype for parameter in model.backbone.parameters() if parameter.is_floating_point()
+        )
         self.begin = reading()
 
     def wrap(self, part: str, method: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -237,7 +243,15 @@ class Watch:
 
         return measured
 
-    def condition(self, method: Callable[..., Tensor], tokens: Tensor, known: Tensor, wanted: Tensor, *rest: Any, **options: Any) -> Tensor:
+    def condition(
+        self,
+        method: Callable[..., Tensor],
+        tokens: Tensor,
+        known: Tensor,
+        wanted: Tensor,
+        *rest: Any,
+        **options: Any,
+    ) -> Tensor:
         """Stands for ``Backbone.condition``; a step begins with it."""
         if self.step == len(self.borders):
             self.borders.append(self.reading())
@@ -246,7 +260,9 @@ class Watch:
             return self.wrap("backbone", method)(tokens, known, wanted, *rest, **options)
         return torch.zeros(*wanted.shape, self.width, dtype=self.dtype, device=wanted.device)
 
-    def sample(self, method: Callable[..., Tensor], z: Tensor, normal: Callable[[], Tensor], **options: Any) -> Tensor:
+    def sample(
+        self, method: Callable[..., Tensor], z: Tensor, normal: Callable[[], Tensor], **options: Any
+    ) -> Tensor:
         """Stands for ``Head.sample``; the head is called once a step."""
         drawn = self.wrap("head", method)(z, normal, **options) if self.step in self.run else normal()
         self.step += 1
@@ -265,7 +281,9 @@ class Watch:
                 # Whatever a backbone does besides encoding; a causal one only decodes.
                 found["decoder"] += weight * (inside["backbone"] - inside["encoder"])
                 found["head"] += weight * inside["head"]
-                found["sampler"] += weight * (borders[step + 1] - borders[step] - inside["backbone"] - inside["head"])
+                found["sampler"] += weight * (
+                    borders[step + 1] - borders[step] - inside["backbone"] - inside["head"]
+                )
         return found
 
 
@@ -287,7 +305,9 @@ def watched(model: FAR, run: Container[int], reading: Callable[[], float]) -> It
             del backbone.encode
 
 
-def generate(pipeline: Pipeline, row: Row, plan: Sequence[Segment], reading: Callable[[], float]) -> dict[str, float]:
+def generate(
+    pipeline: Pipeline, row: Row, plan: Sequence[Segment], reading: Callable[[], float]
+) -> dict[str, float]:
     """How much ``reading`` grows over a row's batch, by :data:`PARTS`: one generation of the steps of ``plan``, and one decoding."""
     labels = torch.arange(row.batch, device=pipeline.device) % pipeline.model.config.classes
     noise = SeededNoise(range(SEED, SEED + row.batch), pipeline.device)
@@ -319,10 +339,14 @@ def flop_counter() -> FlopCounterMode:
     def linear(x: list[int], weight: list[int], *_: Any, out_shape: list[int], **__: Any) -> int:
         return 2 * math.prod(out_shape) * x[-1]
 
-    def attention(query: list[int], key: list[int], value: list[int], *_: Any, out_shape: Any, **__: Any) -> int:
+    def attention(
+        query: list[int], key: list[int], value: list[int], *_: Any, out_shape: Any, **__: Any
+    ) -> int:
         return sdpa_flop_count(query, key, value)  # type: ignore[no-any-return]
 
-    mapping: dict[Any, Callable[..., int]] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    mapping: dict[Any, Callable[..., int]] = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention
+    }
     mapping |= dict.fromkeys(product_operators(), linear)
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
@@ -362,7 +386,10 @@ def product_peak(dtype: torch.dtype, device: str | torch.device = "cpu") -> floa
 
 def int8_product_peak() -> float:
     """The same of a linear layer of 8-bit integers, its inputs' conversion included."""
-    layer, a = Int8Linear(nn.Linear(_PRODUCT_SIDE, _PRODUCT_SIDE, bias=False)), torch.randn(_PRODUCT_SIDE, _PRODUCT_SIDE)
+    layer, a = (
+        Int8Linear(nn.Linear(_PRODUCT_SIDE, _PRODUCT_SIDE, bias=False)),
+        torch.randn(_PRODUCT_SIDE, _PRODUCT_SIDE),
+    )
     return _product_speed(lambda: layer(a), a.device)
 
 
@@ -460,7 +487,9 @@ class Report:
         return median_ratio(self.findings[0].image_seconds, finding.image_seconds)
 
 
-def measure(rows: Sequence[Row], *, rounds: int | None = None, full: bool = False, device: str | torch.device = "auto") -> Report:
+def measure(
+    rows: Sequence[Row], *, rounds: int | None = None, full: bool = False, device: str | torch.device = "auto"
+) -> Report:
     """Time every row ``rounds`` times in turn, after a round that warms up and counts operations and memory.
 
     Args:
@@ -505,7 +534,9 @@ def _first_look(pipeline: Pipeline, row: Row, full: bool, report: Report) -> Fin
     plan = segments(row.sampling, full=full or not pipeline.model.backbone.any_order)
     flop: dict[str, float] = {}
     with flop_counter() as counter:
-        first_peak = _host_peak(pipeline, lambda: flop.update(generate(pipeline, row, plan, counter.get_total_flops)))
+        first_peak = _host_peak(
+            pipeline, lambda: flop.update(generate(pipeline, row, plan, counter.get_total_flops))
+        )
     # In the last steps of a masked model most is known.
     last = segments(row.sampling)[-1:] if pipeline.model.backbone.any_order else plan
     peak = _host_peak(pipeline, lambda: generate(pipeline, row, last, time.perf_counter))
@@ -533,7 +564,9 @@ def _peak_of(module: nn.Module, report: Report) -> float:
     return report.peaks[name]
 
 
-def paired(alternatives: dict[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+def paired(
+    alternatives: dict[str, Callable[[], object]], rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
     """Seconds of each call, ``rounds`` a name, taken in turn after ``warmup`` uncounted rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
     for turn in range(warmup + rounds):
@@ -557,10 +590,10 @@ def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
 
 def machine() -> str:
     """One line that says where the figures come from."""
-    threads = f"{torch.get_num_threads()} threads"
-    return (
-        f"torch {torch.__version__}, {threads}, Python {platform.python_version()}, {processor()} {torch.backends.cpu.get_cpu_capability()}"
+    software = (
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
     )
+    return f"{software}, {processor()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def processor() -> str:

@@ -67,9 +67,17 @@ def model_card(folder: Path, name: str | None = None, license: str | None = None
         "library_name": "far",
         # The hub's list of tasks has none with classes; this is where it keeps such models.
         "pipeline_tag": "unconditional-image-generation",
-        "tags": ["image-generation", "class-conditional", "autoregressive", network["backbone"]["kind"], network["head"]["kind"]],
+        "tags": [
+            "image-generation",
+            "class-conditional",
+            "autoregressive",
+            network["backbone"]["kind"],
+            network["head"]["kind"],
+        ],
     }
-    shown = ", ".join(classes[:_CLASSES_SHOWN]) + (" … (all in `config.json`)" if len(classes) > _CLASSES_SHOWN else "")
+    shown = ", ".join(classes[:_CLASSES_SHOWN]) + (
+        " … (all in `config.json`)" if len(classes) > _CLASSES_SHOWN else ""
+    )
     sections = [
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
         "# Image generator" if name is None else f"# {name.rpartition('/')[2].partition('@')[0]}",
@@ -77,7 +85,8 @@ def model_card(folder: Path, name: str | None = None, license: str | None = None
         f"{len(classes)} {'class' if len(classes) == 1 else 'classes'}: {shown}.",
         _use(config, name),
         "## Sizes\n\n" + _table(("what", "value"), _sizes(config, folder)),
-        "## Sampling\n\nWhat is used where nothing else is asked for:\n\n" + _table(("setting", "value"), config["defaults"].items()),
+        "## Sampling\n\nWhat is used where nothing else is asked for:\n\n"
+        + _table(("setting", "value"), config["defaults"].items()),
         _training(config["training"]),
         _results(config["results"]),
         f"## Citation\n\n{_CITATION}",
@@ -88,7 +97,9 @@ def model_card(folder: Path, name: str | None = None, license: str | None = None
 
 def _use(config: dict[str, Any], name: str | None) -> str:
     if "autoencoder" not in config:
-        return "It has no autoencoder: `far convert kl16 kl16.ckpt FOLDER` adds MAR's to a copy of this folder."
+        return (
+            "It has no autoencoder: `far convert kl16 kl16.ckpt FOLDER` adds MAR's to a copy of this folder."
+        )
     load = 'far.load(".")  # this folder' if name is None else f'far.load("{name}")'
     return (
         "## Use\n\nWith the Python package `far-image` installed:\n\n```python\nimport far\n\n"
@@ -111,7 +122,10 @@ def _sizes(config: dict[str, Any], folder: Path) -> Iterable[tuple[str, object]]
     stride = 1 if autoencoder is None else 2 ** (len(autoencoder["width_multipliers"]) - 1)
     if autoencoder is not None:
         yield "images", f"{columns * stride} × {rows * stride} pixels"
-    yield "tokens", f"{rows * columns // network['patch'] ** 2} of {model['latent_channels'] * network['patch'] ** 2} channels"
+    yield (
+        "tokens",
+        f"{rows * columns // network['patch'] ** 2} of {model['latent_channels'] * network['patch'] ** 2} channels",
+    )
     yield "backbone, head", f"{network['backbone']['kind']}, {network['head']['kind']}"
     yield "parameters of the generator", f"{_parameters(folder / 'model.safetensors'):,}"
     if autoencoder is not None:
@@ -137,17 +151,29 @@ def _training(facts: dict[str, Any], heading: str = "## Training") -> str:
     plain = [(key, value) for key, value in facts.items() if key not in ("recipe", "backbone", "teacher")]
     parts = [heading, _table(("what", "value"), plain)]
     if "recipe" in facts:
-        parts.append(f"Every value of the recipe:\n\n```yaml\n{yaml.safe_dump(facts['recipe'], sort_keys=False, allow_unicode=True)}```")
+        parts.append(
+            f"Every value of the recipe:\n\n```yaml\n{yaml.safe_dump(facts['recipe'], sort_keys=False, allow_unicode=True)}```"
+        )
     for key in ("backbone", "teacher"):
         if isinstance(facts.get(key), dict):
-            parts.append(_training(facts[key], f"#{heading.partition(' of ')[0]} of the {key} that it began from"))
+            parts.append(
+                _training(facts[key], f"#{heading.partition(' of ')[0]} of the {key} that it began from")
+            )
     return "\n\n".join(parts)
 
 
 def _results(results: dict[str, Any]) -> str:
-    return "## Results\n\nMeasured while training:\n\n" + _table(("figure", "value"), results.items()) if results else ""
+    return (
+        "## Results\n\nMeasured while training:\n\n" + _table(("figure", "value"), results.items())
+        if results
+        else ""
+    )
 
 
 def _table(titles: tuple[str, str], rows: Iterable[tuple[str, object]]) -> str:
-    lines = [titles, ("---", "---"), *((key, f"{value:.5g}" if isinstance(value, float) else str(value)) for key, value in rows)]
+    lines = [
+        titles,
+        ("---", "---"),
+        *((key, f"{value:.5g}" if isinstance(value, float) else str(value)) for key, value in rows),
+    ]
     return "\n".join(f"| {key} | {value} |" for key, value in lines)

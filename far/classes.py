@@ -26,7 +26,9 @@ def class_number(classes: Sequence[str], label: object) -> int:
     if match is None:
         if label in classes:
             return _named(classes, label)
-        raise InputError(f"unknown class {label[:80]!r}; give a number 0 to {len(classes) - 1} or one of: {_shown(classes)}")
+        raise InputError(
+            f"unknown class {label[:80]!r}; give a number 0 to {len(classes) - 1} or one of: {_shown(classes)}"
+        )
     number = int(match[2])
     if match[1] is None and label in classes:
         named = _named(classes, label)
@@ -54,7 +56,9 @@ def label_text(classes: Sequence[str], number: int) -> str:
         return f"{_NUMBER}{number}"
 
 
-def check_same_classes(ours: Sequence[str], source: str, theirs: Sequence[str], other: str, remedy: str) -> None:
+def check_same_classes(
+    ours: Sequence[str], source: str, theirs: Sequence[str], other: str, remedy: str
+) -> None:
     """Raise an :class:`InputError` that names the first difference, both sides and the remedy, unless the names are equal.
 
     Args:
@@ -67,9 +71,13 @@ def check_same_classes(ours: Sequence[str], source: str, theirs: Sequence[str], 
     if list(ours) == list(theirs):
         return
     if len(ours) != len(theirs):
-        raise InputError(f"{source} has {len(ours)} classes ({_shown(ours)}) and {other} {len(theirs)} ({_shown(theirs)}); {remedy}")
+        raise InputError(
+            f"{source} has {len(ours)} classes ({_shown(ours)}) and {other} {len(theirs)} ({_shown(theirs)}); {remedy}"
+        )
     number = next(index for index, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
-    raise InputError(f"class {number} is {ours[number]!r} in {source} and {theirs[number]!r} in {other}; {remedy}")
+    raise InputError(
+        f"class {number} is {ours[number]!r} in {source} and {theirs[number]!r} in {other}; {remedy}"
+    )
 
 
 def _named(classes: Sequence[str], name: str) -> int:
@@ -77,7 +85,9 @@ def _named(classes: Sequence[str], name: str) -> int:
     numbers = [number for number, other in enumerate(classes) if other == name]
     if len(numbers) > 1:
         choices = " or ".join(f"{_NUMBER}{number}" for number in numbers[:_SHOWN])
-        raise InputError(f"label {name!r} is the name of {len(numbers)} classes; give {choices} (in Python, the integer)")
+        raise InputError(
+            f"label {name!r} is the name of {len(numbers)} classes; give {choices} (in Python, the integer)"
+        )
     return numbers[0]
 
 

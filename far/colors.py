@@ -36,7 +36,9 @@ def to_srgb(picture: Image.Image) -> Image.Image:
 def has_unusable_profile(picture: Image.Image) -> bool:
     """Return whether a picture embeds a profile that is damaged or describes other channels than the picture has."""
     # Pillow puts None for a profile of which it could not collect all parts.
-    return "icc_profile" in picture.info and (not picture.info["icc_profile"] or _transform(picture) == _UNUSABLE)
+    return "icc_profile" in picture.info and (
+        not picture.info["icc_profile"] or _transform(picture) == _UNUSABLE
+    )
 
 
 def _transform(picture: Image.Image) -> tuple[str, ImageCms.ImageCmsTransform | None]:
@@ -57,7 +59,9 @@ def _build_transform(data: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTran
         channels = _CHANNELS[space]
         # Tables of gray between a few points would be wrong by up to 10 in the dark, and save no time.
         flags = ImageCms.Flags.NOOPTIMIZE if channels == "L" else ImageCms.Flags.NONE
-        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), channels, "RGB", flags=flags)
+        transform = ImageCms.buildTransform(
+            profile, ImageCms.createProfile("sRGB"), channels, "RGB", flags=flags
+        )
         return channels, None if channels != "CMYK" and _changes_nothing(transform, channels) else transform
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return _UNUSABLE

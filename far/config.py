@@ -32,7 +32,9 @@ def from_dict(cls: type[T], values: Mapping[str, Any], source: str) -> T:
     for key in values:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
-            raise InputError(f"{source}: unknown key {key!r}; did you mean {near[0]!r}? (keys: {', '.join(fields)})")
+            raise InputError(
+                f"{source}: unknown key {key!r}; did you mean {near[0]!r}? (keys: {', '.join(fields)})"
+            )
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -59,20 +61,29 @@ def _convert(hint: Any, value: Any, source: str) -> Any:
     elif origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(arguments[0], item, source) for item in value)
     elif origin is dict and isinstance(value, Mapping):
-        return {_convert(arguments[0], k, source): _convert(arguments[1], v, source) for k, v in value.items()}
+        return {
+            _convert(arguments[0], k, source): _convert(arguments[1], v, source) for k, v in value.items()
+        }
     elif origin is typing.Literal and value in arguments:
         return value
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         if math.isfinite(number := _as_float(value)):
             return number
     # To Python 3.10, a hint with an origin, such as list[int], is a type too.
-    elif origin is None and isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    elif (
+        origin is None
+        and isinstance(hint, type)
+        and isinstance(value, hint)
+        and not (hint is int and isinstance(value, bool))
+    ):
         return value
     if origin is typing.Literal:
         wanted = " or ".join(map(repr, arguments))
     else:
         wanted = "a finite number" if hint is float else getattr(hint, "__name__", str(hint))
-    hint_for_exponents = "; write 1.0e-4, not 1e-4, in YAML" if hint is float and isinstance(value, str) else ""
+    hint_for_exponents = (
+        "; write 1.0e-4, not 1e-4, in YAML" if hint is float and isinstance(value, str) else ""
+    )
     raise InputError(f"{source} is {_shown(value)}, expected {wanted}{hint_for_exponents}")
 
 
@@ -94,7 +105,11 @@ def check_count(name: str, value: int, most: int = 2**16) -> None:
     What is loaded may be anybody's, and one absurd number can take all memory or all time.
     """
     if not 1 <= value <= most:
-        raise InputError(f"{name} {value} must be positive" if value < 1 else f"{name} {value} is too large; give at most {most}")
+        raise InputError(
+            f"{name} {value} must be positive"
+            if value < 1
+            else f"{name} {value} is too large; give at most {most}"
+        )
 
 
 def whole_number(name: str, value: Any) -> int:
@@ -105,7 +120,11 @@ def whole_number(name: str, value: Any) -> int:
     """
     try:
         # Tensors of one element, and of bools, would give an integer too.
-        if not isinstance(value, bool) and not getattr(value, "ndim", 0) and "bool" not in str(getattr(value, "dtype", "")):
+        if (
+            not isinstance(value, bool)
+            and not getattr(value, "ndim", 0)
+            and "bool" not in str(getattr(value, "dtype", ""))
+        ):
             return operator.index(value)
     except TypeError:
         pass

@@ -78,7 +78,11 @@ def convert_mar(source: Path, folder: Path, *, ema: bool = True) -> None:
     checkpoint = _read_pickle(source)
     part = "model_ema" if ema else "model"
     if not isinstance(checkpoint, Mapping) or checkpoint.get(part) is None:
-        remedy = "take the raw weights instead (--no-ema, or ema=False)" if ema else "take the EMA weights instead (ema=True)"
+        remedy = (
+            "take the raw weights instead (--no-ema, or ema=False)"
+            if ema
+            else "take the EMA weights instead (ema=True)"
+        )
         raise InputError(f"{source} holds no {part!r}; give a MAR checkpoint, or {remedy}")
     weights = _tensors(checkpoint[part], source)
     arguments = checkpoint.get("args")
@@ -88,7 +92,9 @@ def convert_mar(source: Path, folder: Path, *, ema: bool = True) -> None:
     except InputError as error:
         raise InputError(f"{source} cannot be converted: {error}") from error
     if "autoencoder" in existing:
-        _check_channels(config, from_dict(AutoencoderConfig, existing["autoencoder"], str(folder / "config.json")), folder)
+        _check_channels(
+            config, from_dict(AutoencoderConfig, existing["autoencoder"], str(folder / "config.json")), folder
+        )
     with torch.device("meta"):
         wanted = FAR(config).state_dict()
     embedding = _class_embedding(weights, config, source)
@@ -125,7 +131,10 @@ def convert_kl16(source: Path, folder: Path) -> None:
             autoencoder, a model with other latent channels, or a ``config.json`` that is not ours.
     """
     checkpoint = _read_pickle(source)
-    weights = _tensors(checkpoint["model"] if isinstance(checkpoint, Mapping) and "model" in checkpoint else checkpoint, source)
+    weights = _tensors(
+        checkpoint["model"] if isinstance(checkpoint, Mapping) and "model" in checkpoint else checkpoint,
+        source,
+    )
     try:
         config = _autoencoder_config(weights)
     except InputError as error:
@@ -134,7 +143,11 @@ def convert_kl16(source: Path, folder: Path) -> None:
 
 
 def add_autoencoder(
-    folder: Path, config: AutoencoderConfig, weights: dict[str, Tensor], published_name: Callable[[str], str], source: Path
+    folder: Path,
+    config: AutoencoderConfig,
+    weights: dict[str, Tensor],
+    published_name: Callable[[str], str],
+    source: Path,
 ) -> None:
     """Write an autoencoder into a folder, beside a model that this may hold already.
 
@@ -151,7 +164,9 @@ def add_autoencoder(
     """
     existing = _entries(folder, "autoencoder")
     if "model" in existing:
-        _check_channels(from_dict(ModelConfig, existing["model"], str(folder / "config.json")), config, folder)
+        _check_channels(
+            from_dict(ModelConfig, existing["model"], str(folder / "config.json")), config, folder
+        )
     with torch.device("meta"):
         wanted = Autoencoder(config).state_dict()
     tensors = _renamed(wanted, weights, published_name, source)
@@ -168,7 +183,9 @@ def _entries(folder: Path, part: str) -> dict[str, Any]:
         raise InputError(f"{path} is no config of far; choose another folder")
     if part in entries or weights.exists():
         article = "an" if part == "autoencoder" else "a"
-        raise InputError(f"{folder} already holds {article} {part}, which is not overwritten; choose another folder, or remove this one")
+        raise InputError(
+            f"{folder} already holds {article} {part}, which is not overwritten; choose another folder, or remove this one"
+        )
     return entries
 
 
@@ -186,17 +203,23 @@ def _read_pickle(source: Path) -> Any:
             raise InputError(
                 f"{source} is refused: its pickle asks for {found[1]!r}, and only tensors, plain values and argparse.Namespace are allowed"
             ) from error
-        raise InputError(f"{source} is cut off, damaged or no PyTorch checkpoint; download or copy it again") from error
+        raise InputError(
+            f"{source} is cut off, damaged or no PyTorch checkpoint; download or copy it again"
+        ) from error
 
 
 def _tensors(weights: Any, source: Path) -> dict[str, Tensor]:
     """The state dict, once it is sure that it holds dense floating point tensors under names, and nothing else."""
     if not isinstance(weights, Mapping):
-        raise InputError(f"{source} holds no state dict where its weights should be; give the published checkpoint")
+        raise InputError(
+            f"{source} holds no state dict where its weights should be; give the published checkpoint"
+        )
     for name, tensor in weights.items():
         if not (isinstance(name, str) and is_held(tensor) and tensor.dtype in FLOATS):
             entry = reprlib.repr(name)
-            raise InputError(f"{source}: the entry {entry} of its weights is no floating point tensor; give the published checkpoint")
+            raise InputError(
+                f"{source}: the entry {entry} of its weights is no floating point tensor; give the published checkpoint"
+            )
     return dict(weights)
 
 
@@ -221,10 +244,17 @@ def _mar_config(weights: dict[str, Tensor], settings: dict[str, Any]) -> ModelCo
         decoder_heads=_heads(settings, "decoder", decoder_width),
         buffer=buffer_and_tokens - tokens,
     )
-    head = HeadConfig("diffusion", head_width, _count(weights, "diffloss.net.res_blocks"), _number(settings, "diffusion_batch_mul", 4))
+    head = HeadConfig(
+        "diffusion",
+        head_width,
+        _count(weights, "diffloss.net.res_blocks"),
+        _number(settings, "diffusion_batch_mul", 4),
+    )
     # Releases of MAR differ in whether the embedding has class_num rows or always 1000.
     classes = min(_number(settings, "class_num", rows), rows)
-    return ModelConfig(NetworkConfig(backbone, head, patch), classes, latent_channels, (side * patch, side * patch))
+    return ModelConfig(
+        NetworkConfig(backbone, head, patch), classes, latent_channels, (side * patch, side * patch)
+    )
 
 
 def _autoencoder_config(weights: dict[str, Tensor]) -> AutoencoderConfig:
@@ -281,7 +311,9 @@ def _class_embedding(weights: dict[str, Tensor], config: ModelConfig, source: Pa
     classes = weights.pop("class_emb.weight")
     for name, tensor, rows in (("class_emb.weight", classes, len(classes)), ("fake_latent", null, 1)):
         if tensor.shape != (rows, width):
-            raise InputError(f"{source}: {name} is missing or has another shape than {[rows, width]}; give the published checkpoint")
+            raise InputError(
+                f"{source}: {name} is missing or has another shape than {[rows, width]}; give the published checkpoint"
+            )
     return torch.cat([classes[: config.classes], null])
 
 
@@ -304,11 +336,17 @@ def _renamed(
             raise InputError(f"{source} lacks the tensor {theirs}; give the published checkpoint")
         if weights[theirs].shape != wanted[ours].shape:
             found, expected = list(weights[theirs].shape), list(wanted[ours].shape)
-            raise InputError(f"{source}: {theirs} has shape {found}, where the file's other tensors ask for {expected}")
+            raise InputError(
+                f"{source}: {theirs} has shape {found}, where the file's other tensors ask for {expected}"
+            )
         if weights[theirs].dtype not in FLOATS:
-            raise InputError(f"{source}: {theirs} is of {weights[theirs].dtype}, which are no weights; give the published checkpoint")
+            raise InputError(
+                f"{source}: {theirs} is of {weights[theirs].dtype}, which are no weights; give the published checkpoint"
+            )
     if left_over := sorted(weights.keys() - set(names.values())):
-        raise InputError(f"{source} holds the tensor {left_over[0]!r}, which the published model does not have")
+        raise InputError(
+            f"{source} holds the tensor {left_over[0]!r}, which the published model does not have"
+        )
     return {ours: weights[theirs] for ours, theirs in names.items()}
 
 

@@ -48,7 +48,9 @@ def resolve_device(device: "str | torch.device" = "auto") -> "torch.device":
     if name.startswith("cuda"):
         _turn_tf32_off()
     if reason := _refusal(name):
-        raise InputError(f"device {name!r} cannot be used here ({reason}); give cpu, or auto for what there is")
+        raise InputError(
+            f"device {name!r} cannot be used here ({reason}); give cpu, or auto for what there is"
+        )
     return torch.device(name)
 
 
@@ -92,7 +94,9 @@ def _computes(name: str) -> bool:
         tokens = F.layer_norm(F.linear(image.flatten(2), x.view(8, 64)), (8,))
         return F.scaled_dot_product_attention(tokens, tokens, tokens).cpu()
 
-    return torch.allclose(results(name), results("cpu"), atol=1e-2)  # broken devices are looked for, not rounding
+    return torch.allclose(
+        results(name), results("cpu"), atol=1e-2
+    )  # broken devices are looked for, not rounding
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -67,7 +67,14 @@ class AutoencoderKLConfig:
 
 
 # Hints for tiling and float16, which change no number; and those that are converted on their own.
-_NOT_COMPARED = ("sample_size", "force_upcast", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
+_NOT_COMPARED = (
+    "sample_size",
+    "force_upcast",
+    "scaling_factor",
+    "shift_factor",
+    "latents_mean",
+    "latents_std",
+)
 
 
 def to_diffusers(autoencoder: Autoencoder, folder: Path) -> None:
@@ -86,9 +93,13 @@ def to_diffusers(autoencoder: Autoencoder, folder: Path) -> None:
     """
     config = autoencoder.config
     if config.spherical:
-        raise InputError("this autoencoder's latents are on a sphere (spherical), which an AutoencoderKL of diffusers cannot do")
+        raise InputError(
+            "this autoencoder's latents are on a sphere (spherical), which an AutoencoderKL of diffusers cannot do"
+        )
     if config.width_multipliers[0] != 1:
-        raise InputError(f"width_multipliers {list(config.width_multipliers)}: an AutoencoderKL of diffusers can only begin with 1")
+        raise InputError(
+            f"width_multipliers {list(config.width_multipliers)}: an AutoencoderKL of diffusers can only begin with 1"
+        )
     if (folder / "config.json").exists():
         raise InputError(f"{folder} already holds a model, which is not overwritten; choose another folder")
     levels = len(config.width_multipliers)
@@ -118,17 +129,27 @@ def from_diffusers(source: Path, folder: Path) -> str:
     """
     path = source / "config.json"
     if not path.exists():
-        raise InputError(f"{path} does not exist; give the folder of an {_CLASS} (of a whole diffusers pipeline, its vae)")
+        raise InputError(
+            f"{path} does not exist; give the folder of an {_CLASS} (of a whole diffusers pipeline, its vae)"
+        )
     values = read_json(path)
     if not isinstance(values, dict) or values.get("_class_name") != _CLASS:
         raise InputError(f"{path}: _class_name is not {_CLASS!r}, the only one that can be converted")
-    theirs = from_dict(AutoencoderKLConfig, {key: value for key, value in values.items() if not key.startswith("_")}, str(path))
+    theirs = from_dict(
+        AutoencoderKLConfig,
+        {key: value for key, value in values.items() if not key.startswith("_")},
+        str(path),
+    )
     config = _ours(theirs, path)
     weights, *others = _weights(source)
-    tensors = _today(read_tensors(weights) if weights.suffix == ".safetensors" else _read_shards(weights), weights)
+    tensors = _today(
+        read_tensors(weights) if weights.suffix == ".safetensors" else _read_shards(weights), weights
+    )
     levels = len(config.width_multipliers)
     # Linear layers there, 1 × 1 convolutions here.
-    shaped = {name: tensor[:, :, None, None] if tensor.dim() == 2 else tensor for name, tensor in tensors.items()}
+    shaped = {
+        name: tensor[:, :, None, None] if tensor.dim() == 2 else tensor for name, tensor in tensors.items()
+    }
     add_autoencoder(folder, config, shaped, lambda ours: _name(ours, levels), weights)
     return weights.name + (f", not {', '.join(path.name for path in others)}" if others else "")
 
@@ -141,7 +162,9 @@ def _weights(source: Path) -> list[Path]:
             if match := pattern.fullmatch(path.name):
                 found.append((match[1] or "", sharded, path))
     if not found:
-        raise InputError(f"{source / _WEIGHTS} does not exist, and pickles are not read; have diffusers save it as safetensors")
+        raise InputError(
+            f"{source / _WEIGHTS} does not exist, and pickles are not read; have diffusers save it as safetensors"
+        )
     return [path for _, _, path in sorted(found)]
 
 
@@ -161,7 +184,9 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             raise InputError(f"{index} lists the file {file[:80]!r}, which is no safetensors file beside it")
         found = read_tensors(index.parent / file)
         if found.keys() != {name for name, place in files.items() if place == file}:
-            raise InputError(f"{index.parent / file} holds other tensors than {index.name} lists for it; copy or save the weights again")
+            raise InputError(
+                f"{index.parent / file} holds other tensors than {index.name} lists for it; copy or save the weights again"
+            )
         tensors |= found
     return tensors
 
@@ -175,12 +200,16 @@ def _today(tensors: dict[str, Tensor], weights: Path) -> dict[str, Tensor]:
 
     renamed = {name(old): tensor for old, tensor in tensors.items()}
     if len(renamed) < len(tensors):
-        raise InputError(f"{weights} holds tensors of attention under both older and newer names; save it again")
+        raise InputError(
+            f"{weights} holds tensors of attention under both older and newer names; save it again"
+        )
     return renamed
 
 
 def _name(ours: str, levels: int) -> str:
-    name = re.sub(r"\.up\.(\d+)\.", lambda match: f".up_blocks.{levels - 1 - int(match[1])}.", ours)  # from the coarsest level there
+    name = re.sub(
+        r"\.up\.(\d+)\.", lambda match: f".up_blocks.{levels - 1 - int(match[1])}.", ours
+    )  # from the coarsest level there
     for pattern, theirs in _NAMES:
         name = re.sub(pattern, theirs, name)
     return name
@@ -206,7 +235,9 @@ def _theirs(config: AutoencoderConfig) -> AutoencoderKLConfig:
 def _ours(theirs: AutoencoderKLConfig, path: Path) -> AutoencoderConfig:
     widths = theirs.block_out_channels
     if not widths or min(widths) < 1 or any(width % widths[0] for width in widths):
-        raise InputError(f"{path}: block_out_channels are {list(widths)}, which are no multiples of the first")
+        raise InputError(
+            f"{path}: block_out_channels are {list(widths)}, which are no multiples of the first"
+        )
     scale, shift = _scale_and_shift(theirs, path)
     try:
         config = AutoencoderConfig(
@@ -223,7 +254,9 @@ def _ours(theirs: AutoencoderKLConfig, path: Path) -> AutoencoderConfig:
     for name, wanted in to_dict(_theirs(config)).items():
         found = to_dict(theirs)[name]
         if name not in _NOT_COMPARED and found != wanted:
-            raise InputError(f"{path}: {name} is {found!r}, and far's autoencoder can only be {wanted!r} there")
+            raise InputError(
+                f"{path}: {name} is {found!r}, and far's autoencoder can only be {wanted!r} there"
+            )
     return config
 
 
@@ -234,5 +267,7 @@ def _scale_and_shift(theirs: AutoencoderKLConfig, path: Path) -> tuple[float, fl
     if mean is None or deviation is None or theirs.shift_factor:
         raise InputError(f"{path}: latents_mean and latents_std go together, and without shift_factor")
     if len(set(deviation)) != 1 or deviation[0] <= 0:
-        raise InputError(f"{path}: latents_std is {list(deviation)}, and far's autoencoder has one scale for all channels")
+        raise InputError(
+            f"{path}: latents_std is {list(deviation)}, and far's autoencoder has one scale for all channels"
+        )
     return theirs.scaling_factor / deviation[0], mean

@@ -74,7 +74,9 @@ def touched_tokens(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     if not touched.any():
         raise InputError("the mask marks nothing to redraw; paint what is to be redrawn white")
     if touched.all():
-        raise InputError(f"the mask touches every one of the {rows}×{columns} tokens, so nothing is kept; mark less, or generate an image")
+        raise InputError(
+            f"the mask touches every one of the {rows}×{columns} tokens, so nothing is kept; mark less, or generate an image"
+        )
     return touched
 
 

@@ -41,7 +41,9 @@ def _beside(path: Path) -> Iterator[Path]:
         yield folder / path.name
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write {path}: {reason}; check the path, its permissions and the free space") from error
+        raise InputError(
+            f"cannot write {path}: {reason}; check the path, its permissions and the free space"
+        ) from error
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -119,12 +121,16 @@ def sole_use(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror}; check the path and its permissions") from error
+        raise InputError(
+            f"cannot write {folder}: {error.strerror}; check the path and its permissions"
+        ) from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"another command is writing to {folder}; wait until it ends, or choose another folder") from error
+            raise InputError(
+                f"another command is writing to {folder}; wait until it ends, or choose another folder"
+            ) from error
         except OSError:  # a disk without locks
             pass
         yield
@@ -148,7 +154,9 @@ def remove_leftovers(*folders: Path, idle_seconds: float = 3600) -> None:
     for left in (left for folder in folders for left in folder.glob(".*.far")):
         with contextlib.suppress(OSError):  # gone by now, or somebody else's
             match, held = _LEFTOVER.fullmatch(left.name), list(left.iterdir())
-            if match is None or any(path.name != match[1] and not _OF_SAFETENSORS.fullmatch(path.name) for path in held):
+            if match is None or any(
+                path.name != match[1] and not _OF_SAFETENSORS.fullmatch(path.name) for path in held
+            ):
                 continue
             written = max(path.lstat().st_mtime for path in (left, *held))
             if time.time() - written >= idle_seconds:
@@ -213,7 +221,11 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
-    except (OSError, ValueError, RecursionError) as error:  # no JSON or no text, an endless number, endless nesting
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # no JSON or no text, an endless number, endless nesting
         raise InputError(f"{path} is not readable JSON ({error}); restore or remake it") from error
 
 
@@ -230,7 +242,10 @@ def check_zip(path: Path) -> None:
             raise zipfile.BadZipFile(f"it would unpack to {unpacked} bytes")
         # Of two members of a name zipfile checks the second and torch reads the first, and they differ on bytes before the archive.
         names = {entry.filename.lower() for entry in archive.infolist()}
-        if len(names) < len(archive.infolist()) or min((entry.header_offset for entry in archive.infolist()), default=0) != 0:
+        if (
+            len(names) < len(archive.infolist())
+            or min((entry.header_offset for entry in archive.infolist()), default=0) != 0
+        ):
             raise zipfile.BadZipFile("it holds two members of one name, or more than an archive")
         # A length in the directory that is too large swallows the entries after it; 0xFFFF stands for a number written elsewhere.
         with path.open("rb") as file:

@@ -51,7 +51,13 @@ def download(name: str, revision: str | None = None, *, local_files_only: bool =
 
 
 def upload(
-    folder: Path, name: str, revision: str | None = None, *, private: bool | None = None, message: str, token: str | None = None
+    folder: Path,
+    name: str,
+    revision: str | None = None,
+    *,
+    private: bool | None = None,
+    message: str,
+    token: str | None = None,
 ) -> str:
     """Publish the files of ``folder`` in one commit, in a repository that is made where missing, and return its address.
 
@@ -111,14 +117,20 @@ def _refusals_in_one_line(repository: str, revision: str | None) -> Iterator[Non
         yield
     except errors.GatedRepoError as error:
         address = f"{constants.ENDPOINT}/{repository}"
-        raise InputError(f"{repository} is gated; accept its terms at {address} and log in with: hf auth login") from error
+        raise InputError(
+            f"{repository} is gated; accept its terms at {address} and log in with: hf auth login"
+        ) from error
     except errors.RepositoryNotFoundError as error:
         raise InputError(
             f"{repository!r} is no folder here and no model on the hub that you may see; check the name, or log in with: hf auth login"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise InputError(f"{repository} has no revision {revision!r} on the hub; give one of its branches, tags or commits") from error
-    except errors.OfflineModeIsEnabled as error:  # of publishing; where a download meets it, the cache is what counts
+        raise InputError(
+            f"{repository} has no revision {revision!r} on the hub; give one of its branches, tags or commits"
+        ) from error
+    except (
+        errors.OfflineModeIsEnabled
+    ) as error:  # of publishing; where a download meets it, the cache is what counts
         raise InputError(f"{repository}: offline mode is on; unset HF_HUB_OFFLINE to publish") from error
     except errors.LocalEntryNotFoundError as error:
         reason = error.__cause__
@@ -134,12 +146,20 @@ def _refusals_in_one_line(repository: str, revision: str | None) -> Iterator[Non
         ) from error
     except errors.HfHubHTTPError as error:
         refused = error.response.status_code in (401, 403)
-        remedy = "log in with hf auth login as one who may do this" if refused else "check the name, or try again later"
+        remedy = (
+            "log in with hf auth login as one who may do this"
+            if refused
+            else "check the name, or try again later"
+        )
         raise InputError(f"{repository}: the hub answers {_line(error)!r}; {remedy}") from error
     except errors.HFValidationError as error:
-        raise InputError(f"{repository!r} is no folder here and no possible name on the hub: {_line(error)}") from error
+        raise InputError(
+            f"{repository!r} is no folder here and no possible name on the hub: {_line(error)}"
+        ) from error
     except (errors.HTTPError, OSError) as error:
-        raise InputError(f"{repository}: {_line(error)}; check the connection, and the space in the cache's folder") from error
+        raise InputError(
+            f"{repository}: {_line(error)}; check the connection, and the space in the cache's folder"
+        ) from error
     except ValueError as error:  # a card that the hub's check refuses
         raise InputError(f"{repository}: the hub refuses the model card: {_line(error)}") from error
 

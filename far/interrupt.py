@@ -26,7 +26,9 @@ class DeferredInterrupt:
 
     def __enter__(self) -> "DeferredInterrupt":
         main = threading.current_thread() is threading.main_thread()
-        self.previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM) if main}
+        self.previous = {
+            number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM) if main
+        }
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -108,7 +108,9 @@ def int8_product(x: Tensor, packed: Any) -> Tensor:
 
     ``x`` is rounded to 127ths: zero is 128 of 0 … 255, and ±1 is 127 away from it.
     """
-    result: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1 / 127, 128, packed)
+    result: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+        x, 1 / 127, 128, packed
+    )
     return result
 
 

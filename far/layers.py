@@ -45,7 +45,9 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
     """Attention of all queries ``[b, heads, m, head_width]`` to all keys ``[b, heads, n, head_width]``; ``bias [n]`` is added to scores.
 
     The CPU's fused kernel takes longer in bfloat16 than plain products of a few rows at a time, several times as long for a
@@ -56,7 +58,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout)
     rows = max(1, _SCORES // (query.shape[1] * query.shape[2] * key.shape[2]))
     query = query * query.shape[-1] ** -0.5
-    return torch.cat([_attend(q, k, v, bias) for q, k, v in zip(query.split(rows), key.split(rows), value.split(rows))])
+    return torch.cat(
+        [_attend(q, k, v, bias) for q, k, v in zip(query.split(rows), key.split(rows), value.split(rows))]
+    )
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
@@ -158,7 +162,14 @@ class KeyValueCache:
     """
 
     def __init__(
-        self, depth: int, rows: int, heads: int, head_width: int, dtype: torch.dtype, device: torch.device, growth: int = 64
+        self,
+        depth: int,
+        rows: int,
+        heads: int,
+        head_width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        growth: int = 64,
     ) -> None:
         self.growth = growth
         # Zeros, since what is not held yet is multiplied by zero, which NaNs would survive.
@@ -186,11 +197,17 @@ class KeyValueCache:
             return keys, values, None
         return self.keys[block, :rows], self.values[block, :rows], self.bias
 
-    def put(self, block: int, places: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def put(
+        self, block: int, places: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Write over the places ``[b, m]``, which are held, of a block's first b rows; otherwise as :meth:`append`."""
         rows = self._keep(len(keys))
         index = places[:, None, :, None].expand_as(keys)
-        return self.keys[block, :rows].scatter_(2, index, keys), self.values[block, :rows].scatter_(2, index, values), self.bias
+        return (
+            self.keys[block, :rows].scatter_(2, index, keys),
+            self.values[block, :rows].scatter_(2, index, values),
+            self.bias,
+        )
 
     def _keep(self, rows: int) -> int:
         assert rows <= self.rows, "rows that were left out have gaps"

@@ -22,7 +22,9 @@ class FAR(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = build_backbone(config.network.backbone, config.token_grid, config.token_channels, config.classes)
+        self.backbone = build_backbone(
+            config.network.backbone, config.token_grid, config.token_channels, config.classes
+        )
         self.head = build_head(config.network.head, config.token_channels, self.backbone.width)
 
     @property
@@ -45,7 +47,14 @@ class FAR(nn.Module):
         return on_sphere(tokens.unflatten(-1, (self.config.latent_channels, -1)), dim=-2).flatten(-2)
 
     def loss(
-        self, latents: Tensor, labels: Tensor, generator: torch.Generator, *, label_drop: float, teacher: "FAR", step: int = 0
+        self,
+        latents: Tensor,
+        labels: Tensor,
+        generator: torch.Generator,
+        *,
+        label_drop: float,
+        teacher: "FAR",
+        step: int = 0,
     ) -> TokenLoss:
         """The head's loss at every token that the backbone predicts.
 
@@ -69,5 +78,9 @@ class FAR(nn.Module):
             half = -(-len(labels) // 2)
             with torch.no_grad():
                 null = torch.full_like(labels[:half], self.null_label)
-                z_uncond = self.backbone.condition(fed[:half], known[:half], positions[:half], null).flatten(0, 1)
-        return self.head.loss(wanted.flatten(0, 1), z.flatten(0, 1), generator, teacher.head, step=step, z_uncond=z_uncond)
+                z_uncond = self.backbone.condition(fed[:half], known[:half], positions[:half], null).flatten(
+                    0, 1
+                )
+        return self.head.loss(
+            wanted.flatten(0, 1), z.flatten(0, 1), generator, teacher.head, step=step, z_uncond=z_uncond
+        )

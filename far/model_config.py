@@ -66,7 +66,9 @@ def _masked(width: int, depth: int, heads: int, kind: str, head_depth: int, head
 
 
 def _causal(width: int, depth: int, heads: int, kind: str, head_depth: int, head_width: int) -> NetworkConfig:
-    return NetworkConfig(CausalConfig(width=width, depth=depth, heads=heads), HeadConfig(kind, head_width, head_depth))
+    return NetworkConfig(
+        CausalConfig(width=width, depth=depth, heads=heads), HeadConfig(kind, head_width, head_depth)
+    )
 
 
 # MAR's sizes (arXiv 2406.11838), at 16 × 16 tokens of 16 channels and 1000 classes.

@@ -20,11 +20,15 @@ def find_folder(name: Path | str, *, revision: str | None = None, local_files_on
         InputError: none of them exists, or the hub cannot be reached.
     """
     if not isinstance(name, str | Path):
-        raise InputError(f"weights {name!r}: give a folder, the name of a bundled model, or OWNER/NAME of the hub")
+        raise InputError(
+            f"weights {name!r}: give a folder, the name of a bundled model, or OWNER/NAME of the hub"
+        )
     bundled = bundled_names()
     if (name != "" and Path(name).is_dir()) or (isinstance(name, str) and name in bundled):
         if revision is not None:
-            raise InputError(f"weights {str(name)!r} are a folder here, which has no revision {revision!r}; leave it out")
+            raise InputError(
+                f"weights {str(name)!r} are a folder here, which has no revision {revision!r}; leave it out"
+            )
         folder = Path(name) if Path(name).is_dir() else BUNDLED / name
         if not (folder / "config.json").exists():
             raise InputError(f"{folder} holds no model (no config.json). Give a folder that {_WRITERS} wrote")
@@ -33,7 +37,9 @@ def find_folder(name: Path | str, *, revision: str | None = None, local_files_on
         try:
             return download(name, revision, local_files_only=local_files_only)
         except InputError as error:
-            raise InputError(f"weights {name!r}: no such folder{_beside(name)}; taken for a name on the hub, {error}") from error
+            raise InputError(
+                f"weights {name!r}: no such folder{_beside(name)}; taken for a name on the hub, {error}"
+            ) from error
     raise InputError(
         f"weights {str(name)!r}: no such folder or bundled model. Give one of {', '.join(bundled)}, "
         f"a folder that {_WRITERS} wrote, or OWNER/NAME of the hub"

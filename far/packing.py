@@ -75,7 +75,11 @@ def pack_linear_layers(module: nn.Module) -> None:
     if not can_pack():
         return
     for name, child in module.named_children():
-        if type(child) is nn.Linear and child.weight.device.type == "cpu" and child.weight.dtype == torch.bfloat16:
+        if (
+            type(child) is nn.Linear
+            and child.weight.device.type == "cpu"
+            and child.weight.dtype == torch.bfloat16
+        ):
             setattr(module, name, PackedLinear(child))
         else:
             pack_linear_layers(child)

@@ -90,7 +90,11 @@ def _check(file: IO[bytes], allowed: set[str]) -> None:
         else:
             wanted = opcode.stack_before
             # What an opcode takes is one object each, or all since the last mark and what stands before it.
-            count = len(stack) - marks.pop() + wanted.index(pickletools.markobject) if pickletools.markobject in wanted else len(wanted)
+            count = (
+                len(stack) - marks.pop() + wanted.index(pickletools.markobject)
+                if pickletools.markobject in wanted
+                else len(wanted)
+            )
             start = len(stack) - count
             items = stack[start:]
             del stack[start:]

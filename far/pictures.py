@@ -94,7 +94,9 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
             raise ValueError("it has values that are not finite numbers")
         values = np.clip(values, 0, 65535).round().astype(np.uint16)
     scale = 257 if values.max() > 255 else 1
-    table = (np.arange(65536) / scale).clip(0, 255).round().astype(np.uint8)  # far smaller than a float per pixel
+    table = (
+        (np.arange(65536) / scale).clip(0, 255).round().astype(np.uint8)
+    )  # far smaller than a float per pixel
     scaled = Image.fromarray(table[values])
     if "icc_profile" in picture.info:
         scaled.info["icc_profile"] = picture.info["icc_profile"]
@@ -149,14 +151,19 @@ def _class_rows(labels: Sequence[int]) -> list[list[int]]:
         classes.setdefault(label, []).append(index)
     most = max(map(len, classes.values()))
     length = -(-most // -(-most // _ROW_IMAGES))
-    return [found[start : start + length] for found in classes.values() for start in range(0, len(found), length)]
+    return [
+        found[start : start + length] for found in classes.values() for start in range(0, len(found), length)
+    ]
 
 
 def _block_columns(rows: int, width: int, height: int) -> int:
     """Columns in which ``rows`` rows of ``width`` × ``height`` pixels stand: one, unless that is too high."""
     if rows * height <= 2 * width:
         return 1
-    return min(range(1, rows + 1), key=lambda columns: abs(math.log(columns * width / (-(-rows // columns) * height))))
+    return min(
+        range(1, rows + 1),
+        key=lambda columns: abs(math.log(columns * width / (-(-rows // columns) * height))),
+    )
 
 
 def enlarge(picture: Image.Image) -> Image.Image:
@@ -185,4 +192,6 @@ def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 120)
     """Write an endless animation atomically; the last frame stays for a second and a half."""
     durations = [milliseconds] * (len(frames) - 1) + [1500]
     with atomic_path(path) as temporary:
-        frames[0].save(temporary, format="GIF", save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
+        frames[0].save(
+            temporary, format="GIF", save_all=True, append_images=list(frames[1:]), duration=durations, loop=0
+        )

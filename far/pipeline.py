@@ -45,7 +45,12 @@ from far.weights import (
 # On a CPU, few images at a time and channels last stay in the caches: twice as fast at 64 × 64 pixels.
 _CPU_DECODE_CHUNK = 16
 # Of "int8" models, all but the wide linear layers.
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.float32,
+}
 
 
 class Pipeline:
@@ -68,7 +73,12 @@ class Pipeline:
         training: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.autoencoder = model.eval(), autoencoder
-        self.classes, self.defaults, self.results, self.training = list(classes), defaults, results or {}, training or {}
+        self.classes, self.defaults, self.results, self.training = (
+            list(classes),
+            defaults,
+            results or {},
+            training or {},
+        )
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +97,9 @@ class Pipeline:
 
     def _autoencoder(self) -> Autoencoder:
         if self.autoencoder is None:
-            raise InputError("this model has no autoencoder; add one with: far convert kl16 KL16.ckpt THE_SAME_FOLDER")
+            raise InputError(
+                "this model has no autoencoder; add one with: far convert kl16 KL16.ckpt THE_SAME_FOLDER"
+            )
         return self.autoencoder
 
     def label(self, name: int | str) -> int:
@@ -173,7 +185,12 @@ class Pipeline:
         return torch.cat(parts)
 
     def stream(
-        self, labels: Sequence[int | str], seeds: Sequence[int], config: SamplingConfig | None = None, *, kept: Kept | None = None
+        self,
+        labels: Sequence[int | str],
+        seeds: Sequence[int],
+        config: SamplingConfig | None = None,
+        *,
+        kept: Kept | None = None,
     ) -> Iterator[Progress]:
         """Draw one batch an AR step at a time; :meth:`preview` shows each step, :meth:`decode` the last one's latents.
 
@@ -188,7 +205,9 @@ class Pipeline:
         """
         numbers, seeds = self._numbers(labels, seeds)
         noise = SeededNoise(seeds, self.device)
-        return sampling_steps(self.model, torch.tensor(numbers, device=self.device), noise, config or self.defaults, kept=kept)
+        return sampling_steps(
+            self.model, torch.tensor(numbers, device=self.device), noise, config or self.defaults, kept=kept
+        )
 
     def _numbers(self, labels: Sequence[int | str], seeds: Sequence[int]) -> tuple[list[int], list[int]]:
         """Class numbers and seeds; an :class:`InputError` if there are none, or not one good seed each."""
@@ -250,7 +269,9 @@ class Pipeline:
         redrawn = touched_tokens(mask, self.model.config.token_grid)
         config = self._edit_config(int(redrawn.sum()), sampling)
         latents = self.encode(image.unsqueeze(0)).expand(len(seeds), -1, -1, -1)
-        for progress in self.stream([label] * len(seeds), seeds, config, kept=Kept(latents, (~redrawn).nonzero().flatten())):
+        for progress in self.stream(
+            [label] * len(seeds), seeds, config, kept=Kept(latents, (~redrawn).nonzero().flatten())
+        ):
             if callback is not None:
                 callback(progress)
         images = self.decode(progress.latents)
@@ -261,10 +282,14 @@ class Pipeline:
     def _checked_image(self, image: Image.Image | Tensor) -> Tensor:
         tensor = _pixels("image", image, "white")
         if tensor.shape != (3, *self.image_size):
-            raise InputError(f"image of shape {list(tensor.shape)}: this model's are {[3, *self.image_size]}; crop or resize it")
+            raise InputError(
+                f"image of shape {list(tensor.shape)}: this model's are {[3, *self.image_size]}; crop or resize it"
+            )
         low, high = tensor.float().aminmax()  # NaN if any value is
         if not (tensor.is_floating_point() and low >= 0 and high <= 1):
-            raise InputError(f"image of {tensor.dtype} from {low:g} to {high:g}: give floats within 0 … 1, as bytes / 255")
+            raise InputError(
+                f"image of {tensor.dtype} from {low:g} to {high:g}: give floats within 0 … 1, as bytes / 255"
+            )
         return tensor
 
     def _checked_mask(self, mask: Image.Image | Tensor) -> Tensor:
@@ -273,15 +298,21 @@ class Pipeline:
             # Of a picture, or an array with an axis for channels.
             tensor = tensor[..., 0] if tensor.shape[-1] == 1 else tensor.float().mean(dim=0)
         if tensor.shape != self.image_size:
-            raise InputError(f"mask of shape {list(tensor.shape)}: it must be the image's, {list(self.image_size)}")
+            raise InputError(
+                f"mask of shape {list(tensor.shape)}: it must be the image's, {list(self.image_size)}"
+            )
         if not tensor.isfinite().all():
-            raise InputError("mask holds values that are not finite numbers; give 1 where to redraw, and 0 elsewhere")
+            raise InputError(
+                "mask holds values that are not finite numbers; give 1 where to redraw, and 0 elsewhere"
+            )
         return tensor > 0.5
 
     def _edit_config(self, tokens: int, sampling: dict[str, Any]) -> SamplingConfig:
         """The sampling of an edit that redraws so many tokens."""
         steps = round(self.defaults.ar_steps * tokens / self.model.config.tokens)
-        return self.sampling_config(**{"ar_steps": max(1, steps), **{k: v for k, v in sampling.items() if v is not None}})
+        return self.sampling_config(
+            **{"ar_steps": max(1, steps), **{k: v for k, v in sampling.items() if v is not None}}
+        )
 
     def sampling_config(self, **given: Any) -> SamplingConfig:
         """The model's default sampling values with those of ``given`` that are not ``None``.
@@ -289,7 +320,9 @@ class Pipeline:
         Raises:
             InputError: a name that :class:`far.sampling.SamplingConfig` does not have, or a value of another type.
         """
-        values = {field.name: getattr(self.defaults, field.name) for field in dataclasses.fields(self.defaults)}
+        values = {
+            field.name: getattr(self.defaults, field.name) for field in dataclasses.fields(self.defaults)
+        }
         values |= {name: _plain(value) for name, value in given.items() if value is not None}
         return from_dict(SamplingConfig, values, "sampling values")
 
@@ -304,7 +337,10 @@ class Pipeline:
         autoencoder = self._autoencoder()
         latents = autoencoder.denormalize(latents.to(next(autoencoder.parameters()).dtype))
         chunk = _CPU_DECODE_CHUNK if latents.device.type == "cpu" else len(latents)
-        parts = [autoencoder.decode(part.contiguous(memory_format=torch.channels_last)).float() / 2 + 0.5 for part in latents.split(chunk)]
+        parts = [
+            autoencoder.decode(part.contiguous(memory_format=torch.channels_last)).float() / 2 + 0.5
+            for part in latents.split(chunk)
+        ]
         # The one place where images leave a model, so the one where NaN has to be found: a picture would show it as black.
         return check_finite(torch.cat(parts)).clamp(0, 1).contiguous()
 
@@ -320,7 +356,9 @@ class Pipeline:
         images = (images * 2 - 1).to(weight.device, weight.dtype, memory_format=torch.channels_last)
         return autoencoder.normalize(autoencoder.encode(images).mean.float())
 
-    def save_pretrained(self, folder: Path | str, dtype: torch.dtype | None = None, *, base: str | None = None) -> None:
+    def save_pretrained(
+        self, folder: Path | str, dtype: torch.dtype | None = None, *, base: str | None = None
+    ) -> None:
         """Write the folder; weights as ``dtype`` where given. ``config.json`` is written after them.
 
         ``README.md`` is the model card of what is known: classes, sizes, sampling values, results and, of models trained
@@ -337,13 +375,19 @@ class Pipeline:
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise InputError(f"dtype {dtype!r}: give a floating point dtype of torch, such as torch.float16")
         if any(isinstance(module, Int8Linear) for module in self.model.modules()):
-            raise InputError(f"{folder}: int8 weights are for running only; load the model in another dtype to save it")
+            raise InputError(
+                f"{folder}: int8 weights are for running only; load the model in another dtype to save it"
+            )
         tensors, autoencoder, described = self.model.state_dict(), self.autoencoder, {}
         if base is not None:
             described = {"base": describe_base(base)}
             other = Pipeline.from_pretrained(BUNDLED / base, device="cpu")
             tensors = changed_tensors(self.model, other.model)
-            if autoencoder is not None and other.autoencoder is not None and not changed_tensors(autoencoder, other.autoencoder):
+            if (
+                autoencoder is not None
+                and other.autoencoder is not None
+                and not changed_tensors(autoencoder, other.autoencoder)
+            ):
                 autoencoder = None
         save_tensors(folder / "model.safetensors", tensors, dtype)
         config: dict[str, Any] = {
@@ -392,7 +436,9 @@ class Pipeline:
         with tempfile.TemporaryDirectory() as temporary:
             self.save_pretrained(temporary, dtype)
             write_card(Path(temporary), name, license)
-            return upload(Path(temporary), name, revision, private=private, message=commit_message, token=token)
+            return upload(
+                Path(temporary), name, revision, private=private, message=commit_message, token=token
+            )
 
     @classmethod
     def from_pretrained(
@@ -431,19 +477,29 @@ class Pipeline:
         config = from_dict(ModelConfig, values["model"], source)
         defaults = from_dict(SamplingConfig, values.get("defaults", {}), source)
         classes = values.get("classes", [])
-        if not isinstance(classes, list) or not all(isinstance(name, str) and is_plain(name) for name in classes):
-            raise InputError(f"{source}: classes are {classes!r}, expected a list of names without control characters")
+        if not isinstance(classes, list) or not all(
+            isinstance(name, str) and is_plain(name) for name in classes
+        ):
+            raise InputError(
+                f"{source}: classes are {classes!r}, expected a list of names without control characters"
+            )
         for key in ("results", "training"):
             if not isinstance(values.get(key, {}), dict):
                 raise InputError(f"{source}: {key} is {values[key]!r}, expected keys and values")
         if len(classes) != config.classes:
-            raise InputError(f"{source} names {len(classes)} classes for a model of {config.classes}; name them all")
+            raise InputError(
+                f"{source} names {len(classes)} classes for a model of {config.classes}; name them all"
+            )
         base = find_base(values["base"], source) if "base" in values else None
         weights = base and base / "model.safetensors"
-        model = load_module(lambda: FAR(config), folder / "model.safetensors", weights, listed=values.get("sha256"))
+        model = load_module(
+            lambda: FAR(config), folder / "model.safetensors", weights, listed=values.get("sha256")
+        )
         model = prepare(model, dtype, device)
         has_autoencoder = "autoencoder" in values or base is not None
-        autoencoder = prepare_autoencoder(load_autoencoder(folder), dtype, device) if has_autoencoder else None
+        autoencoder = (
+            prepare_autoencoder(load_autoencoder(folder), dtype, device) if has_autoencoder else None
+        )
         return cls(model, autoencoder, classes, defaults, values.get("results"), values.get("training"))
 
 
@@ -461,7 +517,12 @@ def _plain(value: Any) -> Any:
 
 def _pixels(name: str, given: Any, background: str) -> Tensor:
     """A picture of Pillow, or an array of 8-bit pixels as Pillow makes them, as ``[3, H, W]`` in [0, 1]; a tensor as it is."""
-    if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.ndim == 3 and given.shape[-1] in (3, 4):
+    if (
+        isinstance(given, np.ndarray)
+        and given.dtype == np.uint8
+        and given.ndim == 3
+        and given.shape[-1] in (3, 4)
+    ):
         given = Image.fromarray(given)
     if isinstance(given, Image.Image):
         return to_tensor(given, background)
@@ -469,10 +530,14 @@ def _pixels(name: str, given: Any, background: str) -> Tensor:
         try:
             given = torch.from_numpy(given.copy())
         except (TypeError, ValueError) as error:
-            raise InputError(f"{name} of dtype {given.dtype}: give another, such as uint8 or float32") from error
+            raise InputError(
+                f"{name} of dtype {given.dtype}: give another, such as uint8 or float32"
+            ) from error
     if isinstance(given, Tensor) and not given.is_complex():
         return given
-    raise InputError(f"{name} is {type(given).__name__}; give a picture of Pillow, an array of numpy or a tensor")
+    raise InputError(
+        f"{name} is {type(given).__name__}; give a picture of Pillow, an array of numpy or a tensor"
+    )
 
 
 def check_output(output: str) -> None:
@@ -495,7 +560,9 @@ def load(
     values = read_json(folder / "config.json")
     if isinstance(values, dict) and "autoencoder" in values and "model" not in values:
         if dtype == "int8":
-            raise InputError(f"dtype int8 is for generators; {folder} holds an autoencoder alone, so take another dtype")
+            raise InputError(
+                f"dtype int8 is for generators; {folder} holds an autoencoder alone, so take another dtype"
+            )
         return load_autoencoder(folder).to(device, _DTYPES[resolve_dtype(dtype, device)])
     return Pipeline.from_pretrained(folder, dtype=dtype, device=device)
 

@@ -45,7 +45,9 @@ class Processes:
             return torch.device("cpu")  # processes cannot share an MPS device
         local, devices = self.local_rank(), torch.cuda.device_count()
         if 0 < devices <= local:
-            raise InputError(f"LOCAL_RANK {local} has no CUDA device; start at most {devices} processes per machine, or give device cpu")
+            raise InputError(
+                f"LOCAL_RANK {local} has no CUDA device; start at most {devices} processes per machine, or give device cpu"
+            )
         return resolve_device(f"cuda:{local}")
 
     def local_rank(self) -> int:
@@ -56,13 +58,17 @@ class Processes:
         """
         local = os.environ.get("LOCAL_RANK", "missing")
         if not local.isdecimal():
-            raise InputError(f"WORLD_SIZE is {self.count}, but LOCAL_RANK is {local} in the environment; start the command by torchrun")
+            raise InputError(
+                f"WORLD_SIZE is {self.count}, but LOCAL_RANK is {local} in the environment; start the command by torchrun"
+            )
         return int(local)
 
     def check_parts(self, name: str, parts: int) -> None:
         """Raise an :class:`InputError` unless so many parts of a step, set by ``name``, are as many for each process."""
         if parts % self.count:
-            raise InputError(f"{name} {parts}: give a multiple of the {self.count} processes, which share them")
+            raise InputError(
+                f"{name} {parts}: give a multiple of the {self.count} processes, which share them"
+            )
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, by rank, in every one."""
@@ -111,7 +117,9 @@ class Processes:
         with contextlib.ExitStack() as stack:
             probe = self.collect(lambda: stack.enter_context(_probe(folder)) if self.rank == 0 else None)[0]
             if not all(self.gather(probe is not None and probe.exists())):
-                raise InputError(f"{folder} is not the same for all processes; put it on a disk that they share")
+                raise InputError(
+                    f"{folder} is not the same for all processes; put it on a disk that they share"
+                )
 
     @contextlib.contextmanager
     def alone_in(self, folder: Path) -> Iterator[None]:
@@ -132,7 +140,9 @@ def started_by_torchrun() -> Processes:
     """What torchrun says of this process; without it, one alone."""
     rank, count = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if not (rank.isdecimal() and count.isdecimal() and int(rank) < int(count)):
-        raise InputError(f"RANK {rank!r} and WORLD_SIZE {count!r} in the environment are not torchrun's; unset them")
+        raise InputError(
+            f"RANK {rank!r} and WORLD_SIZE {count!r} in the environment are not torchrun's; unset them"
+        )
     return Processes(int(rank), int(count))
 
 
@@ -153,7 +163,9 @@ def joined() -> Iterator[Processes]:
         return
     local = processes.local_rank()
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise InputError(f"WORLD_SIZE is {processes.count}, but {missing[0]} is missing in the environment; start the command by torchrun")
+        raise InputError(
+            f"WORLD_SIZE is {processes.count}, but {missing[0]} is missing in the environment; start the command by torchrun"
+        )
     import torch
     import torch.distributed as dist
 

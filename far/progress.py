@@ -45,5 +45,7 @@ class ImageBar(tqdm):
     @property
     def format_dict(self) -> MutableMapping[str, Any]:
         """Values for ``_FORMAT``: tqdm's own, and the images finished and in all."""
-        finished, images = (round(number * self.group) for number in (self.n - self.unfinished, self.total or 0))
+        finished, images = (
+            round(number * self.group) for number in (self.n - self.unfinished, self.total or 0)
+        )
         return {**super().format_dict, "finished": finished, "images": images}

@@ -84,8 +84,15 @@ class Recipe:
             if "\0" in name:
                 raise InputError(f"the path {name!r} has a character that no path can have; write it without")
         place = Path(self.model)
-        if not place.parts or place.parts[0] in ("autoencoder", "latents") or place.is_absolute() or ".." in place.parts:
-            raise InputError(f"model {self.model!r} is not the name of a new folder within the run's; give a name, such as wide")
+        if (
+            not place.parts
+            or place.parts[0] in ("autoencoder", "latents")
+            or place.is_absolute()
+            or ".." in place.parts
+        ):
+            raise InputError(
+                f"model {self.model!r} is not the name of a new folder within the run's; give a name, such as wide"
+            )
 
     @property
     def autoencoder_folder(self) -> Path:
@@ -94,7 +101,11 @@ class Recipe:
         Raises:
             InputError: ``autoencoder_from`` names no folder or model.
         """
-        return Path(self.run) / "autoencoder" if self.autoencoder_from is None else find_folder(self.autoencoder_from)
+        return (
+            Path(self.run) / "autoencoder"
+            if self.autoencoder_from is None
+            else find_folder(self.autoencoder_from)
+        )
 
     @property
     def latents_folder(self) -> Path:
@@ -143,11 +154,19 @@ def load_recipe(name: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
-        raise InputError(f"recipe {path}: {error.strerror}. Give a YAML file, or one of: {', '.join(recipe_names())}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no text, a date or number that is none, endless nesting
+        raise InputError(
+            f"recipe {path}: {error.strerror}. Give a YAML file, or one of: {', '.join(recipe_names())}"
+        ) from error
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # no text, a date or number that is none, endless nesting
         raise InputError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise InputError(f"recipe {path} holds no keys; far recipe NAME prints an example ({', '.join(recipe_names())})")
+        raise InputError(
+            f"recipe {path} holds no keys; far recipe NAME prints an example ({', '.join(recipe_names())})"
+        )
     for override in overrides:
         _apply(values, override)
     return from_dict(Recipe, values, str(path))
@@ -168,7 +187,9 @@ def from_overrides(default: T, overrides: Sequence[str]) -> T:
 def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise InputError(f"override {override!r}: write dotted.key=value, such as generator.training.steps=1000")
+        raise InputError(
+            f"override {override!r}: write dotted.key=value, such as generator.training.steps=1000"
+        )
     *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})

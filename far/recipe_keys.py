@@ -50,9 +50,14 @@ def _sections(command: str, kind: type, default: Any, prefix: str) -> Iterator[S
     inner: list[tuple[str, type, Any]] = []
     for field in dataclasses.fields(kind):
         hint, value = hints[field.name], getattr(default, field.name)
-        options: list[Any] = [option for option in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(option)]
+        options: list[Any] = [
+            option for option in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(option)
+        ]
         if options:
-            inner += [(f"{prefix}{field.name}", option, value if isinstance(value, option) else option()) for option in options]
+            inner += [
+                (f"{prefix}{field.name}", option, value if isinstance(value, option) else option())
+                for option in options
+            ]
             continue
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         shown = None if required else _yaml(value)
@@ -65,7 +70,9 @@ def _sections(command: str, kind: type, default: Any, prefix: str) -> Iterator[S
 
 def _described(kind: type) -> tuple[str, dict[str, str]]:
     """Return the first part of a dataclass's docstring, and the meaning of each field that it lists."""
-    head, _, listed = (_ROLE.sub(r"`\1`", inspect.getdoc(kind) or "").replace("``", "`")).partition("Attributes:\n")
+    head, _, listed = (_ROLE.sub(r"`\1`", inspect.getdoc(kind) or "").replace("``", "`")).partition(
+        "Attributes:\n"
+    )
     entries = re.findall(r"^(\w+): (.*(?:\n .*)*)", textwrap.dedent(listed), re.MULTILINE)
     return " ".join(head.split()), {name: " ".join(text.split()) for name, text in entries}
 
@@ -86,7 +93,13 @@ def _yaml(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    return str(list(value)) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+    return (
+        str(list(value))
+        if isinstance(value, tuple)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _title(section: Section) -> str:
@@ -102,7 +115,10 @@ def as_text(width: int) -> str:
         for key in section.keys:
             default = "must be given" if key.default is None else f"default {key.default}"
             meaning = f"{key.type}; {default}. {key.meaning[:1].upper()}{key.meaning[1:]}"
-            lines += [f"  {key.name}", *textwrap.wrap(meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+            lines += [
+                f"  {key.name}",
+                *textwrap.wrap(meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6),
+            ]
         lines += [""] if section.keys else []
     return "\n".join(lines).replace("`", "")
 

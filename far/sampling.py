@@ -92,7 +92,9 @@ def sample(
     return progress.latents
 
 
-def sampling_steps(model: FAR, labels: Tensor, noise: Noise, config: SamplingConfig, *, kept: Kept | None = None) -> Iterator[Progress]:
+def sampling_steps(
+    model: FAR, labels: Tensor, noise: Noise, config: SamplingConfig, *, kept: Kept | None = None
+) -> Iterator[Progress]:
     """The same, an AR step at a time; the last one's latents are the result.
 
     Raises:
@@ -100,7 +102,11 @@ def sampling_steps(model: FAR, labels: Tensor, noise: Noise, config: SamplingCon
             after ones to be drawn. Raised by the call itself, before any step.
     """
     config.check(model, 0 if kept is None else len(kept.positions))
-    if kept is not None and not model.backbone.any_order and set(kept.positions.tolist()) != set(range(len(kept.positions))):
+    if (
+        kept is not None
+        and not model.backbone.any_order
+        and set(kept.positions.tolist()) != set(range(len(kept.positions)))
+    ):
         raise InputError(
             "a causal backbone draws row by row and knows only what lies before a token, so it can redraw an image from one token "
             "to the end and nothing else; take a masked model"
@@ -109,14 +115,18 @@ def sampling_steps(model: FAR, labels: Tensor, noise: Noise, config: SamplingCon
 
 
 @torch.no_grad()
-def _sampling_steps(model: FAR, labels: Tensor, noise: Noise, config: SamplingConfig, kept: Kept | None) -> Iterator[Progress]:
+def _sampling_steps(
+    model: FAR, labels: Tensor, noise: Noise, config: SamplingConfig, kept: Kept | None
+) -> Iterator[Progress]:
     batch, channels = len(labels), model.config.token_channels
     # Step 0. Only what is kept is known; the order in which the other positions become known is drawn once.
     sequence, orders, known_count = _start(model, noise, config, batch, kept, labels.device)
     counts = cosine_token_counts(model.config.tokens - known_count, config.ar_steps)
     scales = config.guidance_scales(counts, known_count)
     # Guidance that the head has learnt is no matter of the backbone.
-    conditions = _Conditions(model, labels, config, [1.0] * len(scales) if config.guided_in_head(model) else scales)
+    conditions = _Conditions(
+        model, labels, config, [1.0] * len(scales) if config.guided_in_head(model) else scales
+    )
     # All that comes from the host is on the device before the first step: copies in between would stall a GPU.
     head_steps = [config.head_steps_at(step) for step in range(config.ar_steps)]
     times = {steps: model.head.embed_times(steps, sequence) for steps in dict.fromkeys(head_steps)}
@@ -138,7 +148,9 @@ def _sampling_steps(model: FAR, labels: Tensor, noise: Noise, config: SamplingCo
         )
         sequence = sequence.scatter(1, wanted.unsqueeze(-1).expand(-1, -1, channels), model.constrain(drawn))
         known_count += count
-        mask = torch.zeros(orders.shape, dtype=torch.bool, device=orders.device).scatter(1, orders[:, :known_count], True)
+        mask = torch.zeros(orders.shape, dtype=torch.bool, device=orders.device).scatter(
+            1, orders[:, :known_count], True
+        )
         yield Progress(step, config.ar_steps, model.latents(sequence), mask)
 
 
@@ -179,7 +191,9 @@ class _Conditions:
         self.cache = model.backbone.new_cache(rows) if self.exact or config.refresh_every > 1 else None
         self.difference: Tensor | None = None
 
-    def of_step(self, step: int, sequence: Tensor, known: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
+    def of_step(
+        self, step: int, sequence: Tensor, known: Tensor, wanted: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """``z [b, m, width]`` at ``wanted [b, m]``, and the same without the class where the step is guided."""
         if self.cache is not None and not self.exact and step % self.config.refresh_every == 0:
             self.cache.clear()
@@ -195,10 +209,14 @@ class _Conditions:
         until = len(self.scales) if self.exact else step - step % every + every
         return any(scale != 1.0 for scale in self.scales[step:until])
 
-    def _halves(self, sequence: Tensor, known: Tensor, wanted: Tensor, *, uncond: bool) -> tuple[Tensor, Tensor | None]:
+    def _halves(
+        self, sequence: Tensor, known: Tensor, wanted: Tensor, *, uncond: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """The conditional half; with the unconditional one in the same pass of the backbone, or without it."""
         if not uncond:
-            return self.model.backbone.condition(sequence, known, wanted, self.labels[: len(sequence)], self.cache), None
+            return self.model.backbone.condition(
+                sequence, known, wanted, self.labels[: len(sequence)], self.cache
+            ), None
         z, z_uncond = self._both(sequence, known, wanted)
         return z, z_uncond
 
@@ -207,7 +225,9 @@ class _Conditions:
         z, z_uncond = self.model.backbone.condition(*twice, self.labels, self.cache).chunk(2)
         return z, z_uncond
 
-    def _with_kept_difference(self, step: int, sequence: Tensor, known: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _with_kept_difference(
+        self, step: int, sequence: Tensor, known: Tensor, wanted: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Between the steps that compute both halves everywhere, the difference of each position stays."""
         if step % self.config.guidance_every == 0:
             self.difference = None

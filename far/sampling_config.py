@@ -61,7 +61,9 @@ class SamplingConfig:
         if not 1 <= self.ar_steps <= tokens:
             raise InputError(f"ar_steps {self.ar_steps}: give 1 to {tokens}, the number of tokens to draw")
         if not 1 <= len(self._head_ends) <= 2:
-            raise InputError(f"head_steps {list(self._head_ends)}: give one number, or the first and the last")
+            raise InputError(
+                f"head_steps {list(self._head_ends)}: give one number, or the first and the last"
+            )
         for steps in self._head_ends:
             model.head.check_steps(steps)
         if not (math.isfinite(self.guidance) and self.guidance >= 0):
@@ -70,14 +72,21 @@ class SamplingConfig:
             raise InputError(f"guidance_schedule {self.guidance_schedule!r}: choose linear or constant")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise InputError(f"temperature {self.temperature} must be a positive number")
-        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
-            raise InputError(f"guidance_interval {list(self.guidance_interval)}: give a start and an end within 0 … 1")
+        if (
+            len(self.guidance_interval) != 2
+            or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1
+        ):
+            raise InputError(
+                f"guidance_interval {list(self.guidance_interval)}: give a start and an end within 0 … 1"
+            )
         self._check_masked_only(model)
         if self.guidance_passes not in (None, 1, 2):
             raise InputError(f"guidance_passes {self.guidance_passes}: give 1 or 2, or leave it out")
         if self.guidance_passes == 1 and not self._head_knows_guidance(model):
             learnt = f"up to {model.head.max_guidance:g}" if model.head.max_guidance > 1 else "none"
-            raise InputError(f"guidance_passes 1: this model's head has learnt no guidance of {self.guidance:g} ({learnt}); give 2")
+            raise InputError(
+                f"guidance_passes 1: this model's head has learnt no guidance of {self.guidance:g} ({learnt}); give 2"
+            )
 
     def _head_knows_guidance(self, model: "FAR") -> bool:
         return self.guidance == 1.0 or 1 < self.guidance <= model.head.max_guidance
@@ -91,7 +100,9 @@ class SamplingConfig:
         for name in ("order", "refresh_every", "guidance_every"):
             value = getattr(self, name)
             if not model.backbone.any_order and value != getattr(usual, name):
-                raise InputError(f"{name} {value} is for masked models; a causal backbone draws row by row and keeps all exactly")
+                raise InputError(
+                    f"{name} {value} is for masked models; a causal backbone draws row by row and keeps all exactly"
+                )
         if self.order not in ("random", "halton"):
             raise InputError(f"order {self.order!r}: choose random or halton")
         for name in ("refresh_every", "guidance_every"):

@@ -20,7 +20,9 @@ def patchify(latents: Tensor, patch: int) -> Tensor:
     if height % patch or width % patch:
         raise ValueError(f"latents of {height}×{width} cannot be cut into patches of {patch}")
     grid = latents.reshape(batch, channels, height // patch, patch, width // patch, patch)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // patch) * (width // patch), channels * patch**2)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(
+        batch, (height // patch) * (width // patch), channels * patch**2
+    )
 
 
 def unpatchify(tokens: Tensor, patch: int, rows: int, columns: int) -> Tensor:

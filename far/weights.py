@@ -37,8 +37,13 @@ def describe_base(name: str) -> dict[str, Any]:
     if name not in bundled_names():
         raise InputError(f"base {name!r} is no bundled model; bundled: {', '.join(bundled_names())}")
     if "base" in (config := read_json(BUNDLED / name / "config.json")):
-        raise InputError(f"base {name!r} is not whole itself; give the one that it takes from, {config['base']['weights']!r}")
-    return {"weights": name, "sha256": {path.name: sha256(path) for path in sorted((BUNDLED / name).glob("*.safetensors"))}}
+        raise InputError(
+            f"base {name!r} is not whole itself; give the one that it takes from, {config['base']['weights']!r}"
+        )
+    return {
+        "weights": name,
+        "sha256": {path.name: sha256(path) for path in sorted((BUNDLED / name).glob("*.safetensors"))},
+    }
 
 
 def find_base(described: Any, source: str) -> Path:
@@ -49,7 +54,9 @@ def find_base(described: Any, source: str) -> Path:
     """
     name = described.get("weights") if isinstance(described, dict) else None
     if not isinstance(name, str) or describe_base(name) != described:
-        raise InputError(f"{source}: the base {name!r} is not the bundled model of that name; install the version of far that it is from")
+        raise InputError(
+            f"{source}: the base {name!r} is not the bundled model of that name; install the version of far that it is from"
+        )
     return BUNDLED / name
 
 
@@ -98,7 +105,9 @@ def load_module(build: Callable[[], M], path: Path, base: Path | None = None, *,
         with torch.device("meta"):
             wanted = build().state_dict()
         if base is not None and not wanted.keys() <= tensors.keys():
-            tensors = {name: tensor for name, tensor in read_tensors(base).items() if name in wanted} | tensors
+            tensors = {
+                name: tensor for name, tensor in read_tensors(base).items() if name in wanted
+            } | tensors
         _check_tensors(tensors, wanted, path)
         module = build()
     module.load_state_dict(tensors)
@@ -129,18 +138,26 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if metadata and "format" not in metadata and metadata != {"sha256": _digest(tensors)}:
             raise ValueError("its checksum differs")
     except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist. Copy or download the folder again, or run the command that wrote it") from error
+        raise InputError(
+            f"{path} does not exist. Copy or download the folder again, or run the command that wrote it"
+        ) from error
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path} is missing or damaged ({' '.join(str(error).split())}); restore or remake it") from error
+        raise InputError(
+            f"{path} is missing or damaged ({' '.join(str(error).split())}); restore or remake it"
+        ) from error
     return tensors
 
 
 def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
     for name, like in wanted.items():
         if name not in tensors:
-            raise InputError(f"{path} lacks the tensor {name}; the weights are of another model than the config")
+            raise InputError(
+                f"{path} lacks the tensor {name}; the weights are of another model than the config"
+            )
         if tensors[name].shape != like.shape:
-            raise InputError(f"{path}: {name} has shape {list(tensors[name].shape)}, the config asks for {list(like.shape)}")
+            raise InputError(
+                f"{path}: {name} has shape {list(tensors[name].shape)}, the config asks for {list(like.shape)}"
+            )
         if tensors[name].dtype not in (FLOATS if like.is_floating_point() else (like.dtype,)):
             raise InputError(f"{path}: {name} is of {tensors[name].dtype}, where {like.dtype} is needed")
     for name in tensors:
@@ -151,7 +168,11 @@ def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, Tensor], path: 
 def changed_tensors(module: nn.Module, other: nn.Module) -> dict[str, Tensor]:
     """The tensors of ``module`` that ``other``, in float32 on the CPU, does not have, or not with the same values."""
     ours, theirs = module.state_dict(), other.state_dict()
-    return {name: tensor for name, tensor in ours.items() if name not in theirs or not torch.equal(_dense(tensor).cpu(), theirs[name])}
+    return {
+        name: tensor
+        for name, tensor in ours.items()
+        if name not in theirs or not torch.equal(_dense(tensor).cpu(), theirs[name])
+    }
 
 
 def save_autoencoder(autoencoder: Autoencoder, folder: Path, results: dict[str, Any] | None = None) -> None:
@@ -173,4 +194,6 @@ def load_autoencoder(folder: Path) -> Autoencoder:
     if "autoencoder" not in values:
         return load_autoencoder(find_base(values["base"], source))
     config = from_dict(AutoencoderConfig, values["autoencoder"], source)
-    return load_module(lambda: Autoencoder(config), folder / "autoencoder.safetensors", listed=values.get("sha256")).eval()
+    return load_module(
+        lambda: Autoencoder(config), folder / "autoencoder.safetensors", listed=values.get("sha256")
+    ).eval()

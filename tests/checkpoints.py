@@ -21,14 +21,24 @@ def newest(folder: Path) -> dict[str, Any]:
     return read_checkpoint(list_checkpoints(folder / "checkpoints")[-1][1])
 
 
-def write_file_of_0_1(path: Path, step: int, module: torch.nn.Module, optimizer: torch.optim.Optimizer, **more: Any) -> None:
+def write_file_of_0_1(
+    path: Path, step: int, module: torch.nn.Module, optimizer: torch.optim.Optimizer, **more: Any
+) -> None:
     """A checkpoint as version 0.1 wrote it, or with ``more``; the EMA is the module itself."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {"step": step, "module": module.state_dict(), "ema": module.state_dict(), "optimizer": optimizer.state_dict(), **more}
+    state = {
+        "step": step,
+        "module": module.state_dict(),
+        "ema": module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        **more,
+    }
     torch.save(state, path)
 
 
-def assert_close_checkpoints(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
+def assert_close_checkpoints(
+    found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5
+) -> None:
     """Assert the same step and names, and weights and averages within ``tolerance`` of each tensor's size (at least 1).
 
     The bias of attention's keys is left out. It adds the same to all scores of a query, so the loss does not depend on

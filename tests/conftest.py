@@ -32,7 +32,9 @@ def draw_images(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     labels = torch.arange(count) % len(CLASSES)
     colours = torch.randint(0, 256, (count, 2, 3), generator=generator)
     y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
-    shapes = torch.stack([(x - 8) ** 2 + (y - 8) ** 2 < 30, (x - 8).abs().maximum((y - 8).abs()) < 5, x % 4 < 2])
+    shapes = torch.stack(
+        [(x - 8) ** 2 + (y - 8) ** 2 < 30, (x - 8).abs().maximum((y - 8).abs()) < 5, x % 4 < 2]
+    )
     inside = shapes[labels].unsqueeze(-1)
     return torch.where(inside, colours[:, 0, None, None], colours[:, 1, None, None]).to(torch.uint8), labels
 
@@ -50,7 +52,10 @@ def one_thread() -> Iterator[None]:
 def image_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     for split, count, seed in (("train", 60, 0), ("held-out", 12, 1)):
-        writer = ShardWriter(folder / split, {"kind": "images", "size": SIZE, "classes": CLASSES, "source": "drawn by the tests"})
+        writer = ShardWriter(
+            folder / split,
+            {"kind": "images", "size": SIZE, "classes": CLASSES, "source": "drawn by the tests"},
+        )
         images, labels = draw_images(count, seed)
         writer.write({"images": images, "labels": labels}, cursor=count)
         writer.finish()
@@ -61,13 +66,17 @@ def image_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def autoencoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("autoencoder")
-    config = AutoencoderConfig(width=8, width_multipliers=(1, 1, 2), blocks=1, latent_channels=2, norm_groups=4, scale=2.0)
+    config = AutoencoderConfig(
+        width=8, width_multipliers=(1, 1, 2), blocks=1, latent_channels=2, norm_groups=4, scale=2.0
+    )
     save_autoencoder(Autoencoder(config), folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def latents_folder(tmp_path_factory: pytest.TempPathFactory, image_set: Path, autoencoder_folder: Path) -> Path:
+def latents_folder(
+    tmp_path_factory: pytest.TempPathFactory, image_set: Path, autoencoder_folder: Path
+) -> Path:
     from far.weights import load_autoencoder
 
     folder = tmp_path_factory.mktemp("cache") / "latents"
@@ -89,7 +98,9 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory, autoencoder_folder
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     folder = tmp_path_factory.mktemp("pipeline")
-    Pipeline(model, load_autoencoder(autoencoder_folder), CLASSES, SamplingConfig(ar_steps=4, head_steps=2)).save_pretrained(folder)
+    Pipeline(
+        model, load_autoencoder(autoencoder_folder), CLASSES, SamplingConfig(ar_steps=4, head_steps=2)
+    ).save_pretrained(folder)
     return folder
 
 

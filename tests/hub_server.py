@@ -39,7 +39,9 @@ class Hub:
     def downloaded(self) -> list[str]:
         """Names of the files that were fetched."""
         return sorted(
-            path.split("/resolve/")[1].split("/", 1)[1] for path in self.requests if path.startswith("GET") and "/resolve/" in path
+            path.split("/resolve/")[1].split("/", 1)[1]
+            for path in self.requests
+            if path.startswith("GET") and "/resolve/" in path
         )
 
 
@@ -66,13 +68,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
-        body = self.rfile.read(int(self.headers["Content-Length"])) if "Content-Length" in self.headers else self.chunks()
+        body = (
+            self.rfile.read(int(self.headers["Content-Length"]))
+            if "Content-Length" in self.headers
+            else self.chunks()
+        )
         self.hub.requests.append(f"{self.command} {'/'.join(parts)}")
         try:
             content, headers = self.post(parts, body) if self.command == "POST" else self.get(parts)
             self.send_response(200)
         except Refusal as refusal:
-            content, headers = refusal.text.encode(), {"X-Error-Code": refusal.code, "X-Error-Message": refusal.text}
+            content, headers = (
+                refusal.text.encode(),
+                {"X-Error-Code": refusal.code, "X-Error-Message": refusal.text},
+            )
             self.send_response(refusal.status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
@@ -95,7 +104,8 @@ class Handler(BaseHTTPRequestHandler):
             if kind == "revision":
                 return _json({"id": repository, "sha": commit, "siblings": []})
             listing = [
-                {"type": "file", "path": path, "size": len(data), "oid": _etag(data)} for path, data in self.hub.files[commit].items()
+                {"type": "file", "path": path, "size": len(data), "oid": _etag(data)}
+                for path, data in self.hub.files[commit].items()
             ]
             return _json(listing)
         if parts[2:3] != ["resolve"]:
@@ -125,7 +135,10 @@ class Handler(BaseHTTPRequestHandler):
         if parts == ["api", "validate-yaml"]:
             content = json.loads(body)["content"]
             known = any(f"license: {name}\n" in content for name in LICENSES)
-            answer = {"warnings": [], "errors": [] if known else [{"message": '"license" must be one of [mit, other]'}]}
+            answer = {
+                "warnings": [],
+                "errors": [] if known else [{"message": '"license" must be one of [mit, other]'}],
+            }
             if not known:
                 raise Refusal(400, text=json.dumps(answer))
             return _json(answer)
@@ -145,7 +158,14 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.branches[repository].setdefault(branch, self.hub.branches[repository]["main"])
             return _json({})
         if kind == "preupload":
-            return _json({"files": [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]})
+            return _json(
+                {
+                    "files": [
+                        {**file, "uploadMode": "regular", "shouldIgnore": False}
+                        for file in json.loads(body)["files"]
+                    ]
+                }
+            )
         lines = [json.loads(line) for line in body.splitlines()]
         self.hub.messages.append(lines[0]["value"]["summary"])
         files = {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines[1:]}
@@ -179,7 +199,9 @@ def use(hub: Hub, monkeypatch: pytest.MonkeyPatch, cache: object) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)

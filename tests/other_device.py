@@ -52,11 +52,15 @@ class Watch(TorchDispatchMode):
         name = str(func)
         result = self._run(func, name, inputs, args, kwargs or {})
         outputs = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
-        if name == "aten.to.dtype_layout":  # forward-mode derivatives find shapes by the meta device, whatever the tensors' is
+        if (
+            name == "aten.to.dtype_layout"
+        ):  # forward-mode derivatives find shapes by the meta device, whatever the tensors' is
             return result
         if any(value.device == DEVICE for value in (*inputs, *outputs)) and func.namespace == "aten":
             self.operations.add(
-                func._schema.name.removeprefix("aten::") + ("." * bool(func._schema.overload_name)) + func._schema.overload_name
+                func._schema.name.removeprefix("aten::")
+                + ("." * bool(func._schema.overload_name))
+                + func._schema.overload_name
             )
         self.float64 += [name for value in outputs if value.device == DEVICE and value.dtype == torch.float64]
         return result
@@ -64,17 +68,27 @@ class Watch(TorchDispatchMode):
     def _run(self, func: Callable[..., Any], name: str, inputs: list[Tensor], args: Any, kwargs: Any) -> Any:
         devices = {value.device for value in inputs if value.dim() or len(inputs) == 1}
         if name.startswith(("aten._to_copy", "aten.copy_")):
-            target = inputs[0].device if name.startswith("aten.copy_") else kwargs.get("device") or inputs[0].device
+            target = (
+                inputs[0].device
+                if name.startswith("aten.copy_")
+                else kwargs.get("device") or inputs[0].device
+            )
             if {inputs[-1].device, torch.device(target)} == {DEVICE, torch.device("cpu")}:
                 self.copies.append(name)
                 if torch.device(target) != DEVICE:  # there are no values to move
                     return torch.zeros(inputs[-1].shape, dtype=kwargs.get("dtype") or inputs[-1].dtype)
         elif len(devices) > 1:
-            raise AssertionError(f"{name} mixes devices: {[(value.device, tuple(value.shape)) for value in inputs]}")
+            raise AssertionError(
+                f"{name} mixes devices: {[(value.device, tuple(value.shape)) for value in inputs]}"
+            )
         elif DEVICE in devices and name.startswith("aten._local_scalar_dense"):
             self.reads.append(name)
             return 0
-        elif DEVICE in devices and name.startswith("aten.index.") and any(value.dtype == torch.bool for value in inputs[1:]):
+        elif (
+            DEVICE in devices
+            and name.startswith("aten.index.")
+            and any(value.dtype == torch.bool for value in inputs[1:])
+        ):
             self.reads.append(name)
             return inputs[0].new_empty(0)
         return func(*args, **kwargs)
@@ -104,7 +118,9 @@ class _Numbers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        made = func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and not any(isinstance(value, Tensor) for value in args[-1:])
+        made = func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and not any(
+            isinstance(value, Tensor) for value in args[-1:]
+        )
         if made and result.device == DEVICE:
             self.watch.copies.append(func.__name__)
         return result

@@ -13,7 +13,9 @@ from far.training.loop import LoopConfig, Meter, Trainer
 class Slope:
     """Lowers the outputs of a linear map, whose bias always has the gradient ``factor``; ``faults`` change the loss at their steps."""
 
-    def __init__(self, faults: dict[int, Callable[[Tensor], Tensor]] | None = None, factor: float = 0.5) -> None:
+    def __init__(
+        self, faults: dict[int, Callable[[Tensor], Tensor]] | None = None, factor: float = 0.5
+    ) -> None:
         torch.manual_seed(0)
         self.module = nn.Linear(4, 2)
         self.identity: dict[str, Any] = {}
@@ -26,7 +28,9 @@ class Slope:
     def batch(self, step: int, generator: torch.Generator) -> Tensor:
         return torch.randn(8, 4, generator=generator)
 
-    def loss(self, step: int, batch: Tensor, ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, step: int, batch: Tensor, ema: nn.Module, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self.factor * self.module(batch).float().mean(dim=0).sum()
         if step in self.faults:
             loss = self.faults[step](loss)
@@ -54,7 +58,14 @@ def infinite_gradient(loss: Tensor) -> Tensor:
 
 
 def loop(**values: Any) -> LoopConfig:
-    usual = {"steps": 12, "batch_size": 8, "learning_rate": 0.01, "warmup_steps": 1, "dtype": "float32", "log_every": 5}
+    usual = {
+        "steps": 12,
+        "batch_size": 8,
+        "learning_rate": 0.01,
+        "warmup_steps": 1,
+        "dtype": "float32",
+        "log_every": 5,
+    }
     return LoopConfig(**{**usual, **values})
 
 

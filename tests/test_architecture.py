@@ -57,7 +57,18 @@ FLOORS = [
     (2, ("far.model", "far.model_config", "far.sampling_config", "far.names")),
     (3, ("far.sampling", "far.weights")),
     (4, ("far.pipeline", "far.progress", "far.data*")),
-    (5, ("far", "far.benchmark", "far.convert", "far.demo*", "far.diffusers_format", "far.training*", "far.evaluation*")),
+    (
+        5,
+        (
+            "far",
+            "far.benchmark",
+            "far.convert",
+            "far.demo*",
+            "far.diffusers_format",
+            "far.training*",
+            "far.evaluation*",
+        ),
+    ),
     (6, ("far.recipe", "far.recipe_keys")),
     (7, ("far.cli*",)),
     (8, ("far.__main__",)),
@@ -129,13 +140,19 @@ def test_imports_point_down() -> None:
 
 
 def test_every_module_tells_what_lives_in_it() -> None:
-    silent = [module for module, path in MODULES.items() if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
+    silent = [
+        module
+        for module, path in MODULES.items()
+        if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    ]
     assert not silent
 
 
 def test_pickles_are_read_in_one_place() -> None:
     pattern = re.compile(r"torch\.load\(|pickle\.loads?\(|Unpickler")
-    assert {module for module, path in MODULES.items() if pattern.search(path.read_text(encoding="utf-8"))} == {"far.pickles"}
+    assert {
+        module for module, path in MODULES.items() if pattern.search(path.read_text(encoding="utf-8"))
+    } == {"far.pickles"}
 
 
 def test_private_operators_of_torch_are_called_in_one_place() -> None:

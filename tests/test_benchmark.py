@@ -39,7 +39,10 @@ from far.packing import Int8Linear, can_quantize
 from far.pipeline import Pipeline, prepare
 from far.sampling import SamplingConfig, SeededNoise, sample
 
-BACKBONES = {"masked": MaskedConfig(32, 2, 2, 32, 3, 2, 3), "causal": CausalConfig(width=32, depth=2, heads=2)}
+BACKBONES = {
+    "masked": MaskedConfig(32, 2, 2, 32, 3, 2, 3),
+    "causal": CausalConfig(width=32, depth=2, heads=2),
+}
 each_backbone = pytest.mark.parametrize("backbone", BACKBONES)
 
 
@@ -78,8 +81,12 @@ def test_segments_stand_for_every_step(ar_steps: int, full: bool) -> None:
 
 
 def test_segments_of_the_presets_are_short_and_in_the_middle_of_what_they_stand_for() -> None:
-    assert segments(SamplingConfig(64)) == [Segment(range(s + 6, s + 7), range(s + 7, s + 9), 16) for s in (0, 16, 32, 48)]
-    assert segments(SamplingConfig(256)) == [Segment(range(s + 27, s + 28), range(s + 28, s + 36), 64) for s in (0, 64, 128, 192)]
+    assert segments(SamplingConfig(64)) == [
+        Segment(range(s + 6, s + 7), range(s + 7, s + 9), 16) for s in (0, 16, 32, 48)
+    ]
+    assert segments(SamplingConfig(256)) == [
+        Segment(range(s + 27, s + 28), range(s + 28, s + 36), 64) for s in (0, 64, 128, 192)
+    ]
 
 
 @pytest.mark.parametrize("ar_steps", [16, 24, 30, 32, 64])
@@ -93,7 +100,10 @@ def test_segments_are_of_whole_periods(ar_steps: int, refresh: int, guidance: in
         assert run == list(range(ar_steps))
         return
     period = math.lcm(refresh, guidance)
-    assert all(not segment.untimed and segment.timed[0] % period == len(segment.timed) % period == 0 for segment in plan)
+    assert all(
+        not segment.untimed and segment.timed[0] % period == len(segment.timed) % period == 0
+        for segment in plan
+    )
     assert run[-1] < ar_steps
 
 
@@ -139,10 +149,20 @@ def test_skipped_steps_call_no_network(backbone: str) -> None:
     assert isinstance(network.blocks if backbone == "causal" else network.decoder_blocks, nn.ModuleList)
     count_calls(counts, "backbone", (network.blocks if backbone == "causal" else network.decoder_blocks)[0])
     count_calls(counts, "head", watched_pipeline.model.head.network.output)
-    generate(watched_pipeline, Row("x", SamplingConfig(16, 3, 2.0), "float32", 2), segments(SamplingConfig(16)), lambda: 0.0)
+    generate(
+        watched_pipeline,
+        Row("x", SamplingConfig(16, 3, 2.0), "float32", 2),
+        segments(SamplingConfig(16)),
+        lambda: 0.0,
+    )
     assert counts == {"backbone": 12, "head": 12 * 3}  # 4 stretches of 1 + 2 steps
     counts.clear()
-    generate(watched_pipeline, Row("x", SamplingConfig(16, 3, 2.0), "float32", 2), segments(SamplingConfig(16), full=True), lambda: 0.0)
+    generate(
+        watched_pipeline,
+        Row("x", SamplingConfig(16, 3, 2.0), "float32", 2),
+        segments(SamplingConfig(16), full=True),
+        lambda: 0.0,
+    )
     assert counts == {"backbone": 16, "head": 16 * 3}
 
 
@@ -169,7 +189,9 @@ def test_a_cache_catches_up_with_skipped_steps(monkeypatch: pytest.MonkeyPatch) 
         return z
 
     monkeypatch.setattr(type(network), "condition", compared)
-    generate(causal, Row("x", SamplingConfig(16, 1, 2.0), "float32", 2), segments(SamplingConfig(16)), lambda: 0.0)
+    generate(
+        causal, Row("x", SamplingConfig(16, 1, 2.0), "float32", 2), segments(SamplingConfig(16)), lambda: 0.0
+    )
     assert len(errors) == 12
     assert max(errors) < 1e-5
 
@@ -218,7 +240,9 @@ def test_what_no_network_takes_is_the_samplers(monkeypatch: pytest.MonkeyPatch) 
         return constrain(self, tokens)
 
     monkeypatch.setattr(FAR, "constrain", slow_constrain)
-    found = generate(masked, Row("x", SamplingConfig(16, 1), "float32", 1), segments(SamplingConfig(16)), lambda: ticks.now)
+    found = generate(
+        masked, Row("x", SamplingConfig(16, 1), "float32", 1), segments(SamplingConfig(16)), lambda: ticks.now
+    )
     assert found["sampler"] == 16 * 2
     assert found["head"] == 16 * 7
 
@@ -260,7 +284,9 @@ def test_counted_operations_of_a_masked_model_are_those_of_the_formula(guidance:
 
     def last_block(length: int, wanted: int) -> int:
         """Keys and values of all places (queries too, in one product), the rest where z is wanted."""
-        return rows * (linear(length, width, 3 * width) + linear(wanted, width, 9 * width) + 4 * wanted * length * width)
+        return rows * (
+            linear(length, width, 3 * width) + linear(wanted, width, 9 * width) + 4 * wanted * length * width
+        )
 
     expected = Counter(dict.fromkeys(PARTS, 0))
     expected["sampler"] = times_flop(3, 16)
@@ -268,10 +294,17 @@ def test_counted_operations_of_a_masked_model_are_those_of_the_formula(guidance:
     counts = far.sampling.cosine_token_counts(16, 4)
     for known, count in zip(itertools.accumulate(counts, initial=0), counts):
         expected["encoder"] += linear(rows * known, channels, width) + blocks(2, 3 + known)
-        expected["decoder"] += linear(rows * (3 + known), width, width) + blocks(2, 3 + 16) + last_block(3 + 16, count)
+        expected["decoder"] += (
+            linear(rows * (3 + known), width, width) + blocks(2, 3 + 16) + last_block(3 + 16, count)
+        )
         expected["head"] += head_flop(batch * count, guidance != 1, 3, 16, width, channels)
     with flop_counter() as counter:
-        found = generate(pipeline("masked", dtype), Row("x", config, dtype, batch), segments(SamplingConfig(4)), counter.get_total_flops)
+        found = generate(
+            pipeline("masked", dtype),
+            Row("x", config, dtype, batch),
+            segments(SamplingConfig(4)),
+            counter.get_total_flops,
+        )
     assert found == expected
 
 
@@ -288,9 +321,17 @@ def test_counted_operations_of_a_causal_model_are_those_of_the_formula(dtype: st
     config = SamplingConfig(16, 3, 2.0, "constant")
     with flop_counter() as counter:
         plan = segments(SamplingConfig(16), full=True)
-        found = generate(pipeline("causal", dtype), Row("x", config, dtype, batch), plan, counter.get_total_flops)
+        found = generate(
+            pipeline("causal", dtype), Row("x", config, dtype, batch), plan, counter.get_total_flops
+        )
     head = 16 * head_flop(batch, True, 3, 16, width, channels)
-    assert found == {"encoder": 0, "decoder": backbone, "head": head, "autoencoder": 0, "sampler": times_flop(3, 16)}
+    assert found == {
+        "encoder": 0,
+        "decoder": backbone,
+        "head": head,
+        "autoencoder": 0,
+        "sampler": times_flop(3, 16),
+    }
 
 
 @each_backbone
@@ -306,10 +347,15 @@ def test_counted_operations_of_a_causal_model_are_those_of_the_formula(dtype: st
         ("energy", {}, (1,)),
     ],
 )
-def test_weights_read_are_those_of_the_passes(backbone: str, kind: str, options: dict[str, Any], steps: tuple[int, ...]) -> None:
+def test_weights_read_are_those_of_the_passes(
+    backbone: str, kind: str, options: dict[str, Any], steps: tuple[int, ...]
+) -> None:
     watched_model = model(backbone, kind=kind, **options)
     head = watched_model.head
-    parts = [*head.network.named_children(), *((name, module) for name, module in head.named_children() if name != "network")]
+    parts = [
+        *head.network.named_children(),
+        *((name, module) for name, module in head.named_children() if name != "network"),
+    ]
     counts: Counter = Counter()
     count_calls(counts, "backbone", watched_model.backbone.token_projection)
     for name, module in parts:
@@ -359,7 +405,13 @@ def test_figures_of_a_row() -> None:
 
 
 def test_rows_are_every_combination_and_a_causal_model_takes_its_number_of_tokens() -> None:
-    rows = rows_of(["far-b", "far-causal-b"], batches=[1, 2], ar_steps=[8, 32], head_steps=[1, 4], dtypes=["float32", "bfloat16"])
+    rows = rows_of(
+        ["far-b", "far-causal-b"],
+        batches=[1, 2],
+        ar_steps=[8, 32],
+        head_steps=[1, 4],
+        dtypes=["float32", "bfloat16"],
+    )
     assert len(rows) == 2 * 2 * 2 * 2 + 2 * 2 * 2
     assert rows[0] == Row("far-b", SamplingConfig(8, 1, 2.9), "float32", 1)
     assert {row.sampling.ar_steps for row in rows if row.model == "far-causal-b"} == {256}
@@ -384,8 +436,12 @@ def test_the_default_rows_start_with_mar_as_released() -> None:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
     """A preset and an autoencoder small enough for a test, and a small measurement of the machine."""
-    monkeypatch.setitem(PRESETS, "tiny", NetworkConfig(MaskedConfig(16, 1, 2, 16, 1, 2, 2), HeadConfig("diffusion", 16, 1)))
-    monkeypatch.setattr(far.benchmark, "AutoencoderConfig", lambda: AutoencoderConfig(width=8, blocks=1, norm_groups=4))
+    monkeypatch.setitem(
+        PRESETS, "tiny", NetworkConfig(MaskedConfig(16, 1, 2, 16, 1, 2, 2), HeadConfig("diffusion", 16, 1))
+    )
+    monkeypatch.setattr(
+        far.benchmark, "AutoencoderConfig", lambda: AutoencoderConfig(width=8, blocks=1, norm_groups=4)
+    )
     monkeypatch.setattr(far.benchmark, "_BANDWIDTH_BYTES", 2**16)
     monkeypatch.setattr(far.benchmark, "_PRODUCT_SIDE", 32)
     return "tiny"
@@ -405,12 +461,16 @@ def test_presets_have_the_same_weights_each_time_and_disturb_no_random_state(tin
 
 
 @each_backbone
-def test_memory_is_of_the_last_steps_or_of_a_cache_that_grows_as_in_use(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_of_the_last_steps_or_of_a_cache_that_grows_as_in_use(
+    backbone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plans = []
     real = far.benchmark.generate
     monkeypatch.setattr(far.benchmark, "generate", lambda *values: plans.append(values[2]) or real(*values))
     report = Report([], 1.0, {"float32": 1.0})
-    found = far.benchmark._first_look(pipeline(backbone), Row("x", SamplingConfig(16, 1), "float32"), False, report)
+    found = far.benchmark._first_look(
+        pipeline(backbone), Row("x", SamplingConfig(16, 1), "float32"), False, report
+    )
     assert plans == (
         [segments(SamplingConfig(16), full=True)] * 2
         if backbone == "causal"
@@ -452,5 +512,7 @@ def test_rows_take_turns_after_a_warm_up(tiny: str, monkeypatch: pytest.MonkeyPa
         pipeline = load_models(rows, "cpu")[tiny, "float32"]
         assert pipeline.autoencoder is not None
         decoder = size(pipeline.autoencoder.decoder) + size(pipeline.autoencoder.post_quant_conv)
-        assert found.reading == pytest.approx((weights_read(pipeline.model, found.row.sampling) + decoder) / report.bandwidth)
+        assert found.reading == pytest.approx(
+            (weights_read(pipeline.model, found.row.sampling) + decoder) / report.bandwidth
+        )
         assert found.weights == size(pipeline.model) + size(pipeline.autoencoder)

@@ -20,7 +20,11 @@ from far.weights import BUNDLED, load_autoencoder
 
 NAMES = sorted(folder.name for folder in BUNDLED.iterdir())
 # The last of the recipes that made each.
-MADE_BY = {"avatars-64": "avatars-64-head", "avatars-64-causal": "avatars-64-causal", "avatars-64-mar": "avatars-64-mar"}
+MADE_BY = {
+    "avatars-64": "avatars-64-head",
+    "avatars-64-causal": "avatars-64-causal",
+    "avatars-64-mar": "avatars-64-mar",
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -38,7 +42,9 @@ def test_classes_look_alike_within_and_differ_between(name: str) -> None:
     pipeline = far.load(name)
     labels = ["planets"] * 8 + ["voxel-bot"] * 8
     images = pipeline.generate(labels=labels, seed=0, output="tensor")
-    features = torch.nn.functional.normalize(load_feature_network()(images) - load_feature_network()(images).mean(dim=0), dim=1)
+    features = torch.nn.functional.normalize(
+        load_feature_network()(images) - load_feature_network()(images).mean(dim=0), dim=1
+    )
     likeness = features @ features.T
     within = (likeness[:8, :8].sum() + likeness[8:, 8:].sum() - 16) / (2 * 8 * 7)
     assert float(within) > float(likeness[:8, 8:].mean()) + 0.5
@@ -72,10 +78,15 @@ def test_with_a_base_only_what_differs_is_written_and_all_is_loaded(tmp_path: Pa
     assert {path.name for path in (tmp_path / "head").iterdir()} == {"config.json", "model.safetensors"}
     assert all(name.startswith("head.") for name in load_file(tmp_path / "head" / "model.safetensors"))
     whole, head = Pipeline.from_pretrained(tmp_path / "whole"), Pipeline.from_pretrained(tmp_path / "head")
-    assert torch.equal(torch.as_tensor(whole.generate([3], output="tensor")), torch.as_tensor(head.generate([3], output="tensor")))
+    assert torch.equal(
+        torch.as_tensor(whole.generate([3], output="tensor")),
+        torch.as_tensor(head.generate([3], output="tensor")),
+    )
     head.save_pretrained(tmp_path / "again", torch.float16)
     for name in ("model.safetensors", "autoencoder.safetensors"):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), "saved without a base, it is whole"
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), (
+            "saved without a base, it is whole"
+        )
 
 
 def test_weights_packed_for_inference_are_compared_by_their_values(tmp_path: Path) -> None:
@@ -87,7 +98,10 @@ def test_weights_packed_for_inference_are_compared_by_their_values(tmp_path: Pat
     )
     pipeline.save_pretrained(tmp_path, base="avatars-64")
     again = Pipeline.from_pretrained(tmp_path, dtype="bfloat16")
-    assert torch.equal(torch.as_tensor(again.generate([3], output="tensor")), torch.as_tensor(pipeline.generate([3], output="tensor")))
+    assert torch.equal(
+        torch.as_tensor(again.generate([3], output="tensor")),
+        torch.as_tensor(pipeline.generate([3], output="tensor")),
+    )
 
 
 def test_the_autoencoder_of_a_base_is_found(tmp_path: Path) -> None:
@@ -133,7 +147,10 @@ def test_a_base_must_be_bundled(tmp_path: Path) -> None:
 
 
 def test_a_base_must_be_whole(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"base 'avatars-64-mar' is not whole itself; give the one that it takes from, 'avatars-64'"):
+    with pytest.raises(
+        InputError,
+        match=r"base 'avatars-64-mar' is not whole itself; give the one that it takes from, 'avatars-64'",
+    ):
         with_other_head().save_pretrained(tmp_path / "out", base="avatars-64-mar")
     assert not (tmp_path / "out").exists()
 

@@ -26,7 +26,11 @@ def folder(pipeline_folder: Path, tmp_path: Path) -> Path:
 
 def test_the_hub_reads_its_entries(folder: Path) -> None:
     data = ModelCard(model_card(folder, "ann/shapes", "cc-by-nc-4.0")).data.to_dict()
-    assert (data["license"], data["library_name"], data["pipeline_tag"]) == ("cc-by-nc-4.0", "far", "unconditional-image-generation")
+    assert (data["license"], data["library_name"], data["pipeline_tag"]) == (
+        "cc-by-nc-4.0",
+        "far",
+        "unconditional-image-generation",
+    )
     assert {"masked", "shortcut"} <= set(data["tags"])
     assert "license" not in ModelCard(model_card(folder)).data.to_dict()
 
@@ -35,17 +39,25 @@ def test_figures_are_those_of_the_model(folder: Path) -> None:
     pipeline, card = Pipeline.from_pretrained(folder), (folder / "README.md").read_text()
     assert pipeline.autoencoder is not None
     for name, module in (("generator", pipeline.model), ("autoencoder", pipeline.autoencoder)):
-        assert f"| parameters of the {name} | {sum(tensor.numel() for tensor in module.state_dict().values()):,} |" in card
+        assert (
+            f"| parameters of the {name} | {sum(tensor.numel() for tensor in module.state_dict().values()):,} |"
+            in card
+        )
     image = pipeline.generate([0])[0]
     assert f"| images | {image.width} × {image.height} pixels |" in card
-    assert f"| tokens | {pipeline.model.config.tokens} of {pipeline.model.config.token_channels} channels |" in card
+    assert (
+        f"| tokens | {pipeline.model.config.tokens} of {pipeline.model.config.token_channels} channels |"
+        in card
+    )
     assert "3 classes: circle, square, stripes." in card
     assert "| ar_steps | 4 |" in card
     assert "| quick FD (some network) | 421.61 |" in card
 
 
 @pytest.mark.parametrize("classes", [None, ["1", "2", "3"], ["a", "a", "b"], ["number=1", "b", "c"]])
-def test_a_name_or_the_folder_in_the_code_which_runs(classes: list[str] | None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_or_the_folder_in_the_code_which_runs(
+    classes: list[str] | None, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline = Pipeline.from_pretrained(folder)
     pipeline.classes = classes or pipeline.classes
     pipeline.save_pretrained(folder)
@@ -62,7 +74,16 @@ def test_what_is_not_known_is_left_out(folder: Path) -> None:
     pipeline.results, pipeline.autoencoder = {}, None
     pipeline.save_pretrained(folder.parent / "bare")
     card = (folder.parent / "bare" / "README.md").read_text()
-    for absent in ("## Results", "## Training", "## Licence", "license:", "far.load", "pixels", "parameters of the autoencoder", "None, "):
+    for absent in (
+        "## Results",
+        "## Training",
+        "## Licence",
+        "license:",
+        "far.load",
+        "pixels",
+        "parameters of the autoencoder",
+        "None, ",
+    ):
         assert absent not in card
     assert "far convert kl16" in card
 
@@ -78,12 +99,19 @@ def test_the_training_of_what_it_began_from_is_told_too(folder: Path) -> None:
         "### Training of the teacher that it began from",
         "#### Training of the backbone that it began from",
     ]
-    assert card.index("far distill") < card.index("Other images") < card.index("Some images") < card.index("label_drop: 0.25")
+    assert (
+        card.index("far distill")
+        < card.index("Other images")
+        < card.index("Some images")
+        < card.index("label_drop: 0.25")
+    )
 
 
 def test_many_classes_are_cut_short(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "classes": [f"c{number}" for number in range(1000)]}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "classes": [f"c{number}" for number in range(1000)]})
+    )
     card = model_card(folder)
     assert "1000 classes: c0, c1," in card
     assert "c19 … (all in `config.json`)" in card
@@ -91,7 +119,8 @@ def test_many_classes_are_cut_short(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [lambda text: text + "More.", lambda text: "More.\n" + text, lambda text: text.replace("image", "IMAGE")]
+    "change",
+    [lambda text: text + "More.", lambda text: "More.\n" + text, lambda text: text.replace("image", "IMAGE")],
 )
 def test_a_changed_card_is_kept_and_an_own_one_renewed(folder: Path, change: object) -> None:
     own = (folder / "README.md").read_text()
@@ -108,7 +137,14 @@ def test_what_may_be_replaced(folder: Path) -> None:
     own = (folder / "README.md").read_text()
     for card in (own, "", "\n", "---\nlicense: mit\n---\n", "---\nlicense: mit\ntags:\n- a\n---"):
         assert may_replace(card), card
-    for card in ("# Mine", "---\nlicense: mit\n---\n# Mine", own.replace("\n", "\n\n", 1), own[:-1], "a <!-- b -->\n", "---\nno end"):
+    for card in (
+        "# Mine",
+        "---\nlicense: mit\n---\n# Mine",
+        own.replace("\n", "\n\n", 1),
+        own[:-1],
+        "a <!-- b -->\n",
+        "---\nno end",
+    ):
         assert not may_replace(card), card
 
 

@@ -76,14 +76,18 @@ def test_text_of_every_class_leads_back_to_it() -> None:
     lists = [PLAIN, FROM_ONE, SORTED_AS_TEXT, PADDED, ["cat", "dog"]]
     lists += [list(names) for names in itertools.permutations(["0", "1", "2", "x"])]
     for classes in lists:
-        assert [class_number(classes, label_text(classes, number)) for number in range(len(classes))] == list(range(len(classes)))
+        assert [class_number(classes, label_text(classes, number)) for number in range(len(classes))] == list(
+            range(len(classes))
+        )
     assert label_text(["cat", "dog"], 1) == "1"
 
 
 def test_different_names_are_told_with_both_sides() -> None:
     check_same_classes(["a", "b"], "one", ("a", "b"), "other", "nothing to do")
     with pytest.raises(InputError) as error:
-        check_same_classes(["a", "b", "c"], "set/train", ["a", "c", "z"], "run/latents", "run far cache again")
+        check_same_classes(
+            ["a", "b", "c"], "set/train", ["a", "c", "z"], "run/latents", "run far cache again"
+        )
     for part in ("'b'", "'c'", "set/train", "run/latents", "far cache"):
         assert part in str(error.value)
     with pytest.raises(InputError) as error:

@@ -47,21 +47,31 @@ class Task:
 
     def batch(self, number: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         config = self.module.config
-        return torch.randn(2, config.latent_channels, *config.grid, generator=generator), torch.zeros(2, dtype=torch.long)
+        return torch.randn(2, config.latent_channels, *config.grid, generator=generator), torch.zeros(
+            2, dtype=torch.long
+        )
 
-    def loss(self, step: int, batch: tuple, ema: FAR, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
+    def loss(
+        self, step: int, batch: tuple, ema: FAR, generator: torch.Generator
+    ) -> tuple[torch.Tensor, dict]:
         return self.module.loss(*batch, generator, label_drop=0.1, teacher=ema, step=step).value.mean(), {}
 
 
 @pytest.mark.parametrize("network", SMALL, ids=["masked", "causal"])
-def test_memory_at_rest_is_what_a_trainer_holds(script: ModuleType, network: NetworkConfig, tmp_path: Path) -> None:
+def test_memory_at_rest_is_what_a_trainer_holds(
+    script: ModuleType, network: NetworkConfig, tmp_path: Path
+) -> None:
     config = ModelConfig(network, 3, 4, (2, 2))
     trainer = Trainer(Task(config), LoopConfig(steps=1, batch_size=2), tmp_path)  # type: ignore[arg-type]
     trainer.train_step(Meter())
-    states = [tensor for state in trainer.optimizer.state.values() for tensor in state.values() if tensor.dim()]
+    states = [
+        tensor for state in trainer.optimizer.state.values() for tensor in state.values() if tensor.dim()
+    ]
     gradients = [parameter.grad for parameter in trainer.module.parameters()]
     held = [*trainer.module.parameters(), *trainer.ema.module.parameters(), *gradients, *states]
-    assert sum(tensor.nbytes for tensor in held if tensor is not None) == script.at_rest(script.sizes_of(config))
+    assert sum(tensor.nbytes for tensor in held if tensor is not None) == script.at_rest(
+        script.sizes_of(config)
+    )
 
 
 def test_memory_at_rest_of_shards(script: ModuleType, tmp_path: Path) -> None:
@@ -108,10 +118,17 @@ def test_what_is_kept_for_the_backward_pass(script: ModuleType, network: Network
         found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    latents, labels, generator = torch.randn(6, 4, 4, 4), torch.zeros(6, dtype=torch.long), torch.Generator().manual_seed(0)
+    latents, labels, generator = (
+        torch.randn(6, 4, 4, 4),
+        torch.zeros(6, dtype=torch.long),
+        torch.Generator().manual_seed(0),
+    )
     if isinstance(network.backbone, MaskedConfig):
         model.backbone.training_inputs = all_masked  # type: ignore[assignment]
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
         loss = model.loss(latents, labels, generator, label_drop=0.1, teacher=model).value.mean()
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     assert loss.isfinite()
@@ -120,17 +137,25 @@ def test_what_is_kept_for_the_backward_pass(script: ModuleType, network: Network
     assert 0 <= expected - (kept.fixed + 6 * kept.image) <= 0.0012 * expected
 
 
-def all_masked(tokens: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def all_masked(
+    tokens: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     orders = torch.rand(tokens.shape[:2], generator=generator).argsort(dim=1)
     return tokens, orders[:, tokens.shape[1] :], orders
 
 
 def test_the_arithmetic_of_a_step(script: ModuleType) -> None:
     """Of a causal model: two operations a weight and token forward, as many for each gradient, and those of the attention."""
-    network = NetworkConfig(CausalConfig(width=64, depth=3, heads=2, dropout=0.0), HeadConfig("flow", 64, 2, samples_per_token=1))
+    network = NetworkConfig(
+        CausalConfig(width=64, depth=3, heads=2, dropout=0.0), HeadConfig("flow", 64, 2, samples_per_token=1)
+    )
     config = ModelConfig(network, 3, 4, (4, 4))
     model, tokens = FAR(config), 16
-    weights = {name: layer.weight.numel() for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    weights = {
+        name: layer.weight.numel()
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    }
     # What is fed needs no gradient.
     fed = ("token_projection", "input_projection", "time_embeddings.0.linear_in")
     first = sum(count for name, count in weights.items() if name.endswith(fed))
@@ -151,7 +176,9 @@ def test_the_recipe_is_far_b() -> None:
 def test_each_preset_is_two_overrides_of_the_recipe() -> None:
     rows = re.findall(r"^\| `([\w-]+)` \| `(\{.*?\})` \| `(\{.*?\})` \|$", DOCUMENT, re.MULTILINE)
     overridden = {
-        name: load_recipe(RECIPE, [f"generator.network.backbone={backbone}", f"generator.network.head={head}"]).generator.network
+        name: load_recipe(
+            RECIPE, [f"generator.network.backbone={backbone}", f"generator.network.head={head}"]
+        ).generator.network
         for name, backbone, head in rows
     }
     assert overridden == PRESETS
@@ -193,7 +220,9 @@ def job(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     text = re.search(r"```bash\n(.*?)```", DOCUMENT, re.DOTALL)[1]  # type: ignore[index]
     overrides = "generator.training.micro_batches=2 generator.training.log_every=1 generator.training.checkpoint_every=100000"
     assert text.count("far train imagenet-256 ") == 1
-    text = text.replace("far train imagenet-256 ", f"far train {recipe} {overrides} $MORE ").replace("29500", str(free_port()))
+    text = text.replace("far train imagenet-256 ", f"far train {recipe} {overrides} $MORE ").replace(
+        "29500", str(free_port())
+    )
     (tmp_path / "job.sh").write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -211,12 +240,20 @@ def free_port() -> int:
 
 def logged_steps(job: Path) -> list[int]:
     log = job.parent / "run" / "model" / "log.jsonl"
-    return [json.loads(line)["step"] for line in log.read_text().splitlines() if '"loss"' in line] if log.exists() else []
+    return (
+        [json.loads(line)["step"] for line in log.read_text().splitlines() if '"loss"' in line]
+        if log.exists()
+        else []
+    )
 
 
-def test_a_job_saves_before_its_time_is_up_and_goes_on_when_it_is_requeued(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_saves_before_its_time_is_up_and_goes_on_when_it_is_requeued(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MORE", "generator.training.steps=100000")
-    process = subprocess.Popen(["bash", job], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        ["bash", job], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     try:
         deadline = time.monotonic() + 120
         while not logged_steps(job) and process.poll() is None:

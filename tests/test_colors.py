@@ -19,7 +19,9 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (8, 6, 3), dtype=np.uint8)
 
 def encoded(linear: np.ndarray) -> np.ndarray:
     """The curve of sRGB, 0 … 1 to 0 … 255."""
-    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.clip(linear, 0, None) ** (1 / 2.4) - 0.055).clip(0, 1)
+    return 255 * np.where(
+        linear <= 0.0031308, 12.92 * linear, 1.055 * np.clip(linear, 0, None) ** (1 / 2.4) - 0.055
+    ).clip(0, 1)
 
 
 def picture(mode: str = "RGB", data: bytes | None = EXCHANGED) -> Image.Image:
@@ -30,7 +32,11 @@ def picture(mode: str = "RGB", data: bytes | None = EXCHANGED) -> Image.Image:
 
 
 def test_profile_with_exchanged_primaries_exchanges_channels(tmp_path: Path) -> None:
-    for suffix, options in ((".png", {}), (".webp", {"lossless": True}), (".jpg", {"quality": 100, "subsampling": 0})):
+    for suffix, options in (
+        (".png", {}),
+        (".webp", {"lossless": True}),
+        (".jpg", {"quality": 100, "subsampling": 0}),
+    ):
         path = tmp_path / f"a{suffix}"
         picture().save(path, icc_profile=EXCHANGED, **options)
         with Image.open(path) as opened:
@@ -60,7 +66,9 @@ def test_srgb_profile_with_a_curve_of_points_changes_no_bit() -> None:
     at = np.linspace(0, 1, 1024)
     linear = np.where(at <= 0.04045, at / 12.92, ((at + 0.055) / 1.055) ** 2.4)
     curve = b"curv" + bytes(4) + struct.pack(">I", 1024) + (65535 * linear).round().astype(">u2").tobytes()
-    points = profile(b"RGB ", {name: curve if name.endswith(b"TRC") else tag for name, tag in RGB_TAGS.items()})
+    points = profile(
+        b"RGB ", {name: curve if name.endswith(b"TRC") else tag for name, tag in RGB_TAGS.items()}
+    )
     levels = np.arange(256, dtype=np.uint8)
     given = Image.fromarray(np.stack([levels, levels[::-1], np.roll(levels, 77)], axis=-1)[None])
     given.info["icc_profile"] = points
@@ -75,7 +83,9 @@ def test_transparency_is_kept_beside_a_profile() -> None:
     assert np.abs(np.asarray(converted)[..., :3].astype(int) - PIXELS[..., ::-1]).max() <= 1
     palette = picture("P", EXCHANGED)
     palette.info["transparency"] = 0
-    assert np.array_equal(np.asarray(to_srgb(palette).getchannel("A")), np.where(np.asarray(palette) == 0, 0, 255))
+    assert np.array_equal(
+        np.asarray(to_srgb(palette).getchannel("A")), np.where(np.asarray(palette) == 0, 0, 255)
+    )
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
@@ -91,10 +101,17 @@ def test_gray_profile_applies_its_curve(mode: str) -> None:
 
 def test_inks_become_the_colors_of_their_table() -> None:
     rng = np.random.default_rng(1)
-    lab = np.stack([rng.integers(90, 170, 16), rng.integers(118, 138, 16), rng.integers(118, 138, 16)], axis=-1)  # in gamut
+    lab = np.stack(
+        [rng.integers(90, 170, 16), rng.integers(118, 138, 16), rng.integers(118, 138, 16)], axis=-1
+    )  # in gamut
     lab[0], lab[15] = (255, 128, 128), (0, 128, 128)  # paper is white, all inks are black
     identity = bytes(range(256))
-    header = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
+    header = (
+        b"mft1"
+        + bytes(4)
+        + bytes([4, 3, 2, 0])
+        + struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
+    )
     table = header + 4 * identity + lab.astype(np.uint8).tobytes() + 3 * identity
     inks = profile(b"CMYK", {b"wtpt": RGB_TAGS[b"wtpt"], b"A2B0": table}, b"prtr", b"Lab ")
     corners = np.array([[255 * (i >> shift & 1) for shift in (3, 2, 1, 0)] for i in range(16)], np.uint8)
@@ -105,14 +122,25 @@ def test_inks_become_the_colors_of_their_table() -> None:
     f = np.stack([fy + a / 500, fy, fy - b / 200])
     xyz = np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29)) * np.array([[0.9642], [1], [0.8249]])
     # XYZ of D50 to linear sRGB, adapted by Bradford (B. Lindbloom).
-    matrix = [[3.1338561, -1.6168667, -0.4906146], [-0.9787684, 1.9161415, 0.0334540], [0.0719453, -0.2289914, 1.4052427]]
+    matrix = [
+        [3.1338561, -1.6168667, -0.4906146],
+        [-0.9787684, 1.9161415, 0.0334540],
+        [0.0719453, -0.2289914, 1.4052427],
+    ]
     expected = encoded(np.array(matrix) @ xyz).T
     assert np.abs(np.asarray(to_rgb(given))[0] - expected).max() <= 2
 
 
 @pytest.mark.parametrize(
     ("mode", "data"),
-    [("RGB", b"nonsense"), ("RGB", EXCHANGED[:200]), ("RGB", GRAY), ("CMYK", EXCHANGED), ("L", b"\0" * 200), ("RGB", b"")],
+    [
+        ("RGB", b"nonsense"),
+        ("RGB", EXCHANGED[:200]),
+        ("RGB", GRAY),
+        ("CMYK", EXCHANGED),
+        ("L", b"\0" * 200),
+        ("RGB", b""),
+    ],
 )
 def test_unusable_profile_is_told_and_colors_stay(mode: str, data: bytes) -> None:
     given = picture(mode, data)

@@ -43,7 +43,9 @@ class Outer:
     [
         AutoencoderConfig(),
         AutoencoderConfig(width=32, width_multipliers=(1, 2, 4), latent_channels=2, shift=(0.5, -1.0)),
-        ModelConfig(NetworkConfig(MaskedConfig(buffer=3), HeadConfig("flow", solver="heun"), patch=2), 5, 3, (4, 6)),
+        ModelConfig(
+            NetworkConfig(MaskedConfig(buffer=3), HeadConfig("flow", solver="heun"), patch=2), 5, 3, (4, 6)
+        ),
         SamplingConfig(head_steps=(50, 5), guidance_interval=(0.1, 0.9)),
         *(ModelConfig(network) for network in PRESETS.values()),
     ],
@@ -128,7 +130,10 @@ def test_defaults_and_whole_numbers_for_floats() -> None:
         ({}, "test: the key 'path' is missing"),
         ({"path": 3}, "test: path is 3, expected str"),
         ({"path": None}, "test: path is None, expected str"),
-        ({"path": "x", "rate": "1e-4"}, "test: rate is '1e-4', expected a finite number; write 1.0e-4, not 1e-4, in YAML"),
+        (
+            {"path": "x", "rate": "1e-4"},
+            "test: rate is '1e-4', expected a finite number; write 1.0e-4, not 1e-4, in YAML",
+        ),
         ({"path": "x", "rate": True}, "test: rate is True, expected a finite number"),
         ({"path": "x", "inner": 5}, "test: inner: expected keys and values, got int 5"),
         ({"path": "x", "inner": {"size": 1.5}}, "test: inner: size is 1.5, expected int"),
@@ -160,9 +165,13 @@ def test_values_that_the_dataclass_refuses() -> None:
 
 def test_the_kind_chooses_the_backbone() -> None:
     """A backbone that names no kind is a masked one: files written before there was a choice."""
-    assert from_dict(NetworkConfig, {"backbone": {"encoder_depth": 3}}, "x").backbone == MaskedConfig(encoder_depth=3)
+    assert from_dict(NetworkConfig, {"backbone": {"encoder_depth": 3}}, "x").backbone == MaskedConfig(
+        encoder_depth=3
+    )
     assert from_dict(NetworkConfig, {"backbone": {"kind": "masked"}}, "x").backbone == MaskedConfig()
-    assert from_dict(NetworkConfig, {"backbone": {"kind": "causal", "depth": 3}}, "x").backbone == CausalConfig(depth=3)
+    assert from_dict(
+        NetworkConfig, {"backbone": {"kind": "causal", "depth": 3}}, "x"
+    ).backbone == CausalConfig(depth=3)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +206,9 @@ def test_to_dict_is_plain() -> None:
 
 def test_recipe_with_a_key_twice_is_refused(tmp_path: Path) -> None:
     recipe = tmp_path / "twice.yaml"
-    recipe.write_text("data: a\nrun: b\ngenerator:\n  training: {steps: 5}\n  label_drop: 0.2\n  training: {steps: 7}\n")
+    recipe.write_text(
+        "data: a\nrun: b\ngenerator:\n  training: {steps: 5}\n  label_drop: 0.2\n  training: {steps: 7}\n"
+    )
     with pytest.raises(InputError, match="training") as refused:
         load_recipe(recipe)
     assert str(recipe) in str(refused.value)

@@ -36,7 +36,11 @@ def read_mar() -> dict[str, Any]:
 def kl16(tmp_path: Path) -> Path:
     """The reference autoencoder in the published file's form; its 16 latent channels are those of the MAR fixture."""
     tensors = load_file(FIXTURES / "kl16_reference.safetensors")
-    weights = {name.removeprefix("weights."): tensor for name, tensor in tensors.items() if name.startswith("weights.")}
+    weights = {
+        name.removeprefix("weights."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("weights.")
+    }
     torch.save({"model": weights}, tmp_path / "kl16.ckpt")
     return tmp_path / "kl16.ckpt"
 
@@ -61,7 +65,10 @@ def test_averaged_weights_unless_asked_otherwise(tmp_path: Path) -> None:
     convert_mar(MAR, tmp_path / "averaged")
     convert_mar(MAR, tmp_path / "raw", ema=False)
     published = read_mar()["model"]["encoder_norm.weight"]
-    averaged, raw = (load_file(tmp_path / name / "model.safetensors")["backbone.encoder_norm.weight"] for name in ("averaged", "raw"))
+    averaged, raw = (
+        load_file(tmp_path / name / "model.safetensors")["backbone.encoder_norm.weight"]
+        for name in ("averaged", "raw")
+    )
     assert torch.equal(raw, published)
     torch.testing.assert_close(averaged, published + 0.01)
 
@@ -71,14 +78,19 @@ def test_defaults_and_classes(tmp_path: Path) -> None:
     pipeline = far.load(tmp_path / "out")
     assert isinstance(pipeline, far.Pipeline)
     assert pipeline.classes == [str(number) for number in range(10)]
-    assert pipeline.defaults == far.SamplingConfig(ar_steps=16, head_steps=10, guidance=3.0, guidance_schedule="linear")
+    assert pipeline.defaults == far.SamplingConfig(
+        ar_steps=16, head_steps=10, guidance=3.0, guidance_schedule="linear"
+    )
     with pytest.raises(InputError, match="far convert kl16"):
         pipeline.generate([0])
 
 
 @pytest.mark.parametrize("mar_first", [True, False])
 def test_both_into_one_folder(tmp_path: Path, kl16: Path, mar_first: bool) -> None:
-    steps: list[Callable[[], None]] = [lambda: convert_mar(MAR, tmp_path / "out"), lambda: convert_kl16(kl16, tmp_path / "out")]
+    steps: list[Callable[[], None]] = [
+        lambda: convert_mar(MAR, tmp_path / "out"),
+        lambda: convert_kl16(kl16, tmp_path / "out"),
+    ]
     for step in steps if mar_first else reversed(steps):
         step()
     pipeline = far.load(tmp_path / "out")
@@ -86,7 +98,11 @@ def test_both_into_one_folder(tmp_path: Path, kl16: Path, mar_first: bool) -> No
     assert isinstance(pipeline.autoencoder, Autoencoder)
     images = pipeline.generate([3, "7"], ar_steps=2, head_steps=1, output="tensor")
     assert images.shape == (2, 3, 64, 64)
-    assert sorted(snapshot(tmp_path / "out") or ()) == ["autoencoder.safetensors", "config.json", "model.safetensors"]
+    assert sorted(snapshot(tmp_path / "out") or ()) == [
+        "autoencoder.safetensors",
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_kl16_alone_is_an_autoencoder(tmp_path: Path, kl16: Path) -> None:
@@ -126,7 +142,9 @@ def test_other_latent_channels(tmp_path: Path, kl16: Path) -> None:
     entries = json.loads(config.read_text())
     entries["autoencoder"]["latent_channels"] = 4
     config.write_text(json.dumps(entries))
-    assert "the model has 16 latent channels and the autoencoder 4" in refusal(convert_mar, MAR, tmp_path / "out")
+    assert "the model has 16 latent channels and the autoencoder 4" in refusal(
+        convert_mar, MAR, tmp_path / "out"
+    )
 
     convert_mar(MAR, tmp_path / "other")
     weights = torch.load(kl16, weights_only=True)["model"]
@@ -135,9 +153,14 @@ def test_other_latent_channels(tmp_path: Path, kl16: Path) -> None:
             weights[name] = torch.zeros(4, 4, 1, 1) if name.endswith("weight") else torch.zeros(4)
     weights["decoder.conv_in.weight"] = torch.zeros(32, 4, 3, 3)
     weights["quant_conv.weight"], weights["quant_conv.bias"] = torch.zeros(8, 8, 1, 1), torch.zeros(8)
-    weights["encoder.conv_out.weight"], weights["encoder.conv_out.bias"] = torch.zeros(8, 32, 3, 3), torch.zeros(8)
+    weights["encoder.conv_out.weight"], weights["encoder.conv_out.bias"] = (
+        torch.zeros(8, 32, 3, 3),
+        torch.zeros(8),
+    )
     torch.save(weights, tmp_path / "four.ckpt")
-    assert "the model has 16 latent channels and the autoencoder 4" in refusal(convert_kl16, tmp_path / "four.ckpt", tmp_path / "other")
+    assert "the model has 16 latent channels and the autoencoder 4" in refusal(
+        convert_kl16, tmp_path / "four.ckpt", tmp_path / "other"
+    )
     convert_kl16(tmp_path / "four.ckpt", tmp_path / "alone")  # it is only for that model that it is wrong
 
 
@@ -152,7 +175,9 @@ def saved(tmp_path: Path, checkpoint: Any, **options: Any) -> Path:
 def test_weights_as_parameters_in_an_ordered_dict(tmp_path: Path) -> None:
     """MAR's trainer stores its averaged weights so."""
     checkpoint = read_mar()
-    checkpoint["model_ema"] = collections.OrderedDict((name, nn.Parameter(tensor)) for name, tensor in checkpoint["model_ema"].items())
+    checkpoint["model_ema"] = collections.OrderedDict(
+        (name, nn.Parameter(tensor)) for name, tensor in checkpoint["model_ema"].items()
+    )
     convert_mar(saved(tmp_path, checkpoint), tmp_path / "out")
     far.load(tmp_path / "out")
 
@@ -190,7 +215,9 @@ def test_not_a_number_is_passed_on(tmp_path: Path) -> None:
     checkpoint = read_mar()
     checkpoint["model_ema"]["encoder_norm.weight"][0] = float("nan")
     convert_mar(saved(tmp_path, checkpoint), tmp_path / "out")
-    assert load_file(tmp_path / "out" / "model.safetensors")["backbone.encoder_norm.weight"].isnan().sum() == 1
+    assert (
+        load_file(tmp_path / "out" / "model.safetensors")["backbone.encoder_norm.weight"].isnan().sum() == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -236,7 +263,9 @@ class RunsACommand:
 @pytest.mark.parametrize("place", ["model", "args"])
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("convert", [convert_mar, convert_kl16])
-def test_hostile_pickle(tmp_path: Path, place: str, zipped: bool, convert: Callable[[Path, Path], None]) -> None:
+def test_hostile_pickle(
+    tmp_path: Path, place: str, zipped: bool, convert: Callable[[Path, Path], None]
+) -> None:
     checkpoint = read_mar()
     checkpoint[place] = RunsACommand(f"touch {tmp_path / 'executed'}")
     source = saved(tmp_path, checkpoint, _use_new_zipfile_serialization=zipped)
@@ -305,7 +334,9 @@ def test_any_damaged_byte_is_an_input_error_or_harmless(tmp_path: Path) -> None:
         changed = bytearray(content)
         changed[position] = int(torch.randint(256, (), generator=generator))
         source.write_bytes(changed)
-        refusal(convert_mar, source, tmp_path / "out")  # its one tensor is no MAR, so no conversion can succeed
+        refusal(
+            convert_mar, source, tmp_path / "out"
+        )  # its one tensor is no MAR, so no conversion can succeed
 
 
 def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
@@ -372,8 +403,14 @@ def with_args(**values: Any) -> Callable[[dict[str, Any]], None]:
         (without("fake_latent"), "fake_latent is missing"),
         (without("class_emb.weight"), "lacks the tensor class_emb.weight"),
         (without("encoder_blocks.0.attn.qkv.weight"), "lacks the tensor encoder_blocks.0.attn.qkv.weight"),
-        (set_tensor("extra.weight", torch.zeros(1)), "'extra.weight', which the published model does not have"),
-        (set_tensor("encoder_blocks.7.norm1.weight", torch.zeros(32)), "lacks the tensor encoder_blocks.2.norm1.weight"),
+        (
+            set_tensor("extra.weight", torch.zeros(1)),
+            "'extra.weight', which the published model does not have",
+        ),
+        (
+            set_tensor("encoder_blocks.7.norm1.weight", torch.zeros(32)),
+            "lacks the tensor encoder_blocks.2.norm1.weight",
+        ),
         (set_tensor("encoder_blocks.0.mlp.fc1.weight", torch.zeros(64, 32)), "fc1.weight has shape [64, 32]"),
         (set_tensor("fake_latent", torch.zeros(1, 31)), "fake_latent"),
         (set_tensor("class_emb.weight", torch.zeros(0, 32)), "classes 0"),
@@ -387,7 +424,10 @@ def with_args(**values: Any) -> Callable[[dict[str, Any]], None]:
         (lambda checkpoint: checkpoint["model_ema"].update({3: torch.zeros(1)}), "entry 3"),
         (lambda checkpoint: checkpoint["model_ema"].update({"epoch": 3}), "'epoch'"),
         (lambda checkpoint: checkpoint.update(model_ema=[torch.zeros(1)]), "no state dict"),
-        (lambda checkpoint: checkpoint.update(args={}), "how many attention heads its encoder of width 32 has"),
+        (
+            lambda checkpoint: checkpoint.update(args={}),
+            "how many attention heads its encoder of width 32 has",
+        ),
         (with_args(encoder_num_heads=None), "encoder_num_heads"),
         (with_args(decoder_num_heads="9" * 5000), "decoder_num_heads"),
         (with_args(decoder_num_heads=True), "decoder_num_heads"),
@@ -442,7 +482,9 @@ def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
         f"try: convert_mar(Path({str(MAR)!r}), Path({str(tmp_path / 'out')!r}))\n"
         "except InputError as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(far.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(far.__file__).parents[1]
+    )
     assert done.returncode == 0, done.stderr
     assert "cannot write" in done.stdout
     assert list((tmp_path / "out").iterdir()) == []

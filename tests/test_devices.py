@@ -12,7 +12,14 @@ from slope import Slope, loop, run_steps
 
 import far
 from far import devices
-from far.devices import check_device_name, device_title, has_bfloat16_products, resolve_device, resolve_training_dtype, set_threads
+from far.devices import (
+    check_device_name,
+    device_title,
+    has_bfloat16_products,
+    resolve_device,
+    resolve_training_dtype,
+    set_threads,
+)
 from far.errors import InputError
 from far.pipeline import resolve_dtype
 from far.processes import Processes
@@ -45,7 +52,9 @@ def test_other_values_than_names_and_devices_are_refused(name: object) -> None:
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:7", "mps", "xpu", torch.device("cuda", 1)])
 def test_devices_that_torch_does_not_find_are_refused(name: str | torch.device) -> None:
-    if {"cuda": torch.cuda, "mps": torch.backends.mps, "xpu": torch.xpu}[torch.device(name).type].is_available():
+    if {"cuda": torch.cuda, "mps": torch.backends.mps, "xpu": torch.xpu}[
+        torch.device(name).type
+    ].is_available():
         pytest.skip("this machine has one")
     with pytest.raises(InputError) as error:
         resolve_device(name)
@@ -87,12 +96,16 @@ def test_trial_of_a_device_runs_and_sees_wrong_results(monkeypatch: pytest.Monke
     assert trial("cpu")
     attention = torch.nn.functional.scaled_dot_product_attention
     calls = iter((1.1, 1.0))
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *qkv: next(calls) * attention(*qkv))
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *qkv: next(calls) * attention(*qkv)
+    )
     assert not trial("cpu")
 
 
 def test_title_of_a_cuda_device_is_that_of_the_device_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"card {0 if device is None else device.index}")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_name", lambda device=None: f"card {0 if device is None else device.index}"
+    )
     assert device_title(torch.device("cuda", 1)) == "cuda:1 (card 1)"
 
 
@@ -130,7 +143,10 @@ def test_processes_without_cuda_take_the_cpu(monkeypatch: pytest.MonkeyPatch) ->
     assert Processes(0, 2).device("auto") == CPU
 
 
-@pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64", reason="reads the flags of Linux on x86")
+@pytest.mark.skipif(
+    not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64",
+    reason="reads the flags of Linux on x86",
+)
 def test_bfloat16_products_are_those_that_the_system_reports() -> None:
     flags = set(Path("/proc/cpuinfo").read_text().split())
     if os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL") != "ALL":
@@ -141,16 +157,25 @@ def test_bfloat16_products_are_those_that_the_system_reports() -> None:
 def test_auto_is_float32_if_the_instructions_are_masked() -> None:
     code = "from far.devices import *; from far.pipeline import resolve_dtype; d = resolve_device('cpu'); "
     code += "print(has_bfloat16_products(d), resolve_training_dtype('auto', d), resolve_dtype('auto', 'cpu'))"
-    found = subprocess.run([sys.executable, "-c", code], env={**os.environ, **AVX2}, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **AVX2}, capture_output=True, text=True, check=True
+    )
     assert found.stdout.split() == ["False", "float32", "float32"]
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_auto_is_bfloat16_only_with_instructions_for_it(native: bool, monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path) -> None:
+def test_auto_is_bfloat16_only_with_instructions_for_it(
+    native: bool, monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path
+) -> None:
     monkeypatch.setattr(devices, "has_bfloat16_products", lambda device: native)
     expected = "bfloat16" if native else "float32"
     assert resolve_loop(LoopConfig(dtype="auto")) == resolve_loop(LoopConfig(dtype=expected))  # type: ignore[arg-type]
-    assert resolve_training_dtype("auto", CPU) == resolve_dtype("auto", "cpu") == resolve_loop(LoopConfig()).dtype == expected
+    assert (
+        resolve_training_dtype("auto", CPU)
+        == resolve_dtype("auto", "cpu")
+        == resolve_loop(LoopConfig()).dtype
+        == expected
+    )
     assert resolve_training_dtype("float16", CPU) == "float16"
     pipeline = far.load(pipeline_folder, dtype="auto", device="cpu")
     found = {part.dtype for module in (pipeline.model, pipeline.autoencoder) for part in module.parameters()}
@@ -164,7 +189,9 @@ def test_dtypes_that_training_does_not_have_are_refused() -> None:
         one_line(error, repr(dtype))
 
 
-def test_training_in_auto_is_training_in_the_dtype_it_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_in_auto_is_training_in_the_dtype_it_stands_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(devices, "has_bfloat16_products", lambda device: False)
     weights = {}
     for dtype in ("auto", "float32", "bfloat16"):
@@ -233,7 +260,9 @@ def test_threads_are_set() -> None:
     set_threads(before)
 
 
-def test_first_cuda_device_turns_tf32_off_and_later_ones_keep_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_cuda_device_turns_tf32_off_and_later_ones_keep_what_the_user_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(devices, "_computes", lambda name: True)

@@ -17,10 +17,26 @@ from far.weights import find_folder, load_autoencoder, save_autoencoder
 
 # The shape of KL-16 (five levels, two blocks, attention at the coarsest), and others.
 CONFIGS = {
-    "kl16": AutoencoderConfig(width=8, width_multipliers=(1, 1, 2, 2, 4), blocks=2, latent_channels=16, norm_groups=4),
-    "a shift": AutoencoderConfig(width=8, width_multipliers=(1, 2, 4), blocks=1, latent_channels=3, norm_groups=8, scale=1.5, shift=0.25),
+    "kl16": AutoencoderConfig(
+        width=8, width_multipliers=(1, 1, 2, 2, 4), blocks=2, latent_channels=16, norm_groups=4
+    ),
+    "a shift": AutoencoderConfig(
+        width=8,
+        width_multipliers=(1, 2, 4),
+        blocks=1,
+        latent_channels=3,
+        norm_groups=8,
+        scale=1.5,
+        shift=0.25,
+    ),
     "a shift a channel": AutoencoderConfig(
-        width=12, width_multipliers=(1, 3, 2, 1), blocks=3, latent_channels=2, norm_groups=2, scale=0.5, shift=(0.5, -2.0)
+        width=12,
+        width_multipliers=(1, 3, 2, 1),
+        blocks=3,
+        latent_channels=2,
+        norm_groups=2,
+        scale=0.5,
+        shift=(0.5, -2.0),
     ),
 }
 KL16 = dict(
@@ -83,7 +99,9 @@ def test_diffusers_computes_what_we_compute_there_and_back(name: str, tmp_path: 
     assert all(torch.equal(tensor, ours.state_dict()[key]) for key, tensor in back.state_dict().items())
 
 
-def test_the_bundled_autoencoder_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bundled_autoencoder_by_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["convert", "to-diffusers", "avatars-64", str(tmp_path / "theirs")]) == 0
     ours = load_autoencoder(find_folder("avatars-64"))
     check_equal(ours, AutoencoderKL.from_pretrained(tmp_path / "theirs"))
@@ -100,7 +118,13 @@ def test_the_bundled_autoencoder_by_the_command_line(tmp_path: Path, capsys: pyt
         {},
         {"scaling_factor": 0.3611, "shift_factor": 0.1159},
         {"latents_mean": [0.5] * 8 + [-1.5] * 8, "latents_std": [2.0] * 16, "scaling_factor": 0.8},
-        {"layers_per_block": 1, "block_out_channels": (4, 8, 8, 8, 16), "norm_num_groups": 2, "force_upcast": False, "sample_size": 256},
+        {
+            "layers_per_block": 1,
+            "block_out_channels": (4, 8, 8, 8, 16),
+            "norm_num_groups": 2,
+            "force_upcast": False,
+            "sample_size": 256,
+        },
     ],
 )
 def test_what_diffusers_made_becomes_ours(changes: dict, tmp_path: Path) -> None:
@@ -136,7 +160,10 @@ def test_other_arithmetic_is_refused_by_the_entrys_name(changes: dict, expected:
 
 
 def test_levels_that_give_another_stride_are_refused(tmp_path: Path) -> None:
-    blocks = {"down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), "up_block_types": ("UpDecoderBlock2D",) * 2}
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
     fresh(tmp_path / "theirs", block_out_channels=(8, 8), **blocks)
     with pytest.raises(InputError, match="stride 2"):
         from_diffusers(tmp_path / "theirs", tmp_path / "ours")
@@ -204,18 +231,28 @@ def test_an_autoencoder_joins_a_model_without_one(tmp_path: Path, pipeline_folde
     pipeline.save_pretrained(tmp_path / "ours")
     from_diffusers(tmp_path / "theirs", tmp_path / "ours")
     folders = (pipeline_folder, tmp_path / "ours")
-    whole, joined = (far.Pipeline.from_pretrained(folder).generate([0, 1], output="tensor") for folder in folders)
+    whole, joined = (
+        far.Pipeline.from_pretrained(folder).generate([0, 1], output="tensor") for folder in folders
+    )
     assert torch.equal(whole, joined)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (AutoencoderConfig(width=8, width_multipliers=(1, 1, 2), blocks=1, norm_groups=4, spherical=True), "spherical"),
-        (AutoencoderConfig(width=8, width_multipliers=(2, 2, 4), blocks=1, norm_groups=4), r"width_multipliers \[2, 2, 4\]"),
+        (
+            AutoencoderConfig(width=8, width_multipliers=(1, 1, 2), blocks=1, norm_groups=4, spherical=True),
+            "spherical",
+        ),
+        (
+            AutoencoderConfig(width=8, width_multipliers=(2, 2, 4), blocks=1, norm_groups=4),
+            r"width_multipliers \[2, 2, 4\]",
+        ),
     ],
 )
-def test_what_diffusers_cannot_do_is_refused(config: AutoencoderConfig, expected: str, tmp_path: Path) -> None:
+def test_what_diffusers_cannot_do_is_refused(
+    config: AutoencoderConfig, expected: str, tmp_path: Path
+) -> None:
     save_autoencoder(Autoencoder(config), tmp_path / "ours")
     with pytest.raises(InputError, match=expected):
         to_diffusers(load_autoencoder(tmp_path / "ours"), tmp_path / "theirs")
@@ -234,7 +271,9 @@ def with_old_names(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["older names", "shards", "fp16", "fp16 in shards"])
-def test_forms_that_diffusers_reads_are_read(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_forms_that_diffusers_reads_are_read(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     variant = "fp16" if "fp16" in form else None
     folder = tmp_path / "theirs"
     theirs = fresh(tmp_path / "whole")
@@ -255,7 +294,9 @@ def test_plain_weights_are_taken_before_a_variant_and_both_are_said(tmp_path: Pa
     theirs = fresh(tmp_path / "theirs")
     theirs.half().save_pretrained(tmp_path / "theirs", variant="fp16")
     said = from_diffusers(tmp_path / "theirs", tmp_path / "ours")
-    assert said.index("diffusion_pytorch_model.safetensors") < said.index("diffusion_pytorch_model.fp16.safetensors")
+    assert said.index("diffusion_pytorch_model.safetensors") < said.index(
+        "diffusion_pytorch_model.fp16.safetensors"
+    )
     check_equal(load_autoencoder(tmp_path / "ours"), AutoencoderKL.from_pretrained(tmp_path / "theirs"))
 
 
@@ -278,7 +319,9 @@ def test_index_of_shards_that_lists_anything_else_is_refused(weight_map: object,
     (tmp_path / "theirs" / "diffusion_pytorch_model.safetensors").unlink()
     save_file({"a": torch.ones(2)}, tmp_path / "theirs" / "one.safetensors", {"format": "pt"})
     save_file({"a": torch.ones(2)}, tmp_path / "secret.safetensors", {"format": "pt"})
-    (tmp_path / "theirs" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "theirs" / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": weight_map})
+    )
     with pytest.raises(InputError) as error:
         from_diffusers(tmp_path / "theirs", tmp_path / "ours")
     assert "\n" not in str(error.value)
@@ -290,6 +333,10 @@ def test_attention_under_both_names_is_refused(tmp_path: Path) -> None:
     fresh(tmp_path / "theirs")
     path = tmp_path / "theirs" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
-    save_file({**tensors, **{key.replace(".to_q.", ".query."): tensor + 1 for key, tensor in tensors.items()}}, path, {"format": "pt"})
+    save_file(
+        {**tensors, **{key.replace(".to_q.", ".query."): tensor + 1 for key, tensor in tensors.items()}},
+        path,
+        {"format": "pt"},
+    )
     with pytest.raises(InputError, match=r"diffusion_pytorch_model\.safetensors"):
         from_diffusers(tmp_path / "theirs", tmp_path / "ours")

@@ -69,9 +69,14 @@ def text_of(document: Path) -> str:
 def blocks(document: Path, language: str) -> list[Block]:
     text = text_of(document)
     found = re.finditer(
-        r"(?:^<!-- ?(?P<comment>[^\n]*?) ?-->\n)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", text, re.MULTILINE | re.DOTALL
+        r"(?:^<!-- ?(?P<comment>[^\n]*?) ?-->\n)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$",
+        text,
+        re.MULTILINE | re.DOTALL,
     )
-    every = [Block(m["language"], m["code"], m["comment"] or "", text[: m.start("code")].count("\n")) for m in found]
+    every = [
+        Block(m["language"], m["code"], m["comment"] or "", text[: m.start("code")].count("\n"))
+        for m in found
+    ]
     return [block for block in every if block.language == language]
 
 
@@ -136,13 +141,22 @@ def test_notebooks_are_read(tmp_path: Path) -> None:
 def test_broken_links_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above is not blind."""
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
-    (tmp_path / "b.md").write_text("# A title, with `code` & more\n\n## Twice\n\n## Twice\n\n```sh\n# no heading\n```\n")
+    (tmp_path / "b.md").write_text(
+        "# A title, with `code` & more\n\n## Twice\n\n## Twice\n\n```sh\n# no heading\n```\n"
+    )
     (tmp_path / "a.md").write_text(
         "[a](b.md#a-title-with-code--more) [b](b.md#twice-1) [c](#here) ![d](d.png) [e](c.md) [f](b.md#no-heading) [g](b.md#twice-2)\n"
         '<img src="e.png"> [h](https://example.org/none) `[i](none.md)` [j](../outside.md)\n\n## Here\n\n```sh\n[k](none.md)\n```\n'
     )
     (tmp_path.parent / "outside.md").write_text("")
-    assert broken_links(tmp_path / "a.md") == ["d.png", "c.md", "b.md#no-heading", "b.md#twice-2", "../outside.md", "e.png"]
+    assert broken_links(tmp_path / "a.md") == [
+        "d.png",
+        "c.md",
+        "b.md#no-heading",
+        "b.md#twice-2",
+        "../outside.md",
+        "e.png",
+    ]
 
 
 # --- Commands ---------------------------------------------------------------------------------------
@@ -162,7 +176,10 @@ def check_far(words: list[str]) -> None:
     elif hasattr(arguments, "recipe"):
         # A recipe of the reader's own is written out in the document, and is held to be one there; its name is all that is known.
         own = arguments.recipe.suffix == ".yaml" and arguments.recipe.parts[0] != "recipes"
-        load_recipe("avatars-64" if own else ROOT / arguments.recipe if arguments.recipe.suffix else arguments.recipe, arguments.overrides)
+        load_recipe(
+            "avatars-64" if own else ROOT / arguments.recipe if arguments.recipe.suffix else arguments.recipe,
+            arguments.overrides,
+        )
 
 
 def check_script(words: list[str]) -> None:
@@ -250,7 +267,9 @@ def test_wrong_commands_are_found(words: str) -> None:
 @every_document
 def test_recipes_are_valid(document: Path) -> None:
     for block in blocks(document, "yaml"):
-        assert block.comment in ("", "a recipe"), f"{document.name}, line {block.line}: no such comment: {block.comment}"
+        assert block.comment in ("", "a recipe"), (
+            f"{document.name}, line {block.line}: no such comment: {block.comment}"
+        )
         values = yaml.safe_load(block.code)
         if block.comment:
             from_dict(Recipe, values, f"{document.name}, line {block.line}")
@@ -295,7 +314,9 @@ def test_code_runs(document: Path, reader: Path) -> None:
                 words = shlex.split(line, comments=True)
                 assert words[0] == "far"
                 assert main(words[1:]) == 0
-    assert skipped == NOT_RUN.get(str(document.relative_to(ROOT)), 0), "how many blocks are not run is fixed in NOT_RUN"
+    assert skipped == NOT_RUN.get(str(document.relative_to(ROOT)), 0), (
+        "how many blocks are not run is fixed in NOT_RUN"
+    )
 
 
 # --- The site ---------------------------------------------------------------------------------------
@@ -304,8 +325,20 @@ def test_code_runs(document: Path, reader: Path) -> None:
 def test_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     site = tmp_path / "site"
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(ROOT / "mkdocs.yml"), "--site-dir", str(site)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--config-file",
+        str(ROOT / "mkdocs.yml"),
+        "--site-dir",
+        str(site),
+    ]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "WARNING" not in result.stdout + result.stderr
     check_pages(site)
@@ -318,8 +351,12 @@ def check_pages(site: Path) -> None:
     """Every document has one, and none loads a font, script, style or picture from elsewhere."""
     pages = {str(path.relative_to(site)) for path in site.rglob("*.html")}
     assert {"index.html", "contributing.html"} <= pages
-    assert {str(path.relative_to(ROOT / "docs").with_suffix(".html")) for path in (ROOT / "docs").rglob("*.md")} <= pages
-    outside = re.compile(r"(?:<(?:script|img|link|iframe|source)\b[^>]*\b(?:src|href)=[\"']|url\([\"']?|@import [\"'])(?:https?:)?//")
+    assert {
+        str(path.relative_to(ROOT / "docs").with_suffix(".html")) for path in (ROOT / "docs").rglob("*.md")
+    } <= pages
+    outside = re.compile(
+        r"(?:<(?:script|img|link|iframe|source)\b[^>]*\b(?:src|href)=[\"']|url\([\"']?|@import [\"'])(?:https?:)?//"
+    )
     for path in [*site.rglob("*.html"), *site.rglob("*.css")]:
         found = outside.search(path.read_text(encoding="utf-8"))
         assert found is None, f"{path.relative_to(site)} loads {found}"
@@ -331,9 +368,17 @@ def check_reference(folder: Path) -> None:
     for option in ("far generate", "--guidance-passes", "--held-out-share", "--resume"):
         assert option in commands
     keys = (folder / "recipe.html").read_text(encoding="utf-8")
-    for key in ("generator.training.learning_rate", "generator.network.backbone.input_noise", "autoencoder_from", "trajectories.images"):
+    for key in (
+        "generator.training.learning_rate",
+        "generator.network.backbone.input_noise",
+        "autoencoder_from",
+        "trajectories.images",
+    ):
         assert f"<code>{key}</code>" in keys
     for path in folder.glob("*.html"):
         text = re.sub(r"<pre.*?</pre>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
-        left = re.search(r":(?:class|meth|func|data|mod|attr):|``|<p>(?:Args|Returns|Raises|Attributes):|\[<code>[^<]*</code>\]\[", text)
+        left = re.search(
+            r":(?:class|meth|func|data|mod|attr):|``|<p>(?:Args|Returns|Raises|Attributes):|\[<code>[^<]*</code>\]\[",
+            text,
+        )
         assert left is None, f"{path.name}: {text[left.start() - 100 : left.end() + 100]}"

@@ -23,7 +23,9 @@ def test_a_box_holds_the_pixels_between_its_sides(data: st.DataObject, height: i
     left, top = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
     right, bottom = data.draw(st.integers(left + 1, width)), data.draw(st.integers(top + 1, height))
     mask = box_mask((height, width), (left, top, right, bottom))
-    assert mask.tolist() == [[left <= x < right and top <= y < bottom for x in range(width)] for y in range(height)]
+    assert mask.tolist() == [
+        [left <= x < right and top <= y < bottom for x in range(width)] for y in range(height)
+    ]
 
 
 @pytest.mark.parametrize("box", [(0, 0, 7, 4), (0, 0, 6, 5), (-1, 0, 3, 3), (2, 0, 2, 3), (0, 3, 3, 2)])
@@ -33,8 +35,12 @@ def test_a_box_outside_the_image_or_empty_is_refused(box: tuple[int, int, int, i
 
 
 @given(st.data(), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
-def test_a_token_is_touched_by_any_pixel_of_its_cell(data: st.DataObject, rows: int, columns: int, cell: int) -> None:
-    pixels = data.draw(st.lists(st.booleans(), min_size=rows * columns * cell**2, max_size=rows * columns * cell**2))
+def test_a_token_is_touched_by_any_pixel_of_its_cell(
+    data: st.DataObject, rows: int, columns: int, cell: int
+) -> None:
+    pixels = data.draw(
+        st.lists(st.booleans(), min_size=rows * columns * cell**2, max_size=rows * columns * cell**2)
+    )
     mask = torch.tensor(pixels).view(rows * cell, columns * cell)
     expected = [
         any(mask[y, x] for y in range(r * cell, r * cell + cell) for x in range(c * cell, c * cell + cell))
@@ -66,7 +72,10 @@ def test_a_small_image_lies_where_it_is_placed_with_its_edges_carried_on() -> No
         for x in range(6):
             inside = 1 <= x < 4 and 2 <= y < 4
             assert mask[y, x] == (not inside)
-            assert pixels[y, x].tolist() == np.asarray(picture)[min(max(y - 2, 0), 1), min(max(x - 1, 0), 2)].tolist()
+            assert (
+                pixels[y, x].tolist()
+                == np.asarray(picture)[min(max(y - 2, 0), 1), min(max(x - 1, 0), 2)].tolist()
+            )
 
 
 @pytest.mark.parametrize("corner", [(4, 0), (0, 4), (-1, 0), (0, -1)])
@@ -106,23 +115,34 @@ def test_pixels_of_kept_tokens_stay_and_the_others_are_drawn(pipeline: Pipeline,
     assert (drawn[0] != before[TOUCHED]).mean() > 0.5
     assert (drawn[0] != drawn[1]).mean() > 0.5
     again = pipeline.edit(planet, MASK, 1, seed=2)
-    assert np.abs(np.asarray(again[0]).astype(int) - np.asarray(versions[1])).max() <= 1, "a version depends on its seed alone"
+    assert np.abs(np.asarray(again[0]).astype(int) - np.asarray(versions[1])).max() <= 1, (
+        "a version depends on its seed alone"
+    )
 
 
 @pytest.mark.parametrize("seeds", [range(1, 3), np.arange(1, 3), torch.arange(1, 3), [np.int64(1), 2]])
-def test_seeds_may_be_any_whole_numbers(pipeline: Pipeline, planet: Image.Image, seeds: Sequence[int]) -> None:
+def test_seeds_may_be_any_whole_numbers(
+    pipeline: Pipeline, planet: Image.Image, seeds: Sequence[int]
+) -> None:
     expected = pipeline.edit(planet, MASK, 1, seed=[1, 2], output="tensor")
-    assert torch.equal(torch.as_tensor(pipeline.edit(planet, MASK, 1, seed=seeds, output="tensor")), torch.as_tensor(expected))
+    assert torch.equal(
+        torch.as_tensor(pipeline.edit(planet, MASK, 1, seed=seeds, output="tensor")),
+        torch.as_tensor(expected),
+    )
     alone = [pipeline.edit(planet, MASK, 1, seed=seed, output="tensor") for seed in (2, np.int64(2))]
     assert torch.equal(torch.as_tensor(alone[0]), torch.as_tensor(alone[1]))
 
 
-def test_transparency_lies_on_white_in_an_image_and_is_kept_in_a_mask(pipeline: Pipeline, planet: Image.Image) -> None:
+def test_transparency_lies_on_white_in_an_image_and_is_kept_in_a_mask(
+    pipeline: Pipeline, planet: Image.Image
+) -> None:
     image, mask = planet.convert("RGBA"), Image.new("RGBA", planet.size, (255, 255, 255, 0))
     image.putalpha(Image.fromarray(np.uint8(np.arange(64 * 64).reshape(64, 64) % 256)))
     mask.paste("white", (33, 20, 50, 40))
     on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    found, expected = (pipeline.edit(*given, 1, output="tensor") for given in ((image, mask), (on_white, MASK)))
+    found, expected = (
+        pipeline.edit(*given, 1, output="tensor") for given in ((image, mask), (on_white, MASK))
+    )
     assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
 
 
@@ -156,7 +176,9 @@ def test_what_is_drawn_fits_what_is_kept(pipeline: Pipeline) -> None:
 
 
 def test_the_label_decides_what_is_drawn(pipeline: Pipeline, planet: Image.Image) -> None:
-    one, other = (pipeline.edit(planet, MASK, label, seed=5, output="tensor") for label in ("planets", "moods"))
+    one, other = (
+        pipeline.edit(planet, MASK, label, seed=5, output="tensor") for label in ("planets", "moods")
+    )
     assert (torch.as_tensor(one) - torch.as_tensor(other)).abs().max() > 0.2
 
 
@@ -178,7 +200,9 @@ def test_the_label_decides_what_is_drawn(pipeline: Pipeline, planet: Image.Image
         ({"output": "jpeg"}, "output 'jpeg'"),
     ],
 )
-def test_unusable_values_are_named(pipeline: Pipeline, planet: Image.Image, values: dict, expected: str) -> None:
+def test_unusable_values_are_named(
+    pipeline: Pipeline, planet: Image.Image, values: dict, expected: str
+) -> None:
     arguments = {"image": planet, "mask": MASK, "label": 1, **values}
     with pytest.raises(InputError) as error:
         pipeline.edit(**arguments)
@@ -205,7 +229,12 @@ def test_a_stream_shows_grey_where_nothing_is_known_and_ends_as_the_image(pipeli
     steps = list(pipeline.stream(["moods", 3], [7, 8], config))
     assert [progress.step for progress in steps] == list(range(5))
     for progress in steps[:-1]:
-        known = progress.known.view(2, 1, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3).expand(-1, 3, -1, -1)
+        known = (
+            progress.known.view(2, 1, 4, 4)
+            .repeat_interleave(16, 2)
+            .repeat_interleave(16, 3)
+            .expand(-1, 3, -1, -1)
+        )
         preview = pipeline.preview(progress)
         assert (preview[~known] == 0.5).all()
         assert torch.equal(preview[known], pipeline.decode(progress.latents)[known])
@@ -219,7 +248,9 @@ def test_encoding_and_decoding_gives_the_image_back(pipeline: Pipeline) -> None:
     assert (pipeline.decode(latents) - images).pow(2).mean() < 0.003
     kept = Kept(latents, torch.arange(15))
     for progress in pipeline.stream([1, 10], [1, 2], SamplingConfig(1, 1), kept=kept):
-        assert torch.equal(pipeline.model.tokens(progress.latents)[:, :15], pipeline.model.tokens(latents)[:, :15])
+        assert torch.equal(
+            pipeline.model.tokens(progress.latents)[:, :15], pipeline.model.tokens(latents)[:, :15]
+        )
 
 
 def test_pictures_and_tensors_are_each_others_inverse() -> None:

@@ -53,7 +53,15 @@ for line in sys.stdin:
     print(status, flush=True)
 """
 KILLED = -signal.SIGKILL
-LOOP = ["steps=8", "batch_size=8", "warmup_steps=5", "log_every=1", "checkpoint_every=2", "evaluate_every=8", "dtype=float32"]
+LOOP = [
+    "steps=8",
+    "batch_size=8",
+    "warmup_steps=5",
+    "log_every=1",
+    "checkpoint_every=2",
+    "evaluate_every=8",
+    "dtype=float32",
+]
 AUTOENCODER = ["width=8", "width_multipliers=[1,1,2]", "blocks=1", "latent_channels=2", "norm_groups=4"]
 
 
@@ -73,7 +81,11 @@ class Work:
         self._alone: dict[str, Alone] = {}
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, "-c", SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
 
     def prepare(self, name: str, folder: Path) -> Path:
@@ -84,7 +96,9 @@ class Work:
             (folder / "run" / "latents").symlink_to(self.latents)
         return folder
 
-    def run(self, name: str, folder: Path, *, seconds: float | None = None, largest: int | None = None) -> tuple[int, str]:
+    def run(
+        self, name: str, folder: Path, *, seconds: float | None = None, largest: int | None = None
+    ) -> tuple[int, str]:
         """Status and output of a command that is killed after so many seconds, or cannot write files larger than so many bytes."""
         assert self.server.stdin is not None
         assert self.server.stdout is not None
@@ -122,8 +136,13 @@ def work(
         Image.fromarray(image.numpy()).save(path)
     recipe = write_recipe(folder / "recipe.yaml", image_set, Path("run"), autoencoder_folder)
     whole = ["autoencoder_from=null", *(f"autoencoder.model.{value}" for value in AUTOENCODER)]
-    autoencoder_loop, loop = ([f"{part}.training.{value}" for value in LOOP] for part in ("autoencoder", "generator"))
-    distill_loop = [f"training.{value}" for value in LOOP] + ["training.batch_size=64", "trajectories.images=512"]
+    autoencoder_loop, loop = (
+        [f"{part}.training.{value}" for value in LOOP] for part in ("autoencoder", "generator")
+    )
+    distill_loop = [f"training.{value}" for value in LOOP] + [
+        "training.batch_size=64",
+        "trajectories.images=512",
+    ]
     work = Work(
         folder,
         latents_folder,
@@ -137,7 +156,17 @@ def work(
                 *("evaluate", "--weights", pipeline_folder, "--count", 60, "--save-npz", "samples.npz"),
                 *("--reference", image_set, "--cache", "cache"),
             ],
-            "generate": ["generate", "--weights", pipeline_folder, "--count", 90, "--batch-size", 3, "--out", "images"],
+            "generate": [
+                "generate",
+                "--weights",
+                pipeline_folder,
+                "--count",
+                90,
+                "--batch-size",
+                3,
+                "--out",
+                "images",
+            ],
         },
     )
     with work.server:
@@ -149,7 +178,10 @@ NAMES = ["data", "train-autoencoder", "cache", "train", "distill", "evaluate", "
 
 def plain(checkpoint: dict[str, Any]) -> Any:
     """What a checkpoint holds, as what can be compared bit by bit."""
-    tensors = {name: (tensor.dtype, tensor.shape, tensor.numpy().tobytes()) for name, tensor in checkpoint["tensors"].items()}
+    tensors = {
+        name: (tensor.dtype, tensor.shape, tensor.numpy().tobytes())
+        for name, tensor in checkpoint["tensors"].items()
+    }
     return {**checkpoint, "tensors": tensors}
 
 
@@ -157,7 +189,10 @@ def read(path: Path) -> Any:
     """What a file holds, but for times; a file that is not whole is an error."""
     if path.name == "log.jsonl":
         varying = ("time", "images_per_second", "loader_share")
-        return [{name: value for name, value in json.loads(line).items() if name not in varying} for line in path.read_text().splitlines()]
+        return [
+            {name: value for name, value in json.loads(line).items() if name not in varying}
+            for line in path.read_text().splitlines()
+        ]
     if path.name == "result.json":
         found = json.loads(path.read_text())
         return {name: found[name] for name in ("figures", "judged", "reference")}
@@ -212,13 +247,18 @@ def test_a_killed_command_goes_on(kills: int, name: str, work: Work, tmp_path: P
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("disk", ["limited", pytest.param("small", marks=pytest.mark.soak)])
-def test_a_full_disk_is_one_line_and_with_more_space_the_command_goes_on(disk: str, name: str, work: Work, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_with_more_space_the_command_goes_on(
+    disk: str, name: str, work: Work, tmp_path: Path
+) -> None:
     expected, sizes, _ = work.alone(name)
     folder = tmp_path / "disk" / "full"
     folder.mkdir(parents=True)
     if disk == "small":
         pages = sum(-(-size // 4096) for size in sizes)
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={pages // 2 * 4096}", "far-test", folder], capture_output=True).returncode:
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={pages // 2 * 4096}", "far-test", folder],
+            capture_output=True,
+        ).returncode:
             pytest.skip("only root can mount a small disk")
     try:
         work.prepare(name, folder)

@@ -14,7 +14,15 @@ from safetensors.torch import save_file
 
 from far.data.shards import ShardWriter
 from far.errors import InputError
-from far.files import atomic_folder, atomic_path, check_folder, check_writable, remove_folder, remove_leftovers, sole_use
+from far.files import (
+    atomic_folder,
+    atomic_path,
+    check_folder,
+    check_writable,
+    remove_folder,
+    remove_leftovers,
+    sole_use,
+)
 from far.training.runs import check_unused
 
 
@@ -160,7 +168,10 @@ def test_folder_that_cannot_be_is_refused_before_work_and_nothing_is_made(tmp_pa
 @pytest.mark.parametrize("below", [".", "train"])
 def test_shards_and_runs_below_a_file_are_refused_before_work(below: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    for start in (lambda path: ShardWriter(path, {"kind": "images"}), lambda path: check_unused(path, resume=False)):
+    for start in (
+        lambda path: ShardWriter(path, {"kind": "images"}),
+        lambda path: check_unused(path, resume=False),
+    ):
         with pytest.raises(InputError) as error:
             start(tmp_path / "file" / below)
         assert str(tmp_path / "file") in str(error.value)

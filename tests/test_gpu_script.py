@@ -31,7 +31,16 @@ def checks(script: ModuleType) -> ModuleType:
 
 def run(folder: Path, root: Path, *parts: str) -> tuple[dict, subprocess.CompletedProcess]:
     """The script's report and its process, started in a folder where neither far nor the script is."""
-    command = [sys.executable, str(root / "benchmarks/gpu.py"), "--device", "cpu", "--out", "report.json", "--parts", *parts]
+    command = [
+        sys.executable,
+        str(root / "benchmarks/gpu.py"),
+        "--device",
+        "cpu",
+        "--out",
+        "report.json",
+        "--parts",
+        *parts,
+    ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     return json.loads((folder / "report.json").read_text()), done
 
@@ -40,7 +49,17 @@ def test_script_runs_from_a_sparse_checkout_without_a_gpu(tmp_path: Path) -> Non
     root = tmp_path / "sparse"
     for part in ("far", "benchmarks"):
         shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
-    parts = ["machine", "heads", "training", "autoencoder", "far-b", "far-causal-b", "approximations", "MAR's plain path", "training speed"]
+    parts = [
+        "machine",
+        "heads",
+        "training",
+        "autoencoder",
+        "far-b",
+        "far-causal-b",
+        "approximations",
+        "MAR's plain path",
+        "training speed",
+    ]
     report, done = run(tmp_path, root, *parts)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no GPU" in report["note"]
@@ -54,7 +73,9 @@ def test_script_runs_from_a_sparse_checkout_without_a_gpu(tmp_path: Path) -> Non
 def test_bundled_models_are_checked(tmp_path: Path) -> None:
     report, done = run(tmp_path, ROOT, "bundled models")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {"avatars-64", "one seed, one image", "edit"} <= report["parts"]["bundled models"]["entries"].keys()
+    assert {"avatars-64", "one seed, one image", "edit"} <= report["parts"]["bundled models"][
+        "entries"
+    ].keys()
 
 
 def test_a_wrong_result_fails_its_check(checks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +93,9 @@ def test_a_wrong_result_fails_its_check(checks: ModuleType, monkeypatch: pytest.
 
 
 def test_16_bit_weights_would_fail_the_float32_limit(checks: ModuleType) -> None:
-    found = checks.head_case(torch.device("cpu"), "masked", {"kind": "flow"}, 3.0, 0, (torch.float16,))["float16"]
+    found = checks.head_case(torch.device("cpu"), "masked", {"kind": "flow"}, 3.0, 0, (torch.float16,))[
+        "float16"
+    ]
     assert checks.FLOAT32 < found["found"] <= found["limit"]
 
 
@@ -97,7 +120,12 @@ def test_deadline_leaves_out_what_does_not_fit_and_keeps_the_rest(script: Module
         raise MemoryError("no room")
 
     written: list[dict] = []
-    calls = {"quick": lambda: {"found": 1}, "broken": broken, "endless": endless, "after": lambda: {"found": 2}}
+    calls = {
+        "quick": lambda: {"found": 1},
+        "broken": broken,
+        "endless": endless,
+        "after": lambda: {"found": 2},
+    }
     start = time.monotonic()
     script.run_part(calls, start + 0.3, lambda part: written.append(json.loads(json.dumps(part))))
     assert time.monotonic() - start < 5
@@ -120,8 +148,13 @@ def test_plain_path_of_mar_draws_what_the_original_drew(kind: str, tmp_path: Pat
     with safe_open(fixtures / "mar_reference.safetensors", "pt") as file:
         recorded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — not a mapping
         settings = file.metadata()
-    guidance, temperature = (float(settings["cfg"]), float(settings["temperature"])) if kind == "guided" else (1.0, 1.0)
-    noise = iter(recorded[name] for name in sorted(name for name in recorded if name.startswith(f"sample.{kind}.noise.")))
+    guidance, temperature = (
+        (float(settings["cfg"]), float(settings["temperature"])) if kind == "guided" else (1.0, 1.0)
+    )
+    noise = iter(
+        recorded[name]
+        for name in sorted(name for name in recorded if name.startswith(f"sample.{kind}.noise."))
+    )
     model = far.load(tmp_path, device="cpu").model
     plain = load_script("mar_plain").PlainMar(model, lambda rows, channels: next(noise)[:rows], temperature)
     labels = recorded.get(f"sample.{kind}.labels", recorded["forward.labels"])

@@ -51,21 +51,34 @@ def same_weights(one: Pipeline, other: Pipeline) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_only_the_config_and_the_safetensors_are_downloaded(hub: Hub, pipeline_folder: Path, tmp_path: Path) -> None:
+def test_only_the_config_and_the_safetensors_are_downloaded(
+    hub: Hub, pipeline_folder: Path, tmp_path: Path
+) -> None:
     stray = {
-        name: b"never to be read" for name in ("evil.pkl", "pytorch_model.bin", "modeling.py", "vae/model.safetensors", "../up.safetensors")
+        name: b"never to be read"
+        for name in (
+            "evil.pkl",
+            "pytorch_model.bin",
+            "modeling.py",
+            "vae/model.safetensors",
+            "../up.safetensors",
+        )
     }
     hub.commit("ann/shapes", {**files_of(pipeline_folder), **stray})
     pipeline = Pipeline.from_pretrained("ann/shapes")
     assert hub.downloaded() == ["autoencoder.safetensors", "config.json", "model.safetensors"]
-    assert {path.name for path in (tmp_path / "cache").rglob("*") if path.suffix in (".pkl", ".bin", ".py")} == set()
+    assert {
+        path.name for path in (tmp_path / "cache").rglob("*") if path.suffix in (".pkl", ".bin", ".py")
+    } == set()
     assert same_weights(pipeline, Pipeline.from_pretrained(pipeline_folder))
     hub.requests.clear()
     far.load("ann/shapes")
     assert hub.downloaded() == []
 
 
-def test_a_folder_goes_before_a_name_on_the_hub(hub: Hub, pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_goes_before_a_name_on_the_hub(
+    hub: Hub, pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.commit("ann/shapes", {"config.json": b"{}"})
     monkeypatch.chdir(tmp_path)
     Path("ann").mkdir()
@@ -83,7 +96,10 @@ def test_a_revision_is_a_branch_a_commit_or_part_of_the_name(hub: Hub, pipeline_
     config = json.loads((pipeline_folder / "config.json").read_text())
 
     def named(*classes: str) -> Files:
-        return {**files_of(pipeline_folder), "config.json": json.dumps({**config, "classes": classes}).encode()}
+        return {
+            **files_of(pipeline_folder),
+            "config.json": json.dumps({**config, "classes": classes}).encode(),
+        }
 
     first = hub.commit("ann/shapes", named("a", "b", "c"))
     hub.commit("ann/shapes", named("d", "e", "f"), branch="refs/pr/1")
@@ -105,7 +121,9 @@ def test_an_autoencoder_alone(hub: Hub, autoencoder_folder: Path) -> None:
     assert isinstance(far.load("ann/kl16"), far.Autoencoder)
 
 
-def test_offline_takes_what_the_cache_holds(hub: Hub, pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_takes_what_the_cache_holds(
+    hub: Hub, pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commit = hub.commit("ann/shapes", files_of(pipeline_folder))
     refused("ann/shapes", "'ann/shapes'", "cache", "local_files_only", local_files_only=True)
     assert hub.requests == []
@@ -139,7 +157,9 @@ def test_what_is_not_there_or_not_allowed(hub: Hub, pipeline_folder: Path) -> No
     refused("ann/a--b", "'ann/a--b'", "no possible name")
 
 
-@pytest.mark.parametrize("files", [{"mar.pth": b"x"}, {"config.json": b"{}", "pytorch_model.bin": b"x"}, {"a/config.json": b"{}"}])
+@pytest.mark.parametrize(
+    "files", [{"mar.pth": b"x"}, {"config.json": b"{}", "pytorch_model.bin": b"x"}, {"a/config.json": b"{}"}]
+)
 def test_a_repository_without_safetensors_says_what_to_convert(hub: Hub, files: Files) -> None:
     hub.commit("ann/pickles", files)
     refused("ann/pickles", "ann/pickles", "no config.json with safetensors", "far convert mar")
@@ -169,7 +189,9 @@ def broken(config: bytes, **changes: object) -> bytes:
         ("model.safetensors", lambda data: data.replace(b'"head.net', b'"haed.net'), "its checksum differs"),
     ],
 )  # fmt: skip
-def test_damaged_files_are_named(hub: Hub, pipeline_folder: Path, file: str, change: object, expected: str) -> None:
+def test_damaged_files_are_named(
+    hub: Hub, pipeline_folder: Path, file: str, change: object, expected: str
+) -> None:
     files = files_of(pipeline_folder)
     files[file] = change(files[file])  # type: ignore[operator]
     hub.commit("ann/shapes", files)
@@ -182,7 +204,13 @@ def test_what_is_pushed_can_be_loaded(hub: Hub, pipeline_folder: Path, tmp_path:
     assert address == f"{hub.url}/ann/shapes"
     assert same_weights(pipeline, Pipeline.from_pretrained("ann/shapes"))
     published = hub.files[hub.branches["ann/shapes"]["main"]]
-    assert sorted(published) == [".gitattributes", "README.md", "autoencoder.safetensors", "config.json", "model.safetensors"]
+    assert sorted(published) == [
+        ".gitattributes",
+        "README.md",
+        "autoencoder.safetensors",
+        "config.json",
+        "model.safetensors",
+    ]
     card = published["README.md"].decode()
     assert card.startswith("---\nlicense: mit\n")
     assert 'far.load("ann/shapes")' in card
@@ -196,7 +224,14 @@ def test_push_to_a_branch_privately_in_half_precision(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")  # the one that is given counts
     pipeline = Pipeline.from_pretrained(pipeline_folder)
-    pipeline.push_to_hub("ann/shapes@half", license="other", private=True, dtype=torch.float16, commit_message="Half the size", token=TOKEN)
+    pipeline.push_to_hub(
+        "ann/shapes@half",
+        license="other",
+        private=True,
+        dtype=torch.float16,
+        commit_message="Half the size",
+        token=TOKEN,
+    )
     assert hub.private == {"ann/shapes"}
     assert hub.messages == ["Half the size"]
     assert list(hub.files[hub.branches["ann/shapes"]["main"]]) == [".gitattributes"]
@@ -211,26 +246,36 @@ def test_a_card_that_somebody_wrote_stays_on_the_hub(hub: Hub, pipeline_folder: 
         pipeline.push_to_hub("ann/shapes", license="mit")
         return hub.files[hub.branches["ann/shapes"]["main"]]["README.md"].decode()
 
-    hub.commit("ann/shapes", {"README.md": b"---\nlicense: other\n---\n"})  # as the hub makes it for a new repository
+    hub.commit(
+        "ann/shapes", {"README.md": b"---\nlicense: other\n---\n"}
+    )  # as the hub makes it for a new repository
     first = card_after_pushing()
     assert "license: mit" in first
     pipeline.results = {"step": 9}
     renewed = card_after_pushing()
     assert "| step | 9 |" in renewed
-    hub.commit("ann/shapes", {"README.md": renewed.replace("Image", "Fine image").replace("An image", "A fine image").encode()})
+    hub.commit(
+        "ann/shapes",
+        {"README.md": renewed.replace("Image", "Fine image").replace("An image", "A fine image").encode()},
+    )
     pipeline.results = {"step": 10}
     assert "fine image" in card_after_pushing()
     published = hub.files[hub.branches["ann/shapes"]["main"]]
     assert json.loads(published["config.json"])["results"] == {"step": 10}
 
 
-def test_a_card_stays_where_the_hub_does_not_say_what_is_in_it(hub: Hub, pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_stays_where_the_hub_does_not_say_what_is_in_it(
+    hub: Hub, pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline = Pipeline.from_pretrained(pipeline_folder)
     pipeline.push_to_hub("ann/shapes", license="mit")
     pipeline.push_to_hub("ann/shapes", license="mit")  # has seen the card that was written here
     hub.commit("ann/shapes", {"README.md": b"# By Ann"})
     # Only the file's own address fails, as it may for a moment.
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/away/{repo_id}/{revision}/{filename}")
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        hub.url + "/away/{repo_id}/{revision}/{filename}",
+    )
     with pytest.raises(InputError, match="404"):
         pipeline.push_to_hub("ann/shapes", license="mit")
     assert hub.files[hub.branches["ann/shapes"]["main"]]["README.md"] == b"# By Ann"
@@ -258,22 +303,38 @@ def test_push_refuses_in_one_line(hub: Hub, pipeline_folder: Path, monkeypatch: 
 
 def test_save_load_save_gives_equal_files(pipeline_folder: Path, tmp_path: Path) -> None:
     pipeline = Pipeline.from_pretrained(pipeline_folder)
-    pipeline.results, pipeline.training = {"step": 3, "quick FD": 1 / 3}, {"command": "far train", "recipe": {"label_drop": 0.1}}
+    pipeline.results, pipeline.training = (
+        {"step": 3, "quick FD": 1 / 3},
+        {"command": "far train", "recipe": {"label_drop": 0.1}},
+    )
     pipeline.save_pretrained(tmp_path / "once")
     Pipeline.from_pretrained(tmp_path / "once").save_pretrained(tmp_path / "twice")
     assert files_of(tmp_path / "once") == files_of(tmp_path / "twice")
-    assert sorted(files_of(tmp_path / "once")) == ["README.md", "autoencoder.safetensors", "config.json", "model.safetensors"]
+    assert sorted(files_of(tmp_path / "once")) == [
+        "README.md",
+        "autoencoder.safetensors",
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_the_command_line_pushes_and_draws_offline(hub: Hub, pipeline_folder: Path, tmp_path: Path) -> None:
     """In processes of their own, with the environment variables that users know."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": TOKEN,
+    }
 
     def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "far", *arguments]
         return subprocess.run(command, capture_output=True, text=True, env={**environment, **variables})
 
-    pushed = run("push", str(pipeline_folder), "ann/shapes@v1", "--license", "mit", "--private", "--dtype", "bfloat16")
+    pushed = run(
+        "push", str(pipeline_folder), "ann/shapes@v1", "--license", "mit", "--private", "--dtype", "bfloat16"
+    )
     assert pushed.returncode == 0, pushed.stderr
     assert f"{hub.url}/ann/shapes" in pushed.stdout
     assert hub.private == {"ann/shapes"}
@@ -288,7 +349,9 @@ def test_the_command_line_pushes_and_draws_offline(hub: Hub, pipeline_folder: Pa
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     anonymous = run(*draw, HF_TOKEN="", HF_HOME=str(tmp_path / "elsewhere"))
     assert anonymous.returncode == 2
-    assert re.fullmatch(r"far: error: .*'ann/shapes' is no folder here .*hf auth login\n", anonymous.stderr), anonymous.stderr
+    assert re.fullmatch(
+        r"far: error: .*'ann/shapes' is no folder here .*hf auth login\n", anonymous.stderr
+    ), anonymous.stderr
 
 
 @pytest.mark.parametrize(
@@ -305,7 +368,11 @@ def test_the_command_line_pushes_and_draws_offline(hub: Hub, pipeline_folder: Pa
     ],
 )
 def test_every_command_with_weights_asks_the_hub(
-    command: list[str], hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    command: list[str],
+    hub: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (16, 16)).save("a.png")

@@ -48,7 +48,9 @@ with interrupt.DeferredInterrupt("saving", rank=int(sys.argv[1]), count=2):
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_later_ctrl_c_stops_several_processes_at_once(rank: str) -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT, rank], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, rank], capture_output=True, text=True, check=False, timeout=60
+    )
     assert (done.returncode, done.stdout) == (130, "still here\n")
 
 
@@ -66,7 +68,9 @@ def test_other_threads_leave_signals_alone() -> None:
     assert found == [(False, handler)]
 
 
-def test_an_interrupted_command_says_how_it_continues(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_command_says_how_it_continues(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupted(arguments: object) -> None:
         raise KeyboardInterrupt
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from far import kernels
 from far.kernels import INT8_KERNELS, NO_BFLOAT16, Int8Kernel
 
-x86 = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="fbgemm multiplies on x86 only")
+x86 = pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64"), reason="fbgemm multiplies on x86 only"
+)
 # As on a processor without AVX-512: fbgemm, oneDNN and torch itself each have their own variable.
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"}
 OPERATORS = {
@@ -42,7 +44,9 @@ def test_torch_still_has_the_private_operators_that_kernels_calls() -> None:
 
 @x86
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_missing_operator_is_reported_in_one_line_and_not_used(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_operator_is_reported_in_one_line_and_not_used(
+    operator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     library, _, name = operator.partition("::")
     if library == "mkldnn" and kernels.bfloat16_fault() and not name.startswith("_is"):
         pytest.skip("without bfloat16 instructions, the operator is never called")
@@ -57,7 +61,11 @@ def test_missing_operator_is_reported_in_one_line_and_not_used(operator: str, mo
             return getattr(present, asked)
 
     monkeypatch.setattr(torch.ops, library, Later())
-    fault = kernels.bfloat16_fault.__wrapped__() if library == "mkldnn" else kernels.int8_fault.__wrapped__("paired")
+    fault = (
+        kernels.bfloat16_fault.__wrapped__()
+        if library == "mkldnn"
+        else kernels.int8_fault.__wrapped__("paired")
+    )
     assert fault is not None
     assert name in fault
     assert "\n" not in fault
@@ -109,7 +117,10 @@ def saturating(x: Tensor, weight: Tensor) -> Tensor:
 
 def test_sixteen_bits_spoil_whole_weights_and_not_paired_ones() -> None:
     generator = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(64, 256, generator=generator), torch.randint(0, 256, (33, 256), generator=generator)
+    weight, x = (
+        torch.randn(64, 256, generator=generator),
+        torch.randint(0, 256, (33, 256), generator=generator),
+    )
     x[0], weight[0] = 255, 1
     whole, paired = (kernels.int8_weight(weight, kernel)[0].long() for kernel in INT8_KERNELS)
     assert torch.equal(saturating(x, paired), x @ paired.T)
@@ -135,7 +146,9 @@ print(json.dumps({"chosen": kernels.int8_kernel(), "errors": errors, **faults}))
 @x86
 def test_processor_with_avx2_alone_takes_the_kernel_that_is_exact_there() -> None:
     environment = {**os.environ, **AVX2}
-    run = subprocess.run([sys.executable, "-c", REPORT], env=environment, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", REPORT], env=environment, capture_output=True, text=True, check=True
+    )
     report = json.loads(run.stdout)
     assert report["chosen"] == "paired"
     assert "%" in report["fault"]

@@ -21,7 +21,14 @@ def definition(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 @pytest.mark.parametrize("queries", [1, 3, 40])
 @pytest.mark.parametrize("hidden", [0, 15])
 @pytest.mark.parametrize("scores", [1, 2_500_000])
-def test_attention(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, queries: int, hidden: int, scores: int) -> None:
+def test_attention(
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    tolerance: float,
+    queries: int,
+    hidden: int,
+    scores: int,
+) -> None:
     """In one piece and row by row, with the last keys hidden and without."""
     monkeypatch.setattr("far.layers._SCORES", scores)
     generator = torch.Generator().manual_seed(0)
@@ -34,15 +41,26 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, toleranc
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), definition(q, k, v, bias), rtol=0, atol=tolerance)
     if hidden:
-        torch.testing.assert_close(found, attend(q, k[:, :, :-hidden], v[:, :, :-hidden]), rtol=0, atol=tolerance)
+        torch.testing.assert_close(
+            found, attend(q, k[:, :, :-hidden], v[:, :, :-hidden]), rtol=0, atol=tolerance
+        )
 
 
 def test_rotation() -> None:
     """Pairs as complex numbers, turned by position times frequency; each axis turns its own."""
     positions = torch.tensor([[0, 0], [3, 7], [11, 2]])
     x = torch.randn(2, 3, 8)
-    angles = torch.stack([torch.stack([p[0] * f for f in (1.0, 0.01)] + [p[1] * f for f in (1.0, 0.01)]) for p in positions.double()])
-    turned = torch.complex(x[..., :4].double(), x[..., 4:].double()) * torch.polar(torch.ones_like(angles), angles)
+    angles = torch.stack(
+        [
+            torch.stack([p[0] * f for f in (1.0, 0.01)] + [p[1] * f for f in (1.0, 0.01)])
+            for p in positions.double()
+        ]
+    )
+    turned = torch.complex(x[..., :4].double(), x[..., 4:].double()) * torch.polar(
+        torch.ones_like(angles), angles
+    )
     found = rotate(x, rotary_table(positions, 8))
-    torch.testing.assert_close(found.double(), torch.cat([turned.real, turned.imag], dim=-1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        found.double(), torch.cat([turned.real, turned.imag], dim=-1), rtol=0, atol=1e-6
+    )
     assert math.isclose(float(found.norm()), float(x.norm()), rel_tol=1e-5)

@@ -43,7 +43,9 @@ def batch(size: int = 4, grid: tuple[int, int] = (4, 6)) -> tuple[Tensor, Tensor
 
 
 def loss(model: FAR, latents: Tensor, labels: Tensor, label_drop: float = 0.1, seed: int = 2) -> Tensor:
-    return model.loss(latents, labels, torch.Generator().manual_seed(seed), label_drop=label_drop, teacher=model).value
+    return model.loss(
+        latents, labels, torch.Generator().manual_seed(seed), label_drop=label_drop, teacher=model
+    ).value
 
 
 @pytest.mark.parametrize(
@@ -68,12 +70,16 @@ def test_preset_sizes(name: str, parameters: int, millions: int | None) -> None:
         assert math.ceil(parameters / 1e6) == millions
 
 
-@pytest.mark.parametrize(("name", "published", "width"), [("b", 111, 768), ("l", 343, 1024), ("xl", 775, 1280)])
+@pytest.mark.parametrize(
+    ("name", "published", "width"), [("b", 111, 768), ("l", 343, 1024), ("xl", 775, 1280)]
+)
 def test_causal_backbones_are_llamagens_but_for_its_vocabulary(name: str, published: int, width: int) -> None:
     with torch.device("meta"):
         backbone = FAR(ModelConfig(preset(f"far-causal-{name}"))).backbone
     vocabulary = 2 * 16_384 * width  # input table and output layer of a VQ model of 16,384 codes
-    assert round((sum(parameter.numel() for parameter in backbone.parameters()) + vocabulary) / 1e6) == pytest.approx(published, abs=1)
+    assert round(
+        (sum(parameter.numel() for parameter in backbone.parameters()) + vocabulary) / 1e6
+    ) == pytest.approx(published, abs=1)
 
 
 def test_every_preset_is_counted_above() -> None:
@@ -118,7 +124,9 @@ def test_spherical_models_see_directions_only(backbone: str) -> None:
     torch.manual_seed(0)
     network = NetworkConfig(BACKBONES[backbone], HeadConfig("flow", 16, 1, 2), 2, spherical=True)
     (latents, labels), model = batch(), FAR(ModelConfig(network, 5, 3, (4, 6)))
-    torch.testing.assert_close(loss(model, 7 * latents, labels), loss(model, latents, labels), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        loss(model, 7 * latents, labels), loss(model, latents, labels), rtol=0, atol=1e-4
+    )
     bent = latents * torch.tensor([1.0, 2.0, 1.0]).view(1, 3, 1, 1)
     assert (loss(model, bent, labels) - loss(model, latents, labels)).abs().max() > 1e-2
 
@@ -148,7 +156,9 @@ def test_dropped_labels_do_not_count() -> None:
 def test_share_of_dropped_labels() -> None:
     model, (latents, labels) = tiny("flow"), batch(2000)
     seen: list[Tensor] = []
-    model.backbone.class_embedding.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0]))
+    model.backbone.class_embedding.register_forward_hook(
+        lambda module, arguments, output: seen.append(arguments[0])
+    )
     loss(model, latents, labels, 0.1)
     dropped = seen[0] == model.null_label
     assert float(dropped.float().mean()) == pytest.approx(0.1, abs=0.03)
@@ -201,12 +211,16 @@ def test_other_heads_cost_no_second_pass(kind: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("kind", "max_guidance"), [*((kind, None) for kind in KINDS), ("flow_map", 3.0)])
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_every_parameter_learns_and_the_teacher_does_not(kind: str, max_guidance: float | None, backbone: str) -> None:
+def test_every_parameter_learns_and_the_teacher_does_not(
+    kind: str, max_guidance: float | None, backbone: str
+) -> None:
     model, (latents, labels) = tiny(kind, backbone=BACKBONES[backbone], max_guidance=max_guidance), batch(32)
     teacher = Ema(model, 0.9).module
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     for seed in range(5):  # some masks leave no token known
-        value = model.loss(latents, labels, torch.Generator().manual_seed(seed), label_drop=0.5, teacher=teacher).value
+        value = model.loss(
+            latents, labels, torch.Generator().manual_seed(seed), label_drop=0.5, teacher=teacher
+        ).value
         value.mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -216,7 +230,11 @@ def test_every_parameter_learns_and_the_teacher_does_not(kind: str, max_guidance
 
 
 @pytest.mark.parametrize(
-    "backbone", [MaskedConfig(32, 1, 4, 32, 1, 4, buffer=1, dropout=0.0), CausalConfig(width=32, depth=2, heads=4, dropout=0.0)]
+    "backbone",
+    [
+        MaskedConfig(32, 1, 4, 32, 1, 4, buffer=1, dropout=0.0),
+        CausalConfig(width=32, depth=2, heads=4, dropout=0.0),
+    ],
 )
 def test_tokens_meet_their_own_conditions(backbone: MaskedConfig | CausalConfig) -> None:
     """Where every position always holds the same token, only a head that sees the right z can learn it."""
@@ -239,7 +257,10 @@ def test_tokens_meet_their_own_conditions(backbone: MaskedConfig | CausalConfig)
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"grid": (4, 5), "network": NetworkConfig(patch=2)}, r"grid \[4, 5\] must be two positive multiples of the patch 2"),
+        (
+            {"grid": (4, 5), "network": NetworkConfig(patch=2)},
+            r"grid \[4, 5\] must be two positive multiples of the patch 2",
+        ),
         ({"grid": (4,)}, r"grid \[4\]"),
         ({"grid": (0, 4)}, r"grid \[0, 4\]"),
         ({"network": NetworkConfig(patch=0)}, "patch 0"),
@@ -253,11 +274,15 @@ def test_impossible_sizes(values: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "backbone", [MaskedConfig(32, 1, 2, 32, 1, 2, 2), CausalConfig(width=32, depth=2, heads=2)], ids=["masked", "causal"]
+    "backbone",
+    [MaskedConfig(32, 1, 2, 32, 1, 2, 2), CausalConfig(width=32, depth=2, heads=2)],
+    ids=["masked", "causal"],
 )
 def test_blocks_are_compiled_whole_and_for_few_shapes(backbone: MaskedConfig | CausalConfig) -> None:
     """For torch.compile: without a break in the graph, and not anew at each AR step, though lengths change."""
-    model = FAR(ModelConfig(NetworkConfig(backbone, HeadConfig("shortcut", 16, 1), patch=1), 3, 4, (8, 8))).eval()
+    model = FAR(
+        ModelConfig(NetworkConfig(backbone, HeadConfig("shortcut", 16, 1), patch=1), 3, 4, (8, 8))
+    ).eval()
     config = SamplingConfig(64 if isinstance(backbone, CausalConfig) else 16, 1, 2.0)
     parts = [*model.head.network.blocks]  # type: ignore[union-attr, misc]
     for name in ("blocks", "encoder_blocks", "decoder_blocks"):

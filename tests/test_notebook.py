@@ -23,7 +23,12 @@ print(json.dumps({
 
 
 def pictures(notebook: nbformat.NotebookNode) -> list[str]:
-    return [output.data["image/jpeg"] for cell in code_cells(notebook) for output in cell.outputs if "image/jpeg" in output.get("data", {})]
+    return [
+        output.data["image/jpeg"]
+        for cell in code_cells(notebook)
+        for output in cell.outputs
+        if "image/jpeg" in output.get("data", {})
+    ]
 
 
 def code_cells(notebook: nbformat.NotebookNode) -> list[Any]:
@@ -37,8 +42,12 @@ def committed() -> nbformat.NotebookNode:
 
 def test_committed_as_it_ran(committed: nbformat.NotebookNode) -> None:
     """Run from top to bottom without an error, with its pictures, and small."""
-    assert [cell.execution_count for cell in code_cells(committed)] == list(range(1, len(code_cells(committed)) + 1))
-    assert not [output for cell in code_cells(committed) for output in cell.outputs if output.get("name") == "stderr"]
+    assert [cell.execution_count for cell in code_cells(committed)] == list(
+        range(1, len(code_cells(committed)) + 1)
+    )
+    assert not [
+        output for cell in code_cells(committed) for output in cell.outputs if output.get("name") == "stderr"
+    ]
     assert len(pictures(committed)) == 6
     assert NOTEBOOK.stat().st_size < 500_000
 

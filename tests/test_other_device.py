@@ -17,7 +17,10 @@ from far.model import FAR, ModelConfig, NetworkConfig
 from far.sampling import Kept, SamplingConfig, sampling_steps
 from far.training.autoencoder import latent_statistics
 
-BACKBONES = {"masked": MaskedConfig(16, 1, 2, 24, 1, 2, buffer=2), "causal": CausalConfig(width=16, depth=1, heads=2, buffer=2)}
+BACKBONES = {
+    "masked": MaskedConfig(16, 1, 2, 24, 1, 2, buffer=2),
+    "causal": CausalConfig(width=16, depth=1, heads=2, buffer=2),
+}
 GRID, BATCH, KEPT = (2, 4), 3, 3
 
 HEAD_CASES = [
@@ -78,7 +81,13 @@ def test_ar_steps_copy_and_read_nothing(backbone: str, head: dict, kept: bool) -
 
 @pytest.mark.parametrize(
     "sampling",
-    [{"order": "halton"}, {"refresh_every": 2}, {"guidance_every": 2}, {"guidance_interval": (0.2, 0.8)}, {"guidance_passes": 2}],
+    [
+        {"order": "halton"},
+        {"refresh_every": 2},
+        {"guidance_every": 2},
+        {"guidance_interval": (0.2, 0.8)},
+        {"guidance_passes": 2},
+    ],
     ids=named,
 )
 def test_ar_steps_of_approximations_copy_and_read_nothing(sampling: dict) -> None:
@@ -101,7 +110,9 @@ def test_training_makes_no_float64(backbone: str, head: dict) -> None:
     labels = torch.zeros(BATCH, dtype=torch.long, device=DEVICE)
     with Watch() as watch:
         latents = torch.empty(BATCH, 3, *GRID, device=DEVICE)
-        loss = network.loss(latents, labels, torch.Generator().manual_seed(0), label_drop=0.1, teacher=teacher, step=1)
+        loss = network.loss(
+            latents, labels, torch.Generator().manual_seed(0), label_drop=0.1, teacher=teacher, step=1
+        )
         loss.value.mean().backward()
     assert watch.float64 == []
     assert all(parameter.grad is not None for parameter in network.head.parameters())
@@ -119,12 +130,18 @@ def test_velocities_make_no_float64(kind: str) -> None:
 
 @torch.no_grad()
 def test_figures_of_an_autoencoder_make_no_float64(image_set: Path) -> None:
-    config = AutoencoderConfig(width=8, width_multipliers=(1, 1, 2), blocks=1, latent_channels=2, norm_groups=4, scale=2.0)
+    config = AutoencoderConfig(
+        width=8, width_multipliers=(1, 1, 2), blocks=1, latent_channels=2, norm_groups=4, scale=2.0
+    )
     images, network = open_image_set(image_set / "train"), load_feature_network().to(DEVICE)
     for spherical in (False, True):
         autoencoder = Autoencoder(dataclasses.replace(config, spherical=spherical)).to(DEVICE)
         with Watch() as watch:
-            network(autoencoder.decode(autoencoder.encode(read_images(images, torch.arange(4)).to(DEVICE)).mean) / 2 + 0.5)
+            network(
+                autoencoder.decode(autoencoder.encode(read_images(images, torch.arange(4)).to(DEVICE)).mean)
+                / 2
+                + 0.5
+            )
             latent_statistics(autoencoder, images, torch.arange(4))
         assert watch.float64 == []
 
@@ -134,11 +151,21 @@ def test_drawing_and_training_use_only_operations_that_a_mac_has() -> None:
     for backbone in BACKBONES:
         for head in HEAD_CASES:
             network = model(backbone, **head)
-            used |= set.union(*(watch.operations for watch in draw(network, True, head_steps=min(2, network.head.max_steps))))
+            used |= set.union(
+                *(
+                    watch.operations
+                    for watch in draw(network, True, head_steps=min(2, network.head.max_steps))
+                )
+            )
             with Watch() as watch:
-                latents, labels = torch.empty(BATCH, 3, *GRID, device=DEVICE), torch.zeros(BATCH, dtype=torch.long, device=DEVICE)
+                latents, labels = (
+                    torch.empty(BATCH, 3, *GRID, device=DEVICE),
+                    torch.zeros(BATCH, dtype=torch.long, device=DEVICE),
+                )
                 generator = torch.Generator().manual_seed(0)
-                network.loss(latents, labels, generator, label_drop=0.1, teacher=network, step=1).value.mean().backward()
+                network.loss(
+                    latents, labels, generator, label_drop=0.1, teacher=network, step=1
+                ).value.mean().backward()
             used |= watch.operations
     assert {"addmm", "native_layer_norm_backward"} <= used, "the watch sees operations"
     assert without_mps_kernel(used) == []

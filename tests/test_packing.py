@@ -15,7 +15,14 @@ from far.errors import InputError
 from far.heads import HeadConfig
 from far.kernels import INT8_KERNELS, Int8Kernel, int8_fault, int8_weight
 from far.model import FAR, ModelConfig, NetworkConfig
-from far.packing import Int8Linear, PackedLinear, can_pack, can_quantize, pack_linear_layers, quantize_linear_layers
+from far.packing import (
+    Int8Linear,
+    PackedLinear,
+    can_pack,
+    can_quantize,
+    pack_linear_layers,
+    quantize_linear_layers,
+)
 from far.pipeline import resolve_dtype
 from far.sampling import SamplingConfig, SeededNoise, sample
 from far.weights import save_tensors
@@ -53,7 +60,9 @@ def test_other_dtypes_and_other_layers_stay() -> None:
 @pytest.mark.parametrize("backbone", BACKBONES, ids=[config.kind for config in BACKBONES])
 def test_a_packed_model_draws_the_same_tokens(backbone: MaskedConfig | CausalConfig) -> None:
     torch.manual_seed(0)
-    plain = FAR(ModelConfig(NetworkConfig(backbone, HeadConfig("shortcut", 16, 1, 2), patch=2), 3, 2, (4, 4))).eval()
+    plain = FAR(
+        ModelConfig(NetworkConfig(backbone, HeadConfig("shortcut", 16, 1, 2), patch=2), 3, 2, (4, 4))
+    ).eval()
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -64,7 +73,12 @@ def test_a_packed_model_draws_the_same_tokens(backbone: MaskedConfig | CausalCon
     steps = packed.config.tokens
     with torch.no_grad():
         drawn = [
-            sample(model, torch.tensor([0, 1]), SeededNoise([3, 4], torch.device("cpu")), SamplingConfig(steps, 2, 2.0))
+            sample(
+                model,
+                torch.tensor([0, 1]),
+                SeededNoise([3, 4], torch.device("cpu")),
+                SamplingConfig(steps, 2, 2.0),
+            )
             for model in (plain, packed)
         ]
     assert torch.equal(*drawn)
@@ -104,7 +118,9 @@ def integer_product(linear: nn.Linear, x: torch.Tensor, kernel: Int8Kernel) -> t
 @pytest.mark.parametrize("kernel", INT8_KERNELS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (7,), (3, 5), (130,)])
-def test_eight_bit_products_are_those_of_whole_numbers(shape: tuple[int, ...], bias: bool, kernel: Int8Kernel) -> None:
+def test_eight_bit_products_are_those_of_whole_numbers(
+    shape: tuple[int, ...], bias: bool, kernel: Int8Kernel
+) -> None:
     if int8_fault(kernel):
         pytest.skip(f"{kernel}: {int8_fault(kernel)}")
     generator = torch.Generator().manual_seed(0)
@@ -132,7 +148,10 @@ def test_a_row_of_an_eight_bit_product_does_not_depend_on_the_others() -> None:
 @pytest.mark.parametrize("name", ["avatars-64", "avatars-64-causal"])
 def test_an_eight_bit_model_draws_nearly_the_same_images(name: str) -> None:
     steps = {"ar_steps": 4} if name == "avatars-64" else {}
-    exact, low = (far.load(name, dtype=dtype).generate([3, 5], seed=1, output="tensor", **steps) for dtype in ("float32", "int8"))
+    exact, low = (
+        far.load(name, dtype=dtype).generate([3, 5], seed=1, output="tensor", **steps)
+        for dtype in ("float32", "int8")
+    )
     difference = (low - exact).abs().mean()
     assert 1e-5 < difference < 0.03
 
@@ -149,7 +168,9 @@ def test_narrow_layers_stay() -> None:
 @integers
 def test_an_eight_bit_model_is_not_saved(tmp_path: Path) -> None:
     pipeline = far.Pipeline.from_pretrained("avatars-64", dtype="int8")
-    with pytest.raises(InputError, match="int8 weights are for running only; load the model in another dtype to save it"):
+    with pytest.raises(
+        InputError, match="int8 weights are for running only; load the model in another dtype to save it"
+    ):
         pipeline.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -19,9 +19,13 @@ def largest_activation(module: nn.Module, call: Callable[[], Tensor]) -> tuple[i
     """The most numbers that any submodule returned at once, and how often ``module``'s first convolution ran."""
     sizes: list[int] = []
     for part in module.modules():
-        part.register_forward_hook(lambda part, _, output: sizes.append(output.numel()) if isinstance(output, Tensor) else None)
+        part.register_forward_hook(
+            lambda part, _, output: sizes.append(output.numel()) if isinstance(output, Tensor) else None
+        )
     calls: list[int] = []
-    next(part for part in module.modules() if isinstance(part, nn.Conv2d)).register_forward_hook(lambda *_: calls.append(1))
+    next(part for part in module.modules() if isinstance(part, nn.Conv2d)).register_forward_hook(
+        lambda *_: calls.append(1)
+    )
     call()
     return max(sizes), len(calls)
 
@@ -35,8 +39,12 @@ def test_decoding_in_parts_equals_decoding_whole(at_once: int, monkeypatch: pyte
     moments = autoencoder.moments(images)
     monkeypatch.setattr(far.autoencoder, "_ACTIVATION", at_once * TINY_LARGEST)
     assert autoencoder.images_at_once(32, 16) == at_once
-    torch.testing.assert_close(autoencoder.decode(latents), images, rtol=0, atol=1e-5 * float(images.abs().max()))
-    torch.testing.assert_close(autoencoder.moments(images), moments, rtol=0, atol=1e-5 * float(moments.abs().max()))
+    torch.testing.assert_close(
+        autoencoder.decode(latents), images, rtol=0, atol=1e-5 * float(images.abs().max())
+    )
+    torch.testing.assert_close(
+        autoencoder.moments(images), moments, rtol=0, atol=1e-5 * float(moments.abs().max())
+    )
 
 
 @torch.no_grad()
@@ -44,10 +52,14 @@ def test_decoding_in_parts_equals_decoding_whole(at_once: int, monkeypatch: pyte
 def test_no_activation_is_larger_than_the_bound(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(far.autoencoder, "_ACTIVATION", (at_once + 1) * TINY_LARGEST - 1)
     autoencoder = Autoencoder(TINY)
-    largest, calls = largest_activation(autoencoder.decoder, lambda: autoencoder.decode(torch.randn(7, 2, 8, 4)))
+    largest, calls = largest_activation(
+        autoencoder.decoder, lambda: autoencoder.decode(torch.randn(7, 2, 8, 4))
+    )
     assert largest == at_once * TINY_LARGEST
     assert calls == -(-7 // at_once)
-    largest, calls = largest_activation(autoencoder.encoder, lambda: autoencoder.moments(torch.randn(7, 3, 32, 16)))
+    largest, calls = largest_activation(
+        autoencoder.encoder, lambda: autoencoder.moments(torch.randn(7, 3, 32, 16))
+    )
     assert largest <= at_once * TINY_LARGEST
     assert calls == -(-7 // at_once)
 
@@ -57,7 +69,12 @@ def test_batch_of_256_at_the_published_size_stays_far_below_32_bits() -> None:
     with torch.device("meta"):
         autoencoder, latents = Autoencoder(AutoencoderConfig()), torch.empty(256, 16, 16, 16)
     assert largest_activation(autoencoder, lambda: autoencoder.decode(latents))[0] == 2**27
-    assert largest_activation(autoencoder, lambda: autoencoder.moments(torch.empty(256, 3, 256, 256, device="meta")))[0] <= 2**27
+    assert (
+        largest_activation(
+            autoencoder, lambda: autoencoder.moments(torch.empty(256, 3, 256, 256, device="meta"))
+        )[0]
+        <= 2**27
+    )
 
 
 @torch.no_grad()
@@ -70,7 +87,9 @@ def test_an_image_above_the_bound_is_decoded_alone_and_an_empty_batch_stays_empt
 def test_training_takes_its_batch_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(far.autoencoder, "_ACTIVATION", TINY_LARGEST)
     autoencoder = Autoencoder(TINY)
-    assert largest_activation(autoencoder.decoder, lambda: autoencoder.decode(torch.randn(3, 2, 8, 4)))[1] == 1
+    assert (
+        largest_activation(autoencoder.decoder, lambda: autoencoder.decode(torch.randn(3, 2, 8, 4)))[1] == 1
+    )
 
 
 @torch.no_grad()

@@ -32,13 +32,20 @@ def test_each_class_is_one_row() -> None:
     sheet, pictures = lay_out([2, 2, 2, 0, 0, 7])
     assert sheet.shape == (3 * 5, 3 * 6, 3)
     white = np.full((5, 6, 3), 255)
-    expected = [[pictures[0], pictures[1], pictures[2]], [pictures[3], pictures[4], white], [pictures[5], white, white]]
+    expected = [
+        [pictures[0], pictures[1], pictures[2]],
+        [pictures[3], pictures[4], white],
+        [pictures[5], white, white],
+    ]
     assert np.array_equal(sheet, np.concatenate([np.concatenate(row, axis=1) for row in expected]))
 
 
 def test_images_of_a_class_that_are_apart_come_together() -> None:
     sheet, pictures = lay_out([0, 1, 0, 1])
-    rows = [np.concatenate([pictures[0], pictures[2]], axis=1), np.concatenate([pictures[1], pictures[3]], axis=1)]
+    rows = [
+        np.concatenate([pictures[0], pictures[2]], axis=1),
+        np.concatenate([pictures[1], pictures[3]], axis=1),
+    ]
     assert np.array_equal(sheet, np.concatenate(rows))
 
 

@@ -18,7 +18,9 @@ from far.sampling import Progress
 
 
 def steps(batch: int, count: int) -> list[Progress]:
-    return [Progress(step, count, torch.zeros(batch, 1, 1, 1), torch.zeros(batch, 1)) for step in range(count)]
+    return [
+        Progress(step, count, torch.zeros(batch, 1, 1, 1), torch.zeros(batch, 1)) for step in range(count)
+    ]
 
 
 def state(bar: ImageBar) -> tuple[float, int, int]:
@@ -64,7 +66,11 @@ def test_every_command_that_draws_moves_its_bar_with_ar_steps(
 ) -> None:
     seen: list[tuple[str, int]] = []
     whole = ImageBar.ar_step
-    monkeypatch.setattr(ImageBar, "ar_step", lambda bar, progress: (seen.append((bar.desc, progress.step)), whole(bar, progress))[1])
+    monkeypatch.setattr(
+        ImageBar,
+        "ar_step",
+        lambda bar, progress: (seen.append((bar.desc, progress.step)), whole(bar, progress))[1],
+    )
     Pipeline.from_pretrained(pipeline_folder).generate([0])[0].resize((16, 16)).save(tmp_path / "image.png")
     weights = ["--weights", str(pipeline_folder), "--ar-steps", "3"]
     batches = ["--count", "5", "--batch-size", "3"]
@@ -75,7 +81,15 @@ def test_every_command_that_draws_moves_its_bar_with_ar_steps(
     assert main([*edit, *weights[:2], "--ar-steps", "2", "--out", str(tmp_path / "b.png")]) == 0
     assert seen == [("editing", 0), ("editing", 1)]
     seen.clear()
-    evaluate = ["evaluate", *weights, *batches, "--save-statistics", str(tmp_path / "c.npz"), "--out", str(tmp_path / "out")]
+    evaluate = [
+        "evaluate",
+        *weights,
+        *batches,
+        "--save-statistics",
+        str(tmp_path / "c.npz"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main(evaluate) == 0
     assert seen == [("generating", step) for step in (0, 1, 2)] * 2
 
@@ -85,7 +99,11 @@ def test_training_shows_what_follows_the_last_step(
 ) -> None:
     seen: list[tuple[str, int]] = []
     whole = ImageBar.ar_step
-    monkeypatch.setattr(ImageBar, "ar_step", lambda bar, progress: (seen.append((bar.desc, progress.step)), whole(bar, progress))[1])
+    monkeypatch.setattr(
+        ImageBar,
+        "ar_step",
+        lambda bar, progress: (seen.append((bar.desc, progress.step)), whole(bar, progress))[1],
+    )
     assert main(["train", str(recipe)]) == 0
     assert [step for _, step in seen] == [0, 1] * 2  # two batches of two AR steps
     assert len({description for description, _ in seen}) == 2
@@ -95,7 +113,9 @@ def test_training_shows_what_follows_the_last_step(
     assert re.search(r"20/20 \[[^]]*loss \d[^]]*\]\s*$", shown)  # the figures stand there at the end
 
 
-def test_notice_appears_only_if_the_block_is_slow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_notice_appears_only_if_the_block_is_slow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(notices, "_SECONDS", 0.05)
     with noticed("loading it all"):
         time.sleep(0.3)
@@ -109,7 +129,9 @@ def test_notice_appears_only_if_the_block_is_slow(monkeypatch: pytest.MonkeyPatc
     assert capsys.readouterr().err == ""
 
 
-def test_only_the_first_process_gives_notice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_first_process_gives_notice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(notices, "_SECONDS", 0.0)
     monkeypatch.setenv("RANK", "1")
     with noticed("loading it all"):

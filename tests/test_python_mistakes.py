@@ -29,14 +29,24 @@ def refusal(call: Any) -> str:
 
 @pytest.mark.parametrize(
     "labels",
-    [["square", "circle"], (1, 0), np.array([1, 0]), torch.tensor([1, 0]), [np.int64(1), torch.tensor(0)], range(1, -1, -1), iter([1, 0])],
+    [
+        ["square", "circle"],
+        (1, 0),
+        np.array([1, 0]),
+        torch.tensor([1, 0]),
+        [np.int64(1), torch.tensor(0)],
+        range(1, -1, -1),
+        iter([1, 0]),
+    ],
 )
 def test_labels_of_any_sequence_draw_the_same_images(pipeline: Pipeline, labels: Any) -> None:
     expected = pipeline.generate([1, 0], output="tensor")
     assert torch.equal(pipeline.generate(labels, output="tensor"), expected)
 
 
-@pytest.mark.parametrize("seed", [5, np.int32(5), torch.tensor(5), [5, 6], np.array([5, 6]), torch.tensor([5, 6]), range(5, 7)])
+@pytest.mark.parametrize(
+    "seed", [5, np.int32(5), torch.tensor(5), [5, 6], np.array([5, 6]), torch.tensor([5, 6]), range(5, 7)]
+)
 def test_seeds_of_any_integer_type_draw_the_same_images(pipeline: Pipeline, seed: Any) -> None:
     expected = pipeline.draw([1, 0], [5, 6])
     assert torch.equal(pipeline.generate([1, 0], seed=seed, output="tensor"), expected)
@@ -162,7 +172,9 @@ def test_name_of_no_model_is_named(name: Any) -> None:
     assert str(name).strip("x\0y") in refusal(lambda: far.load(name))
 
 
-def test_misspelt_folder_is_not_taken_for_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_misspelt_folder_is_not_taken_for_a_name_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "runs" / "model").mkdir(parents=True)
@@ -179,7 +191,13 @@ def test_dtype_to_save_in_is_a_floating_point_one(pipeline: Pipeline, tmp_path: 
 
 @pytest.mark.parametrize(
     ("box", "named"),
-    [((0, 0, 8), "[0, 0, 8]"), ((0, 0, 1.5, 8), "1.5"), (("a", 0, 8, 8), "'a'"), (None, "None"), ((0, 0, True, 8), "True")],
+    [
+        ((0, 0, 8), "[0, 0, 8]"),
+        ((0, 0, 1.5, 8), "1.5"),
+        (("a", 0, 8, 8), "'a'"),
+        (None, "None"),
+        ((0, 0, True, 8), "True"),
+    ],
 )
 def test_box_of_anything_but_four_whole_numbers_is_named(box: Any, named: str) -> None:
     assert named in refusal(lambda: box_mask((16, 16), box))

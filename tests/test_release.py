@@ -14,7 +14,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_one_version() -> None:
-    released = re.findall(r"^## \[(\d.*)\] - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    released = re.findall(
+        r"^## \[(\d.*)\] - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert released[0] == (far.__version__, str(citation["date-released"]))
     assert metadata.version("far-image") == citation["version"] == far.__version__
@@ -22,20 +24,33 @@ def test_one_version() -> None:
 
 def locked() -> list[Requirement]:
     lines = (ROOT / "requirements.lock").read_text().replace("\\\n", " ").splitlines()
-    return [Requirement(line.split("--hash")[0]) for line in lines if line.strip() and not line.strip().startswith("#")]
+    return [
+        Requirement(line.split("--hash")[0])
+        for line in lines
+        if line.strip() and not line.strip().startswith("#")
+    ]
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
 @pytest.mark.parametrize("system", ["linux", "darwin", "win32"])
 def test_lock_is_what_the_package_asks_for(python: str, system: str) -> None:
-    environment = {"python_version": python, "python_full_version": f"{python}.1", "sys_platform": system, "extra": ""}
+    environment = {
+        "python_version": python,
+        "python_full_version": f"{python}.1",
+        "sys_platform": system,
+        "extra": "",
+    }
     pins: dict[str, str] = {}
     for pin in locked():
         if pin.marker is None or pin.marker.evaluate(environment):
             assert pin.name not in pins
             pins[pin.name] = str(pin.specifier).removeprefix("==")
     wanted = [Requirement(text) for text in metadata.requires("far-image") or []]
-    wanted = [requirement for requirement in wanted if requirement.marker is None or requirement.marker.evaluate(environment)]
+    wanted = [
+        requirement
+        for requirement in wanted
+        if requirement.marker is None or requirement.marker.evaluate(environment)
+    ]
     wanted.append(Requirement((ROOT / "constraints.txt").read_text().splitlines()[-1]))
     for requirement in wanted:
         assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")])

@@ -100,7 +100,11 @@ def test_another_shared_autoencoder_drops_the_rows_of_all_models(store: Any, rec
 
 @pytest.mark.parametrize("name", ["avatars-64", "fashion-mnist"])
 def test_without_weights_recorded_rows_stay_and_one_line_names_the_command(
-    results: ModuleType, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    results: ModuleType,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Neither images nor weights are needed: the working folder holds the recorded rows alone."""
     monkeypatch.chdir(tmp_path)
@@ -114,6 +118,8 @@ def test_without_weights_recorded_rows_stay_and_one_line_names_the_command(
     assert "make results TRAIN=1" in output
 
 
-def test_missing_guidance_sweep_ends_in_one_line_that_names_the_model(results: ModuleType, store: Any) -> None:
+def test_missing_guidance_sweep_ends_in_one_line_that_names_the_model(
+    results: ModuleType, store: Any
+) -> None:
     with pytest.raises(SystemExit, match=r"^rows\.json[^\n]*\bflow\b[^\n]*$"):
         results.best_guidance(store, "frozen-flow")

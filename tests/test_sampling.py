@@ -19,15 +19,23 @@ KINDS = sorted(HEADS)
 CPU = torch.device("cpu")
 
 
-def tiny(kind: str, patch: int = 1, causal: bool = False, spherical: bool = False, **head: float | None) -> FAR:
+def tiny(
+    kind: str, patch: int = 1, causal: bool = False, spherical: bool = False, **head: float | None
+) -> FAR:
     torch.manual_seed(0)
-    backbone = CausalConfig(width=16, depth=2, heads=2, buffer=2) if causal else MaskedConfig(16, 2, 2, 24, 1, 2, buffer=2)
+    backbone = (
+        CausalConfig(width=16, depth=2, heads=2, buffer=2)
+        if causal
+        else MaskedConfig(16, 2, 2, 24, 1, 2, buffer=2)
+    )
     network = NetworkConfig(backbone, HeadConfig(kind, 16, 1, **head), patch, spherical)  # type: ignore[arg-type]
     model = FAR(ModelConfig(network, 5, 3, (4, 6)))
     with torch.no_grad():  # freshly initialised heads give zeros
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-        if kind == "energy":  # untrained, its tokens follow z so closely that feeding them back magnifies rounding 1e5 times
+        if (
+            kind == "energy"
+        ):  # untrained, its tokens follow z so closely that feeding them back magnifies rounding 1e5 times
             model.head.network.output.linear.weight.mul_(0.2)  # type: ignore[union-attr, operator]
     return model.eval()
 
@@ -58,7 +66,9 @@ def draw(model: FAR, labels: list[int], seeds: list[int], config: SamplingConfig
 @pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_an_image_does_not_depend_on_its_batch(kind: str, guidance: float) -> None:
-    config = SamplingConfig(ar_steps=ar_steps(kind, 5), head_steps=head_steps(kind, 4, 2), guidance=guidance, temperature=0.9)
+    config = SamplingConfig(
+        ar_steps=ar_steps(kind, 5), head_steps=head_steps(kind, 4, 2), guidance=guidance, temperature=0.9
+    )
     labels, seeds = [0, 3, 3, 1], [11, 12, 13, 14]
     together = draw(ALL[kind], labels, seeds, config)
     assert together.shape == (4, 3, 4, 6)
@@ -74,7 +84,12 @@ def test_an_image_does_not_depend_on_its_batch(kind: str, guidance: float) -> No
 
 @pytest.mark.parametrize("kind", ALL)
 def test_seed_and_label_count(kind: str) -> None:
-    images = draw(ALL[kind], [0, 1, 0, 0], [7, 7, 8, 7], SamplingConfig(ar_steps=ar_steps(kind, 5), head_steps=head_steps(kind, 2)))
+    images = draw(
+        ALL[kind],
+        [0, 1, 0, 0],
+        [7, 7, 8, 7],
+        SamplingConfig(ar_steps=ar_steps(kind, 5), head_steps=head_steps(kind, 2)),
+    )
     # The place in the batch can change the rounding; an untrained diffusion head magnifies that.
     torch.testing.assert_close(images[3], images[0], rtol=0, atol=1e-4 * max(1.0, float(images.abs().max())))
     assert (images[0] - images[1]).abs().max() > 1e-3, "the label does not count"
@@ -99,7 +114,12 @@ def test_seeded_noise_is_standard_normal_and_goes_on() -> None:
 
 def test_patches() -> None:
     """With patches of 2, six tokens of 12 numbers fill the same grid."""
-    assert draw(tiny("flow", patch=2), [0], [7], SamplingConfig(ar_steps=6, head_steps=2)).shape == (1, 3, 4, 6)
+    assert draw(tiny("flow", patch=2), [0], [7], SamplingConfig(ar_steps=6, head_steps=2)).shape == (
+        1,
+        3,
+        4,
+        6,
+    )
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -119,7 +139,9 @@ def test_low_precision_weights(kind: str, dtype: torch.dtype) -> None:
 
 
 # 13 is one of the counts where the last cosine rounds to below zero.
-@pytest.mark.parametrize(("model", "steps"), [*((FLOW, steps) for steps in (1, 2, 7, 13, 24)), (CAUSAL_FLOW, 24)])
+@pytest.mark.parametrize(
+    ("model", "steps"), [*((FLOW, steps) for steps in (1, 2, 7, 13, 24)), (CAUSAL_FLOW, 24)]
+)
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_callback_sees_tokens_become_known(model: FAR, steps: int, guidance: float) -> None:
     seen: list[Progress] = []
@@ -166,7 +188,9 @@ def test_causal_order_is_row_by_row() -> None:
         {"guidance": 3.0, "guidance_interval": (0.9, 1.0)},
     ],
 )
-def test_generation_with_and_without_cache(kind: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_with_and_without_cache(
+    kind: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = SamplingConfig(ar_steps=24, head_steps=head_steps(kind, 2), **values)
     cached = draw(ALL[kind], [0, 3, 1], [1, 2, 3], config)
     monkeypatch.setattr(CausalBackbone, "new_cache", lambda self, rows: None)
@@ -177,14 +201,21 @@ def test_rows_of_a_causal_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     """The class is read once; unconditional rows stay in the cache until the last guided step, and are dropped after it."""
     allocated: list[int] = []
     new_cache = CausalBackbone.new_cache
-    monkeypatch.setattr(CausalBackbone, "new_cache", lambda self, rows: (allocated.append(rows), new_cache(self, rows))[1])
+    monkeypatch.setattr(
+        CausalBackbone, "new_cache", lambda self, rows: (allocated.append(rows), new_cache(self, rows))[1]
+    )
     assert count_rows(CAUSAL_FLOW, SamplingConfig(ar_steps=24, head_steps=1)) == [[0, 1]]
     assert count_rows(CAUSAL_FLOW, SamplingConfig(ar_steps=24, head_steps=1, guidance=2.0)) == [[0, 1, 5, 5]]
     rows: list[int] = []
     hook = CAUSAL_FLOW.backbone.norm.register_forward_hook(  # type: ignore[union-attr, operator]
         lambda module, arguments, output: rows.append(len(output))
     )
-    draw(CAUSAL_FLOW, [0, 1], [1, 2], SamplingConfig(ar_steps=24, head_steps=1, guidance=2.0, guidance_interval=(0.25, 0.5)))
+    draw(
+        CAUSAL_FLOW,
+        [0, 1],
+        [1, 2],
+        SamplingConfig(ar_steps=24, head_steps=1, guidance=2.0, guidance_interval=(0.25, 0.5)),
+    )
     hook.remove()
     assert rows == [4] * 13 + [2] * 11
     assert allocated == [2, 4, 4], "memory for rows that are not needed"
@@ -201,7 +232,9 @@ def test_spherical_models_draw_on_the_sphere(causal: bool, patch: int) -> None:
 
 @pytest.mark.parametrize("steps", [0, 1, 8, 23, 25])
 def test_a_causal_model_draws_one_token_a_step(steps: int) -> None:
-    with pytest.raises(InputError, match=f"ar_steps {steps}: a causal backbone draws its 24 tokens one by one, so give 24") as caught:
+    with pytest.raises(
+        InputError, match=f"ar_steps {steps}: a causal backbone draws its 24 tokens one by one, so give 24"
+    ) as caught:
         draw(CAUSAL_FLOW, [0], [1], SamplingConfig(ar_steps=steps, head_steps=1))
     assert "\n" not in str(caught.value)
 
@@ -209,7 +242,9 @@ def test_a_causal_model_draws_one_token_a_step(steps: int) -> None:
 def count_rows(model: FAR, config: SamplingConfig) -> list[list[int]]:
     """The labels of each backbone pass of a generation of classes 0 and 1."""
     seen: list[list[int]] = []
-    hook = model.backbone.class_embedding.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0].tolist()))
+    hook = model.backbone.class_embedding.register_forward_hook(
+        lambda module, arguments, output: seen.append(arguments[0].tolist())
+    )
     draw(model, [0, 1], [1, 2], config)
     hook.remove()
     return seen
@@ -275,7 +310,9 @@ def test_guidance_and_temperature_act(kind: str) -> None:
 LEARNT = {name: tiny("flow_map", causal=name == "causal", max_guidance=3.0) for name in ("masked", "causal")}
 
 
-def record_scales(model: FAR, config: SamplingConfig, monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, bool]]:
+def record_scales(
+    model: FAR, config: SamplingConfig, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[float, bool]]:
     """The scale that the head is given at each AR step, and whether an unconditional half came with it."""
     found: list[tuple[float, bool]] = []
     head = model.head.sample
@@ -303,13 +340,22 @@ def rows_of_passes(model: FAR, config: SamplingConfig) -> set[int]:
 @pytest.mark.parametrize("name", LEARNT)
 def test_one_pass_where_the_head_has_learnt_the_scale(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = LEARNT[name], SamplingConfig(24, 2, 3.0, "constant")
-    rows = {passes: rows_of_passes(model, dataclasses.replace(config, guidance_passes=passes)) for passes in (None, 1, 2)}
+    rows = {
+        passes: rows_of_passes(model, dataclasses.replace(config, guidance_passes=passes))
+        for passes in (None, 1, 2)
+    }
     assert rows == {None: {2}, 1: {2}, 2: {4}}
-    images = {passes: draw(model, [0, 1], [1, 2], dataclasses.replace(config, guidance_passes=passes)) for passes in (None, 1, 2)}
+    images = {
+        passes: draw(model, [0, 1], [1, 2], dataclasses.replace(config, guidance_passes=passes))
+        for passes in (None, 1, 2)
+    }
     assert torch.equal(images[None], images[1])
     assert not torch.isclose(images[1], images[2]).any(dim=1).all(), "an untrained head's guidance is another"
     assert record_scales(model, config, monkeypatch) == [(3.0, False)] * 24
-    assert record_scales(model, dataclasses.replace(config, guidance_passes=2), monkeypatch) == [(3.0, True)] * 24
+    assert (
+        record_scales(model, dataclasses.replace(config, guidance_passes=2), monkeypatch)
+        == [(3.0, True)] * 24
+    )
 
 
 @pytest.mark.parametrize("name", LEARNT)
@@ -317,7 +363,9 @@ def test_one_pass_where_the_head_has_learnt_the_scale(name: str, monkeypatch: py
 def test_two_passes_for_a_scale_that_the_head_has_not_learnt(name: str, scale: float) -> None:
     config = SamplingConfig(24, 1, scale, "constant")
     assert rows_of_passes(LEARNT[name], config) == {4}
-    with pytest.raises(InputError, match=rf"guidance_passes 1: .* no guidance of {scale} \(up to 3\); give 2") as caught:
+    with pytest.raises(
+        InputError, match=rf"guidance_passes 1: .* no guidance of {scale} \(up to 3\); give 2"
+    ) as caught:
         draw(LEARNT[name], [0], [1], dataclasses.replace(config, guidance_passes=1))
     assert "\n" not in str(caught.value)
 
@@ -325,11 +373,15 @@ def test_two_passes_for_a_scale_that_the_head_has_not_learnt(name: str, scale: f
 @pytest.mark.parametrize("model", [MODELS["shortcut"], MODELS["flow_map"], CAUSAL["causal shortcut"]])
 def test_one_pass_is_refused_where_the_head_has_learnt_no_guidance(model: FAR) -> None:
     config = SamplingConfig(24, 1, 2.0, guidance_passes=1)
-    with pytest.raises(InputError, match=r"guidance_passes 1: this model's head has learnt no guidance of 2 \(none\); give 2") as caught:
+    with pytest.raises(
+        InputError, match=r"guidance_passes 1: this model's head has learnt no guidance of 2 \(none\); give 2"
+    ) as caught:
         draw(model, [0], [1], config)
     assert "\n" not in str(caught.value)
     plain = dataclasses.replace(config, guidance=1.0)  # nothing to be learnt
-    assert torch.equal(draw(model, [0], [1], plain), draw(model, [0], [1], dataclasses.replace(plain, guidance_passes=None)))
+    assert torch.equal(
+        draw(model, [0], [1], plain), draw(model, [0], [1], dataclasses.replace(plain, guidance_passes=None))
+    )
 
 
 @pytest.mark.parametrize("name", LEARNT)
@@ -346,35 +398,51 @@ def test_learnt_guidance_with_approximations() -> None:
     config = SamplingConfig(8, 1, 2.0, refresh_every=4, guidance_every=4)
     assert rows_of_passes(LEARNT["masked"], config) == {2}
     assert torch.equal(
-        draw(LEARNT["masked"], [0], [1], config), draw(LEARNT["masked"], [0], [1], dataclasses.replace(config, guidance_every=1))
+        draw(LEARNT["masked"], [0], [1], config),
+        draw(LEARNT["masked"], [0], [1], dataclasses.replace(config, guidance_every=1)),
     )
 
 
 # --- Approximations of masked models ---------------------------------------------------------------------
 
 
-def record_conditions(model: FAR, config: SamplingConfig, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor | None, Progress]]:
+def record_conditions(
+    model: FAR, config: SamplingConfig, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[Tensor, Tensor | None, Progress]]:
     """``z``, ``z_uncond`` and what is known after it, of each AR step."""
     found: list[tuple[Tensor, Tensor | None]] = []
     after: list[Progress] = []
     head = model.head.sample
-    monkeypatch.setattr(model.head, "sample", lambda z, normal, **rest: (found.append((z, rest["z_uncond"])), head(z, normal, **rest))[1])
+    monkeypatch.setattr(
+        model.head,
+        "sample",
+        lambda z, normal, **rest: (found.append((z, rest["z_uncond"])), head(z, normal, **rest))[1],
+    )
     draw(model, [0, 3], [1, 2], config, callback=after.append)
     monkeypatch.undo()
     return [(z, z_uncond, progress) for (z, z_uncond), progress in zip(found, after, strict=True)]
 
 
-@pytest.mark.parametrize("values", [{"refresh_every": 4}, {"refresh_every": 2, "guidance_every": 4}, {"guidance_every": 4}])
-def test_whole_steps_are_exact_and_the_others_are_not(values: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "values", [{"refresh_every": 4}, {"refresh_every": 2, "guidance_every": 4}, {"guidance_every": 4}]
+)
+def test_whole_steps_are_exact_and_the_others_are_not(
+    values: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = SamplingConfig(8, 2, 3.0, **values)  # type: ignore[arg-type]
     known = torch.zeros(2, 0, dtype=torch.long)
     tokens = torch.zeros(2, 24, 3)
     differences = torch.zeros(2, 24, 1)
     for step, (z, z_uncond, progress) in enumerate(record_conditions(FLOW, config, monkeypatch)):
         now = torch.stack([row.nonzero()[:, 0] for row in progress.known])
-        wanted = torch.stack([torch.tensor(sorted(set(a.tolist()) - set(b.tolist()))) for a, b in zip(now, known)])
+        wanted = torch.stack(
+            [torch.tensor(sorted(set(a.tolist()) - set(b.tolist()))) for a, b in zip(now, known)]
+        )
         labels, everywhere = torch.tensor([0, 3]), torch.arange(24).expand(2, -1)
-        exact, exact_uncond = (FLOW.backbone.condition(tokens, known, everywhere, label) for label in (labels, torch.full_like(labels, 5)))
+        exact, exact_uncond = (
+            FLOW.backbone.condition(tokens, known, everywhere, label)
+            for label in (labels, torch.full_like(labels, 5))
+        )
         if step % config.guidance_every == 0:
             differences = exact_uncond - exact
         index = wanted.unsqueeze(-1).expand(-1, -1, z.shape[-1])
@@ -399,7 +467,10 @@ def test_whole_steps_are_exact_and_the_others_are_not(values: dict[str, int], mo
         ({"refresh_every": 3, "guidance_every": 4}, [4, 2, 2, 2, 4, 2, 2, 2]),
         # The interval holds steps 5 and 6, before which 11 and 15 of 24 tokens are known.
         ({"guidance_every": 4, "guidance_interval": (0.4, 0.65)}, [2, 2, 2, 2, 2, 4, 2, 2]),
-        ({"refresh_every": 4, "guidance_every": 4, "guidance_interval": (0.4, 0.65)}, [2, 2, 2, 2, 2, 4, 2, 2]),
+        (
+            {"refresh_every": 4, "guidance_every": 4, "guidance_interval": (0.4, 0.65)},
+            [2, 2, 2, 2, 2, 4, 2, 2],
+        ),
         ({"refresh_every": 4, "guidance_interval": (0.4, 0.65)}, [2, 2, 2, 2, 4, 4, 4, 2]),
     ],
 )
@@ -415,7 +486,12 @@ def test_rows_of_approximate_generations(values: dict[str, Any], expected: list[
 
 
 @pytest.mark.parametrize(
-    "values", [{"refresh_every": 3}, {"guidance_every": 2}, {"order": "halton", "refresh_every": 2, "guidance_every": 3}]
+    "values",
+    [
+        {"refresh_every": 3},
+        {"guidance_every": 2},
+        {"order": "halton", "refresh_every": 2, "guidance_every": 3},
+    ],
 )
 def test_an_approximate_image_does_not_depend_on_its_batch(values: dict[str, Any]) -> None:
     config = SamplingConfig(8, 2, 3.0, **values)
@@ -458,8 +534,18 @@ def test_constant_guidance_and_interval() -> None:
 
 def test_annealed_head_steps() -> None:
     assert [SamplingConfig(ar_steps=5, head_steps=8).head_steps_at(step) for step in range(5)] == [8] * 5
-    assert [SamplingConfig(ar_steps=5, head_steps=(50, 10)).head_steps_at(step) for step in range(5)] == [50, 40, 30, 20, 10]
-    assert [SamplingConfig(ar_steps=3, head_steps=(1, 8)).head_steps_at(step) for step in range(3)] == [1, 4, 8]
+    assert [SamplingConfig(ar_steps=5, head_steps=(50, 10)).head_steps_at(step) for step in range(5)] == [
+        50,
+        40,
+        30,
+        20,
+        10,
+    ]
+    assert [SamplingConfig(ar_steps=3, head_steps=(1, 8)).head_steps_at(step) for step in range(3)] == [
+        1,
+        4,
+        8,
+    ]
     assert SamplingConfig(ar_steps=1, head_steps=(50, 10)).head_steps_at(0) == 50
     assert SamplingConfig(ar_steps=2, head_steps=(6,)).head_steps_at(1) == 6
 
@@ -541,14 +627,18 @@ class LaterNoise(SeededNoise):
 @pytest.mark.parametrize("name", ["flow", "shortcut", "flow_map", "causal flow", "causal flow_map"])
 @pytest.mark.parametrize("count", [1, 9, 23])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_keeping_the_first_tokens_of_a_generation_gives_its_others(name: str, count: int, guidance: float) -> None:
+def test_keeping_the_first_tokens_of_a_generation_gives_its_others(
+    name: str, count: int, guidance: float
+) -> None:
     config = SamplingConfig(24, 2, guidance)
     seen: list[Progress] = []
     whole = draw(ALL[name], [3], [5], config, callback=seen.append)
     positions = seen[count - 1].known[0].nonzero()[:, 0]
     kept = Kept(whole, positions)
     noise = LaterNoise([5], count, ordered=name in MODELS)
-    again = sample(ALL[name], torch.tensor([3]), noise, dataclasses.replace(config, ar_steps=24 - count), kept=kept)
+    again = sample(
+        ALL[name], torch.tensor([3]), noise, dataclasses.replace(config, ar_steps=24 - count), kept=kept
+    )
     tolerance = 1e-4 * max(1.0, float(whole.abs().max()))
     torch.testing.assert_close(again, whole, rtol=0, atol=tolerance)
     tokens, before = ALL[name].tokens(again), ALL[name].tokens(whole)

@@ -22,10 +22,14 @@ def test_small_seeds_give_torchs_own_stream(seed: int) -> None:
     assert first_numbers(seeded_generator(seed)) == first_numbers(torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("number", "seed"), [(2**32, 0), (7 + 2**40, 0), (2**63 - 1, 0), (5, 3), (2**62 + 5, 2**32)])
+@pytest.mark.parametrize(
+    ("number", "seed"), [(2**32, 0), (7 + 2**40, 0), (2**63 - 1, 0), (5, 3), (2**62 + 5, 2**32)]
+)
 def test_larger_keys_give_the_stream_of_the_published_initialization(number: int, seed: int) -> None:
     generator = seeded_generator(number, seed)
-    twister = np.random.RandomState([number % 2**32, number >> 32, seed % 2**32, seed >> 32])  # numpy's init_by_array
+    twister = np.random.RandomState(
+        [number % 2**32, number >> 32, seed % 2**32, seed >> 32]
+    )  # numpy's init_by_array
     ours = torch.randint(0, 2**20, (2000,), generator=generator).tolist()
     # torch takes the lower bits of one output of 32 bits.
     assert ours == [number % 2**20 for number in twister.randint(0, 2**32, 2000, dtype=np.uint32).tolist()]
@@ -45,9 +49,14 @@ def test_no_two_of_many_structured_keys_share_a_stream() -> None:
     near = [0, 1, 2, 3, 1_000_003, 2_000_006, 2**31, 2**32 - 1]
     numbers = [number + k * 2**32 for number in near for k in (0, 1, 2, 255, 2**20, 2**30, 2**31 - 1)]
     draw = random.Random(0)
-    numbers += [draw.randrange(2**63) for _ in range(50)] + [3 + 2 * 2**32]  # [3, 2] and [3, 2, 1] are one key of init_by_array
+    numbers += [draw.randrange(2**63) for _ in range(50)] + [
+        3 + 2 * 2**32
+    ]  # [3, 2] and [3, 2, 1] are one key of init_by_array
     seeds = [0, 1, 2, 1_000_003, 2**32, 2**32 + 1, 2**40, 2**63 - 1]
-    streams = {first_numbers(seeded_generator(number, seed)) for number, seed in itertools.product(set(numbers), seeds)}
+    streams = {
+        first_numbers(seeded_generator(number, seed))
+        for number, seed in itertools.product(set(numbers), seeds)
+    }
     assert len(streams) == len(set(numbers)) * len(seeds)
 
 

@@ -7,7 +7,16 @@ import pytest
 import scipy.stats
 import torch
 
-from far.tokens import cosine_token_counts, halton_orders, on_sphere, patchify, random_orders, raster_orders, sample_mask_ratio, unpatchify
+from far.tokens import (
+    cosine_token_counts,
+    halton_orders,
+    on_sphere,
+    patchify,
+    random_orders,
+    raster_orders,
+    sample_mask_ratio,
+    unpatchify,
+)
 
 
 @pytest.mark.parametrize(("patch", "rows", "columns"), [(1, 4, 4), (2, 3, 5), (3, 2, 1), (4, 1, 2)])
@@ -18,7 +27,10 @@ def test_patchify_is_channel_major_and_reversible(patch: int, rows: int, columns
     for row in range(rows):
         for column in range(columns):
             token = [
-                latents[1, channel, row * patch + y, column * patch + x] for channel in range(3) for y in range(patch) for x in range(patch)
+                latents[1, channel, row * patch + y, column * patch + x]
+                for channel in range(3)
+                for y in range(patch)
+                for x in range(patch)
             ]
             assert torch.equal(tokens[1, row * columns + column], torch.stack(token))
     assert torch.equal(unpatchify(tokens, patch, rows, columns), latents)
@@ -120,5 +132,7 @@ def test_a_halton_order_follows_the_sequence() -> None:
 def test_a_halton_order_spreads_each_step_over_the_image() -> None:
     """Of any 16 positions in a row, more of the 16 blocks of 4 × 4 positions are met than by chance (10.3)."""
     (order,) = halton_orders(16, 16, torch.tensor([37])).tolist()
-    met = [len({(place // 64, place % 16 // 4) for place in order[start : start + 16]}) for start in range(160)]
+    met = [
+        len({(place // 64, place % 16 // 4) for place in order[start : start + 16]}) for start in range(160)
+    ]
     assert sum(met) / len(met) > 12

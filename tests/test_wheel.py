@@ -32,8 +32,16 @@ def test_wheel() -> None:
 
 
 def holds_the_package_and_nothing_else(wheel: Path) -> None:
-    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "far").rglob("*") if path.is_file() and path.suffix != ".pyc"}
-    assert {"far/py.typed", "far/bundled/avatars-64/model.safetensors", "far/recipes/avatars-64.yaml"} <= package
+    package = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "far").rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
+    assert {
+        "far/py.typed",
+        "far/bundled/avatars-64/model.safetensors",
+        "far/recipes/avatars-64.yaml",
+    } <= package
     names = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt")
     about = {f"far_image-{far.__version__}.dist-info/{name}" for name in names}
     assert set(zipfile.ZipFile(wheel).namelist()) == package | about
@@ -51,7 +59,16 @@ def draws_in_an_empty_environment(wheel: Path, folder: Path) -> None:
     """The same pixels as the code of the repository."""
     environment = folder / "environment"
     venv.create(environment, with_pip=True)
-    run(environment / "bin/python", "-m", "pip", "install", "--constraint", ROOT / "constraints.txt", wheel, folder=folder)
+    run(
+        environment / "bin/python",
+        "-m",
+        "pip",
+        "install",
+        "--constraint",
+        ROOT / "constraints.txt",
+        wheel,
+        folder=folder,
+    )
     assert run(environment / "bin/far", "--version", folder=folder) == f"far {far.__version__}\n"
     generate = ("generate", "--weights", "avatars-64", "--count", "4", "--out")
     run(environment / "bin/far", *generate, folder / "installed.png", folder=folder)
@@ -71,7 +88,9 @@ def encodes_a_folder_of_images_by_a_packaged_recipe(far: Path, folder: Path) -> 
     run(far, "data", "folder", folder / "images", folder / "data", "--size", "64", folder=folder)
     listed = run(far, "recipe", folder=folder)
     assert "avatars-64-causal" in listed
-    (folder / "mine.yaml").write_text(run(far, "recipe", "avatars-64-causal", folder=folder), encoding="utf-8")
+    (folder / "mine.yaml").write_text(
+        run(far, "recipe", "avatars-64-causal", folder=folder), encoding="utf-8"
+    )
     for recipe in ("avatars-64-causal", "mine.yaml"):
         run(far, "cache", recipe, "data=data", f"run=run-{recipe}", folder=folder)
         assert list((folder / f"run-{recipe}" / "latents").glob("*.safetensors")), recipe
@@ -83,5 +102,7 @@ def run(*command: Path | str, folder: Path) -> str:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         words = shlex.join(str(word) for word in command)
-        pytest.fail(f"{words} failed. It needs a package index: is it reached?\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        pytest.fail(
+            f"{words} failed. It needs a package index: is it reached?\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        )
     return done.stdout

@@ -20,8 +20,18 @@ ENVIRONMENT = {
 
 def start(processes: int, *program: object) -> subprocess.Popen:
     """A program (``-m``, ``far``, … or a script and its arguments) in so many processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *program]
-    return subprocess.Popen(list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        processes,
+        *program,
+    ]
+    return subprocess.Popen(
+        list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def run(processes: int, *program: object) -> str:
@@ -31,12 +41,18 @@ def run(processes: int, *program: object) -> str:
     is a warning and a second try.
     """
     if processes == 1:
-        done = subprocess.run([sys.executable, *map(str, program)], env=ENVIRONMENT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, *map(str, program)], env=ENVIRONMENT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
     status, output, errors = _to_the_end(processes, *program)
     if status and re.search(r"exitcode *: -(6|11)\b", errors):
-        warnings.warn(f"a process ended with a memory fault: {' '.join(map(str, program))}\n{errors}", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"a process ended with a memory fault: {' '.join(map(str, program))}\n{errors}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         status, output, errors = _to_the_end(processes, *program)
     assert status == 0, errors
     return output

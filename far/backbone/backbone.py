@@ -35,7 +35,9 @@ class Backbone(nn.Module, abc.ABC):
         """The width of ``z``."""
 
     @abc.abstractmethod
-    def condition(self, tokens: Tensor, known: Tensor, wanted: Tensor, labels: Tensor, cache: Any = None) -> Tensor:
+    def condition(
+        self, tokens: Tensor, known: Tensor, wanted: Tensor, labels: Tensor, cache: Any = None
+    ) -> Tensor:
         """``z [b, m, width]`` at the positions ``wanted [b, m]``.
 
         Args:

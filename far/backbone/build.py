@@ -6,7 +6,9 @@ from far.backbone.config import CausalConfig, MaskedConfig
 from far.backbone.masked import MaskedBackbone
 
 
-def build_backbone(config: MaskedConfig | CausalConfig, grid: tuple[int, int], channels: int, classes: int) -> Backbone:
+def build_backbone(
+    config: MaskedConfig | CausalConfig, grid: tuple[int, int], channels: int, classes: int
+) -> Backbone:
     """The backbone of ``config`` for a ``grid`` of (rows, columns) tokens of ``channels``."""
     if isinstance(config, CausalConfig):
         return CausalBackbone(config, grid, channels, classes)

@@ -51,11 +51,20 @@ class CausalBackbone(Backbone):
                 # What is added to the residual stream by 2 · depth branches keeps its scale.
                 branch = name.endswith(("project", "down"))
                 deviation = module.in_features**-0.5
-                nn.init.normal_(module.weight, std=deviation / math.sqrt(2 * self.config.depth) if branch else deviation)
+                nn.init.normal_(
+                    module.weight, std=deviation / math.sqrt(2 * self.config.depth) if branch else deviation
+                )
         nn.init.normal_(self.class_embedding.weight)
         nn.init.normal_(self.class_positions, std=0.02)
 
-    def condition(self, tokens: Tensor, known: Tensor, wanted: Tensor, labels: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def condition(
+        self,
+        tokens: Tensor,
+        known: Tensor,
+        wanted: Tensor,
+        labels: Tensor,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
         """See :class:`Backbone`; the known tokens are the first ones in raster order, and the wanted ones among them or next.
 
         With a cache, only what it does not hold yet goes through the network, so only ``z`` of later tokens can be asked for.
@@ -93,7 +102,9 @@ class CausalBackbone(Backbone):
     def new_cache(self, rows: int) -> KeyValueCache:
         """An empty cache, in the dtype and on the device of the weights."""
         config, like = self.config, self.norm.weight
-        return KeyValueCache(config.depth, rows, config.heads, config.width // config.heads, like.dtype, like.device)
+        return KeyValueCache(
+            config.depth, rows, config.heads, config.width // config.heads, like.dtype, like.device
+        )
 
 
 class CausalBlock(nn.Module):
@@ -132,7 +143,11 @@ class CausalAttention(nn.Module):
         if count == 1:
             y = attend(query, key, value, bias)
         else:
-            mask = None if cache is None or not cache.length else _causal_mask(count, key.shape[2], cache.length, x.device)
+            mask = (
+                None
+                if cache is None or not cache.length
+                else _causal_mask(count, key.shape[2], cache.length, x.device)
+            )
             y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None)
         return self.project(y.transpose(1, 2).reshape(batch, count, width))
 

@@ -48,7 +48,9 @@ class MaskedConfig:
                 raise InputError(f"{part}_width {width} must be a positive multiple of {part}_heads {heads}")
             check_count(f"{part}_depth", getattr(self, f"{part}_depth"), 2**10)
         if self.buffer < 1:
-            raise InputError(f"buffer {self.buffer} must be positive: with no token known, it is all that the encoder sees")
+            raise InputError(
+                f"buffer {self.buffer} must be positive: with no token known, it is all that the encoder sees"
+            )
         check_count("buffer", self.buffer)
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout {self.dropout} must be at least 0 and below 1")

@@ -32,12 +32,16 @@ class MaskedBackbone(Backbone):
         self.token_projection = nn.Linear(channels, encoder)
         self.token_norm = nn.LayerNorm(encoder, eps=1e-6)
         self.encoder_positions = nn.Parameter(torch.empty(1, config.buffer + tokens, encoder))
-        self.encoder_blocks = nn.ModuleList(Block(encoder, config.encoder_heads, config.dropout) for _ in range(config.encoder_depth))
+        self.encoder_blocks = nn.ModuleList(
+            Block(encoder, config.encoder_heads, config.dropout) for _ in range(config.encoder_depth)
+        )
         self.encoder_norm = nn.LayerNorm(encoder, eps=1e-6)
         self.decoder_projection = nn.Linear(encoder, decoder)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder))
         self.decoder_positions = nn.Parameter(torch.empty(1, config.buffer + tokens, decoder))
-        self.decoder_blocks = nn.ModuleList(Block(decoder, config.decoder_heads, config.dropout) for _ in range(config.decoder_depth))
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder, config.decoder_heads, config.dropout) for _ in range(config.decoder_depth)
+        )
         self.decoder_norm = nn.LayerNorm(decoder, eps=1e-6)
         self.condition_positions = nn.Parameter(torch.empty(1, tokens, decoder))
         self._initialize()
@@ -56,7 +60,9 @@ class MaskedBackbone(Backbone):
             elif parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
 
-    def encode(self, tokens: Tensor, known: Tensor, labels: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def encode(
+        self, tokens: Tensor, known: Tensor, labels: Tensor, cache: KeyValueCache | None = None
+    ) -> Tensor:
         """The encoder's output ``[b, buffer + k, encoder_width]``.
 
         Args:
@@ -81,7 +87,9 @@ class MaskedBackbone(Backbone):
             cache.length += x.shape[1]
         return self.encoder_norm(x)
 
-    def decode(self, encoded: Tensor, known: Tensor, wanted: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def decode(
+        self, encoded: Tensor, known: Tensor, wanted: Tensor, cache: KeyValueCache | None = None
+    ) -> Tensor:
         """``z [b, m, decoder_width]`` at the positions ``wanted [b, m]``.
 
         Args:
@@ -90,11 +98,16 @@ class MaskedBackbone(Backbone):
         """
         if cache is None or not cache.length:
             x, places = self._decoder_inputs(encoded, known), wanted + self.config.buffer
-            remember = [None if cache is None else functools.partial(cache.append, index) for index in range(len(self.decoder_blocks))]
+            remember = [
+                None if cache is None else functools.partial(cache.append, index)
+                for index in range(len(self.decoder_blocks))
+            ]
         else:
             x, written = self._new_decoder_inputs(encoded, known, wanted)
             places = torch.arange(encoded.shape[1], x.shape[1], device=x.device).expand(len(x), -1)
-            remember = [functools.partial(cache.put, index, written) for index in range(len(self.decoder_blocks))]
+            remember = [
+                functools.partial(cache.put, index, written) for index in range(len(self.decoder_blocks))
+            ]
         for block, keep in zip(self.decoder_blocks[:-1], remember):
             x = block(x, remember=keep)
         # After the last attention each place is by itself, so only those where z is wanted go on.
@@ -119,7 +132,14 @@ class MaskedBackbone(Backbone):
         masks = self.mask_token.to(x.dtype).expand(len(x), wanted.shape[1], -1)
         return torch.cat([x, masks], dim=1) + F.embedding(places, self.decoder_positions[0]), places
 
-    def condition(self, tokens: Tensor, known: Tensor, wanted: Tensor, labels: Tensor, cache: "MaskedCache | None" = None) -> Tensor:
+    def condition(
+        self,
+        tokens: Tensor,
+        known: Tensor,
+        wanted: Tensor,
+        labels: Tensor,
+        cache: "MaskedCache | None" = None,
+    ) -> Tensor:
         """See :class:`Backbone`; known and wanted positions may be any.
 
         A cache that was filled before makes ``z`` an approximation: only what became known since then, and what is wanted, goes
@@ -133,11 +153,22 @@ class MaskedBackbone(Backbone):
     def new_cache(self, rows: int) -> "MaskedCache":
         """An empty cache, in the dtype and on the device of the weights."""
         config, like = self.config, self.encoder_norm.weight
-        encoder = config.encoder_depth, rows, config.encoder_heads, config.encoder_width // config.encoder_heads
-        decoder = config.decoder_depth, rows, config.decoder_heads, config.decoder_width // config.decoder_heads
+        encoder = (
+            config.encoder_depth,
+            rows,
+            config.encoder_heads,
+            config.encoder_width // config.encoder_heads,
+        )
+        decoder = (
+            config.decoder_depth,
+            rows,
+            config.decoder_heads,
+            config.decoder_width // config.decoder_heads,
+        )
         places = config.buffer + self.tokens
         return MaskedCache(
-            KeyValueCache(*encoder, like.dtype, like.device), KeyValueCache(*decoder, like.dtype, like.device, growth=places)
+            KeyValueCache(*encoder, like.dtype, like.device),
+            KeyValueCache(*decoder, like.dtype, like.device, growth=places),
         )
 
     def training_inputs(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,21 +33,61 @@ _COLOURS = ("#4c72b0", "#55a868", "#dd8452", "#8172b3", "#8c8c8c")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="+", metavar="MODEL", help="presets (far-b …), bundled names, folders (./far-b), hub names")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="images drawn together (default 1)")
-    parser.add_argument("--ar-steps", type=int, nargs="+", metavar="N", help="of masked models (default: 64, or the folder's)")
-    parser.add_argument("--head-steps", type=int, nargs="+", metavar="N", help="steps of the head, each a row (default: the model's)")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        metavar="MODEL",
+        help="presets (far-b …), bundled names, folders (./far-b), hub names",
+    )
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[1], metavar="N", help="images drawn together (default 1)"
+    )
+    parser.add_argument(
+        "--ar-steps", type=int, nargs="+", metavar="N", help="of masked models (default: 64, or the folder's)"
+    )
+    parser.add_argument(
+        "--head-steps",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="steps of the head, each a row (default: the model's)",
+    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES[1:], help="of the weights (default float32)")
-    parser.add_argument("--guidance", type=float, help="guidance scale; 1 is off (default: 2.9, or the folder's)")
+    parser.add_argument(
+        "--guidance", type=float, help="guidance scale; 1 is off (default: 2.9, or the folder's)"
+    )
     parser.add_argument("--order", choices=["random", "halton"], help="of positions, of masked models")
-    parser.add_argument("--refresh-every", type=int, metavar="N", help="masked models: all positions at every N-th AR step only")
-    parser.add_argument("--guidance-every", type=int, metavar="N", help="masked models: no-class half at every N-th AR step only")
-    parser.add_argument("--guidance-passes", type=int, choices=[1, 2], help="of the backbone; 1 if the head has learnt guidance")
-    parser.add_argument("--rounds", type=int, help="times that each row is timed, in turn (default 2, or 1 if 2 take over 10 minutes)")
-    parser.add_argument("--full", action="store_true", help="time whole images; otherwise some AR steps stand for all")
+    parser.add_argument(
+        "--refresh-every",
+        type=int,
+        metavar="N",
+        help="masked models: all positions at every N-th AR step only",
+    )
+    parser.add_argument(
+        "--guidance-every",
+        type=int,
+        metavar="N",
+        help="masked models: no-class half at every N-th AR step only",
+    )
+    parser.add_argument(
+        "--guidance-passes",
+        type=int,
+        choices=[1, 2],
+        help="of the backbone; 1 if the head has learnt guidance",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        help="times that each row is timed, in turn (default 2, or 1 if 2 take over 10 minutes)",
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="time whole images; otherwise some AR steps stand for all"
+    )
     add_machine_arguments(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures and settings")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the seconds of each row by part, as PNG")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="also draw the seconds of each row by part, as PNG"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -78,9 +118,19 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib, which is not installed: pip install matplotlib")
     if arguments.models is None:
-        for option in ("ar_steps", "head_steps", "dtypes", "order", "refresh_every", "guidance_every", "guidance_passes"):
+        for option in (
+            "ar_steps",
+            "head_steps",
+            "dtypes",
+            "order",
+            "refresh_every",
+            "guidance_every",
+            "guidance_passes",
+        ):
             if getattr(arguments, option) is not None:
-                raise InputError(f"--{option.replace('_', '-')} goes with --models; name the models, or leave it out for the usual rows")
+                raise InputError(
+                    f"--{option.replace('_', '-')} goes with --models; name the models, or leave it out for the usual rows"
+                )
     for path in (arguments.json, arguments.plot):
         if path is not None:
             check_writable(path)
@@ -128,7 +178,9 @@ def _table(report: Report) -> str:
     )  # fmt: skip
     lines = [columns, *(_cells(finding, report) for finding in report.findings)]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    padded = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]
+    padded = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines
+    ]
     return "\n".join([padded[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *padded[1:]])
 
 
@@ -151,18 +203,32 @@ def _steps(finding: Finding) -> str:
     config = finding.row.sampling
     usual = dataclasses.asdict(type(config)())
     named = ("ar_steps", "head_steps", "guidance")
-    unusual = [f", {name} {value}" for name, value in dataclasses.asdict(config).items() if name not in named and value != usual[name]]
-    head = config.head_steps if isinstance(config.head_steps, int) else " to ".join(map(str, config.head_steps))
+    unusual = [
+        f", {name} {value}"
+        for name, value in dataclasses.asdict(config).items()
+        if name not in named and value != usual[name]
+    ]
+    head = (
+        config.head_steps if isinstance(config.head_steps, int) else " to ".join(map(str, config.head_steps))
+    )
     return f"{config.ar_steps} × {head}{''.join(unusual)}"
 
 
 def _gigabytes(count: int | None) -> str:
-    return "–" if count is None else f"{count / 2**30:.3g} GB" if count >= 2**30 / 10 else f"{count / 2**20:.3g} MB"
+    return (
+        "–"
+        if count is None
+        else f"{count / 2**30:.3g} GB"
+        if count >= 2**30 / 10
+        else f"{count / 2**20:.3g} MB"
+    )
 
 
 def _notes(report: Report, arguments: argparse.Namespace, left_out: dict[str, str]) -> str:
     estimated = [finding for finding in report.findings if finding.estimated]
-    steps = ", ".join(dict.fromkeys(f"{finding.timed_steps} of {finding.row.sampling.ar_steps}" for finding in estimated))
+    steps = ", ".join(
+        dict.fromkeys(f"{finding.timed_steps} of {finding.row.sampling.ar_steps}" for finding in estimated)
+    )
     how = (
         f"Times are estimated: {steps} AR steps were timed, spread evenly, and stand for all; --full times whole images."
         if estimated
@@ -181,12 +247,18 @@ TFLOP: multiplications and additions an image; of peak: the share of time they w
 Of reading: the share of time that reading each network's weights once a pass would take."""
 
 
-def _record(report: Report, arguments: argparse.Namespace, device: torch.device, left_out: dict[str, str]) -> dict[str, Any]:
+def _record(
+    report: Report, arguments: argparse.Namespace, device: torch.device, left_out: dict[str, str]
+) -> dict[str, Any]:
     import torch
 
     from far.benchmark import SEED, processor
 
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items() if name != "run"}
+    options = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(arguments).items()
+        if name != "run"
+    }
     return {
         "settings": {**options, "seed": SEED},
         "machine": {
@@ -213,7 +285,11 @@ def _row_record(finding: Finding, report: Report) -> dict[str, Any]:
         **dataclasses.asdict(row),
         "estimated": finding.estimated,
         "timed ar steps": finding.timed_steps,
-        "seconds per image": {"median": statistics.median(seconds), "minimum": min(seconds), "maximum": max(seconds)},
+        "seconds per image": {
+            "median": statistics.median(seconds),
+            "minimum": min(seconds),
+            "maximum": max(seconds),
+        },
         "rounds": [{part: value / row.batch for part, value in parts.items()} for parts in finding.rounds],
         "shares": finding.shares,
         "weights bytes": finding.weights,
@@ -244,7 +320,9 @@ def _plot(report: Report, path: Path) -> None:
         panel.barh(places, widths, left=left, color=colour, label=part)
         left = [start + width for start, width in zip(left, widths)]
     for place, total, finding in zip(places, totals, report.findings):
-        panel.text(total, place, f" {total:.3g} s, {report.times_faster(finding):.1f}×", va="center", fontsize=8)
+        panel.text(
+            total, place, f" {total:.3g} s, {report.times_faster(finding):.1f}×", va="center", fontsize=8
+        )
     panel.set_yticks(places, names, fontsize=8)
     panel.invert_yaxis()
     panel.set(xlabel="seconds per image", xlim=(0, 1.2 * max(totals)))

@@ -30,6 +30,8 @@ def run(arguments: argparse.Namespace) -> None:
         device = processes.device(loop.device)
         if processes.rank == 0:
             tell_chosen(device=(loop.device, device_title(device)))
-        write_latents(Path(recipe.data), autoencoder, recipe.latents_folder, device=device, processes=processes)
+        write_latents(
+            Path(recipe.data), autoencoder, recipe.latents_folder, device=device, processes=processes
+        )
         if processes.rank == 0:
             print(f"{recipe.latents_folder}: moments of {recipe.autoencoder_folder}, both flips")

@@ -28,10 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kl16 = kinds.add_parser("kl16", help="MAR's KL-16 autoencoder (.ckpt)", allow_abbrev=False)
     kl16.add_argument("source", type=Path, help="kl16.ckpt")
     kl16.add_argument("out", type=Path, help="folder to write; may hold a converted MAR")
-    inward = kinds.add_parser("from-diffusers", help="an AutoencoderKL of diffusers (folder)", allow_abbrev=False)
-    inward.add_argument("source", type=Path, help="folder with config.json and diffusion_pytorch_model….safetensors, in one file or shards")
+    inward = kinds.add_parser(
+        "from-diffusers", help="an AutoencoderKL of diffusers (folder)", allow_abbrev=False
+    )
+    inward.add_argument(
+        "source",
+        type=Path,
+        help="folder with config.json and diffusion_pytorch_model….safetensors, in one file or shards",
+    )
     inward.add_argument("out", type=Path, help="folder to write; may hold a converted MAR")
-    outward = kinds.add_parser("to-diffusers", help="an autoencoder of ours, into an AutoencoderKL of diffusers", allow_abbrev=False)
+    outward = kinds.add_parser(
+        "to-diffusers", help="an autoencoder of ours, into an AutoencoderKL of diffusers", allow_abbrev=False
+    )
     outward.add_argument("source", metavar="weights", help="bundled name, folder, or OWNER/NAME[@REVISION]")
     outward.add_argument("out", type=Path, help="folder to write")
 

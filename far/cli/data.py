@@ -13,25 +13,51 @@ from far.files import check_exists
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
 
-    folder = sources.add_parser("folder", help="images of your own, one subfolder per class", allow_abbrev=False)
+    folder = sources.add_parser(
+        "folder", help="images of your own, one subfolder per class", allow_abbrev=False
+    )
     folder.add_argument("images", type=Path, help="folder with one subfolder of images per class")
     folder.add_argument("out", type=Path, help="where the image set goes")
-    folder.add_argument("--size", type=int, default=256, help="side of the square images in pixels (default 256)")
-    folder.add_argument("--held-out-share", type=float, default=0.05, help="share kept for evaluation (default 0.05)")
-    folder.add_argument("--strict", action="store_true", help="stop at the first broken file instead of skipping it")
     folder.add_argument(
-        "--keep-colors", action="store_true", help="ignore color profiles, as ADM prepares ImageNet, instead of converting to sRGB"
+        "--size", type=int, default=256, help="side of the square images in pixels (default 256)"
+    )
+    folder.add_argument(
+        "--held-out-share", type=float, default=0.05, help="share kept for evaluation (default 0.05)"
+    )
+    folder.add_argument(
+        "--strict", action="store_true", help="stop at the first broken file instead of skipping it"
+    )
+    folder.add_argument(
+        "--keep-colors",
+        action="store_true",
+        help="ignore color profiles, as ADM prepares ImageNet, instead of converting to sRGB",
     )
 
-    fashion = sources.add_parser("fashion-mnist", help="Fashion-MNIST's gzipped IDX files", allow_abbrev=False)
+    fashion = sources.add_parser(
+        "fashion-mnist", help="Fashion-MNIST's gzipped IDX files", allow_abbrev=False
+    )
     fashion.add_argument("out", type=Path, help="where the image set goes")
-    fashion.add_argument("--from", dest="files", type=Path, required=True, metavar="FOLDER", help="folder with the four .gz files")
+    fashion.add_argument(
+        "--from",
+        dest="files",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="folder with the four .gz files",
+    )
 
     avatars = sources.add_parser("avatars", help="sixteen CC0 drawing styles, rendered", allow_abbrev=False)
     avatars.add_argument("out", type=Path, help="where the image set goes")
     avatars.add_argument("--size", type=int, default=64, help="side in pixels, a divisor of 128 (default 64)")
-    avatars.add_argument("--per-class", type=int, default=HELD_OUT_SEED, help=f"training images a style (default {HELD_OUT_SEED})")
-    avatars.add_argument("--held-out-per-class", type=int, default=625, help="held-out images a style (default 625)")
+    avatars.add_argument(
+        "--per-class",
+        type=int,
+        default=HELD_OUT_SEED,
+        help=f"training images a style (default {HELD_OUT_SEED})",
+    )
+    avatars.add_argument(
+        "--held-out-per-class", type=int, default=625, help="held-out images a style (default 625)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -41,10 +67,18 @@ def run(arguments: argparse.Namespace) -> None:
         from far.data.folders import write_folder
 
         summary = write_folder(
-            arguments.images, arguments.out, arguments.size, arguments.held_out_share, arguments.strict, arguments.keep_colors
+            arguments.images,
+            arguments.out,
+            arguments.size,
+            arguments.held_out_share,
+            arguments.strict,
+            arguments.keep_colors,
         )
     elif arguments.source == "fashion-mnist":
-        check_exists(arguments.files, "Give the folder with the four .gz files, such as Debian's dataset-fashion-mnist installs")
+        check_exists(
+            arguments.files,
+            "Give the folder with the four .gz files, such as Debian's dataset-fashion-mnist installs",
+        )
 
         from far.data.fashion_mnist import write_fashion_mnist
 
@@ -52,7 +86,9 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         from far.data.avatars import write_avatars
 
-        summary = write_avatars(arguments.out, arguments.size, arguments.per_class, arguments.held_out_per_class)
+        summary = write_avatars(
+            arguments.out, arguments.size, arguments.per_class, arguments.held_out_per_class
+        )
     for hint in summary.hints:
         print(f"far: note: {hint}")
     print(f"{arguments.out}: {summary}")

@@ -18,9 +18,14 @@ from far.precision import DTYPES
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--weights", nargs="+", default=bundled_names(), help="bundled names, folders, hub names (default: all bundled models)"
+        "--weights",
+        nargs="+",
+        default=bundled_names(),
+        help="bundled names, folders, hub names (default: all bundled models)",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)"
+    )
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default 7860)")
     add_machine_arguments(parser, DTYPES)
 
@@ -32,7 +37,9 @@ def run(arguments: argparse.Namespace) -> None:
         find_folder(name)
     _check_address(arguments.host, arguments.port)
     # Read when gradio is imported and served: it tells nobody anything, and remembers few clicks (10,000 by itself).
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_ANALYTICS_MAX_EVENTS="100")
+    os.environ.update(
+        GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_ANALYTICS_MAX_EVENTS="100"
+    )
     try:
         from far.demo.drawing import load_models
         from far.demo.page import Demo
@@ -55,4 +62,6 @@ def _check_address(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as error:
-        raise InputError(f"cannot listen on {host}, port {port}: {error.strerror}; give another --host or --port") from error
+        raise InputError(
+            f"cannot listen on {host}, port {port}: {error.strerror}; give another --host or --port"
+        ) from error

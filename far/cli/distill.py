@@ -21,10 +21,22 @@ from far.training.runs import check_unused
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("teacher", help="folder, bundled name or OWNER/NAME[@REVISION] of a model with a diffusion or flow head")
+    parser.add_argument(
+        "teacher",
+        help="folder, bundled name or OWNER/NAME[@REVISION] of a model with a diffusion or flow head",
+    )
     parser.add_argument("out", type=Path, help="folder of the distilled model, made where missing")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as training.steps=2000 or trajectories.images=50000")
-    parser.add_argument("--latents", type=Path, help="a latent cache of the teacher's data (default: the teacher draws images itself)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="such as training.steps=2000 or trajectories.images=50000",
+    )
+    parser.add_argument(
+        "--latents",
+        type=Path,
+        help="a latent cache of the teacher's data (default: the teacher draws images itself)",
+    )
     add_machine_arguments(parser, TRAINING_DTYPES, recipe=True)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
 
@@ -36,10 +48,14 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.out.resolve() == folder.resolve():
         raise InputError(f"{arguments.out} is the teacher, which would be overwritten; choose another folder")
     if (arguments.out / "config.json").exists() and not (arguments.out / "trajectories").exists():
-        raise InputError(f"{arguments.out} holds another model, which would be overwritten; choose another folder")
+        raise InputError(
+            f"{arguments.out} holds another model, which would be overwritten; choose another folder"
+        )
     check_unused(arguments.out, arguments.resume)
     if arguments.latents is not None and not (arguments.latents / "index.json").exists():
-        raise InputError(f"{arguments.latents} holds no latents. Give the folder that far cache RECIPE wrote, or leave --latents out")
+        raise InputError(
+            f"{arguments.latents} holds no latents. Give the folder that far cache RECIPE wrote, or leave --latents out"
+        )
 
     from far.training.distillation import DistillationTask
     from far.training.loop import resolve_loop, train
@@ -51,7 +67,9 @@ def run(arguments: argparse.Namespace) -> None:
         config = dataclasses.replace(config, training=training)
         with noticed(f"loading {arguments.teacher}"):
             teacher = load_teacher(folder, config.trajectories, training.device)
-        write_trajectories(teacher, folder, config.trajectories, arguments.out / "trajectories", arguments.latents, processes)
+        write_trajectories(
+            teacher, folder, config.trajectories, arguments.out / "trajectories", arguments.latents, processes
+        )
         task = DistillationTask(teacher, config, arguments.out / "trajectories")
         train(task, training, arguments.out, resume=arguments.resume, processes=processes)
         if processes.rank == 0:

@@ -33,21 +33,42 @@ _MOST_VERSIONS = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", type=Path, help="of the model's size; a larger one is cropped to its middle and scaled")
+    parser.add_argument(
+        "image", type=Path, help="of the model's size; a larger one is cropped to its middle and scaled"
+    )
     parser.add_argument("--label", required=True, help="class number or name of what is drawn")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--mask", type=Path, help="image of the same size, white where to redraw")
     box = {"type": int, "nargs": 4, "metavar": ("LEFT", "TOP", "RIGHT", "BOTTOM")}
     where.add_argument("--redraw", **box, help="box to redraw, in the model's pixels")  # type: ignore[arg-type]
     where.add_argument("--keep", **box, help="box to keep; all around it is redrawn")  # type: ignore[arg-type]
-    where.add_argument("--place", type=int, nargs=2, metavar=("LEFT", "TOP"), help="where a smaller image lies; all around it is drawn")
-    parser.add_argument("--weights", default="avatars-64", help="bundled name, folder or OWNER/NAME[@REVISION], with a masked backbone")
-    parser.add_argument("--count", type=int, default=1, help="versions, of seeds SEED, SEED + 1, … (default 1)")
+    where.add_argument(
+        "--place",
+        type=int,
+        nargs=2,
+        metavar=("LEFT", "TOP"),
+        help="where a smaller image lies; all around it is drawn",
+    )
     parser.add_argument(
-        "--out", type=Path, default=Path("edited.png"), help="PNG, a contact sheet of several versions (default edited.png)"
+        "--weights",
+        default="avatars-64",
+        help="bundled name, folder or OWNER/NAME[@REVISION], with a masked backbone",
+    )
+    parser.add_argument(
+        "--count", type=int, default=1, help="versions, of seeds SEED, SEED + 1, … (default 1)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("edited.png"),
+        help="PNG, a contact sheet of several versions (default edited.png)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the first version (default 0)")
-    parser.add_argument("--no-paste", action="store_true", help="decode kept tokens too, instead of putting the image's own pixels back")
+    parser.add_argument(
+        "--no-paste",
+        action="store_true",
+        help="decode kept tokens too, instead of putting the image's own pixels back",
+    )
     add_sampling_arguments(parser)
     add_machine_arguments(parser, DTYPES)
 
@@ -58,7 +79,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.out.suffix.lower() != ".png":
         raise InputError(f"--out {arguments.out}: give a name that ends with .png")
     check_exists(arguments.image, "Give an image, such as far generate --out FOLDER writes")
-    check_exists(arguments.mask, "Give an image of the same size, white where to redraw; or --redraw, --keep or --place")
+    check_exists(
+        arguments.mask,
+        "Give an image of the same size, white where to redraw; or --redraw, --keep or --place",
+    )
     check_writable(arguments.out)
     weights = find_folder(arguments.weights)
 
@@ -76,7 +100,9 @@ def run(arguments: argparse.Namespace) -> None:
     seeds = [arguments.seed + index for index in range(arguments.count)]
     sampling = {name: value for name, value in sampling_options(arguments).items() if value is not None}
     steps = 0
-    with ImageBar(arguments.count, "editing", delay=0.01) as bar:  # appears with the first step, not before an error
+    with ImageBar(
+        arguments.count, "editing", delay=0.01
+    ) as bar:  # appears with the first step, not before an error
 
         def report(progress: Progress) -> None:
             nonlocal steps
@@ -86,14 +112,30 @@ def run(arguments: argparse.Namespace) -> None:
             bar.ar_step(progress)
 
         images = pipeline.edit(
-            picture, mask, arguments.label, seed=seeds, paste=not arguments.no_paste, output="tensor", callback=report, **sampling
+            picture,
+            mask,
+            arguments.label,
+            seed=seeds,
+            paste=not arguments.no_paste,
+            output="tensor",
+            callback=report,
+            **sampling,
         )
     assert isinstance(images, Tensor)  # the output asked for
     config = dataclasses.replace(pipeline.sampling_config(**sampling), ar_steps=steps)
-    settings = {"weights": arguments.weights, **dataclasses.asdict(config), "dtype": dtype, "image": arguments.image.name}
+    settings = {
+        "weights": arguments.weights,
+        **dataclasses.asdict(config),
+        "dtype": dtype,
+        "image": arguments.image.name,
+    }
     label = pipeline.label(arguments.label)
     sheet = contact_sheet(images, [label] * len(images))
-    made = {"label": label_text(pipeline.classes, label), "class": pipeline.classes[label], "seed": arguments.seed}
+    made = {
+        "label": label_text(pipeline.classes, label),
+        "class": pipeline.classes[label],
+        "seed": arguments.seed,
+    }
     save_png(sheet, arguments.out, {**settings, **made})
     print(f"wrote {arguments.out} ({arguments.count} {'version' if arguments.count == 1 else 'versions'})")
 
@@ -128,7 +170,11 @@ def _fitted_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
     side = min(mask.shape)
     top, left = (mask.shape[0] - side) // 2, (mask.shape[1] - side) // 2
-    return mask if mask.shape == size else F.adaptive_max_pool2d(mask[None, top : top + side, left : left + side], size)[0]
+    return (
+        mask
+        if mask.shape == size
+        else F.adaptive_max_pool2d(mask[None, top : top + side, left : left + side], size)[0]
+    )
 
 
 def _fit(picture: Image.Image, size: tuple[int, int], path: Path) -> Image.Image:

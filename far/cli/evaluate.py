@@ -45,22 +45,53 @@ _IMAGE_SEEDS = 2**32
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     judged = parser.add_mutually_exclusive_group(required=True)
-    judged.add_argument("--weights", help="bundled name, folder or OWNER/NAME[@REVISION] of a model, which draws the images")
+    judged.add_argument(
+        "--weights", help="bundled name, folder or OWNER/NAME[@REVISION] of a model, which draws the images"
+    )
     judged.add_argument("--images", type=Path, help="folder of images, or an image set that far data made")
     judged.add_argument("--npz", type=Path, help="uint8 images [n, h, w, 3] as arr_0, ADM's format")
-    parser.add_argument("--reference", type=Path, help="folder, image set, .npz of images, or statistics file (.npz with mu and sigma)")
-    parser.add_argument("--count", type=int, help="images judged (default: 10000 of a model, all of a folder or .npz)")
-    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for result.json (default evaluation)")
     parser.add_argument(
-        "--inception", type=Path, metavar="FILE", help="pt_inception-2015-12-05 state dict: real FID instead of the default"
+        "--reference",
+        type=Path,
+        help="folder, image set, .npz of images, or statistics file (.npz with mu and sigma)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="image i has seed SEED · 2³² + i; also of subsets and splits (default 0)")
+    parser.add_argument(
+        "--count", type=int, help="images judged (default: 10000 of a model, all of a folder or .npz)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("evaluation"), help="folder for result.json (default evaluation)"
+    )
+    parser.add_argument(
+        "--inception",
+        type=Path,
+        metavar="FILE",
+        help="pt_inception-2015-12-05 state dict: real FID instead of the default",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="image i has seed SEED · 2³² + i; also of subsets and splits (default 0)",
+    )
     add_sampling_arguments(parser)
-    parser.add_argument("--batch-size", type=int, default=64, help="images drawn together, at most 100 (default 64)")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="images drawn together, at most 100 (default 64)"
+    )
     add_machine_arguments(parser, DTYPES[1:], "float32")
-    parser.add_argument("--save-npz", type=Path, metavar="FILE", help="also write the model's images in ADM's format")
-    parser.add_argument("--save-statistics", type=Path, metavar="FILE", help="write mu, sigma and features, to be a --reference later")
-    parser.add_argument("--cache", type=Path, help="folder for features of real images (default: far in the user's cache folder)")
+    parser.add_argument(
+        "--save-npz", type=Path, metavar="FILE", help="also write the model's images in ADM's format"
+    )
+    parser.add_argument(
+        "--save-statistics",
+        type=Path,
+        metavar="FILE",
+        help="write mu, sigma and features, to be a --reference later",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        help="folder for features of real images (default: far in the user's cache folder)",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,15 +119,25 @@ def run(arguments: argparse.Namespace) -> None:
     from far.evaluation.report import check_counts
 
     device = prepare_machine(arguments, started_by_torchrun())
-    extractor: Extractor = (load_inception(arguments.inception) if arguments.inception else load_feature_network()).to(device)
+    extractor: Extractor = (
+        load_inception(arguments.inception) if arguments.inception else load_feature_network()
+    ).to(device)
     cache = arguments.cache or default_cache()
     start = time.perf_counter()
     # What is wrong with either side should show before hours of generation.
     with noticed(f"opening {arguments.weights or arguments.images or arguments.npz}"):
-        judged = _open_images(arguments, extractor, cache) if arguments.weights is None else _open_model(arguments, extractor, device)
+        judged = (
+            _open_images(arguments, extractor, cache)
+            if arguments.weights is None
+            else _open_model(arguments, extractor, device)
+        )
     with joined() as processes:
         with torch.no_grad():
-            reference = open_reference(arguments.reference, extractor, cache) if arguments.reference and processes.rank == 0 else None
+            reference = (
+                open_reference(arguments.reference, extractor, cache)
+                if arguments.reference and processes.rank == 0
+                else None
+            )
             if reference is not None:
                 check_counts(judged.count, reference)
             if processes.rank == 0:
@@ -122,7 +163,9 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.reference is None and arguments.save_statistics is None:
         raise InputError("give --reference to compare with, or --save-statistics to write statistics")
     if arguments.weights is None:
-        given = [name for name, value in sampling_options(arguments).items() if value is not None] + ["save_npz"] * bool(arguments.save_npz)
+        given = [name for name, value in sampling_options(arguments).items() if value is not None] + [
+            "save_npz"
+        ] * bool(arguments.save_npz)
         if given:
             raise InputError(f"--{given[0].replace('_', '-')} is for --weights only; leave it out")
         if started_by_torchrun().count > 1:
@@ -131,7 +174,9 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--count {arguments.count}: give at least 2 and at most {MOST_IMAGES}")
     check_seed("--seed", arguments.seed)
     if arguments.weights is not None and arguments.seed >= 2**63 // _IMAGE_SEEDS:
-        raise InputError(f"--seed {arguments.seed}: give a number below 2³¹, so that the images' seeds stay below 2⁶³")
+        raise InputError(
+            f"--seed {arguments.seed}: give a number below 2³¹, so that the images' seeds stay below 2⁶³"
+        )
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size} must be positive")
     outputs = {"--save-npz": arguments.save_npz, "--save-statistics": arguments.save_statistics}
@@ -139,13 +184,18 @@ def _check(arguments: argparse.Namespace) -> None:
         if path is not None and path.suffix != ".npz":
             raise InputError(f"{option} {path}: give a name that ends in .npz")
     _check_apart({"--npz": arguments.npz, "--reference": arguments.reference, **outputs}, outputs)
-    check_exists(arguments.images, "Give a folder of images, such as far generate --out FOLDER writes, or an image set of far data")
+    check_exists(
+        arguments.images,
+        "Give a folder of images, such as far generate --out FOLDER writes, or an image set of far data",
+    )
     check_exists(arguments.npz, "far generate --out FILE.npz writes one")
     check_exists(
         arguments.reference,
         "Give a folder of images, an image set (far data makes one), or statistics (far evaluate --save-statistics writes them)",
     )
-    check_exists(arguments.inception, "Get pt_inception-2015-12-05-6726825d.pth, as published for pytorch-fid")
+    check_exists(
+        arguments.inception, "Get pt_inception-2015-12-05-6726825d.pth, as published for pytorch-fid"
+    )
     if arguments.weights is not None:
         find_folder(arguments.weights)
     for path in (arguments.out / "result.json", arguments.save_npz, arguments.save_statistics):
@@ -158,7 +208,9 @@ def _check_apart(files: Mapping[str, Path | None], outputs: Collection[str]) -> 
     seen: dict[Path, str] = {}
     for option, path in files.items():
         if path is not None and seen.setdefault(path.resolve(), option) != option and option in outputs:
-            raise InputError(f"{option} {path} would overwrite the file of {seen[path.resolve()]}; give another name")
+            raise InputError(
+                f"{option} {path} would overwrite the file of {seen[path.resolve()]}; give another name"
+            )
 
 
 def _open_images(arguments: argparse.Namespace, extractor: Extractor, cache: Path) -> Judged:
@@ -169,7 +221,12 @@ def _open_images(arguments: argparse.Namespace, extractor: Extractor, cache: Pat
     count = source.count if arguments.count is None else arguments.count
     if count > source.count:
         raise InputError(f"--count {count}: {source.name} holds {source.count} images")
-    described = {"images": source.name, "digest": source.digest, "count": count, "left out": dict(source.left_out)}
+    described = {
+        "images": source.name,
+        "digest": source.digest,
+        "count": count,
+        "left out": dict(source.left_out),
+    }
     return Judged(count, source.size, described, lambda: features_of(source, extractor, cache, count=count))
 
 
@@ -201,7 +258,12 @@ def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: tor
             return torch.empty(0)
         if keep:
             labels = [row % len(pipeline.classes) for row in range(count)]
-            write_npz(arguments.save_npz, (read_part(parts, rows, "images").numpy() for rows in part_ranges(count)), count, labels)
+            write_npz(
+                arguments.save_npz,
+                (read_part(parts, rows, "images").numpy() for rows in part_ranges(count)),
+                count,
+                labels,
+            )
             print(f"wrote {arguments.save_npz} ({count} images)")
         return read_parts(parts, count)
 
@@ -236,7 +298,9 @@ def _report(
     warnings = list(found.warnings)
     if reference.size is not None and judged.size is not None and reference.size != judged.size:
         sizes = " and ".join(f"{width}×{height}" for height, width in (judged.size, reference.size))
-        warnings.append(f"judged images and reference have {sizes} pixels; the enlargement counts as a difference")
+        warnings.append(
+            f"judged images and reference have {sizes} pixels; the enlargement counts as a difference"
+        )
     for warning in warnings:
         print(f"far: warning: {warning}", file=sys.stderr)
     result = {
@@ -263,10 +327,14 @@ def _report(
     write_json(arguments.out / "result.json", result)
     for name, value in found.figures.items():
         key = name.partition(" ")[0]
-        beside = ", ".join(f"{kind} {scores[key]:.4f}" for kind, scores in found.controls.items() if key in scores)
+        beside = ", ".join(
+            f"{kind} {scores[key]:.4f}" for kind, scores in found.controls.items() if key in scores
+        )
         print(f"{name:40s} {value:.4f}" + (f"   ({beside})" if beside else ""))
     against = reference.source if reference.count is None else f"{reference.count} of {reference.source}"
-    others = _left_out(judged.described.get("images"), judged.described.get("left out")) + _left_out(reference.source, reference.left_out)
+    others = _left_out(judged.described.get("images"), judged.described.get("left out")) + _left_out(
+        reference.source, reference.left_out
+    )
     print(f"wrote {arguments.out / 'result.json'} ({len(features)} images against {against}){others}")
 
 

@@ -41,21 +41,38 @@ _OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", default="avatars-64", help="bundled name, folder, or OWNER/NAME[@REVISION] (default avatars-64)")
-    parser.add_argument("--labels", nargs="+", help="class numbers or names, or 'all' (default)")
-    parser.add_argument("--count", type=int, help="images in all, shared evenly by the labels (default: one a label)")
     parser.add_argument(
-        "--out", type=Path, default=Path("samples.png"), help=".png (a contact sheet), .npz, or a folder of PNGs (default samples.png)"
+        "--weights",
+        default="avatars-64",
+        help="bundled name, folder, or OWNER/NAME[@REVISION] (default avatars-64)",
+    )
+    parser.add_argument("--labels", nargs="+", help="class numbers or names, or 'all' (default)")
+    parser.add_argument(
+        "--count", type=int, help="images in all, shared evenly by the labels (default: one a label)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("samples.png"),
+        help=".png (a contact sheet), .npz, or a folder of PNGs (default samples.png)",
     )
     parser.add_argument("--seed", type=int, default=0, help="image i has seed SEED + i (default 0)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the generated images that the folder --out already holds")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the generated images that the folder --out already holds",
+    )
     add_sampling_arguments(parser)
     parser.add_argument(
-        "--fast", action="store_true", help="approximate: int8 weights on a CPU, and in masked models parts of every 4th AR step reused"
+        "--fast",
+        action="store_true",
+        help="approximate: int8 weights on a CPU, and in masked models parts of every 4th AR step reused",
     )
     parser.add_argument("--batch-size", type=int, default=64, help="images drawn together (default 64)")
     add_machine_arguments(parser, DTYPES)
-    parser.add_argument("--gif", type=Path, help="also write an animation of the first batch's tokens appearing")
+    parser.add_argument(
+        "--gif", type=Path, help="also write an animation of the first batch's tokens appearing"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -88,10 +105,16 @@ def run(arguments: argparse.Namespace) -> None:
                 parts.append(images.cpu())
                 return
             for number, picture in enumerate(to_pictures(images), start):
-                made = {"label": texts[number], "class": pipeline.classes[labels[number]], "seed": arguments.seed + number}
+                made = {
+                    "label": texts[number],
+                    "class": pipeline.classes[labels[number]],
+                    "seed": arguments.seed + number,
+                }
                 save_png(picture, out / f"{number:06d}.png", {**settings, **made})
 
-        done = _draw(pipeline, labels, config, arguments, finish, frames if arguments.gif is not None else None)
+        done = _draw(
+            pipeline, labels, config, arguments, finish, frames if arguments.gif is not None else None
+        )
         for number in range(done, len(labels)) if folder else ():  # of a batch whose writing was interrupted
             (out / f"{number:06d}.png").unlink(missing_ok=True)
     if not folder:
@@ -114,7 +137,9 @@ def _check(arguments: argparse.Namespace) -> list[Path]:
     if arguments.count is not None:
         check_count("--count", arguments.count, MOST_IMAGES)
     if arguments.out.suffix.lower() in _OTHER_PICTURES:
-        raise InputError(f"--out {arguments.out}: images are written as PNG; give a name that ends in .png or .npz, or a folder")
+        raise InputError(
+            f"--out {arguments.out}: images are written as PNG; give a name that ends in .png or .npz, or a folder"
+        )
     filled = _is_folder(arguments.out) and arguments.out.exists()
     earlier = _earlier_images(arguments.out, arguments.overwrite) if filled else []
     check_writable(arguments.out / "000000.png" if filled else arguments.out)
@@ -172,8 +197,12 @@ def _draw(
 
 def _remaining(arguments: argparse.Namespace, labels: list[str], done: int) -> str:
     """Say what an interruption has left, and how the other images are drawn."""
-    rest = [shlex.quote(label) for label in labels[done : done + _LABELS_SHOWN]] + ["…"] * (len(labels) - done > _LABELS_SHOWN)
-    options = f"--count {len(labels) - done} --seed {arguments.seed + done} --labels {' '.join(rest)} --out ANOTHER"
+    rest = [shlex.quote(label) for label in labels[done : done + _LABELS_SHOWN]] + ["…"] * (
+        len(labels) - done > _LABELS_SHOWN
+    )
+    options = (
+        f"--count {len(labels) - done} --seed {arguments.seed + done} --labels {' '.join(rest)} --out ANOTHER"
+    )
     return f"{done} of {len(labels)} images are in {arguments.out}; the same command with {options} draws the others"
 
 
@@ -185,10 +214,14 @@ def _earlier_images(folder: Path, overwrite: bool) -> list[Path]:
     """
     if not folder.is_dir():
         raise InputError(f"--out {folder} is a file; give a folder, or a name that ends in .png or .npz")
-    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    images = sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+    )
     for path in images:
         if not re.fullmatch(r"[0-9]{6,}\.png", path.name):
-            raise InputError(f"--out {folder} holds another image ({path.name}); choose a folder for generated images alone")
+            raise InputError(
+                f"--out {folder} holds another image ({path.name}); choose a folder for generated images alone"
+            )
     if images and not overwrite:
         remedy = "add --overwrite to replace them, or choose another folder"
         raise InputError(f"--out {folder} already holds {len(images)} generated images; {remedy}")
@@ -227,7 +260,9 @@ def _labels(pipeline: Pipeline, arguments: argparse.Namespace) -> list[int]:
     return [label for index, label in enumerate(chosen) for _ in range(share + (index < extra))]
 
 
-def _write_together(images: Tensor, labels: list[int], arguments: argparse.Namespace, settings: dict[str, object]) -> None:
+def _write_together(
+    images: Tensor, labels: list[int], arguments: argparse.Namespace, settings: dict[str, object]
+) -> None:
     from far.evaluation.images import write_npz
     from far.pictures import contact_sheet, save_png, to_uint8
 

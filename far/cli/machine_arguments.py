@@ -20,7 +20,11 @@ DEVICE_HELP = "auto, cpu, cuda, cuda:1 …, mps or xpu"
 
 
 def add_machine_arguments(
-    parser: argparse.ArgumentParser, dtypes: Sequence[str] = (), dtype: str | None = "auto", *, recipe: bool = False
+    parser: argparse.ArgumentParser,
+    dtypes: Sequence[str] = (),
+    dtype: str | None = "auto",
+    *,
+    recipe: bool = False,
 ) -> None:
     """Add ``--device`` and ``--threads`` to a parser, and ``--dtype`` if there are ``dtypes`` to choose from.
 
@@ -37,10 +41,15 @@ def add_machine_arguments(
             auto = ": bfloat16 if the device has instructions for it, else float32" if dtype == "auto" else ""
             meaning = f"of the weights (default {dtype}{auto})"
         parser.add_argument("--dtype", choices=dtypes, default=dtype, help=meaning)
-    parser.add_argument("--threads", type=_threads, metavar="N", help="threads on the CPU (default: one per core, or OMP_NUM_THREADS)")
+    parser.add_argument(
+        "--threads",
+        type=_threads,
+        metavar="N",
+        help="threads on the CPU (default: one per core, or OMP_NUM_THREADS)",
+    )
 
 
-def prepare_machine(arguments: argparse.Namespace, processes: Processes = Processes()) -> torch.device:  # noqa: B008
+def prepare_machine(arguments: argparse.Namespace, processes: Processes = Processes()) -> torch.device:
     """Set the number of threads, and return the device of this process.
 
     Raises:

@@ -8,7 +8,21 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import far
-from far.cli import benchmark, cache, convert, data, demo, distill, edit, evaluate, generate, push, recipe, train, train_autoencoder
+from far.cli import (
+    benchmark,
+    cache,
+    convert,
+    data,
+    demo,
+    distill,
+    edit,
+    evaluate,
+    generate,
+    push,
+    recipe,
+    train,
+    train_autoencoder,
+)
 from far.devices import is_out_of_memory
 from far.errors import InputError
 from far.files import printable
@@ -58,7 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").splitlines()[0]
         command = commands.add_parser(
-            name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+            name,
+            help=summary,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
@@ -93,7 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (processes := started_by_torchrun()).count > 1:
             if parsed.command not in SHARED:
                 shared = ", ".join(SHARED)
-                raise InputError(f"several processes are for {shared}; run far {parsed.command} without torchrun (unset WORLD_SIZE)")
+                raise InputError(
+                    f"several processes are for {shared}; run far {parsed.command} without torchrun (unset WORLD_SIZE)"
+                )
             processes.local_rank()  # torchrun's variables are checked before any file
         parsed.run(parsed)
     except (InputError, OSError) as error:
@@ -103,7 +123,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         reason = printable(" ".join(str(error).split())[:200])
-        print(f"far: error: out of memory ({reason}); take smaller batches, or more micro_batches", file=sys.stderr)
+        print(
+            f"far: error: out of memory ({reason}); take smaller batches, or more micro_batches",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt as interruption:
         how = str(interruption) or _HOW_TO_RESUME.get(parsed.command)

@@ -14,9 +14,17 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("weights", help="folder, bundled name, or OWNER/NAME[@REVISION] of the hub")
     parser.add_argument("name", metavar="OWNER/NAME[@BRANCH]", help="the repository, made where missing")
-    parser.add_argument("--license", required=True, help="of the weights, as the hub abbreviates it: mit, cc-by-nc-4.0, other …")
-    parser.add_argument("--private", action="store_true", help="make a new repository private (default: as its owner's are)")
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the published weights (default float32)")
+    parser.add_argument(
+        "--license",
+        required=True,
+        help="of the weights, as the hub abbreviates it: mit, cc-by-nc-4.0, other …",
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="make a new repository private (default: as its owner's are)"
+    )
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, default="float32", help="of the published weights (default float32)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -23,7 +23,9 @@ def run(arguments: argparse.Namespace) -> None:
         print(as_text(min(shutil.get_terminal_size().columns, 110)), end="")
     elif arguments.name is not None:
         if arguments.name not in recipe_names():
-            raise InputError(f"no packaged recipe {arguments.name!r}; choose one of: {', '.join(recipe_names())}")
+            raise InputError(
+                f"no packaged recipe {arguments.name!r}; choose one of: {', '.join(recipe_names())}"
+            )
         print(packaged(arguments.name), end="")
     else:
         width = max(map(len, recipe_names()))

@@ -9,15 +9,21 @@ from far.recipe import Recipe, load_recipe
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, help="YAML file, or the name of a packaged recipe, such as avatars-64")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides, such as generator.training.steps=1000")
+    parser.add_argument(
+        "recipe", type=Path, help="YAML file, or the name of a packaged recipe, such as avatars-64"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="overrides, such as generator.training.steps=1000"
+    )
 
 
 def read_recipe(arguments: argparse.Namespace) -> Recipe:
     return load_recipe(arguments.recipe, arguments.overrides)
 
 
-def check_made(recipe: Recipe, arguments: argparse.Namespace, *, autoencoder: bool = False, latents: bool = False) -> None:
+def check_made(
+    recipe: Recipe, arguments: argparse.Namespace, *, autoencoder: bool = False, latents: bool = False
+) -> None:
     """Raise an :class:`InputError` that names the command to run first if what a training reads is missing.
 
     The image set is always needed, ``autoencoder`` and ``latents`` on request. Their content is checked when it is read.

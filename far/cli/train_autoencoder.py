@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     recipe = read_recipe(arguments)
     if recipe.autoencoder_from is not None:
-        raise InputError(f"{arguments.recipe} takes its autoencoder from {recipe.autoencoder_from}; to train one: autoencoder_from=null")
+        raise InputError(
+            f"{arguments.recipe} takes its autoencoder from {recipe.autoencoder_from}; to train one: autoencoder_from=null"
+        )
     config = recipe.autoencoder
     check_made(recipe, arguments)
     check_unused(recipe.autoencoder_folder, arguments.resume)
@@ -33,8 +35,15 @@ def run(arguments: argparse.Namespace) -> None:
     from far.training.loop import resolve_loop, train
 
     with joined() as processes:
-        training = resolve_loop(with_machine(config.training, arguments), recipe.autoencoder_folder, processes)
+        training = resolve_loop(
+            with_machine(config.training, arguments), recipe.autoencoder_folder, processes
+        )
         task = AutoencoderTask(config.model, config.loss, Path(recipe.data), training)
         train(task, training, recipe.autoencoder_folder, resume=arguments.resume, processes=processes)
-        if processes.rank == 0 and task.results:  # none if it was interrupted before its first evaluation, or was trained already
-            print(f"{recipe.autoencoder_folder}: " + ", ".join(f"{name} {value:.4g}" for name, value in task.results.items()))
+        if (
+            processes.rank == 0 and task.results
+        ):  # none if it was interrupted before its first evaluation, or was trained already
+            print(
+                f"{recipe.autoencoder_folder}: "
+                + ", ".join(f"{name} {value:.4g}" for name, value in task.results.items())
+            )

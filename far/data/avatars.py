@@ -45,7 +45,9 @@ def write_avatars(folder: Path, size: int, per_class: int, held_out_per_class: i
     if size < 8 or _RENDER_SIZE % size:
         raise InputError(f"size {size}: avatars are rendered at 8, 16, 32, 64 or 128 pixels")
     if not 1 <= per_class <= HELD_OUT_SEED:
-        raise InputError(f"per-class {per_class}: give 1 to {HELD_OUT_SEED}; the seeds from {HELD_OUT_SEED} on are held out")
+        raise InputError(
+            f"per-class {per_class}: give 1 to {HELD_OUT_SEED}; the seeds from {HELD_OUT_SEED} on are held out"
+        )
     if held_out_per_class < 1:
         raise InputError(f"held-out-per-class {held_out_per_class}: give at least 1")
     _styles()
@@ -58,7 +60,9 @@ def write_avatars(folder: Path, size: int, per_class: int, held_out_per_class: i
     )  # fmt: skip
 
 
-def _render_split(folder: Path, size: int, first_seed: int, seeds: int, exclude: frozenset[str] | None) -> ShardWriter:
+def _render_split(
+    folder: Path, size: int, first_seed: int, seeds: int, exclude: frozenset[str] | None
+) -> ShardWriter:
     """Without ``exclude`` this is the reference, and its report remembers what it holds."""
     meta = {
         "kind": "images", "size": size, "classes": list(STYLES), "source": "DiceBear styles, CC0 1.0",
@@ -73,7 +77,9 @@ def _render_split(folder: Path, size: int, first_seed: int, seeds: int, exclude:
     jobs = ((row % len(STYLES), first_seed + row // len(STYLES)) for row in range(writer.cursor, total))
     with (
         multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool,
-        tqdm(total=total, initial=writer.cursor, desc=f"rendering {folder.name}", unit="img", mininterval=1) as bar,
+        tqdm(
+            total=total, initial=writer.cursor, desc=f"rendering {folder.name}", unit="img", mininterval=1
+        ) as bar,
     ):
         rendered = pool.imap(functools.partial(render_avatar, size=size), jobs, chunksize=50)
         for batch in _batches(_counted(zip(_classes_from(writer.cursor), rendered), bar), SHARD_ROWS):
@@ -85,7 +91,9 @@ def _render_split(folder: Path, size: int, first_seed: int, seeds: int, exclude:
             writer.report["duplicates removed"] = removed
             images = np.array([picture for _, picture in kept], np.uint8).reshape(-1, size, size, 3)
             labels = torch.tensor([label for label, _ in kept], dtype=torch.int64)
-            writer.write({"images": torch.from_numpy(images), "labels": labels}, cursor=writer.cursor + len(batch))
+            writer.write(
+                {"images": torch.from_numpy(images), "labels": labels}, cursor=writer.cursor + len(batch)
+            )
     writer.finish()
     return writer
 
@@ -116,7 +124,9 @@ def render_avatar(job: tuple[int, int], size: int) -> np.ndarray:
     with Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg))), formats=("PNG",)) as picture:
         rgba = picture.convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
-    return np.asarray(Image.alpha_composite(white, rgba).convert("RGB").resize((size, size), Image.Resampling.BOX))
+    return np.asarray(
+        Image.alpha_composite(white, rgba).convert("RGB").resize((size, size), Image.Resampling.BOX)
+    )
 
 
 def _renderer() -> str:
@@ -133,7 +143,9 @@ def _styles() -> dict:
         import resvg_py  # noqa: F401
         from dicebear import Style
     except ImportError as error:
-        raise InputError(f"rendering avatars needs the package {error.name}; pip install 'far-image[data]'") from error
+        raise InputError(
+            f"rendering avatars needs the package {error.name}; pip install 'far-image[data]'"
+        ) from error
     folder = Path(next(iter(dicebear_styles.__path__)))
     styles = {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in STYLES}
     return {name: Style(style) for name, style in styles.items()}

@@ -13,7 +13,18 @@ from far.data.image_sets import Summary
 from far.data.shards import ShardWriter
 from far.errors import InputError
 
-CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 SIZE = 32
 _SHARD_ROWS = 10_000
 _PARTS = {"train": "train", "held-out": "t10k"}
@@ -32,18 +43,27 @@ def write_fashion_mnist(source: Path, folder: Path) -> Summary:
     """
     read = {name: _read_part(source, prefix) for name, prefix in _PARTS.items()}
     meta = {"kind": "images", "size": SIZE, "classes": list(CLASSES), "source": "Fashion-MNIST, MIT licence"}
-    writers = {name: ShardWriter(folder / name, {**meta, "image files": _content(*arrays)}) for name, arrays in read.items()}
+    writers = {
+        name: ShardWriter(folder / name, {**meta, "image files": _content(*arrays)})
+        for name, arrays in read.items()
+    }
     for name, (images, labels) in read.items():
         writer = writers[name]
         while writer.cursor < len(images):
             rows = slice(writer.cursor, writer.cursor + _SHARD_ROWS)
             padded = np.pad(images[rows], ((0, 0), (2, 2), (2, 2)))
             rgb = torch.from_numpy(np.repeat(padded[..., None], 3, axis=-1))
-            writer.write({"images": rgb, "labels": torch.from_numpy(labels[rows].astype(np.int64))}, cursor=writer.cursor + len(padded))
+            writer.write(
+                {"images": rgb, "labels": torch.from_numpy(labels[rows].astype(np.int64))},
+                cursor=writer.cursor + len(padded),
+            )
         if not writer.complete:
             writer.finish()
     return Summary(
-        writers["train"].count, writers["held-out"].count, CLASSES, already_complete=all(w.found_complete for w in writers.values())
+        writers["train"].count,
+        writers["held-out"].count,
+        CLASSES,
+        already_complete=all(w.found_complete for w in writers.values()),
     )
 
 
@@ -55,11 +75,17 @@ def _read_part(source: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
     images = read_idx(_find(source, f"{prefix}-images-idx3-ubyte"))
     labels = read_idx(_find(source, f"{prefix}-labels-idx1-ubyte"))
     if images.ndim != 3 or images.shape[1:] != (28, 28):
-        raise InputError(f"{source}: {prefix} images have shape {images.shape}, not [n, 28, 28]; get the files again")
+        raise InputError(
+            f"{source}: {prefix} images have shape {images.shape}, not [n, 28, 28]; get the files again"
+        )
     if labels.shape != images.shape[:1]:
-        raise InputError(f"{source}: {len(images)} {prefix} images but {len(labels)} labels; get the files again")
+        raise InputError(
+            f"{source}: {len(images)} {prefix} images but {len(labels)} labels; get the files again"
+        )
     if labels.max(initial=0) >= len(CLASSES):
-        raise InputError(f"{source}: {prefix} has the label {labels.max()}, above {len(CLASSES) - 1}; get the files again")
+        raise InputError(
+            f"{source}: {prefix} has the label {labels.max()}, above {len(CLASSES) - 1}; get the files again"
+        )
     return images, labels
 
 
@@ -67,7 +93,9 @@ def _find(source: Path, name: str) -> Path:
     for path in (source / f"{name}.gz", source / name):
         if path.is_file():
             return path
-    raise InputError(f"{source / name}.gz does not exist; install Debian's dataset-fashion-mnist or download the four files")
+    raise InputError(
+        f"{source / name}.gz does not exist; install Debian's dataset-fashion-mnist or download the four files"
+    )
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -25,7 +25,9 @@ from far.files import printable, sha256
 _SHARD_BYTES = 64 * 2**20
 _HASHED_TOGETHER = 4096
 # Names of the parts of data sets, which are seldom classes.
-_PART_NAMES = frozenset(("train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval", *PARTS))
+_PART_NAMES = frozenset(
+    ("train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval", *PARTS)
+)
 
 File = tuple[Path, int]  # a path and its label
 Found = tuple[np.ndarray, bool] | InputError  # pixels, and whether a color profile was ignored
@@ -79,8 +81,12 @@ def write_folder(
     for writer in writers.values():
         left_out.update(writer.report.get("left out", {}))
     ignored = sum(writer.report.get("profiles ignored", 0) for writer in writers.values())
-    hints = _hints(source, classes, files) + [f"{ignored} color profiles cannot be used; their colors are taken as sRGB"] * bool(ignored)
-    return Summary(writers["train"].count, writers["held-out"].count, classes, dict(left_out), hints, complete)
+    hints = _hints(source, classes, files) + [
+        f"{ignored} color profiles cannot be used; their colors are taken as sRGB"
+    ] * bool(ignored)
+    return Summary(
+        writers["train"].count, writers["held-out"].count, classes, dict(left_out), hints, complete
+    )
 
 
 def _check(source: Path, folder: Path, size: int, held_out_share: float) -> None:
@@ -89,7 +95,9 @@ def _check(source: Path, folder: Path, size: int, held_out_share: float) -> None
     if not 0 < held_out_share <= 0.5:
         raise InputError(f"held-out-share {held_out_share}: give a number above 0 and at most 0.5")
     if folder.resolve().is_relative_to(source.resolve()):
-        raise InputError(f"{folder} lies within the folder of images {source}, where it would be a class; choose a place outside")
+        raise InputError(
+            f"{folder} lies within the folder of images {source}, where it would be a class; choose a place outside"
+        )
 
 
 def _split(files: list[File], share: float) -> tuple[list[File], list[File]]:
@@ -107,7 +115,10 @@ def _split(files: list[File], share: float) -> tuple[list[File], list[File]]:
 def _content(files: list[File], source: Path) -> str:
     """Return a SHA-256 of the names and contents of all files."""
     digest = hashlib.sha256()
-    with ThreadPoolExecutor() as pool, tqdm(total=len(files), desc="comparing files", unit="file", mininterval=1, delay=1) as bar:
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=len(files), desc="comparing files", unit="file", mininterval=1, delay=1) as bar,
+    ):
         for start in range(0, len(files), _HASHED_TOGETHER):
             paths = [path for path, _ in files[start : start + _HASHED_TOGETHER]]
             for path, content in zip(paths, pool.map(_hash, paths)):
@@ -150,7 +161,9 @@ def _with_both_parts(
     needed: set[File] = set()
     too_few = []
     groups = zip(_by_class(held_out), _by_class(train))
-    for name, (held, trained) in zip(tqdm(classes, desc="checking classes", unit="class", mininterval=1, delay=1), groups):
+    for name, (held, trained) in zip(
+        tqdm(classes, desc="checking classes", unit="class", mininterval=1, delay=1), groups
+    ):
         trains = next(readable(itertools.chain(reversed(trained), reversed(held))), None)
         stays = next((file for file in readable(itertools.chain(held, trained)) if file != trains), None)
         if trains is None or stays is None:
@@ -161,7 +174,11 @@ def _with_both_parts(
     if too_few:
         raise InputError(few_images(source, too_few))
     moved = [file for file in held_out if file in needed]
-    return [file for file in held_out if file not in needed], sorted([*train, *moved], key=lambda file: (file[1], file[0])), needed
+    return (
+        [file for file in held_out if file not in needed],
+        sorted([*train, *moved], key=lambda file: (file[1], file[0])),
+        needed,
+    )
 
 
 def _by_class(files: list[File]) -> Iterator[list[File]]:
@@ -197,7 +214,14 @@ def _shuffled(files: list[File]) -> list[File]:
     return [files[index] for index in order]
 
 
-def _fill(writer: ShardWriter, source: Path, files: list[File], read: Read, strict: bool, spare: _Spare | None = None) -> None:
+def _fill(
+    writer: ShardWriter,
+    source: Path,
+    files: list[File],
+    read: Read,
+    strict: bool,
+    spare: _Spare | None = None,
+) -> None:
     """Write the images of ``files`` that are not yet written, of unreadable ones those that ``spare`` has instead, and finish."""
     if writer.complete:
         return
@@ -214,7 +238,13 @@ def _fill(writer: ShardWriter, source: Path, files: list[File], read: Read, stri
 
     with (
         ThreadPoolExecutor() as pool,
-        tqdm(total=len(files), initial=writer.cursor, desc=f"packing {writer.folder.name}", unit="img", mininterval=1) as bar,
+        tqdm(
+            total=len(files),
+            initial=writer.cursor,
+            desc=f"packing {writer.folder.name}",
+            unit="img",
+            mininterval=1,
+        ) as bar,
     ):
         while writer.cursor < len(files):
             chunk = files[writer.cursor : writer.cursor + rows]
@@ -264,5 +294,11 @@ def _hints(source: Path, classes: list[str], files: list[File]) -> list[str]:
     parts = all(name.casefold().rstrip("0123456789-_ ") in _PART_NAMES for name in classes)
     if not parts and any(len(names) < 3 for names in within):
         return []
-    what = "have names of parts of a data set" if parts else f"are folders of folders, such as {printable('/'.join(within[0][:2]))}"
-    return [f"the classes {what}; if the folders in them are the classes, run: far data folder {shlex.quote(str(source / classes[0]))} OUT"]
+    what = (
+        "have names of parts of a data set"
+        if parts
+        else f"are folders of folders, such as {printable('/'.join(within[0][:2]))}"
+    )
+    return [
+        f"the classes {what}; if the folders in them are the classes, run: far data folder {shlex.quote(str(source / classes[0]))} OUT"
+    ]

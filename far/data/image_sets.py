@@ -44,7 +44,11 @@ class Summary:
         classes = f"{len(self.classes)} {'class' if len(self.classes) == 1 else 'classes'} ({names})"
         line = f"{self.train} train, {self.held_out} held-out, {classes}"
         left_out = describe(Counter(self.left_out))
-        return ("already complete: " if self.already_complete else "") + line + (f"; left out: {left_out}" if left_out else "")
+        return (
+            ("already complete: " if self.already_complete else "")
+            + line
+            + (f"; left out: {left_out}" if left_out else "")
+        )
 
 
 def open_image_set(folder: Path) -> ShardReader:
@@ -76,7 +80,9 @@ def open_held_out(data: Path, train: ShardReader) -> ShardReader:
     sides = (train.meta["classes"], str(train.folder), held_out.meta["classes"], str(held_out.folder))
     check_same_classes(*sides, "make the image set again")
     if train.meta["size"] != held_out.meta["size"]:
-        sizes = f"{train.meta['size']} pixels in {train.folder} and {held_out.meta['size']} in {held_out.folder}"
+        sizes = (
+            f"{train.meta['size']} pixels in {train.folder} and {held_out.meta['size']} in {held_out.folder}"
+        )
         raise InputError(f"images have {sizes}; make the image set again")
     return held_out
 
@@ -86,16 +92,22 @@ def check_meta(reader: ShardReader, **kinds: type) -> None:
     meta = reader.meta
     for name, kind in {"size": int, "classes": list, **kinds}.items():
         if not isinstance(meta.get(name), kind):
-            raise InputError(f"{reader.folder / INDEX} has the {name} {meta.get(name)!r}; remove its folder and make it again")
+            raise InputError(
+                f"{reader.folder / INDEX} has the {name} {meta.get(name)!r}; remove its folder and make it again"
+            )
     if not all(isinstance(name, str) and is_plain(name) for name in meta["classes"]):
-        raise InputError(f"{reader.folder / INDEX}: the classes are {meta['classes']!r}, not names without control characters")
+        raise InputError(
+            f"{reader.folder / INDEX}: the classes are {meta['classes']!r}, not names without control characters"
+        )
 
 
 def check_labels(reader: ShardReader) -> None:
     """Raise an :class:`InputError` unless the label of every row is a class."""
     labels = reader.all("labels")
     if not 0 <= labels.min() <= labels.max() < len(reader.meta["classes"]):
-        raise InputError(f"{reader.folder}: labels {labels.min()} to {labels.max()} are not all classes; remove it and make it again")
+        raise InputError(
+            f"{reader.folder}: labels {labels.min()} to {labels.max()} are not all classes; remove it and make it again"
+        )
 
 
 def read_images(reader: ShardReader, rows: Tensor) -> Tensor:

@@ -38,7 +38,9 @@ class OtherFormat(InputError):
     """A file under an image's name holds something that is not decoded: another format of images, or none."""
 
 
-def find_images(folder: Path, left_out: Counter[str] | None = None) -> tuple[list[str], list[tuple[Path, int]]]:
+def find_images(
+    folder: Path, left_out: Counter[str] | None = None
+) -> tuple[list[str], list[tuple[Path, int]]]:
     """Find the images of a folder with one subfolder per class.
 
     Args:
@@ -70,7 +72,9 @@ def find_images(folder: Path, left_out: Counter[str] | None = None) -> tuple[lis
         files += [(path, label) for path in images]
         left_out.update(others)
     if not subfolders:
-        raise InputError(f"{folder} holds no class folders; put the images ({', '.join(SUFFIXES)}) into one subfolder per class")
+        raise InputError(
+            f"{folder} holds no class folders; put the images ({', '.join(SUFFIXES)}) into one subfolder per class"
+        )
     if too_few:
         raise InputError(few_images(folder, too_few))
     return [path.name for path in subfolders], files
@@ -93,10 +97,14 @@ def _check_names(subfolders: list[Path]) -> None:
             raise InputError(f"class {str(path)!r}: its name cannot be printed; rename the folder")
         other = seen.setdefault(unicodedata.normalize("NFC", path.name).strip().casefold(), path)
         if other is not path:
-            raise InputError(f"classes {str(other)!r} and {path.name!r} differ only in case or spaces; rename or merge the folders")
+            raise InputError(
+                f"classes {str(other)!r} and {path.name!r} differ only in case or spaces; rename or merge the folders"
+            )
         other = folders.setdefault(path.resolve(), path)
         if other is not path:
-            raise InputError(f"classes {str(other)!r} and {path.name!r} are one folder, of which one is a link; remove the link")
+            raise InputError(
+                f"classes {str(other)!r} and {path.name!r} are one folder, of which one is a link; remove the link"
+            )
 
 
 def _made_of(path: Path, make: Callable[[Image.Image], T]) -> T:
@@ -105,17 +113,27 @@ def _made_of(path: Path, make: Callable[[Image.Image], T]) -> T:
         with Image.open(path, formats=_FORMATS) as picture:
             pixels = picture.width * picture.height
             if pixels > _MOST_PIXELS:
-                raise ValueError(f"it has {picture.width}×{picture.height} pixels, more than {_MOST_PIXELS} in all")
+                raise ValueError(
+                    f"it has {picture.width}×{picture.height} pixels, more than {_MOST_PIXELS} in all"
+                )
             if pixels <= _MANY_PIXELS:
                 return make(picture)
             # In a thread that ends, since what a thread has freed may stay set aside for it.
             with _one_at_a_time, ThreadPoolExecutor(1) as thread:
                 return thread.submit(make, picture).result()
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        cause = error.__cause__ if isinstance(error, InputError) and isinstance(error.__cause__, Exception) else error
+        cause = (
+            error.__cause__
+            if isinstance(error, InputError) and isinstance(error.__cause__, Exception)
+            else error
+        )
         if isinstance(cause, UnidentifiedImageError) and (held := _other_format(path)):
-            raise OtherFormat(f"{path} is no readable image (it holds {held}); convert it to PNG, JPEG or WebP, or remove it") from error
-        raise InputError(f"{path} is no readable image ({first_line(cause)}); replace or remove it") from error
+            raise OtherFormat(
+                f"{path} is no readable image (it holds {held}); convert it to PNG, JPEG or WebP, or remove it"
+            ) from error
+        raise InputError(
+            f"{path} is no readable image ({first_line(cause)}); replace or remove it"
+        ) from error
 
 
 def _other_format(path: Path) -> str | None:
@@ -168,6 +186,8 @@ def centre_crop(picture: Image.Image, size: int) -> Image.Image:
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    picture = picture.resize(
+        (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC
+    )
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return picture.crop((left, top, left + size, top + size))

@@ -30,7 +30,7 @@ def write_latents(
     folder: Path,
     batch_size: int = 64,
     device: str | torch.device = "auto",
-    processes: Processes = Processes(),  # noqa: B008
+    processes: Processes = Processes(),
 ) -> None:
     """Encode ``images/train`` into ``folder``, each of several ``processes`` a part; continues where it stopped.
 
@@ -75,7 +75,9 @@ def _moments(autoencoder: Autoencoder, images: Tensor, source: ShardReader) -> T
     both = torch.stack([autoencoder.moments(images), autoencoder.moments(images.flip(-1))], dim=1)
     stored = both.to(torch.float16).cpu()
     if not torch.isfinite(stored).all():
-        raise InputError(f"the autoencoder gives moments of {source.folder} that float16 cannot hold; train it longer or with more KL")
+        raise InputError(
+            f"the autoencoder gives moments of {source.folder} that float16 cannot hold; train it longer or with more KL"
+        )
     return stored
 
 
@@ -85,7 +87,9 @@ def _check_source(folder: Path, meta: dict[str, Any], images: ShardReader) -> No
     check_same_classes(meta["classes"], str(folder), images.meta["classes"], str(images.folder), remedy)
     made, given = meta.get("images_fingerprint"), fingerprint(images)
     if made != given:
-        raise InputError(f"{folder} was made from other images (fingerprint {made}) than {images.folder} holds ({given}); {remedy}")
+        raise InputError(
+            f"{folder} was made from other images (fingerprint {made}) than {images.folder} holds ({given}); {remedy}"
+        )
 
 
 def open_latents(folder: Path, autoencoder: Autoencoder, images: ShardReader | None = None) -> ShardReader:
@@ -109,6 +113,8 @@ def open_latents(folder: Path, autoencoder: Autoencoder, images: ShardReader | N
     if images is not None:
         _check_source(folder, reader.meta, images)
     config, side = autoencoder.config, reader.meta["size"] // autoencoder.config.stride
-    reader.require({"moments": (np.float16, (2, 2 * config.latent_channels, side, side)), "labels": (np.int64, ())})
+    reader.require(
+        {"moments": (np.float16, (2, 2 * config.latent_channels, side, side)), "labels": (np.int64, ())}
+    )
     check_labels(reader)
     return reader

@@ -50,10 +50,14 @@ def class_folders(folder: Path, left_out: Counter[str]) -> list[Path]:
             _count_hidden(path, left_out)
         elif os.path.isdir(path):
             if folder.resolve().is_relative_to(path.resolve()):
-                raise InputError(f"class {path} is a link to a folder above it; remove it, or link to the class's images")
+                raise InputError(
+                    f"class {path} is a link to a folder above it; remove it, or link to the class's images"
+                )
             found.append(path)
         elif path.suffix.lower() not in SUFFIXES and not os.path.exists(path):
-            raise InputError(f"class {path} is a link to {os.readlink(path)}, which does not exist; restore or remove it")
+            raise InputError(
+                f"class {path} is a link to {os.readlink(path)}, which does not exist; restore or remove it"
+            )
     return sorted(found, key=lambda path: natural_order(path.name))
 
 
@@ -110,7 +114,9 @@ def _entries(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
     except OSError as error:
-        raise InputError(f"cannot read the folder {folder}: {error.strerror}; change its permissions or remove it") from error
+        raise InputError(
+            f"cannot read the folder {folder}: {error.strerror}; change its permissions or remove it"
+        ) from error
 
 
 def _reason(path: Path) -> str | None:

@@ -23,7 +23,16 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from far.errors import InputError
-from far.files import atomic_path, check_folder, json_digest, read_json, remove_leftovers, sha256, sole_use, write_json
+from far.files import (
+    atomic_path,
+    check_folder,
+    json_digest,
+    read_json,
+    remove_leftovers,
+    sha256,
+    sole_use,
+    write_json,
+)
 from far.processes import Processes, started_by_torchrun
 
 INDEX = "index.json"
@@ -48,7 +57,7 @@ class ShardWriter:
             to, is filled by another command, or is not the same for all processes.
     """
 
-    def __init__(self, folder: Path, meta: Mapping[str, Any], processes: Processes = Processes()) -> None:  # noqa: B008
+    def __init__(self, folder: Path, meta: Mapping[str, Any], processes: Processes = Processes()) -> None:
         self.folder, self.processes = folder, processes
         processes.check_shared(folder)
         # Nobody writes before the first has removed what is left of an earlier start.
@@ -67,7 +76,11 @@ class ShardWriter:
         wanted = json.loads(json.dumps(meta))
         if index["complete"]:  # an older version, which told less, may have made it
             wanted = {name: value for name, value in wanted.items() if name in index["meta"]}
-        differ = [name for name in {**index["meta"], **wanted} if index["meta"].get(name) != wanted.get(name) and name != "source"]
+        differ = [
+            name
+            for name in {**index["meta"], **wanted}
+            if index["meta"].get(name) != wanted.get(name) and name != "source"
+        ]
         if differ:
             theirs, ours = (reprlib.repr(values.get(differ[0])) for values in (index["meta"], wanted))
             raise InputError(
@@ -76,7 +89,9 @@ class ShardWriter:
             )
         for shard in index["shards"]:
             if not (self.folder / shard["file"]).exists():
-                raise InputError(f"{self.folder / shard['file']} is missing; remove {self.folder} and make it again")
+                raise InputError(
+                    f"{self.folder / shard['file']} is missing; remove {self.folder} and make it again"
+                )
         return index
 
     @property
@@ -100,7 +115,10 @@ class ShardWriter:
 
     def write(self, tensors: Mapping[str, torch.Tensor], cursor: int) -> None:
         """Append one shard of equally many rows a tensor; no rows only moves the cursor."""
-        self._list([self._save(len(self.index["shards"]), tensors)] if len(next(iter(tensors.values()))) else [], cursor)
+        self._list(
+            [self._save(len(self.index["shards"]), tensors)] if len(next(iter(tensors.values()))) else [],
+            cursor,
+        )
 
     def fill(self, total: int, step: int, make: Callable[[range], Pieces], bar: tqdm) -> None:
         """Write what is missing of a source of ``total`` items, ``step`` of them per shard, and finish.
@@ -117,8 +135,15 @@ class ShardWriter:
         """
         with self.processes.alone_in(self.folder):
             while self.cursor < total:
-                parts = [range(start, min(start + step, total)) for start in range(self.cursor, total, step)[: self.processes.count]]
-                shards = [shard for shard in self.processes.collect(self._save_own, parts, make) if shard is not None]
+                parts = [
+                    range(start, min(start + step, total))
+                    for start in range(self.cursor, total, step)[: self.processes.count]
+                ]
+                shards = [
+                    shard
+                    for shard in self.processes.collect(self._save_own, parts, make)
+                    if shard is not None
+                ]
                 self._list(shards, parts[-1].stop)
                 bar.update(self.cursor - bar.n)
             self.finish()
@@ -163,7 +188,9 @@ class ShardWriter:
 
     def _write_index(self) -> None:
         told = {**self.index, "sha256": json_digest(self.index)}
-        self.processes.collect(lambda: write_json(self.folder / INDEX, told) if self.processes.rank == 0 else None)
+        self.processes.collect(
+            lambda: write_json(self.folder / INDEX, told) if self.processes.rank == 0 else None
+        )
 
 
 class ShardReader:
@@ -180,14 +207,18 @@ class ShardReader:
         self.folder = folder
         if not (folder / INDEX).exists():
             command = _MADE_BY.get(kind, "the command that writes it")
-            raise InputError(f"{folder} holds no {kind}: {folder / INDEX} does not exist. Make it first, with {command}")
+            raise InputError(
+                f"{folder} holds no {kind}: {folder / INDEX} does not exist. Make it first, with {command}"
+            )
         index = _read_index(folder / INDEX)
         self.meta: dict[str, Any] = index["meta"]
         if self.meta.get("kind") != kind:
             raise InputError(f"{folder} holds {self.meta.get('kind', 'no data')!r}, where {kind!r} is needed")
         if not index["complete"]:
             command = _MADE_BY.get(kind, "the command that writes it")
-            raise InputError(f"{folder} is unfinished. Run {command} again with the same arguments: it continues where it stopped")
+            raise InputError(
+                f"{folder} is unfinished. Run {command} again with the same arguments: it continues where it stopped"
+            )
         # Identifies the rows, wherever the folder lies.
         self.digest = json_digest([[shard["count"], shard["sha256"]] for shard in index["shards"]])
         self._shards = index["shards"]
@@ -204,8 +235,12 @@ class ShardReader:
         for shard in self._shards:
             path = self.folder / shard["file"]
             maps.append(map_safetensors(path))
-            if any(len(rows) != shard["count"] for rows in maps[-1].values()) or _form(maps[-1]) != _form(maps[0]):
-                raise InputError(f"{path} holds other rows than the index says; remove {self.folder} and make it again")
+            if any(len(rows) != shard["count"] for rows in maps[-1].values()) or _form(maps[-1]) != _form(
+                maps[0]
+            ):
+                raise InputError(
+                    f"{path} holds other rows than the index says; remove {self.folder} and make it again"
+                )
         return maps
 
     def require(self, forms: Mapping[str, tuple[type, tuple[int, ...]]]) -> None:
@@ -213,7 +248,9 @@ class ShardReader:
         found = _form(self._maps[0]) if self._maps else {}
         for name, (dtype, shape) in forms.items():
             if found.get(name) != (np.dtype(dtype), shape):
-                raise InputError(f"{self.folder} holds no {name} of {np.dtype(dtype)} {list(shape)}; remove it and make it again")
+                raise InputError(
+                    f"{self.folder} holds no {name} of {np.dtype(dtype)} {list(shape)}; remove it and make it again"
+                )
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -244,7 +281,9 @@ def _check_digests(folder: Path, shards: list[dict[str, Any]]) -> None:
     for shard in tqdm(shards, f"checking {folder}", unit="shard", delay=2, leave=False, disable=hidden):
         path = folder / shard["file"]
         if not path.exists() or sha256(path) != shard["sha256"]:
-            raise InputError(f"{path} is missing or damaged (its checksum differs); remove {folder} and make it again")
+            raise InputError(
+                f"{path} is missing or damaged (its checksum differs); remove {folder} and make it again"
+            )
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -306,4 +345,6 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
             for name, entry in header.items()
         }
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"{path} is missing or damaged ({' '.join(str(error).split())}); remove its folder and make it again") from error
+        raise InputError(
+            f"{path} is missing or damaged ({' '.join(str(error).split())}); remove its folder and make it again"
+        ) from error

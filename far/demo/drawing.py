@@ -56,7 +56,9 @@ class Order:
     config: SamplingConfig
 
     @classmethod
-    def of_entries(cls, model: Model, label: object, seed: object, count: object = 1, **sampling: object) -> "Order":
+    def of_entries(
+        cls, model: Model, label: object, seed: object, count: object = 1, **sampling: object
+    ) -> "Order":
         """From what was entered in the fields of the page; sampling values that have no field are the model's.
 
         Raises:
@@ -65,7 +67,10 @@ class Order:
         first, images = number("seed", seed, int), number("images", count, int)
         if not 1 <= images <= MOST_IMAGES:
             raise InputError(f"images {images}: give 1 to {MOST_IMAGES}")
-        values = {name: number(name, entry, float if name == "guidance" else int) for name, entry in sampling.items()}
+        values = {
+            name: number(name, entry, float if name == "guidance" else int)
+            for name, entry in sampling.items()
+        }
         config = model.pipeline.sampling_config(**values)
         config.check(model.pipeline.model)
         # The page offers names, so a name wins over a number here.

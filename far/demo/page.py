@@ -84,17 +84,30 @@ class Demo:
         )
         return address
 
-    def generate(self, weights: str, label: str, seed: str, count: Any, guidance: Any, ar_steps: Any, head_steps: Any) -> Iterator[str]:
+    def generate(
+        self, weights: str, label: str, seed: str, count: Any, guidance: Any, ar_steps: Any, head_steps: Any
+    ) -> Iterator[str]:
         """The pictures, one piece of HTML an AR step."""
-        order = Order.of_entries(self.models[weights], label, seed, count, guidance=guidance, ar_steps=ar_steps, head_steps=head_steps)
+        order = Order.of_entries(
+            self.models[weights],
+            label,
+            seed,
+            count,
+            guidance=guidance,
+            ar_steps=ar_steps,
+            head_steps=head_steps,
+        )
         for frame in draw(order):
             yield pictures(order, frame)
 
-    def compare(self, label: str, seed: str, left: str, left_steps: Any, right: str, right_steps: Any) -> Iterator[tuple[str, str, str]]:
+    def compare(
+        self, label: str, seed: str, left: str, left_steps: Any, right: str, right_steps: Any
+    ) -> Iterator[tuple[str, str, str]]:
         """The left picture, then the right one, then what their seconds say; three pieces of HTML a step."""
         # Both are looked through before either is drawn.
         orders = [
-            Order.of_entries(self.models[name], label, seed, head_steps=steps) for name, steps in ((left, left_steps), (right, right_steps))
+            Order.of_entries(self.models[name], label, seed, head_steps=steps)
+            for name, steps in ((left, left_steps), (right, right_steps))
         ]
         shown = [WAITING, WAITING]
         seconds = [0.0, 0.0]
@@ -118,7 +131,13 @@ class Demo:
             with gr.Column(scale=3):
                 shown = gr.HTML(WAITING, elem_id="generated")
         weights.input(self._chosen, [weights, label], [label, *sampling], **AT_ONCE)
-        gr.on([button.click, seed.submit], tells_errors(self.generate), [weights, label, seed, count, *sampling], shown, **DRAWING)
+        gr.on(
+            [button.click, seed.submit],
+            tells_errors(self.generate),
+            [weights, label, seed, count, *sampling],
+            shown,
+            **DRAWING,
+        )
 
     def _chosen(self, weights: str, label: str) -> list[gr.components.Component]:
         model = self.models[weights]
@@ -138,12 +157,18 @@ class Demo:
             for side, model in (("left", left), ("right", right)):
                 with gr.Column():
                     with gr.Row():
-                        weights.append(gr.Dropdown(list(self.models), value=model.name, label="Weights", scale=2, min_width=100))
+                        weights.append(
+                            gr.Dropdown(
+                                list(self.models), value=model.name, label="Weights", scale=2, min_width=100
+                            )
+                        )
                         steps.append(head_steps_field(model))
                     shown.append(gr.HTML(WAITING, elem_id=side))
         for names, field in zip(weights, steps):
             names.input(lambda name: head_steps_field(self.models[name]), names, field, **AT_ONCE)
-        weights[0].input(lambda name, chosen: class_field(self.models[name], chosen), [weights[0], label], label, **AT_ONCE)
+        weights[0].input(
+            lambda name, chosen: class_field(self.models[name], chosen), [weights[0], label], label, **AT_ONCE
+        )
         entries = [label, seed, weights[0], steps[0], weights[1], steps[1]]
         gr.on([button.click, seed.submit], tells_errors(self.compare), entries, [*shown, said], **DRAWING)
 
@@ -162,7 +187,13 @@ AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visib
 def class_field(model: Model, chosen: str | None = None) -> gr.Dropdown:
     """The classes of a model; a number may be typed too. ``chosen`` stays if the model has it."""
     classes = model.pipeline.classes
-    return gr.Dropdown(classes, value=chosen if chosen in classes else classes[0], label="Class", allow_custom_value=True, min_width=100)
+    return gr.Dropdown(
+        classes,
+        value=chosen if chosen in classes else classes[0],
+        label="Class",
+        allow_custom_value=True,
+        min_width=100,
+    )
 
 
 def seed_field() -> gr.Textbox:
@@ -198,7 +229,11 @@ def head_steps_field(model: Model) -> gr.Number:
     most = model.pipeline.model.head.max_steps
     steps = model.pipeline.defaults.head_steps_at(0)
     return gr.Number(
-        steps, label="Head steps", info=f"1 to {most}" if most > 1 else "1 is all it takes", interactive=most > 1, min_width=100
+        steps,
+        label="Head steps",
+        info=f"1 to {most}" if most > 1 else "1 is all it takes",
+        interactive=most > 1,
+        min_width=100,
     )
 
 
@@ -209,7 +244,9 @@ def pictures(order: Order, frame: Frame) -> str:
         data = encode_png(picture, order.settings(seed) if frame.finished else None)
         address = f"data:image/png;base64,{base64.b64encode(data).decode()}"
         save = f'<a download="{name}-{seed}.png" href="{address}">↓ PNG</a>' if frame.finished else ""
-        figures.append(f'<figure><img src="{address}" alt="{name}"><figcaption><span>seed {seed}</span>{save}</figcaption></figure>')
+        figures.append(
+            f'<figure><img src="{address}" alt="{name}"><figcaption><span>seed {seed}</span>{save}</figcaption></figure>'
+        )
     columns = math.ceil(math.sqrt(len(figures)))
     return f'<div class="pictures" style="grid-template-columns: repeat({columns}, 1fr)">{"".join(figures)}</div>{status(order, frame)}'
 
@@ -242,6 +279,8 @@ def tells_errors(handler: Callable[..., Iterator[Any]]) -> Callable[..., Iterato
         try:
             yield from handler(*entries)
         except InputError as error:
-            raise gr.Error(html.escape(str(error), quote=False), title="Please change an entry", print_exception=False) from None
+            raise gr.Error(
+                html.escape(str(error), quote=False), title="Please change an entry", print_exception=False
+            ) from None
 
     return telling

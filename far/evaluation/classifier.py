@@ -14,17 +14,24 @@ class LinearClassifier:
         weight_decay: of the squared weights, per image.
     """
 
-    def __init__(self, features: Tensor, labels: Tensor, *, weight_decay: float = 1e-3, iterations: int = 100) -> None:
+    def __init__(
+        self, features: Tensor, labels: Tensor, *, weight_decay: float = 1e-3, iterations: int = 100
+    ) -> None:
         self.mean, self.deviation = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
         inputs = self._standardised(features)
         classes = int(labels.max()) + 1
         self.weight = torch.zeros(classes, features.shape[1], requires_grad=True)
         self.bias = torch.zeros(classes, requires_grad=True)
-        optimizer = torch.optim.LBFGS([self.weight, self.bias], max_iter=iterations, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS(
+            [self.weight, self.bias], max_iter=iterations, line_search_fn="strong_wolfe"
+        )
 
         def loss() -> Tensor:
             optimizer.zero_grad()
-            value = F.cross_entropy(F.linear(inputs, self.weight, self.bias), labels) + weight_decay * self.weight.square().sum()
+            value = (
+                F.cross_entropy(F.linear(inputs, self.weight, self.bias), labels)
+                + weight_decay * self.weight.square().sum()
+            )
             value.backward()
             return value
 

@@ -44,7 +44,9 @@ def extract_parts(
     remove_leftovers(folder)
     rank, processes = share
     parts = part_ranges(count)
-    mine = [index for index in range(rank, len(parts), processes) if not part_path(folder, parts[index]).exists()]
+    mine = [
+        index for index in range(rank, len(parts), processes) if not part_path(folder, parts[index]).exists()
+    ]
     total = sum(map(len, parts[rank::processes]))
     missing = sum(len(parts[index]) for index in mine)
     done = total - missing
@@ -64,7 +66,9 @@ def extract_parts(
 def _checked(features: Tensor, rows: range) -> Tensor:
     bad = ~features.isfinite().all(dim=1)
     if bad.any():
-        raise InputError(f"image {rows.start + int(bad.nonzero()[0])} gives features that are not finite; check the weights and the image")
+        raise InputError(
+            f"image {rows.start + int(bad.nonzero()[0])} gives features that are not finite; check the weights and the image"
+        )
     return features
 
 
@@ -95,5 +99,7 @@ def read_part(folder: Path, rows: range, name: str) -> Tensor:
     except InputError as error:
         raise InputError(f"{error}, or remove it and run the same command again") from error
     if name not in tensors or len(tensors[name]) != len(rows):
-        raise InputError(f"{path} is damaged (it lacks {name} of {len(rows)} images); remove it and run the same command again")
+        raise InputError(
+            f"{path} is damaged (it lacks {name} of {len(rows)} images); remove it and run the same command again"
+        )
     return tensors[name]

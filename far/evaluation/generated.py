@@ -34,13 +34,29 @@ class Generation:
     def describe(self) -> dict[str, Any]:
         """All of it, with the SHA-256 of every file of the weights, ready for JSON."""
         folder = find_folder(self.weights)
-        files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors")}
-        return {"weights": self.weights, "sha256": files, "sampling": to_dict(self.sampling), "seed": self.seed, "dtype": self.dtype}
+        files = {
+            path.name: sha256(path)
+            for path in sorted(folder.iterdir())
+            if path.suffix in (".json", ".safetensors")
+        }
+        return {
+            "weights": self.weights,
+            "sha256": files,
+            "sampling": to_dict(self.sampling),
+            "seed": self.seed,
+            "dtype": self.dtype,
+        }
 
 
-def parts_folder(base: Path, generation: Generation, extractor: Extractor, *, keep_images: bool = False) -> Path:
+def parts_folder(
+    base: Path, generation: Generation, extractor: Extractor, *, keep_images: bool = False
+) -> Path:
     """The folder for the parts of a generation: another for other weights, settings, network, or content."""
-    described = {**generation.describe(), "extractor": [extractor.name, extractor.digest], "images": keep_images}
+    described = {
+        **generation.describe(),
+        "extractor": [extractor.name, extractor.digest],
+        "images": keep_images,
+    }
     del described["weights"]  # the same files under another name are the same
     return base / f"parts-{hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]}"
 
@@ -74,4 +90,6 @@ def extract_generated(
         labels, seeds = [row % classes for row in rows], [generation.seed + row for row in rows]
         return pipeline.draw(labels, seeds, generation.sampling, batch_size=batch_size, callback=step)
 
-    extract_parts(folder, count, images, extractor, keep_images=keep_images, share=share, description="generating")
+    extract_parts(
+        folder, count, images, extractor, keep_images=keep_images, share=share, description="generating"
+    )

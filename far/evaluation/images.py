@@ -71,7 +71,9 @@ def open_images(path: Path) -> ImageSource:
         return _open_npz(path)
     if not path.is_dir():
         wrong = "is no folder and no .npz" if path.exists() else "does not exist"
-        raise InputError(f"{path} {wrong}; give a folder of images, an .npz, or an image set that far data made")
+        raise InputError(
+            f"{path} {wrong}; give a folder of images, an .npz, or an image set that far data made"
+        )
     for folder in (path, path / "held-out"):
         if (folder / INDEX).exists():
             return _open_image_set(folder)
@@ -113,7 +115,9 @@ def _open_folder(folder: Path) -> ImageSource:
                 )
         return np.stack(images)
 
-    return ImageSource(str(folder), len(files), (size[0], size[1]), f"folder-{digest.hexdigest()}", read, left_out)
+    return ImageSource(
+        str(folder), len(files), (size[0], size[1]), f"folder-{digest.hexdigest()}", read, left_out
+    )
 
 
 def _image_files(folder: Path, left_out: Counter[str]) -> list[Path]:
@@ -123,7 +127,9 @@ def _image_files(folder: Path, left_out: Counter[str]) -> list[Path]:
         others: Counter[str] = Counter()
         classes.append(images_within(subfolder, others))
         if not classes[-1]:
-            raise InputError(f"class {subfolder} has no images ({describe(others) or 'empty'}); add PNG, JPEG or WebP files or remove it")
+            raise InputError(
+                f"class {subfolder} has no images ({describe(others) or 'empty'}); add PNG, JPEG or WebP files or remove it"
+            )
         left_out.update(others)
     return [file for row in itertools.zip_longest(*classes) for file in row if file is not None]
 
@@ -136,11 +142,21 @@ def _open_npz(path: Path) -> ImageSource:
     check_npz(path)
     images = map_npz_array(path, NPZ_IMAGES)
     if images is None:
-        raise InputError(f"{path} holds no array {NPZ_IMAGES!r} of images; write it with far generate --out FILE.npz")
+        raise InputError(
+            f"{path} holds no array {NPZ_IMAGES!r} of images; write it with far generate --out FILE.npz"
+        )
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
-        raise InputError(f"{path}: {NPZ_IMAGES} is {images.dtype} {list(images.shape)}, where uint8 [n, height, width, 3] is needed")
+        raise InputError(
+            f"{path}: {NPZ_IMAGES} is {images.dtype} {list(images.shape)}, where uint8 [n, height, width, 3] is needed"
+        )
     size = (images.shape[1], images.shape[2])
-    return ImageSource(str(path), len(images), size, f"npz-{sha256(path)}", lambda rows: np.array(images[rows.start : rows.stop]))
+    return ImageSource(
+        str(path),
+        len(images),
+        size,
+        f"npz-{sha256(path)}",
+        lambda rows: np.array(images[rows.start : rows.stop]),
+    )
 
 
 def npz_names(path: Path) -> set[str]:
@@ -177,7 +193,9 @@ def _readable(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
     except Exception as error:  # of a damaged archive or header, zipfile and numpy raise nearly anything
-        raise InputError(f"{path} is damaged or no .npz ({' '.join(str(error).split())}); restore or remake it") from error
+        raise InputError(
+            f"{path} is damaged or no .npz ({' '.join(str(error).split())}); restore or remake it"
+        ) from error
 
 
 def map_npz_array(path: Path, name: str) -> np.ndarray | None:
@@ -215,9 +233,14 @@ def _map_npy(file: IO[bytes]) -> np.ndarray:
     return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")  # type: ignore[call-overload, no-any-return]
 
 
-def write_npz(path: Path, images: Iterable[np.ndarray], count: int, labels: Sequence[int] | None = None) -> None:
+def write_npz(
+    path: Path, images: Iterable[np.ndarray], count: int, labels: Sequence[int] | None = None
+) -> None:
     """Write ADM's sample format batch by batch: ``arr_0`` ``[count, h, w, 3]`` uint8, and ``arr_1``, the labels."""
-    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with (
+        atomic_path(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
         with archive.open(f"{NPZ_IMAGES}.npy", "w", force_zip64=True) as member:
             written = 0
             for batch in images:

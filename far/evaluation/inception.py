@@ -79,7 +79,12 @@ class NormedConv(nn.Module):
     """Convolution without bias, batch norm, ReLU."""
 
     def __init__(
-        self, channels_in: int, channels_out: int, kernel: int | tuple[int, int], stride: int = 1, padding: int | tuple[int, int] = 0
+        self,
+        channels_in: int,
+        channels_out: int,
+        kernel: int | tuple[int, int],
+        stride: int = 1,
+        padding: int | tuple[int, int] = 0,
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels_in, channels_out, kernel, stride, padding, bias=False)
@@ -112,7 +117,15 @@ class InceptionA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)), double, self.branch_pool(_average_pool(x))], dim=1)
+        return torch.cat(
+            [
+                self.branch1x1(x),
+                self.branch5x5_2(self.branch5x5_1(x)),
+                double,
+                self.branch_pool(_average_pool(x)),
+            ],
+            dim=1,
+        )
 
 
 class InceptionB(nn.Module):
@@ -190,7 +203,12 @@ class InceptionE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         single = self.branch3x3_1(x)
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        forks = [self.branch3x3_2a(single), self.branch3x3_2b(single), self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)]
+        forks = [
+            self.branch3x3_2a(single),
+            self.branch3x3_2b(single),
+            self.branch3x3dbl_3a(double),
+            self.branch3x3dbl_3b(double),
+        ]
         return torch.cat([self.branch1x1(x), *forks, self.branch_pool(self.pool(x))], dim=1)
 
 
@@ -228,13 +246,18 @@ def load_inception(path: Path) -> InceptionV3:
     if not isinstance(weights, dict):
         raise InputError(f"{path} is no state dict; {remedy}")
     # The counters of the batch norms are unused here, and may be absent from the file.
-    weights = {**{name: tensor for name, tensor in expected.items() if name.endswith("num_batches_tracked")}, **weights}
+    weights = {
+        **{name: tensor for name, tensor in expected.items() if name.endswith("num_batches_tracked")},
+        **weights,
+    }
     differing = sorted(map(str, weights.keys() ^ expected.keys()))
     if differing:
         raise InputError(f"{path} holds another network: {differing[0]} is in only one of the two; {remedy}")
     for name, tensor in expected.items():
         if not is_held(weights[name]) or weights[name].is_complex() or weights[name].shape != tensor.shape:
-            raise InputError(f"{path} holds another network: {name} is not of shape {list(tensor.shape)}; {remedy}")
+            raise InputError(
+                f"{path} holds another network: {name} is not of shape {list(tensor.shape)}; {remedy}"
+            )
     network.load_state_dict(weights)
     network.digest = sha256(path)
     # A published file's name ends with the first digits of its checksum, and pickles of that age have no other.

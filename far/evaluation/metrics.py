@@ -25,7 +25,11 @@ class FeatureStatistics:
 
     @classmethod
     def empty(cls, features: int) -> "FeatureStatistics":
-        return cls(0, torch.zeros(features, dtype=torch.float64), torch.zeros(features, features, dtype=torch.float64))
+        return cls(
+            0,
+            torch.zeros(features, dtype=torch.float64),
+            torch.zeros(features, features, dtype=torch.float64),
+        )
 
     def add(self, features: Tensor) -> None:
         """Count in a batch ``[n, d]``."""
@@ -93,7 +97,9 @@ def frechet_bias(reference: FeatureStatistics, count: int, generator: torch.Gene
     scaled = vectors * values.clamp(min=0).sqrt()
     drawn = FeatureStatistics.empty(len(reference.total))
     for start in range(0, count, _CHUNK):
-        normal = torch.randn(min(_CHUNK, count - start), len(values), generator=generator, dtype=torch.float64)
+        normal = torch.randn(
+            min(_CHUNK, count - start), len(values), generator=generator, dtype=torch.float64
+        )
         drawn.add(reference.mean + normal @ scaled.T)
     return frechet_distance(drawn, reference)
 
@@ -130,7 +136,9 @@ class Estimate:
     error: float | None
 
 
-def kernel_distance(a: Tensor, b: Tensor, generator: torch.Generator, *, subsets: int = 100, subset_size: int = 1000) -> Estimate:
+def kernel_distance(
+    a: Tensor, b: Tensor, generator: torch.Generator, *, subsets: int = 100, subset_size: int = 1000
+) -> Estimate:
     """KID (Bińkowski et al., arXiv 1801.01401): unbiased squared MMD with a cubic kernel, mean over random subsets.
 
     ``error`` is the standard error of the mean, from the standard deviation over the subsets. It needs twice
@@ -169,7 +177,9 @@ def squared_mmd(a: Tensor, b: Tensor) -> float:
     a, b = a.double(), b.double()
     within_a, within_b, between = ((x @ y.T / a.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
     n, m = len(a), len(b)
-    same = (within_a.sum() - within_a.trace()) / (n * (n - 1)) + (within_b.sum() - within_b.trace()) / (m * (m - 1))
+    same = (within_a.sum() - within_a.trace()) / (n * (n - 1)) + (within_b.sum() - within_b.trace()) / (
+        m * (m - 1)
+    )
     return float(same - 2 * between.mean())
 
 
@@ -257,7 +267,9 @@ def _squared_radii(rows: Tensor, *neighbors: int) -> list[Tensor]:
     if len(rows) <= most:
         raise ValueError(f"balls of {most} neighbors need more than {most} images per side, got {len(rows)}")
     # A row is its own nearest one, so the k-th neighbor has index k.
-    nearest = torch.cat([_squared_distances(chunk, rows).topk(most + 1, largest=False).values for chunk in rows.split(_CHUNK)])
+    nearest = torch.cat(
+        [_squared_distances(chunk, rows).topk(most + 1, largest=False).values for chunk in rows.split(_CHUNK)]
+    )
     return [nearest[:, k] for k in neighbors]
 
 

@@ -63,33 +63,65 @@ def open_reference(path: Path, extractor: Extractor, cache: Path) -> Reference:
     features = features_of(source, extractor, cache)
     if extractor.name == FID_NETWORK and {"mu", "sigma"} <= names:
         return dataclasses.replace(_read_statistics(path, extractor), features=features, size=source.size)
-    return Reference(source.name, source.digest, FeatureStatistics.of(features), features, source.count, source.size, source.left_out)
+    return Reference(
+        source.name,
+        source.digest,
+        FeatureStatistics.of(features),
+        features,
+        source.count,
+        source.size,
+        source.left_out,
+    )
 
 
-def features_of(source: ImageSource, extractor: Extractor, cache: Path, *, count: int | None = None) -> Tensor:
+def features_of(
+    source: ImageSource, extractor: Extractor, cache: Path, *, count: int | None = None
+) -> Tensor:
     """Features of the first ``count`` images (default all), from ``cache`` where they are there."""
     count = source.count if count is None else count
-    folder = cache / "features" / f"{source.digest}-{''.join(filter(str.isalnum, extractor.name))}-{extractor.digest[:16]}"
-    extract_parts(folder, count, lambda rows, _: source.tensor(rows), extractor, description=f"features of {source.name}")
+    folder = (
+        cache
+        / "features"
+        / f"{source.digest}-{''.join(filter(str.isalnum, extractor.name))}-{extractor.digest[:16]}"
+    )
+    extract_parts(
+        folder,
+        count,
+        lambda rows, _: source.tensor(rows),
+        extractor,
+        description=f"features of {source.name}",
+    )
     return read_parts(folder, count)
 
 
 def _read_statistics(path: Path, extractor: Extractor) -> Reference:
     check_npz(path)
-    arrays = {name: map_npz_array(path, name) for name in ("mu", "sigma", "extractor", "extractor_digest", "count", "features")}
+    arrays = {
+        name: map_npz_array(path, name)
+        for name in ("mu", "sigma", "extractor", "extractor_digest", "count", "features")
+    }
     mean, covariance, features = arrays["mu"], arrays["sigma"], arrays["features"]
     if mean is None or covariance is None:
         raise InputError(f"{path} holds neither images ({NPZ_IMAGES}) nor statistics (mu and sigma)")
     recorded = FID_NETWORK if arrays["extractor"] is None else _read_name(path, arrays["extractor"])
     if recorded != extractor.name:
-        raise InputError(f"{path} holds statistics of {recorded}, not of {extractor.name}; compare with images, or use that network")
-    if arrays["extractor_digest"] is not None and _read_name(path, arrays["extractor_digest"]) != extractor.digest:
-        raise InputError(f"{path} holds statistics of {recorded} with other weights; compare with images, or use those weights")
+        raise InputError(
+            f"{path} holds statistics of {recorded}, not of {extractor.name}; compare with images, or use that network"
+        )
+    if (
+        arrays["extractor_digest"] is not None
+        and _read_name(path, arrays["extractor_digest"]) != extractor.digest
+    ):
+        raise InputError(
+            f"{path} holds statistics of {recorded} with other weights; compare with images, or use those weights"
+        )
     _check_moments(path, mean, covariance, extractor.dimensions)
     count = None if arrays["count"] is None else _read_count(path, arrays["count"])
     if features is not None:
         _check_features(path, features, count, extractor.dimensions)
-    statistics = FeatureStatistics.known(count or _UNKNOWN_COUNT, torch.tensor(np.array(mean)), torch.tensor(np.array(covariance)))
+    statistics = FeatureStatistics.known(
+        count or _UNKNOWN_COUNT, torch.tensor(np.array(mean)), torch.tensor(np.array(covariance))
+    )
     kept = None if features is None else torch.tensor(np.array(features))
     return Reference(str(path), f"npz-{sha256(path)}", statistics, kept, count, None)
 
@@ -105,7 +137,9 @@ def _read_name(path: Path, array: np.ndarray) -> str:
 
 def _check_moments(path: Path, mean: np.ndarray, covariance: np.ndarray, dimensions: int) -> None:
     if mean.shape != (dimensions,) or covariance.shape != (dimensions, dimensions):
-        raise InputError(f"{path}: mu {list(mean.shape)} and sigma {list(covariance.shape)} do not fit {dimensions} features")
+        raise InputError(
+            f"{path}: mu {list(mean.shape)} and sigma {list(covariance.shape)} do not fit {dimensions} features"
+        )
     for name, array in (("mu", mean), ("sigma", covariance)):
         if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
             raise InputError(f"{path}: {name} holds values that are not finite numbers; make the file again")
@@ -114,18 +148,28 @@ def _check_moments(path: Path, mean: np.ndarray, covariance: np.ndarray, dimensi
         raise InputError(f"{path}: sigma is not symmetric, so it is no covariance; make the file again")
     lowest = float(torch.linalg.eigvalsh(torch.tensor(np.array(covariance)).double())[0])
     if lowest < -1e-3 * scale:
-        raise InputError(f"{path}: sigma has the negative eigenvalue {lowest:.3g}, so it is no covariance; make the file again")
+        raise InputError(
+            f"{path}: sigma has the negative eigenvalue {lowest:.3g}, so it is no covariance; make the file again"
+        )
 
 
 def _read_count(path: Path, array: np.ndarray) -> int:
     if array.shape != () or array.dtype.kind not in "iu" or array < 2:
-        raise InputError(f"{path}: count is {array.tolist()!r}, where the number of images (2 or more) is needed; make the file again")
+        raise InputError(
+            f"{path}: count is {array.tolist()!r}, where the number of images (2 or more) is needed; make the file again"
+        )
     return int(array)
 
 
 def _check_features(path: Path, features: np.ndarray, count: int | None, dimensions: int) -> None:
-    if features.ndim != 2 or features.shape[1] != dimensions or (count is not None and len(features) != count):
-        raise InputError(f"{path}: features {list(features.shape)} are not [{count or 'count'}, {dimensions}]; make the file again")
+    if (
+        features.ndim != 2
+        or features.shape[1] != dimensions
+        or (count is not None and len(features) != count)
+    ):
+        raise InputError(
+            f"{path}: features {list(features.shape)} are not [{count or 'count'}, {dimensions}]; make the file again"
+        )
     if features.dtype.kind != "f" or not np.isfinite(features).all():
         raise InputError(f"{path}: features hold values that are not finite numbers; make the file again")
 

@@ -75,7 +75,9 @@ def report(features: Tensor, reference: Reference, extractor: Extractor, *, seed
     if score.error is not None:
         found[f"IS std over splits{suffix}"] = score.error
     if reference.features is None:
-        warnings.append(f"{reference.source} holds no features, so there are no KID, precision, recall, density and coverage")
+        warnings.append(
+            f"{reference.source} holds no features, so there are no KID, precision, recall, density and coverage"
+        )
         return Report(found, {}, warnings)
     kernel = kernel_distance(features, reference.features, generator)
     found[f"KID{suffix}"] = kernel.value
@@ -114,11 +116,15 @@ def _biases(name: str, features: Tensor, reference: Reference, seed: int) -> dic
     found = {f"floor of {name}": floor}
     if reference.count is not None and reference.count < features.shape[1]:
         # So few real images do not show their own spread. The images compared with them show theirs.
-        found[f"bias of {name} by the reference"] = frechet_bias(FeatureStatistics.of(features), reference.count, generator)
+        found[f"bias of {name} by the reference"] = frechet_bias(
+            FeatureStatistics.of(features), reference.count, generator
+        )
     return found
 
 
-def _bias_warnings(name: str, found: dict[str, float], count: int, reference: Reference, dimensions: int) -> list[str]:
+def _bias_warnings(
+    name: str, found: dict[str, float], count: int, reference: Reference, dimensions: int
+) -> list[str]:
     def part(bias: str) -> str:
         return f"{min(found[bias], found[name]):.1f}"  # an estimate, which may exceed the whole
 
@@ -143,7 +149,10 @@ def _control_images(count: int, seed: int) -> dict[str, Tensor]:
     flat = torch.rand(count, 3, 1, 1, generator=generator).expand(-1, -1, 8, 8)
     # As faint as noise of every pixel is after a blur this wide.
     noise = 0.5 + 0.1 * (torch.rand(count, 3, 8, 8, generator=generator) - 0.5)
-    return {kind: (images * 255).round() / 255 for kind, images in (("flat colors", flat), ("blurred noise", noise))}
+    return {
+        kind: (images * 255).round() / 255
+        for kind, images in (("flat colors", flat), ("blurred noise", noise))
+    }
 
 
 def _control_warnings(overlap: Overlap, controls: dict[str, dict[str, float]], count: int) -> list[str]:
@@ -155,4 +164,6 @@ def _control_warnings(overlap: Overlap, controls: dict[str, dict[str, float]], c
             shown.append(f"{key} {value:.2f} ({kind}: {controls[kind][key]:.2f})")
     if not shown:
         return []
-    return [f"images without content score too, so these figures say little against {count} images: {', '.join(shown)}"]
+    return [
+        f"images without content score too, so these figures say little against {count} images: {', '.join(shown)}"
+    ]

@@ -51,7 +51,9 @@ class HeadConfig:
     def __post_init__(self) -> None:
         if self.kind not in (kinds := dict.fromkeys((*KINDS, *HEADS))):
             choices = ", ".join(map(repr, kinds))
-            raise InputError(f"head kind {self.kind!r}: choose one of {choices}, or register a head of your own")
+            raise InputError(
+                f"head kind {self.kind!r}: choose one of {choices}, or register a head of your own"
+            )
         for name, most in (("width", 2**16), ("depth", 2**10), ("samples_per_token", 2**16)):
             check_count(f"head {name}", getattr(self, name), most)
         if self.token_limit is not None and not self.token_limit > 0:
@@ -59,7 +61,9 @@ class HeadConfig:
         if self.flow_steps < 0:
             raise InputError(f"head flow_steps {self.flow_steps} must be at least 0")
         if self.max_guidance is not None and not (math.isfinite(self.max_guidance) and self.max_guidance > 1):
-            raise InputError(f"head max_guidance {self.max_guidance} must be a number above 1; leave it out for none")
+            raise InputError(
+                f"head max_guidance {self.max_guidance} must be a number above 1; leave it out for none"
+            )
         if self.max_guidance is not None and self.kind != "flow_map":
             raise InputError(
                 f"head max_guidance {self.max_guidance}: only a flow_map head learns guidance; choose kind flow_map, or leave it out"

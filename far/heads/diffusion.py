@@ -67,7 +67,9 @@ class DiffusionHead(Head):
         bound = torch.where(t == 0, likelihood, kl) / math.log(2)
         return (epsilon - noise).square().mean(dim=-1), bound
 
-    def velocity(self, x: Tensor, t: Tensor, z: Tensor, z_uncond: Tensor | None = None, guidance: Tensor | float = 1.0) -> Tensor:
+    def velocity(
+        self, x: Tensor, t: Tensor, z: Tensor, z_uncond: Tensor | None = None, guidance: Tensor | float = 1.0
+    ) -> Tensor:
         """See :class:`Head`; the velocity of the deterministic (DDIM) trajectories, in the time of flow matching.
 
         ``x_t`` is the noisy token of the training step with the same share of noise, scaled to ``t x + (1 − t) ε``.
@@ -76,7 +78,9 @@ class DiffusionHead(Head):
         t = t.clamp(float(bounds[-1]), float(bounds[0]))
         step, t = training_steps(t, flow_times(t.device, t.dtype)), t.unsqueeze(-1)
         noisy = x / (t.square() + (1 - t).square()).sqrt()
-        epsilon = guided(lambda c: self.network(noisy, c, step).to(x.dtype).chunk(2, dim=-1)[0], z, z_uncond, guidance)
+        epsilon = guided(
+            lambda c: self.network(noisy, c, step).to(x.dtype).chunk(2, dim=-1)[0], z, z_uncond, guidance
+        )
         token = (x - (1 - t) * epsilon) / t
         if self.config.token_limit is not None:
             token = token.clamp(-self.config.token_limit, self.config.token_limit)
@@ -112,7 +116,9 @@ class DiffusionHead(Head):
         schedule.tables(like.device, like.dtype)  # moved now, so that no step waits for it
         return self.network.embed_times(like.new_tensor(schedule.timesteps))
 
-    def _predict(self, x: Tensor, time: Tensor, cond: Tensor, uncond: Tensor | None, guidance: float) -> tuple[Tensor, ...]:
+    def _predict(
+        self, x: Tensor, time: Tensor, cond: Tensor, uncond: Tensor | None, guidance: float
+    ) -> tuple[Tensor, ...]:
         """ε, guided, and the variance's fraction, which stays the conditional one; of embedded time and conditions."""
         fractions = []
 
@@ -200,7 +206,12 @@ class Schedule:
         return of_x * x + of_x_t * x_t, logvar
 
     def model_posterior(
-        self, x_t: Tensor, epsilon: Tensor, fraction: Tensor, t: Tensor | int, token_limit: float | None = None
+        self,
+        x_t: Tensor,
+        epsilon: Tensor,
+        fraction: Tensor,
+        t: Tensor | int,
+        token_limit: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of ``p(x_{t−1} | x_t)`` from the network's two outputs.
 
@@ -222,13 +233,15 @@ def train_alphas_cumprod() -> Tensor:
     def level(time: float) -> float:
         return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
 
-    ratios = [level((step + 1) / TRAINING_STEPS) / level(step / TRAINING_STEPS) for step in range(TRAINING_STEPS)]
+    ratios = [
+        level((step + 1) / TRAINING_STEPS) / level(step / TRAINING_STEPS) for step in range(TRAINING_STEPS)
+    ]
     betas = torch.tensor([min(1 - ratio, 0.999) for ratio in ratios], dtype=torch.float64)
     return (1 - betas).cumprod(dim=0)
 
 
 @functools.lru_cache(maxsize=8)
-def flow_times(device: torch.device = torch.device("cpu"), dtype: torch.dtype = torch.float64) -> Tensor:  # noqa: B008
+def flow_times(device: torch.device = torch.device("cpu"), dtype: torch.dtype = torch.float64) -> Tensor:
     """Return the time of flow matching, 0 noise … 1 data, with the noise share of each training step: ``[1000]``, falling.
 
     It is computed in float64 on the CPU and then moved, once per device and dtype.

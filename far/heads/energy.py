@@ -28,7 +28,9 @@ class EnergyHead(Head):
     def __init__(self, config: HeadConfig, channels: int, condition: int) -> None:
         super().__init__()
         if config.samples_per_token < 2:
-            raise InputError("head samples_per_token 1: an energy head needs at least 2, whose distance is scored (EAR takes 2)")
+            raise InputError(
+                "head samples_per_token 1: an energy head needs at least 2, whose distance is scored (EAR takes 2)"
+            )
         self.config = config
         self.network = HeadNetwork(condition, channels, channels, config.width, config.depth, times=0)
 

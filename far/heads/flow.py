@@ -24,7 +24,9 @@ class FlowHead(Head):
         self.config = config
         self.network = HeadNetwork(channels, channels, condition, config.width, config.depth)
 
-    def velocity(self, x: Tensor, t: Tensor, z: Tensor, z_uncond: Tensor | None = None, guidance: Tensor | float = 1.0) -> Tensor:
+    def velocity(
+        self, x: Tensor, t: Tensor, z: Tensor, z_uncond: Tensor | None = None, guidance: Tensor | float = 1.0
+    ) -> Tensor:
         return guided(lambda c: self.network(x, c, t * TIME_UNIT).to(x.dtype), z, z_uncond, guidance)
 
     def loss(
@@ -39,7 +41,9 @@ class FlowHead(Head):
     ) -> TokenLoss:
         noise, t = draw_noise_and_time(x, self.config.samples_per_token, generator)
         rows = (self.velocity(interpolate(noise, x, t), t, z) - (x - noise)).square().mean(dim=-1)
-        return TokenLoss(rows.mean(dim=0), rows.detach().flatten(), t.flatten(), {"flow": rows.detach().flatten()})
+        return TokenLoss(
+            rows.mean(dim=0), rows.detach().flatten(), t.flatten(), {"flow": rows.detach().flatten()}
+        )
 
     def sample(
         self,
@@ -68,7 +72,9 @@ class FlowHead(Head):
 
     def embed_times(self, steps: int, like: Tensor) -> Tensor:
         """Of the steps' beginnings and of the last one's end."""
-        return self.network.embed_times(torch.arange(steps + 1, device=like.device, dtype=like.dtype) / steps * TIME_UNIT)
+        return self.network.embed_times(
+            torch.arange(steps + 1, device=like.device, dtype=like.dtype) / steps * TIME_UNIT
+        )
 
 
 def interpolate(noise: Tensor, x: Tensor, t: Tensor) -> Tensor:

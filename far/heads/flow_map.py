@@ -37,7 +37,9 @@ class FlowMapHead(Head):
     def __init__(self, config: HeadConfig, channels: int, condition: int) -> None:
         super().__init__()
         if config.samples_per_token < 2:
-            raise InputError("head samples_per_token 1: a flow_map head needs at least 2, on and off the diagonal")
+            raise InputError(
+                "head samples_per_token 1: a flow_map head needs at least 2, on and off the diagonal"
+            )
         self.config = config
         self.network = HeadNetwork(channels, channels, condition, config.width, config.depth, times=2)
         self.guidance_embedding = None if config.max_guidance is None else TimeEmbedding(config.width)
@@ -53,12 +55,16 @@ class FlowMapHead(Head):
             scale = torch.full((), guidance, dtype=torch.float32, device=z.device)
         return embedded + self.guidance_embedding((scale - 1) * TIME_UNIT, self.network.dtype)
 
-    def mean_velocity(self, x: Tensor, s: Tensor, t: Tensor, z: Tensor, guidance: Tensor | float = 1.0) -> Tensor:
+    def mean_velocity(
+        self, x: Tensor, s: Tensor, t: Tensor, z: Tensor, guidance: Tensor | float = 1.0
+    ) -> Tensor:
         """``v_{s,t}(x | z)``, ``[…, channels]``; ``s``, ``t`` and ``guidance`` broadcast to the leading axes."""
         time = self.network.embed_times(*_times(s, t))
         return self.network.conditioned(x, self.embed_condition(z, guidance), time).to(x.dtype)
 
-    def velocity(self, x: Tensor, t: Tensor, z: Tensor, z_uncond: Tensor | None = None, guidance: Tensor | float = 1.0) -> Tensor:
+    def velocity(
+        self, x: Tensor, t: Tensor, z: Tensor, z_uncond: Tensor | None = None, guidance: Tensor | float = 1.0
+    ) -> Tensor:
         """See :class:`Head`: ``v_{t,t}(x | z)``, guided from both conditions."""
         return guided(lambda c: self.mean_velocity(x, t, t, c), z, z_uncond, guidance)
 
@@ -77,7 +83,11 @@ class FlowMapHead(Head):
         The first tokens, those that ``z_uncond`` has, learn the guided field at scales drawn between 1 and ``max_guidance``.
         """
         assert isinstance(teacher, FlowMapHead)
-        off = max(1, round(OFF_DIAGONAL * self.config.samples_per_token)) if step >= self.config.flow_steps else 0
+        off = (
+            max(1, round(OFF_DIAGONAL * self.config.samples_per_token))
+            if step >= self.config.flow_steps
+            else 0
+        )
         noise, s, t = self._draw(x, off, generator)
         field = _Field(teacher, z.detach(), z_uncond, self._draw_scales(s, z_uncond, generator))
         point = interpolate(noise, x, s)
@@ -87,7 +97,11 @@ class FlowMapHead(Head):
         rows, value, parts = flow, adaptive(flow), {"flow": flow.detach().flatten()}
         if off:
             residual = self._mean_flow if self.config.objective == "mean_flow" else self._lagrangian
-            jump = residual(point[:off], velocity[:off], s[:off], t[:off], z, field.first(off)).square().mean(dim=-1)
+            jump = (
+                residual(point[:off], velocity[:off], s[:off], t[:off], z, field.first(off))
+                .square()
+                .mean(dim=-1)
+            )
             weighted = adaptive(jump) if self.config.objective == "mean_flow" else LAGRANGIAN_WEIGHT * jump
             rows, value = torch.cat([jump, rows]), torch.cat([weighted, value])
             parts[self.config.objective] = jump.detach().flatten()
@@ -97,10 +111,17 @@ class FlowMapHead(Head):
         """Noise ``[samples, n, channels]`` and times ``s ≤ t [samples, n]``, which differ in the first ``off`` samples."""
         samples = self.config.samples_per_token
         noise = torch.randn(samples, *x.shape, generator=generator)
-        s, other = torch.rand(samples, len(x), generator=generator), torch.rand(off, len(x), generator=generator)
+        s, other = (
+            torch.rand(samples, len(x), generator=generator),
+            torch.rand(off, len(x), generator=generator),
+        )
         s, other = logistic_normal(s), logistic_normal(other)  # on the CPU: MPS has no kernel for it
         first, last = torch.minimum(s[:off], other), torch.maximum(s[:off], other)
-        return noise.to(x.device), torch.cat([first, s[off:]]).to(x.device), torch.cat([last, s[off:]]).to(x.device)
+        return (
+            noise.to(x.device),
+            torch.cat([first, s[off:]]).to(x.device),
+            torch.cat([last, s[off:]]).to(x.device),
+        )
 
     def _draw_scales(self, like: Tensor, z_uncond: Tensor | None, generator: torch.Generator) -> Tensor:
         """Guidance scales ``[samples, n]``: uniform for the tokens that learn guidance, 1 for the others."""
@@ -110,7 +131,9 @@ class FlowMapHead(Head):
             scale[:, : len(z_uncond)] += drawn * (self.max_guidance - 1)
         return scale
 
-    def _lagrangian(self, point: Tensor, velocity: Tensor, s: Tensor, t: Tensor, z: Tensor, field: "_Field") -> Tensor:
+    def _lagrangian(
+        self, point: Tensor, velocity: Tensor, s: Tensor, t: Tensor, z: Tensor, field: "_Field"
+    ) -> Tensor:
         """How far the map's end moves otherwise than the field there: ``∂_t X_{s,t} − v_{t,t}(X_{s,t})``."""
         mean, change = torch.func.jvp(  # type: ignore[misc]
             lambda end: self.mean_velocity(point, s, end, z, field.scale), (t,), (torch.ones_like(t),)
@@ -118,10 +141,14 @@ class FlowMapHead(Head):
         length = (t - s).unsqueeze(-1)
         return mean + length * change - field.velocity((point + length * mean).detach(), t)
 
-    def _mean_flow(self, point: Tensor, velocity: Tensor, s: Tensor, t: Tensor, z: Tensor, field: "_Field") -> Tensor:
+    def _mean_flow(
+        self, point: Tensor, velocity: Tensor, s: Tensor, t: Tensor, z: Tensor, field: "_Field"
+    ) -> Tensor:
         """How far the mean velocity is from ``v + (t − s) · dv_{s,t}/ds``, differentiated along the flow (the paper's equation 6)."""
         mean, change = torch.func.jvp(  # type: ignore[misc]
-            lambda x, start: self.mean_velocity(x, start, t, z, field.scale), (point, s), (velocity, torch.ones_like(s))
+            lambda x, start: self.mean_velocity(x, start, t, z, field.scale),
+            (point, s),
+            (velocity, torch.ones_like(s)),
         )
         return mean - (velocity + (t - s).unsqueeze(-1) * change).detach()
 
@@ -174,7 +201,9 @@ class _Field:
         if self.z_uncond is not None:
             count = len(self.z_uncond)
             x, t = x[:, :count], t[:, :count]
-            difference = self.teacher.velocity(x, t, self.z[:count]) - self.teacher.velocity(x, t, self.z_uncond)
+            difference = self.teacher.velocity(x, t, self.z[:count]) - self.teacher.velocity(
+                x, t, self.z_uncond
+            )
             shift[:, :count] = (self.scale[:, :count] - 1).unsqueeze(-1) * difference
         return shift
 

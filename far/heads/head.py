@@ -89,7 +89,9 @@ class Head(nn.Module, abc.ABC):
     def embed_times(self, steps: int, like: Tensor) -> Tensor:
         """The network's embedding ``[steps, …]`` of each step's time, the same for all tokens; ``like`` is a token, or noise."""
 
-    def velocity(self, x: Tensor, t: Tensor, z: Tensor, z_uncond: Tensor | None = None, guidance: Tensor | float = 1.0) -> Tensor:
+    def velocity(
+        self, x: Tensor, t: Tensor, z: Tensor, z_uncond: Tensor | None = None, guidance: Tensor | float = 1.0
+    ) -> Tensor:
         """The velocity ``E[x − ε | x_t]`` of the flow from noise (0) to token (1), ``[…, channels]``.
 
         Args:
@@ -108,10 +110,14 @@ class Head(nn.Module, abc.ABC):
     def check_steps(self, steps: int) -> None:
         """Raise an :class:`InputError` unless ``steps`` is within 1 … ``max_steps``."""
         if not 1 <= steps <= self.max_steps:
-            raise InputError(f"head_steps {steps}: the {type(self).__name__} takes 1 to {self.max_steps} steps")
+            raise InputError(
+                f"head_steps {steps}: the {type(self).__name__} takes 1 to {self.max_steps} steps"
+            )
 
 
-def guided(network: Callable[[Tensor], Tensor], z: Tensor, z_uncond: Tensor | None, guidance: Tensor | float) -> Tensor:
+def guided(
+    network: Callable[[Tensor], Tensor], z: Tensor, z_uncond: Tensor | None, guidance: Tensor | float
+) -> Tensor:
     """The guided prediction; both halves go through ``network`` (a function of ``z``) in one pass.
 
     ``network`` may return ``[…]`` of any shape whose leading axes are those of ``z``.

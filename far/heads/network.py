@@ -22,7 +22,9 @@ class HeadNetwork(nn.Module):
     ``times`` is how many scalars the network is conditioned on (none, time alone, or time and step size).
     """
 
-    def __init__(self, channels: int, outputs: int, condition: int, width: int, depth: int, times: int = 1) -> None:
+    def __init__(
+        self, channels: int, outputs: int, condition: int, width: int, depth: int, times: int = 1
+    ) -> None:
         super().__init__()
         self.time_embeddings = nn.ModuleList(TimeEmbedding(width) for _ in range(times))
         self.condition_embedding = nn.Linear(condition, width)
@@ -34,7 +36,9 @@ class HeadNetwork(nn.Module):
     def _initialize(self) -> None:
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02) if "time" in name else nn.init.xavier_uniform_(module.weight)
+                nn.init.normal_(module.weight, std=0.02) if "time" in name else nn.init.xavier_uniform_(
+                    module.weight
+                )
                 nn.init.zeros_(module.bias)
         # Zero modulation and output: every block starts as the identity, the network as zero.
         for name, parameter in self.named_parameters():

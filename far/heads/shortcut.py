@@ -34,7 +34,9 @@ class ShortcutHead(Head):
         """``s(x_t, t, d | z)``, ``[…, channels]``; ``t`` and ``d`` broadcast to the leading axes."""
         return self.network(x, z, *_times(t, d)).to(x.dtype)
 
-    def velocity(self, x: Tensor, t: Tensor, z: Tensor, z_uncond: Tensor | None = None, guidance: Tensor | float = 1.0) -> Tensor:
+    def velocity(
+        self, x: Tensor, t: Tensor, z: Tensor, z_uncond: Tensor | None = None, guidance: Tensor | float = 1.0
+    ) -> Tensor:
         return guided(lambda c: self.mean_velocity(x, t, torch.zeros_like(t), c), z, z_uncond, guidance)
 
     def loss(
@@ -126,7 +128,9 @@ def draw_steps(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return 1.0 / divisions, start
 
 
-def consistency_target(mean_velocity: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, t: Tensor, whole: Tensor) -> Tensor:
+def consistency_target(
+    mean_velocity: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, t: Tensor, whole: Tensor
+) -> Tensor:
     """The mean velocity over ``whole [n]`` from ``x [n, channels]`` at ``t [n]``, by two half steps; clipped."""
     d = whole / 2
     first = mean_velocity(x, t, d)

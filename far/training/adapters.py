@@ -17,7 +17,9 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         like = base.weight
         self.base = base.requires_grad_(False)
-        self.down = nn.Parameter(torch.randn(rank, base.in_features, device=like.device, dtype=like.dtype) * base.in_features**-0.5)
+        self.down = nn.Parameter(
+            torch.randn(rank, base.in_features, device=like.device, dtype=like.dtype) * base.in_features**-0.5
+        )
         self.up = nn.Parameter(torch.zeros(base.out_features, rank, device=like.device, dtype=like.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,7 +37,12 @@ def add_adapters(module: nn.Module, rank: int) -> None:
 
 def adapters(module: nn.Module) -> list[nn.Parameter]:
     """The parameters of a module's adapters; sharding replaces them, so they are asked for after it."""
-    adapted = [layer for parent in module.modules() for layer in parent.children() if isinstance(layer, AdaptedLinear)]
+    adapted = [
+        layer
+        for parent in module.modules()
+        for layer in parent.children()
+        if isinstance(layer, AdaptedLinear)
+    ]
     return [parameter for layer in adapted for parameter in (layer.down, layer.up)]
 
 

@@ -28,7 +28,9 @@ _CHUNK = 100
 class AutoencoderTask:
     """See :class:`far.training.loop.Task`. ``data`` holds ``train`` and ``held-out`` images."""
 
-    def __init__(self, model: AutoencoderConfig, loss: AutoencoderLossConfig, data: Path, loop: LoopConfig) -> None:
+    def __init__(
+        self, model: AutoencoderConfig, loss: AutoencoderLossConfig, data: Path, loop: LoopConfig
+    ) -> None:
         loop = resolve_loop(loop)
         self.config, self.loop = loss, loop
         self.train_images = open_image_set(data / "train")
@@ -36,7 +38,9 @@ class AutoencoderTask:
         self.identity = {"images": fingerprint(self.train_images)}
         size = self.train_images.meta["size"]
         if size % model.stride:
-            raise InputError(f"{data}: images of {size} pixels are no multiple of the autoencoder's stride {model.stride}")
+            raise InputError(
+                f"{data}: images of {size} pixels are no multiple of the autoencoder's stride {model.stride}"
+            )
         with seeded(loop.seed):
             self.module = Autoencoder(model)
         self.features: FeatureNetwork = load_feature_network().to(loop.device)
@@ -52,7 +56,9 @@ class AutoencoderTask:
         images[flip] = images[flip].flip(-1)
         return images.to(self.loop.device)
 
-    def loss(self, step: int, batch: Tensor, ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, step: int, batch: Tensor, ema: nn.Module, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
         posterior = self.module.encode(batch)
         posterior = Posterior(torch.cat([posterior.mean, posterior.logvar], dim=1).float())
@@ -71,7 +77,9 @@ class AutoencoderTask:
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
         """PSNR and reconstruction Fréchet distance on held-out images, and a sheet: originals above, reconstructions below."""
         assert isinstance(ema, Autoencoder)
-        self.results = reconstruction_figures(ema, self.features, self.held_out, self.config.evaluation_images)
+        self.results = reconstruction_figures(
+            ema, self.features, self.held_out, self.config.evaluation_images
+        )
         images = read_images(self.held_out, torch.arange(min(16, len(self.held_out)))).to(self.loop.device)
         pairs = torch.cat([images, ema.decode(ema.encode(images).mean)])
         save_png(enlarge(grid(pairs / 2 + 0.5, columns=len(images))), folder / "reconstructions.png")
@@ -88,7 +96,9 @@ class AutoencoderTask:
 
 
 @torch.no_grad()
-def reconstruction_figures(autoencoder: Autoencoder, network: FeatureNetwork, images: ShardReader, count: int) -> dict[str, float]:
+def reconstruction_figures(
+    autoencoder: Autoencoder, network: FeatureNetwork, images: ShardReader, count: int
+) -> dict[str, float]:
     """PSNR in dB and the Fréchet distance of reconstructions (of the posterior's mean) to the originals.
 
     Raises:
@@ -107,7 +117,11 @@ def reconstruction_figures(autoencoder: Autoencoder, network: FeatureNetwork, im
         real.add(network(batch / 2 + 0.5).cpu())
         fake.add(network(output / 2 + 0.5).cpu())
     distance = frechet_distance(real, fake)
-    return {"psnr": float(torch.cat(ratios).mean()), f"reconstruction FD ({network.name})": distance, "images": len(rows)}
+    return {
+        "psnr": float(torch.cat(ratios).mean()),
+        f"reconstruction FD ({network.name})": distance,
+        "images": len(rows),
+    }
 
 
 def _chunks(rows: Tensor, description: str) -> Iterator[Tensor]:
@@ -128,7 +142,9 @@ def latent_statistics(autoencoder: Autoencoder, images: ShardReader, rows: Tenso
     for chunk in _chunks(rows, "scale and shift"):
         posterior = autoencoder.encode(read_images(images, chunk).to(device))
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-        latents.append(posterior.sample(noise).cpu().double())  # summed on the CPU: not every device has float64
+        latents.append(
+            posterior.sample(noise).cpu().double()
+        )  # summed on the CPU: not every device has float64
     stacked = torch.cat(latents)
     shift = stacked.mean(dim=(0, 2, 3))
     scale = 1 / (stacked - shift.view(1, -1, 1, 1)).std()

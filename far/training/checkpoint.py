@@ -45,27 +45,37 @@ class Checkpoint:
     shapes: dict[str, list[int]]
     tensors: dict[str, Tensor] | None = None
 
-    def fill(self, targets: dict[str, Tensor], processes: Processes = Processes()) -> None:  # noqa: B008
+    def fill(self, targets: dict[str, Tensor], processes: Processes = Processes()) -> None:
         """Copy the tensors into ``targets``, whole or each process its shards; all processes take part.
 
         Raises:
             InputError: the targets have other names or shapes.
         """
         ours = {name: list(target.shape) for name, target in targets.items()}
-        differing = sorted(name for name in ours.keys() | self.shapes if ours.get(name) != self.shapes.get(name))
+        differing = sorted(
+            name for name in ours.keys() | self.shapes if ours.get(name) != self.shapes.get(name)
+        )
         if differing:
             name = differing[0]
             found = f"{name} is {self.shapes.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
-            raise InputError(f"{self.path} is of another model ({found}); resume with the recipe it was made with")
+            raise InputError(
+                f"{self.path} is of another model ({found}); resume with the recipe it was made with"
+            )
         if self.tensors is not None:
             for name, target in targets.items():
                 target.copy_(shards_like(target, self.tensors[name]))
             return
         try:
             with _alone(processes):
-                dcp.load(targets, storage_reader=dcp.HuggingFaceStorageReader(str(self.path)), no_dist=processes.count == 1)
+                dcp.load(
+                    targets,
+                    storage_reader=dcp.HuggingFaceStorageReader(str(self.path)),
+                    no_dist=processes.count == 1,
+                )
         except (Exception, CheckpointException) as error:
-            raise InputError(f"cannot read {self.path}: {_reason(error)}; run the same command again, with --resume") from error
+            raise InputError(
+                f"cannot read {self.path}: {_reason(error)}; run the same command again, with --resume"
+            ) from error
 
 
 def named_tensors(state: dict[Any, Any], prefix: str = "") -> dict[str, Tensor]:
@@ -84,7 +94,7 @@ def save_checkpoint(
     step: int,
     tensors: dict[str, Tensor],
     values: dict[str, Any],
-    processes: Processes = Processes(),  # noqa: B008
+    processes: Processes = Processes(),
 ) -> Path:
     """Write ``step-00001234`` and remove all but the newest two; all processes take part. Returns the path.
 
@@ -97,7 +107,9 @@ def save_checkpoint(
     """
     path = folder / f"step-{step:08d}"
     with contextlib.ExitStack() as stack:
-        temporary = processes.collect(lambda: stack.enter_context(atomic_folder(path)) if processes.rank == 0 else None)[0]
+        temporary = processes.collect(
+            lambda: stack.enter_context(atomic_folder(path)) if processes.rank == 0 else None
+        )[0]
         assert temporary is not None
         files = _write(path, temporary, tensors, processes)
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
@@ -119,18 +131,28 @@ def _write(path: Path, temporary: Path, tensors: dict[str, Tensor], processes: P
     try:
         with _alone(processes):
             numbers = _file_numbers(tensors, processes)
-            writer = dcp.HuggingFaceStorageWriter(str(temporary), fqn_to_index_mapping=numbers, save_distributed=True)
-            dense = {name: tensor if isinstance(tensor, DTensor) else tensor.contiguous() for name, tensor in tensors.items()}
+            writer = dcp.HuggingFaceStorageWriter(
+                str(temporary), fqn_to_index_mapping=numbers, save_distributed=True
+            )
+            dense = {
+                name: tensor if isinstance(tensor, DTensor) else tensor.contiguous()
+                for name, tensor in tensors.items()
+            }
             dcp.save(dense, storage_writer=writer, no_dist=processes.count == 1)
     except (OSError, CheckpointException) as error:
-        raise InputError(f"cannot write {path}: {_reason(error)}; check the free space, then --resume") from error
+        raise InputError(
+            f"cannot write {path}: {_reason(error)}; check the free space, then --resume"
+        ) from error
     return _digests(temporary, processes)
 
 
 def _file_numbers(tensors: dict[str, Tensor], processes: Processes) -> dict[str, int]:
     """Into which of a process's files each tensor goes: a file is put together in memory, twice, so it should not be large."""
     sizes = (tensor.numel() * tensor.element_size() // processes.count for tensor in tensors.values())
-    return {name: 1 + before // _FILE_BYTES for name, before in zip(tensors, itertools.accumulate(sizes, initial=0))}
+    return {
+        name: 1 + before // _FILE_BYTES
+        for name, before in zip(tensors, itertools.accumulate(sizes, initial=0))
+    }
 
 
 def _digests(folder: Path, processes: Processes) -> dict[str, str]:
@@ -150,7 +172,7 @@ def newest_values(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def open_checkpoint(path: Path, processes: Processes = Processes()) -> Checkpoint:  # noqa: B008
+def open_checkpoint(path: Path, processes: Processes = Processes()) -> Checkpoint:
     """Read a checkpoint against its checksums, all processes together; a file of version 0.1 onto the CPU.
 
     Raises:
@@ -162,7 +184,9 @@ def open_checkpoint(path: Path, processes: Processes = Processes()) -> Checkpoin
         _check_values(found)
         return found
     except (OSError, dist.DistError) as error:
-        raise InputError(f"cannot read {path}: {_reason(error)}; run the same command again, with --resume") from error
+        raise InputError(
+            f"cannot read {path}: {_reason(error)}; run the same command again, with --resume"
+        ) from error
     except Exception as error:  # there is no telling how a damaged pickle fails
         reason = f"{_reason(error)}); remove it and --resume goes on from the one before it"
         raise InputError(f"checkpoint {path} is cut off or damaged ({reason}") from error
@@ -185,9 +209,16 @@ def _open_file(path: Path) -> Checkpoint:
     state = read_pickle(path)
     parts = {"module": state["module"], "ema": state["ema"]}
     parts |= {f"optimizer.{number}": of_one for number, of_one in state["optimizer"]["state"].items()}
-    tensors = {f"{part}.{name}": tensor for part, found in parts.items() for name, tensor in found.items() if is_held(tensor)}
+    tensors = {
+        f"{part}.{name}": tensor
+        for part, found in parts.items()
+        for name, tensor in found.items()
+        if is_held(tensor)
+    }
     values = {name: state[name] for name in ("scaler", "skipped") if name in state}
-    return Checkpoint(path, state["step"], values, {name: list(tensor.shape) for name, tensor in tensors.items()}, tensors)
+    return Checkpoint(
+        path, state["step"], values, {name: list(tensor.shape) for name, tensor in tensors.items()}, tensors
+    )
 
 
 def _check_values(checkpoint: Checkpoint) -> None:
@@ -199,7 +230,9 @@ def _check_values(checkpoint: Checkpoint) -> None:
     if checkpoint.values.get("dtype", "float32") not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"its dtype is {checkpoint.values['dtype']!r}")
     skipped, scaler = checkpoint.values.get("skipped", (0, 0)), checkpoint.values.get("scaler", {})
-    if len(skipped) != 2 or not all(isinstance(number, int) for number in (*skipped, *(int(value) for value in scaler.values()))):
+    if len(skipped) != 2 or not all(
+        isinstance(number, int) for number in (*skipped, *(int(value) for value in scaler.values()))
+    ):
         raise ValueError("its numbers of skipped steps, or of the loss's scale, are none")
 
 

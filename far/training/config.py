@@ -75,9 +75,19 @@ class LoopConfig:
             choices = typing.get_args(hint)
             if typing.get_origin(hint) is Literal and getattr(self, name) not in choices:
                 raise InputError(f"{name} {getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        for name in ("steps", "batch_size", "micro_batches", "max_skipped_steps", "log_every", "checkpoint_every", "evaluate_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "micro_batches",
+            "max_skipped_steps",
+            "log_every",
+            "checkpoint_every",
+            "evaluate_every",
+        ):
             check_count(name, getattr(self, name), 2**20 if name.startswith(("batch", "micro")) else 2**40)
-        rates = {name: getattr(self, name) for name in ("learning_rate", "gradient_clip", "head_learning_rate")}
+        rates = {
+            name: getattr(self, name) for name in ("learning_rate", "gradient_clip", "head_learning_rate")
+        }
         for name, value in rates.items():
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name} {value} must be positive, and finite")
@@ -85,7 +95,9 @@ class LoopConfig:
             if not 0 <= value < math.inf:
                 raise InputError(f"{name} {value} must be at least 0, and finite")
         if self.batch_size % self.micro_batches:
-            raise InputError(f"micro_batches {self.micro_batches} must divide the batch_size {self.batch_size}")
+            raise InputError(
+                f"micro_batches {self.micro_batches} must divide the batch_size {self.batch_size}"
+            )
         check_seed("seed", self.seed)
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay {self.ema_decay} must be at least 0 and below 1")
@@ -197,8 +209,14 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         size = self.training.micro_batch_size
         if size % GROUP:
-            raise InputError(f"training.batch_size / micro_batches is {size}; it must be a multiple of {GROUP}, the images of a group")
+            raise InputError(
+                f"training.batch_size / micro_batches is {size}; it must be a multiple of {GROUP}, the images of a group"
+            )
         if self.trajectories.images <= GROUP:
-            raise InputError(f"trajectories.images {self.trajectories.images}: give more than {GROUP}, since a group is held out")
+            raise InputError(
+                f"trajectories.images {self.trajectories.images}: give more than {GROUP}, since a group is held out"
+            )
         if self.samples_per_token < 1 or self.adapter_rank < 0:
-            raise InputError(f"samples_per_token {self.samples_per_token} must be positive, adapter_rank {self.adapter_rank} at least 0")
+            raise InputError(
+                f"samples_per_token {self.samples_per_token} must be positive, adapter_rank {self.adapter_rank} at least 0"
+            )

@@ -35,7 +35,11 @@ class DistillationTask:
         config = dataclasses.replace(config, training=resolve_loop(config.training))
         self.teacher, self.config = teacher, config
         self.rows = ShardReader(trajectories, "trajectories", verify=True)
-        self.identity = {"teacher": self.rows.meta.get("teacher"), "classes": teacher.classes, "trajectories": self.rows.digest[:16]}
+        self.identity = {
+            "teacher": self.rows.meta.get("teacher"),
+            "classes": teacher.classes,
+            "trajectories": self.rows.digest[:16],
+        }
         self.groups = len(self.rows) // GROUP - 1  # the last one is held out
         self.module = _student(teacher.model, config)
         if config.adapter_rank:
@@ -47,27 +51,46 @@ class DistillationTask:
         """The head, which may have its own rate, and the adapters where there are any; weight decay is the same for both."""
         head_rate = config.learning_rate if config.head_learning_rate is None else config.head_learning_rate
         groups: list[dict[str, Any]] = [
-            {"params": list(self.module.head.parameters()), "lr": head_rate, "weight_decay": config.weight_decay},
-            {"params": adapters(self.module.backbone), "lr": config.learning_rate, "weight_decay": config.weight_decay},
+            {
+                "params": list(self.module.head.parameters()),
+                "lr": head_rate,
+                "weight_decay": config.weight_decay,
+            },
+            {
+                "params": adapters(self.module.backbone),
+                "lr": config.learning_rate,
+                "weight_decay": config.weight_decay,
+            },
         ]
         return [group for group in groups if group["params"]]
 
     def batch(self, number: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Whole groups of rows."""
-        groups = epoch_rows(number, self.config.training.micro_batch_size // GROUP, self.groups, self.config.training.seed)
+        groups = epoch_rows(
+            number, self.config.training.micro_batch_size // GROUP, self.groups, self.config.training.seed
+        )
         return self._read(groups)
 
     def _read(self, groups: Tensor) -> dict[str, Tensor]:
         rows = (groups.unsqueeze(1) * GROUP + torch.arange(GROUP)).flatten()
         names = ["paths", "scale", *(_ADAPTED if self.config.adapter_rank else ("z",))]
         found = {name: self.rows.rows(name, rows) for name in names}
-        return {name: (tensor.float() if tensor.is_floating_point() else tensor).to(self.teacher.device) for name, tensor in found.items()}
+        return {
+            name: (tensor.float() if tensor.is_floating_point() else tensor).to(self.teacher.device)
+            for name, tensor in found.items()
+        }
 
-    def loss(self, step: int, batch: dict[str, Tensor], ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, step: int, batch: dict[str, Tensor], ema: nn.Module, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean velocity over a step of a trajectory, of random start and length, against where the trajectory goes."""
         head = self.module.head
         assert isinstance(head, FlowMapHead)
-        paths, scale, z = batch["paths"].flatten(0, 1), batch["scale"].flatten(), self._conditions(self.module, batch).flatten(0, 1)
+        paths, scale, z = (
+            batch["paths"].flatten(0, 1),
+            batch["scale"].flatten(),
+            self._conditions(self.module, batch).flatten(0, 1),
+        )
         start, end = draw_spans((self.config.samples_per_token, len(paths)), generator)
         s, t = start.to(paths.device) / (POINTS - 1), end.to(paths.device) / (POINTS - 1)
         token = torch.arange(len(paths), device=paths.device)
@@ -101,7 +124,9 @@ class DistillationTask:
             shown = sorted(number % len(pipeline.classes) for number in range(64))
             with ImageBar(len(shown), "sample sheet", leave=False) as bar:
                 images = pipeline.draw(shown, range(64), callback=bar.ar_step)
-            save_png(contact_sheet(images, shown), folder / "samples" / f"step-{step:08d}.png", {"step": step})
+            save_png(
+                contact_sheet(images, shown), folder / "samples" / f"step-{step:08d}.png", {"step": step}
+            )
         self.results["step"] = step
         self.publish(ema, folder, step)
         return {name: value for name, value in self.results.items() if name != "step"}
@@ -120,7 +145,9 @@ class DistillationTask:
         teacher = self.teacher
         # In one pass of the backbone, whatever the teacher took.
         guidance = min(teacher.defaults.guidance, self.config.trajectories.max_guidance)
-        defaults = dataclasses.replace(teacher.defaults, head_steps=2, guidance=guidance, guidance_passes=None)
+        defaults = dataclasses.replace(
+            teacher.defaults, head_steps=2, guidance=guidance, guidance_passes=None
+        )
         return Pipeline(merged(ema), teacher.autoencoder, teacher.classes, defaults, self.results)
 
 
@@ -131,7 +158,11 @@ def _student(teacher: FAR, config: DistillationConfig) -> FAR:
         max_guidance=config.trajectories.max_guidance, token_limit=None, flow_steps=0,
     )  # fmt: skip
     with seeded(config.training.seed):
-        student = FAR(dataclasses.replace(teacher.config, network=dataclasses.replace(teacher.config.network, head=head)))
+        student = FAR(
+            dataclasses.replace(
+                teacher.config, network=dataclasses.replace(teacher.config.network, head=head)
+            )
+        )
     student.backbone.load_state_dict(teacher.backbone.state_dict())
     student.backbone.requires_grad_(False)
     return student

@@ -27,10 +27,17 @@ class Ema:
     def update(self, trained: nn.Module, step: int) -> None:
         weight = 1 - self.decay_at(step)
         # What is frozen is its own average; of a backbone, reading it would take longer than training the head.
-        pairs = [pair for pair in zip(self.module.parameters(), trained.parameters(), strict=True) if pair[1].requires_grad]
+        pairs = [
+            pair
+            for pair in zip(self.module.parameters(), trained.parameters(), strict=True)
+            if pair[1].requires_grad
+        ]
         averages = [own(average) for average, _ in pairs]
         # Where the average is a shard, that of the same place; else all of what may be shards.
-        current = [own(parameter) if isinstance(average, DTensor) else whole(parameter) for average, parameter in pairs]
+        current = [
+            own(parameter) if isinstance(average, DTensor) else whole(parameter)
+            for average, parameter in pairs
+        ]
         torch._foreach_lerp_(averages, current, weight)
         for buffer, now in zip(self.module.buffers(), trained.buffers()):
             buffer.copy_(now)

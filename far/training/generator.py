@@ -78,13 +78,19 @@ class GeneratorTask:
             },
         }  # fmt: skip
         if frozen_backbone is not None:
-            self.training["backbone"] = _take_backbone(self.module, frozen_backbone, autoencoder, self.classes, latents)
+            self.training["backbone"] = _take_backbone(
+                self.module, frozen_backbone, autoencoder, self.classes, latents
+            )
         if network.spherical and not autoencoder.config.spherical:
-            raise InputError("network.spherical needs an autoencoder whose decoder knows such latents: train it with model.spherical=true")
+            raise InputError(
+                "network.spherical needs an autoencoder whose decoder knows such latents: train it with model.spherical=true"
+            )
         sampling.check(self.module)
         self.results: dict[str, Any] = {}
         self._reference: FeatureStatistics | None = None
-        self.features: FeatureNetwork = load_feature_network().to(loop.device)  # now, and not only when it is first needed
+        self.features: FeatureNetwork = load_feature_network().to(
+            loop.device
+        )  # now, and not only when it is first needed
 
     def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
         """As in MAR: decay for all of the backbone but norms and biases, none for the head, which has its own rate.
@@ -110,13 +116,17 @@ class GeneratorTask:
         moments = self.latents.rows("moments", rows)[torch.arange(len(rows)), flips].float()
         return moments.to(self.loop.device), self.labels[rows].to(self.loop.device)
 
-    def loss(self, step: int, batch: tuple[Tensor, Tensor], ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, step: int, batch: tuple[Tensor, Tensor], ema: nn.Module, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         assert isinstance(ema, FAR)
         moments, labels = batch
         posterior = Posterior(moments)
         noise = torch.randn(posterior.mean.shape, generator=generator).to(moments.device)
         latents = self.autoencoder.normalize(posterior.sample(noise))
-        loss = self.module.loss(latents, labels, generator, label_drop=self.label_drop, teacher=ema, step=step)
+        loss = self.module.loss(
+            latents, labels, generator, label_drop=self.label_drop, teacher=ema, step=step
+        )
         values = {f"loss_{name}": part.mean() for name, part in loss.parts.items()}
         buckets = (loss.t * _TIME_BUCKETS).long().clamp(max=_TIME_BUCKETS - 1)
         for bucket in range(_TIME_BUCKETS):
@@ -140,11 +150,17 @@ class GeneratorTask:
             drawn = FeatureStatistics.empty(network.dimensions)
             with ImageBar(self.evaluation.images, "images for the quick distance", leave=False) as bar:
                 for start in range(0, self.evaluation.images, _CHUNK):
-                    labels = [index % classes for index in range(start, min(start + _CHUNK, self.evaluation.images))]
+                    labels = [
+                        index % classes for index in range(start, min(start + _CHUNK, self.evaluation.images))
+                    ]
                     seeds = range(1000 + start, 1000 + start + len(labels))
                     drawn.add(network(pipeline.draw(labels, seeds, callback=bar.ar_step)).cpu())
         distance = frechet_distance(drawn, self._reference)
-        self.results = {"step": step, f"quick FD ({network.name})": distance, **dataclasses.asdict(self.evaluation)}
+        self.results = {
+            "step": step,
+            f"quick FD ({network.name})": distance,
+            **dataclasses.asdict(self.evaluation),
+        }
         self.publish(ema, folder, step)
         return {f"quick FD ({network.name})": distance}
 
@@ -169,7 +185,9 @@ class GeneratorTask:
         return Pipeline(ema, self.autoencoder, self.classes, self.sampling, self.results)
 
 
-def _take_backbone(module: FAR, weights: str, autoencoder: Autoencoder, classes: list[str], latents: Path) -> dict[str, Any]:
+def _take_backbone(
+    module: FAR, weights: str, autoencoder: Autoencoder, classes: list[str], latents: Path
+) -> dict[str, Any]:
     """Copy the backbone of a trained pipeline into ``module`` and freeze it; the head stays fresh.
 
     Returns what is known of that pipeline's training.
@@ -180,17 +198,29 @@ def _take_backbone(module: FAR, weights: str, autoencoder: Autoencoder, classes:
     pipeline = Pipeline.from_pretrained(weights, device="cpu")
     trained = pipeline.model
     ours, theirs = module.config.network, trained.config.network
-    if (theirs.backbone, theirs.spherical, trained.config.token_channels) != (ours.backbone, ours.spherical, module.config.token_channels):
+    if (theirs.backbone, theirs.spherical, trained.config.token_channels) != (
+        ours.backbone,
+        ours.spherical,
+        module.config.token_channels,
+    ):
         raise InputError(
             f"the backbone of {weights} is another than the recipe's; give both the same network.backbone, spherical and patch"
         )
     source = f"the backbone of {weights}"
-    check_same_classes(pipeline.classes, source, classes, str(latents), "train on the same classes, or train the backbone too")
+    check_same_classes(
+        pipeline.classes,
+        source,
+        classes,
+        str(latents),
+        "train on the same classes, or train the backbone too",
+    )
     if trained.config.grid != module.config.grid:
         grids = f"{list(trained.config.grid)} latents an image, {latents} has {list(module.config.grid)}"
         raise InputError(f"{source} was trained on {grids}; train on images of the same size")
     if pipeline.autoencoder is not None and not pipeline.autoencoder.same_latents(autoencoder):
-        raise InputError(f"{source} was trained on latents of another autoencoder than {latents}; give both the same autoencoder_from")
+        raise InputError(
+            f"{source} was trained on latents of another autoencoder than {latents}; give both the same autoencoder_from"
+        )
     module.backbone.load_state_dict(trained.backbone.state_dict())
     module.backbone.requires_grad_(False)
     return pipeline.training

@@ -55,7 +55,9 @@ class Task(Protocol):
     def batch(self, number: int, generator: torch.Generator) -> Any:
         """Read a micro-batch, by its number since the beginning (its time is reported as the loader's share)."""
 
-    def loss(self, step: int, batch: Any, ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, step: int, batch: Any, ema: nn.Module, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss and named scalars to log."""
 
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
@@ -65,7 +67,9 @@ class Task(Protocol):
         """Write the EMA weights in the form that the other commands load, after so many steps."""
 
 
-def train(task: Task, config: LoopConfig, folder: Path, *, resume: bool = False, processes: Processes = Processes()) -> None:  # noqa: B008
+def train(
+    task: Task, config: LoopConfig, folder: Path, *, resume: bool = False, processes: Processes = Processes()
+) -> None:
     """Train until ``config.steps``, or until Ctrl-C, which saves a checkpoint and returns.
 
     ``folder`` receives ``checkpoints/``, ``log.jsonl``, what the task publishes, and its pictures. Of several ``processes``,
@@ -81,7 +85,9 @@ def train(task: Task, config: LoopConfig, folder: Path, *, resume: bool = False,
         trainer.run()
 
 
-def resolve_loop(config: LoopConfig, folder: Path | None = None, processes: Processes = Processes()) -> LoopConfig:  # noqa: B008
+def resolve_loop(
+    config: LoopConfig, folder: Path | None = None, processes: Processes = Processes()
+) -> LoopConfig:
     """Replace ``auto`` by this machine's device and the dtype that suits it; of several ``processes``, all take the first one's.
 
     Args:
@@ -109,9 +115,13 @@ def _check_identity(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: Pa
         check_same_classes(theirs["classes"], str(path), ours["classes"], "this run's data", remedy)
     for name in ours:
         if name not in theirs:
-            raise InputError(f"{path} does not say on which {name} it was trained, as an older version wrote it; choose another folder")
+            raise InputError(
+                f"{path} does not say on which {name} it was trained, as an older version wrote it; choose another folder"
+            )
         if ours[name] != theirs[name]:
-            raise InputError(f"{path} was trained with other {name} ({theirs[name]}) than this run has ({ours[name]}); {remedy}")
+            raise InputError(
+                f"{path} was trained with other {name} ({theirs[name]}) than this run has ({ours[name]}); {remedy}"
+            )
 
 
 class Losses(nn.Module):
@@ -121,14 +131,18 @@ class Losses(nn.Module):
         super().__init__()
         self.task, self.module = task, task.module
 
-    def forward(self, step: int, batch: Any, ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, step: int, batch: Any, ema: nn.Module, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         return self.task.loss(step, batch, ema, generator)
 
 
 class Trainer:
     """The state of a run: module, EMA, optimizer, the scale of float16's losses, and the numbers of finished and skipped steps."""
 
-    def __init__(self, task: Task, config: LoopConfig, folder: Path, processes: Processes = Processes()) -> None:  # noqa: B008
+    def __init__(
+        self, task: Task, config: LoopConfig, folder: Path, processes: Processes = Processes()
+    ) -> None:
         processes.check_parts("micro_batches", config.micro_batches)
         config = resolve_loop(config, folder, processes)
         self.task, self.config, self.folder, self.processes = task, config, folder, processes
@@ -136,11 +150,17 @@ class Trainer:
         self.ema = Ema(self.module, config.ema_decay)
         self.losses: nn.Module = Losses(task)
         if processes.count > 1:
-            self.losses = shard(self.losses, self.module, self.ema.module) if config.parallel == "fsdp" else replicate(self.losses)
+            self.losses = (
+                shard(self.losses, self.module, self.ema.module)
+                if config.parallel == "fsdp"
+                else replicate(self.losses)
+            )
         self.optimizer = torch.optim.AdamW(task.parameter_groups(config), betas=(0.9, 0.95), fused=True)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         # Gradients of float16 fall below its smallest number; those of a scaled loss do not.
-        self.scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "float16")
+        self.scaler = torch.amp.GradScaler(
+            torch.device(config.device).type, enabled=config.dtype == "float16"
+        )
         self.step, self.skipped_steps, self.skipped_in_a_row = 0, 0, 0
         self.resumed_dtype: str | None = None
 
@@ -169,8 +189,14 @@ class Trainer:
     def _tensors(self) -> dict[str, Tensor]:
         """All that training changes, by name; changes in place are taken over."""
         state = self.optimizer.state
-        optimizer = {number: state[parameter] for number, parameter in enumerate(self._parameters()) if parameter in state}
-        return named_tensors({"module": self.module.state_dict(), "ema": self.ema.module.state_dict(), "optimizer": optimizer})
+        optimizer = {
+            number: state[parameter]
+            for number, parameter in enumerate(self._parameters())
+            if parameter in state
+        }
+        return named_tensors(
+            {"module": self.module.state_dict(), "ema": self.ema.module.state_dict(), "optimizer": optimizer}
+        )
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -180,13 +206,20 @@ class Trainer:
         for number, parameter in enumerate(self._parameters()):
             if f"optimizer.{number}.step" in shapes:
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+                self.optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    **moments,
+                }
 
     def save(self) -> None:
         """Publish the EMA weights, and then write a checkpoint of the finished steps; all processes take part."""
         ema = whole_copy(self.ema.module, kept=self.first)
         self.processes.collect(lambda: self.task.publish(ema, self.folder, self.step) if self.first else None)
-        values = {"scaler": self.scaler.state_dict(), "skipped": (self.skipped_steps, self.skipped_in_a_row), "dtype": self.config.dtype}
+        values = {
+            "scaler": self.scaler.state_dict(),
+            "skipped": (self.skipped_steps, self.skipped_in_a_row),
+            "dtype": self.config.dtype,
+        }
         values["identity"] = dict(self.task.identity)
         save_checkpoint(self.checkpoints, self.step, self._tensors(), values, self.processes)
 
@@ -207,28 +240,46 @@ class Trainer:
         config, saved_at = self.config, self.step
         if self.step >= config.steps:
             if self.first:
-                print(f"{self.folder} is already trained to step {self.step}; raise the recipe's steps to go on")
+                print(
+                    f"{self.folder} is already trained to step {self.step}; raise the recipe's steps to go on"
+                )
             return
         log = _Log(self.folder, config.tensorboard) if self.first else None
         self.processes.collect(lambda: log.open(self.step) if log is not None else None)
         if self.first:
             print(self._machine())
-        bar = _Bar(total=config.steps, initial=self.step, desc=self.folder.name, unit="step", mininterval=1, disable=not self.first)
+        bar = _Bar(
+            total=config.steps,
+            initial=self.step,
+            desc=self.folder.name,
+            unit="step",
+            mininterval=1,
+            disable=not self.first,
+        )
         finishing = "finishing this step, and evaluating if that is due, then saving"
         interruption = DeferredInterrupt(finishing, rank=self.processes.rank, count=self.processes.count)
         with log or contextlib.nullcontext(), bar, interruption as interrupt:
             meter, save_due, evaluate_due = Meter(), False, False
             # Skipped steps can be the first sign of a run that is lost. Until one is taken again, nothing is saved over what is good.
-            while self.step < config.steps and (self.skipped_in_a_row or not self.processes.any(interrupt.requested)):
+            while self.step < config.steps and (
+                self.skipped_in_a_row or not self.processes.any(interrupt.requested)
+            ):
                 self.train_step(meter)
                 bar.update()
                 last = self.step == config.steps
                 if self.step % config.log_every == 0 or last:
                     rate = self.optimizer.param_groups[0]["lr"]
-                    entry = {"step": self.step, **meter.read(self.processes), "learning_rate": rate, "skipped_steps": self.skipped_steps}
+                    entry = {
+                        "step": self.step,
+                        **meter.read(self.processes),
+                        "learning_rate": rate,
+                        "skipped_steps": self.skipped_steps,
+                    }
                     entry |= {"device": torch.device(config.device).type, "dtype": config.dtype}
                     skipped = f", skipped {self.skipped_steps}" if self.skipped_steps else ""
-                    bar.show(f"loss {entry.get('loss', math.nan):.4f}, {entry['images_per_second']:.0f} img/s{skipped}")
+                    bar.show(
+                        f"loss {entry.get('loss', math.nan):.4f}, {entry['images_per_second']:.0f} img/s{skipped}"
+                    )
                     self.processes.collect(lambda: log.write(entry) if log is not None else None)
                 save_due |= self.step % config.checkpoint_every == 0 or last
                 evaluate_due |= self.step % config.evaluate_every == 0 or last
@@ -287,7 +338,10 @@ class Trainer:
         self.optimizer.zero_grad()
         share = config.micro_batches // self.processes.count
         first = self.step * config.micro_batches + self.processes.rank * share
-        found = [self._accumulate(number, share, meter, together=number + 1 == first + share) for number in range(first, first + share)]
+        found = [
+            self._accumulate(number, share, meter, together=number + 1 == first + share)
+            for number in range(first, first + share)
+        ]
         start = time.perf_counter()
         scale = self.learning_rate_scale()
         for group, peak in zip(self.optimizer.param_groups, self.peaks):
@@ -295,7 +349,9 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         norm = whole(nn.utils.clip_grad_norm_(self.module.parameters(), config.gradient_clip))
         # The gradient is that of all processes, a loss one's own.
-        if self.processes.any(not all(torch.isfinite(value) for value in (norm, *(values["loss"] for values in found)))):
+        if self.processes.any(
+            not all(torch.isfinite(value) for value in (norm, *(values["loss"] for values in found)))
+        ):
             self.skipped_steps += 1
             self.skipped_in_a_row += 1
             found = []  # one of them would make the logged means NaN
@@ -324,7 +380,11 @@ class Trainer:
         batch = self.task.batch(number, generator)
         loaded = time.perf_counter()
         with gradients_together(self.losses, together):
-            with torch.autocast(torch.device(config.device).type, getattr(torch, config.dtype), enabled=config.dtype != "float32"):
+            with torch.autocast(
+                torch.device(config.device).type,
+                getattr(torch, config.dtype),
+                enabled=config.dtype != "float32",
+            ):
                 loss, values = self.losses(self.step, batch, self.ema.module, generator)
             self.scaler.scale(loss / share).backward()
         meter.add_time(0, loaded - start, time.perf_counter() - start)
@@ -333,7 +393,9 @@ class Trainer:
     def _diverged(self, scale: float) -> str:
         existing = list_checkpoints(self.checkpoints)
         last = str(existing[-1][1]) if existing else "none"
-        remedy = "lower the learning rate" + (" or take dtype bfloat16" if self.config.dtype == "float16" else "")
+        remedy = "lower the learning rate" + (
+            " or take dtype bfloat16" if self.config.dtype == "float16" else ""
+        )
         return (
             f"the loss or its gradient was not finite in {self.skipped_in_a_row} steps in a row, "
             f"up to step {self.step} (learning rate {self.peaks[0] * scale:.3g}); "
@@ -362,10 +424,19 @@ class Meter:
 
     def read(self, processes: Processes) -> dict[str, float]:
         """The means over all processes; a value that some have not met is of the others alone."""
-        found = processes.gather({name: torch.stack(values).float().tolist() for name, values in self.values.items()})
+        found = processes.gather(
+            {name: torch.stack(values).float().tolist() for name, values in self.values.items()}
+        )
         names = dict.fromkeys(name for values in found for name in values)
-        means = {name: statistics.fmean(itertools.chain(*(values.get(name, ()) for values in found))) for name in names}
-        result = {**means, "images_per_second": self.images / self.seconds, "loader_share": self.loading / self.seconds}
+        means = {
+            name: statistics.fmean(itertools.chain(*(values.get(name, ()) for values in found)))
+            for name in names
+        }
+        result = {
+            **means,
+            "images_per_second": self.images / self.seconds,
+            "loader_share": self.loading / self.seconds,
+        }
         self.restart()
         return result
 
@@ -396,7 +467,9 @@ class _Log:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"time": round(time.time(), 1), **entry}) + "\n")
         except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror}; free some space, then --resume") from error
+            raise InputError(
+                f"cannot write {self.path}: {error.strerror}; free some space, then --resume"
+            ) from error
         if self.board is not None:
             for name, value in entry.items():
                 if isinstance(value, str):

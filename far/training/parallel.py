@@ -52,7 +52,11 @@ def gradients_together(losses: nn.Module, together: bool) -> Iterator[None]:
 
     Shards always do: what is left to a later pass is whole, and would take the memory that they are to save.
     """
-    with losses.no_sync() if isinstance(losses, DistributedDataParallel) and not together else contextlib.nullcontext():
+    with (
+        losses.no_sync()
+        if isinstance(losses, DistributedDataParallel) and not together
+        else contextlib.nullcontext()
+    ):
         yield
 
 
@@ -68,7 +72,9 @@ def own(tensor: Tensor) -> Tensor:
 
 def shards_like(like: Tensor, tensor: Tensor) -> Tensor:
     """A whole tensor as ``like`` is: this process's shard of it, or as it is."""
-    return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
+    return (
+        distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
+    )
 
 
 def _shard_as(module: nn.Module, like: nn.Module) -> None:

@@ -14,7 +14,9 @@ def checkpoints_folder(folder: Path) -> Path:
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of every checkpoint in ``folder``, oldest first."""
-    return sorted((step, path) for path in folder.glob("step-*") if (step := checkpoint_step(path)) is not None)
+    return sorted(
+        (step, path) for path in folder.glob("step-*") if (step := checkpoint_step(path)) is not None
+    )
 
 
 def checkpoint_step(path: Path) -> int | None:
@@ -28,4 +30,6 @@ def check_unused(folder: Path, resume: bool) -> None:
     check_folder(folder)
     existing = list_checkpoints(checkpoints_folder(folder))
     if existing and not resume:
-        raise InputError(f"{folder} already holds a run at step {existing[-1][0]}; add --resume, or choose another folder")
+        raise InputError(
+            f"{folder} already holds a run at step {existing[-1][0]}; add --resume, or choose another folder"
+        )

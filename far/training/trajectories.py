@@ -41,7 +41,9 @@ def load_teacher(folder: Path, config: TrajectoryConfig, device: str | torch.dev
     """The model to be distilled, its head's predicted tokens limited."""
     teacher = Pipeline.from_pretrained(folder, device=device)
     if teacher.model.head.config.token_limit is None:
-        teacher.model.head.config = dataclasses.replace(teacher.model.head.config, token_limit=config.token_limit)
+        teacher.model.head.config = dataclasses.replace(
+            teacher.model.head.config, token_limit=config.token_limit
+        )
     return teacher
 
 
@@ -52,7 +54,7 @@ def write_trajectories(
     config: TrajectoryConfig,
     folder: Path,
     latents: Path | None,
-    processes: Processes = Processes(),  # noqa: B008
+    processes: Processes = Processes(),
 ) -> None:
     """Fill ``folder``, each of several ``processes`` a part; continues where it stopped.
 
@@ -76,7 +78,14 @@ def write_trajectories(
         return
     images = _open(teacher, latents, config.seed)
     groups = -(-config.images // GROUP)
-    bar = ImageBar(groups, "teacher's trajectories", group=GROUP, initial=writer.cursor, smoothing=0, disable=processes.rank > 0)
+    bar = ImageBar(
+        groups,
+        "teacher's trajectories",
+        group=GROUP,
+        initial=writer.cursor,
+        smoothing=0,
+        disable=processes.rank > 0,
+    )
 
     def pieces(numbers: range) -> Pieces:
         start = round(bar.n)
@@ -99,7 +108,11 @@ def _open(teacher: Pipeline, latents: Path | None, seed: int) -> Images:
     """The source of images, once it is sure that the head has a velocity (if not, asking for one is an error)."""
     model = teacher.model
     like = next(model.parameters())
-    model.head.velocity(like.new_zeros(1, model.config.token_channels), like.new_zeros(1), like.new_zeros(1, model.backbone.width))
+    model.head.velocity(
+        like.new_zeros(1, model.config.token_channels),
+        like.new_zeros(1),
+        like.new_zeros(1, model.backbone.width),
+    )
     return _drawn(teacher, seed) if latents is None else _cached(teacher, latents, seed)
 
 
@@ -107,7 +120,13 @@ def _of_its_classes(folder: Path, teacher: Pipeline) -> ShardReader:
     """Open the index of a latent cache whose classes are the teacher's, also if its trajectories are there already."""
     reader = ShardReader(folder, "moments", index_only=True)
     check_meta(reader)
-    check_same_classes(reader.meta["classes"], str(folder), teacher.classes, "the teacher", "give latents of the teacher's own data")
+    check_same_classes(
+        reader.meta["classes"],
+        str(folder),
+        teacher.classes,
+        "the teacher",
+        "give latents of the teacher's own data",
+    )
     return reader
 
 
@@ -115,33 +134,44 @@ def _cached(teacher: Pipeline, folder: Path, seed: int) -> Images:
     """Latents ``[64, c, h, w]`` and labels of a group, drawn from a latent cache: another part of a permutation each, and flips."""
     autoencoder = _autoencoder(teacher)
     reader = open_latents(folder, autoencoder)
-    size, expected = reader.meta["size"], [side * autoencoder.config.stride for side in teacher.model.config.grid]
+    size, expected = (
+        reader.meta["size"],
+        [side * autoencoder.config.stride for side in teacher.model.config.grid],
+    )
     if [size, size] != expected:
         raise InputError(
             f"{folder} is of images of {size}×{size} pixels, the teacher's are {expected[0]}×{expected[1]}; give latents of such"
         )
     order, labels = torch.randperm(len(reader), generator=seeded_generator(seed)), reader.all("labels")
 
-    def read(group: int, generator: torch.Generator, step: Callable[[Progress], None]) -> tuple[Tensor, Tensor]:
+    def read(
+        group: int, generator: torch.Generator, step: Callable[[Progress], None]
+    ) -> tuple[Tensor, Tensor]:
         rows = order[torch.arange(group * GROUP, (group + 1) * GROUP) % len(order)]
         flips = torch.randint(0, 2, (GROUP,), generator=generator)
         posterior = Posterior(reader.rows("moments", rows)[torch.arange(GROUP), flips].float())
         noise = torch.randn(posterior.mean.shape, generator=generator)
-        return autoencoder.normalize(posterior.sample(noise).to(teacher.device)), labels[rows].to(teacher.device)
+        return autoencoder.normalize(posterior.sample(noise).to(teacher.device)), labels[rows].to(
+            teacher.device
+        )
 
     return read
 
 
 def _autoencoder(teacher: Pipeline) -> Autoencoder:
     if teacher.autoencoder is None:
-        raise InputError("the teacher has no autoencoder to read latents with; add one with: far convert kl16 KL16.ckpt THE_SAME_FOLDER")
+        raise InputError(
+            "the teacher has no autoencoder to read latents with; add one with: far convert kl16 KL16.ckpt THE_SAME_FOLDER"
+        )
     return teacher.autoencoder
 
 
 def _drawn(teacher: Pipeline, seed: int) -> Images:
     """Latents ``[64, c, h, w]`` and labels of a group that the teacher draws, every class equally often."""
 
-    def draw(group: int, generator: torch.Generator, step: Callable[[Progress], None]) -> tuple[Tensor, Tensor]:
+    def draw(
+        group: int, generator: torch.Generator, step: Callable[[Progress], None]
+    ) -> tuple[Tensor, Tensor]:
         numbers = range(group * GROUP, (group + 1) * GROUP)
         labels = torch.tensor([number % len(teacher.classes) for number in numbers], device=teacher.device)
         noise = SeededNoise(numbers, teacher.device, seed)
@@ -151,7 +181,12 @@ def _drawn(teacher: Pipeline, seed: int) -> Images:
 
 
 def group_rows(
-    model: FAR, latents: Tensor, labels: Tensor, config: TrajectoryConfig, ar_steps: int, generator: torch.Generator
+    model: FAR,
+    latents: Tensor,
+    labels: Tensor,
+    config: TrajectoryConfig,
+    ar_steps: int,
+    generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """The rows of one group; see :func:`write_trajectories`."""
     tokens = model.constrain(model.tokens(latents))
@@ -159,22 +194,34 @@ def group_rows(
     dropped = (torch.rand(len(labels), generator=generator) < config.label_drop).to(labels.device)
     labels = torch.where(dropped, model.null_label, labels)
     z = model.backbone.condition(tokens, order[:, :known], wanted, labels)
-    z_uncond = model.backbone.condition(tokens, order[:, :known], wanted, torch.full_like(labels, model.null_label))
+    z_uncond = model.backbone.condition(
+        tokens, order[:, :known], wanted, torch.full_like(labels, model.null_label)
+    )
     scale = 1 + (config.max_guidance - 1) * torch.rand(wanted.shape, generator=generator).to(labels.device)
     noise = torch.randn(*wanted.shape, tokens.shape[-1], generator=generator).to(labels.device)
     paths = trajectories(
-        lambda x, t: model.head.velocity(x, x.new_full(x.shape[:-1], t), z, z_uncond, scale.unsqueeze(-1)), noise, POINTS, SUBSTEPS
+        lambda x, t: model.head.velocity(x, x.new_full(x.shape[:-1], t), z, z_uncond, scale.unsqueeze(-1)),
+        noise,
+        POINTS,
+        SUBSTEPS,
     )
-    half = {name: tensor.to(torch.float16) for name, tensor in (("tokens", tokens), ("z", z), ("scale", scale), ("paths", paths))}
+    half = {
+        name: tensor.to(torch.float16)
+        for name, tensor in (("tokens", tokens), ("z", z), ("scale", scale), ("paths", paths))
+    }
     if not torch.isfinite(half["paths"]).all():
-        raise InputError("the teacher's trajectories leave the range of numbers; bound them, such as by trajectories.token_limit=5.0")
+        raise InputError(
+            "the teacher's trajectories leave the range of numbers; bound them, such as by trajectories.token_limit=5.0"
+        )
     return {
         **half,
         "labels": labels, "order": order, "wanted": wanted, "known": torch.full_like(labels, known),
     }  # fmt: skip
 
 
-def draw_positions(model: FAR, batch: int, wanted: int, ar_steps: int, generator: torch.Generator) -> tuple[Tensor, int, Tensor]:
+def draw_positions(
+    model: FAR, batch: int, wanted: int, ar_steps: int, generator: torch.Generator
+) -> tuple[Tensor, int, Tensor]:
     """Orders ``[batch, n]``, how many of their first positions are known, and which are wanted ``[batch, wanted]``, as in sampling.
 
     The known tokens are those before the AR step that draws a token chosen at random; of causal models, all but the last.
@@ -192,11 +239,15 @@ def draw_positions(model: FAR, batch: int, wanted: int, ar_steps: int, generator
     return order, known, order[:, known : known + wanted]
 
 
-def trajectories(velocity: Callable[[Tensor, float], Tensor], noise: Tensor, points: int, substeps: int) -> Tensor:
+def trajectories(
+    velocity: Callable[[Tensor, float], Tensor], noise: Tensor, points: int, substeps: int
+) -> Tensor:
     """Where the flow of ``velocity`` takes ``noise […, channels]`` at ``points`` equal times from 0 to 1: ``[…, points, channels]``."""
     step = 1 / (points - 1)
     path = [noise]
     for point in range(points - 1):
         # The solver's own time runs from 0 to 1 within the step.
-        path.append(heun(lambda x, u, start=point * step: step * velocity(x, start + u * step), path[-1], substeps))  # type: ignore[misc]
+        path.append(
+            heun(lambda x, u, start=point * step: step * velocity(x, start + u * step), path[-1], substeps)
+        )  # type: ignore[misc]
     return torch.stack(path, dim=-2)

@@ -20,7 +20,15 @@ ORDER = torch.arange(TOKENS)
 
 def build(grid: tuple[int, int] = (ROWS, COLUMNS), **values: object) -> CausalBackbone:
     torch.manual_seed(0)
-    settings = {"width": 16, "depth": 2, "heads": 2, "buffer": 2, "dropout": 0.0, "input_noise": 0.0, **values}
+    settings = {
+        "width": 16,
+        "depth": 2,
+        "heads": 2,
+        "buffer": 2,
+        "dropout": 0.0,
+        "input_noise": 0.0,
+        **values,
+    }
     backbone = CausalBackbone(CausalConfig(**settings), grid, CHANNELS, CLASSES).eval()  # type: ignore[arg-type]
     with torch.no_grad():  # freshly initialised, branches hardly count
         for parameter in backbone.parameters():
@@ -55,7 +63,9 @@ def turned(vector: Tensor, angles: list[float]) -> Tensor:
     return torch.tensor([number.real for number in numbers] + [number.imag for number in numbers])
 
 
-def plain(backbone: CausalBackbone, tokens: Tensor, label: int, places: list[tuple[float, ...]]) -> list[Tensor]:
+def plain(
+    backbone: CausalBackbone, tokens: Tensor, label: int, places: list[tuple[float, ...]]
+) -> list[Tensor]:
     """``z`` of one image, written out place by place; ``places`` are the rotary positions of the sequence."""
     config, state = backbone.config, backbone.state_dict()
     x = [state["class_embedding.weight"][label] + copy for copy in state["class_positions"][0]]
@@ -64,15 +74,25 @@ def plain(backbone: CausalBackbone, tokens: Tensor, label: int, places: list[tup
     pairs = width // 2 // len(places[0])
     angles = [[p * 10_000 ** (-i / pairs) for p in place for i in range(pairs)] for place in places]
     for block in range(config.depth):
-        weights = {name.removeprefix(f"blocks.{block}."): value for name, value in state.items() if name.startswith(f"blocks.{block}.")}
-        joint = [weights["attention.query_key_value.weight"] @ v for v in rms_norm(x, weights["attention_norm.weight"])]
+        weights = {
+            name.removeprefix(f"blocks.{block}."): value
+            for name, value in state.items()
+            if name.startswith(f"blocks.{block}.")
+        }
+        joint = [
+            weights["attention.query_key_value.weight"] @ v
+            for v in rms_norm(x, weights["attention_norm.weight"])
+        ]
         mixed = []
         for place in range(len(x)):
             parts = []
             for head in range(config.heads):
                 cut = slice(head * width, (head + 1) * width)
                 query = turned(joint[place][: config.width][cut], angles[place])
-                keys = [turned(joint[j][config.width : 2 * config.width][cut], angles[j]) for j in range(place + 1)]
+                keys = [
+                    turned(joint[j][config.width : 2 * config.width][cut], angles[j])
+                    for j in range(place + 1)
+                ]
                 scores = torch.stack([query @ key for key in keys]) / math.sqrt(width)
                 values = torch.stack([joint[j][2 * config.width :][cut] for j in range(place + 1)])
                 parts.append(scores.softmax(dim=0) @ values)
@@ -80,7 +100,10 @@ def plain(backbone: CausalBackbone, tokens: Tensor, label: int, places: list[tup
         x = [a + b for a, b in zip(x, mixed)]
         gate, up = weights["feed_forward.gate_up.weight"].chunk(2)
         hidden = rms_norm(x, weights["feed_forward_norm.weight"])
-        x = [a + weights["feed_forward.down.weight"] @ ((g := gate @ h) * g.sigmoid() * (up @ h)) for a, h in zip(x, hidden)]
+        x = [
+            a + weights["feed_forward.down.weight"] @ ((g := gate @ h) * g.sigmoid() * (up @ h))
+            for a, h in zip(x, hidden)
+        ]
     return rms_norm(x, state["norm.weight"])[config.buffer - 1 :]
 
 
@@ -92,11 +115,18 @@ def test_values(positions: str) -> None:
     z = teacher_forced(backbone, tokens)
     assert z.shape == (BATCH, TOKENS, backbone.width)
     for image in (0, 3):
-        torch.testing.assert_close(z[image], torch.stack(plain(backbone, tokens[image], image, places)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            z[image], torch.stack(plain(backbone, tokens[image], image, places)), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_feed_forward_width_is_llamas() -> None:
-    assert [CausalConfig(width=width, heads=1).hidden_width for width in (768, 1024, 1280, 4096)] == [2048, 2816, 3584, 11008]
+    assert [CausalConfig(width=width, heads=1).hidden_width for width in (768, 1024, 1280, 4096)] == [
+        2048,
+        2816,
+        3584,
+        11008,
+    ]
 
 
 # --- What z depends on ---------------------------------------------------------------------------------
@@ -110,8 +140,12 @@ def test_later_tokens_do_not_count_and_earlier_ones_do(positions: str) -> None:
         changed = tokens.clone()
         changed[:, place] += 1
         difference = (teacher_forced(backbone, changed) - z).abs().amax(dim=(0, 2))
-        assert difference[: place + 1].max() == 0, f"a change of token {place} reached its own or an earlier z"
-        assert (difference[place + 1 :] > 1e-4).all(), f"a change of token {place} did not reach every later z"
+        assert difference[: place + 1].max() == 0, (
+            f"a change of token {place} reached its own or an earlier z"
+        )
+        assert (difference[place + 1 :] > 1e-4).all(), (
+            f"a change of token {place} did not reach every later z"
+        )
 
 
 def test_unknown_tokens_are_not_read() -> None:
@@ -128,7 +162,9 @@ def test_positions_and_labels_count(positions: str) -> None:
     backbone = BACKBONES[positions]
     same = make_tokens()[:1, :1].expand(BATCH, TOKENS, -1)
     z = teacher_forced(backbone, same)
-    assert torch.cdist(z[0], z[0]).add(torch.eye(TOKENS)).min() > 1e-3, "two places of equal tokens give the same z"
+    assert torch.cdist(z[0], z[0]).add(torch.eye(TOKENS)).min() > 1e-3, (
+        "two places of equal tokens give the same z"
+    )
     for a in range(BATCH):
         for b in range(a):
             assert (z[a] - z[b]).abs().amax(dim=-1).min() > 1e-3, f"labels {a} and {b} give the same z"
@@ -150,11 +186,17 @@ def test_rows_and_columns_are_told_apart() -> None:
     positions=st.sampled_from(POSITIONS), data=st.data(),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
-def test_cached_equals_uncached(rows: int, columns: int, batch: int, buffer: int, positions: str, data: st.DataObject) -> None:
+def test_cached_equals_uncached(
+    rows: int, columns: int, batch: int, buffer: int, positions: str, data: st.DataObject
+) -> None:
     """Token by token and in larger strides, within 1e-5 at every position."""
     backbone = build((rows, columns), buffer=buffer, positions=positions)
     count = rows * columns
-    tokens, labels, order = make_tokens(batch, count), torch.arange(batch) % (CLASSES + 1), torch.arange(count).expand(batch, -1)
+    tokens, labels, order = (
+        make_tokens(batch, count),
+        torch.arange(batch) % (CLASSES + 1),
+        torch.arange(count).expand(batch, -1),
+    )
     full = teacher_forced(backbone, tokens, labels)
     cache = backbone.new_cache(batch)
     known = 0
@@ -173,7 +215,9 @@ def test_cache_of_more_rows_goes_on_with_the_first_ones() -> None:
         rows = BATCH if known < 5 else 2
         order = ORDER.expand(rows, -1)
         with torch.no_grad():
-            z = backbone.condition(tokens[:rows], order[:, :known], order[:, known : known + 1], LABELS[:rows], cache)
+            z = backbone.condition(
+                tokens[:rows], order[:, :known], order[:, known : known + 1], LABELS[:rows], cache
+            )
         torch.testing.assert_close(z[:, 0], full[:rows, known], rtol=0, atol=1e-5)
 
 
@@ -184,7 +228,13 @@ def test_cache_grows_in_large_pieces_and_is_filled_exactly() -> None:
     memory = set()
     for known in range(TOKENS):
         with torch.no_grad():
-            backbone.condition(tokens, ORDER[:known].expand(BATCH, -1), ORDER[known : known + 1].expand(BATCH, -1), LABELS, cache)
+            backbone.condition(
+                tokens,
+                ORDER[:known].expand(BATCH, -1),
+                ORDER[known : known + 1].expand(BATCH, -1),
+                LABELS,
+                cache,
+            )
         memory.add((cache.keys.data_ptr(), cache.values.data_ptr()))
     assert len(memory) == 1
     assert cache.length == backbone.length
@@ -212,7 +262,9 @@ def test_input_noise_is_on_the_fed_tokens_only() -> None:
 @pytest.mark.parametrize("silent", ["attention.project", "feed_forward.down"])
 def test_dropout_acts_on_both_branches_in_training_only(silent: str) -> None:
     backbone, tokens = build(dropout=0.5), make_tokens()
-    torch.testing.assert_close(teacher_forced(backbone, tokens), teacher_forced(build(), tokens), rtol=0, atol=0)
+    torch.testing.assert_close(
+        teacher_forced(backbone, tokens), teacher_forced(build(), tokens), rtol=0, atol=0
+    )
     with torch.no_grad():
         for name, parameter in backbone.named_parameters():
             if silent in name:
@@ -227,7 +279,9 @@ def test_branches_start_small_and_the_table_is_no_weight() -> None:
     assert set(backbone.state_dict()) == {name for name, _ in backbone.named_parameters()}
     for name, parameter in backbone.named_parameters():
         if name.startswith("blocks") and parameter.dim() == 2:
-            expected = parameter.shape[1] ** -0.5 / (4 if name.endswith(("project.weight", "down.weight")) else 1)
+            expected = parameter.shape[1] ** -0.5 / (
+                4 if name.endswith(("project.weight", "down.weight")) else 1
+            )
             assert float(parameter.detach().std()) == pytest.approx(expected, rel=0.05), name
     assert float(backbone.token_projection.weight.detach().std()) == pytest.approx(CHANNELS**-0.5, rel=0.1)
     assert float(backbone.class_embedding.weight.detach().std()) == pytest.approx(1, rel=0.15)
@@ -238,8 +292,14 @@ def test_branches_start_small_and_the_table_is_no_weight() -> None:
     [
         ({"width": 100}, "width 100 must be a positive multiple of heads 12"),
         ({"heads": 0}, "heads 0"),
-        ({"width": 36, "heads": 6}, "width 36 / heads 6 must be a multiple of 4 for rotary positions on a grid"),
-        ({"width": 15, "heads": 3, "positions": "sequence"}, "must be a multiple of 2 for rotary positions on a sequence"),
+        (
+            {"width": 36, "heads": 6},
+            "width 36 / heads 6 must be a multiple of 4 for rotary positions on a grid",
+        ),
+        (
+            {"width": 15, "heads": 3, "positions": "sequence"},
+            "must be a multiple of 2 for rotary positions on a sequence",
+        ),
         ({"depth": 0}, "depth 0 must be positive"),
         ({"buffer": 0}, "buffer 0 must be positive"),
         ({"dropout": 1.0}, "dropout 1.0"),

@@ -17,7 +17,14 @@ NULL = CLASSES
 def backbone() -> MaskedBackbone:
     torch.manual_seed(0)
     config = MaskedConfig(
-        encoder_width=16, encoder_depth=2, encoder_heads=4, decoder_width=24, decoder_depth=2, decoder_heads=2, buffer=3, dropout=0.0
+        encoder_width=16,
+        encoder_depth=2,
+        encoder_heads=4,
+        decoder_width=24,
+        decoder_depth=2,
+        decoder_heads=2,
+        buffer=3,
+        dropout=0.0,
     )
     backbone = MaskedBackbone(config, TOKENS, CHANNELS, CLASSES).eval()
     with torch.no_grad():  # freshly initialised, positions and classes hardly count
@@ -45,7 +52,9 @@ def test_unknown_tokens_do_not_count(backbone: MaskedBackbone, tokens: Tensor, c
     known = orders()[:, :count]
     z = backbone.condition(tokens, known, EVERYWHERE, LABELS)
     others = torch.full_like(tokens, float("nan")).scatter(
-        1, known.unsqueeze(-1).expand(-1, -1, CHANNELS), tokens.gather(1, known.unsqueeze(-1).expand(-1, -1, CHANNELS))
+        1,
+        known.unsqueeze(-1).expand(-1, -1, CHANNELS),
+        tokens.gather(1, known.unsqueeze(-1).expand(-1, -1, CHANNELS)),
     )
     assert torch.equal(backbone.condition(others, known, EVERYWHERE, LABELS), z)
 
@@ -65,7 +74,9 @@ def test_every_known_token_counts_everywhere(backbone: MaskedBackbone, tokens: T
 def test_order_of_known_positions_does_not_matter(backbone: MaskedBackbone, tokens: Tensor) -> None:
     known = orders()[:, :7]
     z = backbone.condition(tokens, known, EVERYWHERE, LABELS)
-    torch.testing.assert_close(backbone.condition(tokens, known.flip(1), EVERYWHERE, LABELS), z, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        backbone.condition(tokens, known.flip(1), EVERYWHERE, LABELS), z, rtol=0, atol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -84,7 +95,9 @@ def test_label_counts(backbone: MaskedBackbone, tokens: Tensor) -> None:
     z = backbone.condition(tokens[:1].expand(BATCH, -1, -1), known, EVERYWHERE, LABELS)
     for a in range(BATCH):
         for b in range(a):
-            assert (z[a] - z[b]).abs().amax(dim=-1).min() > 1e-3, f"labels {LABELS[a]} and {LABELS[b]} give the same z"
+            assert (z[a] - z[b]).abs().amax(dim=-1).min() > 1e-3, (
+                f"labels {LABELS[a]} and {LABELS[b]} give the same z"
+            )
 
 
 @torch.no_grad()
@@ -118,7 +131,9 @@ def test_training_inputs(backbone: MaskedBackbone, tokens: Tensor) -> None:
     assert counts == {math.ceil(0.7 * TOKENS), 10, 11, 12}
 
 
-def test_training_masks_differ_between_samples_and_repeat_with_the_seed(backbone: MaskedBackbone, tokens: Tensor) -> None:
+def test_training_masks_differ_between_samples_and_repeat_with_the_seed(
+    backbone: MaskedBackbone, tokens: Tensor
+) -> None:
     first, second = (backbone.training_inputs(tokens, torch.Generator().manual_seed(5))[2] for _ in range(2))
     assert torch.equal(first, second)
     assert len({tuple(sorted(row)) for row in first.tolist()}) == BATCH
@@ -179,7 +194,9 @@ class Remembering:
         x = x + block.attn.proj(y)
         return x + block.mlp(block.norm2(x))
 
-    def condition(self, tokens: Tensor, known: list[int], new: list[int], wanted: list[int], label: int, whole: bool) -> Tensor:
+    def condition(
+        self, tokens: Tensor, known: list[int], new: list[int], wanted: list[int], label: int, whole: bool
+    ) -> Tensor:
         """``z`` of one sample; places of the buffer are negative."""
         net, buffer = self.backbone, self.backbone.config.buffer
         copies = list(range(-buffer, 0))
@@ -199,12 +216,17 @@ class Remembering:
         x = x + net.decoder_positions[0][[place + buffer for place in places]]
         for index in range(net.config.decoder_depth):
             x = self.attend("decoder", index, places, x)
-        return net.decoder_norm(x[[places.index(place) for place in wanted]]) + net.condition_positions[0][wanted]
+        return (
+            net.decoder_norm(x[[places.index(place) for place in wanted]])
+            + net.condition_positions[0][wanted]
+        )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("refresh", [1, 2, 4])
-def test_cached_conditions_are_those_of_a_network_that_remembers(backbone: MaskedBackbone, tokens: Tensor, refresh: int) -> None:
+def test_cached_conditions_are_those_of_a_network_that_remembers(
+    backbone: MaskedBackbone, tokens: Tensor, refresh: int
+) -> None:
     order = orders(4)
     plain = [Remembering(backbone) for _ in range(BATCH)]
     cache = backbone.new_cache(BATCH)
@@ -218,7 +240,9 @@ def test_cached_conditions_are_those_of_a_network_that_remembers(backbone: Maske
         for sample in range(BATCH):
             places = known[sample].tolist()
             new = places if whole else places[before:]
-            expected = plain[sample].condition(tokens[sample], places, new, wanted[sample].tolist(), int(LABELS[sample]), whole)
+            expected = plain[sample].condition(
+                tokens[sample], places, new, wanted[sample].tolist(), int(LABELS[sample]), whole
+            )
             torch.testing.assert_close(z[sample], expected, rtol=0, atol=1e-5)
         exact = backbone.condition(tokens, known, wanted, LABELS)
         if whole:
@@ -229,12 +253,17 @@ def test_cached_conditions_are_those_of_a_network_that_remembers(backbone: Maske
 
 
 @torch.no_grad()
-def test_a_cache_goes_on_with_its_first_rows_until_it_is_cleared(backbone: MaskedBackbone, tokens: Tensor) -> None:
+def test_a_cache_goes_on_with_its_first_rows_until_it_is_cleared(
+    backbone: MaskedBackbone, tokens: Tensor
+) -> None:
     order, cache = orders(4), backbone.new_cache(BATCH)
     backbone.condition(tokens, order[:, :2], order[:, 2:4], LABELS, cache)
     alone = backbone.new_cache(2)
     backbone.condition(tokens[:2], order[:2, :2], order[:2, 2:4], LABELS[:2], alone)
-    both = [backbone.condition(tokens[:2], order[:2, :4], order[:2, 4:6], LABELS[:2], kept) for kept in (cache, alone)]
+    both = [
+        backbone.condition(tokens[:2], order[:2, :4], order[:2, 4:6], LABELS[:2], kept)
+        for kept in (cache, alone)
+    ]
     torch.testing.assert_close(*both, rtol=0, atol=1e-5)
     with pytest.raises(AssertionError, match="gaps"):
         backbone.condition(tokens, order[:, :6], order[:, 6:8], LABELS, cache)

@@ -24,7 +24,11 @@ def refused(capsys: pytest.CaptureFixture, arguments: list, *expected: str) -> s
     """Run ``far``; it must exit with 2 and print exactly one line that contains ``expected``."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("far:") or "Traceback" in line]
+    lines = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if line.startswith("far:") or "Traceback" in line
+    ]
     assert len(lines) == 1, lines
     assert lines[0].startswith("far: error: ")
     for text in expected:
@@ -59,7 +63,11 @@ def refused(capsys: pytest.CaptureFixture, arguments: list, *expected: str) -> s
     ],
 )
 def test_generate_refuses(
-    options: list[str], expected: list[str], pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    options: list[str],
+    expected: list[str],
+    pipeline_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     out = tmp_path / "out.png"
     refused(capsys, ["generate", "--weights", pipeline_folder, "--out", out, *options], *expected)
@@ -67,7 +75,12 @@ def test_generate_refuses(
 
 
 def test_generate_refuses_unknown_weights(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    refused(capsys, ["generate", "--weights", "no-such-model", "--out", tmp_path / "a.png"], "'no-such-model'", "bundled")
+    refused(
+        capsys,
+        ["generate", "--weights", "no-such-model", "--out", tmp_path / "a.png"],
+        "'no-such-model'",
+        "bundled",
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -77,12 +90,19 @@ def test_generate_refuses_an_unwritable_path_before_it_starts(
 ) -> None:
     # A file where a folder is needed cannot be written into by anyone, root included.
     (tmp_path / "file").write_text("kept")
-    refused(capsys, ["generate", "--weights", pipeline_folder, "--out", tmp_path / "file" / name], "cannot write", "check the path")
+    refused(
+        capsys,
+        ["generate", "--weights", pipeline_folder, "--out", tmp_path / "file" / name],
+        "cannot write",
+        "check the path",
+    )
     assert (tmp_path / "file").read_text() == "kept"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_generate_refuses_a_folder_named_as_a_picture(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_generate_refuses_a_folder_named_as_a_picture(
+    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     (tmp_path / "a.png").mkdir()
     refused(capsys, ["generate", "--weights", pipeline_folder, "--out", tmp_path / "a.png"], "is a folder")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
@@ -125,7 +145,11 @@ def test_generate_refuses_damaged_weights(
     ],
 )
 def test_benchmark_refuses_before_it_starts(
-    options: list[str], expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    options: list[str],
+    expected: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("kept")
@@ -134,15 +158,21 @@ def test_benchmark_refuses_before_it_starts(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_benchmark_names_the_package_that_a_plot_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_benchmark_names_the_package_that_a_plot_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused(capsys, ["benchmark", "--plot", "a.png"], "matplotlib", "pip install")
 
 
 def test_a_misspelt_recipe_key_names_the_right_one(recipe: Path, capsys: pytest.CaptureFixture) -> None:
-    refused(capsys, ["train", recipe, "generator.training.learning_rat=0.1"], "'learning_rat'", "'learning_rate'")
-    recipe.write_text(recipe.read_text().replace("label_drop", "label_drp").replace("generator:", "generatr:"))
+    refused(
+        capsys, ["train", recipe, "generator.training.learning_rat=0.1"], "'learning_rat'", "'learning_rate'"
+    )
+    recipe.write_text(
+        recipe.read_text().replace("label_drop", "label_drp").replace("generator:", "generatr:")
+    )
     refused(capsys, ["train", recipe], "'generatr'", "'generator'", str(recipe))
 
 
@@ -160,25 +190,35 @@ def test_a_misspelt_recipe_key_names_the_right_one(recipe: Path, capsys: pytest.
         ("generator.training", "key=value"),
     ],
 )
-def test_train_refuses_wrong_values(override: str, expected: str, recipe: Path, capsys: pytest.CaptureFixture) -> None:
+def test_train_refuses_wrong_values(
+    override: str, expected: str, recipe: Path, capsys: pytest.CaptureFixture
+) -> None:
     refused(capsys, ["train", recipe, override], expected)
     assert not (recipe.parent / "run" / "model").exists()
 
 
-def test_train_refuses_a_missing_recipe_or_one_that_is_no_yaml(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_train_refuses_a_missing_recipe_or_one_that_is_no_yaml(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     refused(capsys, ["train", tmp_path / "none.yaml"], "none.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1,")
     refused(capsys, ["train", tmp_path / "broken.yaml"], "broken.yaml", "YAML")
 
 
-def test_a_cache_of_another_autoencoder_is_refused(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_cache_of_another_autoencoder_is_refused(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     torch.manual_seed(1)
-    config = AutoencoderConfig(width=8, width_multipliers=(1, 1, 2), blocks=1, latent_channels=2, norm_groups=4, scale=2.0)
+    config = AutoencoderConfig(
+        width=8, width_multipliers=(1, 1, 2), blocks=1, latent_channels=2, norm_groups=4, scale=2.0
+    )
     save_autoencoder(Autoencoder(config), tmp_path / "other")
     refused(capsys, ["train", recipe, f"autoencoder_from={tmp_path / 'other'}"], "fingerprint", "far cache")
 
 
-def test_a_cache_that_does_not_exist_names_the_command(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_cache_that_does_not_exist_names_the_command(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     refused(capsys, ["train", recipe, f"run={tmp_path / 'elsewhere'}"], "far cache")
 
 
@@ -201,14 +241,22 @@ def test_a_cache_that_does_not_exist_names_the_command(recipe: Path, tmp_path: P
     ],
 )
 def test_distill_refuses_before_it_starts(
-    options: list[str], expected: list[str], pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    options: list[str],
+    expected: list[str],
+    pipeline_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     refused(capsys, ["distill", pipeline_folder, tmp_path / "out", *options], *expected)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_distill_refuses_teachers_and_folders(
-    pipeline_folder: Path, latents_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    pipeline_folder: Path,
+    latents_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.setattr("far.training.trajectories.group_rows", lambda *arguments: pytest.fail("it started"))
     refused(capsys, ["distill", "no-such-model", tmp_path / "out"], "'no-such-model'", "bundled")
@@ -216,27 +264,49 @@ def test_distill_refuses_teachers_and_folders(
     teacher = Pipeline.from_pretrained(pipeline_folder)
     teacher.autoencoder = None
     teacher.save_pretrained(tmp_path / "bare")
-    refused(capsys, ["distill", pipeline_folder, tmp_path / "bare"], "bare holds another model", "another folder")
-    refused(capsys, ["distill", tmp_path / "bare", tmp_path / "out", "--latents", latents_folder], "no autoencoder", "far convert kl16")
+    refused(
+        capsys, ["distill", pipeline_folder, tmp_path / "bare"], "bare holds another model", "another folder"
+    )
+    refused(
+        capsys,
+        ["distill", tmp_path / "bare", tmp_path / "out", "--latents", latents_folder],
+        "no autoencoder",
+        "far convert kl16",
+    )
     with monkeypatch.context() as patch:
         patch.setattr(ShortcutHead, "velocity", Head.velocity)
-        refused(capsys, ["distill", pipeline_folder, tmp_path / "out"], "shortcut", "no velocity field", "diffusion or flow head")
+        refused(
+            capsys,
+            ["distill", pipeline_folder, tmp_path / "out"],
+            "shortcut",
+            "no velocity field",
+            "diffusion or flow head",
+        )
     assert not (tmp_path / "out").exists()
     save_checkpoint(tmp_path / "out" / "checkpoints", 7, {}, {})
-    refused(capsys, ["distill", pipeline_folder, tmp_path / "out"], "already holds a run at step 7", "--resume")
+    refused(
+        capsys, ["distill", pipeline_folder, tmp_path / "out"], "already holds a run at step 7", "--resume"
+    )
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoints"]
 
 
 def image(path: Path, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     channels = len(Image.new(mode, (1, 1)).getbands())
-    pixels = np.random.default_rng(len(str(path))).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
+    pixels = np.random.default_rng(len(str(path))).integers(
+        0, 256, (size[1], size[0], channels), dtype=np.uint8
+    )
     Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels, mode).save(path)
 
 
 def test_data_refuses_a_folder_without_classes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     image(tmp_path / "photos" / "a.png")
-    refused(capsys, ["data", "folder", tmp_path / "photos", tmp_path / "set", "--size", "16"], "photos", "subfolder")
+    refused(
+        capsys,
+        ["data", "folder", tmp_path / "photos", tmp_path / "set", "--size", "16"],
+        "photos",
+        "subfolder",
+    )
     refused(capsys, ["data", "folder", tmp_path / "nowhere", tmp_path / "set", "--size", "16"], "nowhere")
     assert not (tmp_path / "set").exists()
 
@@ -248,7 +318,9 @@ def test_data_refuses_a_class_with_one_image(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "set").exists()
 
 
-def test_data_takes_grey_cmyk_and_alpha_and_names_what_is_broken(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_data_takes_grey_cmyk_and_alpha_and_names_what_is_broken(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     photos = tmp_path / "photos"
     image(photos / "a" / "grey.png", "L")
     image(photos / "a" / "alpha.png", "RGBA")
@@ -282,7 +354,10 @@ def test_no_command_and_unknown_commands_are_one_line(capsys: pytest.CaptureFixt
 
 def test_the_whole_program_exits_with_2_and_no_traceback(tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "far", "generate", "--weights", str(tmp_path / "none")], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-m", "far", "generate", "--weights", str(tmp_path / "none")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
@@ -294,13 +369,24 @@ def test_demo_refuses(pipeline_folder: Path, capsys: pytest.CaptureFixture) -> N
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        refused(capsys, ["demo", "--weights", pipeline_folder, "--port", port], f"127.0.0.1, port {port}", "give another")
+        refused(
+            capsys,
+            ["demo", "--weights", pipeline_folder, "--port", port],
+            f"127.0.0.1, port {port}",
+            "give another",
+        )
     refused(capsys, ["demo", "--weights", pipeline_folder, "--port", "0"], "--port 0", "1 to 65535")
-    refused(capsys, ["demo", "--weights", pipeline_folder, "--host", "192.0.2.1", "--port", port], "cannot listen on 192.0.2.1")
+    refused(
+        capsys,
+        ["demo", "--weights", pipeline_folder, "--host", "192.0.2.1", "--port", port],
+        "cannot listen on 192.0.2.1",
+    )
     refused(capsys, ["demo", "--weights", "no-such-model", "--port", port], "'no-such-model'", "bundled")
 
 
-def test_demo_without_gradio(pipeline_folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_without_gradio(
+    pipeline_folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delitem(sys.modules, "far.demo.page", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
     refused(capsys, ["demo", "--weights", pipeline_folder], "gradio", "pip install 'far-image[demo]'")
@@ -322,10 +408,22 @@ def test_file_of_a_packaged_recipes_name_is_read_instead(
     refused(capsys, ["train", "avatars-64"], "avatars-64", "'run'")
 
 
-def test_autoencoder_taken_from_elsewhere_is_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    refused(capsys, ["train-autoencoder", "avatars-64-causal", f"run={tmp_path}"], "avatars-64-causal", "autoencoder_from=null")
+def test_autoencoder_taken_from_elsewhere_is_not_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(
+        capsys,
+        ["train-autoencoder", "avatars-64-causal", f"run={tmp_path}"],
+        "avatars-64-causal",
+        "autoencoder_from=null",
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_missing_autoencoder_of_a_recipe_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    refused(capsys, ["cache", "avatars-64", "autoencoder_from=nowhere", f"run={tmp_path}"], "'nowhere'", "avatars-64")
+    refused(
+        capsys,
+        ["cache", "avatars-64", "autoencoder_from=nowhere", f"run={tmp_path}"],
+        "'nowhere'",
+        "avatars-64",
+    )

@@ -17,26 +17,67 @@ from far.model import PRESETS, NetworkConfig
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PRESETS, "tiny", NetworkConfig(CausalConfig(width=16, depth=1, heads=2), HeadConfig("shortcut", 16, 1)))
-    monkeypatch.setattr(far.benchmark, "AutoencoderConfig", lambda: AutoencoderConfig(width=8, blocks=1, norm_groups=4))
+    monkeypatch.setitem(
+        PRESETS,
+        "tiny",
+        NetworkConfig(CausalConfig(width=16, depth=1, heads=2), HeadConfig("shortcut", 16, 1)),
+    )
+    monkeypatch.setattr(
+        far.benchmark, "AutoencoderConfig", lambda: AutoencoderConfig(width=8, blocks=1, norm_groups=4)
+    )
     monkeypatch.setattr(far.benchmark, "_BANDWIDTH_BYTES", 2**16)
     monkeypatch.setattr(far.benchmark, "_PRODUCT_SIDE", 32)
 
 
 def table(text: str) -> list[dict[str, str]]:
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
     assert all(set(cell) == {"-"} for cell in lines[1])
     assert len({len(line) for line in lines}) == 1
     return [dict(zip(lines[0], line)) for line in lines[2:]]
 
 
-def test_table_figures_and_picture_agree(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_table_figures_and_picture_agree(
+    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     figures, picture = tmp_path / "a.json", tmp_path / "a.png"
-    options = ["--models", str(pipeline_folder), "--batch", "2", "--head-steps", "4", "1", "--dtypes", "float32", "bfloat16"]
-    assert main(["benchmark", *options, "--ar-steps", "3", "--rounds", "2", "--json", str(figures), "--plot", str(picture)]) == 0
+    options = [
+        "--models",
+        str(pipeline_folder),
+        "--batch",
+        "2",
+        "--head-steps",
+        "4",
+        "1",
+        "--dtypes",
+        "float32",
+        "bfloat16",
+    ]
+    assert (
+        main(
+            [
+                "benchmark",
+                *options,
+                "--ar-steps",
+                "3",
+                "--rounds",
+                "2",
+                "--json",
+                str(figures),
+                "--plot",
+                str(picture),
+            ]
+        )
+        == 0
+    )
     captured = capsys.readouterr()
     rows, found = table(captured.out), json.loads(figures.read_text())
-    assert [(row["steps"], row["dtype"]) for row in rows] == [(f"3 × {n}", t) for n in (4, 1) for t in ("float32", "bfloat16")]
+    assert [(row["steps"], row["dtype"]) for row in rows] == [
+        (f"3 × {n}", t) for n in (4, 1) for t in ("float32", "bfloat16")
+    ]
     assert "Times are of whole images." in captured.out
     assert "warm-up" in captured.err
     assert "warm-up" not in captured.out
@@ -86,10 +127,20 @@ def test_without_models_the_usual_rows_are_run(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(far.benchmark, "measure", stop)
     for native in (True, False):
         monkeypatch.setattr(far.benchmark, "has_bfloat16_products", lambda device, native=native: native)
-        assert main(["benchmark", "--batch", "2", "--guidance", "1", "--rounds", "5", "--full", "--device", "cpu"]) == 130
+        assert (
+            main(
+                ["benchmark", "--batch", "2", "--guidance", "1", "--rounds", "5", "--full", "--device", "cpu"]
+            )
+            == 130
+        )
         usual = far.benchmark.default_rows(batches=[2], guidance=1.0)
         assert asked["rows"] == [row for row in usual if native or row.dtype != "bfloat16"]
-        assert {**asked, "rows": None} == {"rows": None, "rounds": 5, "full": True, "device": torch.device("cpu")}
+        assert {**asked, "rows": None} == {
+            "rows": None,
+            "rounds": 5,
+            "full": True,
+            "device": torch.device("cpu"),
+        }
 
 
 def test_rows_without_instructions_and_a_round_without_time_are_left_out_in_words(

@@ -22,7 +22,19 @@ def picture(tmp_path: Path) -> Path:
 
 def edit(folder: Path, picture: Path, *options: object) -> tuple[np.ndarray, dict]:
     out = picture.with_name("edited.png")
-    arguments = ["edit", picture, "--weights", folder, "--label", "square", "--dtype", "float32", "--out", out, *options]
+    arguments = [
+        "edit",
+        picture,
+        "--weights",
+        folder,
+        "--label",
+        "square",
+        "--dtype",
+        "float32",
+        "--out",
+        out,
+        *options,
+    ]
     assert main([str(argument) for argument in arguments]) == 0
     with Image.open(out) as edited:
         return np.asarray(edited.convert("RGB")), dict(edited.text)
@@ -34,11 +46,19 @@ def changed(before: np.ndarray, after: np.ndarray) -> list[list[bool]]:
     return cells.any(axis=(1, 3)).tolist()
 
 
-def test_inside_a_box_outside_a_box_and_by_a_mask(pipeline_folder: Path, picture: Path, tmp_path: Path) -> None:
+def test_inside_a_box_outside_a_box_and_by_a_mask(
+    pipeline_folder: Path, picture: Path, tmp_path: Path
+) -> None:
     before = np.asarray(Image.open(picture))
     redrawn, text = edit(pipeline_folder, picture, *BOX)
     assert changed(before, redrawn) == [[True, False], [False, False]]
-    assert (text["image"], text["class"], text["label"], text["seed"], text["ar_steps"]) == ("picture.png", "square", "1", "0", "1")
+    assert (text["image"], text["class"], text["label"], text["seed"], text["ar_steps"]) == (
+        "picture.png",
+        "square",
+        "1",
+        "0",
+        "1",
+    )
     kept, _ = edit(pipeline_folder, picture, "--keep", 8, 0, 16, 8)
     assert changed(before, kept) == [[True, False], [True, True]]
     mask = tmp_path / "mask.png"
@@ -84,7 +104,9 @@ def test_a_larger_image_is_scaled_with_its_mask(pipeline_folder: Path, picture: 
 
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 96), (96, 64)])
-def test_a_thin_stroke_counts_in_a_mask_of_any_size(size: tuple[int, int], pipeline_folder: Path, picture: Path, tmp_path: Path) -> None:
+def test_a_thin_stroke_counts_in_a_mask_of_any_size(
+    size: tuple[int, int], pipeline_folder: Path, picture: Path, tmp_path: Path
+) -> None:
     Image.open(picture).resize((size[1], size[0]), 0).save(picture)
     mask = np.zeros(size, dtype=np.uint8)
     mask[size[0] // 2 + 5, size[1] // 2 - 7 : size[1] // 2 - 3] = 255
@@ -126,7 +148,9 @@ def test_what_cannot_be_done_is_one_line(
     assert not out.exists()
 
 
-def test_an_image_or_a_mask_of_another_size(pipeline_folder: Path, picture: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_image_or_a_mask_of_another_size(
+    pipeline_folder: Path, picture: Path, capsys: pytest.CaptureFixture
+) -> None:
     mask = picture.with_name("mask.png")
     Image.new("L", (15, 16), 255).save(mask)
     base = ["edit", str(picture), "--weights", str(pipeline_folder), "--label", "square"]
@@ -137,7 +161,9 @@ def test_an_image_or_a_mask_of_another_size(pipeline_folder: Path, picture: Path
     assert "give --place LEFT TOP" in capsys.readouterr().err
 
 
-def test_a_causal_model_says_where_it_can_edit(causal_diffusion_folder: Path, picture: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_causal_model_says_where_it_can_edit(
+    causal_diffusion_folder: Path, picture: Path, capsys: pytest.CaptureFixture
+) -> None:
     arguments = ["edit", str(picture), "--weights", str(causal_diffusion_folder), "--label", "square", *BOX]
     assert main(arguments) == 2
     assert "take a masked model" in capsys.readouterr().err

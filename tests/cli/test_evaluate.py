@@ -30,13 +30,29 @@ def folder(tmp_path: Path) -> Path:
 
 
 def evaluate(tmp_path: Path, *arguments: object) -> dict:
-    assert main(["evaluate", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), *map(str, arguments)]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                "--out",
+                str(tmp_path / "out"),
+                "--cache",
+                str(tmp_path / "cache"),
+                *map(str, arguments),
+            ]
+        )
+        == 0
+    )
     return json.loads((tmp_path / "out" / "result.json").read_text())
 
 
-def test_a_model(tmp_path: Path, pipeline_folder: Path, image_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model(
+    tmp_path: Path, pipeline_folder: Path, image_set: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = ["--reference", image_set, "--count", 9, "--head-steps", 1, "--seed", 5]
-    result = evaluate(tmp_path, "--weights", pipeline_folder, *settings, "--save-npz", tmp_path / "samples.npz")
+    result = evaluate(
+        tmp_path, "--weights", pipeline_folder, *settings, "--save-npz", tmp_path / "samples.npz"
+    )
     output = capsys.readouterr()
     assert "FD (EfficientNet-Lite0)" in output.out
     assert result["figures"]["floor of FD (EfficientNet-Lite0)"] > 0
@@ -61,17 +77,41 @@ def test_a_model(tmp_path: Path, pipeline_folder: Path, image_set: Path, capsys:
     assert again["figures"] == pytest.approx(result["figures"])
 
 
-def test_evaluations_of_two_seeds_share_no_image(tmp_path: Path, pipeline_folder: Path, image_set: Path) -> None:
+def test_evaluations_of_two_seeds_share_no_image(
+    tmp_path: Path, pipeline_folder: Path, image_set: Path
+) -> None:
     found = {}
     for seed in (0, 1):
         saved = tmp_path / f"{seed}.npz"
-        evaluate(tmp_path, "--weights", pipeline_folder, "--reference", image_set, "--count", 9, "--seed", seed, "--save-npz", saved)
+        evaluate(
+            tmp_path,
+            "--weights",
+            pipeline_folder,
+            "--reference",
+            image_set,
+            "--count",
+            9,
+            "--seed",
+            seed,
+            "--save-npz",
+            saved,
+        )
         with np.load(saved) as arrays:
             found[seed] = arrays["arr_0"]
     distances = np.abs(found[0][:, None].astype(int) - found[1][None]).mean(axis=(2, 3, 4))
     assert distances.min() > 1, "an image of --seed 1 is one of --seed 0"
     # The documented seeds, as far generate takes them.
-    command = ["generate", "--weights", str(pipeline_folder), "--dtype", "float32", "--count", "3", "--seed", str(2**32)]
+    command = [
+        "generate",
+        "--weights",
+        str(pipeline_folder),
+        "--dtype",
+        "float32",
+        "--count",
+        "3",
+        "--seed",
+        str(2**32),
+    ]
     assert main([*command, "--out", str(tmp_path / "drawn.npz")]) == 0
     with np.load(tmp_path / "drawn.npz") as drawn:
         assert np.abs(drawn["arr_0"].astype(int) - found[1][:3]).max() <= 1
@@ -81,7 +121,9 @@ def test_the_distance_is_that_of_the_features(tmp_path: Path, folder: Path, imag
     result = evaluate(tmp_path, "--images", folder, "--reference", image_set)
     network = load_feature_network()
     with torch.no_grad():
-        sets = [network(open_images(path).tensor(range(count))) for path, count in ((folder, 8), (image_set, 12))]
+        sets = [
+            network(open_images(path).tensor(range(count))) for path, count in ((folder, 8), (image_set, 12))
+        ]
     expected = frechet_distance(*(FeatureStatistics.of(features) for features in sets))
     assert result["figures"]["FD (EfficientNet-Lite0)"] == pytest.approx(expected, rel=1e-6)
     assert result["judged"]["digest"].startswith("folder-")
@@ -89,14 +131,31 @@ def test_the_distance_is_that_of_the_features(tmp_path: Path, folder: Path, imag
 
 def test_saved_statistics_serve_as_a_reference(tmp_path: Path, folder: Path, image_set: Path) -> None:
     cache = ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
-    assert main(["evaluate", "--images", str(image_set), "--save-statistics", str(tmp_path / "held-out.npz"), *cache]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                "--images",
+                str(image_set),
+                "--save-statistics",
+                str(tmp_path / "held-out.npz"),
+                *cache,
+            ]
+        )
+        == 0
+    )
     direct = evaluate(tmp_path, "--images", folder, "--reference", image_set)
     saved = evaluate(tmp_path, "--images", folder, "--reference", tmp_path / "held-out.npz")
     assert saved["figures"] == pytest.approx(direct["figures"])
 
 
-def test_images_of_another_size_are_warned_of(tmp_path: Path, image_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    np.savez(tmp_path / "larger.npz", arr_0=np.random.default_rng(0).integers(0, 256, (5, 20, 24, 3), dtype=np.uint8))
+def test_images_of_another_size_are_warned_of(
+    tmp_path: Path, image_set: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(
+        tmp_path / "larger.npz",
+        arr_0=np.random.default_rng(0).integers(0, 256, (5, 20, 24, 3), dtype=np.uint8),
+    )
     evaluate(tmp_path, "--npz", tmp_path / "larger.npz", "--reference", image_set)
     assert "judged images and reference have 24×20 and 16×16 pixels" in capsys.readouterr().err
 
@@ -108,21 +167,42 @@ def test_a_folder_is_judged_as_far_data_reads_it(tmp_path: Path) -> None:
         path = tmp_path / "pictures" / "ab"[index % 2] / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 256, (16, 16, 4), dtype=np.uint8), "RGBA").save(path)
-    Image.fromarray(generator.integers(0, 65536, (16, 16), dtype=np.uint16)).save(tmp_path / "pictures" / "a" / "deep.png")
+    Image.fromarray(generator.integers(0, 65536, (16, 16), dtype=np.uint16)).save(
+        tmp_path / "pictures" / "a" / "deep.png"
+    )
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "pictures" / "b" / "turned.png", exif=exif)
+    Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
+        tmp_path / "pictures" / "b" / "turned.png", exif=exif
+    )
     folder = open_images(tmp_path / "pictures")
     for index, file in enumerate(["a/0.png", "b/1.png", "a/2.png", "b/3.png", "a/deep.png", "b/turned.png"]):
-        np.testing.assert_array_equal(folder.read(range(index, index + 1))[0], read_image(tmp_path / "pictures" / file, 16))
+        np.testing.assert_array_equal(
+            folder.read(range(index, index + 1))[0], read_image(tmp_path / "pictures" / file, 16)
+        )
 
 
 def test_generation_goes_on_after_an_interruption(
-    tmp_path: Path, pipeline_folder: Path, image_set: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    pipeline_folder: Path,
+    image_set: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from far.pipeline import Pipeline
 
-    settings = ["--weights", pipeline_folder, "--reference", image_set, "--count", 230, "--head-steps", 1, "--ar-steps", 1]
+    settings = [
+        "--weights",
+        pipeline_folder,
+        "--reference",
+        image_set,
+        "--count",
+        230,
+        "--head-steps",
+        1,
+        "--ar-steps",
+        1,
+    ]
     whole = evaluate(tmp_path / "whole", *settings)
     drawn: list[int] = []
     draw = Pipeline.draw
@@ -143,13 +223,40 @@ def test_generation_goes_on_after_an_interruption(
 
 
 def test_two_processes(tmp_path: Path, pipeline_folder: Path, image_set: Path) -> None:
-    settings = ["--weights", pipeline_folder, "--reference", image_set, "--count", 230, "--head-steps", 1, "--ar-steps", 1]
+    settings = [
+        "--weights",
+        pipeline_folder,
+        "--reference",
+        image_set,
+        "--count",
+        230,
+        "--head-steps",
+        1,
+        "--ar-steps",
+        1,
+    ]
     single = evaluate(tmp_path / "single", *settings)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "far", "evaluate", *settings]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        "-m",
+        "far",
+        "evaluate",
+        *settings,
+    ]
     out = ["--out", tmp_path / "out", "--cache", tmp_path / "cache"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
-        [*map(str, command), *map(str, out)], env=environment, capture_output=True, text=True, check=False, timeout=240
+        [*map(str, command), *map(str, out)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
     )
     assert finished.returncode == 0, finished.stderr
     result = json.loads((tmp_path / "out" / "result.json").read_text())
@@ -162,7 +269,9 @@ def test_what_is_left_out_of_folders_is_told(tmp_path: Path, capsys: pytest.Capt
     for folder, others in (("judged", (".hidden.png", "a.gif")), ("reference", ("b.bmp",))):
         (tmp_path / folder).mkdir()
         for index in range(8):
-            Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / folder / f"{index}.png")
+            Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
+                tmp_path / folder / f"{index}.png"
+            )
         for name in others:
             (tmp_path / folder / name).touch()
     given = [
@@ -189,12 +298,24 @@ def test_what_is_left_out_of_folders_is_told(tmp_path: Path, capsys: pytest.Capt
         (["--weights", "{model}"], "give --reference to compare with, or --save-statistics"),
         (["--reference", "{images}"], "one of the arguments --weights --images --npz is required"),
         (["--weights", "{model}", "--npz", "a.npz", "--reference", "{images}"], "not allowed with"),
-        (["--images", "{images}", "--reference", "{images}", "--guidance", "2"], "--guidance is for --weights only"),
-        (["--images", "{images}", "--reference", "{images}", "--save-npz", "x.npz"], "--save-npz is for --weights only"),
+        (
+            ["--images", "{images}", "--reference", "{images}", "--guidance", "2"],
+            "--guidance is for --weights only",
+        ),
+        (
+            ["--images", "{images}", "--reference", "{images}", "--save-npz", "x.npz"],
+            "--save-npz is for --weights only",
+        ),
         (["--images", "{images}", "--reference", "{images}", "--count", "99"], "holds 12 images"),
-        (["--weights", "{model}", "--reference", "{images}", "--count", "2"], "leaves some of the 3 classes empty"),
+        (
+            ["--weights", "{model}", "--reference", "{images}", "--count", "2"],
+            "leaves some of the 3 classes empty",
+        ),
         (["--weights", "{model}", "--reference", "{images}", "--count", "0"], "--count 0: give at least 2"),
-        (["--weights", "{model}", "--reference", "{images}", "--batch-size", "0"], "--batch-size 0 must be positive"),
+        (
+            ["--weights", "{model}", "--reference", "{images}", "--batch-size", "0"],
+            "--batch-size 0 must be positive",
+        ),
         (["--weights", "{model}", "--reference", "none"], "none does not exist"),
         (["--weights", "none", "--reference", "{images}"], "weights 'none': no such folder"),
         (["--weights", "{model}", "--reference", "{images}", "--inception", "none.pth"], "none.pth"),
@@ -205,21 +326,42 @@ def test_what_is_left_out_of_folders_is_told(tmp_path: Path, capsys: pytest.Capt
         (["--weights", "{model}", "--reference", "{three}"], "got 10000 and 3"),
         (["--weights", "{model}", "--reference", "{images}", "--count", "3"], "got 3 and 12"),
         (["--weights", "{model}", "--reference", "{images}", "--seed", "-1"], "--seed -1"),
-        (["--images", "{images}", "--reference", "{images}", "--seed", str(10**25)], "--seed 10000000000000000000000000"),
+        (
+            ["--images", "{images}", "--reference", "{images}", "--seed", str(10**25)],
+            "--seed 10000000000000000000000000",
+        ),
         (["--weights", "{model}", "--reference", "{images}", "--seed", str(2**31)], f"--seed {2**31}"),
         (["--weights", "{model}", "--reference", "{images}", "--device", "nowhere"], "device 'nowhere'"),
-        (["--images", "{images}", "--save-statistics", "statistics"], "--save-statistics statistics: give a name that ends in .npz"),
-        (["--weights", "{model}", "--reference", "{images}", "--save-npz", "x.NPZ"], "--save-npz x.NPZ: give a name that ends in .npz"),
-        (["--weights", "{model}", "--save-npz", "x.npz", "--save-statistics", "./x.npz"], "x.npz would overwrite"),
+        (
+            ["--images", "{images}", "--save-statistics", "statistics"],
+            "--save-statistics statistics: give a name that ends in .npz",
+        ),
+        (
+            ["--weights", "{model}", "--reference", "{images}", "--save-npz", "x.NPZ"],
+            "--save-npz x.NPZ: give a name that ends in .npz",
+        ),
+        (
+            ["--weights", "{model}", "--save-npz", "x.npz", "--save-statistics", "./x.npz"],
+            "x.npz would overwrite",
+        ),
         (["--npz", "{three}", "--save-statistics", "{three}"], "three.npz would overwrite"),
-        (["--weights", "{model}", "--reference", "{three}", "--save-npz", "{three}"], "three.npz would overwrite"),
+        (
+            ["--weights", "{model}", "--reference", "{three}", "--save-npz", "{three}"],
+            "three.npz would overwrite",
+        ),
         (["--images", "{images}", "--reference", "{file}"], "is no folder and no .npz"),
         (["--npz", "{cut}", "--reference", "{images}"], "is damaged or no .npz"),
         (["--npz", "{flipped}", "--reference", "{images}"], "the checksum of 'arr_0.npy' differs"),
         (["--npz", "{packed}", "--reference", "{images}"], "is damaged"),
         (["--npz", "{pickled}", "--reference", "{images}"], "pickled objects, which are not loaded"),
-        (["--images", "{images}", "--reference", "{nan}"], "features hold values that are not finite numbers"),
-        (["--images", "{images}", "--reference", "{foreign}"], "holds statistics of Other, not of EfficientNet-Lite0"),
+        (
+            ["--images", "{images}", "--reference", "{nan}"],
+            "features hold values that are not finite numbers",
+        ),
+        (
+            ["--images", "{images}", "--reference", "{foreign}"],
+            "holds statistics of Other, not of EfficientNet-Lite0",
+        ),
     ],
 )
 def test_bad_input_is_one_line(
@@ -240,12 +382,21 @@ def test_bad_input_is_one_line(
     np.savez(tmp_path / "three.npz", arr_0=np.zeros((3, 16, 16, 3), np.uint8))
     network = np.array("EfficientNet-Lite0")
     np.savez(tmp_path / "foreign.npz", mu=np.zeros(1280), sigma=np.eye(1280), extractor=np.array("Other"))
-    np.savez(tmp_path / "nan.npz", mu=np.zeros(1280), sigma=np.eye(1280), extractor=network, features=np.full((9, 1280), np.nan))
+    np.savez(
+        tmp_path / "nan.npz",
+        mu=np.zeros(1280),
+        sigma=np.eye(1280),
+        extractor=network,
+        features=np.full((9, 1280), np.nan),
+    )
     np.savez(tmp_path / "pickled.npz", arr_0=np.array([{}], dtype=object))
     whole = (tmp_path / "three.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[:1000])
     (tmp_path / "flipped.npz").write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
-    np.savez_compressed(tmp_path / "packed.npz", arr_0=np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8))
+    np.savez_compressed(
+        tmp_path / "packed.npz",
+        arr_0=np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8),
+    )
     packed = (tmp_path / "packed.npz").read_bytes()
     (tmp_path / "packed.npz").write_bytes(packed[:200] + bytes(200) + packed[400:])
     places = {

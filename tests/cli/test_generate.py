@@ -45,7 +45,19 @@ def test_a_grid_a_folder_and_an_archive_hold_the_same_images(pipeline_folder: Pa
 
 
 def test_pictures_carry_their_settings(pipeline_folder: Path, tmp_path: Path) -> None:
-    generate(pipeline_folder, tmp_path / "folder", "--labels", "square", "2", "--seed", "5", "--guidance", "2.5", "--head-steps", "1")
+    generate(
+        pipeline_folder,
+        tmp_path / "folder",
+        "--labels",
+        "square",
+        "2",
+        "--seed",
+        "5",
+        "--guidance",
+        "2.5",
+        "--head-steps",
+        "1",
+    )
     text = Image.open(tmp_path / "folder" / "000001.png").text
     assert text["seed"] == "6"
     assert text["label"] == "2"
@@ -64,8 +76,19 @@ def test_the_written_settings_draw_the_image_again(pipeline_folder: Path, tmp_pa
     assert np.abs(np.asarray(again).astype(int) - np.asarray(picture)).max() <= 1
 
 
-def test_the_animation_shows_one_frame_a_step_and_ends_on_the_images(pipeline_folder: Path, tmp_path: Path) -> None:
-    generate(pipeline_folder, tmp_path / "a.png", "--count", "2", "--ar-steps", "3", "--gif", str(tmp_path / "a.gif"))
+def test_the_animation_shows_one_frame_a_step_and_ends_on_the_images(
+    pipeline_folder: Path, tmp_path: Path
+) -> None:
+    generate(
+        pipeline_folder,
+        tmp_path / "a.png",
+        "--count",
+        "2",
+        "--ar-steps",
+        "3",
+        "--gif",
+        str(tmp_path / "a.gif"),
+    )
     animation = Image.open(tmp_path / "a.gif")
     assert animation.n_frames == 3
     first = np.asarray(animation.convert("RGB")).astype(int)
@@ -94,7 +117,9 @@ def test_python_interface(pipeline_folder: Path) -> None:
     assert tensor.shape == (2, 3, 16, 16)
     assert 0 <= tensor.min() <= tensor.max() <= 1
     for picture, image in zip(pictures, tensor):
-        assert np.array_equal(np.asarray(picture), (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+        assert np.array_equal(
+            np.asarray(picture), (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+        )
     with pytest.raises(far.InputError, match="seeds"):
         pipeline.generate(labels=[0, 1], seed=[1])
 
@@ -114,7 +139,17 @@ def test_saving_and_loading_again_gives_the_same_images(pipeline_folder: Path, t
 def test_fast_is_the_options_that_it_stands_for(pipeline_folder: Path, tmp_path: Path) -> None:
     options = ["--count", "2", "--guidance", "3"]
     generate(pipeline_folder, tmp_path / "fast.png", *options, "--fast")
-    generate(pipeline_folder, tmp_path / "same.png", *options, "--refresh-every", "4", "--guidance-every", "4", "--dtype", "int8")
+    generate(
+        pipeline_folder,
+        tmp_path / "same.png",
+        *options,
+        "--refresh-every",
+        "4",
+        "--guidance-every",
+        "4",
+        "--dtype",
+        "int8",
+    )
     generate(pipeline_folder, tmp_path / "other.png", *options, "--fast", "--refresh-every", "1")
     fast, same, other = (Image.open(tmp_path / f"{name}.png") for name in ("fast", "same", "other"))
     assert np.array_equal(np.asarray(fast), np.asarray(same))
@@ -125,7 +160,21 @@ def test_fast_is_the_options_that_it_stands_for(pipeline_folder: Path, tmp_path:
 
 @integers
 def test_fast_leaves_a_causal_model_exact_but_for_its_weights(tmp_path: Path) -> None:
-    assert main(["generate", "--weights", "avatars-64-causal", "--labels", "1", "--fast", "--out", str(tmp_path / "a.png")]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "--weights",
+                "avatars-64-causal",
+                "--labels",
+                "1",
+                "--fast",
+                "--out",
+                str(tmp_path / "a.png"),
+            ]
+        )
+        == 0
+    )
     text = Image.open(tmp_path / "a.png").text
     assert (text["refresh_every"], text["dtype"]) == ("1", "int8")
 
@@ -177,7 +226,9 @@ def test_name_of_a_picture_in_another_format_does_not_become_a_folder(
 def test_animation_is_written_under_a_gif_name_only(
     name: str, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert name in refused(["--weights", pipeline_folder, "--out", tmp_path / "a.png", "--gif", tmp_path / name], capsys)
+    assert name in refused(
+        ["--weights", pipeline_folder, "--out", tmp_path / "a.png", "--gif", tmp_path / name], capsys
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -204,7 +255,9 @@ def test_run_that_fails_midway_leaves_the_folder_as_it_was(
 
 
 @pytest.mark.parametrize("names", [["0", "1", "2"], ["1", "2", "3"], ["2", "0", "1"], ["01", "02", "x"]])
-def test_label_of_a_png_draws_its_class_again(pipeline_folder: Path, tmp_path: Path, names: list[str]) -> None:
+def test_label_of_a_png_draws_its_class_again(
+    pipeline_folder: Path, tmp_path: Path, names: list[str]
+) -> None:
     pipeline = far.load(pipeline_folder)
     assert isinstance(pipeline, Pipeline)
     pipeline.classes = names
@@ -233,7 +286,11 @@ def test_class_that_is_named_all_can_be_drawn_alone(pipeline_folder: Path, tmp_p
 
 @pytest.mark.parametrize("out", ["a.png", "a.npz", "a"])
 def test_an_interruption_leaves_the_finished_images_and_says_how_to_draw_the_others(
-    out: str, pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    out: str,
+    pipeline_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = ["--labels", "2", "0", "--count", "6", "--seed", "5", "--batch-size", "2", "--dtype", "float32"]
     generate(pipeline_folder, tmp_path / "whole.npz", *options)
@@ -272,7 +329,22 @@ def test_an_interruption_while_images_are_written_leaves_those_of_whole_batches(
 
     monkeypatch.setattr(far.pictures, "save_png", interrupted)
     out = tmp_path / "out"
-    assert main(["generate", "--weights", str(pipeline_folder), "--count", "6", "--batch-size", "3", "--out", str(out)]) == 130
+    assert (
+        main(
+            [
+                "generate",
+                "--weights",
+                str(pipeline_folder),
+                "--count",
+                "6",
+                "--batch-size",
+                "3",
+                "--out",
+                str(out),
+            ]
+        )
+        == 130
+    )
     assert "3 of 6 images" in capsys.readouterr().err
     assert sorted(path.name for path in out.iterdir()) == ["000000.png", "000001.png", "000002.png"]
 

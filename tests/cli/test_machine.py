@@ -26,10 +26,18 @@ def threads_are_kept() -> object:
 
 
 @pytest.mark.parametrize("command", COMPUTING)
-def test_every_computing_command_takes_a_device_and_threads(command: str, capsys: pytest.CaptureFixture) -> None:
+def test_every_computing_command_takes_a_device_and_threads(
+    command: str, capsys: pytest.CaptureFixture
+) -> None:
     arguments = parse([command, *COMPUTING[command], "--device", "cuda:1", "--threads", "3"])
     assert (arguments.device, arguments.threads) == ("cuda:1", 3)
-    for option, value in (("--device", "gpu"), ("--threads", "0"), ("--threads", "many"), ("--threads", "1000000"), ("--dtype", "int3")):
+    for option, value in (
+        ("--device", "gpu"),
+        ("--threads", "0"),
+        ("--threads", "many"),
+        ("--threads", "1000000"),
+        ("--dtype", "int3"),
+    ):
         if option == "--dtype" and command in WITHOUT_DTYPE:
             continue
         assert main([command, *COMPUTING[command], option, value]) == 2
@@ -39,7 +47,9 @@ def test_every_computing_command_takes_a_device_and_threads(command: str, capsys
         assert value in error
 
 
-def test_what_is_chosen_automatically_is_said_in_one_line(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_what_is_chosen_automatically_is_said_in_one_line(
+    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     generate = ["generate", "--weights", str(pipeline_folder), "--out", str(tmp_path / "a.png")]
     dtype = resolve_training_dtype("auto", torch.device("cpu"))
     for options, said in (
@@ -49,13 +59,31 @@ def test_what_is_chosen_automatically_is_said_in_one_line(pipeline_folder: Path,
         assert main([*generate, *options]) == 0
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("far: ")]
         assert len(lines) == bool(said)
-        assert [name for name in ("device cpu", f"dtype {dtype}") if any(name in line for line in lines)] == said
+        assert [
+            name for name in ("device cpu", f"dtype {dtype}") if any(name in line for line in lines)
+        ] == said
 
 
-def test_edit_says_nothing_before_an_error(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["generate", "--weights", str(pipeline_folder), "--labels", "0", "--out", str(tmp_path / "a.png")]) == 0
+def test_edit_says_nothing_before_an_error(
+    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert (
+        main(
+            ["generate", "--weights", str(pipeline_folder), "--labels", "0", "--out", str(tmp_path / "a.png")]
+        )
+        == 0
+    )
     capsys.readouterr()
-    edit = ["edit", str(tmp_path / "a.png"), "--weights", str(pipeline_folder), "--label", "0", "--out", str(tmp_path / "b.png")]
+    edit = [
+        "edit",
+        str(tmp_path / "a.png"),
+        "--weights",
+        str(pipeline_folder),
+        "--label",
+        "0",
+        "--out",
+        str(tmp_path / "b.png"),
+    ]
     assert main([*edit, "--redraw", "0", "0", "16", "16"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert main([*edit, "--redraw", "0", "0", "3", "3"]) == 0
@@ -64,7 +92,20 @@ def test_edit_says_nothing_before_an_error(pipeline_folder: Path, tmp_path: Path
 
 def test_threads_of_the_command_line_are_those_that_compute(pipeline_folder: Path, tmp_path: Path) -> None:
     for threads in (1, 2):
-        assert main(["generate", "--weights", str(pipeline_folder), "--out", str(tmp_path / "a.png"), "--threads", str(threads)]) == 0
+        assert (
+            main(
+                [
+                    "generate",
+                    "--weights",
+                    str(pipeline_folder),
+                    "--out",
+                    str(tmp_path / "a.png"),
+                    "--threads",
+                    str(threads),
+                ]
+            )
+            == 0
+        )
         assert torch.get_num_threads() == threads
 
 
@@ -73,18 +114,32 @@ def test_options_replace_the_recipes_device_and_dtype() -> None:
     add_machine_arguments(parser, TRAINING_DTYPES, recipe=True)
     recipe = LoopConfig(device="cuda", dtype="bfloat16", steps=7)
     assert with_machine(recipe, parser.parse_args([])) == recipe
-    given = with_machine(recipe, parser.parse_args(["--device", "cpu", "--dtype", "float32", "--threads", "1"]))
+    given = with_machine(
+        recipe, parser.parse_args(["--device", "cpu", "--dtype", "float32", "--threads", "1"])
+    )
     assert given == LoopConfig(device="cpu", dtype="float32", steps=7)
     assert torch.get_num_threads() == 1
 
 
 def test_processes_without_a_local_rank_are_refused_in_one_line(
-    pipeline_folder: Path, image_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    pipeline_folder: Path,
+    image_set: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    evaluate = ["evaluate", "--weights", str(pipeline_folder), "--reference", str(image_set), "--out", str(tmp_path / "out")]
+    evaluate = [
+        "evaluate",
+        "--weights",
+        str(pipeline_folder),
+        "--reference",
+        str(image_set),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     for device in ("cuda", "cpu"):
         assert main([*evaluate, "--count", "6", "--device", device]) == 2
         error = capsys.readouterr().err
@@ -96,12 +151,19 @@ def test_full_memory_is_one_line_and_other_faults_are_not_hidden(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     generate = ["generate", "--weights", str(pipeline_folder), "--out", str(tmp_path / "a.png")]
-    faults = [lambda: torch.empty(2**60), lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.\nTried 2 GiB"))]
+    faults = [
+        lambda: torch.empty(2**60),
+        lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.\nTried 2 GiB")),
+    ]
     for fault in faults:
         monkeypatch.setattr("far.pipeline.Pipeline.draw", lambda *values, fault=fault, **options: [*fault()])
         assert main(generate) == 2
-        assert [line for line in capsys.readouterr().err.splitlines() if "memory" in line][-1].startswith("far: error: ")
+        assert [line for line in capsys.readouterr().err.splitlines() if "memory" in line][-1].startswith(
+            "far: error: "
+        )
         assert not (tmp_path / "a.png").exists()
-    monkeypatch.setattr("far.pipeline.Pipeline.draw", lambda *values, **options: torch.ones(2) @ torch.ones(3))
+    monkeypatch.setattr(
+        "far.pipeline.Pipeline.draw", lambda *values, **options: torch.ones(2) @ torch.ones(3)
+    )
     with pytest.raises(RuntimeError):
         main(generate)

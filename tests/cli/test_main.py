@@ -12,7 +12,9 @@ import far
 
 
 @pytest.mark.parametrize("module", ["far", "far.cli"])
-def test_as_a_module(module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_as_a_module(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("sys.argv", ["far", "--version"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(module, run_name="__main__")
@@ -22,7 +24,16 @@ def test_as_a_module(module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a file system that takes any name")
 def test_a_name_that_is_no_text_is_printed(pipeline_folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "far", "generate", "--weights", str(pipeline_folder), "--out", os.fsencode(tmp_path) + b"/\xff.png"]
+    command = [
+        sys.executable,
+        "-m",
+        "far",
+        "generate",
+        "--weights",
+        str(pipeline_folder),
+        "--out",
+        os.fsencode(tmp_path) + b"/\xff.png",
+    ]
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr

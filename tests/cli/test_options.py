@@ -36,7 +36,9 @@ def test_recipes_load_and_their_samplers_fit(path: Path | str) -> None:
     autoencoder = recipe.autoencoder.model  # the default is KL-16, which is nobody's here
     if recipe.autoencoder_from not in (None, "kl16"):
         autoencoder = load_autoencoder(recipe.autoencoder_folder).config
-    side = {"avatars-64": 64, "avatars-32": 32, "fashion-mnist": 32, "imagenet-256": 256}[Path(recipe.data).name] // autoencoder.stride
+    side = {"avatars-64": 64, "avatars-32": 32, "fashion-mnist": 32, "imagenet-256": 256}[
+        Path(recipe.data).name
+    ] // autoencoder.stride
     config = ModelConfig(recipe.generator.network, 16, autoencoder.latent_channels, (side, side))
     recipe.generator.sampling.check(FAR(config))
 

@@ -46,7 +46,9 @@ def test_files_of_the_same_name_are_not_printed_instead(
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_printed_recipe_is_the_packaged_one(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_recipe_is_the_packaged_one(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "mine.yaml").write_text(printed(capsys, name), encoding="utf-8")
     assert load_recipe(tmp_path / "mine.yaml") == load_recipe(name)
 
@@ -60,14 +62,20 @@ def test_values_that_users_change_have_a_comment(name: str) -> None:
 
 
 def test_unknown_recipe_and_a_name_beside_keys_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, named in ((["avatars"], "'avatars'"), ([""], "''"), (["avatars-64", "--keys"], "'avatars-64'")):
+    for arguments, named in (
+        (["avatars"], "'avatars'"),
+        ([""], "''"),
+        (["avatars-64", "--keys"], "'avatars-64'"),
+    ):
         assert main(["recipe", *arguments]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert named in error
 
 
-@pytest.mark.parametrize("model", ["''", ".", "..", "../other", "a/../..", "/tmp/model", "latents", "autoencoder", "latents/a"])
+@pytest.mark.parametrize(
+    "model", ["''", ".", "..", "../other", "a/../..", "/tmp/model", "latents", "autoencoder", "latents/a"]
+)
 def test_model_is_the_name_of_a_folder_of_its_own_within_the_run(model: str) -> None:
     with pytest.raises(InputError) as error:
         load_recipe("avatars-64", [f"model={model}"])
@@ -99,11 +107,17 @@ def test_all_keys_of_recipes_and_distillation_are_listed() -> None:
     assert names == leaves(to_dict(DistillationConfig()))
 
 
-@pytest.mark.parametrize("section", sections(), ids=lambda section: f"{section.command} {section.name} {section.kind}")
+@pytest.mark.parametrize(
+    "section", sections(), ids=lambda section: f"{section.command} {section.name} {section.kind}"
+)
 def test_listed_defaults_are_accepted_as_overrides_and_change_nothing(section: Section) -> None:
     default: Any = DistillationConfig() if section.command == "far distill" else Recipe("data", "run")
     if section.kind:
-        default = from_overrides(default, [f"{section.name}.kind={section.kind}"]) if section.kind == "masked" else causal(default)
+        default = (
+            from_overrides(default, [f"{section.name}.kind={section.kind}"])
+            if section.kind == "masked"
+            else causal(default)
+        )
     for key in section.keys:
         if key.default is not None:
             assert from_overrides(default, [f"{key.name}={key.default}"]) == default, key.name
@@ -116,7 +130,9 @@ def causal(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, generator=dataclasses.replace(recipe.generator, network=network))
 
 
-@pytest.mark.parametrize("section", sections(), ids=lambda section: f"{section.command} {section.name} {section.kind}")
+@pytest.mark.parametrize(
+    "section", sections(), ids=lambda section: f"{section.command} {section.name} {section.kind}"
+)
 def test_every_key_has_a_meaning_in_a_sentence(section: Section) -> None:
     assert section.summary
     for key in section.keys:
@@ -126,7 +142,9 @@ def test_every_key_has_a_meaning_in_a_sentence(section: Section) -> None:
 
 def test_keys_that_the_program_needs_are_marked() -> None:
     required = {key.name for section in sections() for key in section.keys if key.default is None}
-    assert required == {field.name for field in dataclasses.fields(Recipe) if field.default is dataclasses.MISSING}
+    assert required == {
+        field.name for field in dataclasses.fields(Recipe) if field.default is dataclasses.MISSING
+    }
 
 
 def test_printed_keys_fit_the_terminal_and_name_types_and_choices(

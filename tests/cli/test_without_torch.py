@@ -25,7 +25,14 @@ for arguments in json.load(sys.stdin):
     print(json.dumps([arguments, status, out.getvalue(), error.getvalue(), [*sys.modules]]), flush=True)
 """
 
-GOOD = [["--version"], ["--help"], ["generate", "--help"], ["data", "avatars", "--help"], ["distill", "--help"], ["benchmark", "--help"]]
+GOOD = [
+    ["--version"],
+    ["--help"],
+    ["generate", "--help"],
+    ["data", "avatars", "--help"],
+    ["distill", "--help"],
+    ["benchmark", "--help"],
+]
 REFUSED = [
     [],
     ["genrate"],
@@ -66,7 +73,12 @@ REFUSED = [
 def run(commands: list[list[str]], folder: Path) -> list[list[Any]]:
     """Run commands one after the other in one new process: arguments, status, stdout, stderr and loaded modules of each."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], input=json.dumps(commands), cwd=folder, capture_output=True, text=True, check=True
+        [sys.executable, "-c", PROGRAM],
+        input=json.dumps(commands),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -128,7 +140,11 @@ def test_a_missing_file_is_told_with_the_command_that_makes_it(tmp_path: Path) -
 
 def test_a_folder_without_a_model_names_the_commands_that_write_one(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    commands = [["generate", "--weights", "empty"], ["push", "empty", "me/model", "--license", "mit"], ["distill", "empty", "out"]]
+    commands = [
+        ["generate", "--weights", "empty"],
+        ["push", "empty", "me/model", "--license", "mit"],
+        ["distill", "empty", "out"],
+    ]
     for _, status, _, error, modules in run(commands, tmp_path):
         assert status == 2
         assert not HEAVY & set(modules)
@@ -139,7 +155,9 @@ def test_a_folder_without_a_model_names_the_commands_that_write_one(tmp_path: Pa
 
 def test_keys_of_recipes_and_distillation_need_no_torch(tmp_path: Path) -> None:
     program = "import sys, far.recipe, far.training.config, far.names; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "False\n"
 
 

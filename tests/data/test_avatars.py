@@ -48,7 +48,9 @@ def test_parts_are_balanced_and_share_no_picture(tmp_path: Path, monkeypatch: py
     assert (counts.train, counts.held_out, counts.already_complete) == (len(kept), 32, False)
     assert sum(counts.left_out.values()) == 32 - len(kept)
     monkeypatch.setattr(avatars, "render_avatar", lambda *arguments: pytest.fail("it was rendered again"))
-    assert write_avatars(tmp_path, 8, per_class=2, held_out_per_class=2) == dataclasses.replace(counts, already_complete=True)
+    assert write_avatars(tmp_path, 8, per_class=2, held_out_per_class=2) == dataclasses.replace(
+        counts, already_complete=True
+    )
     monkeypatch.setattr(avatars, "_renderer", lambda: "another")
     with pytest.raises(InputError, match="held-out"):
         write_avatars(tmp_path, 8, per_class=2, held_out_per_class=2)
@@ -80,12 +82,17 @@ def test_a_stopped_rendering_goes_on_to_the_same_set(tmp_path: Path, monkeypatch
     monkeypatch.setattr(avatars.ShardWriter, "write", original)
     write_avatars(tmp_path / "parts", 8, per_class=2, held_out_per_class=1)
     for part in ("train", "held-out"):
-        whole, parts = (ShardReader(tmp_path / name / part, "images", verify=True) for name in ("whole", "parts"))
+        whole, parts = (
+            ShardReader(tmp_path / name / part, "images", verify=True) for name in ("whole", "parts")
+        )
         assert (whole.all("images") == parts.all("images")).all()
         assert whole.all("labels").tolist() == parts.all("labels").tolist()
 
 
-@pytest.mark.parametrize(("size", "per_class", "held_out"), [(48, 1, 1), (4, 1, 1), (32, 0, 1), (32, HELD_OUT_SEED + 1, 1), (32, 1, 0)])
+@pytest.mark.parametrize(
+    ("size", "per_class", "held_out"),
+    [(48, 1, 1), (4, 1, 1), (32, 0, 1), (32, HELD_OUT_SEED + 1, 1), (32, 1, 0)],
+)
 def test_values_out_of_range(size: int, per_class: int, held_out: int, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"size|per-class"):
         write_avatars(tmp_path / "set", size, per_class, held_out)

@@ -47,7 +47,9 @@ def test_every_image_is_in_one_part(photos: Path, tmp_path: Path) -> None:
     assert [label for _, label in train] != sorted(label for _, label in train)
 
 
-def test_a_stopped_run_goes_on_to_the_same_result(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_goes_on_to_the_same_result(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(folders, "_SHARD_BYTES", 3 * 8 * 8 * 4)  # four images a shard
     write_folder(photos, tmp_path / "whole", 8)
     calls = 0
@@ -69,7 +71,9 @@ def test_a_stopped_run_goes_on_to_the_same_result(photos: Path, tmp_path: Path, 
         assert contents(tmp_path / "parts" / part) == contents(tmp_path / "whole" / part)
 
 
-def test_broken_files_are_named_and_counted(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_broken_files_are_named_and_counted(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     (photos / "dogs" / "99.png").write_text("no image")
     summary = write_folder(photos, tmp_path / "set", 8)
     assert summary.left_out == {"broken": 1}
@@ -82,7 +86,9 @@ def test_broken_files_are_named_and_counted(photos: Path, tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.3, 0.35, 0.4, 0.45, 0.5])
-def test_each_class_keeps_the_nearest_whole_number_to_the_share(share: float, photos: Path, tmp_path: Path) -> None:
+def test_each_class_keeps_the_nearest_whole_number_to_the_share(
+    share: float, photos: Path, tmp_path: Path
+) -> None:
     write_folder(photos, tmp_path / "set", 8, held_out_share=share)
     labels = [label for _, label in contents(tmp_path / "set/held-out")]
     for label, count in ((0, 5), (1, 20)):
@@ -91,7 +97,9 @@ def test_each_class_keeps_the_nearest_whole_number_to_the_share(share: float, ph
 
 
 @pytest.mark.parametrize("broken", [[0], [0, 1], [0, 2], [0, 1, 2], [1, 2], [5, 6], [10], [24, 0]])
-def test_next_readable_file_is_held_out_instead_of_a_broken_one(broken: list[int], photos: Path, tmp_path: Path) -> None:
+def test_next_readable_file_is_held_out_instead_of_a_broken_one(
+    broken: list[int], photos: Path, tmp_path: Path
+) -> None:
     for path in photos.rglob("*.png"):
         if int(path.stem) in broken:
             path.write_bytes(path.read_bytes()[:40])
@@ -110,16 +118,23 @@ def test_next_readable_file_is_held_out_instead_of_a_broken_one(broken: list[int
 
 
 @pytest.mark.parametrize("readable", [(0, 1), (0, 2), (2, 4), (3, 4), (0, 4)])
-def test_two_readable_files_go_one_to_either_part(readable: tuple[int, int], photos: Path, tmp_path: Path) -> None:
+def test_two_readable_files_go_one_to_either_part(
+    readable: tuple[int, int], photos: Path, tmp_path: Path
+) -> None:
     for index in set(range(5)) - set(readable):
         (photos / "cats" / f"{index:02d}.png").write_text("no image")
     write_folder(photos, tmp_path / "set", 8, held_out_share=0.5)
-    parts = [[index for index, label in contents(tmp_path / "set" / part) if label == 0] for part in ("held-out", "train")]
+    parts = [
+        [index for index, label in contents(tmp_path / "set" / part) if label == 0]
+        for part in ("held-out", "train")
+    ]
     assert [len(part) for part in parts] == [1, 1]
     assert sorted(parts[0] + parts[1]) == list(readable)
 
 
-def test_resuming_after_a_replacement_gives_the_same_set(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_after_a_replacement_gives_the_same_set(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(folders, "_SHARD_BYTES", 3 * 8 * 8 * 2)  # two images per shard
     for index in (0, 5, 6, 15):
         (photos / ("cats" if index < 5 else "dogs") / f"{index:02d}.png").write_text("no image")
@@ -144,7 +159,9 @@ def test_resuming_after_a_replacement_gives_the_same_set(photos: Path, tmp_path:
             assert contents(tmp_path / f"parts-{stop}" / part) == contents(tmp_path / "whole" / part)
 
 
-def test_names_reach_the_terminal_escaped(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_names_reach_the_terminal_escaped(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     name = b"x\x1b]0;title\x07\n\xc2\x9by\xff.png"
     with open(os.path.join(os.fsencode(photos), b"dogs", name), "w") as file:
         file.write("no image")
@@ -157,7 +174,9 @@ def test_names_reach_the_terminal_escaped(photos: Path, tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize("readable", [0, 1])
-def test_class_without_two_readable_images_is_refused_before_anything_is_written(readable: int, photos: Path, tmp_path: Path) -> None:
+def test_class_without_two_readable_images_is_refused_before_anything_is_written(
+    readable: int, photos: Path, tmp_path: Path
+) -> None:
     for path in sorted((photos / "cats").iterdir())[readable:]:
         path.write_text("no image")
     with pytest.raises(InputError, match="'cats'"):
@@ -174,7 +193,9 @@ def recolor(path: Path) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-@pytest.mark.parametrize("change", ["new", "gone", "renamed", "content", "moved to another class", "moved in the same order"])
+@pytest.mark.parametrize(
+    "change", ["new", "gone", "renamed", "content", "moved to another class", "moved in the same order"]
+)
 @pytest.mark.parametrize("stopped", [False, True])
 def test_set_of_a_changed_folder_is_refused(
     change: str, stopped: bool, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -214,15 +235,26 @@ def test_copy_of_the_images_is_the_same_source(photos: Path, tmp_path: Path) -> 
     first = write_folder(photos, tmp_path / "set", 8)
     shutil.copytree(photos, tmp_path / "copy", copy_function=shutil.copyfile)
     os.utime(tmp_path / "copy/cats/00.png", (1, 1))
-    assert write_folder(tmp_path / "copy", tmp_path / "set", 8) == dataclasses.replace(first, already_complete=True)
+    assert write_folder(tmp_path / "copy", tmp_path / "set", 8) == dataclasses.replace(
+        first, already_complete=True
+    )
 
 
-def test_last_line_names_classes_and_what_is_left_out(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_last_line_names_classes_and_what_is_left_out(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     Image.new("RGB", (9, 9)).save(photos / "cats" / "a.tif")
     Image.new("RGB", (9, 9)).save(photos / "cats" / "really.png", format="GIF")
     (photos / "cats" / "empty.png").touch()
     (photos / "cats" / "lost.png").symlink_to("/nowhere.png")
-    for name in (".ipynb_checkpoints/x.png", "__MACOSX/._y.png", "._z.png", "@eaDir/a.png", ".Trash-1000/files/b.png", "Thumbs.db"):
+    for name in (
+        ".ipynb_checkpoints/x.png",
+        "__MACOSX/._y.png",
+        "._z.png",
+        "@eaDir/a.png",
+        ".Trash-1000/files/b.png",
+        "Thumbs.db",
+    ):
         (photos / "dogs" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(photos / "dogs" / "05.png", photos / "dogs" / name)
     (photos / "notes.txt").touch()
@@ -271,7 +303,9 @@ def test_image_set_within_its_own_source_is_refused(photos: Path) -> None:
 
 def test_unusable_profiles_are_counted(photos: Path, tmp_path: Path) -> None:
     for index in range(7, 10):
-        Image.new("RGB", (20, 12), (index, 2 * index, 3 * index)).save(photos / f"dogs/{index:02d}.png", icc_profile=b"nonsense")
+        Image.new("RGB", (20, 12), (index, 2 * index, 3 * index)).save(
+            photos / f"dogs/{index:02d}.png", icc_profile=b"nonsense"
+        )
     (hint,) = write_folder(photos, tmp_path / "set", 8).hints
     assert hint.startswith("3 color profiles")
     assert len(contents(tmp_path / "set/train")) == 23

@@ -20,7 +20,9 @@ from far.pictures import to_rgb
 
 def gradient(width: int, height: int) -> np.ndarray:
     y, x = np.mgrid[0:height, 0:width]
-    return np.stack([255 * x // max(1, width - 1), 255 * y // max(1, height - 1), np.full_like(x, 90)], axis=-1).astype(np.uint8)
+    return np.stack(
+        [255 * x // max(1, width - 1), 255 * y // max(1, height - 1), np.full_like(x, 90)], axis=-1
+    ).astype(np.uint8)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp"])
@@ -96,8 +98,12 @@ def test_broken_files_are_named(kind: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("form", ["EPS", "TIFF", "GIF", "BMP", "PPM", "ICO"])
-def test_other_formats_are_refused_whatever_their_name(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *arguments: pytest.fail("Ghostscript was started"))
+def test_other_formats_are_refused_whatever_their_name(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        EpsImagePlugin, "Ghostscript", lambda *arguments: pytest.fail("Ghostscript was started")
+    )
     Image.fromarray(gradient(16, 16)).save(tmp_path / "a.png", format=form)
     for read in (decode_image, lambda path: read_image(path, 16)):
         with pytest.raises(InputError, match=r"a\.png is no readable image"):
@@ -149,10 +155,17 @@ def test_large_pictures_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: p
         assert most == expected
 
 
-@pytest.mark.parametrize(("mode", "dtype"), [("I;16", "<u2"), ("I;16B", ">u2"), ("I", np.int32), ("F", np.float32)])
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [("I;16", "<u2"), ("I;16B", ">u2"), ("I", np.int32), ("F", np.float32)]
+)
 def test_deep_pictures_are_scaled_in_little_memory(mode: str, dtype: str, tmp_path: Path) -> None:
     deep = np.arange(65536).reshape(256, 256)
-    for values in (deep, deep % 256, (deep - 200) if mode in ("I", "F") else deep, deep * 3 if mode in ("I", "F") else deep):
+    for values in (
+        deep,
+        deep % 256,
+        (deep - 200) if mode in ("I", "F") else deep,
+        deep * 3 if mode in ("I", "F") else deep,
+    ):
         picture = Image.frombytes(mode, (256, 256), values.astype(dtype).tobytes())
         expected = np.clip(values / (257 if values.max() > 255 else 1), 0, 255).round()
         assert np.array_equal(np.asarray(to_rgb(picture))[..., 1], expected)
@@ -180,7 +193,9 @@ def test_no_pipe_device_or_link_upwards_is_read(tmp_path: Path) -> None:
     (folder / "linked").symlink_to(elsewhere)
     classes, files = find_images(folder)
     assert classes == ["linked", "real"]
-    assert [(path.parent.name, path.name) for path, _ in files] == [(name, f"{x}.png") for name in classes for x in "ab"]
+    assert [(path.parent.name, path.name) for path, _ in files] == [
+        (name, f"{x}.png") for name in classes for x in "ab"
+    ]
     (folder / "also").symlink_to(folder / "real")
     with pytest.raises(InputError, match="'real'"):
         find_images(folder)
@@ -201,12 +216,21 @@ def test_classes_are_the_subfolders_in_natural_order(tmp_path: Path) -> None:
     (tmp_path / ".hidden").mkdir()
     classes, files = find_images(tmp_path)
     assert classes == names
-    assert [path.relative_to(tmp_path).as_posix() for path, _ in files] == [f"{n}/{f}" for n in names for f in ("deep/y.JPG", "x.png")]
+    assert [path.relative_to(tmp_path).as_posix() for path, _ in files] == [
+        f"{n}/{f}" for n in names for f in ("deep/y.JPG", "x.png")
+    ]
     assert [label for _, label in files] == [index for index in range(10) for _ in "ab"]
 
 
 def test_every_suffix_of_the_three_formats_is_read(tmp_path: Path) -> None:
-    for suffix, form in ((".png", "PNG"), (".jpe", "JPEG"), (".jfif", "JPEG"), (".JPEG", "JPEG"), (".webp", "WEBP"), (".jpg", "PNG")):
+    for suffix, form in (
+        (".png", "PNG"),
+        (".jpe", "JPEG"),
+        (".jfif", "JPEG"),
+        (".JPEG", "JPEG"),
+        (".webp", "WEBP"),
+        (".jpg", "PNG"),
+    ):
         (tmp_path / "a").mkdir(exist_ok=True)
         Image.fromarray(gradient(16, 16)).save(tmp_path / "a" / f"{form}{suffix}", format=form)
     _, files = find_images(tmp_path)
@@ -218,8 +242,25 @@ def test_every_suffix_of_the_three_formats_is_read(tmp_path: Path) -> None:
 def test_all_that_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     for name in (
-        *("x.png", "y.png", "b.bmp", "c.TIF", "d.tif", "noun", ".DS_Store", "._x.png", "Thumbs.db", "desktop.ini"),
-        *(".Trash-1000/files/x.png", "__MACOSX/._x.png", "more/@eaDir/x.png/SYNOPHOTO.jpg", "$RECYCLE.BIN/x.png", "x.png~"),
+        *(
+            "x.png",
+            "y.png",
+            "b.bmp",
+            "c.TIF",
+            "d.tif",
+            "noun",
+            ".DS_Store",
+            "._x.png",
+            "Thumbs.db",
+            "desktop.ini",
+        ),
+        *(
+            ".Trash-1000/files/x.png",
+            "__MACOSX/._x.png",
+            "more/@eaDir/x.png/SYNOPHOTO.jpg",
+            "$RECYCLE.BIN/x.png",
+            "x.png~",
+        ),
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()

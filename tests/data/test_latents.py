@@ -34,7 +34,9 @@ def test_moments_of_both_flips(image_set: Path, latents_folder: Path, autoencode
     assert reader.rows("labels", rows).tolist() == source.rows("labels", rows).tolist()
 
 
-def test_another_autoencoder_is_refused_but_not_another_scale(latents_folder: Path, autoencoder_folder: Path) -> None:
+def test_another_autoencoder_is_refused_but_not_another_scale(
+    latents_folder: Path, autoencoder_folder: Path
+) -> None:
     autoencoder = load_autoencoder(autoencoder_folder)
     rescaled = Autoencoder(dataclasses.replace(autoencoder.config, scale=9.0))
     rescaled.load_state_dict(autoencoder.state_dict())
@@ -45,7 +47,9 @@ def test_another_autoencoder_is_refused_but_not_another_scale(latents_folder: Pa
         open_latents(latents_folder, autoencoder)
 
 
-def test_a_stopped_cache_goes_on(image_set: Path, latents_folder: Path, autoencoder_folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_stopped_cache_goes_on(
+    image_set: Path, latents_folder: Path, autoencoder_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setattr(latents, "SHARD_ROWS", 16)
     autoencoder = load_autoencoder(autoencoder_folder)
     original, calls = latents._moments, 0
@@ -70,7 +74,11 @@ def test_a_stopped_cache_goes_on(image_set: Path, latents_folder: Path, autoenco
 
 
 def test_an_interrupted_cache_keeps_every_encoded_batch(
-    image_set: Path, latents_folder: Path, autoencoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image_set: Path,
+    latents_folder: Path,
+    autoencoder_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     autoencoder = load_autoencoder(autoencoder_folder)
     original, encoded = latents._moments, []
@@ -86,7 +94,9 @@ def test_an_interrupted_cache_keeps_every_encoded_batch(
         write_latents(image_set, autoencoder, tmp_path, batch_size=7)
     assert encoded == [7, 7]
     encoded = [0] * 3
-    monkeypatch.setattr(latents, "_moments", lambda *arguments: (encoded.append(len(arguments[1])), original(*arguments))[1])
+    monkeypatch.setattr(
+        latents, "_moments", lambda *arguments: (encoded.append(len(arguments[1])), original(*arguments))[1]
+    )
     write_latents(image_set, autoencoder, tmp_path, batch_size=7)
     a, b = open_latents(tmp_path, autoencoder), open_latents(latents_folder, autoencoder)
     assert sum(encoded) == len(a) - 14
@@ -118,7 +128,10 @@ def set_of(images: Path, folder: Path, *, inverted: bool = False) -> Path:
     """A copy of an image set, or of others of the same form."""
     shutil.copytree(images, folder)
     if inverted:
-        rows, meta = ShardReader(images / "train", "images"), read_json(images / "train" / "index.json")["meta"]
+        rows, meta = (
+            ShardReader(images / "train", "images"),
+            read_json(images / "train" / "index.json")["meta"],
+        )
         shutil.rmtree(folder / "train")
         writer = ShardWriter(folder / "train", meta)
         writer.write({"images": 255 - rows.all("images"), "labels": rows.all("labels")}, cursor=len(rows))
@@ -134,7 +147,10 @@ def test_other_images_at_the_same_path_are_not_mixed_in(
     autoencoder = load_autoencoder(autoencoder_folder)
     write_latents(set_of(image_set, tmp_path / "images"), autoencoder, tmp_path / "cache")
     if not finished:
-        change_index(tmp_path / "cache", lambda index: index.update(complete=False, cursor=16, shards=index["shards"][:1]))
+        change_index(
+            tmp_path / "cache",
+            lambda index: index.update(complete=False, cursor=16, shards=index["shards"][:1]),
+        )
     shutil.rmtree(tmp_path / "images")
     set_of(image_set, tmp_path / "images", inverted=True)
     with pytest.raises(InputError, match="other settings"):
@@ -145,7 +161,9 @@ def test_other_images_at_the_same_path_are_not_mixed_in(
     assert len(open_latents(tmp_path / "cache", autoencoder)) == 60
 
 
-def test_finished_cache_that_does_not_say_of_which_images_is_refused(image_set: Path, autoencoder_folder: Path, tmp_path: Path) -> None:
+def test_finished_cache_that_does_not_say_of_which_images_is_refused(
+    image_set: Path, autoencoder_folder: Path, tmp_path: Path
+) -> None:
     autoencoder = load_autoencoder(autoencoder_folder)
     write_latents(image_set, autoencoder, tmp_path)
     change_index(tmp_path, lambda index: index["meta"].pop("images_fingerprint"))
@@ -170,7 +188,9 @@ def test_cache_belongs_to_the_content_of_its_images_wherever_these_lie(
     # The index alone identifies them: the pixels of training images are not needed once they are encoded.
     for shard in (tmp_path / "moved/train").glob("*.safetensors"):
         shard.unlink()
-    open_latents(latents_folder, autoencoder, ShardReader(tmp_path / "moved/train", "images", index_only=True))
+    open_latents(
+        latents_folder, autoencoder, ShardReader(tmp_path / "moved/train", "images", index_only=True)
+    )
     for change in (
         lambda index: index["meta"].update(classes=["circle", "square", "rings"]),
         lambda index: index["shards"][0].update(sha256="0" * 64),
@@ -206,7 +226,9 @@ def change_index(folder: Path, change: Callable[[dict], None]) -> None:
     write_json(folder / "index.json", index)
 
 
-def test_moments_that_float16_cannot_hold_are_refused(image_set: Path, autoencoder_folder: Path, tmp_path: Path) -> None:
+def test_moments_that_float16_cannot_hold_are_refused(
+    image_set: Path, autoencoder_folder: Path, tmp_path: Path
+) -> None:
     autoencoder = load_autoencoder(autoencoder_folder)
     with torch.no_grad():
         autoencoder.quant_conv.bias.fill_(1e6)
@@ -225,7 +247,9 @@ sys.exit(main())
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_two_processes_write_the_files_of_one_and_a_kill_loses_nothing(recipe: Path, tmp_path: Path, monkeypatch) -> None:
+def test_two_processes_write_the_files_of_one_and_a_kill_loses_nothing(
+    recipe: Path, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setattr(latents, "SHARD_ROWS", 1)
     script, killed = tmp_path / "cache.py", tmp_path / "killed"
     script.write_text(SCRIPT)

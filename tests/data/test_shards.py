@@ -27,7 +27,9 @@ def write(folder: Path, counts: list[int]) -> torch.Tensor:
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(counts=st.lists(st.integers(0, 7), min_size=1, max_size=5).filter(sum), data=st.data())
-def test_any_rows_in_any_order(counts: list[int], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_rows_in_any_order(
+    counts: list[int], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("shards")
     rows = write(folder, counts)
     reader = ShardReader(folder, "images", verify=True)
@@ -95,7 +97,10 @@ def test_a_cut_shard_is_found_even_without_checksums(length: int, tmp_path: Path
         ShardReader(tmp_path, "images")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"meta": {}}', '{"meta": {"kind": "images"}, "complete": true}', "\x00\xff"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", '{"meta": {}}', '{"meta": {"kind": "images"}, "complete": true}', "\x00\xff"],
+)
 def test_a_garbled_index_is_refused(content: str, tmp_path: Path) -> None:
     write(tmp_path, [2])
     (tmp_path / "index.json").write_text(content, encoding="latin-1")

@@ -61,7 +61,9 @@ def test_fields_that_are_not_there_are_the_models(model: Model) -> None:
         ({"label": None}, "unknown class ''"),
     ],
 )
-def test_wrong_entries_are_refused_before_anything_is_drawn(model: Model, entries: dict[str, object], sentence: str) -> None:
+def test_wrong_entries_are_refused_before_anything_is_drawn(
+    model: Model, entries: dict[str, object], sentence: str
+) -> None:
     with pytest.raises(InputError, match=sentence.replace("(", r"\(")):
         next(draw(Order.of_entries(model, **{"label": "circle", "seed": "0", **entries})))
 
@@ -102,5 +104,10 @@ def test_seconds_are_of_drawing_alone(model: Model, monkeypatch: pytest.MonkeyPa
 def test_settings_tell_the_seed_of_each_image(model: Model) -> None:
     order = Order.of_entries(model, "stripes", "8", 2, head_steps=1)
     settings = order.settings(9)
-    assert (settings["seed"], settings["label"], settings["class"], settings["head_steps"]) == (9, "2", "stripes", 1)
+    assert (settings["seed"], settings["label"], settings["class"], settings["head_steps"]) == (
+        9,
+        "2",
+        "stripes",
+        1,
+    )
     assert (settings["weights"], settings["dtype"]) == (model.name, "float32")

@@ -55,7 +55,11 @@ class Server:
         path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
         command = [sys.executable, "-m", "far", "demo", "--weights", *weights, "--port", str(self.port)]
         self.process = subprocess.Popen(
-            command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         assert self.process.stdout is not None
         said = []
@@ -78,8 +82,12 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(pipeline_folder: Path, diffusion_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(["avatars-64", str(pipeline_folder), str(diffusion_folder)], tmp_path_factory.mktemp("server"))
+def server(
+    pipeline_folder: Path, diffusion_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    server = Server(
+        ["avatars-64", str(pipeline_folder), str(diffusion_folder)], tmp_path_factory.mktemp("server")
+    )
     yield server
     assert "Traceback" not in server.stop()
 
@@ -89,7 +97,9 @@ def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         program = shutil.which("chromium") or playwright.chromium.executable_path
         if not Path(program).exists():
-            reason = "no Chromium for the browser tests: apt-get install chromium, or playwright install chromium"
+            reason = (
+                "no Chromium for the browser tests: apt-get install chromium, or playwright install chromium"
+            )
             pytest.fail(reason) if os.environ.get("FAR_REQUIRE_BROWSER") == "1" else pytest.skip(reason)
         browser = playwright.chromium.launch(executable_path=program, args=FLAGS.split())
         yield browser
@@ -154,7 +164,10 @@ def test_an_image_appears_step_by_step_and_is_the_one_that_generate_draws(page: 
     reference = Image.open(tmp_path / "folder" / "000000.png")
     assert picture.text == reference.text  # type: ignore[attr-defined]
     assert difference(picture, reference) < 0.5
-    seen = [Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))) for address in page.evaluate("window.seen")]
+    seen = [
+        Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])))
+        for address in page.evaluate("window.seen")
+    ]
     assert len(seen) >= 4
     grey = [float((np.asarray(image) == 128).all(axis=-1).mean()) for image in seen]
     assert grey[0] > 0.5
@@ -162,7 +175,9 @@ def test_an_image_appears_step_by_step_and_is_the_one_that_generate_draws(page: 
     assert re.match(r"\d+\.\d\d s · AR step 16 of 16", page.locator("#generated .status").inner_text())
 
 
-def test_other_weights_bring_their_classes_and_ranges_and_several_images(page: Page, pipeline_folder: Path, tmp_path: Path) -> None:
+def test_other_weights_bring_their_classes_and_ranges_and_several_images(
+    page: Page, pipeline_folder: Path, tmp_path: Path
+) -> None:
     expect(page.get_by_text("1 to 16", exact=True)).to_have_count(2)  # images and AR steps
     choose(page, "Weights", str(pipeline_folder))
     expect(page.get_by_text("1 to 4", exact=True)).to_be_visible()
@@ -172,7 +187,22 @@ def test_other_weights_bring_their_classes_and_ranges_and_several_images(page: P
     enter(page, Seed="3", Images="3")
     click(page)
     expect(page.locator("#generated a[download]")).to_have_count(3)
-    assert main(["generate", "--weights", str(pipeline_folder), "--labels", "2", "--seed", "5", "--out", str(tmp_path / "folder")]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "--weights",
+                str(pipeline_folder),
+                "--labels",
+                "2",
+                "--seed",
+                "5",
+                "--out",
+                str(tmp_path / "folder"),
+            ]
+        )
+        == 0
+    )
     third, reference = saved(page, nth=2), Image.open(tmp_path / "folder" / "000000.png")
     assert third.text == reference.text  # type: ignore[attr-defined]
     assert difference(third, reference) < 0.5
@@ -207,7 +237,9 @@ def test_wrong_entries_are_told_in_the_page_and_the_server_goes_on(page: Page) -
 def test_two_models_draw_side_by_side(page: Page, pipeline_folder: Path, diffusion_folder: Path) -> None:
     compare = open_compare(page)
     weights = compare.get_by_label("Weights")
-    expect(weights.first).to_have_value(str(diffusion_folder))  # MAR's head against the first weights, to begin with
+    expect(weights.first).to_have_value(
+        str(diffusion_folder)
+    )  # MAR's head against the first weights, to begin with
     expect(weights.last).to_have_value("avatars-64")
     expect(compare.get_by_label("Class")).to_have_value("circle")
     weights.last.click()
@@ -242,7 +274,11 @@ def test_nothing_leaves_the_machine(page: Page, server: Server) -> None:
     click(page, "Compare")
     expect(page.locator(".verdict")).to_be_visible(timeout=PATIENCE * 1000)
     page.wait_for_load_state("networkidle")
-    others = {url for url in asked if urlsplit(url).scheme != "data" and urlsplit(url).netloc != urlsplit(server.address).netloc}
+    others = {
+        url
+        for url in asked
+        if urlsplit(url).scheme != "data" and urlsplit(url).netloc != urlsplit(server.address).netloc
+    }
     assert len(asked) > 10
     assert not others
     told = server.audit.read_text().splitlines()
@@ -262,7 +298,10 @@ def test_files_are_neither_taken_nor_given(server: Server) -> None:
     assert httpx.post(f"{url}/upload", files={"files": ("a.txt", b"a")}, timeout=PATIENCE).status_code == 413
     for path in (Path(__file__), Path("pyproject.toml").absolute()):
         assert httpx.get(f"{url}/file={path}", timeout=PATIENCE).status_code == 403
-    assert httpx.get(f"{url}/info", timeout=PATIENCE).json() == {"named_endpoints": {}, "unnamed_endpoints": {}}
+    assert httpx.get(f"{url}/info", timeout=PATIENCE).json() == {
+        "named_endpoints": {},
+        "unnamed_endpoints": {},
+    }
     assert httpx.get(f"{server.address}/monitoring", timeout=PATIENCE).status_code == 403
 
 
@@ -278,7 +317,9 @@ class Visitor:
     @contextlib.contextmanager
     def messages(self) -> Iterator[Iterator[str]]:
         """The kinds of messages as they come in; leaving is closing the browser's tab."""
-        with httpx.stream("GET", f"{self.url}/data", params={"session_hash": self.session}, timeout=PATIENCE) as response:
+        with httpx.stream(
+            "GET", f"{self.url}/data", params={"session_hash": self.session}, timeout=PATIENCE
+        ) as response:
             yield (json.loads(line[5:])["msg"] for line in response.iter_lines() if line.startswith("data:"))
 
 
@@ -288,7 +329,9 @@ class Endless:
     def __init__(self) -> None:
         self.running, self.most, self.closed = 0, 0, threading.Semaphore(0)
 
-    def __call__(self, pipeline: object, labels: list[int], seeds: list[int], config: object) -> Iterator[Progress]:
+    def __call__(
+        self, pipeline: object, labels: list[int], seeds: list[int], config: object
+    ) -> Iterator[Progress]:
         first = next(STREAM(pipeline, labels, seeds, config))
         self.running += 1
         self.most = max(self.most, self.running)
@@ -304,7 +347,9 @@ STREAM = load_models.__globals__["Pipeline"].stream
 
 
 @pytest.fixture
-def endless(pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Endless, str, dict[str, tuple[int, list[object]]]]]:
+def endless(
+    pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Endless, str, dict[str, tuple[int, list[object]]]]]:
     """A page served from this process whose drawings do not end, and how to ask for one on each tab."""
     (model,) = load_models([str(pipeline_folder)], "float32", "cpu")
     demo, stream = Demo([model]), Endless()

@@ -14,7 +14,13 @@ from far.evaluation.extraction import PART, extract_parts, part_path, part_range
 from far.evaluation.features import FID_NETWORK
 from far.evaluation.generated import Generation, extract_generated, parts_folder
 from far.evaluation.images import open_images
-from far.evaluation.metrics import FeatureStatistics, Neighborhoods, frechet_distance, inception_score, kernel_distance
+from far.evaluation.metrics import (
+    FeatureStatistics,
+    Neighborhoods,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+)
 from far.evaluation.references import Reference, features_of, open_reference, write_statistics
 from far.evaluation.report import report
 from far.pipeline import Pipeline
@@ -46,7 +52,9 @@ class NamedInception(MeanColours):
 
 def random_images(rows: range, step: object = None, seed: int = 0) -> Tensor:
     """Each image depends on its number only."""
-    return torch.stack([torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(seed * 100_000 + row)) for row in rows])
+    return torch.stack(
+        [torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(seed * 100_000 + row)) for row in rows]
+    )
 
 
 def test_parts_are_the_features_in_order(tmp_path: Path) -> None:
@@ -158,11 +166,15 @@ def test_a_statistics_file_equals_its_images(tmp_path: Path, image_set: Path) ->
 
 def test_statistics_of_another_network_are_refused(tmp_path: Path) -> None:
     write_statistics(tmp_path / "statistics.npz", MeanColours(), torch.rand(30, 24))
-    with pytest.raises(InputError, match=r"statistics\.npz holds statistics of mean colours, not of Inception-v3"):
+    with pytest.raises(
+        InputError, match=r"statistics\.npz holds statistics of mean colours, not of Inception-v3"
+    ):
         open_reference(tmp_path / "statistics.npz", NamedInception(), tmp_path)
     retrained = MeanColours()
     retrained.digest = "2" * 64
-    with pytest.raises(InputError, match=r"statistics\.npz holds statistics of mean colours with other weights"):
+    with pytest.raises(
+        InputError, match=r"statistics\.npz holds statistics of mean colours with other weights"
+    ):
         open_reference(tmp_path / "statistics.npz", retrained, tmp_path)
 
 
@@ -201,7 +213,13 @@ def test_adms_reference_batch_gives_statistics_and_features(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["extractor", "extractor_digest"])
 @pytest.mark.parametrize(
-    "value", [np.array("a\nb"), np.array(["a", "b"]), np.array(3), np.array([2**21], "<u4").view("<U1")[0:1].reshape(())]
+    "value",
+    [
+        np.array("a\nb"),
+        np.array(["a", "b"]),
+        np.array(3),
+        np.array([2**21], "<u4").view("<U1")[0:1].reshape(()),
+    ],
 )
 def test_names_of_networks_that_are_none(name: str, value: np.ndarray, tmp_path: Path) -> None:
     write_statistics(tmp_path / "a.npz", MeanColours(), torch.rand(30, 24))
@@ -224,13 +242,22 @@ def test_names_of_networks_that_are_none(name: str, value: np.ndarray, tmp_path:
         ({"mu": np.zeros(24), "sigma": np.eye(24), "count": np.array([5, 6])}, r"count is \[5, 6\]"),
         ({"mu": np.zeros(24), "sigma": np.eye(24), "count": np.array("many")}, "count is 'many'"),
         ({"mu": np.zeros(24), "sigma": np.eye(24), "count": np.array(1)}, "count is 1"),
-        ({"mu": np.zeros(24), "sigma": np.eye(24), "features": np.zeros((50, 7))}, r"features \[50, 7\] are not"),
+        (
+            {"mu": np.zeros(24), "sigma": np.eye(24), "features": np.zeros((50, 7))},
+            r"features \[50, 7\] are not",
+        ),
         (
             {"mu": np.zeros(24), "sigma": np.eye(24), "count": np.array(9), "features": np.zeros((8, 24))},
             r"features \[8, 24\] are not \[9, 24\]",
         ),
-        ({"mu": np.zeros(24), "sigma": np.eye(24), "features": np.full((9, 24), np.nan)}, "features hold values that are not finite"),
-        ({"mu": np.zeros(24), "sigma": np.eye(24), "features": np.zeros((9, 24), int)}, "features hold values that are not finite"),
+        (
+            {"mu": np.zeros(24), "sigma": np.eye(24), "features": np.full((9, 24), np.nan)},
+            "features hold values that are not finite",
+        ),
+        (
+            {"mu": np.zeros(24), "sigma": np.eye(24), "features": np.zeros((9, 24), int)},
+            "features hold values that are not finite",
+        ),
     ],
 )
 def test_bad_statistics(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
@@ -250,14 +277,21 @@ def normal(count: int, seed: int, dimensions: int = 24) -> Tensor:
 
 def test_figures_are_the_metrics() -> None:
     generator = torch.Generator().manual_seed(0)
-    fake, real = 5 + torch.rand(120, 24, generator=generator), 5 + torch.rand(150, 24, generator=generator) * 1.1
+    fake, real = (
+        5 + torch.rand(120, 24, generator=generator),
+        5 + torch.rand(150, 24, generator=generator) * 1.1,
+    )
     found = report(fake, reference_of(real), MeanColours())
     assert found.warnings == []
     figures = found.figures
-    assert figures["FD (mean colours)"] == frechet_distance(FeatureStatistics.of(fake), FeatureStatistics.of(real))
+    assert figures["FD (mean colours)"] == frechet_distance(
+        FeatureStatistics.of(fake), FeatureStatistics.of(real)
+    )
     overlap = dataclasses.asdict(Neighborhoods(real).overlap(fake))
     assert {key: figures[f"{key} (mean colours)"] for key in overlap} == overlap
-    assert figures["KID (mean colours)"] == pytest.approx(kernel_distance(fake, real, generator).value, abs=1e-9)
+    assert figures["KID (mean colours)"] == pytest.approx(
+        kernel_distance(fake, real, generator).value, abs=1e-9
+    )
     score = inception_score(MeanColours().logits(fake), generator, splits=1)
     assert figures["IS (mean colours)"] == pytest.approx(score.value)
     assert score.value > 1.2
@@ -267,7 +301,10 @@ def test_figures_are_the_metrics() -> None:
 
 
 def test_spreads_are_reported_only_if_there_are_images_enough() -> None:
-    few, many = (report(normal(count, 0, 3), reference_of(normal(2000, 1, 3)), ThreeFeatures()).figures for count in (1999, 10_000))
+    few, many = (
+        report(normal(count, 0, 3), reference_of(normal(2000, 1, 3)), ThreeFeatures()).figures
+        for count in (1999, 10_000)
+    )
     assert not any("error" in name or "std" in name for name in few)
     score = inception_score(normal(10_000, 0, 3), torch.Generator().manual_seed(0), splits=10)
     assert (many["IS (three)"], many["IS std over splits (three)"]) == (score.value, score.error)
@@ -294,7 +331,10 @@ def test_figures_that_flat_colors_reach_are_warned_of() -> None:
     assert found.controls["flat colors"]["precision"] > 0.9
     assert found.controls["blurred noise"]["coverage"] < 0.05
     assert len(found.warnings) == 1
-    assert all(text in found.warnings[0] for text in ("500 images", "precision", "density", "coverage", "flat colors"))
+    assert all(
+        text in found.warnings[0]
+        for text in ("500 images", "precision", "density", "coverage", "flat colors")
+    )
     far_off = report(fake + 5, reference_of(real + 5), ThreeFeatures())
     assert far_off.warnings == []
     assert far_off.controls["flat colors"]["precision"] == 0
@@ -302,7 +342,9 @@ def test_figures_that_flat_colors_reach_are_warned_of() -> None:
 
 def test_controls_do_not_depend_on_the_images_compared() -> None:
     real = torch.rand(300, 3, generator=torch.Generator().manual_seed(1))
-    found = [report(fake, reference_of(real), ThreeFeatures()).controls for fake in (real[:200], real[:150] + 3)]
+    found = [
+        report(fake, reference_of(real), ThreeFeatures()).controls for fake in (real[:200], real[:150] + 3)
+    ]
     assert found[0] == found[1]
 
 
@@ -311,7 +353,9 @@ def test_floor_is_the_distance_of_real_images(count: int, reference_count: int) 
     found = report(normal(count, 1), reference_of(normal(reference_count, 0)), MeanColours())
     assert found.warnings == []
     fresh = [
-        frechet_distance(FeatureStatistics.of(normal(count, seed)), FeatureStatistics.of(normal(reference_count, seed + 1)))
+        frechet_distance(
+            FeatureStatistics.of(normal(count, seed)), FeatureStatistics.of(normal(reference_count, seed + 1))
+        )
         for seed in range(10, 30, 2)
     ]
     assert found.figures["floor of FD (mean colours)"] == pytest.approx(sum(fresh) / len(fresh), rel=0.25)
@@ -320,7 +364,9 @@ def test_floor_is_the_distance_of_real_images(count: int, reference_count: int) 
 def test_floor_without_features_is_that_of_the_statistics() -> None:
     real = FeatureStatistics.of(normal(20_000, 0))
     found = report(normal(300, 1), Reference("real", "0", real, None, None, None), MeanColours())
-    assert found.figures["floor of FD (mean colours)"] == pytest.approx(found.figures["FD (mean colours)"], rel=0.25)
+    assert found.figures["floor of FD (mean colours)"] == pytest.approx(
+        found.figures["FD (mean colours)"], rel=0.25
+    )
 
 
 def test_few_images_are_warned_of_with_their_bias() -> None:
@@ -328,7 +374,9 @@ def test_few_images_are_warned_of_with_their_bias() -> None:
     assert len(found.warnings) == 1
     assert "12 images" in found.warnings[0]
     # Both are real: all of the distance is bias.
-    assert found.figures["floor of FD (mean colours)"] == pytest.approx(found.figures["FD (mean colours)"], rel=0.3)
+    assert found.figures["floor of FD (mean colours)"] == pytest.approx(
+        found.figures["FD (mean colours)"], rel=0.3
+    )
 
 
 def test_no_more_than_the_whole_distance_is_called_bias() -> None:
@@ -344,7 +392,9 @@ def test_a_small_reference_is_warned_of_with_its_bias() -> None:
     found = report(fake, reference_of(real), MeanColours())
     assert len(found.warnings) == 1
     assert "reference's 12 images" in found.warnings[0]
-    assert found.figures["bias of FD (mean colours) by the reference"] == pytest.approx(found.figures["FD (mean colours)"], rel=0.3)
+    assert found.figures["bias of FD (mean colours) by the reference"] == pytest.approx(
+        found.figures["FD (mean colours)"], rel=0.3
+    )
     assert len(report(fake[:10], reference_of(real), MeanColours()).warnings) == 2
 
 
@@ -352,22 +402,31 @@ def test_too_few_images_on_a_side_are_refused() -> None:
     for count, reference_count in ((3, 40), (40, 5)):
         with pytest.raises(InputError, match=f"got {count} and {reference_count}"):
             report(torch.rand(count, 24), reference_of(torch.rand(reference_count, 24)), MeanColours())
-    assert report(torch.rand(4, 24), reference_of(torch.rand(6, 24)), MeanColours()).figures["FD (mean colours)"] > 0
+    assert (
+        report(torch.rand(4, 24), reference_of(torch.rand(6, 24)), MeanColours()).figures["FD (mean colours)"]
+        > 0
+    )
     statistics_only = Reference("real", "0", FeatureStatistics.of(torch.rand(40, 24)), None, 40, None)
     with pytest.raises(InputError, match="got 1"):
         report(torch.rand(1, 24), statistics_only, MeanColours())
 
 
-def test_generated_features_do_not_depend_on_batches_or_processes(tmp_path: Path, pipeline_folder: Path) -> None:
+def test_generated_features_do_not_depend_on_batches_or_processes(
+    tmp_path: Path, pipeline_folder: Path
+) -> None:
     pipeline = Pipeline.from_pretrained(pipeline_folder)
     network = MeanColours()
     generation = Generation(str(pipeline_folder), SamplingConfig(ar_steps=2, head_steps=1), 7, "float32")
     extract_generated(tmp_path / "a", 130, pipeline, generation, network, batch_size=64)
     for rank in (0, 1):
         extract_generated(tmp_path / "b", 130, pipeline, generation, network, batch_size=9, share=(rank, 2))
-    torch.testing.assert_close(read_parts(tmp_path / "a", 130), read_parts(tmp_path / "b", 130), atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        read_parts(tmp_path / "a", 130), read_parts(tmp_path / "b", 130), atol=2e-3, rtol=0
+    )
     expected = pipeline.draw([2, 0, 1], [7 + 128, 7 + 129, 7 + 127], generation.sampling)[[2, 0, 1]]
-    torch.testing.assert_close(read_parts(tmp_path / "a", 130)[127:], network((expected * 255).round() / 255), atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        read_parts(tmp_path / "a", 130)[127:], network((expected * 255).round() / 255), atol=2e-3, rtol=0
+    )
     with pytest.raises(InputError, match="leaves some of the 3 classes empty"):
         extract_generated(tmp_path / "c", 2, pipeline, generation, network, batch_size=9)
 
@@ -381,7 +440,10 @@ def test_every_change_has_parts_of_its_own(tmp_path: Path, pipeline_folder: Path
         Generation(str(pipeline_folder), SamplingConfig(), 0, "bfloat16"),
     ]
     folders = {parts_folder(tmp_path, generation, network) for generation in (base, *others)}
-    folders |= {parts_folder(tmp_path, base, NamedInception()), parts_folder(tmp_path, base, network, keep_images=True)}
+    folders |= {
+        parts_folder(tmp_path, base, NamedInception()),
+        parts_folder(tmp_path, base, network, keep_images=True),
+    }
     assert len(folders) == 6
     assert parts_folder(tmp_path, base, network) in folders
 

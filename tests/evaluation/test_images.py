@@ -46,7 +46,9 @@ def test_a_folder_without_classes(tmp_path: Path, pictures: np.ndarray) -> None:
     np.testing.assert_array_equal(open_images(tmp_path).read(range(7)), pictures)
 
 
-def test_links_are_followed_and_hidden_files_left_out(folder: Path, tmp_path: Path, pictures: np.ndarray) -> None:
+def test_links_are_followed_and_hidden_files_left_out(
+    folder: Path, tmp_path: Path, pictures: np.ndarray
+) -> None:
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "a").symlink_to(folder / "a")
     (tmp_path / "linked" / "a" / "round").symlink_to(tmp_path / "linked")
@@ -184,4 +186,6 @@ def test_rows_are_read_as_asked(tmp_path: Path) -> None:
     images[:, 0, 0, 0] = np.arange(50)
     np.savez(tmp_path / "d.npz", arr_0=images)
     assert isinstance(map_npz_array(tmp_path / "d.npz", "arr_0"), np.memmap)
-    assert torch.equal(open_images(tmp_path / "d.npz").tensor(range(48, 50))[:, 0, 0, 0] * 255, torch.tensor([48.0, 49.0]))
+    assert torch.equal(
+        open_images(tmp_path / "d.npz").tensor(range(48, 50))[:, 0, 0, 0] * 255, torch.tensor([48.0, 49.0])
+    )

@@ -56,7 +56,9 @@ BLOCKS = {
 
 
 def published_shapes() -> dict[str, tuple[int, ...]]:
-    lines = STEM.split("\n") + [f"{block}.{line}" for block, text in BLOCKS.items() for line in text.split("|")]
+    lines = STEM.split("\n") + [
+        f"{block}.{line}" for block, text in BLOCKS.items() for line in text.split("|")
+    ]
     shapes: dict[str, tuple[int, ...]] = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
     for name, *sizes in (line.split() for line in lines if line.strip()):
         shapes[f"{name}.conv.weight"] = tuple(map(int, sizes))
@@ -73,18 +75,29 @@ def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, shape in published_shapes().items():
         normal = torch.from_numpy(random.standard_normal(shape)).float()
         fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 100
-        weights[name] = normal.abs() / 2 + 0.75 if "running_var" in name or name.endswith("bn.weight") else normal * (2 / fan_in) ** 0.5
+        weights[name] = (
+            normal.abs() / 2 + 0.75
+            if "running_var" in name or name.endswith("bn.weight")
+            else normal * (2 / fan_in) ** 0.5
+        )
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(weights, path)
     return path
 
 
 def test_names_and_shapes_are_the_published_ones() -> None:
-    found = {name: tuple(tensor.shape) for name, tensor in InceptionV3().state_dict().items() if "num_batches_tracked" not in name}
+    found = {
+        name: tuple(tensor.shape)
+        for name, tensor in InceptionV3().state_dict().items()
+        if "num_batches_tracked" not in name
+    }
     assert found == published_shapes()
     assert len(found) == 94 * 5 + 2
     # torchvision documents 27,161,264: less its auxiliary head, plus 8 classes.
-    assert sum(parameter.numel() for parameter in InceptionV3().parameters()) == 27_161_264 - 3_326_696 + 8 * 2049
+    assert (
+        sum(parameter.numel() for parameter in InceptionV3().parameters())
+        == 27_161_264 - 3_326_696 + 8 * 2049
+    )
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(5, 7, 13), (16, 9, 7), (3, 3, 3), (1, 2, 4)])
@@ -160,7 +173,9 @@ def test_pixels_as_the_graph_sees_them(weights_file: Path) -> None:
     assert seen[0].shape == (3, 3, 299, 299)
     torch.testing.assert_close(seen[0][0], torch.full((3, 299, 299), -1.0))
     torch.testing.assert_close(seen[0][1], torch.full((3, 299, 299), 127 / 128))
-    torch.testing.assert_close(seen[0][2], torch.full((3, 299, 299), (76.5 - 128) / 128))  # not rounded to 8 bits
+    torch.testing.assert_close(
+        seen[0][2], torch.full((3, 299, 299), (76.5 - 128) / 128)
+    )  # not rounded to 8 bits
 
 
 # Features 0, 256, ... of two images (rows) by torch-fidelity 0.4.0, whose graph knows nothing of ours:
@@ -183,7 +198,10 @@ def test_features_are_torch_fidelitys(weights_file: Path, monkeypatch: pytest.Mo
 def test_counters_are_read_past(tmp_path: Path, weights_file: Path) -> None:
     weights = torch.load(weights_file, weights_only=True)
     norms = [name.removesuffix("running_mean") for name in weights if name.endswith("running_mean")]
-    torch.save({**weights, **{f"{norm}num_batches_tracked": torch.tensor(5) for norm in norms}}, tmp_path / "counters.pth")
+    torch.save(
+        {**weights, **{f"{norm}num_batches_tracked": torch.tensor(5) for norm in norms}},
+        tmp_path / "counters.pth",
+    )
     found = load_inception(tmp_path / "counters.pth").state_dict()
     for name, tensor in weights.items():
         assert torch.equal(found[name], tensor)
@@ -197,7 +215,9 @@ def test_features_and_logits(weights_file: Path) -> None:
     assert features.shape == (3, 2048)
     assert features.std(dim=0).max() > 0
     torch.testing.assert_close(network(images[1:2]), features[1:2], rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(network.logits(features), features @ torch.load(weights_file, weights_only=True)["fc.weight"].T)
+    torch.testing.assert_close(
+        network.logits(features), features @ torch.load(weights_file, weights_only=True)["fc.weight"].T
+    )
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 

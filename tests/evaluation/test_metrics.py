@@ -38,7 +38,9 @@ def features(count: int, dimensions: int, seed: int, scale: float = 1.0, shift: 
 
 def scipy_distance(a: Tensor, b: Tensor) -> float:
     """The formula as usually written, with the matrix square root of the product of the covariances."""
-    (mean_a, cov_a), (mean_b, cov_b) = ((x.numpy().mean(axis=0), np.cov(x.numpy(), rowvar=False)) for x in (a, b))
+    (mean_a, cov_a), (mean_b, cov_b) = (
+        (x.numpy().mean(axis=0), np.cov(x.numpy(), rowvar=False)) for x in (a, b)
+    )
     root = scipy.linalg.sqrtm(cov_a @ cov_b)
     return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * np.real(root)))
 
@@ -49,7 +51,9 @@ def test_statistics_do_not_depend_on_the_batches() -> None:
         statistics = gather(x, chunk=chunk)
         assert statistics.count == 50
         np.testing.assert_allclose(statistics.mean, x.numpy().mean(axis=0), rtol=1e-12)
-        np.testing.assert_allclose(statistics.covariance, np.cov(x.numpy(), rowvar=False), rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(
+            statistics.covariance, np.cov(x.numpy(), rowvar=False), rtol=1e-9, atol=1e-9
+        )
     single = gather(x.float())
     assert single.mean.dtype == torch.float64
 
@@ -58,7 +62,10 @@ def test_statistics_do_not_depend_on_the_batches() -> None:
 def test_against_scipy(dimensions: int, scale: float, shift: float) -> None:
     a, b = features(300, dimensions, 0), features(400, dimensions, 1, scale, shift)
     assert frechet_distance(gather(a), gather(b)) == pytest.approx(
-        scipy_distance(a, b) if dimensions > 1 else float((a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2), rel=1e-6
+        scipy_distance(a, b)
+        if dimensions > 1
+        else float((a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2),
+        rel=1e-6,
     )
 
 
@@ -67,7 +74,10 @@ def test_closed_form_of_commuting_covariances() -> None:
 
     def exact(mean: list[float], deviation: list[float]) -> FeatureStatistics:
         count = 10
-        mu, covariance = torch.tensor(mean, dtype=torch.float64), torch.tensor(deviation, dtype=torch.float64).square().diag()
+        mu, covariance = (
+            torch.tensor(mean, dtype=torch.float64),
+            torch.tensor(deviation, dtype=torch.float64).square().diag(),
+        )
         return FeatureStatistics(count, count * mu, (count - 1) * covariance + count * torch.outer(mu, mu))
 
     a, b = exact([0.0, 1.0, 2.0], [1.0, 2.0, 0.0]), exact([3.0, 1.0, 0.0], [4.0, 0.5, 2.0])
@@ -127,7 +137,9 @@ def test_frechet_distance_against_torchmetrics() -> None:
 
     a, b = features(300, 12, 0), features(200, 12, 1, 2.0, 0.5)
     expected = _compute_fid(a.mean(dim=0), a.T.cov(), b.mean(dim=0), b.T.cov())
-    assert frechet_distance(FeatureStatistics.of(a), FeatureStatistics.of(b)) == pytest.approx(float(expected), rel=1e-6)
+    assert frechet_distance(FeatureStatistics.of(a), FeatureStatistics.of(b)) == pytest.approx(
+        float(expected), rel=1e-6
+    )
 
 
 def test_statistics_of_all_and_known_statistics_agree() -> None:
@@ -146,7 +158,9 @@ def test_bias_is_that_of_real_samples() -> None:
     reference = FeatureStatistics.of(torch.randn(20_000, 30, generator=generator, dtype=torch.float64))
     found = [frechet_bias(reference, count, seeded()) for count in (20, 100, 1000)]
     fresh = [
-        frechet_distance(FeatureStatistics.of(torch.randn(count, 30, generator=generator, dtype=torch.float64)), reference)
+        frechet_distance(
+            FeatureStatistics.of(torch.randn(count, 30, generator=generator, dtype=torch.float64)), reference
+        )
         for count in (20, 100, 1000)
     ]
     assert found == pytest.approx(fresh, rel=0.25)
@@ -158,11 +172,19 @@ def test_floor_is_the_scaled_distance_of_two_parts(rows: int, dimensions: int) -
     real = features(rows, dimensions, 0)
     order = torch.randperm(rows, generator=seeded())
     small, rest = real[order[:4]], real[order[4:]]
-    expected = frechet_distance(FeatureStatistics.of(small), FeatureStatistics.of(rest)) * (1 / 4) / (1 / 4 + 1 / (rows - 4))
+    expected = (
+        frechet_distance(FeatureStatistics.of(small), FeatureStatistics.of(rest))
+        * (1 / 4)
+        / (1 / 4 + 1 / (rows - 4))
+    )
     assert frechet_floor(real, 4, math.inf, seeded()) == pytest.approx(expected, rel=1e-6)
     # More images than half of the real ones: halves, scaled to what was asked.
     half, other = real[order[: rows // 2]], real[order[rows // 2 :]]
-    expected = frechet_distance(FeatureStatistics.of(half), FeatureStatistics.of(other)) * (1 / 500 + 1 / rows) / (4 / rows)
+    expected = (
+        frechet_distance(FeatureStatistics.of(half), FeatureStatistics.of(other))
+        * (1 / 500 + 1 / rows)
+        / (4 / rows)
+    )
     assert frechet_floor(real, 500, rows, seeded()) == pytest.approx(expected, rel=1e-6)
 
 
@@ -216,9 +238,14 @@ def test_squared_mmd_is_unbiased() -> None:
     def kernel(x: Tensor, y: Tensor) -> float:
         return float((x @ y / 3 + 1) ** 3)
 
-    within = [np.mean([kernel(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j]) for s in (a, b)]
+    within = [
+        np.mean([kernel(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j]) for s in (a, b)
+    ]
     assert squared_mmd(a, b) == pytest.approx(sum(within) - 2 * np.mean([kernel(x, y) for x in a for y in b]))
-    values = [squared_mmd(*torch.randn(2, 20, 4, generator=seeded(seed), dtype=torch.float64)) for seed in range(200)]
+    values = [
+        squared_mmd(*torch.randn(2, 20, 4, generator=seeded(seed), dtype=torch.float64))
+        for seed in range(200)
+    ]
     assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(200)
 
 
@@ -228,7 +255,9 @@ def test_inception_score_against_torchmetrics() -> None:
     logits = 2 * torch.randn(120, 12, generator=seeded())
     metric = InceptionScore(feature=Identity(), splits=1)
     metric.update(logits)
-    assert inception_score(logits, seeded(), splits=1).value == pytest.approx(float(metric.compute()[0]), rel=1e-5)
+    assert inception_score(logits, seeded(), splits=1).value == pytest.approx(
+        float(metric.compute()[0]), rel=1e-5
+    )
 
 
 def test_inception_score_of_certain_and_of_equal_predictions() -> None:
@@ -256,9 +285,13 @@ def density_coverage(fake: Tensor, real: Tensor, *, neighbors: int = 5) -> tuple
 def brute_share(rows: Tensor, others: Tensor, neighbours: int) -> float:
     reach = []
     for index, other in enumerate(others):
-        distances = sorted(float((other - third).norm()) for position, third in enumerate(others) if position != index)
+        distances = sorted(
+            float((other - third).norm()) for position, third in enumerate(others) if position != index
+        )
         reach.append(distances[neighbours - 1])
-    return float(np.mean([any(float((row - other).norm()) <= r for other, r in zip(others, reach)) for row in rows]))
+    return float(
+        np.mean([any(float((row - other).norm()) <= r for other, r in zip(others, reach)) for row in rows])
+    )
 
 
 @pytest.mark.parametrize(("dimensions", "neighbours", "scale"), [(1, 1, 1.0), (4, 3, 0.5), (10, 5, 1.3)])
@@ -310,10 +343,14 @@ def brute_density_coverage(fake: Tensor, real: Tensor, neighbours: int) -> tuple
     """The definitions of arXiv 2002.09797, one pair at a time."""
     radii = []
     for index, row in enumerate(real):
-        distances = sorted(float((row - other).norm()) for position, other in enumerate(real) if position != index)
+        distances = sorted(
+            float((row - other).norm()) for position, other in enumerate(real) if position != index
+        )
         radii.append(distances[neighbours - 1])
     held = [[float((row - center).norm()) <= radius for center, radius in zip(real, radii)] for row in fake]
-    return sum(map(sum, held)) / (neighbours * len(fake)), float(np.mean([any(column) for column in zip(*held)]))
+    return sum(map(sum, held)) / (neighbours * len(fake)), float(
+        np.mean([any(column) for column in zip(*held)])
+    )
 
 
 @pytest.mark.parametrize(("dimensions", "neighbours", "scale"), [(1, 1, 1.0), (4, 3, 0.5), (10, 5, 1.3)])
@@ -328,7 +365,9 @@ def test_density_and_coverage_over_many_chunks() -> None:
     fake, real = features(600, 3, 0, 0.6), features(520, 3, 1)
     radii = scipy.spatial.cKDTree(real).query(real, k=6)[0][:, -1]
     held = scipy.spatial.distance.cdist(fake, real) <= radii
-    assert density_coverage(fake, real) == pytest.approx((held.sum() / (5 * 600), held.any(axis=0).mean()), rel=1e-9)
+    assert density_coverage(fake, real) == pytest.approx(
+        (held.sum() / (5 * 600), held.any(axis=0).mean()), rel=1e-9
+    )
     assert density_coverage(fake + 1e8, real + 1e8) == pytest.approx(density_coverage(fake, real), rel=1e-9)
 
 
@@ -345,7 +384,12 @@ def test_density_and_coverage_of_real_and_of_distant_images() -> None:
 
 def test_one_outlier_gives_precision_but_no_density() -> None:
     """Its ball reaches over everything: images that look like nothing are inside it, and inside no other."""
-    real = torch.cat([torch.randn(500, 8, generator=seeded(), dtype=torch.float64), torch.full((1, 8), 40.0, dtype=torch.float64)])
+    real = torch.cat(
+        [
+            torch.randn(500, 8, generator=seeded(), dtype=torch.float64),
+            torch.full((1, 8), 40.0, dtype=torch.float64),
+        ]
+    )
     fake = 20 + torch.randn(100, 8, generator=seeded(1), dtype=torch.float64)
     assert precision_recall(fake, real)[0] == 1
     assert density_coverage(fake, real)[0] == pytest.approx(1 / 5)
@@ -362,7 +406,10 @@ def test_frechet_and_kernel_distance_against_torchmetrics_with_a_network() -> No
         def forward(self, images: Tensor) -> Tensor:
             return torch.nn.functional.adaptive_avg_pool2d(images.double(), 2).flatten(1)
 
-    fake, real = (torch.rand(200, 3, 8, 8, generator=seeded(seed), dtype=torch.float64) * scale for seed, scale in ((0, 0.9), (1, 1.0)))
+    fake, real = (
+        torch.rand(200, 3, 8, 8, generator=seeded(seed), dtype=torch.float64) * scale
+        for seed, scale in ((0, 0.9), (1, 1.0))
+    )
     distance = FrechetInceptionDistance(feature=Pooled(), input_img_size=(3, 8, 8)).set_dtype(torch.float64)
     kernel = KernelInceptionDistance(feature=Pooled(), subsets=1, subset_size=200).set_dtype(torch.float64)
     for metric in (distance, kernel):
@@ -370,8 +417,12 @@ def test_frechet_and_kernel_distance_against_torchmetrics_with_a_network() -> No
             metric.update(real[start : start + 50], real=True)
             metric.update(fake[start : start + 50], real=False)
     a, b = (Pooled()(images) for images in (fake, real))
-    assert frechet_distance(FeatureStatistics.of(a), FeatureStatistics.of(b)) == pytest.approx(float(distance.compute()), rel=1e-6)
-    assert kernel_distance(a, b, seeded(), subsets=1, subset_size=200).value == pytest.approx(float(kernel.compute()[0]), rel=1e-3)
+    assert frechet_distance(FeatureStatistics.of(a), FeatureStatistics.of(b)) == pytest.approx(
+        float(distance.compute()), rel=1e-6
+    )
+    assert kernel_distance(a, b, seeded(), subsets=1, subset_size=200).value == pytest.approx(
+        float(kernel.compute()[0]), rel=1e-3
+    )
 
 
 def test_too_few_images_for_a_kernel_distance() -> None:

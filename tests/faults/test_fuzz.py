@@ -87,29 +87,70 @@ class Loader:
 
 CHECKPOINT_FILE = "checkpoints/step-00000007/shard-00001-model-00001-of-00001.safetensors"
 LOADERS = {
-    "generator": Loader("pipeline/model.safetensors", lambda at: Pipeline.from_pretrained(at / "pipeline").model, True),
-    "its autoencoder": Loader("pipeline/autoencoder.safetensors", lambda at: Pipeline.from_pretrained(at / "pipeline").autoencoder, True),
-    "its config": Loader("pipeline/config.json", lambda at: Pipeline.from_pretrained(at / "pipeline").model, False, ".safetensors"),
-    "autoencoder": Loader("autoencoder/autoencoder.safetensors", lambda at: load_autoencoder(at / "autoencoder"), True),
-    "autoencoder's config": Loader(
-        "autoencoder/config.json", lambda at: load_autoencoder(at / "autoencoder"), False, "autoencoder.safetensors"
+    "generator": Loader(
+        "pipeline/model.safetensors", lambda at: Pipeline.from_pretrained(at / "pipeline").model, True
     ),
-    "images": Loader("images/shard-00000.safetensors", lambda at: everything(open_image_set(at / "images")), True),
-    "images' index": Loader("images/index.json", lambda at: everything(open_image_set(at / "images")), True, "at/images"),
-    "images' old index": Loader("old-images/index.json", lambda at: everything(open_image_set(at / "old-images")), False, "at/old-images"),
+    "its autoencoder": Loader(
+        "pipeline/autoencoder.safetensors",
+        lambda at: Pipeline.from_pretrained(at / "pipeline").autoencoder,
+        True,
+    ),
+    "its config": Loader(
+        "pipeline/config.json",
+        lambda at: Pipeline.from_pretrained(at / "pipeline").model,
+        False,
+        ".safetensors",
+    ),
+    "autoencoder": Loader(
+        "autoencoder/autoencoder.safetensors", lambda at: load_autoencoder(at / "autoencoder"), True
+    ),
+    "autoencoder's config": Loader(
+        "autoencoder/config.json",
+        lambda at: load_autoencoder(at / "autoencoder"),
+        False,
+        "autoencoder.safetensors",
+    ),
+    "images": Loader(
+        "images/shard-00000.safetensors", lambda at: everything(open_image_set(at / "images")), True
+    ),
+    "images' index": Loader(
+        "images/index.json", lambda at: everything(open_image_set(at / "images")), True, "at/images"
+    ),
+    "images' old index": Loader(
+        "old-images/index.json",
+        lambda at: everything(open_image_set(at / "old-images")),
+        False,
+        "at/old-images",
+    ),
     "continued": Loader("images/index.json", lambda at: ShardWriter(at / "images", META).index, True),
     "latents": Loader("latents/shard-00000.safetensors", lambda at: latents(at), True),
     "latents' index": Loader("latents/index.json", lambda at: latents(at), True, "at/latents"),
-    "trajectories": Loader("rows/shard-00001.safetensors", lambda at: everything(ShardReader(at / "rows", "rows", verify=True)), True),
-    "shards unverified": Loader("rows/shard-00001.safetensors", lambda at: everything(ShardReader(at / "rows", "rows")), False),
-    "training checkpoint": Loader(CHECKPOINT_FILE, lambda at: read_checkpoint(at / "checkpoints/step-00000007"), True),
-    "its index": Loader("checkpoints/step-00000007/index.json", lambda at: read_checkpoint(at / "checkpoints/step-00000007"), True),
-    "checkpoint of 0.1": Loader("step-00000007.pt", lambda at: read_checkpoint(at / "step-00000007.pt"), True),
+    "trajectories": Loader(
+        "rows/shard-00001.safetensors",
+        lambda at: everything(ShardReader(at / "rows", "rows", verify=True)),
+        True,
+    ),
+    "shards unverified": Loader(
+        "rows/shard-00001.safetensors", lambda at: everything(ShardReader(at / "rows", "rows")), False
+    ),
+    "training checkpoint": Loader(
+        CHECKPOINT_FILE, lambda at: read_checkpoint(at / "checkpoints/step-00000007"), True
+    ),
+    "its index": Loader(
+        "checkpoints/step-00000007/index.json",
+        lambda at: read_checkpoint(at / "checkpoints/step-00000007"),
+        True,
+    ),
+    "checkpoint of 0.1": Loader(
+        "step-00000007.pt", lambda at: read_checkpoint(at / "step-00000007.pt"), True
+    ),
     "MAR": Loader("mar.pth", lambda at: converted(convert_mar, at, "mar.pth", "model"), True),
     "KL-16": Loader("kl16.ckpt", lambda at: converted(convert_kl16, at, "kl16.ckpt", "autoencoder"), True),
     "Inception": Loader("inception.pth", lambda at: inception.load_inception(at / "inception.pth"), True),
     "of diffusers": Loader(
-        "theirs/diffusion_pytorch_model.safetensors", lambda at: converted(from_diffusers, at, "theirs", "autoencoder"), True
+        "theirs/diffusion_pytorch_model.safetensors",
+        lambda at: converted(from_diffusers, at, "theirs", "autoencoder"),
+        True,
     ),
     "config of diffusers": Loader(
         "theirs/config.json",
@@ -117,7 +158,9 @@ LOADERS = {
         False,
         "diffusion_pytorch_model.safetensors",
     ),
-    "shard of diffusers": Loader("shards/one.safetensors", lambda at: converted(from_diffusers, at, "shards", "autoencoder"), True),
+    "shard of diffusers": Loader(
+        "shards/one.safetensors", lambda at: converted(from_diffusers, at, "shards", "autoencoder"), True
+    ),
     "index of diffusers": Loader(
         "shards/diffusion_pytorch_model.safetensors.index.json",
         lambda at: converted(from_diffusers, at, "shards", "autoencoder"),
@@ -128,19 +171,33 @@ LOADERS = {
     "images .npz": Loader("images.npz", lambda at: pixels(at / "images.npz"), True),
     "compressed .npz": Loader("compressed.npz", lambda at: pixels(at / "compressed.npz"), True),
     "statistics": Loader("statistics.npz", lambda at: statistics(at / "statistics.npz", at), True),
-    "recipe": Loader("recipe.yaml", lambda at: load_recipe(at / "recipe.yaml", ["generator.training.steps=3"]), False),
-    "override": Loader("override", lambda at: load_recipe(at / "recipe.yaml", [(at / "override").read_text(errors="replace")]), False, ""),
+    "recipe": Loader(
+        "recipe.yaml", lambda at: load_recipe(at / "recipe.yaml", ["generator.training.steps=3"]), False
+    ),
+    "override": Loader(
+        "override",
+        lambda at: load_recipe(at / "recipe.yaml", [(at / "override").read_text(errors="replace")]),
+        False,
+        "",
+    ),
     "PNG": Loader("picture.png", lambda at: read_image(at / "picture.png", 16), False),
     "JPEG": Loader("picture.jpg", lambda at: read_image(at / "picture.jpg", 16), False),
     "WebP": Loader("picture.webp", lambda at: read_image(at / "picture.webp", 16), False),
     "PNG with a color profile": Loader("profile.png", lambda at: read_image(at / "profile.png", 16), False),
-    "JPEG with a profile and EXIF": Loader("profile.jpg", lambda at: read_image(at / "profile.jpg", 16), False),
+    "JPEG with a profile and EXIF": Loader(
+        "profile.jpg", lambda at: read_image(at / "profile.jpg", 16), False
+    ),
     "IDX": Loader("idx", lambda at: read_idx(at / "idx"), False),
     "gzipped IDX": Loader("idx.gz", lambda at: read_idx(at / "idx.gz"), True),
 }
 # Those that CRC-32 tells of damage.
 ZIPS = ("checkpoint of 0.1", "MAR", "KL-16", "Inception", "images .npz", "compressed .npz", "statistics")
-META = {"kind": "images", "size": 16, "classes": ["circle", "square", "stripes"], "source": "drawn by the tests"}
+META = {
+    "kind": "images",
+    "size": 16,
+    "classes": ["circle", "square", "stripes"],
+    "source": "drawn by the tests",
+}
 
 
 def everything(reader: ShardReader) -> dict[str, Tensor]:
@@ -182,7 +239,13 @@ def converted(convert: Callable[[Path, Path], Any], at: Path, source: str, part:
 
 
 @pytest.fixture(scope="module")
-def valid(tmp_path_factory: pytest.TempPathFactory, pipeline_folder: Path, autoencoder_folder: Path, image_set: Path, latents_folder: Path):  # type: ignore[no-untyped-def]
+def valid(
+    tmp_path_factory: pytest.TempPathFactory,
+    pipeline_folder: Path,
+    autoencoder_folder: Path,
+    image_set: Path,
+    latents_folder: Path,
+):  # type: ignore[no-untyped-def]
     """A folder with one real file, or folder, of every kind."""
     at = tmp_path_factory.mktemp("valid")
     shutil.copytree(pipeline_folder, at / "pipeline")
@@ -195,15 +258,21 @@ def valid(tmp_path_factory: pytest.TempPathFactory, pipeline_folder: Path, autoe
     shutil.copytree(latents_folder, at / "latents")
     writer = ShardWriter(at / "rows", {"kind": "rows"})
     for start in (0, 3):
-        writer.write({"z": torch.arange(24.0).view(3, 8).half() + start, "known": torch.arange(3)}, cursor=start + 3)
+        writer.write(
+            {"z": torch.arange(24.0).view(3, 8).half() + start, "known": torch.arange(3)}, cursor=start + 3
+        )
     writer.finish()
     optimizer = torch.optim.AdamW((module := network()).parameters())
     sum(parameter.sum() for parameter in module.parameters()).backward()
     optimizer.step()
     state = {"module": module.state_dict(), "optimizer": optimizer.state_dict()["state"]}
-    save_checkpoint(at / "checkpoints", 7, named_tensors(state), {"scaler": {"scale": 65536.0}, "skipped": [1, 0]})
+    save_checkpoint(
+        at / "checkpoints", 7, named_tensors(state), {"scaler": {"scale": 65536.0}, "skipped": [1, 0]}
+    )
     write_file_of_0_1(at / "step-00000007.pt", 7, module, optimizer)
-    shutil.copy(Path(__file__).parent.parent / "reference/fixtures/mar_reference_checkpoint.pth", at / "mar.pth")
+    shutil.copy(
+        Path(__file__).parent.parent / "reference/fixtures/mar_reference_checkpoint.pth", at / "mar.pth"
+    )
     ours = load_autoencoder(autoencoder_folder)
     narrow = AutoencoderConfig(width=32, width_multipliers=(1, 1, 1), blocks=1, latent_channels=2)
     torch.save({"model": Autoencoder(narrow).state_dict()}, at / "kl16.ckpt")
@@ -284,7 +353,9 @@ STRANGE = (
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
     """Every (container, key) within a JSON value."""
-    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+    for key in (
+        list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    ):
         yield value, key
         yield from places(value[key])
 
@@ -333,7 +404,9 @@ def repaired(data: bytes, rng: random.Random) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         for number, (entry, content) in enumerate(members):
-            archive.writestr(entry, damaged(content, entry.filename, rng) if number == chosen and content else content)
+            archive.writestr(
+                entry, damaged(content, entry.filename, rng) if number == chosen and content else content
+            )
     return out.getvalue()
 
 
@@ -344,7 +417,12 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, nn.Module):
         a, b = a.state_dict(), b.state_dict()
     if isinstance(a, Tensor | np.ndarray):
-        return type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape and np.array_equal(np.asarray(a), np.asarray(b))
+        return (
+            type(a) is type(b)
+            and a.dtype == b.dtype
+            and a.shape == b.shape
+            and np.array_equal(np.asarray(a), np.asarray(b))
+        )
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
@@ -376,7 +454,9 @@ class Memory:
         self.before = self._read("VmRSS")
 
     def _read(self, name: str) -> int:
-        found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text()) if self.known else None
+        found = (
+            re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text()) if self.known else None
+        )
         return int(found[1]) // 1024 if found else 0
 
     def taken(self) -> int:
@@ -406,10 +486,16 @@ def judge(loader: Loader, at: Path, wanted: Any) -> str:
     except InputError as error:
         line, name = str(error), Path(loader.file).name
         named = name in line or (loader.else_named is not None and loader.else_named in line)
-        return too_much(memory) if "\n" not in line and named else f"not one line that names {name}: {line[:500]!r}"
+        return (
+            too_much(memory)
+            if "\n" not in line and named
+            else f"not one line that names {name}: {line[:500]!r}"
+        )
     except BaseException as error:
         return f"{type(error).__name__}: {str(error)[:500]}"
-    return too_much(memory) or ("" if not loader.checked or same(found, wanted) else "accepted, though it is not what was written")
+    return too_much(memory) or (
+        "" if not loader.checked or same(found, wanted) else "accepted, though it is not what was written"
+    )
 
 
 def too_much(memory: Memory) -> str:

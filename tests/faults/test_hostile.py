@@ -67,7 +67,12 @@ class RunsACommand:
 @pytest.mark.parametrize("form", ["zip", "old", "plain"])
 @pytest.mark.parametrize("command", ["train", "mar", "kl16", "evaluate"])
 def test_no_command_executes_a_pickle(
-    command: str, form: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    command: str,
+    form: str,
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     evil = tmp_path / ("run/model/checkpoints/step-00000007.pt" if command == "train" else "evil.pth")
@@ -82,7 +87,15 @@ def test_no_command_executes_a_pickle(
         "train": ["train", recipe, "--resume"],
         "mar": ["convert", "mar", evil, tmp_path / "out", "--no-ema"],
         "kl16": ["convert", "kl16", evil, tmp_path / "out"],
-        "evaluate": ["evaluate", "--inception", evil, "--npz", tmp_path / "a.npz", "--save-statistics", tmp_path / "b.npz"],
+        "evaluate": [
+            "evaluate",
+            "--inception",
+            evil,
+            "--npz",
+            tmp_path / "a.npz",
+            "--save-statistics",
+            tmp_path / "b.npz",
+        ],
     }[command]
     assert main([str(argument) for argument in arguments]) == 2
     message = capsys.readouterr().err
@@ -109,11 +122,21 @@ def write_pickle(path: Path, content: bytes, form: str = "zip") -> Path:
 
 EMPTY = b"\x80\x02}q\x00."
 # {tuple of tuples of … of 1: 1}, each of which holds the one before it twice.
-REPEATED = b"\x80\x02K\x01\x85q\x00" + b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(20)) + b"}h\x14K\x01s."
+REPEATED = (
+    b"\x80\x02K\x01\x85q\x00"
+    + b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(20))
+    + b"}h\x14K\x01s."
+)
 GROWING = {
     "bytes": (b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x10\x00\x85R.", "GLOBAL builtins.bytearray"),
-    "bytes of Python 2": (b"\x80\x02c__builtin__\nbytearray\nJ\x00\x00\x10\x00\x85R.", "GLOBAL __builtin__.bytearray"),
-    "codes of codes": (b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x06\x00\x00\x00latin1\x86R.", "GLOBAL _codecs.encode"),
+    "bytes of Python 2": (
+        b"\x80\x02c__builtin__\nbytearray\nJ\x00\x00\x10\x00\x85R.",
+        "GLOBAL __builtin__.bytearray",
+    ),
+    "codes of codes": (
+        b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x06\x00\x00\x00latin1\x86R.",
+        "GLOBAL _codecs.encode",
+    ),
     "lists as a tensor": (b"\x80\x02ctorch\nTensor\n]q\x00(K\x01K\x01e\x85R.", "GLOBAL torch.Tensor"),
     "keys that repeat themselves": (REPEATED, "a tuple of more than"),
     "keys that nest": (b"\x80\x02}K\x01" + b"\x85" * 20_000 + b"K\x01s.", "a tuple of more than"),
@@ -145,7 +168,9 @@ def test_a_checkpoint_of_0_1_that_repeats_its_parts(tmp_path: Path) -> None:
     part: dict[str, Any] = {"a": 1}
     for _ in range(12):
         part = {str(number): part for number in range(10)}
-    torch.save({"step": 7, "module": part, "ema": part, "optimizer": {"state": part}}, tmp_path / "step-00000007.pt")
+    torch.save(
+        {"step": 7, "module": part, "ema": part, "optimizer": {"state": part}}, tmp_path / "step-00000007.pt"
+    )
     assert open_checkpoint(tmp_path / "step-00000007.pt").shapes == {}
 
 
@@ -248,7 +273,11 @@ def test_a_file_of_0_1_with_a_moment_too_short_is_refused(tmp_path: Path) -> Non
     state["state"][0]["exp_avg"] = torch.zeros(1)
     first.optimizer.state_dict = lambda: state  # type: ignore[method-assign]
     write_file_of_0_1(tmp_path / "checkpoints/step-00000008.pt", 8, first.module, first.optimizer)
-    refused(lambda: trainer().restore(resume=True), "step-00000008.pt", "optimizer.0.exp_avg is [1] there and [2, 4] here")
+    refused(
+        lambda: trainer().restore(resume=True),
+        "step-00000008.pt",
+        "optimizer.0.exp_avg is [1] there and [2, 4] here",
+    )
 
 
 def trained(folder: Path) -> Callable[[], Trainer]:
@@ -293,7 +322,10 @@ def test_files_without_a_checksum_still_load(pipeline_folder: Path, tmp_path: Pa
     for name in ("model.safetensors", "autoencoder.safetensors"):
         save_file(read_tensors(pipeline_folder / name), tmp_path / "model" / name)
     old, new = Pipeline.from_pretrained(tmp_path / "model"), Pipeline.from_pretrained(pipeline_folder)
-    assert all(torch.equal(a, b) for a, b in zip(old.model.state_dict().values(), new.model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(old.model.state_dict().values(), new.model.state_dict().values(), strict=True)
+    )
 
 
 def test_tensors_of_all_kinds_come_back_and_files_are_equal(tmp_path: Path) -> None:
@@ -304,11 +336,16 @@ def test_tensors_of_all_kinds_come_back_and_files_are_equal(tmp_path: Path) -> N
         save_tensors(tmp_path / name, tensors)
     found = read_tensors(tmp_path / "a.safetensors")
     assert found.keys() == tensors.keys()
-    assert all(found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert all(
+        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+        for name, tensor in tensors.items()
+    )
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
-def test_a_published_inception_is_compared_with_the_checksum_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_published_inception_is_compared_with_the_checksum_in_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("far.evaluation.inception.InceptionV3", lambda: torch.nn.Linear(2, 2))
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "a.pth")
     digest = load_inception(tmp_path / "a.pth").digest
@@ -348,7 +385,11 @@ HEADERS: dict[str, bytes] = {
 @pytest.mark.parametrize("header", HEADERS)
 def test_headers_that_lie(header: str, autoencoder_folder: Path, image_set: Path, tmp_path: Path) -> None:
     content = HEADERS[header]
-    data = content if header in ("no header", "too long") else struct.pack("<Q", len(content)) + content + bytes(8)
+    data = (
+        content
+        if header in ("no header", "too long")
+        else struct.pack("<Q", len(content)) + content + bytes(8)
+    )
     shutil.copytree(autoencoder_folder, tmp_path / "autoencoder")
     shutil.copytree(image_set / "train", tmp_path / "images")
     (tmp_path / "parts").mkdir()
@@ -371,7 +412,9 @@ def test_integers_are_no_weights(autoencoder_folder: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("dtype", "share"), [("F4", 2), ("F8_E8M0", 1), ("C64", 1), ("U8", 1), ("BOOL", 1)])
-def test_kinds_of_numbers_that_weights_cannot_be(dtype: str, share: int, pipeline_folder: Path, tmp_path: Path) -> None:
+def test_kinds_of_numbers_that_weights_cannot_be(
+    dtype: str, share: int, pipeline_folder: Path, tmp_path: Path
+) -> None:
     """``share`` numbers make what torch calls one element, so that their shape looks right."""
     shutil.copytree(pipeline_folder, tmp_path / "p")
     path, header, end = tmp_path / "p" / "model.safetensors", {}, 0
@@ -405,7 +448,9 @@ def test_a_config_asks_for_no_memory_before_the_weights_are_known_to_fit(
 # --- Archives and pictures that grow -----------------------------------------------------------------------
 
 
-def test_an_archive_that_grows_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_that_grows_is_refused_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "bomb.npz"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("arr_0.npy", bytes(2**24))
@@ -459,7 +504,9 @@ def test_recipes_that_do_harm(text: str, tmp_path: Path, capsys: pytest.CaptureF
 # --- Names -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["../images/shard-00000.safetensors", "/etc/passwd", "shard-00001.safetensors", "", 3, None])
+@pytest.mark.parametrize(
+    "name", ["../images/shard-00000.safetensors", "/etc/passwd", "shard-00001.safetensors", "", 3, None]
+)
 def test_an_index_leads_to_its_own_shards_only(name: object, image_set: Path, tmp_path: Path) -> None:
     shutil.copytree(image_set / "train", tmp_path / "images")
     index = json.loads((tmp_path / "images/index.json").read_text())
@@ -479,7 +526,9 @@ def test_an_index_leads_to_its_own_shards_only(name: object, image_set: Path, tm
         ({"source": None}, "source None"),
     ],
 )
-def test_an_index_that_tells_other_than_its_shards(change: dict, expected: str, image_set: Path, tmp_path: Path) -> None:
+def test_an_index_that_tells_other_than_its_shards(
+    change: dict, expected: str, image_set: Path, tmp_path: Path
+) -> None:
     shutil.copytree(image_set / "train", tmp_path / "images")
     index = json.loads((tmp_path / "images/index.json").read_text())
     index["meta"] |= change
@@ -487,7 +536,9 @@ def test_an_index_that_tells_other_than_its_shards(change: dict, expected: str, 
     refused(lambda: open_image_set(tmp_path / "images"), expected)
 
 
-def test_a_cache_whose_labels_are_no_classes(latents_folder: Path, autoencoder_folder: Path, tmp_path: Path) -> None:
+def test_a_cache_whose_labels_are_no_classes(
+    latents_folder: Path, autoencoder_folder: Path, tmp_path: Path
+) -> None:
     shutil.copytree(latents_folder, tmp_path / "latents")
     index = json.loads((tmp_path / "latents/index.json").read_text())
     index["meta"]["classes"] = ["a"]

@@ -44,7 +44,9 @@ def published_timesteps(steps: int) -> list[int]:
 def test_respaced_schedule(steps: int) -> None:
     schedule = Schedule.respaced(steps)
     assert schedule.timesteps == published_timesteps(steps)
-    torch.testing.assert_close(schedule.alphas_cumprod, train_alphas_cumprod()[schedule.timesteps], rtol=1e-7, atol=0)
+    torch.testing.assert_close(
+        schedule.alphas_cumprod, train_alphas_cumprod()[schedule.timesteps], rtol=1e-7, atol=0
+    )
     assert schedule.betas.dtype == torch.float64
     assert float(schedule.betas.min()) > 0
     assert float(schedule.betas.max()) < 1
@@ -67,7 +69,9 @@ def test_true_posterior_is_bayes_rule() -> None:
         prior_variance = 1 - signal[t - 1]
         step_signal = 1 - schedule.betas[t]
         precision = 1 / prior_variance + step_signal / schedule.betas[t]
-        mean = (signal[t - 1].sqrt() * x / prior_variance + step_signal.sqrt() * x_t / schedule.betas[t]) / precision
+        mean = (
+            signal[t - 1].sqrt() * x / prior_variance + step_signal.sqrt() * x_t / schedule.betas[t]
+        ) / precision
         found_mean, found_logvar = schedule.true_posterior(x, x_t, torch.tensor(t))
         torch.testing.assert_close(found_mean, mean, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(found_logvar.squeeze(), -precision.log(), rtol=1e-9, atol=1e-9)
@@ -83,7 +87,9 @@ def test_model_posterior_recovers_the_true_one_from_the_true_noise() -> None:
     torch.testing.assert_close(low_mean, mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(low, logvar.expand_as(low), rtol=1e-9, atol=1e-9)
     high = schedule.model_posterior(x_t, noise, torch.ones_like(x), t)[1]
-    torch.testing.assert_close(high, schedule.betas[t].log().unsqueeze(-1).expand_as(high), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        high, schedule.betas[t].log().unsqueeze(-1).expand_as(high), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_normal_kl() -> None:
@@ -99,9 +105,13 @@ def test_likelihood_of_a_bin() -> None:
     upper, lower = normal.cdf(x + 1 / 255), normal.cdf(x - 1 / 255)
     expected = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     found = discretized_gaussian_log_likelihood(x, mean, scale.log()).exp()
-    torch.testing.assert_close(found, expected, rtol=0.03, atol=3e-4)  # its normal distribution function is approximate
+    torch.testing.assert_close(
+        found, expected, rtol=0.03, atol=3e-4
+    )  # its normal distribution function is approximate
     points = torch.linspace(-6, 6, 500, dtype=torch.float64)
-    torch.testing.assert_close(approximate_normal_cdf(points), Normal(0.0, 1.0).cdf(points), rtol=0, atol=3e-4)
+    torch.testing.assert_close(
+        approximate_normal_cdf(points), Normal(0.0, 1.0).cdf(points), rtol=0, atol=3e-4
+    )
 
 
 class ExactNoise(ExactNetwork):
@@ -141,14 +151,19 @@ def test_sampling_with_the_exact_noise(steps: int, deviation: float) -> None:
     count = 20_000 if steps < 1000 else 4000
     generator = torch.Generator().manual_seed(steps)
     z = torch.full((count, 1), 0.7, dtype=torch.float64)
-    drawn = exact_head(deviation, steps).sample(z, lambda: torch.randn(count, 1, generator=generator, dtype=torch.float64), steps=steps)
+    drawn = exact_head(deviation, steps).sample(
+        z, lambda: torch.randn(count, 1, generator=generator, dtype=torch.float64), steps=steps
+    )
     assert float(drawn.mean()) == pytest.approx(0.7, abs=4 * deviation / count**0.5)
     assert float(drawn.std()) == pytest.approx(deviation, rel=4 / (2 * count) ** 0.5)
 
 
 @torch.no_grad()
 def test_guidance_moves_the_mean_and_temperature_the_deviation() -> None:
-    noises = [torch.randn(4000, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in range(21)]
+    noises = [
+        torch.randn(4000, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for seed in range(21)
+    ]
 
     def draw(mean: float, **options: float | Tensor) -> Tensor:
         draws = iter(noises)
@@ -157,7 +172,9 @@ def test_guidance_moves_the_mean_and_temperature_the_deviation() -> None:
 
     z_uncond = torch.full((4000, 1), -0.2, dtype=torch.float64)
     # The exact noise is linear in the mean, so guiding it is guiding the mean.
-    torch.testing.assert_close(draw(0.7, z_uncond=z_uncond, guidance=2.5), draw(-0.2 + 2.5 * 0.9), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        draw(0.7, z_uncond=z_uncond, guidance=2.5), draw(-0.2 + 2.5 * 0.9), rtol=0, atol=1e-9
+    )
     assert float(draw(0.7, temperature=0.5).std()) < 0.8 * float(draw(0.7).std())
 
 
@@ -181,7 +198,9 @@ def test_guided_variance_is_the_conditional_one() -> None:
     for index in (1, 0):
         time = torch.tensor(float(schedule.timesteps[index]))
         (cond, fraction), (uncond, _) = (head.network(x, c, time).chunk(2, dim=-1) for c in (z, z_uncond))
-        mean, logvar = schedule.model_posterior(x, uncond + 3 * (cond - uncond), fraction, torch.tensor(index))
+        mean, logvar = schedule.model_posterior(
+            x, uncond + 3 * (cond - uncond), fraction, torch.tensor(index)
+        )
         x = mean + (0.5 * logvar).exp() * noise if index else mean
     torch.testing.assert_close(drawn, x)
 
@@ -202,7 +221,9 @@ def test_loss() -> None:
 
 def test_bound_trains_the_variance_only() -> None:
     head = random_head()
-    bound = head.loss_terms(torch.randn(6, 3), torch.randn(6, 5), torch.arange(0, 1000, 167), torch.randn(6, 3))[1]
+    bound = head.loss_terms(
+        torch.randn(6, 3), torch.randn(6, 5), torch.arange(0, 1000, 167), torch.randn(6, 3)
+    )[1]
     bound.sum().backward()
     gradient = head.network.output.linear.weight.grad
     assert gradient is not None
@@ -248,7 +269,9 @@ class NearlyRight(ExactNetwork):
 
     def forward(self, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
         signal = train_alphas_cumprod()[int(t)]
-        return torch.cat([(x / float((1 - signal).sqrt())).clamp(-4, 4) + self.error, torch.full_like(x, -1.0)], dim=-1)
+        return torch.cat(
+            [(x / float((1 - signal).sqrt())).clamp(-4, 4) + self.error, torch.full_like(x, -1.0)], dim=-1
+        )
 
 
 def spread(error: float, limit: float | None) -> float:

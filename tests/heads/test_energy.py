@@ -60,7 +60,9 @@ def mean_size(mean: float, deviation: float) -> float:
 
 def expected_parts(shift: float, factor: float) -> tuple[float, float]:
     """Mean distance from the data and mean distance of two draws, for draws ``N(shift, (factor · DEVIATION)²)`` and data of mean 0."""
-    return mean_size(shift, DEVIATION * math.hypot(1, factor)), mean_size(0.0, DEVIATION * factor * math.sqrt(2))
+    return mean_size(shift, DEVIATION * math.hypot(1, factor)), mean_size(
+        0.0, DEVIATION * factor * math.sqrt(2)
+    )
 
 
 def expected_score(shift: float, factor: float) -> float:
@@ -70,7 +72,12 @@ def expected_score(shift: float, factor: float) -> float:
 
 def test_closed_form_is_lowest_at_the_distribution_of_the_data() -> None:
     """The oracle of this file is a strictly proper score."""
-    others = [(shift / 10, factor / 10) for shift in range(-10, 11) for factor in range(1, 31) if (shift, factor) != (0, 10)]
+    others = [
+        (shift / 10, factor / 10)
+        for shift in range(-10, 11)
+        for factor in range(1, 31)
+        if (shift, factor) != (0, 10)
+    ]
     assert min(expected_score(*other) for other in others) > expected_score(0.0, 1.0) + 1e-4
     for step in (-0.01, 0.01):
         assert expected_score(step, 1.0) > expected_score(0.0, 1.0)
@@ -121,7 +128,13 @@ def test_loss_is_that_of_a_double_loop(samples: int, autocast: bool) -> None:
     assert drawn[0].shape == (samples, 7, 3)
     expected = [double_loop(drawn[0][:, token], x[token]) for token in range(7)]
     torch.testing.assert_close(loss.value, torch.tensor(expected), rtol=0, atol=1e-5)
-    assert loss.rows.shape == loss.t.shape == loss.parts["distance"].shape == loss.parts["spread"].shape == (samples * 7,)
+    assert (
+        loss.rows.shape
+        == loss.t.shape
+        == loss.parts["distance"].shape
+        == loss.parts["spread"].shape
+        == (samples * 7,)
+    )
     torch.testing.assert_close(loss.rows.view(samples, 7).mean(dim=0), loss.value)
     torch.testing.assert_close(loss.rows, loss.parts["distance"] - loss.parts["spread"] / 2)
     torch.testing.assert_close(loss.parts["distance"].view(samples, 7)[1, 4], (drawn[0][1, 4] - x[4]).norm())
@@ -159,7 +172,9 @@ def test_gradients_of_a_fresh_head_are_finite(dtype: str) -> None:
 
 
 def test_one_sample_a_token_is_refused() -> None:
-    with pytest.raises(InputError, match="head samples_per_token 1: an energy head needs at least 2") as caught:
+    with pytest.raises(
+        InputError, match="head samples_per_token 1: an energy head needs at least 2"
+    ) as caught:
         fresh_head(samples=1)
     assert "\n" not in str(caught.value)
 
@@ -186,7 +201,9 @@ def test_guidance_is_of_the_condition() -> None:
     head = random_head()
     z, z_uncond, noise = torch.randn(4, 5), torch.randn(4, 5), torch.randn(4, 3)
     rows: list[int] = []
-    head.network.output.register_forward_hook(lambda module, arguments, output: rows.append(output.shape[:-1].numel()))
+    head.network.output.register_forward_hook(
+        lambda module, arguments, output: rows.append(output.shape[:-1].numel())
+    )
     guided = head.sample(z, lambda: noise, steps=1, z_uncond=z_uncond, guidance=2.5)
     mixed = head.sample(z_uncond + 2.5 * (z - z_uncond), lambda: noise, steps=1)
     torch.testing.assert_close(guided, mixed, rtol=0, atol=1e-5)
@@ -200,7 +217,10 @@ def test_guidance_is_of_the_condition() -> None:
 def test_temperature_is_not_taken_away_by_norms() -> None:
     """With many channels all noise is of about one length; where a layer norm follows, a factor would hardly act."""
     head, noise = random_head(channels=32), torch.randn(2000, 32, generator=torch.Generator().manual_seed(0))
-    deviations = [float(head.sample(torch.ones(2000, 5), lambda: noise, steps=1, temperature=t).std(dim=0).mean()) for t in (1.0, 0.5, 0.1)]
+    deviations = [
+        float(head.sample(torch.ones(2000, 5), lambda: noise, steps=1, temperature=t).std(dim=0).mean())
+        for t in (1.0, 0.5, 0.1)
+    ]
     assert deviations[1] < 0.7 * deviations[0]
     assert deviations[2] < 0.2 * deviations[0]
 
@@ -226,7 +246,9 @@ def trained() -> EnergyHead:
     torch.manual_seed(0)
     head = EnergyHead(HeadConfig("energy", 64, 2, 4), 2, 1)
     optimizer = torch.optim.AdamW(head.parameters(), lr=4e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * (1 - step / 600))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 50) * (1 - step / 600)
+    )
     generator = torch.Generator().manual_seed(0)
     for _ in range(600):
         share = 0.2 + 0.6 * torch.rand(256, 1, generator=generator)

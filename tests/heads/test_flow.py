@@ -35,7 +35,9 @@ def exact_head(solver: str = "euler", samples: int = 4) -> FlowHead:
     return head
 
 
-def error(solve: Callable[[Velocity, Tensor, int], Tensor], steps: int, velocity: Velocity, start: float, end: float) -> float:
+def error(
+    solve: Callable[[Velocity, Tensor, int], Tensor], steps: int, velocity: Velocity, start: float, end: float
+) -> float:
     return abs(float(solve(velocity, torch.tensor([start], dtype=torch.float64), steps)) - end)
 
 
@@ -45,7 +47,9 @@ def error(solve: Callable[[Velocity, Tensor, int], Tensor], steps: int, velocity
     [(lambda x, t: 3 * t**2 + 0 * x, 0.0, 1.0), (lambda x, t: -x, 1.0, math.exp(-1))],
     ids=["3t²", "−x"],
 )
-def test_solvers_converge_with_their_order(solve: Callable, order: int, velocity: Velocity, start: float, end: float) -> None:
+def test_solvers_converge_with_their_order(
+    solve: Callable, order: int, velocity: Velocity, start: float, end: float
+) -> None:
     coarse, fine = (error(solve, steps, velocity, start, end) for steps in (64, 128))
     assert 0 < fine < 0.05
     assert coarse / fine == pytest.approx(2**order, rel=0.05)
@@ -70,7 +74,9 @@ def test_guided() -> None:
         seen.append(condition)
         return 10 * condition
 
-    assert torch.equal(guided(network, z, z_uncond, 3.0), torch.tensor([30.0, -40.0]))  # uncond + 3 · (cond − uncond)
+    assert torch.equal(
+        guided(network, z, z_uncond, 3.0), torch.tensor([30.0, -40.0])
+    )  # uncond + 3 · (cond − uncond)
     assert torch.equal(guided(network, z, z_uncond, 0.0), 10 * z_uncond)
     assert [tuple(condition.shape) for condition in seen] == [(2, 2), (2, 2)]
     for condition, scale in ((z_uncond, 1.0), (None, 3.0)):
@@ -82,7 +88,9 @@ def test_guided() -> None:
 
 def test_interpolate_runs_from_noise_to_data() -> None:
     noise, x = torch.zeros(2, 3), torch.ones(2, 3)
-    assert torch.equal(interpolate(noise, x, torch.tensor([0.0, 0.25])), torch.tensor([[0.0] * 3, [0.25] * 3]))
+    assert torch.equal(
+        interpolate(noise, x, torch.tensor([0.0, 0.25])), torch.tensor([[0.0] * 3, [0.25] * 3])
+    )
 
 
 def test_noise_and_time() -> None:
@@ -118,12 +126,16 @@ def test_loss_of_the_exact_velocity_is_the_irreducible_one() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(("solver", "steps"), [("euler", 400), ("heun", 40)])
 @pytest.mark.parametrize(("guidance", "temperature"), [(1.0, 1.0), (2.5, 0.8)])
-def test_sampling_with_the_exact_velocity(solver: str, steps: int, guidance: float, temperature: float) -> None:
+def test_sampling_with_the_exact_velocity(
+    solver: str, steps: int, guidance: float, temperature: float
+) -> None:
     """The flow of Gaussian data scales the noise by the deviation; guidance moves the mean only, temperature the deviation."""
     noise = torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
     z, z_uncond = torch.full((500, 1), 0.7), torch.full((500, 1), -0.2)
     mean = -0.2 + guidance * 0.9
-    drawn = exact_head(solver).sample(z, lambda: noise, steps=steps, temperature=temperature, z_uncond=z_uncond, guidance=guidance)
+    drawn = exact_head(solver).sample(
+        z, lambda: noise, steps=steps, temperature=temperature, z_uncond=z_uncond, guidance=guidance
+    )
     torch.testing.assert_close(drawn, mean + DEVIATION * temperature * noise, rtol=0, atol=0.01)
 
 

@@ -22,7 +22,11 @@ from far.training.ema import Ema
 
 OBJECTIVES = ["lagrangian", "mean_flow"]
 DEVIATION = 0.5
-WEIGHTS, CENTRES, DEVIATIONS = torch.tensor([0.3, 0.7]).double(), torch.tensor([-1.0, 1.0]).double(), torch.tensor([0.3, 0.5]).double()
+WEIGHTS, CENTRES, DEVIATIONS = (
+    torch.tensor([0.3, 0.7]).double(),
+    torch.tensor([-1.0, 1.0]).double(),
+    torch.tensor([0.3, 0.5]).double(),
+)
 UNCONDITIONAL = -0.3  # the mean of the data without a condition
 # Of the tokens of trained heads. MeanFlow's weights, by the size of a whole token, take the more noise away the more there are.
 CHANNELS = 8
@@ -62,7 +66,9 @@ class Mixture:
 
     def density(self, x: Tensor, t: Tensor, mean: Tensor) -> Tensor:
         _, spread, off = self.components(x, t, mean)
-        return (WEIGHTS * (-off.square() / 2).exp() / spread).sum(dim=-1, keepdim=True) / math.sqrt(2 * math.pi)
+        return (WEIGHTS * (-off.square() / 2).exp() / spread).sum(dim=-1, keepdim=True) / math.sqrt(
+            2 * math.pi
+        )
 
     def velocity(self, x: Tensor, t: Tensor, mean: Tensor) -> Tensor:
         centres, spread, off = self.components(x, t, mean)
@@ -106,7 +112,9 @@ class ExactMap(ExactNetwork):
         if self.euler:
             return velocity
         far = length.where(length > 1e-12, 0.5 * torch.ones_like(length))
-        return torch.where(length > 1e-12, self.wrong * (self.data.flow_map(x, s, s + far, z) - x) / far, velocity)
+        return torch.where(
+            length > 1e-12, self.wrong * (self.data.flow_map(x, s, s + far, z) - x) / far, velocity
+        )
 
 
 class ExactGuidedMap(ExactMap):
@@ -141,9 +149,13 @@ def exact_guided_head(objective: str = "lagrangian", max_guidance: float = 4.0) 
     return head
 
 
-def random_head(objective: str = "lagrangian", samples: int = 4, max_guidance: float | None = None, flow_steps: int = 0) -> FlowMapHead:
+def random_head(
+    objective: str = "lagrangian", samples: int = 4, max_guidance: float | None = None, flow_steps: int = 0
+) -> FlowMapHead:
     torch.manual_seed(0)
-    config = HeadConfig("flow_map", 16, 1, samples, objective=objective, flow_steps=flow_steps, max_guidance=max_guidance)  # type: ignore[arg-type]
+    config = HeadConfig(
+        "flow_map", 16, 1, samples, objective=objective, flow_steps=flow_steps, max_guidance=max_guidance
+    )  # type: ignore[arg-type]
     head = FlowMapHead(config, 3, 5)
     with torch.no_grad():
         for parameter in head.parameters():
@@ -195,7 +207,10 @@ def test_the_mixture_flows_to_its_data() -> None:
     drawn = DATA["mixture"].flow_map(noise, torch.zeros_like(noise), torch.ones_like(noise), mean).squeeze(-1)
 
     def below(x: Tensor) -> Tensor:
-        return sum(w * scipy.stats.norm.cdf(x, 0.5 + c, d) for w, c, d in zip(WEIGHTS.tolist(), CENTRES.tolist(), DEVIATIONS.tolist()))
+        return sum(
+            w * scipy.stats.norm.cdf(x, 0.5 + c, d)
+            for w, c, d in zip(WEIGHTS.tolist(), CENTRES.tolist(), DEVIATIONS.tolist())
+        )
 
     assert scipy.stats.kstest(drawn.numpy(), below).pvalue > 0.01
 
@@ -241,7 +256,9 @@ def test_sampling_takes_the_steps_of_the_mean_velocity(steps: int, max_guidance:
         cond, uncond = (head.mean_velocity(two, s, t, c) for c in (z, z_uncond))
         two = two + (uncond + 2.5 * (cond - uncond)) / steps
         one = one + head.mean_velocity(one, s, t, z, 2.5) / steps
-    torch.testing.assert_close(head.sample(z, lambda: noise, steps=steps, guidance=2.5), one, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        head.sample(z, lambda: noise, steps=steps, guidance=2.5), one, rtol=0, atol=1e-6
+    )
     drawn = head.sample(z, lambda: noise, steps=steps, z_uncond=z_uncond, guidance=2.5)
     torch.testing.assert_close(drawn, two, rtol=0, atol=1e-6)
     same = torch.equal(head.mean_velocity(noise, s, t, z, 2.5), head.mean_velocity(noise, s, t, z))
@@ -259,7 +276,9 @@ def test_velocity_is_the_diagonal() -> None:
     torch.testing.assert_close(head.velocity(x, t, z), head.mean_velocity(x, t, t, z, 1.0))
     assert (head.velocity(x, t, z) - head.mean_velocity(x, t, t + 0.1, z)).abs().max() > 1e-3
     uncond = head.velocity(x, t, -z)
-    torch.testing.assert_close(head.velocity(x, t, z, -z, 2.5), uncond + 2.5 * (head.velocity(x, t, z) - uncond))
+    torch.testing.assert_close(
+        head.velocity(x, t, z, -z, 2.5), uncond + 2.5 * (head.velocity(x, t, z) - uncond)
+    )
 
 
 # --- Residuals -------------------------------------------------------------------------------------------------
@@ -321,7 +340,9 @@ def test_loss_of_the_exact_map_is_the_irreducible_one(objective: str, learns_gui
         if objective == "lagrangian":
             assert float(jumps[half].max()) < 1e-8  # times and scales are of float32
         else:
-            assert float(jumps[half].mean()) == pytest.approx(float(irreducible(s[0, half], t[0, half]).mean()), rel=0.05)
+            assert float(jumps[half].mean()) == pytest.approx(
+                float(irreducible(s[0, half], t[0, half]).mean()), rel=0.05
+            )
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -338,7 +359,10 @@ def test_residuals_are_those_of_finite_differences(objective: str) -> None:
         mean = head.mean_velocity(point, s, t, z, scale)
         if objective == "lagrangian":
             found = head._lagrangian(point, velocity, s, t, z, field)
-            after, before = (point + (t + e - s).unsqueeze(-1) * head.mean_velocity(point, s, t + e, z, scale) for e in (h, -h))
+            after, before = (
+                point + (t + e - s).unsqueeze(-1) * head.mean_velocity(point, s, t + e, z, scale)
+                for e in (h, -h)
+            )
             end = point + length * mean
             guided = head.velocity(end, t, z)
             uncond = head.velocity(end[:, :20], t[:, :20], z[:20].flip(0))
@@ -366,7 +390,11 @@ def test_loss_under_bfloat16(objective: str) -> None:
             loss = head.loss(x, z, generator(), teacher, z_uncond=z_uncond)
         loss.value.mean().backward()
         losses.append(loss)
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in head.parameters() if parameter.grad is not None]))
+        gradients.append(
+            torch.cat(
+                [parameter.grad.flatten() for parameter in head.parameters() if parameter.grad is not None]
+            )
+        )
     exact, low = losses
     for name in ("flow", objective):
         assert low.parts[name].dtype == torch.float32
@@ -439,11 +467,15 @@ def test_what_the_teacher_gives(objective: str) -> None:
     with torch.no_grad():
         other.network.output.linear.weight.mul_(1.5)
     x, z, z_uncond = torch.randn(16, 3), torch.randn(16, 5), torch.randn(8, 5)
-    own, taught = (head.loss(x, z, generator(), teacher, z_uncond=z_uncond).parts for teacher in (head, other))
+    own, taught = (
+        head.loss(x, z, generator(), teacher, z_uncond=z_uncond).parts for teacher in (head, other)
+    )
     guided = torch.arange(16) < 8
     moved = ~torch.isclose(own["flow"].view(3, 16), taught["flow"].view(3, 16))
     assert torch.equal(moved, guided.expand(3, -1))
-    assert torch.equal(~torch.isclose(own[objective], taught[objective]), guided | (objective == "lagrangian"))
+    assert torch.equal(
+        ~torch.isclose(own[objective], taught[objective]), guided | (objective == "lagrangian")
+    )
 
 
 # --- The parts of the loss ------------------------------------------------------------------------------------------
@@ -564,7 +596,9 @@ def train(head: Head, steps: int, batch: int, z_uncond: Tensor | None = None) ->
     """With the head's own loss and an averaged teacher; ``z`` is the mean of the data."""
     ema = Ema(head, 0.98)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * (1 - step / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 50) * (1 - step / steps)
+    )
     draws = generator()
     for step in range(steps):
         z = 2 * torch.rand(batch, 1, generator=draws) - 1
@@ -592,7 +626,11 @@ def test_a_trained_lagrangian_head_and_one_of_flow_only() -> None:
     head = train(FlowMapHead(HeadConfig("flow_map", 32, 1, objective="lagrangian"), CHANNELS, 1), 300, 64)
     assert one_step_error(head) < 0.15
     torch.manual_seed(0)
-    never = train(FlowMapHead(HeadConfig("flow_map", 32, 1, objective="lagrangian", flow_steps=10**9), CHANNELS, 1), 100, 64)
+    never = train(
+        FlowMapHead(HeadConfig("flow_map", 32, 1, objective="lagrangian", flow_steps=10**9), CHANNELS, 1),
+        100,
+        64,
+    )
     assert one_step_error(never) > 0.3
     with torch.no_grad():
         euler = NOISE + head.velocity(NOISE, torch.tensor(0.0), MEANS)  # type: ignore[operator]
@@ -623,7 +661,9 @@ def test_a_trained_head_knows_guidance() -> None:
     """Its one pass gives what two passes give in many steps, and what is exact: the mean moved by the scale, the same deviation."""
     torch.manual_seed(0)
     with torch.enable_grad():
-        network = FlowMapHead(HeadConfig("flow_map", 32, 1, objective="lagrangian", max_guidance=3.0), CHANNELS, 1)
+        network = FlowMapHead(
+            HeadConfig("flow_map", 32, 1, objective="lagrangian", max_guidance=3.0), CHANNELS, 1
+        )
         head = train(network, 400, 64, torch.full((32, 1), UNCONDITIONAL))
     z_uncond = torch.full_like(MEANS, UNCONDITIONAL)
     plain = head.sample(MEANS, lambda: NOISE, steps=1)
@@ -647,7 +687,10 @@ def test_a_trained_head_knows_guidance() -> None:
         ({"max_guidance": 0.0}, "head max_guidance 0.0"),
         ({"max_guidance": math.nan}, "head max_guidance nan"),
         ({"max_guidance": math.inf}, "head max_guidance inf"),
-        ({"kind": "shortcut", "max_guidance": 3.0}, "head max_guidance 3.0: only a flow_map head learns guidance"),
+        (
+            {"kind": "shortcut", "max_guidance": 3.0},
+            "head max_guidance 3.0: only a flow_map head learns guidance",
+        ),
         ({"flow_steps": -1}, "head flow_steps -1 must be at least 0"),
         ({"samples_per_token": 1}, "head samples_per_token 1: a flow_map head needs at least 2"),
     ],

@@ -58,7 +58,9 @@ def test_embeddings_are_summed(network: HeadNetwork) -> None:
     both = network.embed_condition(z)
     for embed, time in zip(network.time_embeddings, times, strict=True):
         both = both + embed(time, torch.float32)
-    torch.testing.assert_close(network(x, z, *times), network.conditioned(x, both, torch.zeros(4, WIDTH)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        network(x, z, *times), network.conditioned(x, both, torch.zeros(4, WIDTH)), rtol=0, atol=1e-5
+    )
 
 
 @torch.no_grad()

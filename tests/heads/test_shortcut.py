@@ -73,7 +73,9 @@ def random_head(channels: int = 3, condition: int = 5) -> ShortcutHead:
 
 def points(t: Tensor, mean: Tensor, seed: int) -> Tensor:
     """Draws of ``x_t``."""
-    return t * mean + spread(t) * torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed), dtype=mean.dtype)
+    return t * mean + spread(t) * torch.randn(
+        mean.shape, generator=torch.Generator().manual_seed(seed), dtype=mean.dtype
+    )
 
 
 # --- The closed forms themselves, and the target ---------------------------------------------------
@@ -85,10 +87,14 @@ def test_closed_forms_agree() -> None:
     for start in (0.0, 0.3, 0.9):
         t = torch.tensor(start, dtype=torch.float64)
         x, d = points(t, mean, 0), torch.tensor(1e-6, dtype=torch.float64)
-        torch.testing.assert_close(exact_mean_velocity(x, t, d, mean), exact_velocity(x, t, mean), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            exact_mean_velocity(x, t, d, mean), exact_velocity(x, t, mean), rtol=1e-4, atol=1e-4
+        )
     zero, half = torch.tensor(0.0), torch.tensor(0.5)
     x = points(zero, mean, 1)
-    torch.testing.assert_close(flow_map(flow_map(x, zero, half, mean), half, half, mean), mean + DEVIATION * x)
+    torch.testing.assert_close(
+        flow_map(flow_map(x, zero, half, mean), half, half, mean), mean + DEVIATION * x
+    )
 
 
 @pytest.mark.parametrize("whole", SIZES[:-1])
@@ -98,7 +104,10 @@ def test_target_of_exact_mean_velocities_is_exact(whole: float) -> None:
     mean = torch.linspace(-1, 1, len(t), dtype=torch.float64).unsqueeze(-1)
     x = points(t.unsqueeze(-1), mean, 0)
     target = consistency_target(
-        lambda a, time, size: exact_mean_velocity(a, time.unsqueeze(-1), size.unsqueeze(-1), mean), x, t, torch.full_like(t, whole)
+        lambda a, time, size: exact_mean_velocity(a, time.unsqueeze(-1), size.unsqueeze(-1), mean),
+        x,
+        t,
+        torch.full_like(t, whole),
     )
     expected = exact_mean_velocity(x, t.unsqueeze(-1), torch.tensor(whole, dtype=torch.float64), mean)
     torch.testing.assert_close(target, expected.clamp(-TARGET_LIMIT, TARGET_LIMIT), rtol=1e-9, atol=1e-9)
@@ -159,7 +168,9 @@ def test_sampling_with_the_exact_mean_velocity_is_exact(steps: int) -> None:
 def test_guidance_moves_the_mean_and_temperature_the_deviation(steps: int) -> None:
     noise = torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
     z, z_uncond = torch.full((500, 1), 0.7), torch.full((500, 1), -0.2)
-    drawn = exact_head().sample(z, lambda: noise, steps=steps, temperature=0.8, z_uncond=z_uncond, guidance=2.5)
+    drawn = exact_head().sample(
+        z, lambda: noise, steps=steps, temperature=0.8, z_uncond=z_uncond, guidance=2.5
+    )
     torch.testing.assert_close(drawn, -0.2 + 2.5 * 0.9 + DEVIATION * 0.8 * noise, rtol=0, atol=1e-5)
 
 
@@ -181,13 +192,17 @@ def test_sampling_takes_the_steps_of_the_mean_velocity(steps: int) -> None:
 def test_network_calls() -> None:
     head = random_head()
     rows: list[int] = []
-    head.network.output.register_forward_hook(lambda module, arguments, output: rows.append(output.shape[:-1].numel()))
+    head.network.output.register_forward_hook(
+        lambda module, arguments, output: rows.append(output.shape[:-1].numel())
+    )
     for steps in (1, 3, 8, 128):
         rows.clear()
         head.sample(torch.zeros(4, 5), lambda: torch.randn(4, 3), steps=steps)
         assert rows == [4] * steps
     rows.clear()
-    head.sample(torch.zeros(4, 5), lambda: torch.randn(4, 3), steps=2, z_uncond=torch.ones(4, 5), guidance=2.0)
+    head.sample(
+        torch.zeros(4, 5), lambda: torch.randn(4, 3), steps=2, z_uncond=torch.ones(4, 5), guidance=2.0
+    )
     assert rows == [8, 8]
 
 
@@ -251,7 +266,12 @@ def test_loss_of_few_tokens(tokens: int) -> None:
 
 def gradients(head: ShortcutHead, teacher: ShortcutHead, z: Tensor) -> list[Tensor]:
     head.zero_grad()
-    loss = head.loss(torch.randn(16, 3, generator=torch.Generator().manual_seed(1)), z, torch.Generator().manual_seed(2), teacher)
+    loss = head.loss(
+        torch.randn(16, 3, generator=torch.Generator().manual_seed(1)),
+        z,
+        torch.Generator().manual_seed(2),
+        teacher,
+    )
     loss.value.mean().backward()
     return [parameter.grad.clone() for parameter in head.parameters() if parameter.grad is not None]
 
@@ -273,7 +293,9 @@ def test_teacher_gives_the_consistency_targets_only() -> None:
     with torch.no_grad():
         other.network.output.linear.bias.add_(1)
     x, z = torch.randn(16, 3), torch.randn(16, 5)
-    own, taught = (head.loss(x, z, torch.Generator().manual_seed(0), teacher).parts for teacher in (head, other))
+    own, taught = (
+        head.loss(x, z, torch.Generator().manual_seed(0), teacher).parts for teacher in (head, other)
+    )
     assert torch.equal(own["flow"], taught["flow"])
     assert not torch.isclose(own["consistency"], taught["consistency"]).any()
 
@@ -288,7 +310,9 @@ def trained() -> ShortcutHead:
     head = ShortcutHead(HeadConfig("shortcut", 64, 2), 1, 1)
     ema = Ema(head, 0.99)
     optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * (1 - step / 1000))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 50) * (1 - step / 1000)
+    )
     generator = torch.Generator().manual_seed(0)
     for step in range(1000):
         z = 2 * torch.rand(128, 1, generator=generator) - 1
@@ -309,7 +333,9 @@ MEANS = torch.linspace(-1, 1, 4000).unsqueeze(-1)
 
 
 @torch.no_grad()
-def errors(head: ShortcutHead, d: float, exact: Callable[[Tensor, Tensor], Tensor], starts: list[float]) -> float:
+def errors(
+    head: ShortcutHead, d: float, exact: Callable[[Tensor, Tensor], Tensor], starts: list[float]
+) -> float:
     """The deviation of the head's mean velocities from the exact ones, over the marginals at ``starts``."""
     found = []
     for start in starts:
@@ -320,7 +346,9 @@ def errors(head: ShortcutHead, d: float, exact: Callable[[Tensor, Tensor], Tenso
 
 
 def test_trained_velocity(trained: ShortcutHead) -> None:
-    assert errors(trained, 0.0, lambda x, t: exact_velocity(x, t, MEANS), [0.0, 0.2, 0.4, 0.6, 0.8, 0.95]) < 0.12
+    assert (
+        errors(trained, 0.0, lambda x, t: exact_velocity(x, t, MEANS), [0.0, 0.2, 0.4, 0.6, 0.8, 0.95]) < 0.12
+    )
 
 
 @pytest.mark.parametrize("d", [1.0, 0.5, 0.25, 0.125])

@@ -30,7 +30,9 @@ class ExactNoise(ExactNetwork):
 
     def forward(self, x: Tensor, z: Tensor, step: Tensor) -> Tensor:
         t = torch.as_tensor(np.interp(step.numpy(), np.arange(1000), flow_times().numpy()))
-        signal, noise = (part.unsqueeze(-1) / (t**2 + (1 - t) ** 2).sqrt().unsqueeze(-1) for part in (t, 1 - t))
+        signal, noise = (
+            part.unsqueeze(-1) / (t**2 + (1 - t) ** 2).sqrt().unsqueeze(-1) for part in (t, 1 - t)
+        )
         epsilon = noise / (signal**2 * DEVIATION**2 + noise**2) * (x - signal * z)
         return torch.cat([epsilon, torch.full_like(epsilon, 9.0)], dim=-1)
 
@@ -69,7 +71,9 @@ def random_head(kind: str) -> Head:
 
 
 def test_every_head_is_here() -> None:
-    assert {*KINDS, "energy"} == set(HEADS), "a head has a velocity, which is tested here, or is known to have none"
+    assert {*KINDS, "energy"} == set(HEADS), (
+        "a head has a velocity, which is tested here, or is known to have none"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,7 +86,9 @@ def test_velocity_of_gaussian_data(kind: str, time: float) -> None:
     known = t.clamp(FIRST, LAST) if kind == "diffusion" else t
     expected = exact_velocity(x, known.unsqueeze(-1), MEANS)
     torch.testing.assert_close(exact_head(kind).velocity(x, t, MEANS), expected, rtol=1e-7, atol=1e-7)
-    torch.testing.assert_close(exact_head(kind).velocity(x, t[0], MEANS), expected, rtol=1e-7, atol=1e-7)  # one time for all
+    torch.testing.assert_close(
+        exact_head(kind).velocity(x, t[0], MEANS), expected, rtol=1e-7, atol=1e-7
+    )  # one time for all
     assert float((expected - exact_velocity(x, t.unsqueeze(-1), MEANS)).abs().max()) < 0.1
 
 
@@ -97,7 +103,9 @@ def test_a_diffusion_head_is_asked_at_the_noise_level_of_its_training() -> None:
     t = signal.sqrt() / (signal.sqrt() + (1 - signal).sqrt())
     head.velocity((1 - t).unsqueeze(-1) * noise + t.unsqueeze(-1) * token, t, MEANS[:7])
     noisy, _, asked = seen[0]
-    torch.testing.assert_close(noisy, signal.sqrt().unsqueeze(-1) * token + (1 - signal).sqrt().unsqueeze(-1) * noise)
+    torch.testing.assert_close(
+        noisy, signal.sqrt().unsqueeze(-1) * token + (1 - signal).sqrt().unsqueeze(-1) * noise
+    )
     torch.testing.assert_close(asked, steps.double(), rtol=0, atol=1e-6)
 
 
@@ -161,5 +169,7 @@ def test_velocities_are_those_of_the_networks_at_no_step_size() -> None:
 
 def test_a_head_without_a_velocity() -> None:
     head = build_head(HeadConfig("energy", 8, 1), 1, 1)
-    with pytest.raises(InputError, match=r"a head of kind energy has no velocity field .* diffusion or flow head"):
+    with pytest.raises(
+        InputError, match=r"a head of kind energy has no velocity field .* diffusion or flow head"
+    ):
         head.velocity(torch.zeros(1, 1), torch.zeros(1), torch.zeros(1, 1))

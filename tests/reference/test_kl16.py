@@ -21,7 +21,11 @@ def reference() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def weights(reference: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("weights."): tensor for name, tensor in reference.items() if name.startswith("weights.")}
+    return {
+        name.removeprefix("weights."): tensor
+        for name, tensor in reference.items()
+        if name.startswith("weights.")
+    }
 
 
 @pytest.fixture(params=["direct", "converted", "converted bare"])

@@ -57,7 +57,11 @@ def direct(reference: dict[str, Tensor]) -> FAR:
         ("input_proj", "input_projection"), ("res_blocks", "blocks"), ("in_ln", "norm"), ("mlp.0", "linear_in"),
         ("mlp.2", "linear_out"), ("final_layer", "output"), ("adaLN_modulation.1", "modulation"),
     ]  # fmt: skip
-    weights = {name.removeprefix("weights."): tensor for name, tensor in reference.items() if name.startswith("weights.")}
+    weights = {
+        name.removeprefix("weights."): tensor
+        for name, tensor in reference.items()
+        if name.startswith("weights.")
+    }
     embedding = torch.cat([weights.pop("class_emb.weight"), weights.pop("fake_latent")])
     renamed = {"backbone.class_embedding.weight": embedding}
     for name, tensor in weights.items():
@@ -71,9 +75,17 @@ def direct(reference: dict[str, Tensor]) -> FAR:
 
 def expected_config() -> ModelConfig:
     backbone = MaskedConfig(
-        encoder_width=32, encoder_depth=2, encoder_heads=4, decoder_width=48, decoder_depth=2, decoder_heads=4, buffer=8
+        encoder_width=32,
+        encoder_depth=2,
+        encoder_heads=4,
+        decoder_width=48,
+        decoder_depth=2,
+        decoder_heads=4,
+        buffer=8,
     )
-    return ModelConfig(NetworkConfig(backbone, HeadConfig("diffusion", 40, 2, samples_per_token=4), patch=1), 10, 16, (4, 4))
+    return ModelConfig(
+        NetworkConfig(backbone, HeadConfig("diffusion", 40, 2, samples_per_token=4), patch=1), 10, 16, (4, 4)
+    )
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -115,15 +127,26 @@ def test_encoder_and_conditions(any_model: FAR, reference: dict[str, Tensor]) ->
 def test_head_loss(any_model: FAR, reference: dict[str, Tensor]) -> None:
     head = any_model.head
     assert isinstance(head, DiffusionHead)
-    x, z, t = reference["forward.tokens"].flatten(0, 1), reference["forward.z"].flatten(0, 1), reference["head.t"]
-    assert relative(Schedule.respaced(1000).noisy(x, reference["head.noise"], t), reference["head.x_t"]) < 1e-6
+    x, z, t = (
+        reference["forward.tokens"].flatten(0, 1),
+        reference["forward.z"].flatten(0, 1),
+        reference["head.t"],
+    )
+    assert (
+        relative(Schedule.respaced(1000).noisy(x, reference["head.noise"], t), reference["head.x_t"]) < 1e-6
+    )
     assert relative(head.network(reference["head.x_t"], z, t), reference["head.net_out"]) < 1e-5
     mse, bound = head.loss_terms(x, z, t, reference["head.noise"])
     assert relative(mse, reference["head.mse"]) < 1e-4
     assert relative(bound, reference["head.vb"]) < 1e-4
     assert relative(mse + bound, reference["head.loss_per_token"]) < 1e-4
     mask = reference["forward.mask"].flatten()
-    assert relative((((mse + bound) * mask).sum() / mask.sum()).view(-1), reference["head.loss_masked_mean"].view(-1)) < 1e-4
+    assert (
+        relative(
+            (((mse + bound) * mask).sum() / mask.sum()).view(-1), reference["head.loss_masked_mean"].view(-1)
+        )
+        < 1e-4
+    )
 
 
 def test_schedule(reference: dict[str, Tensor]) -> None:
@@ -138,7 +161,9 @@ class RecordedNoise:
 
     def __init__(self, reference: dict[str, Tensor], kind: str) -> None:
         prefix = f"sample.{kind}.noise."
-        self.draws = [reference[name] for name in sorted(name for name in reference if name.startswith(prefix))]
+        self.draws = [
+            reference[name] for name in sorted(name for name in reference if name.startswith(prefix))
+        ]
         self.reference_orders = reference[f"sample.{kind}.orders"]
 
     def orders(self, tokens: int) -> Tensor:
@@ -151,10 +176,14 @@ class RecordedNoise:
 
 
 @pytest.mark.parametrize("kind", ["plain", "guided"])
-def test_whole_sampling(any_model: FAR, reference: dict[str, Tensor], metadata: dict[str, str], kind: str) -> None:
+def test_whole_sampling(
+    any_model: FAR, reference: dict[str, Tensor], metadata: dict[str, str], kind: str
+) -> None:
     noise = RecordedNoise(reference, kind)
     settings = (float(metadata["cfg"]), float(metadata["temperature"])) if kind == "guided" else (1.0, 1.0)
-    config = SamplingConfig(int(metadata["num_iter"]), head_steps=10, guidance=settings[0], temperature=settings[1])
+    config = SamplingConfig(
+        int(metadata["num_iter"]), head_steps=10, guidance=settings[0], temperature=settings[1]
+    )
     labels = reference.get(f"sample.{kind}.labels", reference["forward.labels"])
     latents = sample(any_model, labels, noise, config)
     assert not noise.draws, "the recorded generation drew more noise"
@@ -168,7 +197,9 @@ def test_averaged_weights_are_taken(tmp_path: Path, model: FAR, reference: dict[
     raw = model.state_dict()
     for name, averaged in pipeline.model.state_dict().items():
         torch.testing.assert_close(averaged, raw[name] + 0.01)
-    torch.testing.assert_close(pipeline.model.backbone.class_embedding.weight[-1], reference["weights.fake_latent"][0] + 0.01)
+    torch.testing.assert_close(
+        pipeline.model.backbone.class_embedding.weight[-1], reference["weights.fake_latent"][0] + 0.01
+    )
 
 
 def test_checkpoint_is_of_the_published_form() -> None:

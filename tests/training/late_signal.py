@@ -22,5 +22,10 @@ def told(loss):  # type: ignore[no-untyped-def]
 
 
 with joined() as processes:
-    train(Late({4: told} if processes.rank == 1 else {}), loop(micro_batches=2), Path(sys.argv[1]), processes=processes)
+    train(
+        Late({4: told} if processes.rank == 1 else {}),
+        loop(micro_batches=2),
+        Path(sys.argv[1]),
+        processes=processes,
+    )
 leave()

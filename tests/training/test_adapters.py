@@ -37,7 +37,9 @@ def test_nothing_changes_at_first(backbone: Backbone) -> None:
     torch.testing.assert_close(outputs(backbone), before, rtol=1e-6, atol=1e-6)
     added = adapters(backbone)
     assert len(added) == 2 * len(linear), "every linear layer is adapted"
-    assert sum(adapter.numel() for adapter in added) == sum(RANK * (layer.in_features + layer.out_features) for layer in linear)
+    assert sum(adapter.numel() for adapter in added) == sum(
+        RANK * (layer.in_features + layer.out_features) for layer in linear
+    )
     trained = {id(parameter) for parameter in backbone.parameters() if parameter.requires_grad}
     assert trained == {id(adapter) for adapter in added}
 

@@ -54,10 +54,14 @@ def test_four_commands_make_a_generator(autoencoder_recipe: Path, tmp_path: Path
     train = read_images(ShardReader(image_set / "train", "images"), torch.arange(60))
     with torch.no_grad():
         posterior = autoencoder.encode(train)
-        latents = autoencoder.normalize(posterior.sample(torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(1))))
+        latents = autoencoder.normalize(
+            posterior.sample(torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(1)))
+        )
     assert latents.std() == pytest.approx(1, abs=0.1)
     assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.15
-    torch.testing.assert_close(autoencoder.denormalize(latents), latents / autoencoder.config.scale + autoencoder._shift(latents))
+    torch.testing.assert_close(
+        autoencoder.denormalize(latents), latents / autoencoder.config.scale + autoencoder._shift(latents)
+    )
 
     # And on to a generator: cache, train, generate.
     small = [
@@ -69,11 +73,18 @@ def test_four_commands_make_a_generator(autoencoder_recipe: Path, tmp_path: Path
     assert main(["cache", str(autoencoder_recipe)]) == 0
     assert len(open_latents(run / "latents", autoencoder)) == 60
     assert main(["train", str(autoencoder_recipe), *small]) == 0
-    assert main(["generate", "--weights", str(run / "model"), "--count", "3", "--out", str(tmp_path / "grid.png")]) == 0
+    assert (
+        main(
+            ["generate", "--weights", str(run / "model"), "--count", "3", "--out", str(tmp_path / "grid.png")]
+        )
+        == 0
+    )
     assert (tmp_path / "grid.png").stat().st_size > 100
 
 
-def test_figures_are_told_only_if_some_were_measured(autoencoder_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_figures_are_told_only_if_some_were_measured(
+    autoencoder_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     command = ["train-autoencoder", str(autoencoder_recipe), "autoencoder.training.steps=1"]
     assert main(command) == 0
     assert "psnr" in capsys.readouterr().out.splitlines()[-1]
@@ -82,11 +93,17 @@ def test_figures_are_told_only_if_some_were_measured(autoencoder_recipe: Path, t
     assert "already trained" in line
 
 
-def test_images_that_the_stride_does_not_divide_are_refused(autoencoder_recipe: Path, capsys: pytest.CaptureFixture) -> None:
+def test_images_that_the_stride_does_not_divide_are_refused(
+    autoencoder_recipe: Path, capsys: pytest.CaptureFixture
+) -> None:
     override = "autoencoder.model={width: 8, width_multipliers: [1, 1, 1, 1, 1], norm_groups: 2}"
-    assert main(["train-autoencoder", str(autoencoder_recipe), override, "autoencoder.training.steps=1"]) == 0  # 16 pixels, stride 16
+    assert (
+        main(["train-autoencoder", str(autoencoder_recipe), override, "autoencoder.training.steps=1"]) == 0
+    )  # 16 pixels, stride 16
     with pytest.raises(InputError, match="stride 16"):
-        Autoencoder(AutoencoderConfig(width=8, width_multipliers=(1,) * 5, norm_groups=2)).encode(torch.zeros(1, 3, 24, 16))
+        Autoencoder(AutoencoderConfig(width=8, width_multipliers=(1,) * 5, norm_groups=2)).encode(
+            torch.zeros(1, 3, 24, 16)
+        )
     capsys.readouterr()
 
 
@@ -94,11 +111,14 @@ def test_kl_against_torch_distributions() -> None:
     moments = torch.randn(3, 8, 2, 2, generator=torch.Generator().manual_seed(0))
     posterior = Posterior(moments)
     exact = torch.distributions.kl_divergence(
-        torch.distributions.Normal(posterior.mean, (0.5 * posterior.logvar).exp()), torch.distributions.Normal(0.0, 1.0)
+        torch.distributions.Normal(posterior.mean, (0.5 * posterior.logvar).exp()),
+        torch.distributions.Normal(0.0, 1.0),
     )
     torch.testing.assert_close(posterior.kl(), exact.sum(dim=(1, 2, 3)))
     generator = torch.Generator().manual_seed(1)
-    samples = torch.stack([posterior.sample(torch.randn(3, 4, 2, 2, generator=generator)) for _ in range(3000)])
+    samples = torch.stack(
+        [posterior.sample(torch.randn(3, 4, 2, 2, generator=generator)) for _ in range(3000)]
+    )
     torch.testing.assert_close(samples.mean(dim=0), posterior.mean, atol=0.2, rtol=0)
     torch.testing.assert_close(samples.var(dim=0).log(), posterior.logvar, atol=0.2, rtol=0)
 
@@ -117,7 +137,11 @@ def test_impossible_sizes_are_refused(values: dict) -> None:
 
 @pytest.mark.parametrize(("levels", "stride"), [(3, 4), (4, 8), (5, 16)])
 def test_strides(levels: int, stride: int) -> None:
-    autoencoder = Autoencoder(AutoencoderConfig(width=4, width_multipliers=(1,) * levels, blocks=1, latent_channels=3, norm_groups=2))
+    autoencoder = Autoencoder(
+        AutoencoderConfig(
+            width=4, width_multipliers=(1,) * levels, blocks=1, latent_channels=3, norm_groups=2
+        )
+    )
     images = torch.zeros(2, 3, 2 * stride, 3 * stride)
     assert autoencoder.encode(images).mean.shape == (2, 3, 2, 3)
     assert autoencoder.decode(torch.zeros(2, 3, 2, 3)).shape == images.shape
@@ -126,7 +150,9 @@ def test_strides(levels: int, stride: int) -> None:
 @torch.no_grad()
 def test_spherical_autoencoders_encode_onto_the_sphere_and_decode_directions() -> None:
     torch.manual_seed(0)
-    config = AutoencoderConfig(width=8, width_multipliers=(1, 1, 2), blocks=1, latent_channels=3, norm_groups=4)
+    config = AutoencoderConfig(
+        width=8, width_multipliers=(1, 1, 2), blocks=1, latent_channels=3, norm_groups=4
+    )
     plain, spherical = Autoencoder(config), Autoencoder(dataclasses.replace(config, spherical=True))
     spherical.load_state_dict(plain.state_dict())
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -135,10 +161,14 @@ def test_spherical_autoencoders_encode_onto_the_sphere_and_decode_directions() -
     torch.testing.assert_close(found.mean / 3**0.5, expected.mean / expected.mean.norm(dim=1, keepdim=True))
     assert torch.equal(found.logvar, expected.logvar)
     # A plain decoder given latents of that norm is what a spherical one does with latents of any.
-    torch.testing.assert_close(spherical.decode(7 * found.mean), plain.decode(found.mean), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        spherical.decode(7 * found.mean), plain.decode(found.mean), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_spherical_autoencoder_leaves_the_sphere_where_it_is(image_set: Path) -> None:
-    config = AutoencoderConfig(width=8, width_multipliers=(1, 1, 2), blocks=1, latent_channels=3, norm_groups=4, spherical=True)
+    config = AutoencoderConfig(
+        width=8, width_multipliers=(1, 1, 2), blocks=1, latent_channels=3, norm_groups=4, spherical=True
+    )
     reader = ShardReader(image_set / "train", "images")
     assert latent_statistics(Autoencoder(config), reader, torch.arange(10)) == {"scale": 1.0, "shift": 0.0}

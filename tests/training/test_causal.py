@@ -13,7 +13,10 @@ from far.pipeline import Pipeline
 from far.sampling import SeededNoise, sample
 from far.weights import load_autoencoder, save_autoencoder
 
-CAUSAL = ["generator.network.backbone={kind: causal, width: 16, depth: 1, heads: 2, input_noise: 0.1}", "generator.sampling.ar_steps=4"]
+CAUSAL = [
+    "generator.network.backbone={kind: causal, width: 16, depth: 1, heads: 2, input_noise: 0.1}",
+    "generator.sampling.ar_steps=4",
+]
 
 
 def test_train_resume_and_generate(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,7 +27,11 @@ def test_train_resume_and_generate(recipe: Path, tmp_path: Path, capsys: pytest.
     whole, half = (Pipeline.from_pretrained(run / name).model.state_dict() for name in ("whole", "half"))
     for name, tensor in whole.items():
         torch.testing.assert_close(half[name], tensor, msg=name)
-    losses = [entry["loss"] for entry in map(json.loads, (run / "whole" / "log.jsonl").read_text().splitlines()) if "loss" in entry]
+    losses = [
+        entry["loss"]
+        for entry in map(json.loads, (run / "whole" / "log.jsonl").read_text().splitlines())
+        if "loss" in entry
+    ]
     assert losses[-1] < losses[0]
 
     generate = ["generate", "--weights", str(run / "whole"), "--count", "3"]
@@ -50,34 +57,66 @@ def test_any_head_fits(recipe: Path, head: str, steps: int) -> None:
 def test_a_head_on_a_frozen_causal_backbone(recipe: Path) -> None:
     assert main(["train", str(recipe), *CAUSAL, "model=joint"]) == 0
     joint = recipe.parent / "run" / "joint"
-    assert main(["train", str(recipe), *CAUSAL, f"generator.frozen_backbone={joint}", "generator.network.head.kind=flow"]) == 0
-    before, after = (Pipeline.from_pretrained(folder).model.backbone.state_dict() for folder in (joint, joint.parent / "model"))
+    assert (
+        main(
+            [
+                "train",
+                str(recipe),
+                *CAUSAL,
+                f"generator.frozen_backbone={joint}",
+                "generator.network.head.kind=flow",
+            ]
+        )
+        == 0
+    )
+    before, after = (
+        Pipeline.from_pretrained(folder).model.backbone.state_dict()
+        for folder in (joint, joint.parent / "model")
+    )
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
 
 
-def test_a_masked_recipe_with_too_few_steps_for_a_causal_backbone_is_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_masked_recipe_with_too_few_steps_for_a_causal_backbone_is_refused(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", str(recipe), CAUSAL[0]]) == 2
     assert "ar_steps 2: a causal backbone draws its 4 tokens one by one, so give 4" in capsys.readouterr().err
     assert not (recipe.parent / "run" / "model").exists()
 
 
-def test_a_spherical_model_needs_a_spherical_autoencoder(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_spherical_model_needs_a_spherical_autoencoder(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     spherical = [*CAUSAL, "generator.network.spherical=true"]
     assert main(["train", str(recipe), *spherical]) == 2
-    assert "network.spherical needs an autoencoder whose decoder knows such latents" in capsys.readouterr().err
+    assert (
+        "network.spherical needs an autoencoder whose decoder knows such latents" in capsys.readouterr().err
+    )
     torch.manual_seed(0)
-    config = AutoencoderConfig(width=8, width_multipliers=(1, 1, 2), blocks=1, latent_channels=2, norm_groups=4, scale=1.0, spherical=True)
+    config = AutoencoderConfig(
+        width=8,
+        width_multipliers=(1, 1, 2),
+        blocks=1,
+        latent_channels=2,
+        norm_groups=4,
+        scale=1.0,
+        spherical=True,
+    )
     save_autoencoder(Autoencoder(config), tmp_path / "sphere")
     place = [f"autoencoder_from={tmp_path / 'sphere'}", f"run={tmp_path / 'spherical'}"]
     assert main(["cache", str(recipe), *place]) == 0
     assert main(["train", str(recipe), *place, *spherical]) == 0
     pipeline = Pipeline.from_pretrained(tmp_path / "spherical" / "model")
-    latents = sample(pipeline.model, torch.tensor([0, 1]), SeededNoise([1, 2], torch.device("cpu")), pipeline.defaults)
+    latents = sample(
+        pipeline.model, torch.tensor([0, 1]), SeededNoise([1, 2], torch.device("cpu")), pipeline.defaults
+    )
     torch.testing.assert_close(latents.norm(dim=1), torch.full((2, 4, 4), 2**0.5))
 
 
-def test_a_latent_cache_of_the_plain_twin_is_refused(recipe: Path, autoencoder_folder: Path, tmp_path: Path) -> None:
+def test_a_latent_cache_of_the_plain_twin_is_refused(
+    recipe: Path, autoencoder_folder: Path, tmp_path: Path
+) -> None:
     """The same weights on a sphere encode to other moments."""
     plain = load_autoencoder(autoencoder_folder)
     twin = Autoencoder(dataclasses.replace(plain.config, spherical=True))

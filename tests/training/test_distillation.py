@@ -81,7 +81,9 @@ class StandIn(ExactNetwork):
         self.mean_velocity = mean_velocity
 
     def forward(self, x: Tensor, condition: Tensor, start: Tensor, length: Tensor) -> Tensor:
-        return self.mean_velocity(x, start / 10, (start + length) / 10, condition[..., :-1], condition[..., -1])
+        return self.mean_velocity(
+            x, start / 10, (start + length) / 10, condition[..., :-1], condition[..., -1]
+        )
 
 
 def stand_in(task: DistillationTask, mean_velocity: Callable[..., Tensor]) -> None:
@@ -102,7 +104,10 @@ def exact_task(diffusion_folder: Path, tmp_path: Path) -> DistillationTask:
     noise = torch.randn(rows, 3, 1, 8, generator=generator)
     paths = t * mean_of(z, scale).unsqueeze(-2) + spread(t) * noise
     writer = ShardWriter(tmp_path / "rows", {"kind": "trajectories"})
-    writer.write({name: value.to(torch.float16) for name, value in (("z", z), ("scale", scale), ("paths", paths))}, cursor=1)
+    writer.write(
+        {name: value.to(torch.float16) for name, value in (("z", z), ("scale", scale), ("paths", paths))},
+        cursor=1,
+    )
     writer.finish()
     config = DistillationConfig(training=LoopConfig(batch_size=2 * GROUP))
     task = DistillationTask(Pipeline.from_pretrained(diffusion_folder), config, tmp_path / "rows")
@@ -150,10 +155,15 @@ def test_batches_are_whole_groups_and_never_the_held_out_one(exact_task: Distill
 
 
 def test_the_head_alone_is_trained(exact_task: DistillationTask) -> None:
-    found = {id(parameter) for group in exact_task.parameter_groups(LoopConfig()) for parameter in group["params"]}
+    found = {
+        id(parameter) for group in exact_task.parameter_groups(LoopConfig()) for parameter in group["params"]
+    }
     assert found == {id(parameter) for parameter in exact_task.module.parameters() if parameter.requires_grad}
     assert found == {id(parameter) for parameter in exact_task.module.head.parameters()}
-    assert [group["lr"] for group in exact_task.parameter_groups(LoopConfig(learning_rate=0.1, head_learning_rate=0.02))] == [0.02]
+    assert [
+        group["lr"]
+        for group in exact_task.parameter_groups(LoopConfig(learning_rate=0.1, head_learning_rate=0.02))
+    ] == [0.02]
 
 
 def test_errors_are_those_of_the_held_out_group(exact_task: DistillationTask, tmp_path: Path) -> None:
@@ -174,7 +184,9 @@ def test_errors_are_those_of_the_held_out_group(exact_task: DistillationTask, tm
     assert exact_task.results["step"] == 3
 
 
-def test_the_exact_mean_velocity_ends_where_the_trajectories_do(exact_task: DistillationTask, tmp_path: Path) -> None:
+def test_the_exact_mean_velocity_ends_where_the_trajectories_do(
+    exact_task: DistillationTask, tmp_path: Path
+) -> None:
     exact_task.teacher.autoencoder = None
     exact_task.publish = lambda ema, folder, step: None  # type: ignore[method-assign, assignment]
     assert max(exact_task.evaluate(exact_task.module, tmp_path, 3).values()) < 0.005
@@ -182,7 +194,10 @@ def test_the_exact_mean_velocity_ends_where_the_trajectories_do(exact_task: Dist
 
 def test_impossible_settings() -> None:
     for values, message in (
-        ({"training": LoopConfig(batch_size=100)}, "training.batch_size / micro_batches is 100; it must be a multiple of 64"),
+        (
+            {"training": LoopConfig(batch_size=100)},
+            "training.batch_size / micro_batches is 100; it must be a multiple of 64",
+        ),
         ({"trajectories": TrajectoryConfig(images=64)}, "trajectories.images 64: give more than 64"),
         ({"samples_per_token": 0}, "samples_per_token 0"),
         ({"adapter_rank": -1}, "adapter_rank -1"),
@@ -209,7 +224,11 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("teacher", ["diffusion_folder", "causal_diffusion_folder"])
 def test_a_distilled_model(
-    teacher: str, latents_folder: Path, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+    teacher: str,
+    latents_folder: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder, out = request.getfixturevalue(teacher), tmp_path / "out"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -222,7 +241,13 @@ def test_a_distilled_model(
     assert isinstance(pipeline, Pipeline)
     assert isinstance(original, Pipeline)
     head = pipeline.model.config.network.head
-    assert (head.kind, head.width, head.depth, head.max_guidance, head.token_limit) == ("flow_map", 16, 1, 4.0, None)
+    assert (head.kind, head.width, head.depth, head.max_guidance, head.token_limit) == (
+        "flow_map",
+        16,
+        1,
+        4.0,
+        None,
+    )
     assert pipeline.classes == original.classes
     assert pipeline.results["step"] == pipeline.training["finished steps"] == 4
     assert pipeline.training["recipe"]["trajectories"]["max_guidance"] == 4.0
@@ -230,7 +255,10 @@ def test_a_distilled_model(
     for name, tensor in original.model.backbone.state_dict().items():
         assert torch.equal(pipeline.model.backbone.state_dict()[name], tensor), name
     assert (pipeline.defaults.head_steps, pipeline.defaults.guidance) == (2, 3.0)
-    one, two = (pipeline.generate([0, 1, 2], guidance=3.0, guidance_passes=passes, output="tensor") for passes in (1, 2))
+    one, two = (
+        pipeline.generate([0, 1, 2], guidance=3.0, guidance_passes=passes, output="tensor")
+        for passes in (1, 2)
+    )
     for images in (one, two):
         assert isinstance(images, Tensor)
         assert images.shape == (3, 3, 16, 16)
@@ -239,8 +267,15 @@ def test_a_distilled_model(
 
 
 def test_errors_fall_for_a_teacher_that_is_easily_learnt(pipeline_folder: Path, tmp_path: Path) -> None:
-    options = ["training.steps=80", "training.evaluate_every=10", "training.learning_rate=5.0e-3", "training.warmup_steps=30"]
-    distill(pipeline_folder, tmp_path / "out", *options, "training.ema_decay=0.9", "trajectories.max_guidance=2.0")
+    options = [
+        "training.steps=80",
+        "training.evaluate_every=10",
+        "training.learning_rate=5.0e-3",
+        "training.warmup_steps=30",
+    ]
+    distill(
+        pipeline_folder, tmp_path / "out", *options, "training.ema_decay=0.9", "trajectories.max_guidance=2.0"
+    )
     entries = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     for steps in (1, 2, 4):
         errors = [entry[f"error of {steps} steps"] for entry in entries if f"error of {steps} steps" in entry]
@@ -264,7 +299,9 @@ def test_half_and_half_equal_the_whole(rank: int, diffusion_folder: Path, tmp_pa
     assert not all(torch.equal(half[name], tensor) for name, tensor in halfway.items())
     states = [newest(tmp_path / run) for run in ("whole", "half")]
     assert [state["step"] for state in states] == [4, 4]
-    assert all(torch.equal(tensor, states[1]["tensors"][name]) for name, tensor in states[0]["tensors"].items())
+    assert all(
+        torch.equal(tensor, states[1]["tensors"][name]) for name, tensor in states[0]["tensors"].items()
+    )
 
 
 @pytest.mark.parametrize("teacher", ["diffusion_folder", "causal_diffusion_folder"])
@@ -274,7 +311,9 @@ def test_adapters_end_to_end(teacher: str, tmp_path: Path, request: pytest.Fixtu
     distill(folder, out, "adapter_rank=2", "training.ema_decay=0.5")
     old, new = (Pipeline.from_pretrained(path).model.backbone for path in (folder, out))
     linear = {f"{name}.weight" for name, layer in old.named_modules() if isinstance(layer, torch.nn.Linear)}
-    changed = {name for name, tensor in old.state_dict().items() if not torch.equal(tensor, new.state_dict()[name])}
+    changed = {
+        name for name, tensor in old.state_dict().items() if not torch.equal(tensor, new.state_dict()[name])
+    }
     assert changed == linear
     for name in linear:
         assert torch.linalg.matrix_rank(new.state_dict()[name] - old.state_dict()[name], atol=1e-5) <= 2, name
@@ -285,25 +324,42 @@ def test_the_adapted_backbone_is_asked_what_was_written(diffusion_folder: Path, 
     """Before its first step its conditions are those on disk, a group at a time."""
     distill(diffusion_folder, tmp_path / "out")
     config = DistillationConfig(training=LoopConfig(batch_size=2 * GROUP), adapter_rank=2)
-    task = DistillationTask(Pipeline.from_pretrained(diffusion_folder), config, tmp_path / "out" / "trajectories")
+    task = DistillationTask(
+        Pipeline.from_pretrained(diffusion_folder), config, tmp_path / "out" / "trajectories"
+    )
     batch = task.batch(0, torch.Generator())
     known = [int(group[0]) for group in batch["known"].split(GROUP)]
     assert len(set(known)) > 1, "the groups of this test should differ"
     rows = ShardReader(tmp_path / "out" / "trajectories", "trajectories")
-    written = rows.all("z")[[int((rows.all("paths") == path.half()).flatten(1).all(1).nonzero()[0]) for path in batch["paths"]]]
-    torch.testing.assert_close(task._conditions(task.module.eval(), batch), written.float(), rtol=2e-3, atol=5e-3)
+    written = rows.all("z")[
+        [int((rows.all("paths") == path.half()).flatten(1).all(1).nonzero()[0]) for path in batch["paths"]]
+    ]
+    torch.testing.assert_close(
+        task._conditions(task.module.eval(), batch), written.float(), rtol=2e-3, atol=5e-3
+    )
 
 
-def test_another_adapter_rank_cannot_go_on(diffusion_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_adapter_rank_cannot_go_on(
+    diffusion_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     distill(diffusion_folder, tmp_path / "out")
     capsys.readouterr()
-    assert main(["distill", str(diffusion_folder), str(tmp_path / "out"), *TINY, "adapter_rank=2", "--resume"]) == 2
+    assert (
+        main(["distill", str(diffusion_folder), str(tmp_path / "out"), *TINY, "adapter_rank=2", "--resume"])
+        == 2
+    )
     assert "another model" in capsys.readouterr().err.splitlines()[-1]
 
 
 # --- In several processes --------------------------------------------------------------------------------
 
-SHARED = ["training.steps=20", "training.batch_size=256", "training.micro_batches=4", "trajectories.images=640", "training.log_every=1"]
+SHARED = [
+    "training.steps=20",
+    "training.batch_size=256",
+    "training.micro_batches=4",
+    "trajectories.images=640",
+    "training.log_every=1",
+]
 
 
 def in_two_processes(*arguments: object) -> list[object]:
@@ -313,7 +369,10 @@ def in_two_processes(*arguments: object) -> list[object]:
 def assert_alike(found: Path, expected: Path) -> None:
     """The trajectories bit by bit; the losses of every step and the weights to 1e-5."""
     assert files(found / "trajectories") == files(expected / "trajectories")
-    entries = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (found, expected)]
+    entries = [
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for folder in (found, expected)
+    ]
     losses = [[entry["loss"] for entry in log if "loss" in entry] for log in entries]
     assert len(losses[1]) == 20
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -327,10 +386,15 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("teacher", "options"),
-    [("diffusion_folder", ["training.parallel=ddp"]), ("causal_diffusion_folder", ["training.parallel=fsdp", "adapter_rank=2"])],
+    [
+        ("diffusion_folder", ["training.parallel=ddp"]),
+        ("causal_diffusion_folder", ["training.parallel=fsdp", "adapter_rank=2"]),
+    ],
     ids=["ddp", "fsdp with adapters"],
 )
-def test_two_processes_distill_as_one(teacher: str, options: list[str], tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_two_processes_distill_as_one(
+    teacher: str, options: list[str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     folder = request.getfixturevalue(teacher)
     distill(folder, tmp_path / "alone", *SHARED, *options)
     output = run(*in_two_processes(folder, tmp_path / "both", *options))
@@ -341,7 +405,9 @@ def test_two_processes_distill_as_one(teacher: str, options: list[str], tmp_path
         torch.testing.assert_close(published[name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
-def test_a_killed_process_loses_nothing_and_another_number_goes_on(diffusion_folder: Path, tmp_path: Path) -> None:
+def test_a_killed_process_loses_nothing_and_another_number_goes_on(
+    diffusion_folder: Path, tmp_path: Path
+) -> None:
     killed, options = tmp_path / "killed", ["adapter_rank=2", "trajectories.images=1600"]
     process = start(*in_two_processes(diffusion_folder, killed), *options)
     index = killed / "trajectories" / "index.json"
@@ -354,7 +420,10 @@ def test_a_killed_process_loses_nothing_and_another_number_goes_on(diffusion_fol
 
 
 def test_what_processes_cannot_share_is_told_before_long_work(
-    diffusion_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    diffusion_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("far.cli.distill.joined", lambda: contextlib.nullcontext(Processes(1, 2)))
     assert main(["distill", str(diffusion_folder), str(tmp_path / "out"), *TINY]) == 2
@@ -381,7 +450,10 @@ def test_from_the_published_pickle(script: ModuleType, diffusion_folder: Path, t
     assert converted.defaults.ar_steps == 4  # of 8, at most the tokens
     assert converted.defaults.head_steps == 100
     generator = torch.Generator().manual_seed(0)
-    tokens, order = torch.randn(4, 4, 8, generator=generator), torch.rand(4, 4, generator=generator).argsort(dim=1)
+    tokens, order = (
+        torch.randn(4, 4, 8, generator=generator),
+        torch.rand(4, 4, generator=generator).argsort(dim=1),
+    )
     labels = torch.tensor([0, 1, 2, 3])  # the last is no class
     converted.model.head.config = teacher.model.head.config  # the published form knows no token limit
     conditions, drawn = [], []
@@ -389,10 +461,16 @@ def test_from_the_published_pickle(script: ModuleType, diffusion_folder: Path, t
         noise = torch.Generator().manual_seed(1)
         with torch.no_grad():
             conditions.append(model.backbone.condition(tokens, order[:, :1], order[:, 1:], labels))
-            drawn.append(model.head.sample(conditions[-1], lambda: torch.randn(4, 3, 8, generator=noise), steps=5))
+            drawn.append(
+                model.head.sample(conditions[-1], lambda: torch.randn(4, 3, 8, generator=noise), steps=5)
+            )
     torch.testing.assert_close(conditions[1], conditions[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(drawn[1], drawn[0], rtol=1e-5, atol=1e-5)
 
     distill(tmp_path / "mar", tmp_path / "out", "trajectories.token_limit=3.0", "trajectories.images=128")
     published, original = weights(tmp_path / "out"), teacher.model.state_dict()
-    assert all(torch.equal(tensor, original[name]) for name, tensor in published.items() if name.startswith("backbone."))
+    assert all(
+        torch.equal(tensor, original[name])
+        for name, tensor in published.items()
+        if name.startswith("backbone.")
+    )

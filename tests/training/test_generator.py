@@ -40,8 +40,12 @@ def test_only_the_head_is_trained(recipe: Path, joint: Path) -> None:
     for (name, old), new in zip(before.backbone.state_dict().items(), after.backbone.state_dict().values()):
         assert torch.equal(old, new), name
     fresh = after.head.network.state_dict()
-    assert any(tensor.abs().max() > 0 for name, tensor in fresh.items() if "out" in name or "final" in name), "the head did not move"
-    entries = [json.loads(line) for line in (recipe.parent / "run" / "frozen" / "log.jsonl").read_text().splitlines()]
+    assert any(
+        tensor.abs().max() > 0 for name, tensor in fresh.items() if "out" in name or "final" in name
+    ), "the head did not move"
+    entries = [
+        json.loads(line) for line in (recipe.parent / "run" / "frozen" / "log.jsonl").read_text().splitlines()
+    ]
     losses = [entry["loss"] for entry in entries if "loss" in entry]
     assert losses[-1] < losses[0]
 
@@ -49,13 +53,19 @@ def test_only_the_head_is_trained(recipe: Path, joint: Path) -> None:
 def test_the_folder_and_its_card_tell_the_training(recipe: Path, joint: Path) -> None:
     """The recipe in the card is the one that was trained: it can be given to far train again."""
     training, card = Pipeline.from_pretrained(joint).training, (joint / "README.md").read_text()
-    assert (training["data"], training["images"], training["finished steps"]) == ("drawn by the tests", 60, 20)
+    assert (training["data"], training["images"], training["finished steps"]) == (
+        "drawn by the tests",
+        60,
+        20,
+    )
     assert "| data | drawn by the tests |" in card
     (block,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
     trained = load_recipe(recipe, JOINT).generator
     told = from_dict(GeneratorRecipe, yaml.safe_load(block), "the card")
     # What auto stood for is told, not auto.
-    loop = dataclasses.replace(trained.training, device="cpu", dtype=resolve_training_dtype("auto", torch.device("cpu")))
+    loop = dataclasses.replace(
+        trained.training, device="cpu", dtype=resolve_training_dtype("auto", torch.device("cpu"))
+    )
     assert told == dataclasses.replace(trained, evaluation=told.evaluation, training=loop)
 
 
@@ -64,15 +74,25 @@ def test_a_frozen_run_resumes(recipe: Path, joint: Path) -> None:
     assert main(["train", *options, "model=whole"]) == 0
     assert main(["train", *options, "model=half", "generator.training.steps=10"]) == 0
     assert main(["train", *options, "model=half", "--resume"]) == 0
-    whole, half = (Pipeline.from_pretrained(recipe.parent / "run" / name).model.state_dict() for name in ("whole", "half"))
+    whole, half = (
+        Pipeline.from_pretrained(recipe.parent / "run" / name).model.state_dict()
+        for name in ("whole", "half")
+    )
     for name, tensor in whole.items():
         torch.testing.assert_close(half[name], tensor, msg=name)
 
 
 @pytest.mark.parametrize(
-    "override", ["generator.network.backbone.encoder_width=32", "generator.network.patch=1", "generator.network.spherical=true"]
+    "override",
+    [
+        "generator.network.backbone.encoder_width=32",
+        "generator.network.patch=1",
+        "generator.network.spherical=true",
+    ],
 )
-def test_a_backbone_of_other_sizes_is_refused(recipe: Path, joint: Path, override: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_backbone_of_other_sizes_is_refused(
+    recipe: Path, joint: Path, override: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", str(recipe), "model=other", f"generator.frozen_backbone={joint}", override]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"the backbone of {joint} is another than the recipe's" in error
@@ -95,10 +115,16 @@ def test_a_missing_backbone_is_refused(recipe: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("objective", ["lagrangian", "mean_flow"])
 def test_a_flow_map_head_is_trained_and_guided_in_one_pass(recipe: Path, objective: str) -> None:
     """Its second loss is logged from ``flow_steps`` on, and the pipeline that comes of it knows the scales."""
-    head = f"{{kind: flow_map, width: 16, depth: 1, max_guidance: 3.0, flow_steps: 10, objective: {objective}}}"
-    assert main(["train", str(recipe), f"generator.network.head={head}", "generator.sampling.guidance=2.0"]) == 0
+    head = (
+        f"{{kind: flow_map, width: 16, depth: 1, max_guidance: 3.0, flow_steps: 10, objective: {objective}}}"
+    )
+    assert (
+        main(["train", str(recipe), f"generator.network.head={head}", "generator.sampling.guidance=2.0"]) == 0
+    )
     folder = recipe.parent / "run" / "model"
-    entries = [entry for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in entry]
+    entries = [
+        entry for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in entry
+    ]
     assert [f"loss_{objective}" in entry for entry in entries] == [False, False, True, True]
     assert all("loss_flow" in entry for entry in entries)
     pipeline = Pipeline.from_pretrained(folder)
@@ -113,7 +139,11 @@ def test_a_flow_map_head_is_trained_and_guided_in_one_pass(recipe: Path, objecti
     assert rows == [2, 2, 4, 4]
 
 
-RENAMED = ["circle", "rings", "square"]  # as many classes as the shared image set has, and one name of them moved
+RENAMED = [
+    "circle",
+    "rings",
+    "square",
+]  # as many classes as the shared image set has, and one name of them moved
 
 
 @pytest.fixture
@@ -140,7 +170,13 @@ def test_training_refuses_latents_of_other_images(
     recipe: Path, renamed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = refusal([str(recipe), renamed[0]], capsys)  # the set was made again, far cache was forgotten
-    for part in (str(tmp_path / "run" / "latents"), str(tmp_path / "renamed" / "train"), "'square'", "'rings'", "far cache"):
+    for part in (
+        str(tmp_path / "run" / "latents"),
+        str(tmp_path / "renamed" / "train"),
+        "'square'",
+        "'rings'",
+        "far cache",
+    ):
         assert part in line
     assert not (tmp_path / "run" / "model").exists()
 
@@ -156,7 +192,11 @@ def test_training_refuses_a_held_out_part_of_other_classes(
 
 
 def test_run_is_not_resumed_on_other_classes_or_another_autoencoder(
-    recipe: Path, renamed: list[str], autoencoder_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path,
+    renamed: list[str],
+    autoencoder_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["train", str(recipe), "generator.training.steps=10"]) == 0
     (tmp_path / "other" / "model").symlink_to(tmp_path / "run" / "model")

@@ -52,7 +52,9 @@ def assert_same(a: dict, b: dict) -> None:
 FLOW_MAP = ["kind=flow_map", "max_guidance=3.0", "flow_steps=15"]
 
 
-@pytest.mark.parametrize("head", [[], FLOW_MAP, [*FLOW_MAP, "objective=mean_flow"]], ids=["shortcut", "lagrangian", "mean_flow"])
+@pytest.mark.parametrize(
+    "head", [[], FLOW_MAP, [*FLOW_MAP, "objective=mean_flow"]], ids=["shortcut", "lagrangian", "mean_flow"]
+)
 def test_ten_and_ten_steps_equal_twenty(recipe: Path, tmp_path: Path, head: list[str]) -> None:
     overrides = [f"generator.network.head.{override}" for override in head]
     # Dropout is on in this recipe: its random numbers must resume too.
@@ -80,17 +82,30 @@ def test_ten_and_ten_steps_equal_twenty(recipe: Path, tmp_path: Path, head: list
 
 
 def test_training_lowers_the_loss_and_the_log_tells(recipe: Path, tmp_path: Path) -> None:
-    assert main(["train", str(recipe), "generator.training.steps=150", "generator.training.learning_rate=0.003"]) == 0
+    assert (
+        main(["train", str(recipe), "generator.training.steps=150", "generator.training.learning_rate=0.003"])
+        == 0
+    )
     entries = [json.loads(line) for line in (tmp_path / "run/model/log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in entries if "loss" in entry]
     assert losses[-1] < 0.9 * losses[0]
-    for name in ("loss_flow", "loss_consistency", "loss_t0.00", "loss_t0.75", "images_per_second", "loader_share", "learning_rate"):
+    for name in (
+        "loss_flow",
+        "loss_consistency",
+        "loss_t0.00",
+        "loss_t0.75",
+        "images_per_second",
+        "loader_share",
+        "learning_rate",
+    ):
         assert all(math.isfinite(entry[name]) for entry in entries if "loss" in entry), name
     assert any("quick FD (EfficientNet-Lite0)" in entry for entry in entries)
     assert sorted(path.name for path in (tmp_path / "run/model/samples").iterdir())[-1] == "step-00000150.png"
 
 
-def test_a_run_is_not_overwritten_and_a_finished_one_is_left_alone(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_is_not_overwritten_and_a_finished_one_is_left_alone(
+    recipe: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert main(["train", str(recipe)]) == 0
     assert main(["train", str(recipe)]) == 2
     assert "already holds a run at step 20" in capsys.readouterr().err
@@ -127,10 +142,16 @@ def test_ctrl_c_saves_and_resuming_gives_the_uninterrupted_weights(recipe: Path,
     for run in (whole, cut):
         run.mkdir()
         (run / "latents").symlink_to((tmp_path / "run" / "latents").resolve())
-    steps = ["generator.training.steps=400", "generator.training.checkpoint_every=1000", "generator.training.evaluate_every=1000"]
+    steps = [
+        "generator.training.steps=400",
+        "generator.training.checkpoint_every=1000",
+        "generator.training.evaluate_every=1000",
+    ]
     assert main(["train", str(recipe), f"run={whole}", *steps]) == 0
     command = [sys.executable, "-m", "far", "train", str(recipe), f"run={cut}", *steps]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE, env=ONE_THREAD)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE, env=ONE_THREAD
+    )
     log = cut / "model" / "log.jsonl"
     deadline = time.monotonic() + 60
     while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
@@ -147,11 +168,17 @@ def test_ctrl_c_saves_and_resuming_gives_the_uninterrupted_weights(recipe: Path,
 
 
 def test_a_second_ctrl_c_stops_at_once_and_leaves_what_was_saved(recipe: Path, tmp_path: Path) -> None:
-    few = ["generator.training.steps=10", "generator.training.checkpoint_every=1", "generator.training.evaluate_every=5"]
+    few = [
+        "generator.training.steps=10",
+        "generator.training.checkpoint_every=1",
+        "generator.training.evaluate_every=5",
+    ]
     # The evaluation after step 5 draws for hours.
     endless = [*few, "generator.evaluation.images=1000000", "generator.evaluation.references=12"]
     command = [sys.executable, "-m", "far", "train", str(recipe), *endless]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE, env=ONE_THREAD)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE, env=ONE_THREAD
+    )
     checkpoints = tmp_path / "run/model/checkpoints"
     deadline = time.monotonic() + 120
     while not (checkpoints / "step-00000004").exists() and time.monotonic() < deadline:
@@ -170,11 +197,17 @@ def test_a_second_ctrl_c_stops_at_once_and_leaves_what_was_saved(recipe: Path, t
     assert newest(tmp_path / "run/model")["step"] == 10
 
 
-def test_a_diverging_loss_stops_with_step_rate_and_last_checkpoint(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_diverging_loss_stops_with_step_rate_and_last_checkpoint(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert main(["train", str(recipe)]) == 0
     checkpoint = list_checkpoints(tmp_path / "run/model/checkpoints")[-1][1]
     # An infinite learning rate makes the weights, and so all losses after the next step, not finite.
-    overrides = ["generator.training.steps=60", "generator.training.learning_rate=1.0e+38", "generator.training.schedule=constant"]
+    overrides = [
+        "generator.training.steps=60",
+        "generator.training.learning_rate=1.0e+38",
+        "generator.training.schedule=constant",
+    ]
     assert main(["train", str(recipe), *overrides, "--resume"]) == 2
     message = capsys.readouterr().err
     assert "not finite in 20 steps in a row, up to step 4" in message
@@ -183,7 +216,9 @@ def test_a_diverging_loss_stops_with_step_rate_and_last_checkpoint(recipe: Path,
     assert all(torch.isfinite(value).all() for value in newest(tmp_path / "run/model")["tensors"].values())
 
 
-def test_a_cut_checkpoint_is_refused_and_the_one_before_resumes(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_cut_checkpoint_is_refused_and_the_one_before_resumes(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert main(["train", str(recipe)]) == 0
     last = list_checkpoints(tmp_path / "run/model/checkpoints")[-1][1]
     [file] = last.glob("*.safetensors")
@@ -223,14 +258,18 @@ def test_a_log_goes_on_after_the_checkpoint_without_what_was_not_saved(recipe: P
     assert main(["train", str(recipe)]) == 0
     whole = entries()
     assert whole == [(5, True), (10, True), (15, True), (20, True), (20, False)]
-    shutil.rmtree(list_checkpoints(tmp_path / "run/model/checkpoints")[-1][1])  # as if killed before it was written
+    shutil.rmtree(
+        list_checkpoints(tmp_path / "run/model/checkpoints")[-1][1]
+    )  # as if killed before it was written
     with (tmp_path / "run/model/log.jsonl").open("a") as file:
         file.write('{"time": 1.0, "step": 2')  # and a line cut off
     assert main(["train", str(recipe), "--resume"]) == 0
     assert entries() == whole
 
 
-def test_a_log_that_a_full_disk_cut_off_goes_on(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_log_that_a_full_disk_cut_off_goes_on(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     log = tmp_path / "run/model/log.jsonl"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # in bytes; the first line is longer
@@ -245,7 +284,16 @@ def test_a_log_that_a_full_disk_cut_off_goes_on(recipe: Path, tmp_path: Path, ca
 
 
 @pytest.mark.parametrize(
-    "line", ['{"step": 1' + "0" * 400 + "}", "[" * 100_000, '{"step": "x"}', '{"step": null}', "3", "{}", '{"step": 3']
+    "line",
+    [
+        '{"step": 1' + "0" * 400 + "}",
+        "[" * 100_000,
+        '{"step": "x"}',
+        '{"step": null}',
+        "3",
+        "{}",
+        '{"step": 3',
+    ],
 )
 def test_a_damaged_line_of_the_log_is_of_no_step(line: str) -> None:
     assert _step(line + "\n") == math.inf
@@ -254,7 +302,18 @@ def test_a_damaged_line_of_the_log_is_of_no_step(line: str) -> None:
 
 def test_resuming_with_another_network_is_refused(recipe: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["train", str(recipe)]) == 0
-    assert main(["train", str(recipe), "generator.network.head.depth=2", "generator.training.steps=30", "--resume"]) == 2
+    assert (
+        main(
+            [
+                "train",
+                str(recipe),
+                "generator.network.head.depth=2",
+                "generator.training.steps=30",
+                "--resume",
+            ]
+        )
+        == 2
+    )
     assert "another model" in capsys.readouterr().err
 
 
@@ -276,11 +335,19 @@ def test_a_large_checkpoint_is_several_files(tmp_path: Path, monkeypatch: pytest
 
 
 def test_learning_rate_and_decay_by_part(recipe: Path) -> None:
-    overrides = ["generator.training.head_learning_rate=2.5e-4", "generator.training.schedule=cosine", "generator.training.steps=25"]
+    overrides = [
+        "generator.training.head_learning_rate=2.5e-4",
+        "generator.training.schedule=cosine",
+        "generator.training.steps=25",
+    ]
     task, config, folder = make_task(recipe, *overrides)
     trainer = Trainer(task, config, folder)
     names = {id(parameter): name for name, parameter in task.module.named_parameters()}
-    found = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in trainer.optimizer.param_groups for p in group["params"]}
+    found = {
+        names[id(p)]: (group["lr"], group["weight_decay"])
+        for group in trainer.optimizer.param_groups
+        for p in group["params"]
+    }
     assert set(found) == set(names.values())
     for name, (rate, decay) in found.items():
         assert rate == (2.5e-4 if name.startswith("head.") else 1e-3)

@@ -41,7 +41,9 @@ def assert_equal(a: Any, b: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("fault", [nan_loss, infinite_loss, infinite_gradient])
-def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_goes_on(tmp_path: Path, fault: Callable, dtype: str) -> None:
+def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_goes_on(
+    tmp_path: Path, fault: Callable, dtype: str
+) -> None:
     trainer = Trainer(Slope({3: fault}), loop(dtype=dtype), tmp_path)
     run_steps(trainer, 3)
     before = state(trainer)
@@ -52,22 +54,31 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_goes_on(tmp_
     assert (trainer.step, trainer.skipped_steps, trainer.skipped_in_a_row) == (5, 1, 0)
     after = state(trainer)
     for part in ("module", "ema"):
-        assert all((after[part][name] != before[part][name]).any() and after[part][name].isfinite().all() for name in after[part])
+        assert all(
+            (after[part][name] != before[part][name]).any() and after[part][name].isfinite().all()
+            for name in after[part]
+        )
     assert int(after["optimizer"]["state"][0]["step"]) == 4
 
 
-def test_the_log_and_the_progress_bar_count_skipped_steps(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_log_and_the_progress_bar_count_skipped_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     faults = dict.fromkeys([1, 3, *range(5, 10)], nan_loss)
     train(Slope(faults), loop(), tmp_path)
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     entries = [entry for entry in entries if "images_per_second" in entry]
     assert [(entry["step"], entry["skipped_steps"]) for entry in entries] == [(5, 2), (10, 7), (12, 7)]
     # Means are of the steps that were taken; of five skipped ones there are none.
-    assert ["loss" in entry and abs(entry["loss"]) < 10 and entry["loss"] == entry["copy"] for entry in entries] == [True, False, True]
+    assert [
+        "loss" in entry and abs(entry["loss"]) < 10 and entry["loss"] == entry["copy"] for entry in entries
+    ] == [True, False, True]
     assert "skipped 7" in capsys.readouterr().err
 
 
-def test_a_run_without_skipped_steps_says_so_in_the_log_only(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_without_skipped_steps_says_so_in_the_log_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     train(Slope(), loop(), tmp_path)
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["skipped_steps"] == 0
     assert ", skipped" not in capsys.readouterr().err
@@ -75,7 +86,9 @@ def test_a_run_without_skipped_steps_says_so_in_the_log_only(tmp_path: Path, cap
 
 def test_skipped_steps_in_a_row_end_the_run_and_nothing_is_saved_on_the_way(tmp_path: Path) -> None:
     task = Slope(dict.fromkeys([2, 7, 8, 9], nan_loss))
-    with pytest.raises(InputError, match=r"in 3 steps in a row, up to step 10 .*step-00000006; lower the learning rate, then"):
+    with pytest.raises(
+        InputError, match=r"in 3 steps in a row, up to step 10 .*step-00000006; lower the learning rate, then"
+    ):
         train(task, loop(max_skipped_steps=3, checkpoint_every=3, evaluate_every=3), tmp_path)
     # What is due after three steps waits for the fourth, since the third is skipped; and what is due after nine for ever.
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [4, 6]
@@ -249,10 +262,14 @@ class Shapes:
         rows = epoch_rows(step, self.loop.batch_size, len(self.latents), self.loop.seed)
         return self.latents[rows], self.labels[rows]
 
-    def loss(self, step: int, batch: tuple[Tensor, Tensor], ema: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, step: int, batch: tuple[Tensor, Tensor], ema: nn.Module, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         assert isinstance(ema, FAR)
         loss = self.module.loss(*batch, generator, label_drop=0.1, teacher=ema, step=step)
-        return loss.value.mean(), {"rows": loss.rows.mean()}  # a flow map's value is weighted by its own size, and stays near 1
+        return loss.value.mean(), {
+            "rows": loss.rows.mean()
+        }  # a flow map's value is weighted by its own size, and stays near 1
 
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
         raise AssertionError("only single steps are taken of it")
@@ -266,7 +283,9 @@ class Shapes:
 def test_tokens_of_any_size_are_read_in_float16_as_in_float32(backbone: str, size: float) -> None:
     """Squares of 2000 leave the range of float16, and 100,000 itself does. Such tokens come from hardly trained diffusion heads."""
     torch.manual_seed(0)
-    model = FAR(ModelConfig(NetworkConfig(BACKBONES[backbone], HEADS["diffusion"], patch=2), len(CLASSES), 3, (4, 4))).eval()
+    model = FAR(
+        ModelConfig(NetworkConfig(BACKBONES[backbone], HEADS["diffusion"], patch=2), len(CLASSES), 3, (4, 4))
+    ).eval()
     nn.init.normal_(model.head.network.output.linear.weight)  # type: ignore[union-attr, arg-type]
     tokens, labels = size * torch.randn(8, 4, 12), torch.arange(8) % len(CLASSES)
     places = torch.arange(4).expand(8, -1)
@@ -284,9 +303,13 @@ def test_tokens_of_any_size_are_read_in_float16_as_in_float32(backbone: str, siz
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_training_and_sampling_stay_in_range(tmp_path: Path, backbone: str, head: str, dtype: str, steps: int) -> None:
+def test_training_and_sampling_stay_in_range(
+    tmp_path: Path, backbone: str, head: str, dtype: str, steps: int
+) -> None:
     config = loop(steps=steps, batch_size=8, learning_rate=5e-3, warmup_steps=5, ema_decay=0.95, dtype=dtype)
-    trainer = Trainer(Shapes(NetworkConfig(BACKBONES[backbone], HEADS[head], patch=2), config), config, tmp_path)
+    trainer = Trainer(
+        Shapes(NetworkConfig(BACKBONES[backbone], HEADS[head], patch=2), config), config, tmp_path
+    )
     values = run_steps(trainer, steps).values
     rows = torch.stack(values["rows"])
     assert rows.isfinite().all()

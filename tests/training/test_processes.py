@@ -17,7 +17,11 @@ from far.cli.main import main
 from far.training.checkpoint import list_checkpoints
 
 # Dropout is on in the recipe, so that its random numbers are compared too; a single thread, so that sums are rounded alike.
-STEPS = ["generator.training.steps=20", "generator.training.log_every=1", "generator.training.micro_batches=4"]
+STEPS = [
+    "generator.training.steps=20",
+    "generator.training.log_every=1",
+    "generator.training.micro_batches=4",
+]
 
 
 @pytest.fixture
@@ -40,7 +44,11 @@ def assert_close(found: Path, expected: Path, tolerance: float = 1e-5) -> None:
 
 
 # A flow map leaves out parameters until its own loss begins.
-FLOW_MAP = ["generator.network.head.kind=flow_map", "generator.network.head.flow_steps=10", "generator.network.head.max_guidance=3.0"]
+FLOW_MAP = [
+    "generator.network.head.kind=flow_map",
+    "generator.network.head.flow_steps=10",
+    "generator.network.head.max_guidance=3.0",
+]
 FLOAT16 = ["generator.training.dtype=float16"]
 CASES = {
     "ddp, flow_map": ("ddp", FLOW_MAP),
@@ -55,7 +63,17 @@ CASES = {
 def test_two_processes_train_as_one(case: str, recipe: Path) -> None:
     parallel, options = CASES[case]
     run(1, "-m", "far", "train", recipe, "model=alone", *STEPS, *options)
-    run(2, "-m", "far", "train", recipe, "model=both", *STEPS, *options, f"generator.training.parallel={parallel}")
+    run(
+        2,
+        "-m",
+        "far",
+        "train",
+        recipe,
+        "model=both",
+        *STEPS,
+        *options,
+        f"generator.training.parallel={parallel}",
+    )
     alone, both = recipe.parent / "run" / "alone", recipe.parent / "run" / "both"
     # A value that is rounded to float16 between two layers may fall on either side; small gradients then change sign.
     # 2e-3 is a tenth of the way that Adam can take in 20 steps of 1e-3.
@@ -65,8 +83,14 @@ def test_two_processes_train_as_one(case: str, recipe: Path) -> None:
 
 def test_two_processes_train_an_autoencoder_as_one(recipe: Path) -> None:
     sizes = ["width=8", "width_multipliers=[1,1,2]", "blocks=1", "latent_channels=2", "norm_groups=4"]
-    values = [f"autoencoder.model.{size}" for size in sizes] + [step.replace("generator.", "autoencoder.") for step in STEPS]
-    values += ["autoencoder_from=null", "autoencoder.training.batch_size=8", "autoencoder.loss.evaluation_images=4"]
+    values = [f"autoencoder.model.{size}" for size in sizes] + [
+        step.replace("generator.", "autoencoder.") for step in STEPS
+    ]
+    values += [
+        "autoencoder_from=null",
+        "autoencoder.training.batch_size=8",
+        "autoencoder.loss.evaluation_images=4",
+    ]
     folders = [recipe.parent / name for name in ("alone", "both")]
     for processes, folder in enumerate(folders, 1):
         run(processes, "-m", "far", "train-autoencoder", recipe, f"run={folder}", *values)
@@ -74,7 +98,9 @@ def test_two_processes_train_an_autoencoder_as_one(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_killed_process_loses_nothing_and_another_number_goes_on(parallel: str, recipe: Path, alone: Path) -> None:
+def test_a_killed_process_loses_nothing_and_another_number_goes_on(
+    parallel: str, recipe: Path, alone: Path
+) -> None:
     both = recipe.parent / "run" / "both"
     options = ["generator.training.checkpoint_every=5", f"generator.training.parallel={parallel}"]
     process = start(2, "-m", "far", "train", recipe, "model=both", *STEPS, *options)
@@ -97,12 +123,24 @@ def test_kills_at_random_moments(parallel: str, recipe: Path, alone: Path) -> No
     while kills < 10 or not finished:
         begun += finished
         both = recipe.parent / "run" / f"both-{begun}"
-        options = [f"model={both.name}", "generator.training.checkpoint_every=1", f"generator.training.parallel={parallel}", "--resume"]
+        options = [
+            f"model={both.name}",
+            "generator.training.checkpoint_every=1",
+            f"generator.training.parallel={parallel}",
+            "--resume",
+        ]
         start_time, process = time.monotonic(), start(2, "-m", "far", "train", recipe, *STEPS, *options)
         try:
             _, errors = process.communicate(timeout=draw.uniform(0, seconds) if kills < 10 else 240)
         except subprocess.TimeoutExpired:
-            workers = list(map(int, subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()))
+            workers = list(
+                map(
+                    int,
+                    subprocess.run(
+                        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+                    ).stdout.split(),
+                )
+            )
             # One of them, or all as if the power failed.
             for victim in workers[-1:] if workers and kills % 2 else [process.pid, *workers]:
                 os.kill(victim, signal.SIGKILL)
@@ -125,7 +163,9 @@ def test_one_process_begins_and_two_go_on_with_shards(recipe: Path, alone: Path)
     assert_close(both, alone)
     # Each process has written about half, and one of them what is whole in both: the EMA's head and the numbers of steps.
     sizes = [path.stat().st_size for path in (both / "checkpoints" / "step-00000020").glob("*.safetensors")]
-    [whole] = [path.stat().st_size for path in (alone / "checkpoints" / "step-00000020").glob("*.safetensors")]
+    [whole] = [
+        path.stat().st_size for path in (alone / "checkpoints" / "step-00000020").glob("*.safetensors")
+    ]
     assert len(sizes) == 2
     assert max(sizes) < 0.65 * whole
 
@@ -145,7 +185,9 @@ def test_sigterm_saves_what_is_finished(recipe: Path, alone: Path) -> None:
     )
     wait_for(lambda: (stopped / "log.jsonl").exists() and losses(stopped))
     # A cluster tells all of a job, and torchrun tells its processes again.
-    for worker in map(int, subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()):
+    for worker in map(
+        int, subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    ):
         os.kill(worker, signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
@@ -187,12 +229,17 @@ def test_a_folder_that_is_not_shared_is_refused(recipe: Path, latents_folder: Pa
     assert not list((tmp_path / "0" / "run" / "model").iterdir())
 
 
-def test_commands_of_one_process_say_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_commands_of_one_process_say_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert main(["generate", "--out", str(tmp_path / "x.png")]) == 2
     assert "run far generate without torchrun" in capsys.readouterr().err
-    for arguments in (["train", "avatars-32"], ["evaluate", "--weights", "avatars-64", "--out", str(tmp_path / "evaluation")]):
+    for arguments in (
+        ["train", "avatars-32"],
+        ["evaluate", "--weights", "avatars-64", "--out", str(tmp_path / "evaluation")],
+    ):
         assert main(arguments) == 2
         assert "LOCAL_RANK" in capsys.readouterr().err
     assert not (tmp_path / "evaluation").exists()

@@ -73,7 +73,10 @@ def test_trajectories_of_gaussian_data() -> None:
 
 def test_trajectories_converge_with_the_second_order() -> None:
     noise = torch.randn(200, 1, generator=generator(), dtype=torch.float64)
-    errors = [rms(trajectories(exact_velocity, noise, 5, substeps) - exact_path(noise, 5)) for substeps in (8, 16, 32)]
+    errors = [
+        rms(trajectories(exact_velocity, noise, 5, substeps) - exact_path(noise, 5))
+        for substeps in (8, 16, 32)
+    ]
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
     assert errors[1] / errors[2] == pytest.approx(4, rel=0.1)
 
@@ -113,7 +116,9 @@ def test_targets_against_a_fine_integration_of_a_trained_teacher(trained: Diffus
 
 
 def small_model(causal: bool = False) -> FAR:
-    backbone = CausalConfig(width=16, depth=1, heads=2) if causal else MaskedConfig(16, 1, 2, 16, 1, 2, 2, 0.1)
+    backbone = (
+        CausalConfig(width=16, depth=1, heads=2) if causal else MaskedConfig(16, 1, 2, 16, 1, 2, 2, 0.1)
+    )
     return FAR(ModelConfig(NetworkConfig(backbone, HeadConfig("flow", 8, 1), patch=2), 3, 2, (8, 8)))
 
 
@@ -170,7 +175,9 @@ CONFIG = TrajectoryConfig(images=100, tokens_per_image=2, label_drop=0.3, seed=5
 
 
 @pytest.fixture
-def rows(request: pytest.FixtureRequest, tmp_path: Path, latents_folder: Path) -> tuple[Pipeline, ShardReader]:
+def rows(
+    request: pytest.FixtureRequest, tmp_path: Path, latents_folder: Path
+) -> tuple[Pipeline, ShardReader]:
     """A teacher (its fixture is the parameter), and what was written of it from the cache."""
     teacher_folder = request.getfixturevalue(request.param)
     teacher = load_teacher(teacher_folder, CONFIG, "cpu")
@@ -192,7 +199,11 @@ def test_rows_are_the_teachers(rows: tuple[Pipeline, ShardReader]) -> None:
     found = {name: reader.all(name) for name in names}
     for row in range(0, 2 * GROUP, 9):
         tokens, label, order, known, wanted, z, scale, paths = (found[name][row] for name in names)
-        tokens, order, wanted = tokens.float().unsqueeze(0), order[: int(known)].unsqueeze(0), wanted.unsqueeze(0)
+        tokens, order, wanted = (
+            tokens.float().unsqueeze(0),
+            order[: int(known)].unsqueeze(0),
+            wanted.unsqueeze(0),
+        )
         expected = model.backbone.condition(tokens, order, wanted, label.view(1))[0]
         torch.testing.assert_close(z.float(), expected, rtol=2e-3, atol=5e-3)
         uncond = model.backbone.condition(tokens, order, wanted, torch.tensor([null]))[0]
@@ -267,7 +278,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_interrupted_writing_goes_on_to_the_same_files(
-    cached: bool, diffusion_folder: Path, latents_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cached: bool,
+    diffusion_folder: Path,
+    latents_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = TrajectoryConfig(images=4 * GROUP, tokens_per_image=1)
     teacher = load_teacher(diffusion_folder, config, "cpu")
@@ -293,23 +308,34 @@ def test_interrupted_writing_goes_on_to_the_same_files(
     assert len(files(whole)) == 5
     noise = ShardReader(whole, "trajectories").all("paths")[:, 0, 0].split(GROUP)
     assert len({tuple(group.flatten().tolist()) for group in noise}) == 4, "every group draws anew"
-    monkeypatch.setattr(module, "open_latents", lambda *arguments: pytest.fail("a finished folder needs no latents"))
+    monkeypatch.setattr(
+        module, "open_latents", lambda *arguments: pytest.fail("a finished folder needs no latents")
+    )
     write_trajectories(teacher, diffusion_folder, config, cut, latents)
     assert len(calls) == 5
 
 
-def test_rows_of_another_teacher_or_config_are_refused(diffusion_folder: Path, pipeline_folder: Path, tmp_path: Path) -> None:
+def test_rows_of_another_teacher_or_config_are_refused(
+    diffusion_folder: Path, pipeline_folder: Path, tmp_path: Path
+) -> None:
     config = TrajectoryConfig(images=GROUP, tokens_per_image=1)
-    write_trajectories(load_teacher(diffusion_folder, config, "cpu"), diffusion_folder, config, tmp_path / "rows", None)
+    write_trajectories(
+        load_teacher(diffusion_folder, config, "cpu"), diffusion_folder, config, tmp_path / "rows", None
+    )
     before = files(tmp_path / "rows")
-    others = [(pipeline_folder, config), (diffusion_folder, TrajectoryConfig(images=GROUP, tokens_per_image=1, max_guidance=2.0))]
+    others = [
+        (pipeline_folder, config),
+        (diffusion_folder, TrajectoryConfig(images=GROUP, tokens_per_image=1, max_guidance=2.0)),
+    ]
     for folder, other in others:
         with pytest.raises(InputError, match=r"^\S*rows already holds data made with other settings"):
             write_trajectories(load_teacher(folder, other, "cpu"), folder, other, tmp_path / "rows", None)
     assert files(tmp_path / "rows") == before
 
 
-def test_a_refusal_leaves_no_folder(diffusion_folder: Path, latents_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_leaves_no_folder(
+    diffusion_folder: Path, latents_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It would hold settings that do not work, and so refuse those that do."""
     config = TrajectoryConfig(images=GROUP, tokens_per_image=1)
     teacher = load_teacher(diffusion_folder, config, "cpu")
@@ -324,14 +350,26 @@ def test_a_refusal_leaves_no_folder(diffusion_folder: Path, latents_folder: Path
     assert "no moments" in refusal(tmp_path)
     other = json.loads((latents_folder / "index.json").read_text())["meta"]
     renamed = {**other, "classes": ["circle", "rings", "stripes"]}
-    for name, meta, side in (("other", {**other, "classes": ["a", "b"]}, 4), ("renamed", renamed, 4), ("large", {**other, "size": 32}, 8)):
+    for name, meta, side in (
+        ("other", {**other, "classes": ["a", "b"]}, 4),
+        ("renamed", renamed, 4),
+        ("large", {**other, "size": 32}, 8),
+    ):
         writer = ShardWriter(tmp_path / name, meta)
-        writer.write({"moments": torch.zeros(1, 2, 4, side, side, dtype=torch.float16), "labels": torch.zeros(1, dtype=torch.int64)}, 1)
+        writer.write(
+            {
+                "moments": torch.zeros(1, 2, 4, side, side, dtype=torch.float16),
+                "labels": torch.zeros(1, dtype=torch.int64),
+            },
+            1,
+        )
         writer.finish()
     told = refusal(tmp_path / "renamed")
     assert all(part in told for part in (str(tmp_path / "renamed"), "'square'", "'rings'"))
     told = refusal(tmp_path / "other")
-    assert all(part in told for part in (str(tmp_path / "other"), "2 classes (a, b)", "3 (circle, square, stripes)"))
+    assert all(
+        part in told for part in (str(tmp_path / "other"), "2 classes (a, b)", "3 (circle, square, stripes)")
+    )
     assert "large is of images of 32×32 pixels, the teacher's are 16×16" in refusal(tmp_path / "large")
     autoencoder, teacher.autoencoder = teacher.autoencoder, None
     assert "the teacher has no autoencoder" in refusal(latents_folder)
@@ -365,19 +403,32 @@ def test_trajectories_that_explode_are_refused(diffusion_folder: Path, tmp_path:
     with torch.no_grad():
         teacher.model.head.network.output.linear.weight.mul_(100)  # type: ignore[union-attr, operator]
     latents = torch.randn(GROUP, 2, 4, 4, generator=generator())
-    with torch.no_grad(), pytest.raises(InputError, match=r"trajectories leave the range .* trajectories.token_limit=5.0$"):
+    with (
+        torch.no_grad(),
+        pytest.raises(InputError, match=r"trajectories leave the range .* trajectories.token_limit=5.0$"),
+    ):
         group_rows(teacher.model, latents, torch.zeros(GROUP, dtype=torch.long), config, 4, generator())
 
 
 def test_the_token_limit_of_the_teacher(tmp_path: Path, diffusion_folder: Path) -> None:
     """A teacher's own limit stays; one that has none, as published checkpoints have, is given one."""
-    assert load_teacher(diffusion_folder, TrajectoryConfig(token_limit=1.5), "cpu").model.head.config.token_limit == 3.0
+    assert (
+        load_teacher(diffusion_folder, TrajectoryConfig(token_limit=1.5), "cpu").model.head.config.token_limit
+        == 3.0
+    )
     values = read_json(diffusion_folder / "config.json")
     values["model"]["network"]["head"]["token_limit"] = None
     shutil.copytree(diffusion_folder, tmp_path / "unlimited")
     write_json(tmp_path / "unlimited" / "config.json", values)
-    assert load_teacher(tmp_path / "unlimited", TrajectoryConfig(), "cpu").model.head.config.token_limit == 5.0
-    assert load_teacher(tmp_path / "unlimited", TrajectoryConfig(token_limit=None), "cpu").model.head.config.token_limit is None
+    assert (
+        load_teacher(tmp_path / "unlimited", TrajectoryConfig(), "cpu").model.head.config.token_limit == 5.0
+    )
+    assert (
+        load_teacher(
+            tmp_path / "unlimited", TrajectoryConfig(token_limit=None), "cpu"
+        ).model.head.config.token_limit
+        is None
+    )
 
 
 @pytest.mark.parametrize(
