@@ -247,7 +247,6 @@ def trajectories(
     path = [noise]
     for point in range(points - 1):
         # The solver's own time runs from 0 to 1 within the step.
-        path.append(
-            heun(lambda x, u, start=point * step: step * velocity(x, start + u * step), path[-1], substeps)
-        )  # type: ignore[misc]
+        start = point * step
+        path.append(heun(lambda x, u: step * velocity(x, start + u * step), path[-1], substeps))
     return torch.stack(path, dim=-2)
