@@ -68,7 +68,7 @@ VARIANTS = {
     "guidance off for the first half": Variant(
         PLAIN, WITHOUT_NOISE, sampling=(("guidance_interval", (0.5, 1.0)),)
     ),
-    "tokens renormalised in sampling only": Variant(PLAIN, WITHOUT_NOISE, spherical=True),
+    "tokens renormalized in sampling only": Variant(PLAIN, WITHOUT_NOISE, spherical=True),
     "input noise 0.1 (the default)": Variant(NOISY),
     "spherical latents": Variant(SPHERE, SPHERICAL),
 }
@@ -193,8 +193,9 @@ def table(values: dict[str, Any]) -> str:
     lines = [
         "| causal model | "
         + " | ".join(f"guidance {scale:g}" for scale in GUIDANCES)
-        + " | class accuracy at the best |"
-        f" its reconstructions | first → last row's deviation / the data's, at the best | at guidance {GUIDANCES[-1]:g} |",
+        + " | class accuracy at the best scale | FD of its reconstructions |"
+        " first → last row's RMS / the data's, at the best scale |"
+        f" RMS ratio at guidance {GUIDANCES[-1]:g} |",
         "|---" * (len(GUIDANCES) + 5) + "|",
     ]
     for name in VARIANTS:

@@ -1,4 +1,4 @@
-"""Tables, plot and sample grids of docs/results.md, from the recorded measurements."""
+"""Tables, plots and sample grids of docs/results.md, made from the recorded measurements."""
 
 import re
 import statistics
@@ -26,23 +26,30 @@ TITLES = {
     "energy": "energy",
     "distilled": "flow map, distilled from MAR, guided in one pass",
 }
-COLOURS = {
+COLORS = {
     "diffusion": "#c44e52", "flow": "#dd8452", "shortcut": "#4c72b0", "causal": "#55a868", "flow-map-1": "#8172b3",
     "mean-flow-1": "#da8bc3", "energy": "#937860", "distilled": "#64b5cd",
 }  # fmt: skip
+# Rows of the summary: a model and its head steps.
+SUMMARY = [
+    ("diffusion", 100), ("diffusion", 10), ("flow", 8), ("shortcut", 8), ("shortcut", 4), ("shortcut", 1),
+    ("mean-flow-1", 2), ("mean-flow-1", 1), ("distilled", 2), ("energy", 1), ("causal", 8), ("causal", 4),
+    ("causal", 1),
+]  # fmt: skip
 # Rows of the sample grids: a model and its head steps.
 GRID_ROWS = [
     ("diffusion", 100), ("diffusion", 10), ("flow", 8), ("shortcut", 8), ("shortcut", 1), ("causal", 4),
     ("mean-flow-1", 2), ("mean-flow-1", 1), ("distilled", 2),
 ]  # fmt: skip
-# Models whose guidance takes two passes and, by the same weights, one.
+# Models guided in two passes of the backbone, and the same weights guided in one.
 GUIDED_TWICE = {"flow-map": "flow-map-1", "mean-flow": "mean-flow-1"}
 
 
 def write_report(files: list[Path], report: Path) -> None:
-    """Replace the generated blocks of ``report`` and draw its pictures, for the image sets that were measured."""
+    """Replace the generated blocks of ``report`` and draw its images, for the measured image sets."""
     text = report.read_text(encoding="utf-8")
     measured = {path.stem: read_json(path) for path in files if path.exists()}
+    text = replace_block(text, "summary", _summary_table(measured))
     for name, values in measured.items():
         text = replace_block(text, name, _table(values))
         text = replace_block(text, f"{name}-guidance", _guidance_table(values))
@@ -57,10 +64,10 @@ def write_report(files: list[Path], report: Path) -> None:
 
 
 def replace_block(text: str, name: str, block: str) -> str:
-    """``text`` with the lines between the marks of ``name`` replaced."""
+    """Return ``text`` with the lines between the marks of ``name`` replaced by ``block``."""
     pattern = rf"(<!-- begin {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)"
     assert re.search(pattern, text, re.DOTALL), f"no block {name}"
-    return re.sub(pattern, lambda found: found[1] + block + found[2], text, flags=re.DOTALL)
+    return re.sub(pattern, lambda match: match[1] + block + match[2], text, flags=re.DOTALL)
 
 
 def _steps(row: dict[str, Any]) -> str:
@@ -68,13 +75,38 @@ def _steps(row: dict[str, Any]) -> str:
     return str(steps) if isinstance(steps, int) else " → ".join(map(str, steps))
 
 
+def _summary_table(measured: dict[str, Any]) -> str:
+    """Return FD, its ratio to diffusion at 100 steps, and the speed-up of the most important rows."""
+    columns = ("FD", "ratio", "times faster, batch 1", "times faster, batch 64")
+    heads = [f"{name}, {column}" if column == "FD" else column for name in measured for column in columns]
+    lines = ["| head | head steps | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|"]
+    for model, steps in SUMMARY:
+        cells = [TITLES[model], str(steps)]
+        for values in measured.values():
+            rows, times = values["rows"], values.get("times", {})
+            row, base = rows.get(f"{model} {steps} seed 0"), rows.get("diffusion 100 seed 0")
+            if row is None or base is None:
+                cells += [""] * len(columns)
+                continue
+            distance, baseline = (statistics.mean(_distances(values, each)) for each in (row, base))
+            cells += [f"{distance:.1f}", f"{distance / baseline:.3f}"]
+            timed, timed_base = times.get(f"{model} {steps}", {}), times.get("diffusion 100", {})
+            for key in ("batch 1", "batch 64"):
+                cells.append(
+                    f"{timed_base[key] / timed[key]:.1f}" if key in timed and key in timed_base else ""
+                )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _table(values: dict[str, Any]) -> str:
+    """Return every row of an image set: figures, seconds and the head's fraction of them."""
     distance = values["setting"]["distance"]
     suffix = distance.removeprefix("FD ")
     lines = [
-        f"| head | head steps | guidance | {distance} | of diffusion, 100 | KID × 1000 |"
-        f" IS {suffix} | class accuracy |"
-        " ms per image, batch 1 | ms per image, batch 64 | head's share, batch 1 | the same, batch 64 |",
+        f"| head | head steps | guidance | {distance} | ratio to diffusion, 100 steps | KID × 1000 |"
+        f" IS {suffix} | class accuracy | ms per image, batch 1 | ms per image, batch 64 |"
+        " head's fraction of seconds, batch 1 | head's fraction, batch 64 |",
         "|---" * 12 + "|",
     ]
     rows = values["rows"]
@@ -100,7 +132,7 @@ def _table(values: dict[str, Any]) -> str:
 
 
 def _distances(values: dict[str, Any], row: dict[str, Any]) -> list[float]:
-    """The distances of a row's model and steps at every sampling seed, as far as they are of the same weights."""
+    """Return the distances of a row's model and steps at every sampling seed, for the same weights."""
     same = ("name", "steps", "sha256")
     alike = [
         other for other in values["rows"].values() if all(other.get(key) == row.get(key) for key in same)
@@ -109,6 +141,7 @@ def _distances(values: dict[str, Any], row: dict[str, Any]) -> list[float]:
 
 
 def _guidance_table(values: dict[str, Any]) -> str:
+    """Return the distance of each model by guidance scale."""
     sweeps: dict[str, dict[str, float]] = {}
     for key, found in values["sweeps"].items():
         if key == "diffusion without limit":
@@ -130,17 +163,19 @@ def _guidance_table(values: dict[str, Any]) -> str:
     if unlimited:
         lines += [
             "",
-            f"The diffusion head at 100 steps without a limit of the predicted token: {unlimited['distance']:.1f}.",
+            "The diffusion head at 100 steps without a limit on the predicted token:"
+            f" {unlimited['distance']:.1f}.",
         ]
     return "\n".join(lines) + "\n"
 
 
 def _passes_table(values: dict[str, Any]) -> str:
-    """Guidance in one pass of the backbone as a share of that in two: distance, each at its best scale, and seconds."""
+    """Return the ratios of distance and seconds of guidance in one pass of the backbone to two passes."""
     distance = values["setting"]["distance"]
     lines = [
-        f"| head | head steps | best scale, two passes | one pass | {distance}, two passes | one pass | of two |"
-        " backbone's seconds, one pass of two, batch 1 | batch 64 | all seconds, batch 1 | batch 64 |",
+        f"| head | head steps | best scale, two passes | best scale, one pass | {distance}, two passes |"
+        " FD, one pass | ratio of FDs | ratio of the backbone's seconds, batch 1 | backbone, batch 64 |"
+        " ratio of all seconds, batch 1 | all, batch 64 |",
         "|---" * 11 + "|",
     ]
     for two, one in GUIDED_TWICE.items():
@@ -168,7 +203,7 @@ def _passes_table(values: dict[str, Any]) -> str:
 
 
 def plot(measured: dict[str, Any], path: Path) -> None:
-    """Distance against seconds per image at batch 1, a panel an image set."""
+    """Plot distance against seconds per image at batch 1, one panel per image set."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -177,7 +212,7 @@ def plot(measured: dict[str, Any], path: Path) -> None:
     figure, panels = plt.subplots(1, len(measured), figsize=(6 * len(measured), 4.2), squeeze=False)
     for panel, (name, values) in zip(panels[0], measured.items()):
         distance = values["setting"]["distance"]
-        for model, colour in COLOURS.items():
+        for model, color in COLORS.items():
             title = TITLES[model]
             found = [
                 (values["times"][f"{model} {_steps(row)}"]["batch 1"], row[distance], _steps(row))
@@ -189,10 +224,10 @@ def plot(measured: dict[str, Any], path: Path) -> None:
             if not found:
                 continue
             points = sorted(point for point in found if "→" not in point[2])
-            panel.plot([p[0] for p in points], [p[1] for p in points], "o-", color=colour, label=title)
+            panel.plot([p[0] for p in points], [p[1] for p in points], "o-", color=color, label=title)
             for seconds, value, steps in found:
                 if "→" in steps:
-                    panel.plot([seconds], [value], "s", color=colour, label=f"{title}, {steps} (DiSA)")
+                    panel.plot([seconds], [value], "s", color=color, label=f"{title}, {steps} (DiSA)")
                 else:
                     panel.annotate(
                         steps, (seconds, value), textcoords="offset points", xytext=(4, 4), fontsize=8
@@ -216,7 +251,7 @@ def plot(measured: dict[str, Any], path: Path) -> None:
 
 
 def plot_guidance(measured: dict[str, Any], path: Path) -> None:
-    """Distance against guidance scale, in two passes of the backbone and in one, a panel an image set."""
+    """Plot distance against guidance scale in two passes and in one, one panel per image set."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -224,7 +259,7 @@ def plot_guidance(measured: dict[str, Any], path: Path) -> None:
 
     figure, panels = plt.subplots(1, len(measured), figsize=(6 * len(measured), 3.6), squeeze=False)
     for panel, (name, values) in zip(panels[0], measured.items()):
-        for pair, colour in zip(GUIDED_TWICE.items(), ("#8172b3", "#da8bc3")):
+        for pair, color in zip(GUIDED_TWICE.items(), ("#8172b3", "#da8bc3")):
             for model, style in zip(pair, ("o--", "o-")):
                 found = sorted(
                     (float(key.split()[1]), row["distance"])
@@ -237,7 +272,7 @@ def plot_guidance(measured: dict[str, Any], path: Path) -> None:
                     [scale for scale, _ in found],
                     [distance for _, distance in found],
                     style,
-                    color=colour,
+                    color=color,
                     label=_passes(model),
                 )
         panel.set(
@@ -255,11 +290,14 @@ def _passes(model: str) -> str:
 
 
 def sample_grid(name: str, values: dict[str, Any], path: Path) -> None:
-    """Draw the same seeds by each head, one row per head; keep the picture unless all weights of the recorded rows are here."""
+    """Draw the same seeds with each head, one row per head.
+
+    The existing image is kept unless all weights of the recorded rows are present.
+    """
     found = [(model, steps, values["rows"].get(f"{model} {steps} seed 0")) for model, steps in GRID_ROWS]
     shown = [(model, steps, row) for model, steps, row in found if row is not None]
     if any(checksums(Path(row["weights"])) != row["sha256"] for _, _, row in shown):
-        print(f"{path} is kept: not all weights of its rows are in {WEIGHTS / name}; {TRAIN} trains them")
+        print(f"{path} is kept: weights of its rows are missing in {WEIGHTS / name}. {TRAIN} trains them.")
         return
     rows = []
     for _, steps, row in shown:

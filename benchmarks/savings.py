@@ -173,9 +173,12 @@ def measure_seconds(store: Measurements, names: list[str], batch: int, rounds: i
 
 
 def table(values: dict[str, Any]) -> str:
-    """A row a way: seconds and ratio at ImageNet's size, then each set's distance and its share of MAR's and of the plain model's."""
+    """Return one row per way: seconds at ImageNet's size, then the distance on each image set.
+
+    Each distance is also given relative to MAR's and to the plain model's.
+    """
     heads = [f"s per image, batch {batch} | times faster" for batch in BATCHES] + [
-        f"{name} | of MAR's | of the plain" for name in SETS
+        f"FD, {name} | ratio to MAR | ratio to the plain model" for name in SETS
     ]
     lines = ["| way | " + " | ".join(heads) + " |", "|---" * (1 + 2 * len(BATCHES) + 3 * len(SETS)) + "|"]
     plain = {way.model: name for name, way in reversed(WAYS.items())}
