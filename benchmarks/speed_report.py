@@ -1,8 +1,8 @@
-"""Run ``far benchmark``'s usual rows, and write its table into docs/results.md and README.md, and its plot into docs/images.
+"""Run the default rows of ``far benchmark``; write its tables to docs/results.md and docs/speed.md, its plot too.
 
     python benchmarks/speed_report.py
 
-About seven minutes on 2 cores, which should have nothing else to do.
+Takes about seven minutes on two otherwise idle cores.
 """
 
 import subprocess
@@ -13,7 +13,7 @@ from results_report import replace_block
 
 from far.files import atomic_path
 
-README_COLUMNS = ("model", "steps", "dtype", "seconds per image", "memory", "times faster")
+SPEED_COLUMNS = ("model", "steps", "dtype", "seconds per image", "memory", "times faster")
 
 
 def main() -> None:
@@ -33,13 +33,13 @@ def main() -> None:
     heading, *rest = printed.splitlines()
     lines = [line for line in rest if line.startswith("|")]
     write(Path("docs/results.md"), "\n".join([heading, "", *lines]) + "\n")
-    write(Path("README.md"), "\n".join(columns(lines)) + "\n")
+    write(Path("docs/speed.md"), "\n".join(columns(lines)) + "\n")
 
 
 def columns(lines: list[str]) -> list[str]:
-    """The table with the columns that the README has room for."""
+    """The table with the columns of docs/speed.md."""
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    places = [cells[0].index(name) for name in README_COLUMNS]
+    places = [cells[0].index(name) for name in SPEED_COLUMNS]
     return [
         "| " + " | ".join("---" if row == 1 else line[place] for place in places) + " |"
         for row, line in enumerate(cells)
