@@ -254,13 +254,13 @@ def our_step(device: torch.device, small: bool, batch: int, step: int, ar_steps:
     head_steps = 2 if small else HEAD_STEPS
     labels = torch.zeros(batch, dtype=torch.long, device=device)
     labels = torch.cat([labels, torch.full_like(labels, model.null_label)])
-    wanted = orders[:, known : known + count].sort(dim=1).values
-    twice = tokens.repeat(2, 1, 1), orders[:, :known].repeat(2, 1), wanted.repeat(2, 1)
+    query = orders[:, known : known + count].sort(dim=1).values
+    twice = tokens.repeat(2, 1, 1), orders[:, :known].repeat(2, 1), query.repeat(2, 1)
     noise = SeededNoise(range(batch), device)
 
     @torch.no_grad()
     def call() -> None:
-        z, z_uncond = model.backbone.condition(*twice, labels).chunk(2)
+        z, z_uncond = model.backbone(*twice, labels).chunk(2)
         times = model.head.embed_times(head_steps, tokens)
         normal = functools.partial(noise.normal, count, model.config.token_channels)
         model.head.sample(z, normal, steps=head_steps, z_uncond=z_uncond, guidance=GUIDANCE, times=times)

@@ -67,9 +67,9 @@ def ours_loss(model: FAR, tokens: Tensor, labels: Tensor, mask: Tensor, t: Tenso
     batch, count, channels = tokens.shape
     order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
     masked = int(mask[0].sum())
-    wanted, known = order[:, :masked], order[:, masked:]
-    z = backbone.condition(tokens, known, wanted, labels)
-    rows = (wanted + count * torch.arange(batch).unsqueeze(1)).flatten()
+    query, known = order[:, :masked], order[:, masked:]
+    z = backbone(tokens, known, query, labels)
+    rows = (query + count * torch.arange(batch).unsqueeze(1)).flatten()
     mse, bound = head.loss_terms(
         tokens.reshape(-1, channels)[rows], z.flatten(0, 1), t[:, rows], noise[:, rows]
     )

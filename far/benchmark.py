@@ -243,22 +243,22 @@ class Watch:
 
         return measured
 
-    def condition(
+    def forward(
         self,
         method: Callable[..., Tensor],
         tokens: Tensor,
         known: Tensor,
-        wanted: Tensor,
+        query: Tensor,
         *rest: Any,
         **options: Any,
     ) -> Tensor:
-        """Stands for ``Backbone.condition``; a step begins with it."""
+        """Replacement of ``Backbone.forward``, the first call of each AR step."""
         if self.step == len(self.borders):
             self.borders.append(self.reading())
             self.inside.append({"encoder": 0.0, "backbone": 0.0, "head": 0.0})
         if self.step in self.run:
-            return self.wrap("backbone", method)(tokens, known, wanted, *rest, **options)
-        return torch.zeros(*wanted.shape, self.width, dtype=self.dtype, device=wanted.device)
+            return self.wrap("backbone", method)(tokens, known, query, *rest, **options)
+        return torch.zeros(*query.shape, self.width, dtype=self.dtype, device=query.device)
 
     def sample(
         self, method: Callable[..., Tensor], z: Tensor, normal: Callable[[], Tensor], **options: Any
@@ -292,15 +292,15 @@ def watched(model: FAR, run: Container[int], reading: Callable[[], float]) -> It
     """``model`` with its networks' methods replaced by a :class:`Watch`'s for one generation; put back at the end."""
     watch = Watch(model, run, reading)
     backbone, head = model.backbone, model.head
-    condition, draw = backbone.condition, head.sample
+    forward, draw = backbone.forward, head.sample
     if isinstance(backbone, MaskedBackbone):
         backbone.encode = watch.wrap("encoder", backbone.encode)  # type: ignore[method-assign]
-    backbone.condition = functools.partial(watch.condition, condition)  # type: ignore[method-assign]
+    backbone.forward = functools.partial(watch.forward, forward)  # type: ignore[method-assign]
     head.sample = functools.partial(watch.sample, draw)  # type: ignore[method-assign]
     try:
         yield watch
     finally:
-        del backbone.condition, head.sample
+        del backbone.forward, head.sample
         if isinstance(backbone, MaskedBackbone):
             del backbone.encode
 

@@ -28,16 +28,16 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.proj_drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, wanted: Tensor | None = None, remember: Remember | None = None) -> Tensor:
-        """``[b, n, width]``, or ``[b, m, width]`` at the places ``wanted [b, m]`` alone, which see all the others.
+    def forward(self, x: Tensor, positions: Tensor | None = None, remember: Remember | None = None) -> Tensor:
+        """Return ``[b, n, width]``, or ``[b, m, width]`` at the query ``positions [b, m]`` alone.
 
         ``remember`` maps keys and values ``[b, heads, n, head_width]`` of ``x`` to those that are seen, and a bias of them.
         """
         batch, count, width = x.shape
         qkv = self.qkv(x).view(batch, count, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        if wanted is not None:
-            q = take(qkv[:, :, 0].flatten(2), wanted).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        if positions is not None:
+            q = take(qkv[:, :, 0].flatten(2), positions).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         bias = None
         if remember is not None:
             k, v, bias = remember(k, v)
@@ -71,9 +71,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> T
     return (scores.softmax(dim=-1) @ value.flatten(0, 1)).unflatten(0, query.shape[:2])
 
 
-def take(x: Tensor, places: Tensor) -> Tensor:
-    """Rows ``[b, m, c]`` of ``x [b, n, c]`` at ``places [b, m]``."""
-    return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+def take(x: Tensor, positions: Tensor) -> Tensor:
+    """Rows ``[b, m, c]`` of ``x [b, n, c]`` at ``positions [b, m]``."""
+    return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def as_input(tokens: Tensor, dtype: torch.dtype) -> Tensor:
@@ -111,10 +111,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = FeedForward(width, dropout)
 
-    def forward(self, x: Tensor, wanted: Tensor | None = None, remember: Remember | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None, remember: Remember | None = None) -> Tensor:
         """See :meth:`Attention.forward`."""
-        seen = x if wanted is None else take(x, wanted)
-        x = seen + self.attn(self.norm1(x), wanted, remember)
+        seen = x if positions is None else take(x, positions)
+        x = seen + self.attn(self.norm1(x), positions, remember)
         return x + self.mlp(self.norm2(x))
 
 
@@ -198,11 +198,11 @@ class KeyValueCache:
         return self.keys[block, :rows], self.values[block, :rows], self.bias
 
     def put(
-        self, block: int, places: Tensor, keys: Tensor, values: Tensor
+        self, block: int, positions: Tensor, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Write over the places ``[b, m]``, which are held, of a block's first b rows; otherwise as :meth:`append`."""
+        """Write over the held ``positions [b, m]`` of a block's first b rows; otherwise as :meth:`append`."""
         rows = self._keep(len(keys))
-        index = places[:, None, :, None].expand_as(keys)
+        index = positions[:, None, :, None].expand_as(keys)
         return (
             self.keys[block, :rows].scatter_(2, index, keys),
             self.values[block, :rows].scatter_(2, index, values),

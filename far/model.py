@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from far.backbone import build_backbone
 from far.heads import TokenLoss, build_head
+from far.layers import take
 from far.model_config import PRESETS as PRESETS
 from far.model_config import ModelConfig
 from far.model_config import NetworkConfig as NetworkConfig
@@ -70,17 +71,15 @@ class FAR(nn.Module):
         dropped = (torch.rand(len(labels), generator=generator) < label_drop).to(labels.device)
         labels = torch.where(dropped, self.null_label, labels)
         tokens = self.constrain(self.tokens(latents))
-        fed, known, positions = self.backbone.training_inputs(tokens, generator)
-        z = self.backbone.condition(fed, known, positions, labels)
-        wanted = tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+        fed, known, query = self.backbone.training_inputs(tokens, generator)
+        z = self.backbone(fed, known, query, labels)
+        targets = take(tokens, query)
         z_uncond = None
         if self.head.max_guidance > 1:
             half = -(-len(labels) // 2)
             with torch.no_grad():
                 null = torch.full_like(labels[:half], self.null_label)
-                z_uncond = self.backbone.condition(fed[:half], known[:half], positions[:half], null).flatten(
-                    0, 1
-                )
+                z_uncond = self.backbone(fed[:half], known[:half], query[:half], null).flatten(0, 1)
         return self.head.loss(
-            wanted.flatten(0, 1), z.flatten(0, 1), generator, teacher.head, step=step, z_uncond=z_uncond
+            targets.flatten(0, 1), z.flatten(0, 1), generator, teacher.head, step=step, z_uncond=z_uncond
         )

@@ -133,9 +133,9 @@ def _sampling_steps(
     for step, (count, guidance) in enumerate(zip(counts, scales)):
         # Step 1. The next positions in each image's order.
         known = orders[:, :known_count]
-        wanted = orders[:, known_count : known_count + count].sort(dim=1).values
+        query = orders[:, known_count : known_count + count].sort(dim=1).values
         # Step 2. Their conditions, with and without the class.
-        z, z_uncond = conditions.of_step(step, sequence, known, wanted)
+        z, z_uncond = conditions.of_step(step, sequence, known, query)
         # Step 3. The head draws the tokens.
         drawn = model.head.sample(
             z,
@@ -146,7 +146,7 @@ def _sampling_steps(
             guidance=guidance,
             times=times[head_steps[step]],
         )
-        sequence = sequence.scatter(1, wanted.unsqueeze(-1).expand(-1, -1, channels), model.constrain(drawn))
+        sequence = sequence.scatter(1, query.unsqueeze(-1).expand(-1, -1, channels), model.constrain(drawn))
         known_count += count
         mask = torch.zeros(orders.shape, dtype=torch.bool, device=orders.device).scatter(
             1, orders[:, :known_count], True
@@ -192,14 +192,14 @@ class _Conditions:
         self.difference: Tensor | None = None
 
     def of_step(
-        self, step: int, sequence: Tensor, known: Tensor, wanted: Tensor
+        self, step: int, sequence: Tensor, known: Tensor, query: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """``z [b, m, width]`` at ``wanted [b, m]``, and the same without the class where the step is guided."""
+        """``z [b, m, width]`` at ``query [b, m]``, and the same without the class where the step is guided."""
         if self.cache is not None and not self.exact and step % self.config.refresh_every == 0:
             self.cache.clear()
         if self.config.guidance_every == 1:
-            return self._halves(sequence, known, wanted, uncond=self._wants_uncond(step))
-        return self._with_kept_difference(step, sequence, known, wanted)
+            return self._halves(sequence, known, query, uncond=self._wants_uncond(step))
+        return self._with_kept_difference(step, sequence, known, query)
 
     def _wants_uncond(self, step: int) -> bool:
         """Whether the unconditional half is needed at this step, or by one that finds it in the cache."""
@@ -210,35 +210,33 @@ class _Conditions:
         return any(scale != 1.0 for scale in self.scales[step:until])
 
     def _halves(
-        self, sequence: Tensor, known: Tensor, wanted: Tensor, *, uncond: bool
+        self, sequence: Tensor, known: Tensor, query: Tensor, *, uncond: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The conditional half; with the unconditional one in the same pass of the backbone, or without it."""
         if not uncond:
-            return self.model.backbone.condition(
-                sequence, known, wanted, self.labels[: len(sequence)], self.cache
-            ), None
-        z, z_uncond = self._both(sequence, known, wanted)
+            return self.model.backbone(sequence, known, query, self.labels[: len(sequence)], self.cache), None
+        z, z_uncond = self._both(sequence, known, query)
         return z, z_uncond
 
-    def _both(self, sequence: Tensor, known: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        twice = sequence.repeat(2, 1, 1), known.repeat(2, 1), wanted.repeat(2, 1)
-        z, z_uncond = self.model.backbone.condition(*twice, self.labels, self.cache).chunk(2)
+    def _both(self, sequence: Tensor, known: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        twice = sequence.repeat(2, 1, 1), known.repeat(2, 1), query.repeat(2, 1)
+        z, z_uncond = self.model.backbone(*twice, self.labels, self.cache).chunk(2)
         return z, z_uncond
 
     def _with_kept_difference(
-        self, step: int, sequence: Tensor, known: Tensor, wanted: Tensor
+        self, step: int, sequence: Tensor, known: Tensor, query: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Between the steps that compute both halves everywhere, the difference of each position stays."""
         if step % self.config.guidance_every == 0:
             self.difference = None
         if self.scales[step] == 1.0:
-            return self._halves(sequence, known, wanted, uncond=False)
+            return self._halves(sequence, known, query, uncond=False)
         if self.difference is None:
             everywhere = torch.arange(sequence.shape[1], device=sequence.device).expand(len(sequence), -1)
             if self.cache is not None:  # all positions are computed, and the unconditional half may have gaps
                 self.cache.clear()
             z, z_uncond = self._both(sequence, known, everywhere)
             self.difference = z_uncond - z
-            return take(z, wanted), take(z_uncond, wanted)
-        z, _ = self._halves(sequence, known, wanted, uncond=False)
-        return z, z + take(self.difference, wanted)
+            return take(z, query), take(z_uncond, query)
+        z, _ = self._halves(sequence, known, query, uncond=False)
+        return z, z + take(self.difference, query)

@@ -137,7 +137,7 @@ def test_a_model_is_as_it_was_after_an_error() -> None:
     broken = model("masked")
     with pytest.raises(RuntimeError), watched(broken, range(16), lambda: 0.0):
         raise RuntimeError
-    assert not {"condition", "encode"} & vars(broken.backbone).keys()
+    assert not {"forward", "encode"} & vars(broken.backbone).keys()
     assert "sample" not in vars(broken.head)
 
 
@@ -169,9 +169,9 @@ def test_skipped_steps_call_no_network(backbone: str) -> None:
 @each_backbone
 def test_a_skipped_step_answers_with_zeros_of_the_right_kind(backbone: str) -> None:
     skipping = model(backbone, "bfloat16")
-    tokens, wanted = torch.zeros(2, 16, 8), torch.zeros(2, 3, dtype=torch.long)
+    tokens, query = torch.zeros(2, 16, 8), torch.zeros(2, 3, dtype=torch.long)
     with watched(skipping, range(0), lambda: 0.0):
-        z = skipping.backbone.condition(tokens, wanted[:, :0], wanted, torch.tensor([0, 1]))
+        z = skipping.backbone(tokens, query[:, :0], query, torch.tensor([0, 1]))
         assert torch.equal(skipping.head.sample(z, lambda: torch.ones(2, 3, 8), steps=1), torch.ones(2, 3, 8))
     assert z.dtype == torch.bfloat16
     assert torch.equal(z, torch.zeros(2, 3, 32, dtype=torch.bfloat16))
@@ -180,15 +180,15 @@ def test_a_skipped_step_answers_with_zeros_of_the_right_kind(backbone: str) -> N
 def test_a_cache_catches_up_with_skipped_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     causal = pipeline("causal")
     network = causal.model.backbone
-    condition = type(network).condition
+    forward = type(network).forward
     errors = []
 
-    def compared(self, tokens, known, wanted, labels, cache):  # type: ignore[no-untyped-def]
-        z = condition(self, tokens, known, wanted, labels, cache)
-        errors.append((z - condition(self, tokens, known, wanted, labels)).abs().max().item())
+    def compared(self, tokens, known, query, labels, cache):  # type: ignore[no-untyped-def]
+        z = forward(self, tokens, known, query, labels, cache)
+        errors.append((z - forward(self, tokens, known, query, labels)).abs().max().item())
         return z
 
-    monkeypatch.setattr(type(network), "condition", compared)
+    monkeypatch.setattr(type(network), "forward", compared)
     generate(
         causal, Row("x", SamplingConfig(16, 1, 2.0), "float32", 2), segments(SamplingConfig(16)), lambda: 0.0
     )

@@ -298,3 +298,16 @@ def test_blocks_are_compiled_whole_and_for_few_shapes(backbone: MaskedConfig | C
         part.compile(backend=counter, fullgraph=True, dynamic=True)
     torch.testing.assert_close(draw(), plain, rtol=0, atol=1e-5)
     assert len(parts) <= counter.frame_count <= 5 * len(parts)
+
+
+@pytest.mark.parametrize("backbone", sorted(BACKBONES))
+def test_forward_hooks_see_every_pass_of_the_backbone(backbone: str) -> None:
+    model, outputs = tiny("flow", backbone=BACKBONES[backbone]), []
+    model.backbone.register_forward_hook(lambda module, arguments, z: outputs.append(z.shape[:2]))
+    loss(model, *batch())
+    assert len(outputs) == 1, "the loss takes one pass"
+    outputs.clear()
+    steps = 24 if backbone == "causal" else 3
+    sample(model, torch.tensor([0, 1]), SeededNoise([0, 1], torch.device("cpu")), SamplingConfig(steps))
+    assert len(outputs) == steps, "sampling takes one pass per AR step"
+    assert sum(queries for _, queries in outputs) == 24, "each token is queried once"

@@ -440,8 +440,7 @@ def test_whole_steps_are_exact_and_the_others_are_not(
         )
         labels, everywhere = torch.tensor([0, 3]), torch.arange(24).expand(2, -1)
         exact, exact_uncond = (
-            FLOW.backbone.condition(tokens, known, everywhere, label)
-            for label in (labels, torch.full_like(labels, 5))
+            FLOW.backbone(tokens, known, everywhere, label) for label in (labels, torch.full_like(labels, 5))
         )
         if step % config.guidance_every == 0:
             differences = exact_uncond - exact

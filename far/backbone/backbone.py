@@ -1,6 +1,6 @@
 """What every backbone is: known tokens and a class → conditions ``z`` at chosen positions.
 
-A backbone knows no head, no generation schedule, no guidance; those ask it one question. The registry
+A backbone knows no head, no generation schedule, no guidance: its one question is :meth:`Backbone.forward`. The registry
 of backbones is in ``far.backbone``.
 """
 
@@ -35,23 +35,25 @@ class Backbone(nn.Module, abc.ABC):
         """The width of ``z``."""
 
     @abc.abstractmethod
-    def condition(
-        self, tokens: Tensor, known: Tensor, wanted: Tensor, labels: Tensor, cache: Any = None
+    def forward(
+        self, tokens: Tensor, known: Tensor, query: Tensor, labels: Tensor, cache: Any = None
     ) -> Tensor:
-        """``z [b, m, width]`` at the positions ``wanted [b, m]``.
+        """Return ``z [b, m, width]`` at the positions ``query [b, m]``.
 
         Args:
             tokens: ``[b, n, channels]``; only the known ones are read.
             known: positions ``[b, k]`` of the known tokens.
-            wanted: positions ``[b, m]``.
+            query: positions ``[b, m]`` to compute ``z`` at.
             labels: ``[b]``, 0 … classes.
-            cache: of :meth:`new_cache`, the same one at each step of a generation; or None to compute all anew.
+            cache: from :meth:`new_cache`, the same one at each step of a generation. Without one, every call
+                computes everything.
         """
 
     @abc.abstractmethod
     def training_inputs(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """What :meth:`condition` is asked in one training step: tokens as they are fed ``[b, n, channels]``, known and wanted positions."""
+        """Return one training step's arguments of :meth:`forward`: input tokens ``[b, n, channels]``, known and
+        query positions."""
 
     @abc.abstractmethod
     def new_cache(self, rows: int) -> Cache:
-        """Memory that :meth:`condition` keeps between the steps of a generation of ``rows`` rows."""
+        """Return an empty cache for a generation of ``rows`` sequences; see :meth:`forward`."""

@@ -57,18 +57,19 @@ class CausalBackbone(Backbone):
         nn.init.normal_(self.class_embedding.weight)
         nn.init.normal_(self.class_positions, std=0.02)
 
-    def condition(
+    def forward(
         self,
         tokens: Tensor,
         known: Tensor,
-        wanted: Tensor,
+        query: Tensor,
         labels: Tensor,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """See :class:`Backbone`; the known tokens are the first ones in raster order, and the wanted ones among them or next.
+        """Return ``z`` at ``query``; see :meth:`Backbone.forward`.
 
-        With a cache, only what it does not hold yet goes through the network, so only ``z`` of later tokens can be asked for.
-        A cache with more rows than ``tokens`` is used by its first ones.
+        The known tokens are the first ones in raster order. Query positions are among them, or the one that
+        follows. With a cache, only tokens that it does not hold go through the network, so ``query`` must be
+        among these. If the cache has more rows than ``tokens``, the first rows are used.
         """
         start = 0 if cache is None else cache.length
         end = self.config.buffer + known.shape[1]
@@ -78,7 +79,7 @@ class CausalBackbone(Backbone):
             x = block(x, rotary, cache, index)
         if cache is not None:
             cache.length = end
-        places = wanted + self.config.buffer - 1 - start
+        places = query + self.config.buffer - 1 - start
         return self.norm(take(x, places))
 
     def _inputs(self, tokens: Tensor, labels: Tensor, start: int, end: int) -> Tensor:
@@ -92,7 +93,7 @@ class CausalBackbone(Backbone):
         return x
 
     def training_inputs(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Teacher forcing: every token ``[b, n]`` is wanted, given those before it, in one pass."""
+        """Teacher forcing: one pass predicts every token from those before it."""
         positions = torch.arange(self.tokens, device=tokens.device).expand(len(tokens), -1)
         if self.config.input_noise > 0:
             noise = torch.randn(tokens.shape, generator=generator).to(tokens.device)

@@ -88,33 +88,33 @@ class MaskedBackbone(Backbone):
         return self.encoder_norm(x)
 
     def decode(
-        self, encoded: Tensor, known: Tensor, wanted: Tensor, cache: KeyValueCache | None = None
+        self, encoded: Tensor, known: Tensor, query: Tensor, cache: KeyValueCache | None = None
     ) -> Tensor:
-        """``z [b, m, decoder_width]`` at the positions ``wanted [b, m]``.
+        """``z [b, m, decoder_width]`` at the positions ``query [b, m]``.
 
         Args:
             encoded: the encoder's output: of the buffer and the tokens at ``known [b, k]``; with a cache that holds
-                something, of the last ones of them alone, and only their places and the wanted ones are computed.
+                something, of the last ones of them alone, and only their places and the query positions are computed.
         """
         if cache is None or not cache.length:
-            x, places = self._decoder_inputs(encoded, known), wanted + self.config.buffer
+            x, places = self._decoder_inputs(encoded, known), query + self.config.buffer
             remember = [
                 None if cache is None else functools.partial(cache.append, index)
                 for index in range(len(self.decoder_blocks))
             ]
         else:
-            x, written = self._new_decoder_inputs(encoded, known, wanted)
+            x, written = self._new_decoder_inputs(encoded, known, query)
             places = torch.arange(encoded.shape[1], x.shape[1], device=x.device).expand(len(x), -1)
             remember = [
                 functools.partial(cache.put, index, written) for index in range(len(self.decoder_blocks))
             ]
         for block, keep in zip(self.decoder_blocks[:-1], remember):
             x = block(x, remember=keep)
-        # After the last attention each place is by itself, so only those where z is wanted go on.
+        # After the last attention each place is by itself, so only the query positions continue.
         x = self.decoder_blocks[-1](x, places, remember[-1])
         if cache is not None:
             cache.length = self.config.buffer + self.tokens
-        return self.decoder_norm(x) + F.embedding(wanted, self.condition_positions[0])
+        return self.decoder_norm(x) + F.embedding(query, self.condition_positions[0])
 
     def _decoder_inputs(self, encoded: Tensor, known: Tensor) -> Tensor:
         """Buffer, known tokens and mask tokens, all in their places: ``[b, buffer + n, decoder_width]``."""
@@ -125,30 +125,30 @@ class MaskedBackbone(Backbone):
         grid = grid.scatter(1, index, x[:, buffer:])
         return torch.cat([x[:, :buffer], grid], dim=1) + self.decoder_positions
 
-    def _new_decoder_inputs(self, encoded: Tensor, known: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens that became known and mask tokens where z is wanted, ``[b, k + m, decoder_width]``, and their places."""
+    def _new_decoder_inputs(self, encoded: Tensor, known: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens that became known and mask tokens at the query positions, ``[b, k + m, decoder_width]``, and their places."""
         x = self.decoder_projection(encoded)
-        places = torch.cat([known[:, known.shape[1] - x.shape[1] :], wanted], dim=1) + self.config.buffer
-        masks = self.mask_token.to(x.dtype).expand(len(x), wanted.shape[1], -1)
+        places = torch.cat([known[:, known.shape[1] - x.shape[1] :], query], dim=1) + self.config.buffer
+        masks = self.mask_token.to(x.dtype).expand(len(x), query.shape[1], -1)
         return torch.cat([x, masks], dim=1) + F.embedding(places, self.decoder_positions[0]), places
 
-    def condition(
+    def forward(
         self,
         tokens: Tensor,
         known: Tensor,
-        wanted: Tensor,
+        query: Tensor,
         labels: Tensor,
         cache: "MaskedCache | None" = None,
     ) -> Tensor:
-        """See :class:`Backbone`; known and wanted positions may be any.
+        """Return ``z`` at ``query``; see :meth:`Backbone.forward`. Known and query positions may be any.
 
-        A cache that was filled before makes ``z`` an approximation: only what became known since then, and what is wanted, goes
-        through the network, and sees the keys and values of all the rest as they were (LazyMAR, arXiv 2503.12450). The known
-        tokens must be those of the call before and then the new ones.
+        A filled cache makes ``z`` an approximation (LazyMAR, arXiv 2503.12450): only newly known tokens and
+        query positions go through the network. They attend to the cached keys and values of all other
+        positions. ``known`` must begin with the known positions of the last call.
         """
         if cache is None:
-            return self.decode(self.encode(tokens, known, labels), known, wanted)
-        return self.decode(self.encode(tokens, known, labels, cache.encoder), known, wanted, cache.decoder)
+            return self.decode(self.encode(tokens, known, labels), known, query)
+        return self.decode(self.encode(tokens, known, labels, cache.encoder), known, query, cache.decoder)
 
     def new_cache(self, rows: int) -> "MaskedCache":
         """An empty cache, in the dtype and on the device of the weights."""
@@ -172,7 +172,7 @@ class MaskedBackbone(Backbone):
         )
 
     def training_inputs(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """A random share of the tokens is masked: these positions ``[b, m]`` are wanted, the others known.
+        """A random share of the tokens is masked: these are the query positions ``[b, m]``, the others are known.
 
         One ratio a batch, from :func:`far.tokens.sample_mask_ratio`; other positions for every sample.
         """

@@ -25,7 +25,7 @@ from far.training.loop import epoch_rows, published, resolve_loop
 from far.training.trajectories import POINTS
 
 # What an adapted backbone is asked again; otherwise its z is read.
-_ADAPTED = ("tokens", "order", "known", "wanted", "labels")
+_ADAPTED = ("tokens", "order", "known", "query", "labels")
 
 
 class DistillationTask:
@@ -105,8 +105,8 @@ class DistillationTask:
             return batch["z"]
         module.backbone.eval()  # no dropout: the trajectories know none
         parts = []
-        for tokens, order, known, wanted, labels in zip(*(batch[name].split(GROUP) for name in _ADAPTED)):
-            parts.append(module.backbone.condition(tokens, order[:, : int(known[0])], wanted, labels))
+        for tokens, order, known, query, labels in zip(*(batch[name].split(GROUP) for name in _ADAPTED)):
+            parts.append(module.backbone(tokens, order[:, : int(known[0])], query, labels))
         return torch.cat(parts)
 
     @torch.no_grad()

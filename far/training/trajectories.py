@@ -59,7 +59,7 @@ def write_trajectories(
     """Fill ``folder``, each of several ``processes`` a part; continues where it stopped.
 
     Rows are images: ``tokens [n, channels]``, ``labels``, ``order [n]`` of positions, of which the first ``known`` are known,
-    ``wanted [m]`` positions, their ``z [m, width]``, guidance ``scale [m]``, and ``paths [m, 9, channels]``.
+    ``query [m]`` positions, their ``z [m, width]``, guidance ``scale [m]``, and ``paths [m, 9, channels]``.
 
     Args:
         weights: the teacher's folder, whose fingerprint is kept with the rows.
@@ -190,15 +190,13 @@ def group_rows(
 ) -> dict[str, Tensor]:
     """The rows of one group; see :func:`write_trajectories`."""
     tokens = model.constrain(model.tokens(latents))
-    order, known, wanted = draw_positions(model, len(tokens), config.tokens_per_image, ar_steps, generator)
+    order, known, query = draw_positions(model, len(tokens), config.tokens_per_image, ar_steps, generator)
     dropped = (torch.rand(len(labels), generator=generator) < config.label_drop).to(labels.device)
     labels = torch.where(dropped, model.null_label, labels)
-    z = model.backbone.condition(tokens, order[:, :known], wanted, labels)
-    z_uncond = model.backbone.condition(
-        tokens, order[:, :known], wanted, torch.full_like(labels, model.null_label)
-    )
-    scale = 1 + (config.max_guidance - 1) * torch.rand(wanted.shape, generator=generator).to(labels.device)
-    noise = torch.randn(*wanted.shape, tokens.shape[-1], generator=generator).to(labels.device)
+    z = model.backbone(tokens, order[:, :known], query, labels)
+    z_uncond = model.backbone(tokens, order[:, :known], query, torch.full_like(labels, model.null_label))
+    scale = 1 + (config.max_guidance - 1) * torch.rand(query.shape, generator=generator).to(labels.device)
+    noise = torch.randn(*query.shape, tokens.shape[-1], generator=generator).to(labels.device)
     paths = trajectories(
         lambda x, t: model.head.velocity(x, x.new_full(x.shape[:-1], t), z, z_uncond, scale.unsqueeze(-1)),
         noise,
@@ -215,28 +213,29 @@ def group_rows(
         )
     return {
         **half,
-        "labels": labels, "order": order, "wanted": wanted, "known": torch.full_like(labels, known),
+        "labels": labels, "order": order, "query": query, "known": torch.full_like(labels, known),
     }  # fmt: skip
 
 
 def draw_positions(
-    model: FAR, batch: int, wanted: int, ar_steps: int, generator: torch.Generator
+    model: FAR, batch: int, count: int, ar_steps: int, generator: torch.Generator
 ) -> tuple[Tensor, int, Tensor]:
-    """Orders ``[batch, n]``, how many of their first positions are known, and which are wanted ``[batch, wanted]``, as in sampling.
+    """Draw orders ``[batch, n]``, how many of their first positions are known, and query positions ``[batch, count]``.
 
-    The known tokens are those before the AR step that draws a token chosen at random; of causal models, all but the last.
+    As in sampling, the known tokens precede the AR step that draws a random token. In causal models, all tokens
+    but the last are known.
     """
     device, tokens = next(model.parameters()).device, model.config.tokens
-    wanted = min(wanted, tokens)
+    count = min(count, tokens)
     if not model.backbone.any_order:
-        # Teacher forcing: one pass gives z of every token from those before it, so any may be wanted, each as often as the others.
-        positions = torch.rand(batch, tokens, generator=generator).argsort(dim=1)[:, :wanted]
+        # Teacher forcing: one pass gives z of every token from those before it, so all are equally likely.
+        positions = torch.rand(batch, tokens, generator=generator).argsort(dim=1)[:, :count]
         return raster_orders(tokens, batch).to(device), tokens - 1, positions.to(device)
     chosen = int(torch.randint(0, tokens, (), generator=generator))
     order = torch.rand(batch, tokens, generator=generator).argsort(dim=1).to(device)
     starts = itertools.accumulate(cosine_token_counts(tokens, min(ar_steps, tokens)), initial=0)
-    known = min(max(start for start in starts if start <= chosen), tokens - wanted)
-    return order, known, order[:, known : known + wanted]
+    known = min(max(start for start in starts if start <= chosen), tokens - count)
+    return order, known, order[:, known : known + count]
 
 
 def trajectories(

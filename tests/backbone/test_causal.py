@@ -46,7 +46,7 @@ def make_tokens(batch: int = BATCH, tokens: int = TOKENS, seed: int = 1) -> Tens
 
 def teacher_forced(backbone: CausalBackbone, tokens: Tensor, labels: Tensor = LABELS) -> Tensor:
     with torch.no_grad():
-        return backbone.condition(*backbone.training_inputs(tokens, torch.Generator()), labels)
+        return backbone(*backbone.training_inputs(tokens, torch.Generator()), labels)
 
 
 # --- Values ------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_unknown_tokens_are_not_read() -> None:
     hidden = tokens.clone()
     hidden[:, 5:] = float("nan")
     with torch.no_grad():
-        z = backbone.condition(hidden, ORDER[:5].expand(BATCH, -1), ORDER[5:6].expand(BATCH, -1), LABELS)
+        z = backbone(hidden, ORDER[:5].expand(BATCH, -1), ORDER[5:6].expand(BATCH, -1), LABELS)
     torch.testing.assert_close(z[:, 0], teacher_forced(backbone, tokens)[:, 5], rtol=0, atol=1e-5)
 
 
@@ -202,7 +202,7 @@ def test_cached_equals_uncached(
     known = 0
     while known < count:
         with torch.no_grad():
-            z = backbone.condition(tokens, order[:, :known], order[:, known : known + 1], labels, cache)
+            z = backbone(tokens, order[:, :known], order[:, known : known + 1], labels, cache)
         torch.testing.assert_close(z[:, 0], full[:, known], rtol=0, atol=1e-5)
         known += data.draw(st.integers(1, 3))
 
@@ -215,9 +215,7 @@ def test_cache_of_more_rows_goes_on_with_the_first_ones() -> None:
         rows = BATCH if known < 5 else 2
         order = ORDER.expand(rows, -1)
         with torch.no_grad():
-            z = backbone.condition(
-                tokens[:rows], order[:, :known], order[:, known : known + 1], LABELS[:rows], cache
-            )
+            z = backbone(tokens[:rows], order[:, :known], order[:, known : known + 1], LABELS[:rows], cache)
         torch.testing.assert_close(z[:, 0], full[:rows, known], rtol=0, atol=1e-5)
 
 
@@ -228,7 +226,7 @@ def test_cache_grows_in_large_pieces_and_is_filled_exactly() -> None:
     memory = set()
     for known in range(TOKENS):
         with torch.no_grad():
-            backbone.condition(
+            backbone(
                 tokens,
                 ORDER[:known].expand(BATCH, -1),
                 ORDER[known : known + 1].expand(BATCH, -1),
@@ -251,7 +249,7 @@ def test_input_noise_is_on_the_fed_tokens_only() -> None:
     z = teacher_forced(build(), tokens)
     noisy = build(input_noise=0.5)
     inputs = [noisy.training_inputs(tokens, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
-    draws = [noisy.condition(*arguments, LABELS) for arguments in inputs]
+    draws = [noisy(*arguments, LABELS) for arguments in inputs]
     assert torch.equal(draws[0], draws[1])
     assert not torch.isclose(draws[0], draws[2])[:, 1:].all(dim=-1).any()
     torch.testing.assert_close(draws[0][:, 0], z[:, 0], rtol=0, atol=1e-5)

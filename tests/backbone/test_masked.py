@@ -50,49 +50,47 @@ def orders(seed: int = 2) -> Tensor:
 @pytest.mark.parametrize("count", [0, 1, 7])
 def test_unknown_tokens_do_not_count(backbone: MaskedBackbone, tokens: Tensor, count: int) -> None:
     known = orders()[:, :count]
-    z = backbone.condition(tokens, known, EVERYWHERE, LABELS)
+    z = backbone(tokens, known, EVERYWHERE, LABELS)
     others = torch.full_like(tokens, float("nan")).scatter(
         1,
         known.unsqueeze(-1).expand(-1, -1, CHANNELS),
         tokens.gather(1, known.unsqueeze(-1).expand(-1, -1, CHANNELS)),
     )
-    assert torch.equal(backbone.condition(others, known, EVERYWHERE, LABELS), z)
+    assert torch.equal(backbone(others, known, EVERYWHERE, LABELS), z)
 
 
 @torch.no_grad()
 def test_every_known_token_counts_everywhere(backbone: MaskedBackbone, tokens: Tensor) -> None:
     known = orders()[:, :7]
-    z = backbone.condition(tokens, known, EVERYWHERE, LABELS)
+    z = backbone(tokens, known, EVERYWHERE, LABELS)
     for index in range(7):
         changed = tokens.clone()
         changed[torch.arange(BATCH), known[:, index]] += 1
-        difference = (backbone.condition(changed, known, EVERYWHERE, LABELS) - z).abs().amax(dim=-1)
+        difference = (backbone(changed, known, EVERYWHERE, LABELS) - z).abs().amax(dim=-1)
         assert difference.min() > 1e-4, index
 
 
 @torch.no_grad()
 def test_order_of_known_positions_does_not_matter(backbone: MaskedBackbone, tokens: Tensor) -> None:
     known = orders()[:, :7]
-    z = backbone.condition(tokens, known, EVERYWHERE, LABELS)
-    torch.testing.assert_close(
-        backbone.condition(tokens, known.flip(1), EVERYWHERE, LABELS), z, rtol=0, atol=1e-5
-    )
+    z = backbone(tokens, known, EVERYWHERE, LABELS)
+    torch.testing.assert_close(backbone(tokens, known.flip(1), EVERYWHERE, LABELS), z, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
-def test_wanted_positions_are_a_choice_of_all(backbone: MaskedBackbone, tokens: Tensor) -> None:
-    known, wanted = orders()[:, :7], orders()[:, 7:10]
-    z = backbone.condition(tokens, known, EVERYWHERE, LABELS)
-    chosen = backbone.condition(tokens, known, wanted, LABELS)
+def test_query_positions_select_rows_of_all_positions(backbone: MaskedBackbone, tokens: Tensor) -> None:
+    known, query = orders()[:, :7], orders()[:, 7:10]
+    z = backbone(tokens, known, EVERYWHERE, LABELS)
+    chosen = backbone(tokens, known, query, LABELS)
     assert chosen.shape == (BATCH, 3, backbone.width)
     for sample in range(BATCH):
-        torch.testing.assert_close(chosen[sample], z[sample, wanted[sample]], rtol=0, atol=1e-5)
+        torch.testing.assert_close(chosen[sample], z[sample, query[sample]], rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
 def test_label_counts(backbone: MaskedBackbone, tokens: Tensor) -> None:
     known = orders()[:1, :5].expand(BATCH, -1)
-    z = backbone.condition(tokens[:1].expand(BATCH, -1, -1), known, EVERYWHERE, LABELS)
+    z = backbone(tokens[:1].expand(BATCH, -1, -1), known, EVERYWHERE, LABELS)
     for a in range(BATCH):
         for b in range(a):
             assert (z[a] - z[b]).abs().amax(dim=-1).min() > 1e-3, (
@@ -105,27 +103,27 @@ def test_positions_count(backbone: MaskedBackbone, tokens: Tensor) -> None:
     """The same token at another position is something else, and unknown positions differ from one another."""
     same = tokens[:1, :1].expand(BATCH, TOKENS, -1)
     known = torch.arange(BATCH).view(BATCH, 1)
-    z = backbone.condition(same, known, EVERYWHERE, torch.zeros(BATCH, dtype=torch.long))
+    z = backbone(same, known, EVERYWHERE, torch.zeros(BATCH, dtype=torch.long))
     assert (z[0] - z[1]).abs().amax(dim=-1).min() > 1e-4
     assert torch.cdist(z[0], z[0]).add(torch.eye(TOKENS)).min() > 1e-2
 
 
 @torch.no_grad()
 def test_samples_of_a_batch_are_independent(backbone: MaskedBackbone, tokens: Tensor) -> None:
-    known, wanted = orders()[:, :4], orders()[:, 4:]
-    z = backbone.condition(tokens, known, wanted, LABELS)
+    known, query = orders()[:, :4], orders()[:, 4:]
+    z = backbone(tokens, known, query, LABELS)
     for sample in range(BATCH):
-        alone = backbone.condition(*(part[sample : sample + 1] for part in (tokens, known, wanted, LABELS)))
+        alone = backbone(*(part[sample : sample + 1] for part in (tokens, known, query, LABELS)))
         torch.testing.assert_close(alone[0], z[sample], rtol=0, atol=1e-5)
 
 
 def test_training_inputs(backbone: MaskedBackbone, tokens: Tensor) -> None:
     counts = set()
     for seed in range(40):
-        fed, known, wanted = backbone.training_inputs(tokens, torch.Generator().manual_seed(seed))
+        fed, known, query = backbone.training_inputs(tokens, torch.Generator().manual_seed(seed))
         assert torch.equal(fed, tokens)
-        counts.add(wanted.shape[1])
-        for row in torch.cat([known, wanted], dim=1).tolist():
+        counts.add(query.shape[1])
+        for row in torch.cat([known, query], dim=1).tolist():
             assert sorted(row) == list(range(TOKENS))
     # Shares of 0.7 to 1 of 12 tokens, rounded up.
     assert counts == {math.ceil(0.7 * TOKENS), 10, 11, 12}
@@ -143,9 +141,9 @@ def test_dropout_acts_in_training_only(tokens: Tensor) -> None:
     torch.manual_seed(0)
     backbone = MaskedBackbone(MaskedConfig(16, 1, 2, 16, 1, 2, 2, dropout=0.5), TOKENS, CHANNELS, CLASSES)
     known = orders()[:, :4]
-    assert not torch.equal(*(backbone.condition(tokens, known, EVERYWHERE, LABELS) for _ in range(2)))
+    assert not torch.equal(*(backbone(tokens, known, EVERYWHERE, LABELS) for _ in range(2)))
     backbone.eval()
-    assert torch.equal(*(backbone.condition(tokens, known, EVERYWHERE, LABELS) for _ in range(2)))
+    assert torch.equal(*(backbone(tokens, known, EVERYWHERE, LABELS) for _ in range(2)))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +165,7 @@ def test_impossible_sizes(values: dict, message: str) -> None:
 
 # --- Keys and values kept between AR steps ------------------------------------------------------------------
 
-STEPS = [0, 2, 5, 6]  # how many tokens are known at each of some steps; the next ones are wanted
+STEPS = [0, 2, 5, 6]  # known tokens at each of some steps; queries follow
 
 
 class Remembering:
@@ -195,7 +193,7 @@ class Remembering:
         return x + block.mlp(block.norm2(x))
 
     def condition(
-        self, tokens: Tensor, known: list[int], new: list[int], wanted: list[int], label: int, whole: bool
+        self, tokens: Tensor, known: list[int], new: list[int], query: list[int], label: int, whole: bool
     ) -> Tensor:
         """``z`` of one sample; places of the buffer are negative."""
         net, buffer = self.backbone, self.backbone.config.buffer
@@ -210,15 +208,14 @@ class Remembering:
         for index in range(net.config.encoder_depth):
             x = self.attend("encoder", index, places, x)
         x = net.decoder_projection(net.encoder_norm(x))
-        masked = [place for place in range(TOKENS) if place not in known] if whole else wanted
+        masked = [place for place in range(TOKENS) if place not in known] if whole else query
         x = torch.cat([x, net.mask_token[0].expand(len(masked), -1)])
         places = places + masked
         x = x + net.decoder_positions[0][[place + buffer for place in places]]
         for index in range(net.config.decoder_depth):
             x = self.attend("decoder", index, places, x)
         return (
-            net.decoder_norm(x[[places.index(place) for place in wanted]])
-            + net.condition_positions[0][wanted]
+            net.decoder_norm(x[[places.index(place) for place in query]]) + net.condition_positions[0][query]
         )
 
 
@@ -232,19 +229,19 @@ def test_cached_conditions_are_those_of_a_network_that_remembers(
     cache = backbone.new_cache(BATCH)
     before = 0
     for step, count in enumerate(STEPS):
-        known, wanted = order[:, :count], order[:, count : count + 3]
+        known, query = order[:, :count], order[:, count : count + 3]
         whole = step % refresh == 0
         if whole:
             cache.clear()
-        z = backbone.condition(tokens, known, wanted, LABELS, cache)
+        z = backbone(tokens, known, query, LABELS, cache)
         for sample in range(BATCH):
             places = known[sample].tolist()
             new = places if whole else places[before:]
             expected = plain[sample].condition(
-                tokens[sample], places, new, wanted[sample].tolist(), int(LABELS[sample]), whole
+                tokens[sample], places, new, query[sample].tolist(), int(LABELS[sample]), whole
             )
             torch.testing.assert_close(z[sample], expected, rtol=0, atol=1e-5)
-        exact = backbone.condition(tokens, known, wanted, LABELS)
+        exact = backbone(tokens, known, query, LABELS)
         if whole:
             torch.testing.assert_close(z, exact, rtol=0, atol=1e-5)
         else:
@@ -257,15 +254,12 @@ def test_a_cache_goes_on_with_its_first_rows_until_it_is_cleared(
     backbone: MaskedBackbone, tokens: Tensor
 ) -> None:
     order, cache = orders(4), backbone.new_cache(BATCH)
-    backbone.condition(tokens, order[:, :2], order[:, 2:4], LABELS, cache)
+    backbone(tokens, order[:, :2], order[:, 2:4], LABELS, cache)
     alone = backbone.new_cache(2)
-    backbone.condition(tokens[:2], order[:2, :2], order[:2, 2:4], LABELS[:2], alone)
-    both = [
-        backbone.condition(tokens[:2], order[:2, :4], order[:2, 4:6], LABELS[:2], kept)
-        for kept in (cache, alone)
-    ]
+    backbone(tokens[:2], order[:2, :2], order[:2, 2:4], LABELS[:2], alone)
+    both = [backbone(tokens[:2], order[:2, :4], order[:2, 4:6], LABELS[:2], kept) for kept in (cache, alone)]
     torch.testing.assert_close(*both, rtol=0, atol=1e-5)
     with pytest.raises(AssertionError, match="gaps"):
-        backbone.condition(tokens, order[:, :6], order[:, 6:8], LABELS, cache)
+        backbone(tokens, order[:, :6], order[:, 6:8], LABELS, cache)
     cache.clear()
-    backbone.condition(tokens, order[:, :6], order[:, 6:8], LABELS, cache)
+    backbone(tokens, order[:, :6], order[:, 6:8], LABELS, cache)

@@ -119,7 +119,7 @@ def test_encoder_and_conditions(any_model: FAR, reference: dict[str, Tensor]) ->
     encoded = backbone.encode(reference["forward.tokens"], known, reference["forward.labels"])
     assert relative(encoded, reference["forward.encoder_out"]) < 1e-5
     assert relative(backbone.decode(encoded, known, everywhere), reference["forward.z"]) < 1e-5
-    z = backbone.condition(reference["forward.tokens"], known, everywhere, reference["forward.labels"])
+    z = backbone(reference["forward.tokens"], known, everywhere, reference["forward.labels"])
     assert relative(z, reference["forward.z"]) < 1e-5
 
 

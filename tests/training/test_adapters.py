@@ -21,7 +21,7 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
 def outputs(backbone: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     tokens, positions = torch.randn(5, 4, 8, generator=generator), torch.arange(4).expand(5, -1)
-    return backbone.condition(tokens, positions[:, :2], positions[:, 2:3], torch.tensor([0, 1, 2, 3, 0]))  # type: ignore[operator]
+    return backbone(tokens, positions[:, :2], positions[:, 2:3], torch.tensor([0, 1, 2, 3, 0]))  # type: ignore[operator]
 
 
 def stir(parameters: list[nn.Parameter]) -> None:

@@ -460,7 +460,7 @@ def test_from_the_published_pickle(script: ModuleType, diffusion_folder: Path, t
     for model in (teacher.model, converted.model):
         noise = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            conditions.append(model.backbone.condition(tokens, order[:, :1], order[:, 1:], labels))
+            conditions.append(model.backbone(tokens, order[:, :1], order[:, 1:], labels))
             drawn.append(
                 model.head.sample(conditions[-1], lambda: torch.randn(4, 3, 8, generator=noise), steps=5)
             )

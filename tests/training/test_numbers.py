@@ -293,7 +293,7 @@ def test_tokens_of_any_size_are_read_in_float16_as_in_float32(backbone: str, siz
     for dtype in ("float32", "float16"):
         model = prepare(model, dtype, "cpu")
         with torch.no_grad():
-            z = model.backbone.condition(tokens, places[:, :3], places[:, 3:], labels)
+            z = model.backbone(tokens, places[:, :3], places[:, 3:], labels)
             found.append((z.float(), model.head.network(tokens[:, 3:], z, torch.tensor(500.0)).float()))  # type: ignore[operator]
     for exact, low in zip(*found):
         assert (low - exact).abs().max() < 0.02 * exact.std()

@@ -122,10 +122,10 @@ def small_model(causal: bool = False) -> FAR:
     return FAR(ModelConfig(NetworkConfig(backbone, HeadConfig("flow", 8, 1), patch=2), 3, 2, (8, 8)))
 
 
-@pytest.mark.parametrize("wanted", [1, 5, 16, 40])
-def test_positions_of_a_masked_model(wanted: int) -> None:
-    model, draws, tokens, steps = small_model(), generator(wanted), 16, 6
-    kept = min(wanted, tokens)
+@pytest.mark.parametrize("queries", [1, 5, 16, 40])
+def test_positions_of_a_masked_model(queries: int) -> None:
+    model, draws, tokens, steps = small_model(), generator(queries), 16, 6
+    kept = min(queries, tokens)
     counts = cosine_token_counts(tokens, steps)
     expected: dict[int, float] = {}
     for step, count in enumerate(counts):
@@ -133,11 +133,13 @@ def test_positions_of_a_masked_model(wanted: int) -> None:
         expected[known] = expected.get(known, 0) + count / tokens
     found = dict.fromkeys(expected, 0)
     for _ in range(1500):
-        order, known, positions = draw_positions(model, 3, wanted, steps, draws)
+        order, known, positions = draw_positions(model, 3, queries, steps, draws)
         assert torch.equal(order.sort(dim=1).values, torch.arange(tokens).expand(3, -1))
         assert positions.shape == (3, kept)
         both = torch.cat([order[:, :known], positions], dim=1)
-        assert all(len(row.unique()) == known + kept for row in both), "known and wanted are disjoint"
+        assert all(len(row.unique()) == known + kept for row in both), (
+            "known and query positions are disjoint"
+        )
         found[known] += 1
     if len(expected) > 1:
         share = torch.tensor(list(expected.values()), dtype=torch.float64)
@@ -154,12 +156,12 @@ def test_more_ar_steps_than_tokens() -> None:
     assert draw_positions(small_model(), 2, 2, 64, generator())[1] < 16
 
 
-@pytest.mark.parametrize("wanted", [1, 5, 16, 40])
-def test_positions_of_a_causal_model(wanted: int) -> None:
-    model, draws, kept = small_model(causal=True), generator(wanted), min(wanted, 16)
+@pytest.mark.parametrize("queries", [1, 5, 16, 40])
+def test_positions_of_a_causal_model(queries: int) -> None:
+    model, draws, kept = small_model(causal=True), generator(queries), min(queries, 16)
     found = []
     for _ in range(400):
-        order, known, positions = draw_positions(model, 3, wanted, 16, draws)
+        order, known, positions = draw_positions(model, 3, queries, 16, draws)
         assert torch.equal(order, torch.arange(16).expand(3, -1))
         assert known == 15
         assert positions.shape == (3, kept)
@@ -195,18 +197,18 @@ def test_rows_are_the_teachers(rows: tuple[Pipeline, ShardReader]) -> None:
     teacher, reader = rows
     model, null = teacher.model, teacher.model.null_label
     assert len(reader) == 2 * GROUP
-    names = ("tokens", "labels", "order", "known", "wanted", "z", "scale", "paths")
+    names = ("tokens", "labels", "order", "known", "query", "z", "scale", "paths")
     found = {name: reader.all(name) for name in names}
     for row in range(0, 2 * GROUP, 9):
-        tokens, label, order, known, wanted, z, scale, paths = (found[name][row] for name in names)
-        tokens, order, wanted = (
+        tokens, label, order, known, query, z, scale, paths = (found[name][row] for name in names)
+        tokens, order, query = (
             tokens.float().unsqueeze(0),
             order[: int(known)].unsqueeze(0),
-            wanted.unsqueeze(0),
+            query.unsqueeze(0),
         )
-        expected = model.backbone.condition(tokens, order, wanted, label.view(1))[0]
+        expected = model.backbone(tokens, order, query, label.view(1))[0]
         torch.testing.assert_close(z.float(), expected, rtol=2e-3, atol=5e-3)
-        uncond = model.backbone.condition(tokens, order, wanted, torch.tensor([null]))[0]
+        uncond = model.backbone(tokens, order, query, torch.tensor([null]))[0]
         for token in range(2):
             guidance = float(scale[token])
 
