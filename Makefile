@@ -52,14 +52,14 @@ lock: $(VENV)/installed
 		--default-index https://pypi.org/simple --output-file requirements.lock pyproject.toml
 
 bench: $(VENV)/installed-dev
-	$(BIN)/python benchmarks/training_step.py --batch-size 8
-	$(BIN)/python benchmarks/generation.py
-	$(BIN)/python benchmarks/speed_report.py
+	$(BIN)/python -m benchmarks.training_step --batch-size 8
+	$(BIN)/python -m benchmarks.generation
+	$(BIN)/python -m benchmarks.speed_report
 
 results: $(VENV)/installed-dev
-	$(BIN)/python benchmarks/results.py $(if $(TRAIN),--train)
-	$(BIN)/python benchmarks/causal_ablation.py $(if $(TRAIN),--train)
-	$(if $(TIMES),$(BIN)/python benchmarks/results_times.py && $(BIN)/python benchmarks/results.py)
+	$(BIN)/python -m benchmarks.results $(if $(TRAIN),--train)
+	$(BIN)/python -m benchmarks.causal_ablation $(if $(TRAIN),--train)
+	$(if $(TIMES),$(BIN)/python -m benchmarks.results_times && $(BIN)/python -m benchmarks.results)
 
 train-small: $(VENV)/installed-dev
 	$(BIN)/far data avatars data/avatars-32 --size 32 --per-class 1500 --held-out-per-class 125

@@ -1,6 +1,6 @@
 """What keeps a causal model's tokens from drifting? Each cure by itself on Fashion-MNIST, then docs/results.md's table.
 
-    python benchmarks/causal_ablation.py [--train]
+    python -m benchmarks.causal_ablation [--train]
 
 Figures are kept in docs/results/causal-ablation.json and measured again where weights changed. The models are in runs/ once
 ``--train`` has trained them (25 minutes each on one core, and 10 for an autoencoder), and keep their recorded figures until then.
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recorded import TRAIN, Measurements, made
-from results import (
+
+from benchmarks.recorded import TRAIN, Measurements, made
+from benchmarks.results import (
     RESULTS,
     SETS,
     SWEEP_COUNT,
@@ -26,8 +27,7 @@ from results import (
     measure_floors,
     run,
 )
-from results_report import replace_block
-
+from benchmarks.results_report import replace_block
 from far.evaluation.extraction import extract_parts, read_parts
 from far.evaluation.generated import Generation
 from far.evaluation.images import open_images

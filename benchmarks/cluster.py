@@ -1,7 +1,7 @@
 """Memory and time that training the presets takes on GPUs, for docs/cluster.md, whose tables this script writes.
 
-    python benchmarks/cluster.py              # what is computed: a minute, no weights are made
-    python benchmarks/cluster.py --measure    # and training steps on this CPU, beside what is computed for them: 15 minutes, 16 GB
+    python -m benchmarks.cluster              # what is computed: a minute, no weights are made
+    python -m benchmarks.cluster --measure    # and training steps on this CPU, beside what is computed for them: 15 minutes, 16 GB
 
 Run it in the repository's folder. Steps are those of ImageNet at 256 × 256: 16 × 16 tokens of 16 channels, in bfloat16.
 """
@@ -21,13 +21,13 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from results_report import replace_block
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.results_report import replace_block
 from far.backbone import MaskedConfig
 from far.benchmark import machine, product_peak
 from far.files import atomic_path
@@ -392,15 +392,14 @@ def measured_speed() -> str:
 def train(
     name: str, images: int, parallel: str, processes: int, micro_batches: int, steps: int, **variables: str
 ) -> dict:
-    """What ``cluster_process.py`` finds, in a fresh process or two, with these environment variables."""
+    """Return what ``cluster_process.py`` measures in fresh processes with these environment variables."""
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         if processes > 1
         else []
     )
-    script = Path(__file__).with_name("cluster_process.py")
     arguments = [name, images, parallel, micro_batches, steps]
-    command = [sys.executable, *launcher, str(script), *map(str, arguments)]
+    command = [sys.executable, *launcher, "-m", "benchmarks.cluster_process", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     printed = subprocess.run(
         command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment

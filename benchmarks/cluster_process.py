@@ -1,6 +1,6 @@
 """One of the processes that ``cluster.py --measure`` starts: training steps of random latents, and what they take.
 
-    python benchmarks/cluster_process.py far-b IMAGES PARALLEL MICRO_BATCHES STEPS
+    python -m benchmarks.cluster_process far-b IMAGES PARALLEL MICRO_BATCHES STEPS
 
 A whole step is MICRO_BATCHES of IMAGES a process. Everything is masked, so that each step is the same. Prints as JSON the bytes that
 the first process's memory rose by at its highest, and the seconds of the steps.
@@ -14,9 +14,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from cluster import TINY, models
 from torch import Tensor
 
+from benchmarks.cluster import TINY, models
 from far.model import FAR, ModelConfig
 from far.processes import joined, leave
 from far.training.generator import GeneratorTask

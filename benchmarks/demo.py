@@ -1,6 +1,6 @@
 """Milliseconds from a click on the demo's page to a picture in a real browser; and the page's screenshot, docs/images/demo.png.
 
-    python benchmarks/demo.py
+    python -m benchmarks.demo
 
 Needs Chromium. Starts `far demo` as a process of its own; the first click is reported apart from the others.
 """

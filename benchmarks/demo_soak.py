@@ -1,6 +1,6 @@
 """The memory of `far demo` while visitors click without a pause: flat, or growing?
 
-    python benchmarks/demo_soak.py
+    python -m benchmarks.demo_soak
 
 Starts the demo as a process of its own, and speaks to it as its page does. A visitor draws one to four images, or the same one
 with two models, and now and then closes the page in the middle. Ends with status 1 if the memory of the last minute is more

@@ -1,6 +1,6 @@
 """From a model with MAR's head, trained here and saved as MAR's checkpoints are, to one that draws a token in one or two steps.
 
-    python benchmarks/distillation.py [SET …]
+    python -m benchmarks.distillation [SET …]
 
 The comparison's diffusion models are written as pickles under MAR's names, converted with ``far convert mar``, and
 distilled with ``far distill`` over the latent cache. The result goes to ``WEIGHTS``/SET/distilled, the seconds of each
@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import torch
-from recorded import TRAIN, WEIGHTS, checksums, made
 
+from benchmarks.recorded import TRAIN, WEIGHTS, checksums, made
 from far.cli.main import main as far_command
 from far.convert import mar_name
 from far.files import read_json, write_json

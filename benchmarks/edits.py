@@ -1,6 +1,6 @@
 """The README's before-and-after grid of edits, and how long an edit takes.
 
-    python benchmarks/edits.py
+    python -m benchmarks.edits
 
 The bundled avatars-64, images of the held-out set (far data avatars data/avatars-64), seeds 0 to 3, the model's default sampling;
 seconds of ``Pipeline.edit`` at one version, median and range over the rows, and of the command ``far edit`` as a whole process.

@@ -1,4 +1,4 @@
-"""Check far on a GPU against the CPU beside it, and time it there: ``python benchmarks/gpu.py``, at most 8 minutes.
+"""Check far on a GPU against the CPU beside it, and time it there: ``python -m benchmarks.gpu``, at most 8 minutes.
 
 Needs torch, numpy, safetensors, Pillow, PyYAML and tqdm, no installation and no internet; of the repository, ``far/`` and
 ``benchmarks/`` suffice. The report, one JSON, is written after every entry. Each part has a deadline, by which it ends: what
@@ -19,14 +19,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.gpu_checks import CHECKS
+from benchmarks.gpu_speed import SPEED
+from far.devices import device_title, resolve_device
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-from gpu_checks import CHECKS  # noqa: E402
-from gpu_speed import SPEED  # noqa: E402
-
-from far.devices import device_title, resolve_device  # noqa: E402
 
 # Seconds of each part. What one part does not need, the next ones may use.
 PARTS = {

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mar_plain import PlainMar
 from torch import Tensor, nn
 
+from benchmarks.mar_plain import PlainMar
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.backbone import CausalConfig, MaskedConfig
 from far.heads import HEADS, HeadConfig

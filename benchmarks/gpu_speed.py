@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_checks import RandomLatents
-from mar_plain import PlainMar
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.gpu_checks import RandomLatents
+from benchmarks.mar_plain import PlainMar
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.backbone import CausalConfig, MaskedConfig
 from far.model import FAR, ModelConfig, NetworkConfig, preset

@@ -95,7 +95,15 @@ def main() -> None:
     )
     sys.stdout.flush()
     for name, mask in MASKS.items():
-        command = [sys.executable, __file__, "--only", name, "--rounds", str(arguments.rounds)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.kernels",
+            "--only",
+            name,
+            "--rounds",
+            str(arguments.rounds),
+        ]
         subprocess.run(command, env={**os.environ, **mask}, check=True)
 
 

@@ -1,6 +1,6 @@
 """Training by one process and by two, a thread each: images a second, in turn.
 
-    python benchmarks/processes.py [--batch-size N]
+    python -m benchmarks.processes [--batch-size N]
 
 Steps of the recipe avatars-64 (after far cache) in two micro-batches, seed 0, on the CPU; two cores must be free. What the
 processes tell each other is as much for any batch, so the larger it is the less it matters. The checkpoint and the judgement

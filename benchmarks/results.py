@@ -1,6 +1,6 @@
 """The matched comparison of heads on two image sets: measures what is missing, then writes docs/results.md's tables and plots.
 
-    python benchmarks/results.py [SET …] [--train] [--seeds 0 1 2]
+    python -m benchmarks.results [SET …] [--train] [--seeds 0 1 2]
 
 Every measured row is kept in docs/results/SET.json with the SHA-256 of its weights, so an interrupted measurement
 resumes and a row is measured again only if its weights changed. Rows keep their recorded figures while their weights
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distillation import distill
-from recorded import TRAIN, WEIGHTS, Measurements, checksums, made, tell_missing
-from results_report import write_report
 from torch import Tensor
 
+from benchmarks.distillation import distill
+from benchmarks.recorded import TRAIN, WEIGHTS, Measurements, checksums, made, tell_missing
+from benchmarks.results_report import write_report
 from far.cli.main import main as far_command
 from far.config import from_dict
 from far.data.shards import ShardReader
@@ -379,7 +379,7 @@ def best_guidance(store: Measurements, name: str) -> float:
     name = MODELS[name].guidance_of or name
     if any(f"{name} {guidance}" not in store.values["sweeps"] for guidance in MODELS[name].guidances):
         raise SystemExit(
-            f"{store.path} has no guidance sweep of {name}; python benchmarks/results.py measures it, after {TRAIN}"
+            f"{store.path} has no guidance sweep of {name}; python -m benchmarks.results measures it, after {TRAIN}"
         )
     return min(
         MODELS[name].guidances, key=lambda guidance: store.values["sweeps"][f"{name} {guidance}"]["distance"]

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recorded import TRAIN, WEIGHTS, checksums
 
+from benchmarks.recorded import TRAIN, WEIGHTS, checksums
 from far.files import atomic_path, read_json
 from far.pictures import grid, save_png
 from far.pipeline import Pipeline

@@ -1,6 +1,6 @@
 """Seconds per image of every row of the comparison, of the backbone, and the head's share; run it with nothing else on the machine.
 
-    python benchmarks/results_times.py [SET …] [--rounds 5]
+    python -m benchmarks.results_times [SET …] [--rounds 5]
 
 The weights are those that ``make results TRAIN=1`` trains. The rows of an image set take turns. Times are of the whole
 pipeline, pixels included, in the dtype of the quality figures; they are stored beside the rows in docs/results/SET.json.
@@ -12,9 +12,9 @@ import statistics
 import time
 
 import torch
-from recorded import Measurements, made, tell_missing
-from results import BATCH_SIZES, DTYPE, MODELS, RESULTS, SETS, best_guidance, generation_of
 
+from benchmarks.recorded import Measurements, made, tell_missing
+from benchmarks.results import BATCH_SIZES, DTYPE, MODELS, RESULTS, SETS, best_guidance, generation_of
 from far.benchmark import Row, generate, segments, summary
 from far.pipeline import Pipeline
 

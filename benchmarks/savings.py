@@ -1,6 +1,6 @@
 """What each way to draw faster saves and costs: seconds at ImageNet's size, distances on the matched small models.
 
-    python benchmarks/savings.py [--sets SET …] [--seconds] [--rounds N] [--batch N --ways WAY …]
+    python -m benchmarks.savings [--sets SET …] [--seconds] [--rounds N] [--batch N --ways WAY …]
 
 Distances are kept in docs/results/savings.json and measured if they are missing or their weights changed, by any number
 of processes. Without the weights, which ``make results TRAIN=1`` trains, the recorded ones stay. ``--seconds`` times every
@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recorded import Measurements, made, tell_missing
-from results import (
+
+from benchmarks.recorded import Measurements, made, tell_missing
+from benchmarks.results import (
     RESULTS,
     SETS,
     ImageSet,
@@ -27,8 +28,7 @@ from results import (
     generation_of,
     measure_floors,
 )
-from results_report import replace_block
-
+from benchmarks.results_report import replace_block
 from far.benchmark import FASTEST, measure, rows_of
 from far.evaluation.generated import Generation
 from far.evaluation.metrics import FeatureStatistics, frechet_distance

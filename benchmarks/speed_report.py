@@ -1,6 +1,6 @@
 """Run the default rows of ``far benchmark``; write its tables to docs/results.md and docs/speed.md, its plot too.
 
-    python benchmarks/speed_report.py
+    python -m benchmarks.speed_report
 
 Takes about seven minutes on two otherwise idle cores.
 """
@@ -9,8 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from results_report import replace_block
-
+from benchmarks.results_report import replace_block
 from far.files import atomic_path
 
 SPEED_COLUMNS = ("model", "steps", "dtype", "seconds per image", "memory", "times faster")

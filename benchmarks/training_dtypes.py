@@ -2,7 +2,7 @@
 
 Real steps of the loop (loss, optimizer, EMA) on random images, all dtypes in turn. Prints a Markdown table. It can
 pretend a processor that has AVX2 and nothing newer, except in products of 8-bit integers, by two variables:
-ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/training_dtypes.py
+ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks.training_dtypes
 """
 
 import argparse

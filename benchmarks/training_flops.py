@@ -6,9 +6,9 @@ Multiplications and additions of matrix products and attention, forward and back
 from pathlib import Path
 
 import torch
-from results import MODELS, SETS
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.results import MODELS, SETS
 from far.model import FAR, ModelConfig
 from far.recipe import load_recipe
 

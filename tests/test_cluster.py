@@ -10,13 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from scripts import load_script
 from torchrun import run
 
+from benchmarks import cluster
 from far.backbone import CausalConfig, MaskedConfig
 from far.heads import HeadConfig
 from far.model import FAR, PRESETS, ModelConfig, NetworkConfig
@@ -31,12 +30,6 @@ SMALL = [
     NetworkConfig(MaskedConfig(32, 2, 2, 64, 3, 2, 2), HeadConfig("shortcut", 48, 2)),
     NetworkConfig(CausalConfig(width=32, depth=2, heads=2), HeadConfig("diffusion", 32, 1)),
 ]
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    """``benchmarks/cluster.py``."""
-    return load_script("cluster")
 
 
 class Task:
@@ -58,9 +51,7 @@ class Task:
 
 
 @pytest.mark.parametrize("network", SMALL, ids=["masked", "causal"])
-def test_memory_at_rest_is_what_a_trainer_holds(
-    script: ModuleType, network: NetworkConfig, tmp_path: Path
-) -> None:
+def test_memory_at_rest_is_what_a_trainer_holds(network: NetworkConfig, tmp_path: Path) -> None:
     config = ModelConfig(network, 3, 4, (2, 2))
     trainer = Trainer(Task(config), LoopConfig(steps=1, batch_size=2), tmp_path)  # type: ignore[arg-type]
     trainer.train_step(Meter())
@@ -69,18 +60,18 @@ def test_memory_at_rest_is_what_a_trainer_holds(
     ]
     gradients = [parameter.grad for parameter in trainer.module.parameters()]
     held = [*trainer.module.parameters(), *trainer.ema.module.parameters(), *gradients, *states]
-    assert sum(tensor.nbytes for tensor in held if tensor is not None) == script.at_rest(
-        script.sizes_of(config)
+    assert sum(tensor.nbytes for tensor in held if tensor is not None) == cluster.at_rest(
+        cluster.sizes_of(config)
     )
 
 
-def test_memory_at_rest_of_shards(script: ModuleType, tmp_path: Path) -> None:
+def test_memory_at_rest_of_shards(tmp_path: Path) -> None:
     program = tmp_path / "shards.py"
     program.write_text(SHARDS)
     found = json.loads(run(2, program).splitlines()[-1])
     config = ModelConfig(SMALL[0], 3, 4, (2, 2))
     # What does not divide evenly is rounded up.
-    assert found == pytest.approx(script.at_rest(script.sizes_of(config), "fsdp", 2), rel=0.01)
+    assert found == pytest.approx(cluster.at_rest(cluster.sizes_of(config), "fsdp", 2), rel=0.01)
 
 
 # Prints the bytes that the first of the processes holds between two steps.
@@ -107,10 +98,10 @@ leave()
 
 
 @pytest.mark.parametrize("network", SMALL, ids=["masked", "causal"])
-def test_what_is_kept_for_the_backward_pass(script: ModuleType, network: NetworkConfig) -> None:
+def test_what_is_kept_for_the_backward_pass(network: NetworkConfig) -> None:
     """Computed without memory, it is what real tensors keep; and it grows evenly with the images."""
     config = ModelConfig(network, 3, 4, (4, 4))
-    kept = script.kept_by(config, 1.0, gpu=False)
+    kept = cluster.kept_by(config, 1.0, gpu=False)
     torch.manual_seed(0)
     model, found = FAR(config), {}
 
@@ -144,7 +135,7 @@ def all_masked(
     return tokens, orders[:, tokens.shape[1] :], orders
 
 
-def test_the_arithmetic_of_a_step(script: ModuleType) -> None:
+def test_the_arithmetic_of_a_step() -> None:
     """Of a causal model: two operations a weight and token forward, as many for each gradient, and those of the attention."""
     network = NetworkConfig(
         CausalConfig(width=64, depth=3, heads=2, dropout=0.0), HeadConfig("flow", 64, 2, samples_per_token=1)
@@ -161,7 +152,7 @@ def test_the_arithmetic_of_a_step(script: ModuleType) -> None:
     first = sum(count for name, count in weights.items() if name.endswith(fed))
     attention = 3 * (2 * 2 * tokens * tokens * 64)
     expected = 3 * (2 * sum(weights.values()) * tokens + attention) - 2 * first * tokens
-    assert script.flops(config) == pytest.approx(expected, rel=1e-3)
+    assert cluster.flops(config) == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_recipe_is_far_b() -> None:

@@ -183,10 +183,8 @@ def check_far(words: list[str]) -> None:
 
 
 def check_script(words: list[str]) -> None:
-    """A script of ours exists, and knows the options (those that it names anywhere)."""
-    script = ROOT / words[0]
-    if script.parent.name != "benchmarks":
-        return
+    """Check that a benchmark exists and that its source names the options."""
+    script = ROOT / f"{words[0].replace('.', '/')}.py"
     assert script.is_file(), f"{words[0]} does not exist"
     text = script.read_text(encoding="utf-8")
     unknown = [word for word in words[1:] if word.startswith("--") and f'"{word}"' not in text]
@@ -203,9 +201,11 @@ def check_command(words: list[str]) -> None:
     elif program == "far":
         check_far(rest)
     elif program == "python" and rest[0] == "-m":
-        check_far(rest[2:] if rest[1] == "far" else ["--version"])
+        if rest[1].startswith("benchmarks."):
+            check_script(rest[1:])
+        else:
+            check_far(rest[2:] if rest[1] == "far" else ["--version"])
     elif program == "python" and rest[0].endswith(".py"):
-        check_script(rest)
         if len(rest) > 1 and rest[1] in ("generate", "train"):  # a reader's program that ends in our main()
             with_mixture(lambda: check_far(rest[1:]))
     elif program == "make":
@@ -236,8 +236,8 @@ def test_commands_in_the_head_of_a_recipe_are_valid(recipe: Path) -> None:
 
 @every_document
 def test_scripts_and_targets_named_in_the_text_exist(document: Path) -> None:
-    """In code within the text: ``python benchmarks/…``, ``make …`` and ``far …``."""
-    for code in re.findall(r"(?<!`)`((?:python benchmarks/|make |far )[^`\n]+)`", text_of(document)):
+    """Check the code within the text: ``python -m benchmarks.…``, ``make …`` and ``far …``."""
+    for code in re.findall(r"(?<!`)`((?:python -m benchmarks\.|make |far )[^`\n]+)`", text_of(document)):
         words = [word for word in shlex.split(code.replace("[…]", "")) if word not in ("…", "[SET …]")]
         if words[0] == "far":
             # Not always whole, but the command and its options must exist.
@@ -256,7 +256,7 @@ def parse_commands() -> frozenset[str]:
     "words",
     ["far gnerate", "far generate --lables 3", "far train recipes/none.yaml", "far train none",
      "far train avatars-64 generator.trainin.steps=3", "far distill a b training.step=3", "make nothing",
-     "python benchmarks/none.py", "python benchmarks/savings.py --none"],
+     "python -m benchmarks.none", "python -m benchmarks.savings --none"],
 )  # fmt: skip
 def test_wrong_commands_are_found(words: str) -> None:
     """The tests above are not blind."""

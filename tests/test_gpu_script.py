@@ -1,48 +1,42 @@
 """``benchmarks/gpu.py`` on a machine without a GPU: its checks hold and can fail, its deadlines end parts, its path of MAR is MAR's."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from safetensors import safe_open
-from scripts import BENCHMARKS, load_script
 
 import far
+from benchmarks import gpu, gpu_checks
+from benchmarks.mar_plain import PlainMar
 from far.convert import convert_mar
 
-ROOT = BENCHMARKS.parent
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return load_script("gpu")
-
-
-@pytest.fixture(scope="module")
-def checks(script: ModuleType) -> ModuleType:
-    return sys.modules.get("gpu_checks") or load_script("gpu_checks")
+ROOT = Path(__file__).parents[1]
 
 
 def run(folder: Path, root: Path, *parts: str) -> tuple[dict, subprocess.CompletedProcess]:
-    """The script's report and its process, started in a folder where neither far nor the script is."""
+    """Return the script's report and its process, started in ``root``, which holds far and the benchmarks."""
+    report = folder / "report.json"
     command = [
         sys.executable,
-        str(root / "benchmarks/gpu.py"),
+        "-m",
+        "benchmarks.gpu",
         "--device",
         "cpu",
         "--out",
-        "report.json",
+        str(report),
         "--parts",
         *parts,
     ]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
-    return json.loads((folder / "report.json").read_text()), done
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+    return json.loads(report.read_text()), done
 
 
 def test_script_runs_from_a_sparse_checkout_without_a_gpu(tmp_path: Path) -> None:
@@ -78,40 +72,40 @@ def test_bundled_models_are_checked(tmp_path: Path) -> None:
     ].keys()
 
 
-def test_a_wrong_result_fails_its_check(checks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_result_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
     case = torch.device("cpu"), "masked", {"kind": "shortcut"}, 3.0, 3, (torch.float32,)
-    assert checks.head_case(*case)["float32"]["holds"]
-    prepared = checks.copy.deepcopy
+    assert gpu_checks.head_case(*case)["float32"]["holds"]
+    prepared = gpu_checks.copy.deepcopy
 
     def slightly_wrong(model: torch.nn.Module) -> torch.nn.Module:
         model = prepared(model)
         model.head.network.output.linear.bias.data += 1e-2
         return model
 
-    monkeypatch.setattr(checks.copy, "deepcopy", slightly_wrong)
-    assert not checks.head_case(*case)["float32"]["holds"]
+    monkeypatch.setattr(gpu_checks.copy, "deepcopy", slightly_wrong)
+    assert not gpu_checks.head_case(*case)["float32"]["holds"]
 
 
-def test_16_bit_weights_would_fail_the_float32_limit(checks: ModuleType) -> None:
-    found = checks.head_case(torch.device("cpu"), "masked", {"kind": "flow"}, 3.0, 0, (torch.float16,))[
+def test_16_bit_weights_would_fail_the_float32_limit() -> None:
+    found = gpu_checks.head_case(torch.device("cpu"), "masked", {"kind": "flow"}, 3.0, 0, (torch.float16,))[
         "float16"
     ]
-    assert checks.FLOAT32 < found["found"] <= found["limit"]
+    assert gpu_checks.FLOAT32 < found["found"] <= found["limit"]
 
 
-def test_steps_of_the_device_continue_from_the_given_tokens(checks: ModuleType) -> None:
+def test_steps_of_the_device_continue_from_the_given_tokens() -> None:
     """So that an error of one step is not carried to the next."""
-    model = checks.tiny("causal", kind="flow")
-    config = checks.SamplingConfig(ar_steps=8, head_steps=2)
-    reference = checks.drawn_tokens(model, config, None)
+    model = gpu_checks.tiny("causal", kind="flow")
+    config = gpu_checks.SamplingConfig(ar_steps=8, head_steps=2)
+    reference = gpu_checks.drawn_tokens(model, config, None)
     other = [reference[0], *(torch.zeros_like(tokens) for tokens in reference[1:])]
-    followed = checks.drawn_tokens(model, config, None, other)
+    followed = gpu_checks.drawn_tokens(model, config, None, other)
     assert torch.equal(followed[0], reference[0])
     assert torch.equal(followed[1], reference[1])
     assert not torch.equal(followed[2], reference[2])
 
 
-def test_deadline_leaves_out_what_does_not_fit_and_keeps_the_rest(script: ModuleType) -> None:
+def test_deadline_leaves_out_what_does_not_fit_and_keeps_the_rest() -> None:
     def endless() -> dict:
         while True:
             time.sleep(0.01)
@@ -127,17 +121,17 @@ def test_deadline_leaves_out_what_does_not_fit_and_keeps_the_rest(script: Module
         "after": lambda: {"found": 2},
     }
     start = time.monotonic()
-    script.run_part(calls, start + 0.3, lambda part: written.append(json.loads(json.dumps(part))))
+    gpu.run_part(calls, start + 0.3, lambda part: written.append(json.loads(json.dumps(part))))
     assert time.monotonic() - start < 5
     assert len(written) == len(calls), "the report is written after each entry"
     assert written[-1]["left_out"] == ["endless", "after"]
     assert written[-1]["entries"]["quick"] == {"found": 1}
-    assert dict(script.checks(written[-1])) == {"entries: broken": False}
+    assert dict(gpu.checks(written[-1])) == {"entries: broken": False}
 
 
-def test_parts_fit_into_eight_minutes(script: ModuleType) -> None:
-    assert sum(script.PARTS.values()) <= 480
-    assert script.PARTS.keys() == script.CHECKS.keys() | script.SPEED.keys()
+def test_parts_fit_into_eight_minutes() -> None:
+    assert sum(gpu.PARTS.values()) <= 480
+    assert gpu.PARTS.keys() == gpu.CHECKS.keys() | gpu.SPEED.keys()
 
 
 @pytest.mark.parametrize("kind", ["plain", "guided"])
@@ -156,7 +150,7 @@ def test_plain_path_of_mar_draws_what_the_original_drew(kind: str, tmp_path: Pat
         for name in sorted(name for name in recorded if name.startswith(f"sample.{kind}.noise."))
     )
     model = far.load(tmp_path, device="cpu").model
-    plain = load_script("mar_plain").PlainMar(model, lambda rows, channels: next(noise)[:rows], temperature)
+    plain = PlainMar(model, lambda rows, channels: next(noise)[:rows], temperature)
     labels = recorded.get(f"sample.{kind}.labels", recorded["forward.labels"])
     latents = plain.sample(labels, recorded[f"sample.{kind}.orders"], int(settings["num_iter"]), 10, guidance)
     expected = recorded[f"sample.{kind}.latents"]

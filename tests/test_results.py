@@ -4,27 +4,15 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from scripts import load_script
+
+from benchmarks import recorded, results
 
 ROOT = Path(__file__).parents[1]
 FILES = ("avatars-64", "fashion-mnist", "savings", "causal-ablation")
 MODEL_FILES = ("autoencoder.safetensors", "config.json", "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def recorded() -> ModuleType:
-    """``benchmarks/recorded.py``."""
-    return load_script("recorded")
-
-
-@pytest.fixture(scope="module")
-def results() -> ModuleType:
-    """``benchmarks/results.py``."""
-    return load_script("results")
 
 
 def rows_of(name: str) -> dict[str, dict[str, Any]]:
@@ -60,7 +48,7 @@ def write_model(folder: Path, content: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def store(recorded: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Rows of models a and b, whose weights are at hand, and c, whose weights are missing."""
     monkeypatch.chdir(tmp_path)
     a, b = (write_model(Path("weights") / name, name) for name in "ab")
@@ -80,7 +68,7 @@ def test_rows_of_the_weights_at_hand_and_of_missing_weights_stay(store: Any) -> 
 
 
 def test_all_rows_of_a_model_with_other_weights_are_dropped_and_it_is_said(
-    store: Any, recorded: ModuleType, capsys: pytest.CaptureFixture[str]
+    store: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (Path("weights/b") / "model.safetensors").write_text("trained again")
     store.drop_other_weights()
@@ -92,7 +80,7 @@ def test_all_rows_of_a_model_with_other_weights_are_dropped_and_it_is_said(
     assert "rows.json" in output
 
 
-def test_another_shared_autoencoder_drops_the_rows_of_all_models(store: Any, recorded: ModuleType) -> None:
+def test_another_shared_autoencoder_drops_the_rows_of_all_models(store: Any) -> None:
     store.drop_other_weights("1" * 64)
     left = recorded.Measurements(store.path).values
     assert (set(left["rows"]), set(left["sweeps"])) == ({"real"}, set())
@@ -100,7 +88,6 @@ def test_another_shared_autoencoder_drops_the_rows_of_all_models(store: Any, rec
 
 @pytest.mark.parametrize("name", ["avatars-64", "fashion-mnist"])
 def test_without_weights_recorded_rows_stay_and_one_line_names_the_command(
-    results: ModuleType,
     name: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -118,8 +105,6 @@ def test_without_weights_recorded_rows_stay_and_one_line_names_the_command(
     assert "make results TRAIN=1" in output
 
 
-def test_missing_guidance_sweep_ends_in_one_line_that_names_the_model(
-    results: ModuleType, store: Any
-) -> None:
+def test_missing_guidance_sweep_ends_in_one_line_that_names_the_model(store: Any) -> None:
     with pytest.raises(SystemExit, match=r"^rows\.json[^\n]*\bflow\b[^\n]*$"):
         results.best_guidance(store, "frozen-flow")

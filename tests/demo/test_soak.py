@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "demo_soak.py"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.soak
 def test_memory_is_flat() -> None:
-    found = subprocess.run([sys.executable, SCRIPT, "--minutes", "10"], capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-m", "benchmarks.demo_soak", "--minutes", "10"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     print(found.stdout)
     assert found.returncode == 0, found.stdout + found.stderr

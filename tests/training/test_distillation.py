@@ -4,7 +4,6 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,11 +11,11 @@ import scipy.stats
 import torch
 from checkpoints import assert_close_checkpoints, newest
 from exact import ExactNetwork
-from scripts import load_script
 from torch import Tensor
 from torchrun import kill_one, run, start, wait_for
 
 import far
+from benchmarks.distillation import write_published
 from far.cli.main import main
 from far.convert import convert_mar
 from far.data.shards import ShardReader, ShardWriter
@@ -434,17 +433,11 @@ def test_what_processes_cannot_share_is_told_before_long_work(
 # --- From MAR's published form ---------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    """``benchmarks/distillation.py``."""
-    return load_script("distillation")
-
-
-def test_from_the_published_pickle(script: ModuleType, diffusion_folder: Path, tmp_path: Path) -> None:
+def test_from_the_published_pickle(diffusion_folder: Path, tmp_path: Path) -> None:
     teacher = Pipeline.from_pretrained(diffusion_folder)
     assert teacher.autoencoder is not None
     save_autoencoder(teacher.autoencoder, tmp_path / "mar")
-    script.write_published(teacher.model, tmp_path / "checkpoint.pth")
+    write_published(teacher.model, tmp_path / "checkpoint.pth")
     convert_mar(tmp_path / "checkpoint.pth", tmp_path / "mar")
     converted = Pipeline.from_pretrained(tmp_path / "mar")
     assert converted.defaults.ar_steps == 4  # of 8, at most the tokens
