@@ -1,9 +1,10 @@
-"""Memory and time that training the presets takes on GPUs, for docs/cluster.md, whose tables this script writes.
+"""Memory and time of training the presets on GPUs; writes the tables of docs/cluster.md.
 
-    python -m benchmarks.cluster              # what is computed: a minute, no weights are made
-    python -m benchmarks.cluster --measure    # and training steps on this CPU, beside what is computed for them: 15 minutes, 16 GB
+    python -m benchmarks.cluster              # computed tables: a minute, no weights are created
+    python -m benchmarks.cluster --measure    # also measures training steps on this CPU: 15 minutes, 16 GB
 
-Run it in the repository's folder. Steps are those of ImageNet at 256 × 256: 16 × 16 tokens of 16 channels, in bfloat16.
+Run it in the repository's folder. Steps are those of ImageNet at 256 × 256: 16 × 16 tokens of 16 channels, in
+bfloat16.
 """
 
 import argparse
@@ -40,12 +41,13 @@ DOCUMENT = Path("docs/cluster.md")
 GB = 10**9
 EPOCHS, IMAGES = 400, 1_281_167
 GPUS = (24, 40, 80)
-# What is left to the CUDA context, the libraries' workspaces and the gaps between tensors: a guess, as no GPU was at hand.
+# The rest is for the CUDA context, the libraries' workspaces and gaps between tensors: a guess, without a
+# GPU.
 USABLE = 0.9
-# Operations a second in bfloat16, of dense products, as NVIDIA's data sheets have them.
+# Operations per second of dense products in bfloat16, from NVIDIA's data sheets.
 PEAKS = {"A100": 312e12, "H100": 989e12}
 NODES = {"A100": (1, 2, 4, 8), "H100": (1, 2, 4, 8)}
-GPUS_A_NODE = 8
+GPUS_PER_NODE = 8
 TINY = ModelConfig(
     NetworkConfig(MaskedConfig(32, 1, 2, 32, 1, 2, 1), HeadConfig("shortcut", 32, 1)), 2, 4, (2, 2)
 )
@@ -56,7 +58,7 @@ MAR_SECONDS, MAR_GPUS = 35 * 3600, 16
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Numbers of parameters: all, those in the backbone's blocks, those of its largest block, and the head's."""
+    """Parameter counts: all, the backbone's blocks, its largest block, and the head."""
 
     all: int
     blocks: int
@@ -66,17 +68,18 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Bytes that the forward pass keeps for the backward one: whatever the batch, and an image."""
+    """Bytes that the forward pass keeps for the backward pass: fixed, and per image."""
 
     fixed: int
     image: int
 
 
 def at_rest(sizes: Sizes, parallel: str = "ddp", processes: int = 1) -> float:
-    """Bytes that each process holds from step to step.
+    """Return the bytes that each process holds between steps.
 
-    Weights, gradients and EMA take 4 bytes a parameter each, Adam's two averages 8. With DDP (``ddp``) every process has all of them.
-    FSDP2 (``fsdp``) divides all among the processes but the EMA of the head, which every step asks for targets.
+    Weights, gradients and EMA take 4 bytes per parameter each, Adam's two averages 8. With DDP (``ddp``)
+    every process holds all of them. FSDP2 (``fsdp``) shards all but the EMA of the head, the teacher of every
+    step.
     """
     if parallel == "ddp":
         return 20.0 * sizes.all
@@ -86,16 +89,18 @@ def at_rest(sizes: Sizes, parallel: str = "ddp", processes: int = 1) -> float:
 def memory(
     sizes: Sizes, kept: Kept, images: int, parallel: str = "ddp", processes: int = 1, micro_batches: int = 1
 ) -> float:
-    """Bytes of a process at the peak of a training step: where the forward pass of its last micro-batch ends.
+    """Return the bytes of a process at the peak of a training step: the end of its last forward pass.
 
-    That is what it holds at rest and what the forward pass keeps: activations of every image, and of every weight a copy in bfloat16.
-    With several micro-batches, DDP's buckets are there beside the gradients, which are put into them with the last; otherwise the two
-    are never there at once with the activations. FSDP2 adds what a process puts together: weights and gradients of all that is in no
-    block of the backbone (head, embeddings) and of two blocks, the one that is computed and the next.
+    The sum has what the process holds at rest and what the forward pass keeps: activations of every image,
+    and a copy of every weight in bfloat16. With several micro-batches, DDP's buckets exist beside the
+    gradients, which the last micro-batch copies into them; with one, the two never exist together with the
+    activations. FSDP2 adds gathered weights and gradients: of everything outside the backbone's blocks (head,
+    embeddings), and of two blocks, the current one and the next.
 
     Args:
-        images: of a micro-batch.
-        micro_batches: of each process in a step; of one the gradients are made after this peak, so the sum is a bound.
+        images: per micro-batch.
+        micro_batches: per process and step. With one, gradients are created after this peak, so the sum is a
+            bound.
     """
     total = at_rest(sizes, parallel, processes) + kept.fixed + images * kept.image
     if parallel == "fsdp":
@@ -118,15 +123,15 @@ def _parameters(module: torch.nn.Module) -> int:
 
 
 def kept_by(config: ModelConfig, mask_ratio: float, gpu: bool = True) -> Kept:
-    """Measured on tensors without memory, by the growth from two images to four."""
+    """Return what the forward pass keeps, from fake tensors: the growth from two images to four."""
     two, four = (_saved(config, images, mask_ratio, gpu) for images in (2, 4))
     image = (four - two) // 2
     return Kept(two - 2 * image, image)
 
 
 def _saved(config: ModelConfig, images: int, mask_ratio: float, gpu: bool) -> int:
-    """Bytes of the tensors that the loss of ``images`` keeps, each storage once, those of the parameters left out."""
-    kept: dict[int, torch.UntypedStorage] = {}  # which also keeps their ids from being used again
+    """Return the bytes of the tensors that the loss keeps: each storage once, without parameters."""
+    kept: dict[int, torch.UntypedStorage] = {}  # keeps the storages, so that no id is reused
 
     def note(tensor: Tensor) -> Tensor:
         kept[id(tensor.untyped_storage())] = tensor.untyped_storage()
@@ -144,7 +149,7 @@ def _saved(config: ModelConfig, images: int, mask_ratio: float, gpu: bool) -> in
 
 
 def flops(config: ModelConfig) -> float:
-    """Multiplications and additions of the matrix products of a training step, forward and backward, an image; at the mean mask."""
+    """Return the FLOP of a training step's matrix products (both passes), per image at the mean mask."""
     with (
         _outline(config, mean_mask_ratio(config)) as model,
         FlopCounterMode(display=False) as counter,
@@ -156,9 +161,9 @@ def flops(config: ModelConfig) -> float:
 
 @contextlib.contextmanager
 def _outline(config: ModelConfig, mask_ratio: float) -> Iterator[FAR]:
-    """A model of tensors that have shapes but no memory, whose every batch is masked alike."""
+    """Yield a model of fake tensors that masks every batch alike."""
     with mock.patch("far.backbone.masked.sample_mask_ratio", return_value=mask_ratio):
-        # Tables that a head computes once stay for the models after this one, so they must be of numbers.
+        # Heads keep tables that later models use, so real tensors must fill them first.
         head = dataclasses.replace(config.network.head, width=32, depth=1)
         _loss(FAR(dataclasses.replace(TINY, network=dataclasses.replace(TINY.network, head=head))), 1)
         with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
@@ -179,7 +184,7 @@ def _loss(model: FAR, images: int) -> Tensor:
 
 @contextlib.contextmanager
 def _kernels_of_a_gpu() -> Iterator[None]:
-    """What differs there in what is kept: attention keeps no scores, dropout a mask of bytes, and autocast norms in float32."""
+    """Keep what a GPU keeps: no attention scores, dropout masks of bytes, norms in float32."""
     attention, layer_norm = F.scaled_dot_product_attention, F.layer_norm
     with contextlib.ExitStack() as stack:
         for name, function in {
@@ -194,7 +199,7 @@ def _kernels_of_a_gpu() -> Iterator[None]:
 
 
 def mean_mask_ratio(config: ModelConfig) -> float:
-    """The mean over 2,000 steps of the masked share; 1 for causal backbones, which have none."""
+    """Return the mean masked fraction over 2,000 steps; 1 for causal backbones, which mask nothing."""
     backbone, generator = config.network.backbone, torch.Generator().manual_seed(0)
     if not isinstance(backbone, MaskedConfig):
         return 1.0
@@ -205,7 +210,7 @@ def mean_mask_ratio(config: ModelConfig) -> float:
 
 
 def largest_kept(config: ModelConfig, gpu: bool = True) -> Kept:
-    """Of the step that keeps most: with the least masked the encoder's part is largest, with the most the head's."""
+    """Return what the largest step keeps: few masks enlarge the encoder's part, many the head's."""
     backbone = config.network.backbone
     ratios = (backbone.mask_ratio_min, 1.0) if isinstance(backbone, MaskedConfig) else (1.0,)
     return max((kept_by(config, ratio, gpu) for ratio in ratios), key=lambda kept: kept.image)
@@ -219,9 +224,9 @@ def table(heading: list[str], rows: list[list[str]]) -> str:
 
 
 def computed_tables() -> dict[str, str]:
-    """The tables by name."""
+    """Return the computed tables by name."""
     of_sizes, of_images, of_hours = [], [], []
-    utilisation = mar_utilisation()
+    utilization = mar_utilization()
     for name, network in PRESETS.items():
         config = ModelConfig(network)
         sizes, kept, work = sizes_of(config), largest_kept(config), flops(config)
@@ -235,7 +240,7 @@ def computed_tables() -> dict[str, str]:
         )
         all_work = work * EPOCHS * IMAGES
         seconds = [
-            all_work / (GPUS_A_NODE * nodes * PEAKS[gpu] * utilisation)
+            all_work / (GPUS_PER_NODE * nodes * PEAKS[gpu] * utilization)
             for gpu in NODES
             for nodes in NODES[gpu]
         ]
@@ -248,10 +253,10 @@ def computed_tables() -> dict[str, str]:
                 "preset",
                 "parameters",
                 "GB, DDP",
-                "FSDP2, 8 processes",
-                "FSDP2, 64",
-                "GB more an image",
-                "GFLOP an image",
+                "GB, FSDP2, 8 processes",
+                "GB, FSDP2, 64 processes",
+                "more GB per image",
+                "GFLOP per image",
             ],
             of_sizes,
         ),
@@ -261,13 +266,13 @@ def computed_tables() -> dict[str, str]:
         "hours": table(
             ["preset", "EFLOP", *(f"{nodes} × 8 {gpu}" for gpu in NODES for nodes in NODES[gpu])], of_hours
         ),
-        "utilisation": calibration(utilisation),
+        "utilization": calibration(utilization),
         "mar-memory": mar_memory(),
     }
 
 
 def networks_table() -> str:
-    """What to give in place of the recipe's ``network`` for each preset."""
+    """Return the overrides that replace the recipe's ``network`` for each preset."""
     rows = []
     for name, network in PRESETS.items():
         backbone, head = network.backbone, network.head
@@ -295,28 +300,29 @@ def networks_table() -> str:
 
 
 def fits(sizes: Sizes, kept: Kept, gpu: int, *way: Any) -> int:
-    """The most images of a micro-batch."""
+    """Return the largest number of images per micro-batch."""
     return max(0, int((USABLE * gpu * GB - memory(sizes, kept, 0, *way)) // kept.image))
 
 
-def mar_utilisation() -> float:
-    """The share of an H100's peak at which MAR's published training ran, had it done the arithmetic of ours."""
+def mar_utilization() -> float:
+    """Return the fraction of an H100's peak in MAR's published training, assuming our arithmetic."""
     return flops(ModelConfig(MAR)) * EPOCHS * IMAGES / (MAR_SECONDS * MAR_GPUS * PEAKS["H100"])
 
 
-def calibration(utilisation: float) -> str:
+def calibration(utilization: float) -> str:
     work = flops(ModelConfig(MAR))
     return (
-        f"{work / 1e9:.0f} GFLOP an image × {EPOCHS} × {IMAGES:,} images in {MAR_SECONDS // 3600} hours on {MAR_GPUS} GPUs are "
-        f"{utilisation * PEAKS['H100'] / 1e12:.0f} TFLOP/s a GPU, **{utilisation:.1%}** of an H100's {PEAKS['H100'] / 1e12:.0f}.\n"
+        f"{work / 1e9:.0f} GFLOP per image × {EPOCHS} × {IMAGES:,} images in {MAR_SECONDS // 3600} hours"
+        f" on {MAR_GPUS} GPUs are {utilization * PEAKS['H100'] / 1e12:.0f} TFLOP/s per GPU,"
+        f" **{utilization:.1%}** of an H100's {PEAKS['H100'] / 1e12:.0f}.\n"
     )
 
 
 def mar_memory() -> str:
-    """Of the batch that MAR's README names for 80 GB."""
+    """Return the computed memory of the micro-batch that MAR's README names for 80 GB."""
     config = ModelConfig(MAR)
     total = memory(sizes_of(config), largest_kept(config), 128)
-    return f"{total / GB:.0f} GB with 128 images, the micro-batch that MAR's README has on GPUs of 80 GB.\n"
+    return f"{total / GB:.0f} GB with 128 images, the micro-batch that MAR's README uses on GPUs of 80 GB.\n"
 
 
 # --- Measurement -------------------------------------------------------------------------------------
@@ -325,7 +331,7 @@ WAYS = {"1 process": ("ddp", 1), "2 processes, DDP": ("ddp", 2), "2 processes, F
 
 
 def models() -> dict[str, tuple[ModelConfig, tuple[int, ...]]]:
-    """What is measured, and the images of a micro-batch."""
+    """Return the measured models, and their images per micro-batch."""
     avatars = load_recipe("avatars-64").generator.network
     return {
         "avatars-64": (ModelConfig(avatars, 16, 8, (8, 8)), (64, 128)),
@@ -334,15 +340,15 @@ def models() -> dict[str, tuple[ModelConfig, tuple[int, ...]]]:
 
 
 def measured_tables() -> dict[str, str]:
-    """The tables by name."""
+    """Return the measured tables by name."""
     of_memory = []
     for name, (config, batches) in models().items():
         sizes, kept = sizes_of(config), kept_by(config, 1.0, gpu=False)
         for images in batches:
             for way, (parallel, processes) in WAYS.items():
-                # One process accumulates, so that its gradients are there while it computes, as DDP's are.
+                # One process accumulates, so that its gradients exist during the forward pass, as with DDP.
                 micro_batches = 1 if parallel == "fsdp" else 2
-                # What is freed goes back to the system at once: glibc would keep a good deal.
+                # Return freed memory to the system at once: glibc keeps much of it otherwise.
                 options = {"MALLOC_MMAP_THRESHOLD_": "65536"}
                 found = train(name, images, parallel, processes, micro_batches, steps=2, **options)["bytes"]
                 computed = memory(sizes, kept, images, parallel, processes, micro_batches)
@@ -357,7 +363,7 @@ def measured_tables() -> dict[str, str]:
                 of_memory.append(row)
                 print(*row, flush=True)
     return {
-        "measured": table(["model", "way", "images", "GB computed", "GB measured", "ratio"], of_memory),
+        "measured": table(["model", "processes", "images", "GB computed", "GB measured", "ratio"], of_memory),
         "speed": measured_speed(),
     }
 
@@ -382,7 +388,7 @@ def measured_speed() -> str:
         "model",
         "batch",
         "images/s",
-        "GFLOP an image",
+        "GFLOP per image",
         "GFLOP/s",
         f"of the product's {peak / 1e9:.0f}",
     ]
@@ -411,7 +417,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--measure", action="store_true", help="run training steps too")
+    parser.add_argument("--measure", action="store_true", help="also run training steps")
     arguments = parser.parse_args()
     tables = {**computed_tables(), **(measured_tables() if arguments.measure else {})}
     text = DOCUMENT.read_text(encoding="utf-8")

@@ -1,9 +1,9 @@
-"""One of the processes that ``cluster.py --measure`` starts: training steps of random latents, and what they take.
+"""A process that ``benchmarks.cluster --measure`` starts: measures training steps of random latents.
 
     python -m benchmarks.cluster_process far-b IMAGES PARALLEL MICRO_BATCHES STEPS
 
-A whole step is MICRO_BATCHES of IMAGES a process. Everything is masked, so that each step is the same. Prints as JSON the bytes that
-the first process's memory rose by at its highest, and the seconds of the steps.
+A step has MICRO_BATCHES of IMAGES per process. Everything is masked, so that all steps are equal. Prints as
+JSON the largest rise of the first process's memory in bytes, and the seconds of the steps.
 """
 
 import json
@@ -24,7 +24,7 @@ from far.training.loop import LoopConfig, Meter, Trainer
 
 
 class RandomLatents:
-    """A generator that learns from noise. See :class:`far.training.loop.Task`."""
+    """Task that trains a generator on noise. See :class:`far.training.loop.Task`."""
 
     parameter_groups = GeneratorTask.parameter_groups
 
@@ -43,7 +43,7 @@ class RandomLatents:
 
 
 def memory_of_this_process(field: str) -> int:
-    """``VmRSS``, or ``VmHWM``, its peak, in bytes."""
+    """Return ``VmRSS`` (resident memory) or ``VmHWM`` (its peak) in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
@@ -54,7 +54,7 @@ def main() -> None:
     with joined() as processes, mock.patch("far.backbone.masked.sample_mask_ratio", return_value=1.0):
         parts = processes.count * micro_batches
         config = LoopConfig(steps=steps, batch_size=parts * images, micro_batches=parts, parallel=parallel)
-        # What the first step of a process loads besides is not the model's.
+        # The first step of a process loads libraries, which are not the model's memory.
         Trainer(RandomLatents(TINY, images), config, Path("nowhere"), processes).train_step(Meter())
         before = memory_of_this_process("VmRSS")
         trainer = Trainer(RandomLatents(models()[name][0], images), config, Path("nowhere"), processes)
