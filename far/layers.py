@@ -1,20 +1,16 @@
-"""Building blocks that the networks share: attention, feed-forward, Transformer block, rotary positions, key-value cache.
+"""Layers that the networks share: attention, feed-forward, Transformer block, rotary positions, key-value cache.
 
-Parameter names of :class:`Attention`, :class:`FeedForward` and :class:`Block` are those of the published MAR
-checkpoints (which are timm's).
+:class:`Attention`, :class:`FeedForward` and :class:`Block` use the parameter names of the published MAR checkpoints,
+which are those of timm.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# What becomes of a block's new keys and values: all that its queries are to see, and what is added to the scores of each key.
-Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
-# Scores that the plain products of attention have in memory at once: they stay in the caches.
+# Attention scores per product on a CPU, few enough to stay in the processor's caches.
 _SCORES = 2_500_000
-# What numbers of a token a float16 network is fed at most; a trained model's are below ten.
+# Largest absolute value of an input token in float16. Tokens of trained models stay below ten.
 _FLOAT16_TOKEN = 1000.0
 
 
@@ -28,10 +24,16 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.proj_drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, positions: Tensor | None = None, remember: Remember | None = None) -> Tensor:
-        """Return ``[b, n, width]``, or ``[b, m, width]`` at the query ``positions [b, m]`` alone.
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        cache: "KeyValueCache | None" = None,
+        index: int = 0,
+    ) -> Tensor:
+        """Return ``[b, n, width]``, or ``[b, m, width]`` if ``positions [b, m]`` selects the queries.
 
-        ``remember`` maps keys and values ``[b, heads, n, head_width]`` of ``x`` to those that are seen, and a bias of them.
+        All queries attend to all of ``x`` and to what ``cache`` holds of block ``index``.
         """
         batch, count, width = x.shape
         qkv = self.qkv(x).view(batch, count, 3, self.heads, width // self.heads)
@@ -39,8 +41,8 @@ class Attention(nn.Module):
         if positions is not None:
             q = take(qkv[:, :, 0].flatten(2), positions).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         bias = None
-        if remember is not None:
-            k, v, bias = remember(k, v)
+        if cache is not None:
+            k, v, bias = cache.write(index, k, v)
         y = attend(q, k, v, bias, dropout=self.dropout if self.training else 0.0)
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
 
@@ -48,10 +50,10 @@ class Attention(nn.Module):
 def attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """Attention of all queries ``[b, heads, m, head_width]`` to all keys ``[b, heads, n, head_width]``; ``bias [n]`` is added to scores.
+    """Return attention of queries ``[b, heads, m, head_width]`` to keys and values ``[b, heads, n, head_width]``.
 
-    The CPU's fused kernel takes longer in bfloat16 than plain products of a few rows at a time, several times as long for a
-    single query; the scores of these are rounded to bfloat16.
+    The scores are increased by ``bias [n]``. In bfloat16 on a CPU, products of a few rows at a time are faster than
+    the fused kernel, several times for a single query. They round scores to bfloat16.
     """
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or query.requires_grad:
         mask = None if bias is None else bias.expand(query.shape[2], -1)
@@ -64,7 +66,7 @@ def attend(
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """By products of three axes, which take half of the time of products of four."""
+    """Return attention by products of three axes, which take half the time of products of four."""
     scores = query.flatten(0, 1) @ key.flatten(0, 1).transpose(1, 2)
     if bias is not None:
         scores = scores + bias
@@ -72,16 +74,16 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> T
 
 
 def take(x: Tensor, positions: Tensor) -> Tensor:
-    """Rows ``[b, m, c]`` of ``x [b, n, c]`` at ``positions [b, m]``."""
+    """Return the rows ``[b, m, c]`` of ``x [b, n, c]`` at ``positions [b, m]``."""
     return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def as_input(tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """Tokens ``[…, channels]`` as a network with weights of ``dtype`` is fed them.
+    """Return tokens ``[…, channels]`` in the ``dtype`` of a network's weights.
 
-    A diffusion head that is hardly trained draws numbers in the ten thousands. Projected they leave the range of float16, and one
-    infinity makes NaNs of all tokens after it. So in float16 such a token is shortened, its direction kept: the norms that follow
-    take its length away in any case.
+    A barely trained diffusion head draws values above 10,000. Their projections overflow in float16, and one
+    infinity turns all later tokens into NaN. Float16 therefore scales such a token down. This keeps its direction,
+    and the next norm ignores its length.
     """
     if dtype == torch.float16:
         tokens = tokens * (_FLOAT16_TOKEN / tokens.abs().amax(dim=-1, keepdim=True).clamp(min=_FLOAT16_TOKEN))
@@ -89,7 +91,7 @@ def as_input(tokens: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU, linear, four times as wide inside."""
+    """Linear, GELU, linear, with a hidden width of four times ``width``."""
 
     def __init__(self, width: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -111,17 +113,23 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = FeedForward(width, dropout)
 
-    def forward(self, x: Tensor, positions: Tensor | None = None, remember: Remember | None = None) -> Tensor:
-        """See :meth:`Attention.forward`."""
-        seen = x if positions is None else take(x, positions)
-        x = seen + self.attn(self.norm1(x), positions, remember)
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        cache: "KeyValueCache | None" = None,
+        index: int = 0,
+    ) -> Tensor:
+        """Return ``x`` after attention and feed-forward; see :meth:`Attention.forward`."""
+        residual = x if positions is None else take(x, positions)
+        x = residual + self.attn(self.norm1(x), positions, cache, index)
         return x + self.mlp(self.norm2(x))
 
 
 class SwiGLU(nn.Module):
-    """LLaMA's feed-forward ``down(silu(gate(x)) · up(x))`` of ``[…, width]`` (arXiv 2002.05202); no biases.
+    """LLaMA's feed-forward ``down(silu(gate(x)) · up(x))`` of ``[…, width]`` (arXiv 2002.05202), without biases.
 
-    Gate and up are one product.
+    One product computes gate and up.
     """
 
     def __init__(self, width: int, hidden_width: int) -> None:
@@ -135,10 +143,11 @@ class SwiGLU(nn.Module):
 
 
 def rotary_table(positions: Tensor, width: int) -> Tensor:
-    """What :func:`rotate` turns heads of ``width`` numbers by (arXiv 2104.09864): ``[2, n, width]``.
+    """Return cosines and sines ``[2, n, width]`` for :func:`rotate` (RoPE, arXiv 2104.09864).
 
     Args:
-        positions: ``[n, axes]``; each axis turns its own ``width/2/axes`` pairs, by 1 down to 1e-4 radians a position.
+        positions: ``[n, axes]``. Each axis rotates its own ``width/2/axes`` pairs, by 1 to 1e-4 radians per position.
+        width: channels per head.
     """
     pairs = width // 2 // positions.shape[1]
     frequencies = 10_000.0 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
@@ -148,83 +157,79 @@ def rotary_table(positions: Tensor, width: int) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn the pairs (i, i + width/2) of ``x […, n, width]`` by ``table [2, n, width]``: a · cos − b · sin, and b · cos + a · sin."""
+    """Rotate the pairs (i, i + width/2) of ``x […, n, width]`` by ``table [2, n, width]``.
+
+    A pair (a, b) becomes (a · cos − b · sin, b · cos + a · sin).
+    """
     cosine, sine = table.to(x.dtype)
     return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, dims=-1), sine)
 
 
 class KeyValueCache:
-    """Keys and values of all blocks of a Transformer, ``[depth, rows, heads, places, head_width]`` each.
+    """Keys and values of all blocks of a Transformer, ``[depth, rows, heads, positions, head_width]`` each.
 
-    ``length`` places are held; whoever writes to all blocks moves it on. The memory grows with them by ``growth`` places at a
-    time, so that keys lie in one piece and kernels see few shapes. Rows can be left out on the way, the last ones first; from
-    then on they have gaps, until the cache is cleared.
+    Call :meth:`extend` or :meth:`overwrite` once per pass, then :meth:`write` in each block. Memory grows by
+    ``growth`` positions at a time, so that keys stay contiguous and kernels see few shapes. A pass may leave out
+    the last rows. These then have gaps and cannot be used again until :meth:`clear`.
+
+    Attributes:
+        start: positions that were held before this pass.
+        length: positions that are held after this pass.
     """
 
     def __init__(
-        self,
-        depth: int,
-        rows: int,
-        heads: int,
-        head_width: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        growth: int = 64,
+        self, depth: int, rows: int, heads: int, head_width: int, like: Tensor, growth: int = 64
     ) -> None:
+        """Create an empty cache in the dtype and on the device of ``like``."""
         self.growth = growth
-        # Zeros, since what is not held yet is multiplied by zero, which NaNs would survive.
-        self.keys = torch.zeros(depth, rows, heads, 0, head_width, dtype=dtype, device=device)
+        # Zeros, because the bias hides unused positions by a product with zero, which NaNs would survive.
+        self.keys = like.new_zeros(depth, rows, heads, 0, head_width)
         self.values = self.keys.clone()
         self.clear()
 
     def clear(self) -> None:
         """Hold nothing."""
-        self.length, self.rows = 0, self.keys.shape[1]
-        self.bias = self._bias(0)
+        self.start, self.length, self.rows = 0, 0, self.keys.shape[1]
+        self.positions: Tensor | None = None
+        self.bias: Tensor | None = None
 
-    def append(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Write ``[b, heads, m, head_width]`` behind what is held of a block's first b rows.
-
-        Returns all of it with room behind, and the bias ``[places]`` that hides the room.
-        """
-        rows, end = self._keep(len(keys)), self.length + keys.shape[2]
-        if block == 0:
-            self._grow(end)
-            self.bias = self._bias(end)
-        self.keys[block, :rows, :, self.length : end] = keys
-        self.values[block, :rows, :, self.length : end] = values
-        if not self.length:
-            return keys, values, None
-        return self.keys[block, :rows], self.values[block, :rows], self.bias
-
-    def put(
-        self, block: int, positions: Tensor, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Write over the held ``positions [b, m]`` of a block's first b rows; otherwise as :meth:`append`."""
-        rows = self._keep(len(keys))
-        index = positions[:, None, :, None].expand_as(keys)
-        return (
-            self.keys[block, :rows].scatter_(2, index, keys),
-            self.values[block, :rows].scatter_(2, index, values),
-            self.bias,
-        )
-
-    def _keep(self, rows: int) -> int:
-        assert rows <= self.rows, "rows that were left out have gaps"
-        self.rows = rows
-        return rows
-
-    def _grow(self, places: int) -> None:
-        missing = places - self.keys.shape[3]
+    def extend(self, rows: int, count: int) -> None:
+        """Let the blocks of this pass append ``count`` positions to the first ``rows`` rows."""
+        self._keep(rows)
+        self.start, self.length, self.positions = self.length, self.length + count, None
+        missing = self.length - self.keys.shape[3]
         if missing > 0:
             room = -(-missing // self.growth) * self.growth
             self.keys, self.values = (F.pad(held, (0, 0, 0, room)) for held in (self.keys, self.values))
+        self.bias = None
+        if self.length < self.keys.shape[3]:
+            self.bias = self.keys.new_zeros(self.keys.shape[3])
+            self.bias[self.length :] = -torch.inf
 
-    def _bias(self, held: int) -> Tensor | None:
-        """Minus infinity for all places but the first ``held``; None where there are no others."""
-        places = self.keys.shape[3]
-        if held == places:
-            return None
-        bias = self.keys.new_zeros(places)
-        bias[held:] = -torch.inf
-        return bias
+    def overwrite(self, positions: Tensor) -> None:
+        """Let the blocks of this pass overwrite held ``positions [b, m]`` of the first b rows."""
+        self._keep(len(positions))
+        self.start, self.positions = self.length, positions
+
+    def write(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Write a block's new keys and values ``[b, heads, m, head_width]``.
+
+        Returns:
+            The block's keys and values to attend to, and a bias ``[positions]`` to add to the scores, which hides
+            unused memory. There is no bias if all memory is in use.
+        """
+        held_keys, held_values = self.keys[block, : self.rows], self.values[block, : self.rows]
+        if self.positions is None:
+            held_keys[:, :, self.start : self.length] = keys
+            held_values[:, :, self.start : self.length] = values
+            if not self.start:
+                return keys, values, None
+        else:
+            index = self.positions[:, None, :, None].expand_as(keys)
+            held_keys.scatter_(2, index, keys)
+            held_values.scatter_(2, index, values)
+        return held_keys, held_values, self.bias
+
+    def _keep(self, rows: int) -> None:
+        assert rows <= self.rows, f"{rows} rows after a pass with {self.rows}: the others have gaps"
+        self.rows = rows

@@ -1,7 +1,6 @@
-"""What every backbone is: known tokens and a class → conditions ``z`` at chosen positions.
+"""Base class of all backbones: known tokens and a class → conditions ``z`` at query positions.
 
-A backbone knows no head, no generation schedule, no guidance: its one question is :meth:`Backbone.forward`. The registry
-of backbones is in ``far.backbone``.
+A backbone does not depend on heads, generation schedules or guidance. These call :meth:`Backbone.forward`.
 """
 
 import abc
@@ -12,17 +11,20 @@ from torch import Tensor, nn
 
 
 class Cache(Protocol):
-    """What a backbone keeps between the AR steps of a generation."""
+    """Keys and values that a backbone keeps between the AR steps of a generation."""
 
     def clear(self) -> None:
-        """Hold nothing; the next step computes everything."""
+        """Hold nothing, so that the next AR step computes everything."""
 
 
 class Backbone(nn.Module, abc.ABC):
-    """Base of all backbones. A label equal to ``classes`` stands for "no class" (guidance's unconditional half).
+    """Base class of all backbones. The label ``classes`` means "no class", for the unconditional half of guidance.
 
-    ``any_order`` tells whether tokens may become known in any order and several at once; otherwise they are drawn
-    one by one, row by row.
+    Attributes:
+        any_order: tokens may become known in any order and several at once. Otherwise they are drawn one by one, row
+            by row.
+        config: the dataclass that describes this backbone.
+        tokens: length of the sequence.
     """
 
     any_order: bool
@@ -32,7 +34,7 @@ class Backbone(nn.Module, abc.ABC):
     @property
     @abc.abstractmethod
     def width(self) -> int:
-        """The width of ``z``."""
+        """Channels of ``z``."""
 
     @abc.abstractmethod
     def forward(

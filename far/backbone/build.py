@@ -9,7 +9,7 @@ from far.backbone.masked import MaskedBackbone
 def build_backbone(
     config: MaskedConfig | CausalConfig, grid: tuple[int, int], channels: int, classes: int
 ) -> Backbone:
-    """The backbone of ``config`` for a ``grid`` of (rows, columns) tokens of ``channels``."""
+    """Return the backbone of ``config`` for a ``grid`` of (rows, columns) tokens of ``channels``."""
     if isinstance(config, CausalConfig):
         return CausalBackbone(config, grid, channels, classes)
     return MaskedBackbone(config, grid[0] * grid[1], channels, classes)

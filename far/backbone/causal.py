@@ -1,8 +1,7 @@
-"""FAR-Causal's backbone: a decoder-only Transformer of the LLaMA kind over continuous tokens, in raster order.
+"""FAR-Causal's backbone: a decoder-only Transformer in the style of LLaMA over continuous tokens, in raster order.
 
-Its input is the class (one or several copies) and the tokens so far, its output at each place the
-condition ``z`` of the next token. Nothing is special to images but the two-dimensional rotary
-positions. What is drawn from ``z`` is decided elsewhere.
+Its input is the class (one or several copies) and the tokens so far. Its output at each position is the condition
+``z`` of the next token. Only the two-dimensional rotary positions are specific to images.
 """
 
 import math
@@ -17,7 +16,7 @@ from far.layers import KeyValueCache, SwiGLU, as_input, attend, rotary_table, ro
 
 
 class CausalBackbone(Backbone):
-    """Class and tokens so far → ``z [b, m, width]`` of the next ones, for a ``grid`` of (rows, columns) tokens of ``channels``."""
+    """Class and first tokens → ``z [b, m, width]`` of the next ones, on a ``grid`` of (rows, columns) tokens."""
 
     any_order = False
     rotary: Tensor
@@ -37,23 +36,22 @@ class CausalBackbone(Backbone):
 
     @property
     def width(self) -> int:
-        """The width of ``z``."""
+        """Channels of ``z``."""
         return self.config.width
 
     @property
     def length(self) -> int:
-        """Of the longest sequence: the last token is never fed back."""
+        """Length of the longest input: class copies and all tokens but the last."""
         return self.config.buffer + self.tokens - 1
 
     def _initialize(self) -> None:
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                # What is added to the residual stream by 2 · depth branches keeps its scale.
-                branch = name.endswith(("project", "down"))
-                deviation = module.in_features**-0.5
-                nn.init.normal_(
-                    module.weight, std=deviation / math.sqrt(2 * self.config.depth) if branch else deviation
-                )
+                std = module.in_features**-0.5
+                if name.endswith(("project", "down")):
+                    # The sum of 2 · depth branches keeps the scale of the residual stream.
+                    std /= math.sqrt(2 * self.config.depth)
+                nn.init.normal_(module.weight, std=std)
         nn.init.normal_(self.class_embedding.weight)
         nn.init.normal_(self.class_positions, std=0.02)
 
@@ -67,23 +65,22 @@ class CausalBackbone(Backbone):
     ) -> Tensor:
         """Return ``z`` at ``query``; see :meth:`Backbone.forward`.
 
-        The known tokens are the first ones in raster order. Query positions are among them, or the one that
-        follows. With a cache, only tokens that it does not hold go through the network, so ``query`` must be
+        The known tokens are the first ones in raster order. Query positions are among them, or the position after
+        them. With a cache, only tokens that it does not hold go through the network, so ``query`` must be
         among these. If the cache has more rows than ``tokens``, the first rows are used.
         """
         start = 0 if cache is None else cache.length
         end = self.config.buffer + known.shape[1]
         x = self._inputs(tokens, labels, start, end)
         rotary = self.rotary[:, start:end].to(x.dtype)
+        if cache is not None:
+            cache.extend(*x.shape[:2])
         for index, block in enumerate(self.blocks):
             x = block(x, rotary, cache, index)
-        if cache is not None:
-            cache.length = end
-        places = query + self.config.buffer - 1 - start
-        return self.norm(take(x, places))
+        return self.norm(take(x, query + self.config.buffer - 1 - start))
 
     def _inputs(self, tokens: Tensor, labels: Tensor, start: int, end: int) -> Tensor:
-        """The embedded sequence ``[b, end − start, width]`` of class copies and tokens from ``start``."""
+        """Embed class copies and tokens from ``start`` to ``end``: ``[b, end − start, width]``."""
         buffer = self.config.buffer
         fed = tokens[:, max(0, start - buffer) : end - buffer]
         x = self.token_projection(as_input(fed, self.norm.weight.dtype))
@@ -93,7 +90,7 @@ class CausalBackbone(Backbone):
         return x
 
     def training_inputs(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Teacher forcing: one pass predicts every token from those before it."""
+        """Return arguments for teacher forcing: one pass predicts every token from those before it."""
         positions = torch.arange(self.tokens, device=tokens.device).expand(len(tokens), -1)
         if self.config.input_noise > 0:
             noise = torch.randn(tokens.shape, generator=generator).to(tokens.device)
@@ -101,15 +98,13 @@ class CausalBackbone(Backbone):
         return tokens, positions[:, :-1], positions
 
     def new_cache(self, rows: int) -> KeyValueCache:
-        """An empty cache, in the dtype and on the device of the weights."""
-        config, like = self.config, self.norm.weight
-        return KeyValueCache(
-            config.depth, rows, config.heads, config.width // config.heads, like.dtype, like.device
-        )
+        """Return an empty cache in the dtype and on the device of the weights."""
+        config = self.config
+        return KeyValueCache(config.depth, rows, config.heads, config.width // config.heads, self.norm.weight)
 
 
 class CausalBlock(nn.Module):
-    """Pre-norm block: RMSNorm, causal attention, RMSNorm, SwiGLU; no biases."""
+    """Pre-norm block without biases: RMSNorm, causal attention, RMSNorm, SwiGLU."""
 
     def __init__(self, config: CausalConfig) -> None:
         super().__init__()
@@ -125,7 +120,7 @@ class CausalBlock(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Multi-head attention of ``[b, m, width]`` to itself and to what the cache holds before it."""
+    """Multi-head causal attention of ``[b, m, width]`` to itself and to the cached positions before it."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -140,29 +135,27 @@ class CausalAttention(nn.Module):
         (query, key), value = rotate(joint[:2], rotary), joint[2]
         bias = None
         if cache is not None:
-            key, value, bias = cache.append(index, key, value)
+            key, value, bias = cache.write(index, key, value)
         if count == 1:
             y = attend(query, key, value, bias)
         else:
-            mask = (
-                None
-                if cache is None or not cache.length
-                else _causal_mask(count, key.shape[2], cache.length, x.device)
-            )
+            mask = None
+            if cache is not None and cache.start:
+                mask = _causal_mask(count, key.shape[2], cache.start, x.device)
             y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None)
         return self.project(y.transpose(1, 2).reshape(batch, count, width))
 
 
 def _causal_mask(queries: int, keys: int, held: int, device: torch.device) -> Tensor:
-    """Which keys each of several queries sees, where ``held`` keys are before them; none of the room behind."""
+    """Return the mask ``[queries, keys]`` of queries that follow ``held`` keys. Keys after them are hidden."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(held)
 
 
 def _positions(config: CausalConfig, grid: tuple[int, int]) -> Tensor:
-    """Rotary positions ``[length, axes]``: the class copies', then the tokens' (all but the last)."""
+    """Return rotary positions ``[length, axes]`` of the class copies and of all tokens but the last."""
     rows, columns = grid
     if config.positions == "sequence":
         return torch.arange(config.buffer + rows * columns - 1).unsqueeze(-1)
-    # The class stands outside the grid, at its corner.
+    # The class is outside the grid, at its corner.
     place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)) + 1
     return torch.cat([place.new_zeros(config.buffer, 2), place[:-1]])

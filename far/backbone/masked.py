@@ -1,12 +1,10 @@
 """MAR's masked encoder-decoder (arXiv 2406.11838, section 3.3).
 
-The encoder sees the class (several copies, the "buffer") and the known tokens; the decoder sees the
-encoder's output with mask tokens at the unknown positions, and gives ``z`` there. Which positions are
-known, in which order they become so, and what is drawn from ``z`` is decided elsewhere.
+The encoder sees the class (several copies, the "buffer") and the known tokens. The decoder sees the encoder's output
+with mask tokens at the unknown positions, and returns ``z`` there.
 """
 
 import dataclasses
-import functools
 import math
 
 import torch
@@ -20,7 +18,7 @@ from far.tokens import sample_mask_ratio
 
 
 class MaskedBackbone(Backbone):
-    """Known tokens, in any order, and a class → ``z [b, m, decoder_width]`` at chosen positions."""
+    """Known tokens, in any order, and a class → ``z [b, m, decoder_width]`` at query positions."""
 
     any_order = True
 
@@ -48,7 +46,7 @@ class MaskedBackbone(Backbone):
 
     @property
     def width(self) -> int:
-        """The width of ``z``."""
+        """Channels of ``z``."""
         return self.config.decoder_width
 
     def _initialize(self) -> None:
@@ -63,13 +61,14 @@ class MaskedBackbone(Backbone):
     def encode(
         self, tokens: Tensor, known: Tensor, labels: Tensor, cache: KeyValueCache | None = None
     ) -> Tensor:
-        """The encoder's output ``[b, buffer + k, encoder_width]``.
+        """Return the encoder's output ``[b, buffer + k, encoder_width]``.
 
         Args:
             tokens: ``[b, n, channels]``; only the known ones are read.
             known: positions ``[b, k]`` of the known tokens.
             labels: ``[b]``, 0 … classes.
-            cache: if it holds the buffer and the first tokens of ``known``, only the other ones are computed and returned.
+            cache: if it holds the buffer and the first tokens of ``known``, only the other tokens are computed and
+                returned.
         """
         buffer = self.config.buffer
         held = 0 if cache is None else cache.length
@@ -81,43 +80,41 @@ class MaskedBackbone(Backbone):
             prefix = self.class_embedding(labels).unsqueeze(1) + self.encoder_positions[:, :buffer]
             x = torch.cat([prefix, x.to(prefix.dtype)], dim=1)
         x = self.token_norm(x)
-        for index, block in enumerate(self.encoder_blocks):
-            x = block(x, remember=None if cache is None else functools.partial(cache.append, index))
         if cache is not None:
-            cache.length += x.shape[1]
+            cache.extend(*x.shape[:2])
+        for index, block in enumerate(self.encoder_blocks):
+            x = block(x, None, cache, index)
         return self.encoder_norm(x)
 
     def decode(
         self, encoded: Tensor, known: Tensor, query: Tensor, cache: KeyValueCache | None = None
     ) -> Tensor:
-        """``z [b, m, decoder_width]`` at the positions ``query [b, m]``.
+        """Return ``z [b, m, decoder_width]`` at the positions ``query [b, m]``.
 
         Args:
-            encoded: the encoder's output: of the buffer and the tokens at ``known [b, k]``; with a cache that holds
-                something, of the last ones of them alone, and only their places and the query positions are computed.
+            encoded: the encoder's output for the buffer and the tokens at ``known [b, k]``, or for the last ones of
+                these tokens if ``cache`` holds the others. Then only their positions and ``query`` are computed.
+            known: positions ``[b, k]`` of the known tokens.
+            query: positions ``[b, m]``.
+            cache: keys and values of all positions, from the last call.
         """
         if cache is None or not cache.length:
-            x, places = self._decoder_inputs(encoded, known), query + self.config.buffer
-            remember = [
-                None if cache is None else functools.partial(cache.append, index)
-                for index in range(len(self.decoder_blocks))
-            ]
+            x, positions = self._decoder_inputs(encoded, known), query + self.config.buffer
+            if cache is not None:
+                cache.extend(*x.shape[:2])
         else:
-            x, written = self._new_decoder_inputs(encoded, known, query)
-            places = torch.arange(encoded.shape[1], x.shape[1], device=x.device).expand(len(x), -1)
-            remember = [
-                functools.partial(cache.put, index, written) for index in range(len(self.decoder_blocks))
-            ]
-        for block, keep in zip(self.decoder_blocks[:-1], remember):
-            x = block(x, remember=keep)
-        # After the last attention each place is by itself, so only the query positions continue.
-        x = self.decoder_blocks[-1](x, places, remember[-1])
-        if cache is not None:
-            cache.length = self.config.buffer + self.tokens
+            x, overwritten = self._new_decoder_inputs(encoded, known, query)
+            positions = torch.arange(encoded.shape[1], x.shape[1], device=x.device).expand(len(x), -1)
+            cache.overwrite(overwritten)
+        *blocks, last = self.decoder_blocks
+        for index, block in enumerate(blocks):
+            x = block(x, None, cache, index)
+        # After the last attention, positions no longer interact, so only the query positions continue.
+        x = last(x, positions, cache, len(blocks))
         return self.decoder_norm(x) + F.embedding(query, self.condition_positions[0])
 
     def _decoder_inputs(self, encoded: Tensor, known: Tensor) -> Tensor:
-        """Buffer, known tokens and mask tokens, all in their places: ``[b, buffer + n, decoder_width]``."""
+        """Return buffer, known tokens and mask tokens in spatial order: ``[b, buffer + n, decoder_width]``."""
         buffer = self.config.buffer
         x = self.decoder_projection(encoded)
         grid = self.mask_token.to(x.dtype).expand(len(x), self.tokens, -1)
@@ -126,11 +123,11 @@ class MaskedBackbone(Backbone):
         return torch.cat([x[:, :buffer], grid], dim=1) + self.decoder_positions
 
     def _new_decoder_inputs(self, encoded: Tensor, known: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens that became known and mask tokens at the query positions, ``[b, k + m, decoder_width]``, and their places."""
+        """Return new known tokens and mask tokens at ``query``, ``[b, k + m, decoder_width]``, and their positions."""
         x = self.decoder_projection(encoded)
-        places = torch.cat([known[:, known.shape[1] - x.shape[1] :], query], dim=1) + self.config.buffer
+        positions = torch.cat([known[:, known.shape[1] - x.shape[1] :], query], dim=1) + self.config.buffer
         masks = self.mask_token.to(x.dtype).expand(len(x), query.shape[1], -1)
-        return torch.cat([x, masks], dim=1) + F.embedding(places, self.decoder_positions[0]), places
+        return torch.cat([x, masks], dim=1) + F.embedding(positions, self.decoder_positions[0]), positions
 
     def forward(
         self,
@@ -151,30 +148,19 @@ class MaskedBackbone(Backbone):
         return self.decode(self.encode(tokens, known, labels, cache.encoder), known, query, cache.decoder)
 
     def new_cache(self, rows: int) -> "MaskedCache":
-        """An empty cache, in the dtype and on the device of the weights."""
-        config, like = self.config, self.encoder_norm.weight
-        encoder = (
-            config.encoder_depth,
-            rows,
-            config.encoder_heads,
-            config.encoder_width // config.encoder_heads,
-        )
-        decoder = (
-            config.decoder_depth,
-            rows,
-            config.decoder_heads,
-            config.decoder_width // config.decoder_heads,
-        )
-        places = config.buffer + self.tokens
+        """Return an empty cache in the dtype and on the device of the weights."""
+        config, like, positions = self.config, self.encoder_norm.weight, self.config.buffer + self.tokens
+        encoder = config.encoder_heads, config.encoder_width // config.encoder_heads
+        decoder = config.decoder_heads, config.decoder_width // config.decoder_heads
         return MaskedCache(
-            KeyValueCache(*encoder, like.dtype, like.device),
-            KeyValueCache(*decoder, like.dtype, like.device, growth=places),
+            KeyValueCache(config.encoder_depth, rows, *encoder, like),
+            KeyValueCache(config.decoder_depth, rows, *decoder, like, growth=positions),
         )
 
     def training_inputs(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """A random share of the tokens is masked: these are the query positions ``[b, m]``, the others are known.
+        """Mask a random fraction of the tokens: these are the query positions ``[b, m]``, the others are known.
 
-        One ratio a batch, from :func:`far.tokens.sample_mask_ratio`; other positions for every sample.
+        The fraction is one draw of :func:`far.tokens.sample_mask_ratio` per batch. Positions differ per sample.
         """
         batch = len(tokens)
         ratio = sample_mask_ratio(generator, self.config.mask_ratio_min, self.config.mask_ratio_deviation)
@@ -185,12 +171,12 @@ class MaskedBackbone(Backbone):
 
 @dataclasses.dataclass(frozen=True)
 class MaskedCache:
-    """The encoder's keys and values lie in the order of generation, the decoder's by place."""
+    """Keys and values of the encoder in order of generation, and of the decoder in spatial order."""
 
     encoder: KeyValueCache
     decoder: KeyValueCache
 
     def clear(self) -> None:
-        """Hold nothing; the next step computes everything."""
+        """Hold nothing, so that the next AR step computes everything."""
         self.encoder.clear()
         self.decoder.clear()
