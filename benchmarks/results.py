@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.classifier import LinearClassifier
 from benchmarks.distillation import distill
 from benchmarks.recorded import TRAIN, WEIGHTS, Measurements, checksums, made, tell_missing
 from benchmarks.results_report import write_report
 from far.cli.main import main as far_command
 from far.config import from_dict
 from far.data.shards import ShardReader
-from far.evaluation.classifier import LinearClassifier
 from far.evaluation.extraction import extract_parts, read_parts
 from far.evaluation.features import FeatureNetwork, load_feature_network
 from far.evaluation.generated import Generation, extract_generated, parts_folder

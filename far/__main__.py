@@ -1,4 +1,4 @@
-"""``python -m far``: the same as the command ``far``."""
+"""``python -m far`` runs the command ``far``."""
 
 from far.cli.main import program
 

@@ -11,19 +11,18 @@ import pytest
 import far
 
 
-@pytest.mark.parametrize("module", ["far", "far.cli"])
-def test_as_a_module(
-    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_python_module_runs_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["far", "--version"])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module(module, run_name="__main__")
+        runpy.run_module("far", run_name="__main__")
     assert not ended.value.code
     assert capsys.readouterr().out == f"far {far.__version__}\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a file system that takes any name")
-def test_a_name_that_is_no_text_is_printed(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_file_name_that_is_not_text_is_printed(pipeline_folder: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.classifier import LinearClassifier
 from far.errors import InputError
-from far.evaluation.classifier import LinearClassifier
 from far.evaluation.extraction import PART, extract_parts, part_path, part_ranges, read_parts
 from far.evaluation.features import FID_NETWORK
 from far.evaluation.generated import Generation, extract_generated, parts_folder
@@ -448,7 +448,7 @@ def test_every_change_has_parts_of_its_own(tmp_path: Path, pipeline_folder: Path
     assert parts_folder(tmp_path, base, network) in folders
 
 
-def test_classifier_separates_what_can_be_separated() -> None:
+def test_linear_classifier_separates_separable_classes() -> None:
     generator = torch.Generator().manual_seed(0)
     centres = 3 * torch.randn(4, 10, generator=generator)
     labels = torch.arange(400) % 4

@@ -362,7 +362,7 @@ SHARED = [
 
 
 def in_two_processes(*arguments: object) -> list[object]:
-    return [2, "-m", "far.cli", "distill", *arguments, *TINY, *SHARED]
+    return [2, "-m", "far", "distill", *arguments, *TINY, *SHARED]
 
 
 def assert_alike(found: Path, expected: Path) -> None:

@@ -1,4 +1,4 @@
-"""A linear classifier on features: did a generated image come out as the class that was asked for?"""
+"""Linear classifier on features, to measure how often a generated image shows the requested class."""
 
 import torch
 import torch.nn.functional as F
@@ -6,19 +6,20 @@ from torch import Tensor
 
 
 class LinearClassifier:
-    """Multinomial logistic regression on standardised features, fitted in closed batches without randomness.
+    """Multinomial logistic regression on standardized features, fitted to all of them at once, without randomness.
 
     Args:
         features: ``[n, d]`` of the training images.
         labels: ``[n]``.
-        weight_decay: of the squared weights, per image.
+        weight_decay: factor of the sum of squared weights in the loss.
+        iterations: of L-BFGS, at most.
     """
 
     def __init__(
         self, features: Tensor, labels: Tensor, *, weight_decay: float = 1e-3, iterations: int = 100
     ) -> None:
-        self.mean, self.deviation = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
-        inputs = self._standardised(features)
+        self.mean, self.std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
+        inputs = self._standardized(features)
         classes = int(labels.max()) + 1
         self.weight = torch.zeros(classes, features.shape[1], requires_grad=True)
         self.bias = torch.zeros(classes, requires_grad=True)
@@ -39,10 +40,10 @@ class LinearClassifier:
             optimizer.step(loss)  # type: ignore[no-untyped-call]
         self.weight, self.bias = self.weight.detach(), self.bias.detach()
 
-    def _standardised(self, features: Tensor) -> Tensor:
-        return (features.float() - self.mean) / self.deviation
+    def _standardized(self, features: Tensor) -> Tensor:
+        return (features.float() - self.mean) / self.std
 
     def accuracy(self, features: Tensor, labels: Tensor) -> float:
-        """The share of ``features [n, d]`` whose most probable class is that of ``labels [n]``."""
-        predicted = F.linear(self._standardised(features), self.weight, self.bias).argmax(dim=1)
+        """Return the fraction of ``features [n, d]`` whose most probable class is that of ``labels [n]``."""
+        predicted = F.linear(self._standardized(features), self.weight, self.bias).argmax(dim=1)
         return float((predicted == labels).double().mean())

@@ -1,6 +1,0 @@
-"""``python -m far.cli``: the same as the command ``far``."""
-
-from far.cli.main import program
-
-if __name__ == "__main__":
-    program()
