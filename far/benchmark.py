@@ -33,6 +33,7 @@ from far.model import FAR, PRESETS, ModelConfig, preset
 from far.packing import Int8Linear
 from far.pipeline import Pipeline, prepare, prepare_autoencoder, resolve_dtype
 from far.sampling import FAST, SamplingConfig, SeededNoise, sample
+from far.sampling_config import MASKED_ONLY
 from far.seeds import seeded
 from far.weights import find_folder
 
@@ -61,7 +62,6 @@ _PRESET_AR_STEPS = 64
 _PRESET_GUIDANCE = 2.9
 # With half of the AR steps.
 FASTEST: dict[str, Any] = {"order": "halton", "refresh_every": 2, "guidance_every": 4}
-_MASKED_ONLY = ("order", "refresh_every", "guidance_every")
 # MAR as it was released comes first: all others are compared with it. Model, AR steps, head steps, dtype, what else is unusual.
 _DEFAULT_ROWS: tuple[tuple[str, int, int, str, dict[str, Any]], ...] = (
     ("mar-b", 64, 100, "float32", {}),
@@ -134,7 +134,7 @@ def rows_of(
         ar_choices = (ar_steps or [defaults.ar_steps]) if model.backbone.any_order else [model.config.tokens]
         given = {name: value for name, value in options.items() if value is not None}
         if not model.backbone.any_order:
-            given = {name: value for name, value in given.items() if name not in _MASKED_ONLY}
+            given = {name: value for name, value in given.items() if name not in MASKED_ONLY}
         head_choices: Sequence[int | tuple[int, ...]] = head_steps or [defaults.head_steps]
         for batch, ar, head, dtype in itertools.product(batches, ar_choices, head_choices, dtypes):
             config = dataclasses.replace(defaults, ar_steps=ar, head_steps=head, **given)

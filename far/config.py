@@ -5,9 +5,12 @@ The dataclasses themselves stand beside what they configure.
 
 import dataclasses
 import difflib
+import inspect
 import math
 import operator
+import re
 import reprlib
+import textwrap
 import types
 import typing
 from collections.abc import Mapping
@@ -176,3 +179,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def described(cls: type) -> tuple[str, dict[str, str]]:
+    """Return the summary of a dataclass's docstring and the text of each field in its ``Attributes:``."""
+    text = re.sub(r":\w+:`([^`]+)`", r"`\1`", inspect.getdoc(cls) or "").replace("``", "`")
+    summary, _, listed = text.partition("Attributes:\n")
+    entries = re.findall(r"^(\w+): (.*(?:\n .*)*)", textwrap.dedent(listed), re.MULTILINE)
+    return " ".join(summary.split()), {name: " ".join(entry.split()) for name, entry in entries}

@@ -1,17 +1,14 @@
 """Every key of a recipe: type and default from the dataclasses, meaning from their docstrings. Needs no torch."""
 
 import dataclasses
-import inspect
-import re
 import textwrap
 import typing
 from collections.abc import Iterator
 from typing import Any
 
+from far.config import described
 from far.recipe import Recipe
 from far.training.config import DistillationConfig
-
-_ROLE = re.compile(r":\w+:`([^`]+)`")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +41,7 @@ def sections() -> list[Section]:
 
 
 def _sections(command: str, kind: type, default: Any, prefix: str) -> Iterator[Section]:
-    summary, meanings = _described(kind)
+    summary, meanings = described(kind)
     hints = typing.get_type_hints(kind)
     keys: list[Key] = []
     inner: list[tuple[str, type, Any]] = []
@@ -66,15 +63,6 @@ def _sections(command: str, kind: type, default: Any, prefix: str) -> Iterator[S
     yield Section(command, prefix.rstrip("."), chosen[0] if len(chosen) == 1 else "", summary, keys)
     for name, option, value in inner:
         yield from _sections(command, option, value, f"{name}.")
-
-
-def _described(kind: type) -> tuple[str, dict[str, str]]:
-    """Return the first part of a dataclass's docstring, and the meaning of each field that it lists."""
-    head, _, listed = (_ROLE.sub(r"`\1`", inspect.getdoc(kind) or "").replace("``", "`")).partition(
-        "Attributes:\n"
-    )
-    entries = re.findall(r"^(\w+): (.*(?:\n .*)*)", textwrap.dedent(listed), re.MULTILINE)
-    return " ".join(head.split()), {name: " ".join(text.split()) for name, text in entries}
 
 
 def _type(hint: Any) -> str:

@@ -232,9 +232,7 @@ def test_spherical_models_draw_on_the_sphere(causal: bool, patch: int) -> None:
 
 @pytest.mark.parametrize("steps", [0, 1, 8, 23, 25])
 def test_a_causal_model_draws_one_token_a_step(steps: int) -> None:
-    with pytest.raises(
-        InputError, match=f"ar_steps {steps}: a causal backbone draws its 24 tokens one by one, so give 24"
-    ) as caught:
+    with pytest.raises(InputError, match=rf"ar_steps {steps}\b.*\b24\b") as caught:
         draw(CAUSAL_FLOW, [0], [1], SamplingConfig(ar_steps=steps, head_steps=1))
     assert "\n" not in str(caught.value)
 
@@ -363,9 +361,7 @@ def test_one_pass_where_the_head_has_learnt_the_scale(name: str, monkeypatch: py
 def test_two_passes_for_a_scale_that_the_head_has_not_learnt(name: str, scale: float) -> None:
     config = SamplingConfig(24, 1, scale, "constant")
     assert rows_of_passes(LEARNT[name], config) == {4}
-    with pytest.raises(
-        InputError, match=rf"guidance_passes 1: .* no guidance of {scale} \(up to 3\); give 2"
-    ) as caught:
+    with pytest.raises(InputError, match=rf"guidance_passes 1\b.*{scale}.*\b3\b") as caught:
         draw(LEARNT[name], [0], [1], dataclasses.replace(config, guidance_passes=1))
     assert "\n" not in str(caught.value)
 
@@ -373,9 +369,7 @@ def test_two_passes_for_a_scale_that_the_head_has_not_learnt(name: str, scale: f
 @pytest.mark.parametrize("model", [MODELS["shortcut"], MODELS["flow_map"], CAUSAL["causal shortcut"]])
 def test_one_pass_is_refused_where_the_head_has_learnt_no_guidance(model: FAR) -> None:
     config = SamplingConfig(24, 1, 2.0, guidance_passes=1)
-    with pytest.raises(
-        InputError, match=r"guidance_passes 1: this model's head has learnt no guidance of 2 \(none\); give 2"
-    ) as caught:
+    with pytest.raises(InputError, match=r"guidance_passes 1\b") as caught:
         draw(model, [0], [1], config)
     assert "\n" not in str(caught.value)
     plain = dataclasses.replace(config, guidance=1.0)  # nothing to be learnt
@@ -555,15 +549,15 @@ def test_annealed_head_steps() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"ar_steps": 0}, "ar_steps 0: give 1 to 24"),
+        ({"ar_steps": 0}, r"ar_steps 0\b.*\b24\b"),
         ({"ar_steps": -3}, "ar_steps -3"),
-        ({"ar_steps": 25}, "ar_steps 25: give 1 to 24"),
+        ({"ar_steps": 25}, r"ar_steps 25\b.*\b24\b"),
         ({"head_steps": 0}, "head_steps 0"),
         ({"head_steps": -1}, "head_steps -1"),
         ({"head_steps": 1001}, "head_steps 1001"),
         ({"head_steps": (8, 0)}, "head_steps 0"),
         ({"head_steps": (1001, 8)}, "head_steps 1001"),
-        ({"head_steps": (8, 4, 2)}, r"head_steps \[8, 4, 2\]: give one number, or the first and the last"),
+        ({"head_steps": (8, 4, 2)}, r"head_steps \[8, 4, 2\]"),
         ({"head_steps": ()}, r"head_steps \[\]"),
         ({"guidance": -1.0}, "guidance -1.0"),
         ({"guidance": math.nan}, "guidance.* nan"),
@@ -574,12 +568,12 @@ def test_annealed_head_steps() -> None:
         ({"guidance_interval": (0.5, 1.1)}, "guidance_interval"),
         ({"guidance_interval": (0.5,)}, "guidance_interval"),
         ({"guidance_interval": (math.nan, 1.0)}, "guidance_interval"),
-        ({"guidance_passes": 0}, "guidance_passes 0: give 1 or 2, or leave it out"),
-        ({"guidance_passes": 3}, "guidance_passes 3: give 1 or 2, or leave it out"),
+        ({"guidance_passes": 0}, "guidance_passes 0"),
+        ({"guidance_passes": 3}, "guidance_passes 3"),
         ({"temperature": 0.0}, "temperature 0.0"),
         ({"order": "checkerboard"}, "order.* 'checkerboard'"),
-        ({"refresh_every": 0}, "refresh_every 0 must be positive; 1 is exact"),
-        ({"guidance_every": -1}, "guidance_every -1 must be positive; 1 is exact"),
+        ({"refresh_every": 0}, "refresh_every 0"),
+        ({"guidance_every": -1}, "guidance_every -1"),
         ({"temperature": -1.0}, "temperature -1.0"),
         ({"temperature": math.nan}, "temperature.* nan"),
     ],
@@ -594,7 +588,7 @@ def test_bad_values(values: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("values", [{"order": "halton"}, {"refresh_every": 2}, {"guidance_every": 2}])
 def test_causal_models_refuse_what_is_for_masked_ones(values: dict[str, Any]) -> None:
     name, value = next(iter(values.items()))
-    with pytest.raises(InputError, match=f"{name} {value} is for masked models") as caught:
+    with pytest.raises(InputError, match=f"{name} {value}") as caught:
         draw(CAUSAL_FLOW, [0], [1], SamplingConfig(24, 1, **values))
     assert "\n" not in str(caught.value)
 
@@ -682,7 +676,7 @@ def test_guidance_grows_with_the_kept_tokens_too() -> None:
 
 @pytest.mark.parametrize("steps", [0, 20])
 def test_steps_are_limited_by_the_tokens_to_draw(steps: int) -> None:
-    with pytest.raises(InputError, match=f"ar_steps {steps}: give 1 to 19"):
+    with pytest.raises(InputError, match=rf"ar_steps {steps}\b.*\b19\b"):
         draw(FLOW, [0], [0], SamplingConfig(steps, 1), kept=Kept(torch.zeros(1, 3, 4, 6), torch.arange(5)))
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import far
 from far.cli.machine_arguments import add_machine_arguments, prepare_machine, tell_chosen
+from far.cli.sampling_arguments import add_sampling_arguments, sampling_options
 from far.devices import device_title
 from far.errors import InputError
 from far.files import atomic_path, check_writable, write_json
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
     from far.benchmark import Finding, Report, Row
 
+# Options whose values are rows of their own, and those that do not change how long a generation takes.
+_ROWS = ("ar_steps", "head_steps")
+_SAME_TIME = ("guidance_schedule", "guidance_interval", "temperature")
 _COLOURS = ("#4c72b0", "#55a868", "#dd8452", "#8172b3", "#8c8c8c")
 
 
@@ -43,38 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=int, nargs="+", default=[1], metavar="N", help="images drawn together (default 1)"
     )
     parser.add_argument(
-        "--ar-steps", type=int, nargs="+", metavar="N", help="of masked models (default: 64, or the folder's)"
-    )
-    parser.add_argument(
-        "--head-steps",
+        "--ar-steps",
         type=int,
         nargs="+",
         metavar="N",
-        help="steps of the head, each a row (default: the model's)",
+        help="values for masked models, one row each (default: the model's)",
+    )
+    parser.add_argument(
+        "--head-steps", type=int, nargs="+", metavar="N", help="values, one row each (default: the model's)"
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES[1:], help="of the weights (default float32)")
-    parser.add_argument(
-        "--guidance", type=float, help="guidance scale; 1 is off (default: 2.9, or the folder's)"
-    )
-    parser.add_argument("--order", choices=["random", "halton"], help="of positions, of masked models")
-    parser.add_argument(
-        "--refresh-every",
-        type=int,
-        metavar="N",
-        help="masked models: all positions at every N-th AR step only",
-    )
-    parser.add_argument(
-        "--guidance-every",
-        type=int,
-        metavar="N",
-        help="masked models: no-class half at every N-th AR step only",
-    )
-    parser.add_argument(
-        "--guidance-passes",
-        type=int,
-        choices=[1, 2],
-        help="of the backbone; 1 if the head has learnt guidance",
-    )
+    add_sampling_arguments(parser, without=(*_ROWS, *_SAME_TIME))
     parser.add_argument(
         "--rounds",
         type=int,
@@ -118,22 +101,19 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib, which is not installed: pip install matplotlib")
     if arguments.models is None:
-        for option in (
-            "ar_steps",
-            "head_steps",
-            "dtypes",
-            "order",
-            "refresh_every",
-            "guidance_every",
-            "guidance_passes",
-        ):
-            if getattr(arguments, option) is not None:
-                raise InputError(
-                    f"--{option.replace('_', '-')} goes with --models; name the models, or leave it out for the usual rows"
-                )
+        given = [name for name in ("dtypes", *_ROWS) if getattr(arguments, name) is not None]
+        given += [name for name in _options(arguments) if name != "guidance"]
+        if given:
+            raise InputError(
+                f"--{given[0].replace('_', '-')} needs --models. Name the models, or omit it for the default rows"
+            )
     for path in (arguments.json, arguments.plot):
         if path is not None:
             check_writable(path)
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return sampling_options(arguments, without=(*_ROWS, *_SAME_TIME))
 
 
 def _rows(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Row], dict[str, str]]:
@@ -144,11 +124,13 @@ def _rows(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Row
     if arguments.models is None:
         return usable_rows(default_rows(batches=arguments.batch, guidance=arguments.guidance), device)
     rows = rows_of(
-        arguments.models, batches=arguments.batch, ar_steps=arguments.ar_steps, head_steps=arguments.head_steps,
-        dtypes=arguments.dtypes or ["float32"], guidance=arguments.guidance,
-        order=arguments.order, refresh_every=arguments.refresh_every, guidance_every=arguments.guidance_every,
-        guidance_passes=arguments.guidance_passes,
-    )  # fmt: skip
+        arguments.models,
+        batches=arguments.batch,
+        ar_steps=arguments.ar_steps,
+        head_steps=arguments.head_steps,
+        dtypes=arguments.dtypes or ["float32"],
+        **_options(arguments),
+    )
     for row in rows:
         resolve_dtype(row.dtype, device)  # refused before anything is loaded
     return rows, {}

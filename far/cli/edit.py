@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
         pipeline = Pipeline.from_pretrained(weights, dtype=dtype, device=device)
     picture, mask = _image_and_mask(arguments, pipeline.image_size)
     seeds = [arguments.seed + index for index in range(arguments.count)]
-    sampling = {name: value for name, value in sampling_options(arguments).items() if value is not None}
+    sampling = sampling_options(arguments)
     steps = 0
     with ImageBar(
         arguments.count, "editing", delay=0.01

@@ -163,9 +163,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.reference is None and arguments.save_statistics is None:
         raise InputError("give --reference to compare with, or --save-statistics to write statistics")
     if arguments.weights is None:
-        given = [name for name, value in sampling_options(arguments).items() if value is not None] + [
-            "save_npz"
-        ] * bool(arguments.save_npz)
+        given = [*sampling_options(arguments), *(["save_npz"] if arguments.save_npz else [])]
         if given:
             raise InputError(f"--{given[0].replace('_', '-')} is for --weights only; leave it out")
         if started_by_torchrun().count > 1:

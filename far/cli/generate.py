@@ -245,7 +245,7 @@ def _dtype(arguments: argparse.Namespace, device: torch.device) -> str:
 def _sampling(pipeline: Pipeline, arguments: argparse.Namespace) -> SamplingConfig:
     options = sampling_options(arguments)
     if arguments.fast and pipeline.model.backbone.any_order:
-        options |= {name: value for name, value in FAST.items() if options[name] is None}
+        options = {**FAST, **options}
     return pipeline.sampling_config(**options)
 
 

@@ -1,70 +1,51 @@
-"""The sampling options that every command that draws images shares."""
+"""Sampling options of all commands that draw images, derived from the fields of ``SamplingConfig``."""
 
 import argparse
+import dataclasses
+import typing
+from collections.abc import Sequence
 from typing import Any
 
-# Of one call; a number beyond any use would fill the memory before the first is drawn.
+from far.config import described
+from far.sampling_config import SamplingConfig
+
+# An upper limit per command: a larger count exhausts memory before the first image is drawn.
 MOST_IMAGES = 10_000_000
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--guidance", type=float, help="guidance scale; 1 is off (default: the model's)")
-    parser.add_argument(
-        "--guidance-schedule",
-        choices=["linear", "constant"],
-        help="over the known tokens (default: the model's)",
-    )
-    parser.add_argument(
-        "--guidance-interval",
-        type=float,
-        nargs=2,
-        metavar=("START", "END"),
-        help="shares of known tokens with guidance",
-    )
-    parser.add_argument("--ar-steps", type=int, help="autoregressive steps (default: the model's)")
-    parser.add_argument(
-        "--head-steps",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="steps of the head; two numbers: from first to last AR step",
-    )
-    parser.add_argument(
-        "--order", choices=["random", "halton"], help="of positions, of masked models (default: the model's)"
-    )
-    parser.add_argument(
-        "--refresh-every",
-        type=int,
-        metavar="N",
-        help="masked models: all positions at every N-th AR step only; 1 is exact",
-    )
-    parser.add_argument(
-        "--guidance-every",
-        type=int,
-        metavar="N",
-        help="masked models: no-class half at every N-th AR step only; 1 is exact",
-    )
-    parser.add_argument(
-        "--guidance-passes",
-        type=int,
-        choices=[1, 2],
-        help="of the backbone; 1 if the head has learnt guidance (default: 1 where it has)",
-    )
-    parser.add_argument("--temperature", type=float, help="factor of the head's noise (default: the model's)")
+def add_sampling_arguments(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    """Add one option per field, except those in ``without``. None is the default, since each model has its own."""
+    hints, texts = typing.get_type_hints(SamplingConfig), described(SamplingConfig)[1]
+    group = parser.add_argument_group("sampling options", "The model's own values are the defaults.")
+    for field in dataclasses.fields(SamplingConfig):
+        if field.name not in without:
+            text = texts[field.name].replace("`", "").rstrip(".").replace("%", "%%")
+            option = f"--{field.name.replace('_', '-')}"
+            group.add_argument(option, help=text, **_form(field, hints[field.name]))
 
 
-def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The given values by their names in :class:`far.sampling.SamplingConfig`; ``None`` where not given."""
-    steps = arguments.head_steps
-    return {
-        "guidance": arguments.guidance,
-        "guidance_schedule": arguments.guidance_schedule,
-        "guidance_interval": tuple(arguments.guidance_interval) if arguments.guidance_interval else None,
-        "ar_steps": arguments.ar_steps,
-        "head_steps": steps[0] if steps and len(steps) == 1 else tuple(steps) if steps else None,
-        "order": arguments.order,
-        "refresh_every": arguments.refresh_every,
-        "guidance_every": arguments.guidance_every,
-        "guidance_passes": arguments.guidance_passes,
-        "temperature": arguments.temperature,
-    }
+def _form(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
+    """Return argparse's arguments for the values that a field takes."""
+    kinds = typing.get_args(hint) or (hint,)
+    if typing.get_origin(hint) is typing.Literal:
+        return {"choices": list(kinds)}
+    number = float if float in kinds else int
+    if choices := field.metadata.get("choices"):
+        return {"type": number, "choices": list(choices)}
+    if names := field.metadata.get("names"):
+        return {"type": number, "nargs": len(names), "metavar": names}
+    several = any(typing.get_origin(kind) is tuple for kind in kinds)
+    return {"type": number, "nargs": "+" if several else None, "metavar": "N" if number is int else "X"}
+
+
+def sampling_options(arguments: argparse.Namespace, without: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the given values, except those in ``without``, by their names in :class:`SamplingConfig`."""
+    names = [field.name for field in dataclasses.fields(SamplingConfig) if field.name not in without]
+    values = {name: getattr(arguments, name) for name in names}
+    return {name: _value(value) for name, value in values.items() if value is not None}
+
+
+def _value(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    return value[0] if len(value) == 1 else tuple(value)

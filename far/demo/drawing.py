@@ -67,8 +67,9 @@ class Order:
         first, images = number("seed", seed, int), number("images", count, int)
         if not 1 <= images <= MOST_IMAGES:
             raise InputError(f"images {images}: give 1 to {MOST_IMAGES}")
+        usual = SamplingConfig()
         values = {
-            name: number(name, entry, float if name == "guidance" else int)
+            name: number(name, entry, float if isinstance(getattr(usual, name), float) else int)
             for name, entry in sampling.items()
         }
         config = model.pipeline.sampling_config(**values)

@@ -84,19 +84,10 @@ class Demo:
         )
         return address
 
-    def generate(
-        self, weights: str, label: str, seed: str, count: Any, guidance: Any, ar_steps: Any, head_steps: Any
-    ) -> Iterator[str]:
-        """The pictures, one piece of HTML an AR step."""
-        order = Order.of_entries(
-            self.models[weights],
-            label,
-            seed,
-            count,
-            guidance=guidance,
-            ar_steps=ar_steps,
-            head_steps=head_steps,
-        )
+    def generate(self, weights: str, label: str, seed: str, count: Any, *sampling: Any) -> Iterator[str]:
+        """Yield the images as HTML after each AR step; ``sampling`` are the entries of :func:`sampling_fields`."""
+        values = dict(zip(SAMPLING_FIELDS, sampling, strict=True))
+        order = Order.of_entries(self.models[weights], label, seed, count, **values)
         for frame in draw(order):
             yield pictures(order, frame)
 
@@ -204,8 +195,12 @@ def seed_field() -> gr.Textbox:
     return seed
 
 
+# The sampling options that have a field, in the order of the page.
+SAMPLING_FIELDS = ("guidance", "ar_steps", "head_steps")
+
+
 def sampling_fields(model: Model) -> list[gr.Number]:
-    """Guidance, AR steps and head steps, with a model's values and ranges."""
+    """Return one field per name in :data:`SAMPLING_FIELDS`, with the model's value and range."""
     defaults, network = model.pipeline.defaults, model.pipeline.model
     learnt = network.head.max_guidance
     guidance = "1: off" + (f", ≤ {learnt:g}: fast" if learnt > 1 else "")

@@ -49,7 +49,7 @@ def refused(capsys: pytest.CaptureFixture, arguments: list, *expected: str) -> s
         (["--head-steps", "-2"], ["head_steps -2", "1 to 128"]),
         (["--head-steps", "129"], ["head_steps 129", "1 to 128"]),
         (["--head-steps", "2.5"], ["2.5", "--head-steps"]),
-        (["--head-steps", "4", "2", "1"], ["head_steps", "first and the last"]),
+        (["--head-steps", "4", "2", "1"], ["head_steps [4, 2, 1]"]),
         (["--ar-steps", "0"], ["ar_steps 0", "1 to 4"]),
         (["--ar-steps", "5"], ["ar_steps 5", "1 to 4"]),
         (["--guidance", "nan"], ["guidance", "nan"]),

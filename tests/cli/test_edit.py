@@ -133,7 +133,7 @@ def test_kept_tokens_are_decoded_where_asked(pipeline_folder: Path, picture: Pat
         ([*BOX, "--count", "0"], "--count 0"),
         ([*BOX, "--count", str(10**12)], str(10**12)),
         ([*BOX, "--out", "edited.jpg"], "ends with .png"),
-        ([*BOX, "--ar-steps", "2"], "give 1 to 1"),
+        ([*BOX, "--ar-steps", "2"], "ar_steps 2"),
         ([*BOX, "--label", "hexagon"], "unknown class"),
     ],
 )

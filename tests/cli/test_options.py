@@ -1,17 +1,22 @@
 """The command line's options, frozen: a new one is a decision. And every recipe is valid; documents are in ``test_documents.py``."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import pytest
 
+from far.cli import sampling_arguments
 from far.cli.main import build_parser, parse
 from far.errors import InputError
 from far.model import FAR, ModelConfig
 from far.recipe import load_recipe, recipe_names
+from far.sampling_config import SamplingConfig
 from far.weights import load_autoencoder
 
 ROOT = Path(__file__).parents[2]
+# Values that far benchmark does not take.
+LEFT_OUT = ("guidance_schedule", "guidance_interval", "temperature")
 FROZEN = Path(__file__).with_name("options.txt")
 
 
@@ -28,6 +33,32 @@ def options(parser: argparse.ArgumentParser, name: str) -> list[str]:
 
 def test_options_are_those_of_the_frozen_file() -> None:
     assert options(build_parser(), "far") == FROZEN.read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate"],
+        ["evaluate", "--weights", "a"],
+        ["edit", "a", "--label", "0", "--mask", "a"],
+        ["benchmark"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_new_field_of_sampling_becomes_an_option_of_every_command_that_draws(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Extended(SamplingConfig):
+        swirl: float = 0.0
+
+    Extended.__doc__ = f"{SamplingConfig.__doc__}    swirl: turns the image by N %.\n"
+    monkeypatch.setattr(sampling_arguments, "SamplingConfig", Extended)
+    arguments = parse([*command, "--swirl", "0.5"])
+    assert sampling_arguments.sampling_options(arguments, without=LEFT_OUT) == {"swirl": 0.5}
+    with pytest.raises(SystemExit):
+        parse([command[0], "--help"])
+    assert "turns the image by N %" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", [*recipe_names(), *sorted((ROOT / "recipes").rglob("*.yaml"))], ids=str)

@@ -216,7 +216,7 @@ def test_wrong_entries_are_told_in_the_page_and_the_server_goes_on(page: Page) -
         ("Seed", "", "seed is empty; give a whole number", "0"),
         ("Seed", "<b>7</b>", "seed is '<b>7</b>'", "0"),
         ("Guidance", "", "guidance is empty; give a number", "2"),
-        ("AR steps", "17", "ar_steps 17: give 1 to 16", "16"),
+        ("AR steps", "17", "ar_steps 17", "16"),
         ("Head steps", "0", "head_steps 0", "1"),
         ("Images", "17", "images 17: give 1 to 16", "1"),
         ("Class", "hexagon", "unknown class 'hexagon'; give a number 0 to 15 or one of", "clay"),
