@@ -204,8 +204,7 @@ def mean_mask_ratio(config: ModelConfig) -> float:
     if not isinstance(backbone, MaskedConfig):
         return 1.0
     return statistics.mean(
-        sample_mask_ratio(generator, backbone.mask_ratio_min, backbone.mask_ratio_deviation)
-        for _ in range(2000)
+        sample_mask_ratio(generator, backbone.mask_ratio_min, backbone.mask_ratio_std) for _ in range(2000)
     )
 
 

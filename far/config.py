@@ -1,6 +1,6 @@
-"""Dataclass ↔ plain dictionary (JSON, YAML), strictly: an unknown key or a wrong type is an error.
+"""Strict conversion between dataclasses and plain dictionaries (JSON, YAML): unknown keys and wrong types are errors.
 
-The dataclasses themselves stand beside what they configure.
+The dataclasses are defined beside what they configure.
 """
 
 import dataclasses
@@ -22,11 +22,10 @@ T = TypeVar("T")
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], source: str) -> T:
-    """Build the dataclass ``cls`` (nested ones too) from ``values``; ``source`` names the file in errors.
+    """Build the dataclass ``cls``, and nested ones, from ``values``; ``source`` names the file in errors.
 
     Raises:
-        InputError: a key that ``cls`` does not have (the nearest right one is named), a missing key,
-            or a value of another type.
+        InputError: a key is unknown (the message names the nearest one) or missing, or a value has the wrong type.
     """
     if not isinstance(values, Mapping):
         raise InputError(f"{source}: expected keys and values, got {type(values).__name__} {_shown(values)}")
@@ -36,16 +35,16 @@ def from_dict(cls: type[T], values: Mapping[str, Any], source: str) -> T:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
             raise InputError(
-                f"{source}: unknown key {key!r}; did you mean {near[0]!r}? (keys: {', '.join(fields)})"
+                f"{source}: unknown key {key!r}. Did you mean {near[0]!r}? (keys: {', '.join(fields)})"
             )
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
-            raise InputError(f"{source}: the key {name!r} is missing")
+            raise InputError(f"{source}: the key {name!r} is missing; add it")
     converted = {key: _convert(hints[key], value, f"{source}: {key}") for key, value in values.items()}
     try:
         return cls(**converted)
-    except InputError as error:  # the class's own check
+    except InputError as error:  # raised by __post_init__
         raise InputError(f"{source}: {error}") from error
 
 
@@ -72,7 +71,7 @@ def _convert(hint: Any, value: Any, source: str) -> Any:
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         if math.isfinite(number := _as_float(value)):
             return number
-    # To Python 3.10, a hint with an origin, such as list[int], is a type too.
+    # In Python 3.10, a generic hint such as list[int] is an instance of type.
     elif (
         origin is None
         and isinstance(hint, type)
@@ -81,13 +80,11 @@ def _convert(hint: Any, value: Any, source: str) -> Any:
     ):
         return value
     if origin is typing.Literal:
-        wanted = " or ".join(map(repr, arguments))
+        expected = " or ".join(map(repr, arguments))
     else:
-        wanted = "a finite number" if hint is float else getattr(hint, "__name__", str(hint))
-    hint_for_exponents = (
-        "; write 1.0e-4, not 1e-4, in YAML" if hint is float and isinstance(value, str) else ""
-    )
-    raise InputError(f"{source} is {_shown(value)}, expected {wanted}{hint_for_exponents}")
+        expected = "a finite number" if hint is float else getattr(hint, "__name__", str(hint))
+    exponents = ". In YAML, write 1.0e-4, not 1e-4" if hint is float and isinstance(value, str) else ""
+    raise InputError(f"{source} is {_shown(value)}, expected {expected}{exponents}")
 
 
 def _as_float(value: int | float) -> float:
@@ -98,14 +95,14 @@ def _as_float(value: int | float) -> float:
 
 
 def _shown(value: Any) -> str:
-    """``repr``, but of a few items only: one of YAML can repeat itself to any length."""
+    """Return ``repr(value)``, with a few items of collections only: YAML aliases can expand to any length."""
     return reprlib.repr(value)[:200] if isinstance(value, list | tuple | dict | set) else repr(value)
 
 
 def check_count(name: str, value: int, most: int = 2**16) -> None:
-    """Raise an :class:`InputError` unless a size is positive and no larger than any model's could be.
+    """Raise an :class:`InputError` unless a size is within 1 … ``most``.
 
-    What is loaded may be anybody's, and one absurd number can take all memory or all time.
+    Loaded files may come from anyone, and one absurd size could use up all memory or time.
     """
     if not 1 <= value <= most:
         raise InputError(
@@ -116,13 +113,13 @@ def check_count(name: str, value: int, most: int = 2**16) -> None:
 
 
 def whole_number(name: str, value: Any) -> int:
-    """Return an integer of Python, of numpy, or in a tensor without dimensions, as an ``int``.
+    """Return a Python, numpy or zero-dimensional tensor integer as an ``int``.
 
     Raises:
-        InputError: it is anything else, such as a float or a bool; ``name`` begins the message.
+        InputError: the value is anything else, such as a float or a bool. ``name`` begins the message.
     """
     try:
-        # Tensors of one element, and of bools, would give an integer too.
+        # operator.index also accepts tensors of one element and of bools.
         if (
             not isinstance(value, bool)
             and not getattr(value, "ndim", 0)
@@ -131,47 +128,48 @@ def whole_number(name: str, value: Any) -> int:
             return operator.index(value)
     except TypeError:
         pass
-    raise InputError(f"{name} {_shown(value)[:80]} is no whole number; give one") from None
+    raise InputError(f"{name} {_shown(value)[:80]} is not a whole number; give one") from None
 
 
 def listed(name: str, values: Any) -> list[Any]:
     """Return the items of a list, tuple, range, array or tensor.
 
     Raises:
-        InputError: it is a single value or a text; ``name`` begins the message.
+        InputError: the value is not a collection, or is a string. ``name`` begins the message.
     """
     try:
         if not isinstance(values, str | bytes):
             return list(values)
     except TypeError:
         pass
-    raise InputError(f"{name} {_shown(values)[:80]}: give a list, such as [{_shown(values)[:80]}]") from None
+    text = _shown(values)[:80]
+    raise InputError(f"{name} {text} is not a list; give a list, such as [{text}]") from None
 
 
 def check_seed(name: str, seed: int) -> None:
     """Raise an :class:`InputError` that starts with ``name`` unless ``seed`` is within 0 … 2⁶³ − 1."""
     if not 0 <= seed < 2**63:
-        raise InputError(f"{name} {seed}: give a whole number within 0 … 2⁶³ − 1")
+        raise InputError(f"{name} {seed} is out of range; give a whole number within 0 … 2⁶³ − 1")
 
 
 def check_types(config: Any) -> None:
-    """Raise an :class:`InputError` that names the first value of a dataclass that is not of its field's type."""
+    """Raise an :class:`InputError` that names the first value of a dataclass whose type differs from its field's."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         _convert(hints[field.name], getattr(config, field.name), f"{type(config).__name__}: {field.name}")
 
 
 def _by_kind(options: tuple[Any, ...], values: Mapping[str, Any], source: str) -> Any:
-    """The dataclass among ``options`` whose ``kind`` the values name; the first one where they name none."""
+    """Build the dataclass among ``options`` that ``kind`` in ``values`` selects, by default the first one."""
     kinds = {option.kind: option for option in options}
     kind = values.get("kind", options[0].kind)
-    if kind not in list(kinds):  # a list, since what stands there need not be hashable
+    if kind not in list(kinds):  # a list, because the value may not be hashable
         raise InputError(f"{source}: kind is {_shown(kind)}, expected {' or '.join(map(repr, kinds))}")
     return from_dict(kinds[kind], values, source)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The dataclass as nested dictionaries and lists, ready for JSON."""
+    """Return the dataclass as nested dictionaries and lists, ready for JSON."""
     return _plain(dataclasses.asdict(config))
 
 

@@ -1,7 +1,4 @@
-"""Latent grid ↔ token sequence, generation orders, and the schedules of masks and tokens per step.
-
-Pure functions of tensors and numbers; no parameter and no network lives here.
-"""
+"""Pure functions of token sequences: latents ↔ tokens, generation orders, schedules of masks and tokens per AR step."""
 
 import math
 from fractions import Fraction
@@ -11,10 +8,10 @@ from torch import Tensor
 
 
 def patchify(latents: Tensor, patch: int) -> Tensor:
-    """Latents ``[b, c, h, w]`` → tokens ``[b, (h/p)·(w/p), c·p²]``, channel-major within a patch.
+    """Cut latents ``[b, c, h, w]`` into tokens ``[b, (h/p)·(w/p), c·p²]``, channel-major within a patch.
 
     Raises:
-        ValueError: h or w is no multiple of ``patch``.
+        ValueError: h or w is not a multiple of ``patch``.
     """
     batch, channels, height, width = latents.shape
     if height % patch or width % patch:
@@ -26,27 +23,28 @@ def patchify(latents: Tensor, patch: int) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, patch: int, rows: int, columns: int) -> Tensor:
-    """The inverse of :func:`patchify` for a grid of ``rows × columns`` tokens."""
+    """Join a grid of ``rows × columns`` tokens to latents; the inverse of :func:`patchify`."""
     batch, _, channels = tokens.shape
     grid = tokens.reshape(batch, rows, columns, channels // patch**2, patch, patch)
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // patch**2, rows * patch, columns * patch)
 
 
 def random_orders(count: int, generators: list[torch.Generator]) -> Tensor:
-    """A random permutation of ``count`` positions from each generator: ``[b, count]``."""
+    """Draw a random permutation of ``count`` positions from each generator: ``[b, count]``."""
     return torch.stack([torch.randperm(count, generator=generator) for generator in generators])
 
 
 def raster_orders(count: int, batch: int) -> Tensor:
-    """The order from left to right and top to bottom, for each of ``batch`` images: ``[b, count]``."""
+    """Return the order left to right, top to bottom, for each of ``batch`` images: ``[b, count]``."""
     return torch.arange(count).expand(batch, -1)
 
 
 def halton_orders(rows: int, columns: int, first: Tensor) -> Tensor:
-    """Low-discrepancy orders of the positions of a grid, one for each position ``first [b]`` that they begin with: ``[b, rows·columns]``.
+    """Return low-discrepancy orders ``[b, rows·columns]`` of a grid's positions that begin at ``first [b]``.
 
-    The Halton sequence of bases 2 and 3 visits the cells of the grid, each at its first point, so that the cells of any stretch
-    lie spread over it (arXiv 2503.17076). An order is shifted over the edges until it begins where it is asked to.
+    A cell's rank is that of its first point in the Halton sequence of bases 2 and 3, so any run of consecutive cells
+    is spread over the grid (arXiv 2503.17076). Each order is shifted, wrapping at the edges, to begin at its first
+    position.
     """
     cells: dict[tuple[int, int], None] = {}
     index = 0
@@ -59,7 +57,7 @@ def halton_orders(rows: int, columns: int, first: Tensor) -> Tensor:
 
 
 def _radical_inverse(number: int, base: int) -> Fraction:
-    """The digits of ``number`` mirrored at the point, within [0, 1): the Halton sequence of one base, exactly."""
+    """Return ``number`` with its digits mirrored at the point, in [0, 1): the Halton sequence of one base, exactly."""
     result, scale = Fraction(0), Fraction(1)
     while number:
         number, digit = divmod(number, base)
@@ -69,37 +67,37 @@ def _radical_inverse(number: int, base: int) -> Fraction:
 
 
 def on_sphere(latents: Tensor, dim: int) -> Tensor:
-    """Scale every latent vector along ``dim`` to the norm √channels, which a deviation of 1 gives it on average."""
-    norm = latents.float().norm(dim=dim, keepdim=True).clamp(min=1e-6)  # squares leave the range of float16
+    """Scale latent vectors along ``dim`` to the norm √channels, the root mean square norm of unit-variance latents."""
+    norm = latents.float().norm(dim=dim, keepdim=True).clamp(min=1e-6)  # squares overflow in float16
     return (latents / norm * latents.shape[dim] ** 0.5).to(latents.dtype)
 
 
 def cosine_token_counts(count: int, steps: int) -> list[int]:
-    """How many of ``count`` tokens each of ``steps`` AR steps predicts (MAR's cosine schedule).
+    """Return the number of tokens that each of ``steps`` AR steps predicts (MAR's cosine schedule).
 
-    After step k of K (k = 0 …), ``floor(count · cos(π/2 · (k+1)/K))`` stay masked, at least one fewer
-    each step; the last step predicts all that remain.
+    After step k of K (k = 0 …), ``floor(count · cos(π/2 · (k+1)/K))`` tokens stay masked. Each step predicts at least
+    one token, and the last step predicts all that remain.
 
     Raises:
         ValueError: ``steps`` is not within 1 … ``count``.
     """
     if not 1 <= steps <= count:
-        raise ValueError(f"ar_steps {steps}: give 1 to {count}, the number of tokens")
+        raise ValueError(f"ar_steps {steps} is out of range; give 1 to {count}, the number of tokens")
     counts, masked = [], count
     for step in range(steps):
-        # The cosine lies above its chord, so every later step still finds a token to predict.
-        # In the last one its argument can round to above π/2, and the cosine to below 0.
+        # The cosine is above its chord, so tokens remain for every later step.
+        # In the last step, rounding can put its argument above π/2 and the cosine below 0.
         remaining = max(0, min(masked - 1, math.floor(count * math.cos(math.pi / 2 * (step + 1) / steps))))
         counts.append(masked - remaining)
         masked = remaining
     return counts
 
 
-def sample_mask_ratio(generator: torch.Generator, minimum: float, deviation: float) -> float:
-    """One draw of the masking ratio: a normal of mean 1, truncated to [``minimum``, 1].
+def sample_mask_ratio(generator: torch.Generator, minimum: float, std: float) -> float:
+    """Draw a masking ratio from a normal distribution of mean 1, truncated to [``minimum``, 1].
 
-    MAR's own values are 0.7 and 0.25.
+    MAR uses a minimum of 0.7 and a standard deviation of 0.25.
     """
-    low = torch.special.ndtr(torch.tensor((minimum - 1.0) / deviation, dtype=torch.float64))
+    low = torch.special.ndtr(torch.tensor((minimum - 1.0) / std, dtype=torch.float64))
     uniform = low + (0.5 - low) * torch.rand((), generator=generator, dtype=torch.float64)
-    return float((1.0 + deviation * torch.special.ndtri(uniform)).clamp(minimum, 1.0))
+    return float((1.0 + std * torch.special.ndtri(uniform)).clamp(minimum, 1.0))

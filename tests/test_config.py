@@ -18,6 +18,7 @@ from far.heads import HeadConfig
 from far.model import PRESETS, ModelConfig, NetworkConfig
 from far.recipe import load_recipe
 from far.sampling import SamplingConfig
+from tests.refusals import refused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ def test_a_value_that_repeats_itself_is_shown_in_part() -> None:
     ],
 )
 def test_sizes_that_no_model_has_are_refused(make: Any) -> None:
-    with pytest.raises(InputError, match=r"1152921504606846976|at most"):
+    with refused():
         make(2**60)
 
 
@@ -121,73 +122,65 @@ def test_defaults_and_whole_numbers_for_floats() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "named"),
     [
-        ({"path": "x", "rat": 1.0}, "test: unknown key 'rat'; did you mean 'rate'?"),
-        ({"path": "x", "inner": {"sise": 1}}, "test: inner: unknown key 'sise'; did you mean 'size'?"),
-        ({"path": "x", "zzz": 1}, "test: unknown key 'zzz'; did you mean"),
-        ({"path": "x", 7: 1}, "test: unknown key 7; did you mean"),
-        ({}, "test: the key 'path' is missing"),
-        ({"path": 3}, "test: path is 3, expected str"),
-        ({"path": None}, "test: path is None, expected str"),
-        (
-            {"path": "x", "rate": "1e-4"},
-            "test: rate is '1e-4', expected a finite number; write 1.0e-4, not 1e-4, in YAML",
-        ),
-        ({"path": "x", "rate": True}, "test: rate is True, expected a finite number"),
-        ({"path": "x", "inner": 5}, "test: inner: expected keys and values, got int 5"),
-        ({"path": "x", "inner": {"size": 1.5}}, "test: inner: size is 1.5, expected int"),
-        ({"path": "x", "inner": {"size": True}}, "test: inner: size is True, expected int"),
-        ({"path": "x", "inner": {"names": "abc"}}, "test: inner: names is 'abc', expected"),
-        ({"path": "x", "inner": {"names": ["a", 1]}}, "test: inner: names is 1, expected str"),
-        ({"path": "x", "maybe": "no"}, "test: maybe is 'no', expected"),
-        ({"path": "x", "steps": 1.5}, "test: steps is 1.5, expected"),
-        ({"path": "x", "steps": [1, "2"]}, "test: steps is [1, '2'], expected"),
-        ({"path": "x", "kind": "cosine"}, "test: kind is 'cosine', expected 'linear' or 'constant'"),
-        ({"path": "x", "kind": ["linear"]}, "test: kind is ['linear'], expected 'linear' or 'constant'"),
-        ({"path": "x", "flag": 1}, "test: flag is 1, expected bool"),
-        ({"path": "x", "weights": {"a": "b"}}, "test: weights is 'b', expected a finite number"),
-        (["path"], "test: expected keys and values, got list ['path']"),
-        (None, "test: expected keys and values, got NoneType None"),
+        ({"path": "x", "rat": 1.0}, ["'rat'", "'rate'"]),
+        ({"path": "x", "inner": {"sise": 1}}, ["inner", "'sise'", "'size'"]),
+        ({"path": "x", "zzz": 1}, ["'zzz'"]),
+        ({"path": "x", 7: 1}, ["7"]),
+        ({}, ["'path'"]),
+        ({"path": 3}, ["path", "3", "str"]),
+        ({"path": None}, ["path", "None", "str"]),
+        ({"path": "x", "rate": "1e-4"}, ["rate", "'1e-4'", "1.0e-4"]),
+        ({"path": "x", "rate": True}, ["rate", "True"]),
+        ({"path": "x", "inner": 5}, ["inner", "int 5"]),
+        ({"path": "x", "inner": {"size": 1.5}}, ["inner: size", "1.5", "int"]),
+        ({"path": "x", "inner": {"size": True}}, ["inner: size", "True", "int"]),
+        ({"path": "x", "inner": {"names": "abc"}}, ["inner: names", "'abc'"]),
+        ({"path": "x", "inner": {"names": ["a", 1]}}, ["inner: names", "1", "str"]),
+        ({"path": "x", "maybe": "no"}, ["maybe", "'no'"]),
+        ({"path": "x", "steps": 1.5}, ["steps", "1.5"]),
+        ({"path": "x", "steps": [1, "2"]}, ["steps", "[1, '2']"]),
+        ({"path": "x", "kind": "cosine"}, ["kind", "'cosine'", "'linear'", "'constant'"]),
+        ({"path": "x", "kind": ["linear"]}, ["kind", "['linear']", "'linear'", "'constant'"]),
+        ({"path": "x", "flag": 1}, ["flag", "1", "bool"]),
+        ({"path": "x", "weights": {"a": "b"}}, ["weights", "'b'"]),
+        (["path"], ["list ['path']"]),
+        (None, ["NoneType"]),
     ],
 )
-def test_errors_name_the_place_and_the_remedy(values: Any, message: str) -> None:
-    with pytest.raises(InputError) as caught:
+def test_errors_name_source_key_and_value(values: Any, named: list[str]) -> None:
+    with refused("test: ", *named):
         from_dict(Outer, values, "test")
-    assert str(caught.value).startswith(message)
-    assert "\n" not in str(caught.value)
 
 
-def test_values_that_the_dataclass_refuses() -> None:
-    with pytest.raises(InputError, match="norm_groups 32 must divide the width 20"):
+def test_errors_of_the_dataclass_name_the_source() -> None:
+    with refused("test: ", "norm_groups 32", "width 20"):
         from_dict(AutoencoderConfig, {"width": 20}, "test")
 
 
-def test_the_kind_chooses_the_backbone() -> None:
-    """A backbone that names no kind is a masked one: files written before there was a choice."""
-    assert from_dict(NetworkConfig, {"backbone": {"encoder_depth": 3}}, "x").backbone == MaskedConfig(
-        encoder_depth=3
-    )
-    assert from_dict(NetworkConfig, {"backbone": {"kind": "masked"}}, "x").backbone == MaskedConfig()
-    assert from_dict(
-        NetworkConfig, {"backbone": {"kind": "causal", "depth": 3}}, "x"
-    ).backbone == CausalConfig(depth=3)
+def test_kind_selects_the_backbone_and_the_default_is_masked() -> None:
+    def backbone(**values: Any) -> Any:
+        return from_dict(NetworkConfig, {"backbone": values}, "x").backbone
+
+    assert backbone(encoder_depth=3) == MaskedConfig(encoder_depth=3)
+    assert backbone(kind="masked") == MaskedConfig()
+    assert backbone(kind="causal", depth=3) == CausalConfig(depth=3)
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "named"),
     [
-        ({"kind": "casual"}, "test: backbone: kind is 'casual', expected 'masked' or 'causal'"),
-        ({"kind": ["causal"]}, "test: backbone: kind is ['causal'], expected 'masked' or 'causal'"),
-        ({"kind": "causal", "encoder_depth": 3}, "test: backbone: unknown key 'encoder_depth'"),
-        ({"kind": "causal", "heads": 5}, "test: backbone: width 768 must be a positive multiple of heads 5"),
-        (5, "test: backbone is 5, expected"),
+        ({"kind": "casual"}, ["kind", "'casual'", "'masked'", "'causal'"]),
+        ({"kind": ["causal"]}, ["kind", "['causal']", "'masked'", "'causal'"]),
+        ({"kind": "causal", "encoder_depth": 3}, ["'encoder_depth'"]),
+        ({"kind": "causal", "heads": 5}, ["width 768", "heads 5"]),
+        (5, ["5"]),
     ],
 )
-def test_wrong_backbones(values: Any, message: str) -> None:
-    with pytest.raises(InputError) as caught:
+def test_errors_of_backbones_name_key_and_value(values: Any, named: list[str]) -> None:
+    with refused("test: backbone", *named):
         from_dict(NetworkConfig, {"backbone": values}, "test")
-    assert str(caught.value).startswith(message)
 
 
 def test_to_dict_is_plain() -> None:
@@ -209,7 +202,5 @@ def test_recipe_with_a_key_twice_is_refused(tmp_path: Path) -> None:
     recipe.write_text(
         "data: a\nrun: b\ngenerator:\n  training: {steps: 5}\n  label_drop: 0.2\n  training: {steps: 7}\n"
     )
-    with pytest.raises(InputError, match="training") as refused:
+    with refused("training", recipe):
         load_recipe(recipe)
-    assert str(recipe) in str(refused.value)
-    assert "\n" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""Sizes of the backbones and how they are trained. Needs no torch: a recipe is checked without it."""
+"""Configurations of the backbones, without torch, so that recipes are checked quickly."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from far.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class MaskedConfig:
-    """Size of the masked backbone, and how it is masked in training.
+    """Size of the masked backbone, and its masking in training.
 
     Attributes:
         encoder_width: channels of the encoder, a multiple of its heads.
@@ -21,11 +21,11 @@ class MaskedConfig:
         decoder_heads: attention heads of the decoder.
         buffer: copies of the class token before the sequence.
         dropout: probability of dropout in attention and feed-forward parts.
-        mask_ratio_min: the masking ratio of a batch is drawn from a normal of mean 1, truncated to [this,
-            1]. Models of few tokens want a low minimum, since every token that becomes known changes the
-            image much.
-        mask_ratio_deviation: standard deviation of that normal.
-        kind: chooses this backbone; it is the default.
+        mask_ratio_min: smallest masking ratio. Each batch draws its ratio from a normal distribution of mean 1,
+            truncated to [``mask_ratio_min``, 1]. Models of few tokens need a low minimum, because each token that
+            becomes known changes the image a lot.
+        mask_ratio_std: standard deviation of the normal distribution.
+        kind: selects this backbone, which is the default.
     """
 
     encoder_width: int = 768
@@ -37,7 +37,7 @@ class MaskedConfig:
     buffer: int = 64
     dropout: float = 0.1
     mask_ratio_min: float = 0.7
-    mask_ratio_deviation: float = 0.25
+    mask_ratio_std: float = 0.25
     kind: Literal["masked"] = "masked"
 
     def __post_init__(self) -> None:
@@ -49,33 +49,32 @@ class MaskedConfig:
             check_count(f"{part}_depth", getattr(self, f"{part}_depth"), 2**10)
         if self.buffer < 1:
             raise InputError(
-                f"buffer {self.buffer} must be positive: with no token known, it is all that the encoder sees"
+                f"buffer {self.buffer} must be positive. It is the encoder's only input while no token is known."
             )
         check_count("buffer", self.buffer)
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout {self.dropout} must be at least 0 and below 1")
-        if not 0 <= self.mask_ratio_min < 1 or self.mask_ratio_deviation <= 0:
+        if not 0 <= self.mask_ratio_min < 1 or self.mask_ratio_std <= 0:
             raise InputError(
                 f"mask_ratio_min {self.mask_ratio_min} must be at least 0 and below 1, "
-                f"and mask_ratio_deviation {self.mask_ratio_deviation} positive"
+                f"and mask_ratio_std {self.mask_ratio_std} positive"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class CausalConfig:
-    """Size of the causal backbone, and how it is trained.
+    """Size of the causal backbone, and its training.
 
     Attributes:
-        kind: chooses this backbone; must be given.
+        kind: selects this backbone; required.
         width: channels, a multiple of the heads.
         depth: number of blocks.
         heads: attention heads.
         buffer: copies of the class token before the sequence.
-        positions: what the rotary embedding encodes: ``grid`` is (row, column), ``sequence`` the number in the
-            sequence.
+        positions: rotary positions: ``grid`` is (row, column), ``sequence`` is the index in the sequence.
         dropout: probability of dropout in attention and feed-forward parts.
-        input_noise: standard deviation of the noise on the tokens that are fed in training. In sampling the
-            backbone sees tokens with the head's errors; this prepares it for them.
+        input_noise: standard deviation of noise on the input tokens in training. It prepares the backbone for the
+            head's errors in sampling.
     """
 
     kind: Literal["causal"] = "causal"
@@ -94,7 +93,8 @@ class CausalConfig:
         axes = 2 if self.positions == "grid" else 1
         if self.width // self.heads % (2 * axes):
             raise InputError(
-                f"width {self.width} / heads {self.heads} must be a multiple of {2 * axes} for rotary positions on a {self.positions}"
+                f"width {self.width} / heads {self.heads} must be a multiple of {2 * axes} "
+                f"for rotary positions on a {self.positions}"
             )
         check_count("depth", self.depth, 2**10)
         check_count("buffer", self.buffer)
@@ -105,5 +105,5 @@ class CausalConfig:
 
     @property
     def hidden_width(self) -> int:
-        """Of the feed-forward part: 8/3 of the width, rounded up to a multiple of 256 (LLaMA's rule)."""
+        """Hidden width of the feed-forward part: 8/3 of the width, rounded up to a multiple of 256, as in LLaMA."""
         return -(-8 * self.width // (3 * 256)) * 256

@@ -163,7 +163,7 @@ class MaskedBackbone(Backbone):
         The fraction is one draw of :func:`far.tokens.sample_mask_ratio` per batch. Positions differ per sample.
         """
         batch = len(tokens)
-        ratio = sample_mask_ratio(generator, self.config.mask_ratio_min, self.config.mask_ratio_deviation)
+        ratio = sample_mask_ratio(generator, self.config.mask_ratio_min, self.config.mask_ratio_std)
         masked = max(1, math.ceil(self.tokens * ratio))
         orders = torch.rand(batch, self.tokens, generator=generator).argsort(dim=1).to(tokens.device)
         return tokens, orders[:, masked:], orders[:, :masked]

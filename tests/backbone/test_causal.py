@@ -1,4 +1,4 @@
-"""The causal backbone against a plain re-computation, and what each ``z`` may depend on."""
+"""The causal backbone against a plain recomputation, and what each ``z`` may depend on."""
 
 import cmath
 import math
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from far.backbone import CausalBackbone, CausalConfig
-from far.errors import InputError
+from tests.refusals import refused
 
 ROWS, COLUMNS = 3, 4
 TOKENS, CHANNELS, CLASSES, BATCH = ROWS * COLUMNS, 5, 3, 4
@@ -66,7 +66,7 @@ def turned(vector: Tensor, angles: list[float]) -> Tensor:
 def plain(
     backbone: CausalBackbone, tokens: Tensor, label: int, places: list[tuple[float, ...]]
 ) -> list[Tensor]:
-    """``z`` of one image, written out place by place; ``places`` are the rotary positions of the sequence."""
+    """``z`` of one image, computed position by position; ``places`` are the rotary positions of the sequence."""
     config, state = backbone.config, backbone.state_dict()
     x = [state["class_embedding.weight"][label] + copy for copy in state["class_positions"][0]]
     x += [state["token_projection.weight"] @ token for token in tokens[:-1]]
@@ -108,7 +108,7 @@ def plain(
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_values(positions: str) -> None:
+def test_values_equal_a_plain_computation(positions: str) -> None:
     backbone, tokens = BACKBONES[positions], make_tokens()
     grid: list[tuple[float, ...]] = [(1 + i // COLUMNS, 1 + i % COLUMNS) for i in range(TOKENS - 1)]
     places = [(0, 0), (0, 0), *grid] if positions == "grid" else [(i,) for i in range(backbone.length)]
@@ -133,7 +133,7 @@ def test_feed_forward_width_is_llamas() -> None:
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_later_tokens_do_not_count_and_earlier_ones_do(positions: str) -> None:
+def test_z_depends_on_earlier_tokens_only(positions: str) -> None:
     backbone, tokens = BACKBONES[positions], make_tokens()
     z = teacher_forced(backbone, tokens)
     for place in range(TOKENS):
@@ -148,7 +148,7 @@ def test_later_tokens_do_not_count_and_earlier_ones_do(positions: str) -> None:
         )
 
 
-def test_unknown_tokens_are_not_read() -> None:
+def test_z_does_not_depend_on_unknown_tokens() -> None:
     backbone, tokens = BACKBONES["grid"], make_tokens()
     hidden = tokens.clone()
     hidden[:, 5:] = float("nan")
@@ -158,7 +158,7 @@ def test_unknown_tokens_are_not_read() -> None:
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_positions_and_labels_count(positions: str) -> None:
+def test_z_depends_on_positions_and_labels(positions: str) -> None:
     backbone = BACKBONES[positions]
     same = make_tokens()[:1, :1].expand(BATCH, TOKENS, -1)
     z = teacher_forced(backbone, same)
@@ -170,8 +170,8 @@ def test_positions_and_labels_count(positions: str) -> None:
             assert (z[a] - z[b]).abs().amax(dim=-1).min() > 1e-3, f"labels {a} and {b} give the same z"
 
 
-def test_rows_and_columns_are_told_apart() -> None:
-    """The same sequence on a grid of another shape is something else, and as a plain sequence it is not."""
+def test_grid_positions_depend_on_the_shape_of_the_grid() -> None:
+    """Sequence positions do not."""
     for positions in POSITIONS:
         a, b = build((3, 4), positions=positions), build((2, 6), positions=positions)
         difference = (teacher_forced(a, make_tokens()) - teacher_forced(b, make_tokens())).abs().max()
@@ -186,7 +186,7 @@ def test_rows_and_columns_are_told_apart() -> None:
     positions=st.sampled_from(POSITIONS), data=st.data(),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
-def test_cached_equals_uncached(
+def test_cached_z_equals_uncached_z(
     rows: int, columns: int, batch: int, buffer: int, positions: str, data: st.DataObject
 ) -> None:
     """Token by token and in larger strides, within 1e-5 at every position."""
@@ -207,7 +207,7 @@ def test_cached_equals_uncached(
         known += data.draw(st.integers(1, 3))
 
 
-def test_cache_of_more_rows_goes_on_with_the_first_ones() -> None:
+def test_cache_of_more_rows_continues_with_the_first_ones() -> None:
     backbone, tokens = BACKBONES["grid"], make_tokens()
     cache = backbone.new_cache(BATCH)
     full = teacher_forced(backbone, tokens)
@@ -244,7 +244,7 @@ def test_cache_grows_in_large_pieces_and_is_filled_exactly() -> None:
 # --- Training --------------------------------------------------------------------------------------------
 
 
-def test_input_noise_is_on_the_fed_tokens_only() -> None:
+def test_input_noise_is_added_to_input_tokens_only() -> None:
     tokens = make_tokens()
     z = teacher_forced(build(), tokens)
     noisy = build(input_noise=0.5)
@@ -271,7 +271,7 @@ def test_dropout_acts_on_both_branches_in_training_only(silent: str) -> None:
     assert not torch.equal(*(teacher_forced(backbone, tokens) for _ in range(2)))
 
 
-def test_branches_start_small_and_the_table_is_no_weight() -> None:
+def test_branches_start_small_and_the_rotary_table_is_not_a_weight() -> None:
     torch.manual_seed(0)
     backbone = CausalBackbone(CausalConfig(width=64, depth=8, heads=4), (3, 4), CHANNELS, CLASSES)
     assert set(backbone.state_dict()) == {name for name, _ in backbone.named_parameters()}
@@ -286,25 +286,25 @@ def test_branches_start_small_and_the_table_is_no_weight() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "named"),
     [
-        ({"width": 100}, "width 100 must be a positive multiple of heads 12"),
-        ({"heads": 0}, "heads 0"),
+        ({"width": 100}, ["width 100", "heads 12"]),
+        ({"heads": 0}, ["heads 0"]),
         (
             {"width": 36, "heads": 6},
-            "width 36 / heads 6 must be a multiple of 4 for rotary positions on a grid",
+            ["width 36", "heads 6", "grid"],
         ),
         (
             {"width": 15, "heads": 3, "positions": "sequence"},
-            "must be a multiple of 2 for rotary positions on a sequence",
+            ["width 15", "heads 3", "sequence"],
         ),
-        ({"depth": 0}, "depth 0 must be positive"),
-        ({"buffer": 0}, "buffer 0 must be positive"),
-        ({"dropout": 1.0}, "dropout 1.0"),
-        ({"input_noise": -0.1}, "input_noise -0.1"),
-        ({"input_noise": math.inf}, "input_noise inf"),
+        ({"depth": 0}, ["depth 0"]),
+        ({"buffer": 0}, ["buffer 0"]),
+        ({"dropout": 1.0}, ["dropout 1.0"]),
+        ({"input_noise": -0.1}, ["input_noise -0.1"]),
+        ({"input_noise": math.inf}, ["input_noise inf"]),
     ],
 )
-def test_impossible_sizes(values: dict, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+def test_impossible_sizes_are_refused(values: dict, named: list[str]) -> None:
+    with refused(*named):
         CausalConfig(**values)
