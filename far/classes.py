@@ -80,6 +80,13 @@ def check_same_classes(
     )
 
 
+def unmatched_classes(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
+    """Return the class names that only one side has; none if a side has no classes, or only numbers for names."""
+    if any(list(names) == [str(number) for number in range(len(names))] for names in (ours, theirs)):
+        return []
+    return sorted({*ours} ^ {*theirs})
+
+
 def _named(classes: Sequence[str], name: str) -> int:
     """Return the number of the one class of a name, of which there is at least one."""
     numbers = [number for number, other in enumerate(classes) if other == name]

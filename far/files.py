@@ -28,16 +28,22 @@ _OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
 
 
 @contextlib.contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """Yield a path of the same name in a new folder beside ``path``; the folder goes at the end.
+def _beside(path: Path, parent: Path | None = None) -> Iterator[Path]:
+    """Yield a path of the same name in a new folder beside ``path``, and remove the folder at the end.
+
+    Args:
+        path: its parent folders are created if missing.
+        parent: holds the new folder instead, and no other folder is created.
 
     Raises:
-        InputError: the folder cannot be made or written, or the disk is full.
+        InputError: the folder cannot be created or written, or the disk is full.
     """
     folder = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".far"))
+        if parent is None:
+            parent = path.parent
+            parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=parent, prefix=f".{path.name}.", suffix=".far"))
         yield folder / path.name
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
         reason = getattr(error, "strerror", None) or error
@@ -170,17 +176,18 @@ def check_exists(path: Path | None, remedy: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise an :class:`InputError` now, before long work, if ``path`` could not be written at its end.
+    """Raise an :class:`InputError` before long work if ``path`` could not be written at its end.
 
-    Also removes what killed processes left beside it.
+    Also removes what killed processes left beside it. Creates no folder.
     """
     if path.is_file() and not os.access(path, os.W_OK):
         raise InputError(f"cannot write {path}: permission denied; choose another path")
-    with _beside(path) as temporary:
+    with _beside(path, next(folder for folder in path.absolute().parents if folder.exists())) as temporary:
         temporary.write_bytes(b"")
     if path.is_dir():
-        raise InputError(f"{path} is a folder; give the path of a file")
-    remove_leftovers(path.parent)
+        raise InputError(f"{path} is a folder. Give the path of a file")
+    if path.parent.is_dir():
+        remove_leftovers(path.parent)
 
 
 def check_folder(path: Path) -> None:

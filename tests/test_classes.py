@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from far.classes import check_same_classes, class_number, label_text
+from far.classes import check_same_classes, class_number, label_text, unmatched_classes
 from far.errors import InputError
 
 PLAIN = ["0", "1", "2"]
@@ -94,3 +94,20 @@ def test_different_names_are_told_with_both_sides() -> None:
         check_same_classes(["a"], "set/train", ["a", "b"], "run/latents", "run far cache again")
     for part in ("1", "2", "set/train", "run/latents"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "unmatched"),
+    [
+        (["cat", "dog"], ["dog", "cat"], []),
+        (["cat", "dog"], ["cat", "owl"], ["dog", "owl"]),
+        (["cat", "dog"], ["cat"], ["dog"]),
+        (["cat", "dog"], [], []),
+        (PLAIN, ["cat", "dog"], []),
+        (FROM_ONE, PLAIN, []),
+    ],
+)
+def test_unmatched_classes_are_those_that_one_side_names(
+    ours: list[str], theirs: list[str], unmatched: list[str]
+) -> None:
+    assert unmatched_classes(ours, theirs) == unmatched_classes(theirs, ours) == unmatched

@@ -14,18 +14,19 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import far
+from far.classes import unmatched_classes
 from far.cli.machine_arguments import add_machine_arguments, prepare_machine, tell_chosen
 from far.cli.sampling_arguments import MOST_IMAGES, add_sampling_arguments, sampling_options
 from far.config import check_seed
 from far.data.listing import describe
 from far.devices import device_title
 from far.errors import InputError
-from far.files import check_exists, check_writable, write_json
+from far.files import check_exists, check_writable, printable, write_json
 from far.names import find_folder
 from far.notices import noticed
 from far.precision import DTYPES
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _DEFAULT_COUNT = 10_000
 # From the first image of one --seed to that of the next, which is more than any count: no two share an image.
 _IMAGE_SEEDS = 2**32
+_CLASSES_SHOWN = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,6 +108,7 @@ class Judged:
     described: dict[str, Any]
     extract: Callable[[], torch.Tensor]
     parts: Path | None = None
+    classes: Sequence[str] = ()
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -225,7 +228,13 @@ def _open_images(arguments: argparse.Namespace, extractor: Extractor, cache: Pat
         "count": count,
         "left out": dict(source.left_out),
     }
-    return Judged(count, source.size, described, lambda: features_of(source, extractor, cache, count=count))
+    return Judged(
+        count,
+        source.size,
+        described,
+        lambda: features_of(source, extractor, cache, count=count),
+        classes=source.classes,
+    )
 
 
 def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: torch.device) -> Judged:
@@ -267,7 +276,9 @@ def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: tor
 
     setting = {"count": count, "batch size": arguments.batch_size, "processes": processes.count}
     setting["device"] = device_title(device) if processes.count == 1 else device.type
-    return Judged(count, _pixels(pipeline), {**generation.describe(), **setting}, extract, parts)
+    return Judged(
+        count, _pixels(pipeline), {**generation.describe(), **setting}, extract, parts, pipeline.classes
+    )
 
 
 def _pixels(pipeline: Pipeline) -> tuple[int, int] | None:
@@ -299,8 +310,14 @@ def _report(
         warnings.append(
             f"judged images and reference have {sizes} pixels; the enlargement counts as a difference"
         )
+    if unmatched := unmatched_classes(judged.classes, reference.classes):
+        names = ", ".join(unmatched[:_CLASSES_SHOWN]) + (" …" if len(unmatched) > _CLASSES_SHOWN else "")
+        warnings.append(
+            f"evaluated images and reference have different classes ({names} on one side only), "
+            "which counts as a difference"
+        )
     for warning in warnings:
-        print(f"far: warning: {warning}", file=sys.stderr)
+        print(f"far: warning: {printable(warning)}", file=sys.stderr)
     result = {
         "figures": found.figures,
         "controls": found.controls,

@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from far.pipeline import Pipeline
     from far.sampling import Progress
 
-_LABELS_SHOWN = 64
 # Pictures in other formats, which nobody means as the name of a folder.
 _OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -196,14 +196,54 @@ def _draw(
 
 
 def _remaining(arguments: argparse.Namespace, labels: list[str], done: int) -> str:
-    """Say what an interruption has left, and how the other images are drawn."""
-    rest = [shlex.quote(label) for label in labels[done : done + _LABELS_SHOWN]] + ["…"] * (
-        len(labels) - done > _LABELS_SHOWN
-    )
-    options = (
-        f"--count {len(labels) - done} --seed {arguments.seed + done} --labels {' '.join(rest)} --out ANOTHER"
-    )
-    return f"{done} of {len(labels)} images are in {arguments.out}; the same command with {options} draws the others"
+    """Return what an interruption leaves: how many images are finished, and the commands that draw the others."""
+    commands, outs, start = [], _free_names(arguments.out), done
+    for names, count in _even_parts(labels[done:]):
+        seed = arguments.seed + start
+        changed = {
+            "labels": names,
+            "count": count,
+            "seed": seed,
+            "out": next(outs),
+            "overwrite": False,
+            "gif": None,
+        }
+        commands.append(_command(argparse.Namespace(**{**vars(arguments), **changed})))
+        start += count
+    return f"{done} of {len(labels)} images are in {arguments.out}. Draw the others with: {' && '.join(commands)}"
+
+
+def _even_parts(labels: Sequence[str]) -> Iterator[tuple[list[str], int]]:
+    """Split labels into parts that :func:`_shared` restores; yield the labels and the count of each."""
+    names: list[str] = []
+    counts: list[int] = []
+    for name, group in itertools.groupby(labels):
+        count = sum(1 for _ in group)
+        if counts and not counts[0] - 1 <= count <= counts[-1]:
+            yield names, sum(counts)
+            names, counts = [], []
+        names.append(name)
+        counts.append(count)
+    yield names, sum(counts)
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """Return the command line that gives these arguments."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = ["far", "generate"]
+    for action in parser._actions:
+        value = getattr(arguments, action.dest, action.default)
+        if value != action.default:
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [action.option_strings[-1], *map(str, values)]
+    return shlex.join(words)
+
+
+def _free_names(out: Path) -> Iterator[Path]:
+    """Yield names like ``out`` at which nothing exists."""
+    numbered = (out.with_name(f"{out.stem}-{number}{out.suffix}") for number in itertools.count(2))
+    return (path for path in numbered if not path.exists())
 
 
 def _earlier_images(folder: Path, overwrite: bool) -> list[Path]:
@@ -256,8 +296,13 @@ def _labels(pipeline: Pipeline, arguments: argparse.Namespace) -> list[int]:
     chosen = [pipeline.label(name) for name in names]
     count = len(chosen) if arguments.count is None else arguments.count
     check_count("--count", count, MOST_IMAGES)  # as many labels as images by default
-    share, extra = divmod(count, len(chosen))
-    return [label for index, label in enumerate(chosen) for _ in range(share + (index < extra))]
+    return _shared(chosen, count)
+
+
+def _shared(labels: list[int], count: int) -> list[int]:
+    """Return ``count`` labels in order, each equally often, or once more for the first ones."""
+    share, extra = divmod(count, len(labels))
+    return [label for index, label in enumerate(labels) for _ in range(share + (index < extra))]
 
 
 def _write_together(

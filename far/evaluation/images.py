@@ -45,6 +45,7 @@ class ImageSource:
         digest: of the contents; equal for equal images in equal order.
         read: rows ``range`` → ``[n, h, w, 3]`` uint8.
         left_out: numbers of a folder's other files, by reason.
+        classes: names of the classes, empty if the images have none.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ImageSource:
     digest: str
     read: Callable[[range], np.ndarray]
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    classes: Sequence[str] = ()
 
     def tensor(self, rows: range) -> Tensor:
         """Rows as ``[n, 3, h, w]`` float32 in [0, 1]."""
@@ -88,12 +90,13 @@ def _open_image_set(folder: Path) -> ImageSource:
         (reader.meta["size"], reader.meta["size"]),
         f"shards-{sha256(folder / INDEX)}",
         lambda rows: reader.rows("images", torch.arange(rows.start, rows.stop)).numpy(),
+        classes=reader.meta["classes"],
     )
 
 
 def _open_folder(folder: Path) -> ImageSource:
     left_out: Counter[str] = Counter()
-    files = _image_files(folder, left_out)
+    files, classes = _image_files(folder, left_out)
     if not files:
         also = f"; it holds {describe(left_out)}" if left_out else ""
         raise InputError(f"{folder} holds no images ({', '.join(SUFFIXES)}){also}")
@@ -116,14 +119,15 @@ def _open_folder(folder: Path) -> ImageSource:
         return np.stack(images)
 
     return ImageSource(
-        str(folder), len(files), (size[0], size[1]), f"folder-{digest.hexdigest()}", read, left_out
+        str(folder), len(files), (size[0], size[1]), f"folder-{digest.hexdigest()}", read, left_out, classes
     )
 
 
-def _image_files(folder: Path, left_out: Counter[str]) -> list[Path]:
-    """Return all images, those of each subfolder in turn, so that the first ones are of all classes."""
+def _image_files(folder: Path, left_out: Counter[str]) -> tuple[list[Path], list[str]]:
+    """Return all images, taking the subfolders in turn so that the first ones cover all classes, and the classes' names."""
     classes = [images_in(folder, left_out)]
-    for subfolder in class_folders(folder, left_out):
+    subfolders = class_folders(folder, left_out)
+    for subfolder in subfolders:
         others: Counter[str] = Counter()
         classes.append(images_within(subfolder, others))
         if not classes[-1]:
@@ -131,7 +135,9 @@ def _image_files(folder: Path, left_out: Counter[str]) -> list[Path]:
                 f"class {subfolder} has no images ({describe(others) or 'empty'}); add PNG, JPEG or WebP files or remove it"
             )
         left_out.update(others)
-    return [file for row in itertools.zip_longest(*classes) for file in row if file is not None]
+    files = [file for row in itertools.zip_longest(*classes) for file in row if file is not None]
+    # Images beside the subfolders have no class.
+    return files, [] if classes[0] else [subfolder.name for subfolder in subfolders]
 
 
 def _decode(path: Path) -> np.ndarray:

@@ -7,7 +7,7 @@ those written here also hold the name of their network, the number of images, an
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ class Reference:
 
     ``source`` says where from, ``digest`` identifies the content. ``count`` of images and their ``size``
     (height, width) are ``None`` where a file does not tell. ``left_out`` counts a folder's other files by reason.
+    ``classes`` are the names of the images' classes, empty if they have none.
     """
 
     source: str
@@ -40,6 +41,7 @@ class Reference:
     count: int | None
     size: tuple[int, int] | None
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    classes: Sequence[str] = ()
 
 
 def default_cache() -> Path:
@@ -62,7 +64,9 @@ def open_reference(path: Path, extractor: Extractor, cache: Path) -> Reference:
     source = open_images(path)
     features = features_of(source, extractor, cache)
     if extractor.name == FID_NETWORK and {"mu", "sigma"} <= names:
-        return dataclasses.replace(_read_statistics(path, extractor), features=features, size=source.size)
+        return dataclasses.replace(
+            _read_statistics(path, extractor), features=features, size=source.size, classes=source.classes
+        )
     return Reference(
         source.name,
         source.digest,
@@ -71,6 +75,7 @@ def open_reference(path: Path, extractor: Extractor, cache: Path) -> Reference:
         source.count,
         source.size,
         source.left_out,
+        source.classes,
     )
 
 

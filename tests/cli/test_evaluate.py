@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,19 @@ def test_images_of_another_size_are_warned_of(
     )
     evaluate(tmp_path, "--npz", tmp_path / "larger.npz", "--reference", image_set)
     assert "judged images and reference have 24×20 and 16×16 pixels" in capsys.readouterr().err
+
+
+def test_other_class_names_of_the_reference_are_a_warning(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = shutil.copytree(folder, tmp_path / "reference")
+    (reference / "b").rename(reference / "oval")
+    (warning,) = (
+        text
+        for text in evaluate(tmp_path, "--images", folder, "--reference", reference)["warnings"]
+        if "oval" in text
+    )
+    assert warning in capsys.readouterr().err
 
 
 def test_a_folder_is_judged_as_far_data_reads_it(tmp_path: Path) -> None:
@@ -409,5 +423,4 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("far: error:")
     assert message in error
-    assert not (tmp_path / "out" / "result.json").exists()
-    assert not list((tmp_path / "out").glob("parts-*")), "images were generated first"
+    assert not (tmp_path / "out").exists(), "a folder is left behind"

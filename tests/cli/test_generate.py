@@ -1,5 +1,6 @@
 """`far generate`: what it writes, and that images depend on seed and label alone."""
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -306,15 +307,63 @@ def test_an_interruption_leaves_the_finished_images_and_says_how_to_draw_the_oth
     command = ["generate", "--weights", str(pipeline_folder), "--out", str(tmp_path / out), *options]
     assert main(command) == 130
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("far: interrupted; 4 of 6 images")
-    assert str(tmp_path / out) in told
-    rest = told[told.index("--count") : told.index("--out")].split()
-    # What it names is drawn by the command it names.
-    generate(pipeline_folder, tmp_path / "rest.npz", *rest, "--dtype", "float32")
-    whole, others = np.load(tmp_path / "whole.npz"), np.load(tmp_path / "rest.npz")
-    assert others["arr_1"].tolist() == whole["arr_1"][4:].tolist()
-    assert np.array_equal(others["arr_0"], whole["arr_0"][4:])
-    assert np.array_equal(written(tmp_path / out), whole["arr_0"][:4])
+    assert "4 of 6 images" in told
+    (rest,) = told_commands(told)
+    monkeypatch.setattr(Pipeline, "draw", draw)
+    assert main(rest) == 0
+    whole = np.load(tmp_path / "whole.npz")
+    assert np.array_equal(written(Path(rest[rest.index("--out") + 1]), 2, 2), whole["arr_0"][4:])
+    assert np.array_equal(written(tmp_path / out, 4, 3), whole["arr_0"][:4])
+
+
+def told_commands(line: str) -> list[list[str]]:
+    """Return the arguments of each ``far`` command at the end of a line."""
+    words = shlex.split(line[line.index("far generate") :])
+    ends = [place for place, word in enumerate(words) if word == "&&"]
+    return [
+        words[start + 1 : end] for start, end in zip([0, *(end + 1 for end in ends)], [*ends, len(words)])
+    ]
+
+
+@pytest.mark.parametrize("labels", [[], ["1", "0", "0", "2"], ["2", "1", "2"]])
+def test_commands_after_an_interruption_draw_all_other_images_of_any_number(
+    labels: list[str],
+    pipeline_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    drawn: list[tuple[int, int]] = []
+    interruptions = [20]
+
+    def draw(self, chunk, seeds, config, **options):  # type: ignore[no-untyped-def]
+        if len(drawn) in interruptions:
+            raise KeyboardInterrupt
+        assert config.guidance == 2
+        drawn.extend(zip(chunk, seeds))
+        return torch.zeros(len(chunk), 3, 16, 16)
+
+    monkeypatch.setattr(Pipeline, "draw", draw)
+    command = ["generate", "--weights", str(pipeline_folder), "--count", "150", "--batch-size", "10"]
+    command += [
+        "--guidance",
+        "2",
+        "--out",
+        str(tmp_path / "a.npz"),
+        *(["--labels", *labels] if labels else []),
+    ]
+    assert main(command) == 130
+    interruptions.clear()
+    for command in told_commands(capsys.readouterr().err.splitlines()[-1]):
+        assert main(command) == 0
+    expected = [(label, number) for number, label in enumerate(spread(labels or ["0", "1", "2"], 150))]
+    assert drawn == expected
+
+
+def spread(labels: list[str], count: int) -> list[int]:
+    """Return ``count`` labels, each equally often."""
+    parts = np.array_split(np.arange(count), len(labels))
+    return [int(label) for label, part in zip(labels, parts) for _ in part]
 
 
 def test_an_interruption_while_images_are_written_leaves_those_of_whole_batches(
@@ -349,13 +398,14 @@ def test_an_interruption_while_images_are_written_leaves_those_of_whole_batches(
     assert sorted(path.name for path in out.iterdir()) == ["000000.png", "000001.png", "000002.png"]
 
 
-def written(path: Path) -> np.ndarray:
-    """Four images that a folder, an archive, or a sheet with a row of three and a row of one holds."""
+def written(path: Path, count: int, columns: int) -> np.ndarray:
+    """Return the first ``count`` images of a folder, an archive, or a contact sheet of so many columns."""
     if path.suffix == ".npz":
         return np.load(path)["arr_0"]
     if path.is_dir():
         return np.stack([np.asarray(Image.open(file)) for file in sorted(path.iterdir())])
     sheet = np.asarray(Image.open(path))
-    factor = sheet.shape[1] // 48
+    factor = sheet.shape[1] // (16 * columns)
     sheet = sheet[::factor, ::factor]
-    return np.stack([sheet[:16, :16], sheet[:16, 16:32], sheet[:16, 32:], sheet[16:, :16]])
+    corners = [(16 * (number // columns), 16 * (number % columns)) for number in range(count)]
+    return np.stack([sheet[top : top + 16, left : left + 16] for top, left in corners])
