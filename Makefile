@@ -1,12 +1,13 @@
 # make generate: install, draw a grid of images    make check: lint, format, types
 # make test:     install, run the tests            make bench: the README's speed figures
-# make results:  regenerate docs/results.md's tables and plots; TRAIN=1 trains first (hours), TIMES=1 measures the seconds again
-# make soak:     the tests that take many minutes: kills, damaged files, all heads in all formats, the demo under load
-# make wheel:    build dist/: what `pip install` takes    make matrix: the tests under each Python 3.10 to 3.13 that is here
-# make test-avx2: make test as on a processor without AVX-512 and AMX: these instructions are forbidden
-# make notebook: run notebooks/quickstart.ipynb in place    make lock: requirements.lock anew, from PyPI
+# make results:  rewrite docs/results.md's tables and plots; TRAIN=1 trains first (hours), TIMES=1 times again
+# make soak:     tests of many minutes: kills, damaged files, all heads in all formats, the demo under load
+# make wheel:    build dist/, which `pip install` takes
+# make matrix:   the tests under each installed Python from 3.10 to 3.13
+# make test-avx2: make test without AVX-512 and AMX instructions
+# make notebook: run notebooks/quickstart.ipynb in place    make lock: rewrite requirements.lock from PyPI
 # make docs:     the documentation as a site, in site/
-# make train-small: render, train and draw from a small model of one's own in under half an hour
+# make train-small: render images, train a small model of your own and draw from it, in under half an hour
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,7 +22,7 @@ generate: $(VENV)/installed
 test: $(VENV)/installed-dev $(VENV)/browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-# One variable each for torch itself, oneDNN and fbgemm.
+# One variable each for torch, oneDNN and fbgemm.
 test-avx2: export ATEN_CPU_CAPABILITY = avx2
 test-avx2: export ONEDNN_MAX_CPU_ISA = AVX2
 test-avx2: export FBGEMM_ENABLE_INSTRUCTIONS = AVX2
@@ -48,7 +49,8 @@ notebook: $(VENV)/installed-dev
 
 lock: $(VENV)/installed
 	$(PIP) uv
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --constraint constraints.txt --custom-compile-command "make lock" \
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes \
+		--constraint constraints.txt --custom-compile-command "make lock" \
 		--default-index https://pypi.org/simple --output-file requirements.lock pyproject.toml
 
 bench: $(VENV)/installed-dev

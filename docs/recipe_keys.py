@@ -10,7 +10,7 @@ MARK = "<!-- The rest is written by: python docs/recipe_keys.py -->\n"
 
 
 def page() -> str:
-    """Return the page with its tables as the code has them now."""
+    """Return the page with tables made from the current code."""
     head, mark, _ = PAGE.read_text(encoding="utf-8").partition(MARK)
     return f"{head}{mark}\n{as_markdown()}"
 

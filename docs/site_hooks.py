@@ -1,7 +1,7 @@
-"""What mkdocs.yml cannot say: pages made from the repository's own files and from the code.
+"""MkDocs hooks: add pages made from the repository's files and from the code.
 
-README.md and CONTRIBUTING.md become pages, links out of docs/ lead to them or to a copy of the file they name, and the
-reference of commands is written from the parser.
+README.md and CONTRIBUTING.md become pages. Links out of docs/ point to these pages or to copies of the files.
+The command-line reference is written from the parser.
 """
 
 import argparse
@@ -24,7 +24,7 @@ _CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages and files of the repository that stand outside docs/."""
+    """Add the repository's pages and files outside docs/."""
     for source, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
     wanted = {
@@ -41,7 +41,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead links where the site has what they name, and write the generated references."""
+    """Point links to their targets on the site, and write the generated references."""
     here = posixpath.dirname(page.file.src_uri)
     for link, target in _links(markdown, page.file.src_uri):
         pattern = re.compile(re.escape(link) + r"(?=[)\"#])")
@@ -52,7 +52,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _links(markdown: str, page: str) -> Iterator[tuple[str, str]]:
-    """Links of a page that name files outside docs/, or stand outside it, and the pages or files of the site that they become."""
+    """Yield links to or from files outside docs/, with their targets on the site."""
     source = next((path for path, name in PAGES.items() if name == page), f"docs/{page}")
     for link in dict.fromkeys(match[2] for match in _LINK.finditer(_CODE.sub("", markdown))):
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
@@ -65,7 +65,7 @@ def _links(markdown: str, page: str) -> Iterator[tuple[str, str]]:
 
 
 def _commands() -> Iterator[str]:
-    """Every command's help, as the parser gives it."""
+    """Yield every command's help, as the parser prints it."""
     from far.cli.main import build_parser
 
     def walk(parser: argparse.ArgumentParser, level: int) -> Iterator[str]:
@@ -83,7 +83,7 @@ _ROLE = re.compile(r":(?:class|meth|func|data|mod|attr):`([^`]+)`")
 
 
 class Roles(griffe.Extension):
-    """Makes a role such as ``:class:`` before a name in a docstring a link to what the reference has of it, if it has."""
+    """Turns roles such as ``:class:`` in docstrings into links, if the reference has the named object."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is None:
@@ -91,8 +91,9 @@ class Roles(griffe.Extension):
 
         def linked(match: re.Match[str]) -> str:
             try:
-                return f'<autoref optional identifier="{obj.resolve(match[1])}"><code>{match[1]}</code></autoref>'
+                target = obj.resolve(match[1])
             except griffe.NameResolutionError:
                 return f"`{match[1]}`"
+            return f'<autoref optional identifier="{target}"><code>{match[1]}</code></autoref>'
 
         obj.docstring.value = _ROLE.sub(linked, obj.docstring.value)
