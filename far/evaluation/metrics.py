@@ -65,7 +65,7 @@ class FeatureStatistics:
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """``|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½)``, also for rank-deficient covariances.
 
-    The trace of the root is the sum of the singular values of ``Σ₁^½ Σ₂^½``, so nothing is inverted
+    The trace of the root is the sum of the singular values of ``F₁ᵀ F₂`` with ``Σ = F Fᵀ``, so nothing is inverted
     and no complex number appears.
 
     Raises:
@@ -78,14 +78,25 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
         raise ValueError(f"features of {len(a.total)} and {len(b.total)} dimensions cannot be compared")
     if not all(torch.isfinite(side.total).all() and torch.isfinite(side.covariance).all() for side in (a, b)):
         raise InputError("the features of the images are not finite; check the weights that drew them")
-    root_trace = torch.linalg.svdvals(_root(a.covariance) @ _root(b.covariance)).sum()
+    root_trace = torch.linalg.svdvals(_factor(a).T @ _factor(b)).sum()
     trace = a.covariance.trace() + b.covariance.trace() - 2 * root_trace
     return float((a.mean - b.mean).square().sum() + trace)
 
 
-def _root(covariance: Tensor) -> Tensor:
+def _factor(statistics: FeatureStatistics) -> Tensor:
+    """Return ``F [d, r]`` with ``F Fᵀ = covariance``, where r is the largest rank that the count allows."""
+    covariance = statistics.covariance
+    features, rank = len(covariance), min(statistics.count - 1, len(covariance))
+    basis = None
+    if 4 * rank < features:
+        # For few images, products with random vectors span all columns, so a small decomposition is exact too.
+        generator = torch.Generator().manual_seed(0)
+        normal = torch.randn(features, rank, generator=generator, dtype=torch.float64)
+        basis = torch.linalg.qr(covariance @ normal).Q
+        covariance = basis.T @ covariance @ basis
     values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    factor = vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()
+    return factor if basis is None else basis @ factor
 
 
 def frechet_bias(reference: FeatureStatistics, count: int, generator: torch.Generator) -> float:
