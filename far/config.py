@@ -50,11 +50,14 @@ def from_dict(cls: type[T], values: Mapping[str, Any], source: str) -> T:
 
 def _convert(hint: Any, value: Any, source: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, source)
     if origin in (typing.Union, types.UnionType):
-        if all(map(dataclasses.is_dataclass, arguments)) and isinstance(value, Mapping):
-            return _by_kind(arguments, value, source)
+        configs = tuple(filter(dataclasses.is_dataclass, arguments))
+        if configs and isinstance(value, Mapping):
+            return _by_kind(configs, value, source) if len(configs) > 1 else from_dict(configs[0], value, source)
         for option in arguments:
             try:
                 return _convert(option, value, source)

@@ -1,0 +1,294 @@
+"""A model's folder: ``config.json`` and safetensors, opened once, checked once, and turned into modules.
+
+A folder holds a generator (``model.safetensors``), an autoencoder (``autoencoder.safetensors``) or both. This module is
+the only one that reads or writes ``config.json``. Opening a folder needs no torch.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from far.card import model_card, write_card
+from far.config import from_dict
+from far.devices import resolve_device
+from far.errors import InputError
+from far.files import read_json, write_json
+from far.folder_config import Base, FolderConfig
+from far.hub import upload
+from far.names import BUNDLED, bundled_names, find_folder
+from far.precision import resolve_dtype, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from far.autoencoder import Autoencoder
+    from far.model import FAR
+
+_CONFIG = "config.json"
+_MODEL, _AUTOENCODER = "model.safetensors", "autoencoder.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFolder:
+    """A folder with a model, whose ``config.json`` has been read and checked.
+
+    Attributes:
+        path: the folder.
+        config: the content of its ``config.json``.
+        base: the folder of the bundled model that it takes tensors from, if any.
+    """
+
+    path: Path
+    config: FolderConfig
+    base: "ModelFolder | None" = None
+
+    @classmethod
+    def open(
+        cls, name: Path | str, *, revision: str | None = None, local_files_only: bool = False
+    ) -> "ModelFolder":
+        """Find a folder and read its ``config.json``.
+
+        Args:
+            name: a folder, the name of a bundled model, or ``OWNER/NAME[@REVISION]`` of the hub.
+            revision: a branch, tag or commit on the hub.
+            local_files_only: take a model of the hub from the local cache alone.
+
+        Raises:
+            InputError: there is no such model, or its ``config.json`` is damaged or describes no model.
+        """
+        path = find_folder(name, revision=revision, local_files_only=local_files_only)
+        config = _read_config(path / _CONFIG)
+        if config.base is None:
+            return cls(path, config)
+        try:
+            return cls(path, config, _open_base(config.base.weights))
+        except InputError as error:
+            raise InputError(f"{path / _CONFIG}: {error}") from error
+
+    @property
+    def has_autoencoder(self) -> bool:
+        """Whether the folder or its base holds an autoencoder."""
+        return self.config.autoencoder is not None or (self.base is not None and self.base.has_autoencoder)
+
+    def load_model(self) -> "FAR":
+        """Load the generator, in float32 on the CPU, in evaluation mode.
+
+        Raises:
+            InputError: the folder holds no generator, or its files are damaged or do not fit together. The
+                message names the file and the first tensor that differs.
+        """
+        from far.model import FAR
+        from far.weights import build_module
+
+        config = self.config.model
+        if config is None:
+            raise InputError(f"{self.path} holds an autoencoder alone. Load it with far.load_autoencoder.")
+        fallback = None if self.base is None else lambda: self._base_tensors(_MODEL)
+        return build_module(lambda: FAR(config), self._tensors(_MODEL), self.path / _MODEL, fallback).eval()
+
+    def load_autoencoder(self) -> "Autoencoder":
+        """Load the autoencoder of the folder or of its base, in float32 on the CPU, in evaluation mode.
+
+        Raises:
+            InputError: there is no autoencoder, or its file is damaged or does not fit the configuration.
+        """
+        from far.autoencoder import Autoencoder
+        from far.weights import build_module
+
+        config, path = self.config.autoencoder, self.path
+        if config is None and self.base is not None:
+            config, path = self.base.config.autoencoder, self.base.path
+        if config is None:
+            raise InputError(f"{self.path / _CONFIG} describes no autoencoder. Give a folder that holds one.")
+        sizes = config
+        tensors = self._tensors(_AUTOENCODER) if path is self.path else self._base_tensors(_AUTOENCODER)
+        return build_module(lambda: Autoencoder(sizes), tensors, path / _AUTOENCODER).eval()
+
+    def _tensors(self, file: str) -> "dict[str, Tensor]":
+        from far.weights import read_tensors
+
+        return read_tensors(self.path / file, self.config.sha256.get(file))
+
+    def _base_tensors(self, file: str) -> "dict[str, Tensor]":
+        from far.weights import read_tensors
+
+        assert self.base is not None and self.config.base is not None
+        try:
+            return read_tensors(self.base.path / file, self.config.base.sha256.get(file, ""))
+        except InputError as error:
+            raise InputError(
+                f"{self.path / _CONFIG}: the base {self.config.base.weights!r} is not the one that this model was "
+                f"made from ({error}). Install the version of far that wrote this folder."
+            ) from error
+
+    @classmethod
+    def save(
+        cls,
+        path: Path,
+        config: FolderConfig,
+        *,
+        model: "FAR | None" = None,
+        autoencoder: "Autoencoder | None" = None,
+        dtype: "torch.dtype | None" = None,
+        base: str | None = None,
+    ) -> "ModelFolder":
+        """Write a folder: the weights first, then ``config.json``, then the model card of a whole generator.
+
+        Args:
+            path: the folder, made if missing.
+            config: classes, defaults, results and training. The sizes are taken from the modules.
+            model: the generator.
+            autoencoder: the autoencoder.
+            dtype: dtype of the written weights; None keeps theirs.
+            base: name of a bundled model. Tensors that are equal in it are not written.
+
+        Raises:
+            InputError: ``dtype`` is not a floating point dtype, the weights are int8, ``base`` is not a whole
+                bundled model, or a file cannot be written.
+        """
+        from far.packing import has_int8
+        from far.weights import save_tensors
+
+        if model is not None and has_int8(model):
+            raise InputError(f"{path}: int8 weights cannot be saved. Load the model in another dtype to save it.")
+        tensors = {
+            file: module.state_dict()
+            for file, module in ((_MODEL, model), (_AUTOENCODER, autoencoder))
+            if module is not None
+        }
+        config = dataclasses.replace(
+            config,
+            model=None if model is None else model.config,
+            autoencoder=None if autoencoder is None else autoencoder.config,
+        )
+        folder = cls(path, config)
+        if base is not None:
+            folder, tensors = folder._on_base(base, tensors)
+        for file, entries in tensors.items():
+            save_tensors(path / file, entries, dtype)
+        write_json(path / _CONFIG, folder.config.to_dict())
+        if folder.config.model is not None and base is None:
+            write_card(path, folder.config)
+        return folder
+
+    def _on_base(
+        self, name: str, tensors: "dict[str, dict[str, Tensor]]"
+    ) -> "tuple[ModelFolder, dict[str, dict[str, Tensor]]]":
+        """Return this folder as one that builds on a bundled model, and the tensors that it still has to hold."""
+        from far.weights import changed_tensors, digest
+
+        base = _open_base(name)
+        theirs = {file: base._tensors(file) for file in (_MODEL, _AUTOENCODER)}
+        described = Base(name, {file: digest(entries) for file, entries in theirs.items()})
+        left = {file: changed_tensors(entries, theirs[file]) for file, entries in tensors.items()}
+        config = dataclasses.replace(self.config, base=described)
+        if _AUTOENCODER in left and not left[_AUTOENCODER]:  # the base's own
+            config = dataclasses.replace(config, autoencoder=None)
+            del left[_AUTOENCODER]
+        elif _AUTOENCODER in left:  # an autoencoder is written whole
+            left[_AUTOENCODER] = tensors[_AUTOENCODER]
+        return ModelFolder(self.path, config, base), left
+
+    def push(
+        self,
+        name: str,
+        *,
+        license: str,
+        private: bool | None = None,
+        revision: str | None = None,
+        message: str = "Upload a model of far",
+        token: str | None = None,
+    ) -> str:
+        """Publish the folder's files and a model card in one commit, and return the repository's address.
+
+        The parameters are those of :meth:`far.Pipeline.push_to_hub`.
+
+        Raises:
+            InputError: nobody is logged in, writing there is not allowed, the hub cannot be reached, or it
+                refuses the license.
+        """
+        files = [path for file in (_CONFIG, _MODEL, _AUTOENCODER) if (path := self.path / file).exists()]
+        card = model_card(self.path, self.config, name, license)
+        return upload(files, card, name, revision, private=private, message=message, token=token)
+
+
+def _read_config(path: Path) -> FolderConfig:
+    config = from_dict(FolderConfig, read_json(path), str(path))
+    if config.model is None and config.autoencoder is None:
+        raise InputError(f"{path} describes no model. Give a folder that far wrote.")
+    return config
+
+
+def _open_base(name: str) -> ModelFolder:
+    """Open a bundled model that others can build on."""
+    if name not in bundled_names():
+        raise InputError(f"base {name!r} is not a bundled model. Give one of: {', '.join(bundled_names())}.")
+    folder = ModelFolder.open(BUNDLED / name)
+    if folder.base is not None:
+        raise InputError(f"base {name!r} builds on {folder.base.path.name!r} itself. Give that one.")
+    return folder
+
+
+def load_autoencoder(
+    name: Path | str,
+    *,
+    dtype: str = "float32",
+    device: "str | torch.device" = "auto",
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> "Autoencoder":
+    """Load an autoencoder, alone or from a whole model's folder.
+
+    Args:
+        name: a folder, the name of a bundled model, or ``OWNER/NAME[@REVISION]`` of the hub.
+        dtype: float32, bfloat16, float16, or auto: bfloat16 if the device has instructions for it, else float32.
+        device: such as ``"cpu"``, ``"cuda:1"`` or a ``torch.device``; ``"auto"`` takes a GPU if there is one.
+        revision: a branch, tag or commit on the hub.
+        local_files_only: take a model of the hub from the local cache alone.
+
+    Raises:
+        InputError: there is no such model, device or dtype, the model has no autoencoder, or a file is damaged.
+    """
+    device = resolve_device(device)
+    dtype = resolve_dtype(dtype, device)
+    if dtype == "int8":
+        raise InputError("dtype int8 is for generators. Give another dtype for an autoencoder.")
+    folder = ModelFolder.open(name, revision=revision, local_files_only=local_files_only)
+    return folder.load_autoencoder().to(device, torch_dtype(dtype))
+
+
+def save_autoencoder(autoencoder: "Autoencoder", path: Path, results: dict[str, Any] | None = None) -> None:
+    """Write an autoencoder alone; ``results`` are figures to keep in ``config.json``."""
+    ModelFolder.save(path, FolderConfig(results=results or {}), autoencoder=autoencoder)
+
+
+def config_without(path: Path, part: Literal["model", "autoencoder"]) -> FolderConfig:
+    """Return the content of a ``config.json`` that a part can be added to; an empty one for a new folder.
+
+    Raises:
+        InputError: the folder already holds that part, or a ``config.json`` that is not ours.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file. Give a folder.")
+    config = _read_config(path / _CONFIG) if (path / _CONFIG).exists() else FolderConfig()
+    if getattr(config, part) is not None or (path / f"{part}.safetensors").exists():
+        raise InputError(
+            f"{path} already holds the part {part!r}, which is not overwritten. Choose another folder, or remove it."
+        )
+    return config
+
+
+def add_part(
+    path: Path, part: Literal["model", "autoencoder"], tensors: "dict[str, Tensor]", config: FolderConfig
+) -> None:
+    """Write one part's tensors into a folder, and then its new ``config.json``; if that fails, neither."""
+    from far.weights import save_tensors
+
+    weights = path / f"{part}.safetensors"
+    save_tensors(weights, tensors)
+    try:
+        write_json(path / _CONFIG, config.to_dict())
+    except BaseException:  # also Ctrl-C: weights without a config would block the next attempt
+        weights.unlink()
+        raise
