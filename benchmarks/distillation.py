@@ -18,9 +18,9 @@ from benchmarks.recorded import TRAIN, WEIGHTS, checksums, made
 from far.cli.main import main as far_command
 from far.convert import mar_name
 from far.files import read_json, write_json
+from far.folder import save_autoencoder
 from far.model import FAR
 from far.pipeline import Pipeline
-from far.weights import save_autoencoder
 
 RESULTS = Path("docs/results/distillation.json")
 OPTIONS = [

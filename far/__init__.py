@@ -12,11 +12,18 @@ from far.sampling_config import SamplingConfig
 
 if TYPE_CHECKING:
     from far.autoencoder import Autoencoder
+    from far.folder import load_autoencoder
     from far.pipeline import Pipeline, load
 else:
-    __getattr__, __dir__ = lazily(
-        __name__, {"Autoencoder": "far.autoencoder", "Pipeline": "far.pipeline", "load": "far.pipeline"}
-    )
+    _HOMES = {
+        "Autoencoder": "far.autoencoder",
+        "Pipeline": "far.pipeline",
+        "load": "far.pipeline",
+        "load_autoencoder": "far.folder",
+    }
+    __getattr__, __dir__ = lazily(__name__, _HOMES)
 
 __version__ = "0.1.0"
-__all__ = ["Autoencoder", "InputError", "Pipeline", "SamplingConfig", "__version__", "load"]
+__all__ = [
+    "Autoencoder", "InputError", "Pipeline", "SamplingConfig", "__version__", "load", "load_autoencoder",
+]  # fmt: skip

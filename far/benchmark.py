@@ -30,12 +30,13 @@ from far.errors import InputError
 from far.heads.flow import FlowHead
 from far.kernels import product_operators
 from far.model import FAR, PRESETS, ModelConfig, preset
+from far.names import find_folder
 from far.packing import Int8Linear
-from far.pipeline import Pipeline, prepare, prepare_autoencoder, resolve_dtype
+from far.pipeline import Pipeline
+from far.precision import prepare, prepare_autoencoder, resolve_dtype
 from far.sampling import FAST, SamplingConfig, SeededNoise, sample
 from far.sampling_config import MASKED_ONLY
 from far.seeds import seeded
-from far.weights import find_folder
 
 SEED = 0
 # The whole of a generation; "sampler" is what is left when the networks are taken away.

@@ -21,7 +21,9 @@ from far.errors import InputError
 from far.files import atomic_path
 from far.folder_config import FolderConfig
 
-_MARK = "<!-- far writes this card again whenever the model is saved. Delete this line to keep your edits. -->"
+_MARK = (
+    "<!-- far writes this card again whenever the model is saved. Delete this line to keep your edits. -->"
+)
 _CLASSES_SHOWN = 20
 _CITATION = (
     "The method is Hang et al., *Fast Autoregressive Models for Continuous Latent Generation*, "
@@ -82,6 +84,7 @@ def model_card(
             network.head.kind,
         ],
     )
+    defaults = [(name, value) for name, value in to_dict(config.defaults).items() if value is not None]
     shown = ", ".join(classes[:_CLASSES_SHOWN])
     if len(classes) > _CLASSES_SHOWN:
         shown += " … (all in `config.json`)"
@@ -93,7 +96,7 @@ def model_card(
         f"{len(classes)} {'class' if len(classes) == 1 else 'classes'}: {shown}.",
         _use(config, name),
         "## Sizes\n\n" + _table(("property", "value"), _sizes(config, folder)),
-        "## Sampling\n\nDefault values:\n\n" + _table(("option", "value"), to_dict(config.defaults).items()),
+        "## Sampling\n\nDefault values:\n\n" + _table(("option", "value"), defaults),
         _training(config.training),
         _results(config.results),
         f"## Citation\n\n{_CITATION}",
@@ -104,7 +107,9 @@ def model_card(
 
 def _use(config: FolderConfig, name: str | None) -> str:
     if config.autoencoder is None:
-        return "It has no autoencoder. `far convert kl16 kl16.ckpt FOLDER` adds MAR's to a copy of this folder."
+        return (
+            "It has no autoencoder. `far convert kl16 kl16.ckpt FOLDER` adds MAR's to a copy of this folder."
+        )
     load = 'far.load(".")  # this folder' if name is None else f'far.load("{name}")'
     return (
         "## Use\n\nWith the Python package `far-image` installed:\n\n```python\nimport far\n\n"

@@ -55,9 +55,13 @@ def _convert(hint: Any, value: Any, source: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, source)
     if origin in (typing.Union, types.UnionType):
-        configs = tuple(filter(dataclasses.is_dataclass, arguments))
+        configs = tuple(option for option in arguments if dataclasses.is_dataclass(option))
         if configs and isinstance(value, Mapping):
-            return _by_kind(configs, value, source) if len(configs) > 1 else from_dict(configs[0], value, source)
+            return (
+                _by_kind(configs, value, source)
+                if len(configs) > 1
+                else from_dict(typing.cast(type, configs[0]), value, source)
+            )
         for option in arguments:
             try:
                 return _convert(option, value, source)

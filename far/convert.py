@@ -1,10 +1,11 @@
 """Published checkpoints of MAR and of its autoencoder (KL-16) → folders that ``far.load`` reads.
 
-The originals' tensor names, and how their configuration follows from tensor shapes, are known here
-and nowhere else. Folders of our own are read and written by ``far.weights`` and ``far.pipeline``.
+Only this module knows the originals' tensor names and how their configuration follows from tensor shapes. Folders are
+written by ``far.folder``.
 """
 
 import argparse
+import dataclasses
 import math
 import re
 import reprlib
@@ -17,16 +18,16 @@ from torch import Tensor
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.backbone.masked import MaskedConfig
-from far.config import from_dict, to_dict
 from far.errors import InputError
-from far.files import read_json, write_json
+from far.folder import add_part, config_without
+from far.folder_config import FolderConfig
 from far.heads import HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pickles import is_held, read_pickle
 from far.sampling import SamplingConfig
-from far.weights import FLOATS, save_tensors
+from far.weights import FLOATS
 
-# Our names (as patterns; the rest of a name stays) and MAR's. The class embedding is put together below.
+# Our names (as patterns; the rest of a name is kept) and MAR's. The class embedding is assembled below.
 _MAR_NAMES = (
     (r"backbone\.encoder_positions", "encoder_pos_embed_learned"),
     (r"backbone\.decoder_positions", "decoder_pos_embed_learned"),
@@ -48,42 +49,38 @@ _MAR_NAMES = (
 )
 _CLASS_EMBEDDING = "backbone.class_embedding.weight"
 
-# By width: the heads of MAR-B, -L and -H, and the guidance that their published figures were measured with.
+# By width: attention heads of MAR-B, -L and -H, and the guidance of their published figures.
 _MAR_HEADS = {768: 12, 1024: 16, 1280: 16}
 _MAR_GUIDANCE = {768: 2.9, 1024: 3.0, 1280: 3.2}
 
 
 def convert_mar(source: Path, folder: Path, *, ema: bool = True) -> None:
-    """Write a published MAR checkpoint as a pipeline folder.
+    """Write a published MAR checkpoint as a model's folder.
 
-    The sizes come from the tensors; what these cannot tell (heads, patch size) from the checkpoint's
-    ``args``, else from MAR's published models. Classes are named "0", "1", …. Default sampling values:
-    ``num_iter`` and ``num_sampling_steps`` of the ``args`` (else 64 and 100), and linear guidance with the
-    scale of the published evaluation (2.9, 3.0 and 3.2 for MAR-B, -L and -H; else 3.0).
+    Sizes come from the tensors. What they cannot determine (attention heads, patch size) comes from the checkpoint's
+    ``args``, else from MAR's published models. Classes are named "0", "1", …. Default sampling values are ``num_iter``
+    and ``num_sampling_steps`` of the ``args`` (else 64 and 100), and linear guidance with the scale of the published
+    evaluation (2.9, 3.0 and 3.2 for MAR-B, -L and -H, else 3.0).
 
-    An autoencoder that the folder already holds stays, so that this and :func:`convert_kl16`, in either
-    order, give a complete pipeline. A model that it already holds is never overwritten.
+    An autoencoder in the folder is kept, so that this and :func:`convert_kl16`, in either order, make a complete model.
+    A generator in the folder is never overwritten.
 
     Args:
-        source: the ``.pth`` file. Nothing in it is executed: tensors, plain values and an
-            ``argparse.Namespace`` are read, anything else is refused.
-        folder: made where missing; nothing is written unless the whole conversion succeeds.
+        source: the ``.pth`` file. Nothing in it is executed: only tensors, plain values and ``argparse.Namespace`` are
+            read, and anything else is refused.
+        folder: made if missing. Nothing is written unless the whole conversion succeeds.
         ema: take the averaged weights (``model_ema``), which the published figures come from.
 
     Raises:
-        InputError: the file is missing, damaged, hostile or of another model; the folder holds a model,
-            an autoencoder with other latent channels, or a ``config.json`` that is not ours.
+        InputError: the file is missing, damaged, hostile or of another model, or the folder holds a generator, an
+            autoencoder with other latent channels, or a ``config.json`` that is not ours.
     """
-    existing = _entries(folder, "model")
+    existing = config_without(folder, "model")
     checkpoint = _read_pickle(source)
     part = "model_ema" if ema else "model"
     if not isinstance(checkpoint, Mapping) or checkpoint.get(part) is None:
-        remedy = (
-            "take the raw weights instead (--no-ema, or ema=False)"
-            if ema
-            else "take the EMA weights instead (ema=True)"
-        )
-        raise InputError(f"{source} holds no {part!r}; give a MAR checkpoint, or {remedy}")
+        remedy = "take the raw weights (--no-ema, or ema=False)" if ema else "take the EMA weights (ema=True)"
+        raise InputError(f"{source} holds no {part!r}. Give a MAR checkpoint, or {remedy}.")
     weights = _tensors(checkpoint[part], source)
     arguments = checkpoint.get("args")
     settings = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
@@ -91,15 +88,6 @@ def convert_mar(source: Path, folder: Path, *, ema: bool = True) -> None:
         config = _mar_config(weights, settings)
     except InputError as error:
         raise InputError(f"{source} cannot be converted: {error}") from error
-    if "autoencoder" in existing:
-        _check_channels(
-            config, from_dict(AutoencoderConfig, existing["autoencoder"], str(folder / "config.json")), folder
-        )
-    with torch.device("meta"):
-        wanted = FAR(config).state_dict()
-    embedding = _class_embedding(weights, config, source)
-    del wanted[_CLASS_EMBEDDING]
-    tensors = {_CLASS_EMBEDDING: embedding, **_renamed(wanted, weights, mar_name, source)}
     backbone = config.network.backbone
     assert isinstance(backbone, MaskedConfig)
     defaults = SamplingConfig(
@@ -107,28 +95,29 @@ def convert_mar(source: Path, folder: Path, *, ema: bool = True) -> None:
         head_steps=min(_number(settings, "num_sampling_steps", 100), 1000),
         guidance=_MAR_GUIDANCE.get(backbone.encoder_width, 3.0),
     )
-    entries = {
-        "format": 1,
-        "model": to_dict(config),
-        "classes": [str(number) for number in range(config.classes)],
-        "defaults": to_dict(defaults),
-    }
-    _publish(folder, "model", tensors, {"results": {}, **existing, **entries})
+    classes = tuple(str(number) for number in range(config.classes))
+    described = _with(existing, folder, model=config, classes=classes, defaults=defaults)
+    with torch.device("meta"):
+        wanted = FAR(config).state_dict()
+    embedding = _class_embedding(weights, config, source)
+    del wanted[_CLASS_EMBEDDING]
+    tensors = {_CLASS_EMBEDDING: embedding, **_renamed(wanted, weights, mar_name, source)}
+    add_part(folder, "model", tensors, described)
 
 
 def convert_kl16(source: Path, folder: Path) -> None:
     """Write MAR's autoencoder (``kl16.ckpt``) into a folder, with MAR's latent scale of 0.2325.
 
-    The sizes come from the tensors. A model that the folder already holds (:func:`convert_mar`) stays;
-    an autoencoder that it already holds is never overwritten.
+    Sizes come from the tensors. A generator in the folder (:func:`convert_mar`) is kept. An autoencoder in the folder is
+    never overwritten.
 
     Args:
-        source: the ``.ckpt`` file, a state dict or one under the key ``model``; read as in :func:`convert_mar`.
-        folder: made where missing; nothing is written unless the whole conversion succeeds.
+        source: the ``.ckpt`` file: a state dict, or one under the key ``model``; read as in :func:`convert_mar`.
+        folder: made if missing. Nothing is written unless the whole conversion succeeds.
 
     Raises:
-        InputError: the file is missing, damaged, hostile or of another model; the folder holds an
-            autoencoder, a model with other latent channels, or a ``config.json`` that is not ours.
+        InputError: the file is missing, damaged, hostile or of another model, or the folder holds an autoencoder, a
+            generator with other latent channels, or a ``config.json`` that is not ours.
     """
     checkpoint = _read_pickle(source)
     weights = _tensors(
@@ -149,76 +138,64 @@ def add_autoencoder(
     published_name: Callable[[str], str],
     source: Path,
 ) -> None:
-    """Write an autoencoder into a folder, beside a model that this may hold already.
+    """Write an autoencoder into a folder, beside a generator that it may hold already.
 
     Args:
-        folder: made where missing; nothing is written unless all is well.
-        config: of the autoencoder.
-        weights: under the names that ``published_name`` makes of ours, in our shapes.
-        published_name: from a name of ours.
-        source: the file, for messages.
+        folder: made if missing. Nothing is written if anything is wrong.
+        config: the sizes of the autoencoder.
+        weights: tensors in our shapes, under the names that ``published_name`` returns.
+        published_name: returns the published name for one of ours.
+        source: the file, for errors.
 
     Raises:
-        InputError: a tensor is missing, left over or of another shape; the folder holds an autoencoder, a model with other
-            latent channels, or a ``config.json`` that is not ours.
+        InputError: a tensor is missing, left over or of another shape, or the folder holds an autoencoder, a generator
+            with other latent channels, or a ``config.json`` that is not ours.
     """
-    existing = _entries(folder, "autoencoder")
-    if "model" in existing:
-        _check_channels(
-            from_dict(ModelConfig, existing["model"], str(folder / "config.json")), config, folder
-        )
+    described = _with(config_without(folder, "autoencoder"), folder, autoencoder=config)
     with torch.device("meta"):
         wanted = Autoencoder(config).state_dict()
-    tensors = _renamed(wanted, weights, published_name, source)
-    _publish(folder, "autoencoder", tensors, {"results": {}, **existing, "autoencoder": to_dict(config)})
+    add_part(folder, "autoencoder", _renamed(wanted, weights, published_name, source), described)
 
 
-def _entries(folder: Path, part: str) -> dict[str, Any]:
-    """What the folder's ``config.json`` holds, once it is sure that ``part`` can be added to it."""
-    path, weights = folder / "config.json", folder / f"{part}.safetensors"
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; give a folder")
-    entries = read_json(path) if path.exists() else {}
-    if path.exists() and not (isinstance(entries, dict) and ("model" in entries or "autoencoder" in entries)):
-        raise InputError(f"{path} is no config of far; choose another folder")
-    if part in entries or weights.exists():
-        article = "an" if part == "autoencoder" else "a"
-        raise InputError(
-            f"{folder} already holds {article} {part}, which is not overwritten; choose another folder, or remove this one"
-        )
-    return entries
+def _with(existing: FolderConfig, folder: Path, **entries: Any) -> FolderConfig:
+    """Return a folder's config with further entries."""
+    try:
+        return dataclasses.replace(existing, **entries)
+    except InputError as error:  # the two parts do not fit together
+        raise InputError(f"{folder}: {error} Or choose another folder.") from error
 
 
 def _read_pickle(source: Path) -> Any:
-    """The checkpoint's content, with nothing in it executed."""
+    """Return the checkpoint's content without executing anything in it."""
     if source.is_dir():
-        raise InputError(f"{source} is a folder; give the checkpoint file in it")
+        raise InputError(f"{source} is a folder. Give the checkpoint file in it.")
     try:
-        # Mapped, so that the optimizer's state and the other set of weights take no memory.
+        # Memory-mapped: the optimizer's state and the other set of weights take no memory.
         return read_pickle(source, argparse.Namespace, mapped=True)
     except OSError as error:
-        raise InputError(f"cannot read {source}: {error.strerror or error}; check the path") from error
-    except Exception as error:  # there is no telling how a damaged or hostile pickle fails
+        raise InputError(f"cannot read {source}: {error.strerror or error}. Check the path.") from error
+    except Exception as error:  # a damaged or hostile pickle can raise anything
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise InputError(
-                f"{source} is refused: its pickle asks for {found[1]!r}, and only tensors, plain values and argparse.Namespace are allowed"
+                f"{source} is refused: its pickle requires {found[1]!r}, and only tensors, plain values and argparse.Namespace "
+                "are allowed. Give the published checkpoint."
             ) from error
         raise InputError(
-            f"{source} is cut off, damaged or no PyTorch checkpoint; download or copy it again"
+            f"{source} is cut off, damaged or not a PyTorch checkpoint. Download or copy it again."
         ) from error
 
 
 def _tensors(weights: Any, source: Path) -> dict[str, Tensor]:
-    """The state dict, once it is sure that it holds dense floating point tensors under names, and nothing else."""
+    """Return the state dict after checking that it maps names to dense floating point tensors and holds nothing else."""
     if not isinstance(weights, Mapping):
         raise InputError(
-            f"{source} holds no state dict where its weights should be; give the published checkpoint"
+            f"{source} holds no state dict in the place of its weights. Give the published checkpoint."
         )
     for name, tensor in weights.items():
         if not (isinstance(name, str) and is_held(tensor) and tensor.dtype in FLOATS):
             entry = reprlib.repr(name)
             raise InputError(
-                f"{source}: the entry {entry} of its weights is no floating point tensor; give the published checkpoint"
+                f"{source}: the entry {entry} of its weights is not a floating point tensor. Give the published checkpoint."
             )
     return dict(weights)
 
@@ -233,7 +210,8 @@ def _mar_config(weights: dict[str, Tensor], settings: dict[str, Any]) -> ModelCo
     patch = _number(settings, "patch_size", math.isqrt(channels // latent_channels) or 1)
     if side**2 != tokens or latent_channels * patch**2 != channels:
         raise InputError(
-            f"{tokens} tokens of {channels} numbers are no square grid of {patch}×{patch} patches of {latent_channels} channels"
+            f"{tokens} tokens of {channels} values do not form a square grid of {patch}×{patch} patches of {latent_channels} "
+            "channels. Give the published checkpoint."
         )
     backbone = MaskedConfig(
         encoder_width=encoder_width,
@@ -262,7 +240,9 @@ def _autoencoder_config(weights: dict[str, Tensor]) -> AutoencoderConfig:
     levels = _count(weights, "encoder.down")
     widths = [_shape(weights, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in range(levels)]
     if width < 1 or any(level % width for level in widths):
-        raise InputError(f"its levels are {widths} wide, no multiples of the first convolution's {width}")
+        raise InputError(
+            f"its levels have the widths {widths}, which are not multiples of the first convolution's {width}."
+        )
     return AutoencoderConfig(
         width=width,
         width_multipliers=tuple(level // width for level in widths),
@@ -273,24 +253,26 @@ def _autoencoder_config(weights: dict[str, Tensor]) -> AutoencoderConfig:
 
 def _shape(weights: dict[str, Tensor], name: str, dimensions: int) -> torch.Size:
     if name not in weights:
-        raise InputError(f"it lacks the tensor {name}; give the published checkpoint")
+        raise InputError(f"it lacks the tensor {name}. Give the published checkpoint.")
     if weights[name].dim() != dimensions:
-        raise InputError(f"{name} has shape {list(weights[name].shape)}, not {dimensions} dimensions")
+        raise InputError(
+            f"{name} has shape {list(weights[name].shape)}, not {dimensions} dimensions. Give the published checkpoint."
+        )
     return weights[name].shape
 
 
 def _count(weights: dict[str, Tensor], prefix: str) -> int:
-    """How many different numbers follow ``prefix`` in the names."""
+    """Return how many different numbers follow ``prefix`` in the names."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
     return len({match[1] for name in weights if (match := pattern.match(name))})
 
 
 def _number(settings: dict[str, Any], name: str, default: int) -> int:
-    """A positive integer of the checkpoint's ``args`` (some are stored as text), else ``default``."""
+    """Return a positive integer of the checkpoint's ``args`` (some are stored as text), else ``default``."""
     value = settings.get(name)
     if isinstance(value, str) and re.fullmatch(r"\d{1,9}", value, re.ASCII):
         value = int(value)
-    # Of its own type only: neither True nor, from a hostile file, a list that is endless as text.
+    # Exactly an int: neither True nor, in a hostile file, a list whose text is endless.
     return value if type(value) is int and 0 < value < 10**9 else default
 
 
@@ -298,13 +280,14 @@ def _heads(settings: dict[str, Any], part: str, width: int) -> int:
     heads = _number(settings, f"{part}_num_heads", _MAR_HEADS.get(width, 0))
     if not heads:
         raise InputError(
-            f"nothing tells how many attention heads its {part} of width {width} has; set {part}_num_heads in the checkpoint's args"
+            f"the number of attention heads of its {part} (width {width}) is unknown. Set {part}_num_heads in the "
+            "checkpoint's args."
         )
     return heads
 
 
 def _class_embedding(weights: dict[str, Tensor], config: ModelConfig, source: Path) -> Tensor:
-    """MAR's class embedding and, as its last row, the vector that stands for "no class"."""
+    """Return MAR's class embedding with the vector for "no class" as its last row."""
     assert isinstance(config.network.backbone, MaskedConfig)
     width = config.network.backbone.encoder_width
     null = weights.pop("fake_latent", torch.empty(0))
@@ -312,13 +295,13 @@ def _class_embedding(weights: dict[str, Tensor], config: ModelConfig, source: Pa
     for name, tensor, rows in (("class_emb.weight", classes, len(classes)), ("fake_latent", null, 1)):
         if tensor.shape != (rows, width):
             raise InputError(
-                f"{source}: {name} is missing or has another shape than {[rows, width]}; give the published checkpoint"
+                f"{source}: {name} is missing or its shape is not {[rows, width]}. Give the published checkpoint."
             )
     return torch.cat([classes[: config.classes], null])
 
 
 def mar_name(ours: str) -> str:
-    """MAR's name of a tensor of ours; the class embedding is two tensors there and has none."""
+    """Return MAR's name of one of our tensors, except the class embedding, which is two tensors there."""
     for pattern, theirs in _MAR_NAMES:
         name, found = re.subn(rf"^{pattern}(?=\.|$)", theirs, ours)
         if found:
@@ -329,40 +312,23 @@ def mar_name(ours: str) -> str:
 def _renamed(
     wanted: dict[str, Tensor], weights: dict[str, Tensor], published_name: Callable[[str], str], source: Path
 ) -> dict[str, Tensor]:
-    """``weights`` under our names, once it is sure that none is missing, left over, or of another shape than ``wanted``."""
+    """Return ``weights`` under our names after checking that none is missing, left over, or of another shape."""
     names = {ours: published_name(ours) for ours in wanted}
     for ours, theirs in names.items():
         if theirs not in weights:
-            raise InputError(f"{source} lacks the tensor {theirs}; give the published checkpoint")
+            raise InputError(f"{source} lacks the tensor {theirs}. Give the published checkpoint.")
         if weights[theirs].shape != wanted[ours].shape:
-            found, expected = list(weights[theirs].shape), list(wanted[ours].shape)
+            shape, expected = list(weights[theirs].shape), list(wanted[ours].shape)
             raise InputError(
-                f"{source}: {theirs} has shape {found}, where the file's other tensors ask for {expected}"
+                f"{source}: {theirs} has shape {shape}, but the file's other tensors require {expected}. "
+                "Give the published checkpoint."
             )
         if weights[theirs].dtype not in FLOATS:
             raise InputError(
-                f"{source}: {theirs} is of {weights[theirs].dtype}, which are no weights; give the published checkpoint"
+                f"{source}: {theirs} is of {weights[theirs].dtype}, which weights cannot have. Give the published checkpoint."
             )
     if left_over := sorted(weights.keys() - set(names.values())):
         raise InputError(
-            f"{source} holds the tensor {left_over[0]!r}, which the published model does not have"
+            f"{source} holds the tensor {left_over[0]!r}, which the published model does not have. Give another checkpoint."
         )
     return {ours: weights[theirs] for ours, theirs in names.items()}
-
-
-def _check_channels(model: ModelConfig, autoencoder: AutoencoderConfig, folder: Path) -> None:
-    if model.latent_channels != autoencoder.latent_channels:
-        raise InputError(
-            f"{folder}: the model has {model.latent_channels} latent channels and the autoencoder {autoencoder.latent_channels}; "
-            "choose another folder, or the autoencoder that the model was trained with"
-        )
-
-
-def _publish(folder: Path, part: str, tensors: dict[str, Tensor], entries: dict[str, Any]) -> None:
-    weights = folder / f"{part}.safetensors"
-    save_tensors(weights, tensors)
-    try:
-        write_json(folder / "config.json", entries)
-    except BaseException:  # Ctrl-C too: weights that no config mentions would block the next attempt
-        weights.unlink()
-        raise

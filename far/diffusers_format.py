@@ -1,7 +1,7 @@
 """Our autoencoder ↔ the folder of an ``AutoencoderKL`` of diffusers, which need not be installed.
 
-The arithmetic is the same where all levels but the coarsest are without attention, so that both sides' numbers agree to
-float precision. Tensor names, shapes and the config's entries differ, and are known here and nowhere else.
+If only the coarsest level has attention, both do the same arithmetic, and results agree to float precision. Tensor names,
+shapes and the config's entries differ; only this module knows theirs.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ from far.weights import read_tensors, save_tensors
 
 _CLASS = "AutoencoderKL"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-# Weights in one file or, listed by an index, in several; of a variant such as fp16, or plain.
+# Weights in one file or, listed by an index, in several; plain, or a variant such as fp16.
 _FILE = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?\.safetensors", re.ASCII)
 _SHARDS = re.compile(r"diffusion_pytorch_model\.safetensors\.index(?:\.(\w+))?\.json", re.ASCII)
 # Attention's tensors as older versions of diffusers saved them, and their names today.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
-# Our names and those of diffusers; all that fit a name are applied, in this order. Levels of the decoder are counted below.
+# Our names and those of diffusers. All patterns that fit a name are applied, in this order. The decoder's levels follow below.
 _NAMES = (
     (r"\.down\.(\d+)\.", r".down_blocks.\1."),
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
@@ -44,7 +44,7 @@ _NAMES = (
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderKLConfig:
-    """The entries of an ``AutoencoderKL``'s ``config.json``, with the values that diffusers takes where one is missing."""
+    """Entries of an ``AutoencoderKL``'s ``config.json``, with the defaults of diffusers."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -66,7 +66,7 @@ class AutoencoderKLConfig:
     mid_block_add_attention: bool = True
 
 
-# Hints for tiling and float16, which change no number; and those that are converted on their own.
+# Hints for tiling and float16, which change no value, and entries that are converted separately.
 _NOT_COMPARED = (
     "sample_size",
     "force_upcast",
@@ -81,11 +81,11 @@ def to_diffusers(autoencoder: Autoencoder, folder: Path) -> None:
     """Write an autoencoder as a folder for ``diffusers.AutoencoderKL.from_pretrained``.
 
     Its latents become ours by ``(latent − mean) · scaling_factor / std``, where mean and std are ``latents_mean`` and
-    ``latents_std`` if the shift is one number a channel, and else ``shift_factor`` and 1.
+    ``latents_std`` if there is one shift per channel, else ``shift_factor`` and 1.
 
     Args:
-        autoencoder: in float32, as :func:`far.weights.load_autoencoder` gives it.
-        folder: made where missing; must hold no ``config.json``.
+        autoencoder: in float32 on any device.
+        folder: made if missing. It must hold no ``config.json``.
 
     Raises:
         InputError: an ``AutoencoderKL`` cannot represent it (latents on a sphere, a first level that is wider than the
@@ -94,14 +94,15 @@ def to_diffusers(autoencoder: Autoencoder, folder: Path) -> None:
     config = autoencoder.config
     if config.spherical:
         raise InputError(
-            "this autoencoder's latents are on a sphere (spherical), which an AutoencoderKL of diffusers cannot do"
+            "this autoencoder is spherical, which an AutoencoderKL of diffusers cannot be. Convert another one."
         )
     if config.width_multipliers[0] != 1:
         raise InputError(
-            f"width_multipliers {list(config.width_multipliers)}: an AutoencoderKL of diffusers can only begin with 1"
+            f"width_multipliers {list(config.width_multipliers)} cannot be converted: those of an AutoencoderKL begin "
+            "with 1. Convert another autoencoder."
         )
     if (folder / "config.json").exists():
-        raise InputError(f"{folder} already holds a model, which is not overwritten; choose another folder")
+        raise InputError(f"{folder} already holds a model, which is not overwritten. Choose another folder.")
     levels = len(config.width_multipliers)
     tensors = {
         _name(ours, levels): tensor.flatten(1) if ".attn" in ours and tensor.dim() == 4 else tensor
@@ -112,29 +113,29 @@ def to_diffusers(autoencoder: Autoencoder, folder: Path) -> None:
 
 
 def from_diffusers(source: Path, folder: Path) -> str:
-    """Add the autoencoder of an ``AutoencoderKL`` folder to a folder of ours; return which weights were read, in words.
+    """Add the autoencoder of an ``AutoencoderKL`` folder to one of our folders, and return the names of the files read.
 
-    A model that the folder already holds stays; an autoencoder that it already holds is never overwritten. The weights may be
-    in one file or in shards, under the attention's older names, and a variant such as ``fp16``. Of several, the plain ones
-    are taken.
+    A generator in the folder is kept. An autoencoder in the folder is never overwritten. Weights may be in one file or in
+    shards, under the attention's older names, or a variant such as ``fp16``. If there are several, the plain ones are read.
 
     Args:
-        source: holds ``config.json`` and ``diffusion_pytorch_model.safetensors``; of a whole diffusers pipeline, its ``vae``.
-        folder: made where missing; nothing is written unless the whole conversion succeeds.
+        source: holds ``config.json`` and ``diffusion_pytorch_model.safetensors``; for a whole diffusers pipeline, its
+            ``vae``.
+        folder: made if missing. Nothing is written unless the whole conversion succeeds.
 
     Raises:
-        InputError: a file is missing or damaged; an entry of the config asks for other arithmetic than ours (the entry is
-            named); a tensor is missing, left over or of another shape; the folder holds an autoencoder, or a model with
-            other latent channels.
+        InputError: a file is missing or damaged, an entry of the config requires arithmetic that ours lacks (the entry is
+            named), a tensor is missing, left over or of another shape, or the folder holds an autoencoder, or a generator
+            with other latent channels.
     """
     path = source / "config.json"
     if not path.exists():
         raise InputError(
-            f"{path} does not exist; give the folder of an {_CLASS} (of a whole diffusers pipeline, its vae)"
+            f"{path} does not exist. Give the folder of an {_CLASS} (for a whole diffusers pipeline, its vae)."
         )
     values = read_json(path)
     if not isinstance(values, dict) or values.get("_class_name") != _CLASS:
-        raise InputError(f"{path}: _class_name is not {_CLASS!r}, the only one that can be converted")
+        raise InputError(f"{path}: _class_name is not {_CLASS!r}. Give the folder of an {_CLASS}.")
     theirs = from_dict(
         AutoencoderKLConfig,
         {key: value for key, value in values.items() if not key.startswith("_")},
@@ -146,7 +147,7 @@ def from_diffusers(source: Path, folder: Path) -> str:
         read_tensors(weights) if weights.suffix == ".safetensors" else _read_shards(weights), weights
     )
     levels = len(config.width_multipliers)
-    # Linear layers there, 1 × 1 convolutions here.
+    # Their linear layers are 1 × 1 convolutions here.
     shaped = {
         name: tensor[:, :, None, None] if tensor.dim() == 2 else tensor for name, tensor in tensors.items()
     }
@@ -155,21 +156,21 @@ def from_diffusers(source: Path, folder: Path) -> str:
 
 
 def _weights(source: Path) -> list[Path]:
-    """The files and indices of weights in ``source``, the ones to take first: plain before variants, one file before shards."""
-    found = []
+    """Return the files and indices of weights in ``source``, best first: plain before variants, one file before shards."""
+    ranked = []
     for path in source.iterdir():
         for sharded, pattern in enumerate((_FILE, _SHARDS)):
             if match := pattern.fullmatch(path.name):
-                found.append((match[1] or "", sharded, path))
-    if not found:
+                ranked.append((match[1] or "", sharded, path))
+    if not ranked:
         raise InputError(
-            f"{source / _WEIGHTS} does not exist, and pickles are not read; have diffusers save it as safetensors"
+            f"{source / _WEIGHTS} does not exist, and pickles are not read. Let diffusers save it as safetensors."
         )
-    return [path for _, _, path in sorted(found)]
+    return [path for _, _, path in sorted(ranked)]
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """The tensors of all files that an index lists.
+    """Return the tensors of all files that an index lists.
 
     Raises:
         InputError: the index or a file is missing or damaged, or they disagree on which tensors there are.
@@ -177,22 +178,24 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     listed = read_json(index)
     files = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise InputError(f"{index} has no weight_map from tensors to files; copy or save the weights again")
+        raise InputError(f"{index} has no weight_map from tensors to files. Copy or save the weights again.")
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
         if not re.fullmatch(r"[\w.-]+\.safetensors", file, re.ASCII):
-            raise InputError(f"{index} lists the file {file[:80]!r}, which is no safetensors file beside it")
-        found = read_tensors(index.parent / file)
-        if found.keys() != {name for name, place in files.items() if place == file}:
             raise InputError(
-                f"{index.parent / file} holds other tensors than {index.name} lists for it; copy or save the weights again"
+                f"{index} lists {file[:80]!r}, which is not a safetensors file beside it. Copy or save the weights again."
             )
-        tensors |= found
+        shard = read_tensors(index.parent / file)
+        if shard.keys() != {name for name, place in files.items() if place == file}:
+            raise InputError(
+                f"{index.parent / file} holds other tensors than {index.name} lists for it. Copy or save the weights again."
+            )
+        tensors |= shard
     return tensors
 
 
 def _today(tensors: dict[str, Tensor], weights: Path) -> dict[str, Tensor]:
-    """Tensors by today's names of diffusers."""
+    """Return tensors under the names that diffusers uses today."""
 
     def name(old: str) -> str:
         pattern = rf"(\.attentions\.\d+)\.({'|'.join(_OLD_NAMES)})\."
@@ -201,7 +204,7 @@ def _today(tensors: dict[str, Tensor], weights: Path) -> dict[str, Tensor]:
     renamed = {name(old): tensor for old, tensor in tensors.items()}
     if len(renamed) < len(tensors):
         raise InputError(
-            f"{weights} holds tensors of attention under both older and newer names; save it again"
+            f"{weights} holds attention tensors under both older and newer names. Save it again."
         )
     return renamed
 
@@ -236,7 +239,7 @@ def _ours(theirs: AutoencoderKLConfig, path: Path) -> AutoencoderConfig:
     widths = theirs.block_out_channels
     if not widths or min(widths) < 1 or any(width % widths[0] for width in widths):
         raise InputError(
-            f"{path}: block_out_channels are {list(widths)}, which are no multiples of the first"
+            f"{path}: block_out_channels {list(widths)} are not multiples of the first. Convert another autoencoder."
         )
     scale, shift = _scale_and_shift(theirs, path)
     try:
@@ -251,23 +254,23 @@ def _ours(theirs: AutoencoderKLConfig, path: Path) -> AutoencoderConfig:
         )
     except InputError as error:
         raise InputError(f"{path} cannot be converted: {error}") from error
-    for name, wanted in to_dict(_theirs(config)).items():
-        found = to_dict(theirs)[name]
-        if name not in _NOT_COMPARED and found != wanted:
+    for name, expected in to_dict(_theirs(config)).items():
+        value = to_dict(theirs)[name]
+        if name not in _NOT_COMPARED and value != expected:
             raise InputError(
-                f"{path}: {name} is {found!r}, and far's autoencoder can only be {wanted!r} there"
+                f"{path}: {name} is {value!r}, but far's autoencoder requires {expected!r}. Convert another autoencoder."
             )
     return config
 
 
 def _scale_and_shift(theirs: AutoencoderKLConfig, path: Path) -> tuple[float, float | tuple[float, ...]]:
-    mean, deviation = theirs.latents_mean, theirs.latents_std
-    if mean is None and deviation is None:
+    mean, std = theirs.latents_mean, theirs.latents_std
+    if mean is None and std is None:
         return theirs.scaling_factor, theirs.shift_factor or 0.0
-    if mean is None or deviation is None or theirs.shift_factor:
-        raise InputError(f"{path}: latents_mean and latents_std go together, and without shift_factor")
-    if len(set(deviation)) != 1 or deviation[0] <= 0:
+    if mean is None or std is None or theirs.shift_factor:
+        raise InputError(f"{path}: give both latents_mean and latents_std, without shift_factor, or neither.")
+    if len(set(std)) != 1 or std[0] <= 0:
         raise InputError(
-            f"{path}: latents_std is {list(deviation)}, and far's autoencoder has one scale for all channels"
+            f"{path}: latents_std is {list(std)}, but far's autoencoder has one scale for all channels. Convert another."
         )
-    return theirs.scaling_factor / deviation[0], mean
+    return theirs.scaling_factor / std[0], mean

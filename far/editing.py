@@ -1,7 +1,9 @@
-"""What of an image is redrawn: masks from boxes, a small image on a larger canvas, and which tokens a mask touches.
+"""Images and masks for editing: checks, masks from boxes, canvases for outpainting, and the tokens that a mask touches.
 
-Drawing the tokens is the sampler's work (``far.sampling``); ``Pipeline.edit`` puts both together.
+The tokens are drawn by ``far.sampling``; ``Pipeline.edit`` combines both.
 """
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,23 +13,97 @@ from torch import Tensor
 
 from far.config import listed, whole_number
 from far.errors import InputError
-from far.pictures import to_rgb
+from far.pictures import to_rgb, to_tensor
+
+
+def image_pixels(image: Any, size: tuple[int, int]) -> Tensor:
+    """Return an image as ``[3, height, width]`` floats in [0, 1].
+
+    Args:
+        image: a picture of Pillow, uint8 pixels ``[height, width, 3 or 4]``, or floats ``[3, height, width]`` in [0, 1].
+        size: the expected (height, width) in pixels.
+
+    Raises:
+        InputError: the image is of another type, size or range.
+    """
+    tensor = _pixels("image", image, "white")
+    if tensor.shape != (3, *size):
+        raise InputError(f"image has shape {list(tensor.shape)}, not {[3, *size]}. Crop or resize it.")
+    low, high = tensor.float().aminmax()  # NaN if any value is
+    if not (tensor.is_floating_point() and low >= 0 and high <= 1):
+        raise InputError(
+            f"image holds {tensor.dtype} from {low:g} to {high:g}. Give floats within 0 … 1, such as bytes / 255."
+        )
+    return tensor
+
+
+def mask_pixels(mask: Any, size: tuple[int, int]) -> Tensor:
+    """Return a mask as bool ``[height, width]``, true where to redraw.
+
+    Args:
+        mask: a picture of Pillow, white where to redraw, or numbers ``[height, width]``, above 0.5 where to redraw.
+        size: the expected (height, width) in pixels.
+
+    Raises:
+        InputError: the mask is of another type or size, or holds values that are not finite.
+    """
+    tensor = _pixels("mask", mask, "black")
+    if tensor.dim() == 3 and not isinstance(mask, Tensor):
+        # The channels of a picture or array come first or, if there is one only, possibly last.
+        tensor = tensor[..., 0] if tensor.shape[-1] == 1 else tensor.float().mean(dim=0)
+    if tensor.shape != size:
+        raise InputError(
+            f"mask has shape {list(tensor.shape)}, not {list(size)} as the image. Crop or resize it."
+        )
+    if not tensor.isfinite().all():
+        raise InputError("mask holds values that are not finite. Give 1 where to redraw and 0 elsewhere.")
+    return tensor > 0.5
+
+
+def _pixels(name: str, given: Any, background: str) -> Tensor:
+    """Return a picture, or 8-bit pixels as Pillow makes them, as ``[3, H, W]`` in [0, 1]; other values as they are."""
+    if (
+        isinstance(given, np.ndarray)
+        and given.dtype == np.uint8
+        and given.ndim == 3
+        and given.shape[-1] in (3, 4)
+    ):
+        given = Image.fromarray(given)
+    if isinstance(given, Image.Image):
+        return to_tensor(given, background)
+    if isinstance(given, np.ndarray):
+        try:
+            given = torch.from_numpy(given.copy())
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{name} has dtype {given.dtype}, which torch lacks. Give another, such as uint8 or float32."
+            ) from error
+    if isinstance(given, Tensor) and not given.is_complex():
+        return given
+    raise InputError(
+        f"{name} is {type(given).__name__}. Give a picture of Pillow, an array of numpy or a tensor of real numbers."
+    )
 
 
 def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
-    """A mask ``[height, width]``, true within ``box`` (left, top, right, bottom) in pixels, right and bottom excluded.
+    """Return a bool mask ``[height, width]``, true inside a box.
+
+    Args:
+        size: (height, width) of the image in pixels.
+        box: (left, top, right, bottom) in pixels, right and bottom excluded.
 
     Raises:
-        InputError: the box is not four whole numbers, is empty, or leaves the image of ``size`` (height, width).
+        InputError: the box is not four whole numbers, is empty, or leaves the image.
     """
     height, width = size
     sides = [whole_number("box", side) for side in listed("box", box)]
     if len(sides) != 4:
-        raise InputError(f"box {sides}: give left, top, right and bottom in pixels")
+        raise InputError(f"box {sides} is not four numbers. Give left, top, right and bottom in pixels.")
     left, top, right, bottom = sides
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise InputError(
-            f"box {left} {top} {right} {bottom}: give left, top, right and bottom in pixels, within 0 0 {width} {height} and not empty"
+            f"box {left} {top} {right} {bottom} is empty or leaves the image. Give left, top, right and bottom within "
+            f"0 0 {width} {height}."
         )
     mask = torch.zeros(size, dtype=torch.bool)
     mask[top:bottom, left:right] = True
@@ -35,18 +111,19 @@ def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
 
 
 def place(picture: Image.Image, size: tuple[int, int], left: int, top: int) -> tuple[Image.Image, Tensor]:
-    """Lay a picture on a canvas of ``size`` (height, width), its edges carried on outwards, and mask all around it.
+    """Place a picture on a larger canvas, repeating its border pixels outwards, and mask everything around it.
 
     Args:
-        picture: of any mode; it is made upright and sRGB as :func:`far.pictures.to_rgb` does.
-        left: column of the canvas for the picture's left side, in pixels.
-        top: row of the canvas for its upper side.
+        picture: a picture of any mode, converted by :func:`far.pictures.to_rgb`.
+        size: (height, width) of the canvas in pixels.
+        left: column of the picture's left side on the canvas, in pixels.
+        top: row of its upper side.
 
     Returns:
         The canvas, and a bool mask ``[height, width]``, true around the picture.
 
     Raises:
-        InputError: the picture is damaged, its place is not two whole numbers, or it does not lie within the canvas.
+        InputError: the picture is damaged, ``left`` or ``top`` is not a whole number, or it leaves the canvas.
     """
     height, width = size
     left, top = whole_number("left", left), whole_number("top", top)
@@ -54,8 +131,8 @@ def place(picture: Image.Image, size: tuple[int, int], left: int, top: int) -> t
     right, bottom = left + picture.width, top + picture.height
     if not (left >= 0 and top >= 0 and right <= width and bottom <= height):
         raise InputError(
-            f"an image of {picture.height}×{picture.width} pixels placed at {left} {top} does not lie within the model's {height}×{width}; "
-            "give the left and top pixel of a place where it does, or a smaller image"
+            f"an image of {picture.height}×{picture.width} pixels placed at {left} {top} leaves the canvas of "
+            f"{height}×{width} pixels. Give another left and top pixel, or a smaller image."
         )
     margins = ((top, height - bottom), (left, width - right), (0, 0))
     canvas = np.pad(np.asarray(picture), margins, mode="edge")
@@ -63,25 +140,36 @@ def place(picture: Image.Image, size: tuple[int, int], left: int, top: int) -> t
 
 
 def touched_tokens(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Which tokens of a ``grid`` (rows, columns) a mask ``[H, W]`` touches with a pixel or more: ``[tokens]``, row by row.
+    """Return which tokens a mask touches with at least one pixel, as bool ``[tokens]``, row by row.
+
+    Args:
+        mask: ``[H, W]``.
+        grid: (rows, columns) of tokens.
 
     Raises:
-        InputError: it touches none, or all.
+        InputError: the mask touches no token, or every token.
     """
     rows, columns = grid
     cell = mask.shape[0] // rows, mask.shape[1] // columns
     touched = F.max_pool2d(mask[None].float(), cell)[0].flatten() > 0
     if not touched.any():
-        raise InputError("the mask marks nothing to redraw; paint what is to be redrawn white")
+        raise InputError("the mask marks nothing to redraw. Paint the part to redraw white.")
     if touched.all():
         raise InputError(
-            f"the mask touches every one of the {rows}×{columns} tokens, so nothing is kept; mark less, or generate an image"
+            f"the mask touches all {rows}×{columns} tokens, so nothing is kept. Mark less, or generate a new image."
         )
     return touched
 
 
 def paste_kept(drawn: Tensor, image: Tensor, redrawn: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Images ``drawn [b, 3, H, W]`` with the pixels of ``image [3, H, W]`` in all tokens that are not ``redrawn [tokens]``."""
+    """Return drawn images with the pixels of the original in all kept tokens.
+
+    Args:
+        drawn: ``[b, 3, H, W]``.
+        image: ``[3, H, W]``.
+        redrawn: bool ``[tokens]``.
+        grid: (rows, columns) of tokens.
+    """
     cells = redrawn.view(1, 1, *grid).float()
     mask = F.interpolate(cells, size=image.shape[-2:], mode="nearest").bool()
     return torch.where(mask.to(drawn.device), drawn, image.to(drawn))

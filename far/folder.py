@@ -113,7 +113,8 @@ class ModelFolder:
     def _base_tensors(self, file: str) -> "dict[str, Tensor]":
         from far.weights import read_tensors
 
-        assert self.base is not None and self.config.base is not None
+        assert self.base is not None
+        assert self.config.base is not None
         try:
             return read_tensors(self.base.path / file, self.config.base.sha256.get(file, ""))
         except InputError as error:
@@ -151,7 +152,9 @@ class ModelFolder:
         from far.weights import save_tensors
 
         if model is not None and has_int8(model):
-            raise InputError(f"{path}: int8 weights cannot be saved. Load the model in another dtype to save it.")
+            raise InputError(
+                f"{path}: int8 weights cannot be saved. Load the model in another dtype to save it."
+            )
         tensors = {
             file: module.state_dict()
             for file, module in ((_MODEL, model), (_AUTOENCODER, autoencoder))

@@ -69,4 +69,6 @@ class FolderConfig:
         values = {name: value for name, value in to_dict(self).items() if value is not None}
         if not self.sha256:
             del values["sha256"]
-        return values if self.model is not None else {name: values[name] for name in ("autoencoder", "results")}
+        return (
+            values if self.model is not None else {name: values[name] for name in ("autoencoder", "results")}
+        )

@@ -98,7 +98,10 @@ def upload(
         contents: dict[str, Path | bytes] = {file.name: file for file in files}
         if may_replace(published):
             contents["README.md"] = card.encode()
-        operations = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=content) for file, content in contents.items()]
+        operations = [
+            CommitOperationAdd(path_in_repo=file, path_or_fileobj=content)
+            for file, content in contents.items()
+        ]
         api.create_commit(repository, operations, commit_message=message, revision=revision)
     return str(address)
 
@@ -132,7 +135,9 @@ def _refusals_in_one_line(repository: str, revision: str | None) -> Iterator[Non
         raise InputError(
             f"{repository} has no revision {revision!r} on the hub. Give one of its branches, tags or commits."
         ) from error
-    except errors.OfflineModeIsEnabled as error:  # raised by publishing; a download reports what the cache lacks
+    except (
+        errors.OfflineModeIsEnabled
+    ) as error:  # raised by publishing; a download reports what the cache lacks
         raise InputError(f"{repository}: offline mode is on. Unset HF_HUB_OFFLINE to publish.") from error
     except errors.LocalEntryNotFoundError as error:
         reason = error.__cause__

@@ -30,7 +30,9 @@ def find_folder(name: Path | str, *, revision: str | None = None, local_files_on
             )
         folder = Path(name) if Path(name).is_dir() else BUNDLED / name
         if not (folder / "config.json").exists():
-            raise InputError(f"{folder} holds no model (no config.json). Give a folder that {_WRITERS} wrote.")
+            raise InputError(
+                f"{folder} holds no model (no config.json). Give a folder that {_WRITERS} wrote."
+            )
         return folder
     if isinstance(name, str) and is_hub_name(name) and not name.startswith(("./", "../")):
         try:
@@ -50,7 +52,9 @@ def _beside(name: str) -> str:
     parent = Path(name).parent
     if not parent.is_dir():
         return ""
-    folders = sorted(path.name for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = sorted(
+        path.name for path in parent.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
     near = difflib.get_close_matches(Path(name).name, folders, n=3, cutoff=0.0)
     return f" ({parent} holds {', '.join(near) or 'no folder'})"
 

@@ -1,8 +1,8 @@
-"""Linear layers for inference on a CPU, with weights as its matrix instructions read them: bfloat16, or 8-bit integers.
+"""Linear layers for inference on a CPU, with weights in the layout of its matrix instructions: bfloat16 or 8-bit integers.
 
-In torch's own layout, a bfloat16 weight is reordered at every call, which for the few rows of a generation costs as much
-as the product itself. Packed, only the order in memory differs, and the results are equal bit for bit. 8-bit weights are
-an approximation. Packed layers are for inference only, and 8-bit weights cannot be saved.
+In torch's own layout, a bfloat16 weight is reordered in every call. For the few rows of a generation, this costs as much
+as the product itself. Packing changes only the order in memory, and results are equal bit for bit. 8-bit weights are an
+approximation and cannot be saved.
 """
 
 import torch
@@ -12,12 +12,12 @@ from far import kernels
 from far.errors import InputError
 from far.kernels import Int8Kernel
 
-# Narrower layers (the projections of tokens) have few weights to read, and an image's values pass through them.
+# Narrower layers (the projections of tokens) have few weights to read, and they carry the image's values themselves.
 _INT8_WIDTH = 64
 
 
 class PackedLinear(nn.Module):
-    """Linear layer ``[…, in] → […, out]`` with a copy of the bfloat16 weights of ``linear`` in the kernel's own layout.
+    """Linear layer ``[…, in] → […, out]`` with a copy of a layer's bfloat16 weights in the kernel's own layout.
 
     ``weight.to_dense()`` is the plain weight.
     """
@@ -35,12 +35,13 @@ class PackedLinear(nn.Module):
 class Int8Linear(nn.Module):
     """Linear layer ``[…, in] → […, out]`` that approximates ``linear`` with 8-bit weights and inputs.
 
-    Each row of the weight and each row of the input has its own scale, so a row's result does not depend on the others.
-    Inputs are rounded to 127ths of their largest absolute value. All else is float32.
+    Each row of the weight and each row of the input has its own scale, so rows do not influence each other. Inputs are
+    rounded to 127ths of their largest absolute value. Everything else is float32.
 
     Args:
-        linear: float32, on the CPU.
-        kernel: how to round the weights, see :func:`far.kernels.int8_weight`; None takes the first one that is exact here.
+        linear: a layer in float32 on the CPU.
+        kernel: how weights are rounded, see :func:`far.kernels.int8_weight`; None takes the first kernel that is exact
+            on this machine.
 
     Raises:
         InputError: no kernel is exact on this machine.
@@ -53,7 +54,7 @@ class Int8Linear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         kernel = kernel or kernels.int8_kernel()
         if kernel is None:
-            raise InputError(f"int8 weights cannot be used here: {kernels.no_int8()}; take another dtype")
+            raise InputError(f"int8 weights cannot be used here: {kernels.no_int8()}. Take another dtype.")
         self.packed = kernels.pack_int8(linear.weight.detach(), kernel)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
 
@@ -71,7 +72,7 @@ class Int8Linear(nn.Module):
 
 
 def pack_linear_layers(module: nn.Module) -> None:
-    """Replace the bfloat16 linear layers within ``module`` by packed ones, in place, where this makes them faster."""
+    """Replace the bfloat16 linear layers on the CPU within ``module`` by packed ones, in place, if this is faster."""
     if not can_pack():
         return
     for name, child in module.named_children():
@@ -86,9 +87,10 @@ def pack_linear_layers(module: nn.Module) -> None:
 
 
 def quantize_linear_layers(module: nn.Module, kernel: Int8Kernel | None = None) -> None:
-    """Replace the wide linear layers within ``module``, of float32 and on the CPU, by 8-bit ones, in place.
+    """Replace the wide linear layers within a module by 8-bit ones, in place.
 
     Args:
+        module: in float32 on the CPU.
         kernel: as in :class:`Int8Linear`.
 
     Raises:
@@ -99,6 +101,31 @@ def quantize_linear_layers(module: nn.Module, kernel: Int8Kernel | None = None) 
             setattr(module, name, Int8Linear(child, kernel))
         else:
             quantize_linear_layers(child, kernel)
+
+
+def unpack_linear_layers(module: nn.Module) -> None:
+    """Replace the packed linear layers within ``module`` by plain ones, in place; 8-bit ones stay."""
+    for name, child in module.named_children():
+        if isinstance(child, PackedLinear):
+            linear = nn.Linear(child.in_features, child.out_features, child.bias is not None, device="meta")
+            linear.weight = nn.Parameter(child.weight.detach().to_dense())
+            linear.bias = child.bias
+            setattr(module, name, linear)
+        else:
+            unpack_linear_layers(child)
+
+
+def has_int8(module: nn.Module) -> bool:
+    """Return whether a module holds 8-bit linear layers."""
+    return any(isinstance(part, Int8Linear) for part in module.modules())
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Return the number of parameters, including those in 8-bit linear layers."""
+    packed = [part for part in module.modules() if isinstance(part, Int8Linear)]
+    return sum(parameter.numel() for parameter in module.parameters()) + sum(
+        part.out_features * (part.in_features + (part.bias is not None)) for part in packed
+    )
 
 
 def can_pack() -> bool:

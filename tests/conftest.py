@@ -13,11 +13,11 @@ from far.backbone.causal import CausalConfig
 from far.backbone.masked import MaskedConfig
 from far.data.latents import write_latents
 from far.data.shards import ShardWriter
+from far.folder import save_autoencoder
 from far.heads import HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pipeline import Pipeline
 from far.sampling import SamplingConfig
-from far.weights import save_autoencoder
 
 # The references of the tests are the CPU's; device "auto" would take a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -77,7 +77,7 @@ def autoencoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def latents_folder(
     tmp_path_factory: pytest.TempPathFactory, image_set: Path, autoencoder_folder: Path
 ) -> Path:
-    from far.weights import load_autoencoder
+    from far.folder import load_autoencoder
 
     folder = tmp_path_factory.mktemp("cache") / "latents"
     write_latents(image_set, load_autoencoder(autoencoder_folder), folder)
@@ -90,7 +90,7 @@ NETWORK = NetworkConfig(MaskedConfig(16, 1, 2, 16, 1, 2, 2, 0.1), HeadConfig("sh
 @pytest.fixture(scope="session")
 def pipeline_folder(tmp_path_factory: pytest.TempPathFactory, autoencoder_folder: Path) -> Path:
     """An untrained pipeline of 4 tokens, with random (not zero) outputs so that images differ."""
-    from far.weights import load_autoencoder
+    from far.folder import load_autoencoder
 
     torch.manual_seed(0)
     model = FAR(ModelConfig(NETWORK, len(CLASSES), 2, (4, 4)))
@@ -106,7 +106,7 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory, autoencoder_folder
 
 def save_diffusion_model(network: NetworkConfig, autoencoder: Path, folder: Path) -> Path:
     """An untrained pipeline of 4 tokens with MAR's head, random as the one above."""
-    from far.weights import load_autoencoder
+    from far.folder import load_autoencoder
 
     torch.manual_seed(1)
     # The limit keeps what a random ε does at the noisy end from becoming large.

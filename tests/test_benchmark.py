@@ -36,7 +36,8 @@ from far.heads import HeadConfig
 from far.heads.head import Head
 from far.model import FAR, PRESETS, ModelConfig, NetworkConfig
 from far.packing import Int8Linear, can_quantize
-from far.pipeline import Pipeline, prepare
+from far.pipeline import Pipeline
+from far.precision import prepare
 from far.sampling import SamplingConfig, SeededNoise, sample
 
 BACKBONES = {

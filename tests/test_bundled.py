@@ -11,12 +11,14 @@ from safetensors.torch import load_file, save_file
 import far
 from far.errors import InputError
 from far.evaluation.features import load_feature_network
+from far.folder import load_autoencoder
 from far.heads import HeadConfig
 from far.model import FAR
-from far.pipeline import Pipeline, prepare, prepare_autoencoder
+from far.names import BUNDLED
+from far.pipeline import Pipeline
+from far.precision import prepare, prepare_autoencoder
 from far.recipe import load_recipe
 from far.sampling import SamplingConfig
-from far.weights import BUNDLED, load_autoencoder
 
 NAMES = sorted(folder.name for folder in BUNDLED.iterdir())
 # The last of the recipes that made each.
@@ -28,7 +30,7 @@ MADE_BY = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_size_and_recipe(name: str) -> None:
+def test_bundled_model_is_small_and_made_by_its_recipe(name: str) -> None:
     assert sum(file.stat().st_size for file in (BUNDLED / name).iterdir()) <= 30e6
     pipeline, recipe = far.load(name), load_recipe(MADE_BY[name])
     assert pipeline.model.config.network == recipe.generator.network
@@ -71,7 +73,7 @@ def with_other_head() -> Pipeline:
     return Pipeline(model, trained.autoencoder, trained.classes, SamplingConfig(4, 2))
 
 
-def test_with_a_base_only_what_differs_is_written_and_all_is_loaded(tmp_path: Path) -> None:
+def test_with_a_base_only_changed_tensors_are_written_and_all_are_loaded(tmp_path: Path) -> None:
     pipeline = with_other_head()
     pipeline.save_pretrained(tmp_path / "whole", torch.float16)
     pipeline.save_pretrained(tmp_path / "head", torch.float16, base="avatars-64")
@@ -79,8 +81,8 @@ def test_with_a_base_only_what_differs_is_written_and_all_is_loaded(tmp_path: Pa
     assert all(name.startswith("head.") for name in load_file(tmp_path / "head" / "model.safetensors"))
     whole, head = Pipeline.from_pretrained(tmp_path / "whole"), Pipeline.from_pretrained(tmp_path / "head")
     assert torch.equal(
-        torch.as_tensor(whole.generate([3], output="tensor")),
-        torch.as_tensor(head.generate([3], output="tensor")),
+        whole.generate([3], output="tensor"),
+        head.generate([3], output="tensor"),
     )
     head.save_pretrained(tmp_path / "again", torch.float16)
     for name in ("model.safetensors", "autoencoder.safetensors"):
@@ -99,19 +101,19 @@ def test_weights_packed_for_inference_are_compared_by_their_values(tmp_path: Pat
     pipeline.save_pretrained(tmp_path, base="avatars-64")
     again = Pipeline.from_pretrained(tmp_path, dtype="bfloat16")
     assert torch.equal(
-        torch.as_tensor(again.generate([3], output="tensor")),
-        torch.as_tensor(pipeline.generate([3], output="tensor")),
+        again.generate([3], output="tensor"),
+        pipeline.generate([3], output="tensor"),
     )
 
 
-def test_the_autoencoder_of_a_base_is_found(tmp_path: Path) -> None:
+def test_autoencoder_of_a_base_is_loaded(tmp_path: Path) -> None:
     with_other_head().save_pretrained(tmp_path, base="avatars-64")
     ours, theirs = load_autoencoder(tmp_path), load_autoencoder(BUNDLED / "avatars-64")
     assert ours.config == theirs.config
     assert torch.equal(ours.decoder.conv_out.weight, theirs.decoder.conv_out.weight)
 
 
-def test_another_autoencoder_is_written_beside_a_base(tmp_path: Path) -> None:
+def test_autoencoder_that_differs_from_the_base_is_written(tmp_path: Path) -> None:
     pipeline = with_other_head()
     with torch.no_grad():
         pipeline.autoencoder.decoder.conv_out.bias.add_(1.0)  # type: ignore[union-attr, operator]
@@ -128,10 +130,9 @@ def test_another_autoencoder_is_written_beside_a_base(tmp_path: Path) -> None:
         {"weights": "/etc", "sha256": {}},
         {"weights": ["avatars-64"]},
         "avatars-64",
-        None,
     ],
 )
-def test_a_base_that_is_not_the_bundled_one_is_refused(base: object, tmp_path: Path) -> None:
+def test_base_that_is_not_the_bundled_model_is_refused(base: object, tmp_path: Path) -> None:
     with_other_head().save_pretrained(tmp_path, base="avatars-64")
     config = json.loads((tmp_path / "config.json").read_text())
     config["base"] = base
@@ -140,22 +141,19 @@ def test_a_base_that_is_not_the_bundled_one_is_refused(base: object, tmp_path: P
         Pipeline.from_pretrained(tmp_path)
 
 
-def test_a_base_must_be_bundled(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"base 'elsewhere' is no bundled model; bundled: avatars-64, "):
+def test_base_must_be_bundled(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'elsewhere'"):
         with_other_head().save_pretrained(tmp_path / "out", base="elsewhere")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_must_be_whole(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError,
-        match=r"base 'avatars-64-mar' is not whole itself; give the one that it takes from, 'avatars-64'",
-    ):
+def test_base_must_be_whole(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"'avatars-64-mar'.*'avatars-64'"):
         with_other_head().save_pretrained(tmp_path / "out", base="avatars-64-mar")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tensor_that_the_base_has_in_another_shape_is_named(tmp_path: Path) -> None:
+def test_tensor_that_the_base_has_in_another_shape_is_named(tmp_path: Path) -> None:
     with_other_head().save_pretrained(tmp_path, base="avatars-64")
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["head.network.output.linear.weight"]

@@ -21,7 +21,7 @@ from far.devices import (
     set_threads,
 )
 from far.errors import InputError
-from far.pipeline import resolve_dtype
+from far.precision import resolve_dtype
 from far.processes import Processes
 from far.training.loop import LoopConfig, Trainer, published, resolve_loop
 
@@ -155,7 +155,7 @@ def test_bfloat16_products_are_those_that_the_system_reports() -> None:
 
 
 def test_auto_is_float32_if_the_instructions_are_masked() -> None:
-    code = "from far.devices import *; from far.pipeline import resolve_dtype; d = resolve_device('cpu'); "
+    code = "from far.devices import *; from far.precision import resolve_dtype; d = resolve_device('cpu'); "
     code += "print(has_bfloat16_products(d), resolve_training_dtype('auto', d), resolve_dtype('auto', 'cpu'))"
     found = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **AVX2}, capture_output=True, text=True, check=True

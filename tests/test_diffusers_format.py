@@ -13,7 +13,8 @@ from far import Autoencoder, InputError
 from far.autoencoder import AutoencoderConfig
 from far.cli.main import main
 from far.diffusers_format import from_diffusers, to_diffusers
-from far.weights import find_folder, load_autoencoder, save_autoencoder
+from far.folder import load_autoencoder, save_autoencoder
+from far.names import find_folder
 
 # The shape of KL-16 (five levels, two blocks, attention at the coarsest), and others.
 CONFIGS = {
@@ -99,7 +100,7 @@ def test_diffusers_computes_what_we_compute_there_and_back(name: str, tmp_path: 
     assert all(torch.equal(tensor, ours.state_dict()[key]) for key, tensor in back.state_dict().items())
 
 
-def test_the_bundled_autoencoder_by_the_command_line(
+def test_bundled_autoencoder_is_converted_by_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["convert", "to-diffusers", "avatars-64", str(tmp_path / "theirs")]) == 0
@@ -107,7 +108,7 @@ def test_the_bundled_autoencoder_by_the_command_line(
     check_equal(ours, AutoencoderKL.from_pretrained(tmp_path / "theirs"))
     assert main(["convert", "from-diffusers", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 0
     assert str(tmp_path / "ours") in capsys.readouterr().out
-    back = far.load(tmp_path / "ours")
+    back = far.load_autoencoder(tmp_path / "ours")
     assert isinstance(back, Autoencoder)
     assert back.fingerprint() == ours.fingerprint()
 
@@ -127,7 +128,7 @@ def test_the_bundled_autoencoder_by_the_command_line(
         },
     ],
 )
-def test_what_diffusers_made_becomes_ours(changes: dict, tmp_path: Path) -> None:
+def test_autoencoder_of_diffusers_gives_the_same_results_here(changes: dict, tmp_path: Path) -> None:
     theirs = fresh(tmp_path / "theirs", **changes)
     from_diffusers(tmp_path / "theirs", tmp_path / "ours")
     check_equal(load_autoencoder(tmp_path / "ours"), theirs)
@@ -151,7 +152,7 @@ def test_what_diffusers_made_becomes_ours(changes: dict, tmp_path: Path) -> None
         ({"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16, "shift_factor": 0.5}, "shift_factor"),
     ],
 )
-def test_other_arithmetic_is_refused_by_the_entrys_name(changes: dict, expected: str, tmp_path: Path) -> None:
+def test_entry_that_requires_other_arithmetic_is_named(changes: dict, expected: str, tmp_path: Path) -> None:
     fresh(tmp_path / "theirs", **changes)
     with pytest.raises(InputError, match=rf"config\.json: .*{expected}") as caught:
         from_diffusers(tmp_path / "theirs", tmp_path / "ours")
@@ -174,14 +175,14 @@ def test_levels_that_give_another_stride_are_refused(tmp_path: Path) -> None:
     [
         ("_class_name", "AsymmetricAutoencoderKL", "_class_name"),
         ("_class_name", None, "_class_name"),
-        ("layers_per_block", "2", "layers_per_block is '2'"),
+        ("layers_per_block", "2", "layers_per_block"),
         ("block_out_channels", [], "block_out_channels"),
         ("block_out_channels", [0, 8, 8], "block_out_channels"),
-        ("wavelets", True, "unknown key 'wavelets'"),
+        ("wavelets", True, "'wavelets'"),
         ("norm_num_groups", 5, "norm_groups 5"),
     ],
 )
-def test_a_wrong_config_is_refused(entry: str, value: object, expected: str, tmp_path: Path) -> None:
+def test_wrong_config_is_refused(entry: str, value: object, expected: str, tmp_path: Path) -> None:
     fresh(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, entry: value}))
@@ -202,28 +203,28 @@ def test_wrong_weights_are_refused(tmp_path: Path) -> None:
 
     key = "encoder.mid_block.attentions.0.to_q.weight"
     save_file({name: tensor for name, tensor in tensors.items() if name != key}, path)
-    refused(f"lacks the tensor {key}")
+    refused(key)
     save_file({**tensors, key: tensors[key][:4].clone()}, path)
-    refused(f"{key} has shape")
+    refused(key)
     save_file({**tensors, "encoder.more": tensors[key].clone()}, path)
-    refused("holds the tensor 'encoder.more'")
+    refused("'encoder.more'")
     path.write_bytes(whole[:-1])
-    refused("diffusion_pytorch_model.safetensors is missing or damaged")
+    refused(path.name)
     path.rename(tmp_path / "diffusion_pytorch_model.bin")
-    refused("diffusion_pytorch_model.safetensors does not exist, and pickles are not read")
+    refused(path.name)
     (tmp_path / "config.json").unlink()
-    refused("config.json does not exist; give the folder of an AutoencoderKL")
+    refused("config.json")
 
 
 def test_nothing_is_overwritten(tmp_path: Path, autoencoder_folder: Path, pipeline_folder: Path) -> None:
     fresh(tmp_path / "theirs")
-    with pytest.raises(InputError, match="already holds an autoencoder"):
+    with pytest.raises(InputError, match=str(autoencoder_folder)):
         from_diffusers(tmp_path / "theirs", autoencoder_folder)
-    with pytest.raises(InputError, match="already holds a model"):
+    with pytest.raises(InputError, match=str(tmp_path / "theirs")):
         to_diffusers(load_autoencoder(autoencoder_folder), tmp_path / "theirs")
 
 
-def test_an_autoencoder_joins_a_model_without_one(tmp_path: Path, pipeline_folder: Path) -> None:
+def test_autoencoder_can_be_added_to_a_model_without_one(tmp_path: Path, pipeline_folder: Path) -> None:
     pipeline = far.Pipeline.from_pretrained(pipeline_folder)
     assert pipeline.autoencoder is not None
     to_diffusers(pipeline.autoencoder, tmp_path / "theirs")
@@ -234,7 +235,7 @@ def test_an_autoencoder_joins_a_model_without_one(tmp_path: Path, pipeline_folde
     whole, joined = (
         far.Pipeline.from_pretrained(folder).generate([0, 1], output="tensor") for folder in folders
     )
-    assert torch.equal(whole, joined)  # type: ignore[arg-type]
+    assert torch.equal(whole, joined)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +251,7 @@ def test_an_autoencoder_joins_a_model_without_one(tmp_path: Path, pipeline_folde
         ),
     ],
 )
-def test_what_diffusers_cannot_do_is_refused(
+def test_autoencoder_that_diffusers_cannot_represent_is_refused(
     config: AutoencoderConfig, expected: str, tmp_path: Path
 ) -> None:
     save_autoencoder(Autoencoder(config), tmp_path / "ours")
@@ -290,7 +291,7 @@ def test_forms_that_diffusers_reads_are_read(
     check_equal(load_autoencoder(tmp_path / "ours"), expected)
 
 
-def test_plain_weights_are_taken_before_a_variant_and_both_are_said(tmp_path: Path) -> None:
+def test_plain_weights_are_preferred_to_a_variant_and_both_are_named(tmp_path: Path) -> None:
     theirs = fresh(tmp_path / "theirs")
     theirs.half().save_pretrained(tmp_path / "theirs", variant="fp16")
     said = from_diffusers(tmp_path / "theirs", tmp_path / "ours")

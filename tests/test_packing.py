@@ -15,6 +15,7 @@ from far.errors import InputError
 from far.heads import HeadConfig
 from far.kernels import INT8_KERNELS, Int8Kernel, int8_fault, int8_weight
 from far.model import FAR, ModelConfig, NetworkConfig
+from far.names import BUNDLED
 from far.packing import (
     Int8Linear,
     PackedLinear,
@@ -23,7 +24,7 @@ from far.packing import (
     pack_linear_layers,
     quantize_linear_layers,
 )
-from far.pipeline import resolve_dtype
+from far.precision import resolve_dtype
 from far.sampling import SamplingConfig, SeededNoise, sample
 from far.weights import save_tensors
 
@@ -89,7 +90,7 @@ def test_a_packed_model_is_saved_plain(tmp_path: Path) -> None:
     pipeline = far.Pipeline.from_pretrained("avatars-64", dtype="bfloat16")
     assert any(isinstance(module, PackedLinear) for module in pipeline.model.modules())
     pipeline.save_pretrained(tmp_path)
-    plain = load_file(far.weights.find_folder("avatars-64") / "model.safetensors")
+    plain = load_file(BUNDLED / "avatars-64" / "model.safetensors")
     saved = load_file(tmp_path / "model.safetensors")
     assert saved.keys() == plain.keys()
     assert all(torch.equal(saved[name], plain[name].to(torch.bfloat16)) for name in plain)

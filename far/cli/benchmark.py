@@ -119,7 +119,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 def _rows(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Row], dict[str, str]]:
     """Return the rows to run, and why the usual ones of a dtype are left out."""
     from far.benchmark import default_rows, rows_of, usable_rows
-    from far.pipeline import resolve_dtype
+    from far.precision import resolve_dtype
 
     if arguments.models is None:
         return usable_rows(default_rows(batches=arguments.batch, guidance=arguments.guidance), device)

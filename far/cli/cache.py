@@ -23,9 +23,9 @@ def run(arguments: argparse.Namespace) -> None:
     loop = with_machine(recipe.generator.training, arguments)
 
     from far.data.latents import write_latents
-    from far.weights import load_autoencoder
+    from far.folder import load_autoencoder
 
-    autoencoder = load_autoencoder(recipe.autoencoder_folder)
+    autoencoder = load_autoencoder(recipe.autoencoder_folder, device="cpu")
     with joined() as processes:
         device = processes.device(loop.device)
         if processes.rank == 0:

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from far.convert import convert_kl16, convert_mar
     from far.diffusers_format import from_diffusers, to_diffusers
-    from far.weights import load_autoencoder
+    from far.folder import load_autoencoder
 
     read = ""
     with noticed(f"converting {source}"):
@@ -61,5 +61,5 @@ def run(arguments: argparse.Namespace) -> None:
         elif arguments.kind == "from-diffusers":
             read = f" ({from_diffusers(source, arguments.out)})"
         else:
-            to_diffusers(load_autoencoder(source), arguments.out)
+            to_diffusers(load_autoencoder(source, device="cpu"), arguments.out)
     print(f"{arguments.out}: converted from {arguments.source}{read}")

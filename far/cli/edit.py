@@ -89,7 +89,8 @@ def run(arguments: argparse.Namespace) -> None:
     from torch import Tensor
 
     from far.pictures import contact_sheet, save_png
-    from far.pipeline import Pipeline, resolve_dtype
+    from far.pipeline import Pipeline
+    from far.precision import resolve_dtype
     from far.progress import ImageBar
 
     device = prepare_machine(arguments)

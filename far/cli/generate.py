@@ -82,7 +82,8 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from far.pictures import contact_sheet, save_gif, save_png, to_pictures
-    from far.pipeline import Pipeline, resolve_dtype
+    from far.pipeline import Pipeline
+    from far.precision import resolve_dtype
 
     device = prepare_machine(arguments)
     dtype = resolve_dtype(_dtype(arguments, device), device)

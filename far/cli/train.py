@@ -27,9 +27,9 @@ def run(arguments: argparse.Namespace) -> None:
     check_made(recipe, arguments, autoencoder=True, latents=True)
     check_unused(recipe.model_folder, arguments.resume)
 
+    from far.folder import load_autoencoder
     from far.training.generator import GeneratorTask
     from far.training.loop import resolve_loop, train
-    from far.weights import load_autoencoder
 
     with joined() as processes:
         training = resolve_loop(with_machine(config.training, arguments), recipe.model_folder, processes)
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
             label_drop=config.label_drop,
             images=Path(recipe.data),
             latents=recipe.latents_folder,
-            autoencoder=load_autoencoder(recipe.autoencoder_folder),
+            autoencoder=load_autoencoder(recipe.autoencoder_folder, device="cpu"),
             frozen_backbone=config.frozen_backbone,
         )
         train(task, training, recipe.model_folder, resume=arguments.resume, processes=processes)

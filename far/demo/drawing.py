@@ -10,7 +10,8 @@ from torch import Tensor
 
 from far.classes import label_text
 from far.errors import InputError
-from far.pipeline import Pipeline, resolve_dtype
+from far.pipeline import Pipeline
+from far.precision import resolve_dtype
 from far.sampling import Progress, SamplingConfig
 
 MOST_IMAGES = 16

@@ -14,9 +14,9 @@ from far.errors import InputError
 from far.evaluation.extraction import extract_parts
 from far.evaluation.features import Extractor
 from far.files import sha256
+from far.names import find_folder
 from far.pipeline import Pipeline
 from far.sampling import Progress, SamplingConfig
-from far.weights import find_folder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,11 +16,11 @@ from far.data.shards import ShardReader
 from far.errors import InputError
 from far.evaluation.features import FeatureNetwork, load_feature_network
 from far.evaluation.metrics import FeatureStatistics, frechet_distance, psnr
+from far.folder import save_autoencoder
 from far.pictures import check_finite, enlarge, grid, save_png
 from far.seeds import seeded
 from far.training.config import AutoencoderLossConfig, LoopConfig
 from far.training.loop import epoch_rows, resolve_loop
-from far.weights import save_autoencoder
 
 _CHUNK = 100
 

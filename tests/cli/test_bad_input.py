@@ -13,11 +13,11 @@ from PIL import Image
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.cli.main import main
+from far.folder import save_autoencoder
 from far.heads import Head
 from far.heads.shortcut import ShortcutHead
 from far.pipeline import Pipeline
 from far.training.checkpoint import save_checkpoint
-from far.weights import save_autoencoder
 
 
 def refused(capsys: pytest.CaptureFixture, arguments: list, *expected: str) -> str:

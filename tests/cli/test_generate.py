@@ -12,7 +12,8 @@ import far
 from far import kernels
 from far.cli.main import main
 from far.packing import can_quantize
-from far.pipeline import Pipeline, resolve_dtype
+from far.pipeline import Pipeline
+from far.precision import resolve_dtype
 
 integers = pytest.mark.skipif(not can_quantize(), reason="this build of torch has no 8-bit matrix products")
 

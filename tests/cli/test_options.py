@@ -9,10 +9,10 @@ import pytest
 from far.cli import sampling_arguments
 from far.cli.main import build_parser, parse
 from far.errors import InputError
+from far.folder import load_autoencoder
 from far.model import FAR, ModelConfig
 from far.recipe import load_recipe, recipe_names
 from far.sampling_config import SamplingConfig
-from far.weights import load_autoencoder
 
 ROOT = Path(__file__).parents[2]
 # Values that far benchmark does not take.

@@ -17,7 +17,7 @@ from far.data.latents import open_latents, write_latents
 from far.data.shards import ShardReader, ShardWriter
 from far.errors import InputError
 from far.files import json_digest, read_json, write_json
-from far.weights import load_autoencoder
+from far.folder import load_autoencoder
 
 
 def test_moments_of_both_flips(image_set: Path, latents_folder: Path, autoencoder_folder: Path) -> None:

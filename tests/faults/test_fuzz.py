@@ -45,10 +45,11 @@ from far.evaluation.features import FeatureNetwork
 from far.evaluation.images import open_images, write_npz
 from far.evaluation.references import open_reference, write_statistics
 from far.files import write_json
+from far.folder import load_autoencoder
 from far.pipeline import Pipeline
 from far.recipe import find_recipe, load_recipe
 from far.training.checkpoint import named_tensors, save_checkpoint
-from far.weights import load_autoencoder, save_tensors
+from far.weights import save_tensors
 
 SECONDS = 10
 # What one damaged file may take: far more than any whole one here, far less than a machine has.

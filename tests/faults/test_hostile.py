@@ -38,11 +38,13 @@ from far.evaluation.extraction import part_path, read_parts
 from far.evaluation.images import open_images
 from far.evaluation.inception import load_inception
 from far.files import check_zip, json_digest
+from far.folder import load_autoencoder
+from far.names import BUNDLED
 from far.pickles import read_pickle
 from far.pipeline import Pipeline
 from far.training.checkpoint import open_checkpoint
 from far.training.loop import Trainer
-from far.weights import BUNDLED, load_autoencoder, read_tensors, save_tensors
+from far.weights import read_tensors, save_tensors
 
 
 def refused(call: Callable[[], Any], *expected: str) -> None:

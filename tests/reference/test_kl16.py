@@ -36,7 +36,7 @@ def autoencoder(request: pytest.FixtureRequest, weights: dict[str, Tensor], tmp_
         return autoencoder
     torch.save({"model": weights} if request.param == "converted" else weights, tmp_path / "kl16.ckpt")
     convert_kl16(tmp_path / "kl16.ckpt", tmp_path / "converted")
-    loaded = far.load(tmp_path / "converted")
+    loaded = far.load_autoencoder(tmp_path / "converted")
     assert isinstance(loaded, Autoencoder)
     return loaded
 

@@ -13,8 +13,8 @@ from far.data.image_sets import read_images
 from far.data.latents import open_latents
 from far.data.shards import ShardReader
 from far.errors import InputError
+from far.folder import load_autoencoder
 from far.training.autoencoder import latent_statistics
-from far.weights import load_autoencoder
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import torch
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.cli.main import main
+from far.folder import load_autoencoder, save_autoencoder
 from far.pipeline import Pipeline
 from far.sampling import SeededNoise, sample
-from far.weights import load_autoencoder, save_autoencoder
 
 CAUSAL = [
     "generator.network.backbone={kind: causal, width: 16, depth: 1, heads: 2, input_noise: 0.1}",

@@ -21,12 +21,12 @@ from far.convert import convert_mar
 from far.data.shards import ShardReader, ShardWriter
 from far.errors import InputError
 from far.files import read_json
+from far.folder import save_autoencoder
 from far.pipeline import Pipeline
 from far.processes import Processes
 from far.training.distillation import DistillationConfig, DistillationTask, draw_spans
 from far.training.loop import LoopConfig
 from far.training.trajectories import GROUP, POINTS, TrajectoryConfig
-from far.weights import save_autoencoder
 
 DEVIATION = 0.5
 

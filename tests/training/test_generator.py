@@ -16,9 +16,9 @@ from far.config import from_dict
 from far.data.latents import write_latents
 from far.devices import resolve_training_dtype
 from far.files import json_digest, read_json, write_json
+from far.folder import load_autoencoder
 from far.pipeline import Pipeline
 from far.recipe import GeneratorRecipe, load_recipe
-from far.weights import load_autoencoder
 
 JOINT = ["generator.network.head.kind=diffusion", "generator.training.dtype=auto"]
 

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 
 from far.cli.main import main
 from far.errors import InputError
+from far.folder import load_autoencoder
 from far.recipe import load_recipe
 from far.training import checkpoint
 from far.training.checkpoint import list_checkpoints, save_checkpoint
 from far.training.ema import Ema
 from far.training.generator import GeneratorTask
 from far.training.loop import LoopConfig, Meter, Trainer, _step, epoch_rows
-from far.weights import load_autoencoder
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 

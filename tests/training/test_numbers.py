@@ -19,7 +19,7 @@ from far.backbone import CausalConfig, MaskedConfig
 from far.errors import InputError
 from far.heads import HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
-from far.pipeline import prepare
+from far.precision import prepare
 from far.recipe import from_overrides
 from far.sampling import SamplingConfig, SeededNoise, sample
 from far.training.checkpoint import list_checkpoints
