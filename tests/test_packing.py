@@ -169,15 +169,13 @@ def test_narrow_layers_stay() -> None:
 @integers
 def test_an_eight_bit_model_is_not_saved(tmp_path: Path) -> None:
     pipeline = far.Pipeline.from_pretrained("avatars-64", dtype="int8")
-    with pytest.raises(
-        InputError, match="int8 weights are for running only; load the model in another dtype to save it"
-    ):
+    with pytest.raises(InputError, match="int8"):
         pipeline.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_unknown_dtypes_and_int8_on_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("far.pipeline.resolve_device", torch.device)
+    monkeypatch.setattr("far.precision.resolve_device", torch.device)
     for dtype, device in (("half", "cpu"), ("int8", "cuda:0")):
         with pytest.raises(InputError) as error:
             resolve_dtype(dtype, device)

@@ -23,7 +23,6 @@ from checkpoints import read_checkpoint, write_file_of_0_1
 from PIL import Image
 from slope import Slope, loop, run_steps
 
-from far import weights
 from far.autoencoder import Autoencoder
 from far.cli.main import main
 from far.convert import convert_kl16, convert_mar
@@ -442,7 +441,7 @@ def test_a_config_asks_for_no_memory_before_the_weights_are_known_to_fit(
         devices.append(torch.empty(0).device.type)
         return Autoencoder(config)
 
-    monkeypatch.setattr(weights, "Autoencoder", build)
+    monkeypatch.setattr("far.autoencoder.Autoencoder", build)
     refused(lambda: load_autoencoder(tmp_path / "a"), "has shape")
     assert devices == ["meta"]
 
