@@ -70,7 +70,7 @@ FLOORS = [
         5,
         (
             "far",
-            "far.benchmark",
+            "far.benchmark*",
             "far.convert",
             "far.demo*",
             "far.diffusers_format",

@@ -10,27 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-import far.benchmark
 from far.autoencoder import AutoencoderConfig
 from far.backbone import CausalConfig, MaskedBackbone, MaskedConfig
-from far.benchmark import (
-    PARTS,
-    Finding,
-    Report,
-    Row,
-    Segment,
-    default_rows,
-    flop_counter,
-    generate,
-    load_models,
-    measure,
-    peak_memory,
-    rows_of,
-    segments,
-    size,
-    watched,
-    weights_read,
-)
+from far.benchmark.cost import flop_counter, size, weights_read
+from far.benchmark.hardware import peak_memory
+from far.benchmark.results import Report, RowResult, measure
+from far.benchmark.rows import Row, default_rows, load_models, rows_of
+from far.benchmark.watch import PARTS, Segment, Watch, generate, segments
 from far.errors import InputError
 from far.heads import HeadConfig
 from far.heads.head import Head
@@ -39,6 +25,7 @@ from far.packing import Int8Linear, can_quantize
 from far.pipeline import Pipeline
 from far.precision import prepare
 from far.sampling import SamplingConfig, SeededNoise, sample
+from far.tokens import cosine_token_counts
 
 BACKBONES = {
     "masked": MaskedConfig(32, 2, 2, 32, 3, 2, 3),
@@ -123,23 +110,33 @@ def test_a_watched_generation_of_all_steps_draws_the_same_latents(backbone: str,
     watched_model = model(backbone, dtype)
     labels, config = torch.tensor([0, 2]), SamplingConfig(16, 2, 2.0)
 
-    def draw() -> torch.Tensor:
-        return sample(watched_model, labels, SeededNoise([3, 4], torch.device("cpu")), config)
+    def draw(drawn_model: FAR) -> torch.Tensor:
+        return sample(drawn_model, labels, SeededNoise([3, 4], torch.device("cpu")), config)
 
-    plain = draw()
-    with watched(watched_model, range(16), lambda: 0.0):
-        assert torch.equal(draw(), plain)
-    with watched(watched_model, range(8), lambda: 0.0):
-        assert not torch.equal(draw(), plain)
-    assert torch.equal(draw(), plain), "the model is not as it was"
+    plain = draw(watched_model)
+    assert torch.equal(draw(Watch(watched_model, range(16), lambda: 0.0).model), plain)
+    assert not torch.equal(draw(Watch(watched_model, range(8), lambda: 0.0).model), plain)
+    assert torch.equal(draw(watched_model), plain), "the model itself has changed"
 
 
-def test_a_model_is_as_it_was_after_an_error() -> None:
-    broken = model("masked")
-    with pytest.raises(RuntimeError), watched(broken, range(16), lambda: 0.0):
+def test_nothing_is_read_of_a_model_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken, readings = pipeline("masked"), []
+
+    def fail(self: MaskedBackbone, *values: object) -> None:
         raise RuntimeError
-    assert not {"forward", "encode"} & vars(broken.backbone).keys()
-    assert "sample" not in vars(broken.head)
+
+    def reading() -> float:
+        readings.append(1)
+        return 0.0
+
+    row, plan = Row("x", SamplingConfig(2, 1), "float32", 1), segments(SamplingConfig(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskedBackbone, "decode", fail)
+        with pytest.raises(RuntimeError):
+            generate(broken, row, plan, reading)
+    readings.clear()
+    sample(broken.model, torch.tensor([0]), SeededNoise([0], torch.device("cpu")), row.sampling)
+    assert not readings
 
 
 @each_backbone
@@ -171,9 +168,9 @@ def test_skipped_steps_call_no_network(backbone: str) -> None:
 def test_a_skipped_step_answers_with_zeros_of_the_right_kind(backbone: str) -> None:
     skipping = model(backbone, "bfloat16")
     tokens, query = torch.zeros(2, 16, 8), torch.zeros(2, 3, dtype=torch.long)
-    with watched(skipping, range(0), lambda: 0.0):
-        z = skipping.backbone(tokens, query[:, :0], query, torch.tensor([0, 1]))
-        assert torch.equal(skipping.head.sample(z, lambda: torch.ones(2, 3, 8), steps=1), torch.ones(2, 3, 8))
+    watch = Watch(skipping, range(0), lambda: 0.0)
+    z = watch.model.backbone(tokens, query[:, :0], query, torch.tensor([0, 1]))
+    assert torch.equal(watch.model.head.sample(z, lambda: torch.ones(2, 3, 8), steps=1), torch.ones(2, 3, 8))
     assert z.dtype == torch.bfloat16
     assert torch.equal(z, torch.zeros(2, 3, 32, dtype=torch.bfloat16))
 
@@ -250,8 +247,8 @@ def test_what_no_network_takes_is_the_samplers(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_estimate_follows_work_that_grows() -> None:
     """Work of step k is k: the middles of the quarters give the exact sum."""
-    watch = far.benchmark.Watch(model("masked"), range(0), lambda: 64 * 63 / 2)
-    watch.borders = [float(step * (step - 1) / 2) for step in range(64)]
+    watch = Watch(model("masked"), range(0), lambda: 64 * 63 / 2)
+    watch.starts = [float(step * (step - 1) / 2) for step in range(64)]
     watch.begin = 0.0
     watch.inside = [{"encoder": 0.0, "backbone": 0.0, "head": 0.0} for _ in range(64)]
     assert watch.parts(segments(SamplingConfig(64)))["sampler"] == 64 * 63 / 2
@@ -292,7 +289,7 @@ def test_counted_operations_of_a_masked_model_are_those_of_the_formula(guidance:
     expected = Counter(dict.fromkeys(PARTS, 0))
     expected["sampler"] = times_flop(3, 16)
     config = SamplingConfig(4, 3, guidance, "constant")
-    counts = far.sampling.cosine_token_counts(16, 4)
+    counts = cosine_token_counts(16, 4)
     for known, count in zip(itertools.accumulate(counts, initial=0), counts):
         expected["encoder"] += linear(rows * known, channels, width) + blocks(2, 3 + known)
         expected["decoder"] += (
@@ -390,13 +387,13 @@ def test_peak_memory_is_of_the_call_alone() -> None:
     assert len(kept)
 
 
-def finding(batch: int, seconds: list[float]) -> Finding:
+def result(batch: int, seconds: list[float]) -> RowResult:
     rounds = [{**dict.fromkeys(PARTS, 0.0), "encoder": value / 4, "head": value * 3 / 4} for value in seconds]
-    return Finding(Row("x", SamplingConfig(16), "float32", batch), 8, 0, None, None, {}, 1.0, 2.0, rounds)
+    return RowResult(Row("x", SamplingConfig(16), "float32", batch), 8, 0, None, None, {}, 1.0, 2.0, rounds)
 
 
 def test_figures_of_a_row() -> None:
-    base, other = finding(1, [10.0, 20.0, 60.0]), finding(4, [20.0, 10.0, 40.0])
+    base, other = result(1, [10.0, 20.0, 60.0]), result(4, [20.0, 10.0, 40.0])
     assert other.image_seconds == [5.0, 2.5, 10.0]
     assert other.shares == {"encoder": 0.25, "decoder": 0, "head": 0.75, "autoencoder": 0, "sampler": 0}
     assert other.share_of_time(other.reading) == 2.0 / 20.0
@@ -441,10 +438,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
         PRESETS, "tiny", NetworkConfig(MaskedConfig(16, 1, 2, 16, 1, 2, 2), HeadConfig("diffusion", 16, 1))
     )
     monkeypatch.setattr(
-        far.benchmark, "AutoencoderConfig", lambda: AutoencoderConfig(width=8, blocks=1, norm_groups=4)
+        "far.benchmark.rows.AutoencoderConfig", lambda: AutoencoderConfig(width=8, blocks=1, norm_groups=4)
     )
-    monkeypatch.setattr(far.benchmark, "_BANDWIDTH_BYTES", 2**16)
-    monkeypatch.setattr(far.benchmark, "_PRODUCT_SIDE", 32)
+    monkeypatch.setattr("far.benchmark.hardware._BANDWIDTH_BYTES", 2**16)
+    monkeypatch.setattr("far.benchmark.hardware._PRODUCT_SIDE", 32)
     return "tiny"
 
 
@@ -463,16 +460,16 @@ def test_presets_have_the_same_weights_each_time_and_disturb_no_random_state(tin
 
 @each_backbone
 def test_memory_is_of_the_last_steps_or_of_a_cache_that_grows_as_in_use(
-    backbone: str, monkeypatch: pytest.MonkeyPatch
+    backbone: str, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans = []
-    real = far.benchmark.generate
-    monkeypatch.setattr(far.benchmark, "generate", lambda *values: plans.append(values[2]) or real(*values))
-    report = Report([], 1.0, {"float32": 1.0})
-    found = far.benchmark._first_look(
-        pipeline(backbone), Row("x", SamplingConfig(16, 1), "float32"), False, report
+    monkeypatch.setattr(
+        "far.benchmark.results.generate", lambda *values: plans.append(values[2]) or generate(*values)
     )
-    assert plans == (
+    models = {("x", "float32"): pipeline(backbone)}
+    monkeypatch.setattr("far.benchmark.results.load_models", lambda rows, device: models)
+    (found,) = measure([Row("x", SamplingConfig(16, 1), "float32")], rounds=1, device="cpu").results
+    assert plans[:2] == (
         [segments(SamplingConfig(16), full=True)] * 2
         if backbone == "causal"
         else [segments(SamplingConfig(16)), segments(SamplingConfig(16))[-1:]]
@@ -493,19 +490,18 @@ def test_peak_memory_calls_once_where_the_system_tells_nothing(monkeypatch: pyte
 def test_rows_take_turns_after_a_warm_up(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of([tiny], head_steps=[2, 3])
     order = []
-    real = far.benchmark.generate
 
     def recorded(pipeline, row, plan, reading):  # type: ignore[no-untyped-def]
         order.append((row.sampling.head_steps, sum(len(segment.timed) for segment in plan)))
-        return real(pipeline, row, plan, reading)
+        return generate(pipeline, row, plan, reading)
 
-    monkeypatch.setattr(far.benchmark, "generate", recorded)
+    monkeypatch.setattr("far.benchmark.results.generate", recorded)
     report = measure(rows, rounds=2)
     assert order == [(2, 8), (2, 2), (3, 8), (3, 2), *[(2, 8), (3, 8)] * 2]
-    assert [len(found.rounds) for found in report.findings] == [2, 2]
+    assert [len(found.rounds) for found in report.results] == [2, 2]
     assert report.peaks.keys() == {"float32"}
-    assert report.times_faster(report.findings[0]) == 1.0
-    for found in report.findings:
+    assert report.times_faster(report.results[0]) == 1.0
+    for found in report.results:
         assert found.flop["autoencoder"] > 0
         assert found.rounds[0]["autoencoder"] > 0
         operations = sum(found.flop.values())

@@ -153,7 +153,7 @@ def test_benchmark_refuses_before_it_starts(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("kept")
-    monkeypatch.setattr("far.benchmark.read_bandwidth", lambda device: pytest.fail("it started"))
+    monkeypatch.setattr("far.benchmark.results.read_bandwidth", lambda device: pytest.fail("it started"))
     refused(capsys, ["benchmark", *options], *expected)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

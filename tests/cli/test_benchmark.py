@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-import far.benchmark
 from far.autoencoder import AutoencoderConfig
 from far.backbone import CausalConfig
+from far.benchmark import default_rows, rows_of
 from far.cli.main import main
 from far.heads import HeadConfig
 from far.model import PRESETS, NetworkConfig
@@ -23,10 +23,10 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
         NetworkConfig(CausalConfig(width=16, depth=1, heads=2), HeadConfig("shortcut", 16, 1)),
     )
     monkeypatch.setattr(
-        far.benchmark, "AutoencoderConfig", lambda: AutoencoderConfig(width=8, blocks=1, norm_groups=4)
+        "far.benchmark.rows.AutoencoderConfig", lambda: AutoencoderConfig(width=8, blocks=1, norm_groups=4)
     )
-    monkeypatch.setattr(far.benchmark, "_BANDWIDTH_BYTES", 2**16)
-    monkeypatch.setattr(far.benchmark, "_PRODUCT_SIDE", 32)
+    monkeypatch.setattr("far.benchmark.hardware._BANDWIDTH_BYTES", 2**16)
+    monkeypatch.setattr("far.benchmark.hardware._PRODUCT_SIDE", 32)
 
 
 def table(text: str) -> list[dict[str, str]]:
@@ -78,7 +78,7 @@ def test_table_figures_and_picture_agree(
     assert [(row["steps"], row["dtype"]) for row in rows] == [
         (f"3 × {n}", t) for n in (4, 1) for t in ("float32", "bfloat16")
     ]
-    assert "Times are of whole images." in captured.out
+    assert "--full" not in captured.out
     assert "warm-up" in captured.err
     assert "warm-up" not in captured.out
     assert rows[0]["times faster"] == "1.00"
@@ -111,10 +111,10 @@ def test_a_causal_preset_is_estimated_unless_full(capsys: pytest.CaptureFixture)
     (row,) = table(text)
     assert row["steps"] == "256 × 1"
     assert row["encoder"] == "–"
-    assert "Times are estimated: 32 of 256 AR steps" in text
+    assert "32 of 256" in text
     assert "Guidance 2.9" in text
     assert main([*options, "--full"]) == 0
-    assert "Times are of whole images." in capsys.readouterr().out
+    assert "32 of 256" not in capsys.readouterr().out
 
 
 def test_without_models_the_usual_rows_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,16 +124,16 @@ def test_without_models_the_usual_rows_are_run(monkeypatch: pytest.MonkeyPatch) 
         asked.update(options, rows=rows)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(far.benchmark, "measure", stop)
+    monkeypatch.setattr("far.benchmark.measure", stop)
     for native in (True, False):
-        monkeypatch.setattr(far.benchmark, "has_bfloat16_products", lambda device, native=native: native)
+        monkeypatch.setattr("far.benchmark.rows.has_bfloat16_products", lambda device, native=native: native)
         assert (
             main(
                 ["benchmark", "--batch", "2", "--guidance", "1", "--rounds", "5", "--full", "--device", "cpu"]
             )
             == 130
         )
-        usual = far.benchmark.default_rows(batches=[2], guidance=1.0)
+        usual = default_rows(batches=[2], guidance=1.0)
         assert asked["rows"] == [row for row in usual if native or row.dtype != "bfloat16"]
         assert {**asked, "rows": None} == {
             "rows": None,
@@ -146,11 +146,11 @@ def test_without_models_the_usual_rows_are_run(monkeypatch: pytest.MonkeyPatch) 
 def test_rows_without_instructions_and_a_round_without_time_are_left_out_in_words(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    usual = far.benchmark.rows_of([str(pipeline_folder)], dtypes=["float32", "bfloat16"])
-    monkeypatch.setattr(far.benchmark, "default_rows", lambda **options: usual)
+    usual = rows_of([str(pipeline_folder)], dtypes=["float32", "bfloat16"])
+    monkeypatch.setattr("far.benchmark.rows.default_rows", lambda **options: usual)
     for native, seconds in ((False, 0), (True, 1000)):
-        monkeypatch.setattr(far.benchmark, "has_bfloat16_products", lambda device, native=native: native)
-        monkeypatch.setattr(far.benchmark, "_MOST_SECONDS", seconds)
+        monkeypatch.setattr("far.benchmark.rows.has_bfloat16_products", lambda device, native=native: native)
+        monkeypatch.setattr("far.benchmark.results._MOST_SECONDS", seconds)
         assert main(["benchmark", "--device", "cpu", "--json", str(tmp_path / "a.json")]) == 0
         text, found = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
         assert [row["dtype"] for row in table(text)] == ["float32", "bfloat16"][: 1 + native]
@@ -158,7 +158,7 @@ def test_rows_without_instructions_and_a_round_without_time_are_left_out_in_word
         notes = [line for line in text.splitlines() if "left out" in line.lower()]
         assert len(notes) == 2 * (not native)
         assert list(found["left out"]) == ["bfloat16"] * (not native)
-    monkeypatch.setattr(far.benchmark, "_MOST_SECONDS", 0)
+    monkeypatch.setattr("far.benchmark.results._MOST_SECONDS", 0)
     assert main(["benchmark", "--device", "cpu", "--rounds", "2", "--json", str(tmp_path / "a.json")]) == 0
     assert {len(row["rounds"]) for row in json.loads((tmp_path / "a.json").read_text())["rows"]} == {2}
     assert "2 rounds" in capsys.readouterr().out

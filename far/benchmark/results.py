@@ -1,0 +1,173 @@
+"""Measure the rows of a benchmark: time in turn, arithmetic, memory, and the machine's limits."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from far.benchmark.cost import flop_counter, size, weights_read
+from far.benchmark.hardware import int8_product_peak, peak_memory, product_peak, read_bandwidth
+from far.benchmark.rows import Row, load_models
+from far.benchmark.timing import clock, median_ratio
+from far.benchmark.watch import PARTS, generate, segments
+from far.devices import resolve_device
+from far.packing import Int8Linear
+from far.pipeline import Pipeline
+
+# Unless rounds are given, a second one runs only if it ends by then: ten minutes with imports and the table.
+_MOST_SECONDS = 570
+
+
+@dataclasses.dataclass
+class RowResult:
+    """Measurements of a row, of a whole batch unless they say otherwise.
+
+    Attributes:
+        row: the row.
+        timed_steps: number of AR steps that were timed in each round.
+        weights: bytes of the weights of model and autoencoder.
+        peak: bytes of memory beyond those resident before, while the batch was drawn and decoded. For a masked
+            model, during its last AR steps.
+        first_peak: ``peak`` of the first run. It includes what torch keeps for later rows, such as kernels for each
+            sequence length, so it depends on the rows before.
+        flop: operations by part.
+        fastest: seconds that ``flop`` would take at the measured peak of each network's dtype.
+        reading: seconds that reading each network's weights once per pass would take at the measured bandwidth.
+        rounds: seconds by part of each round.
+    """
+
+    row: Row
+    timed_steps: int
+    weights: int
+    peak: int | None
+    first_peak: int | None
+    flop: dict[str, float]
+    fastest: float
+    reading: float
+    rounds: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+    @property
+    def estimated(self) -> bool:
+        """Whether the timed AR steps stand for others."""
+        return self.timed_steps < self.row.sampling.ar_steps
+
+    @property
+    def batch_seconds(self) -> list[float]:
+        """Seconds of each round."""
+        return [sum(parts.values()) for parts in self.rounds]
+
+    @property
+    def image_seconds(self) -> list[float]:
+        """Seconds of each round divided by the batch."""
+        return [seconds / self.row.batch for seconds in self.batch_seconds]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Fraction of all rounds' time by part."""
+        return {part: sum(parts[part] for parts in self.rounds) / sum(self.batch_seconds) for part in PARTS}
+
+    def share_of_time(self, seconds: float) -> float:
+        """Return ``seconds`` as a fraction of the median round."""
+        return seconds / statistics.median(self.batch_seconds)
+
+
+@dataclasses.dataclass
+class Report:
+    """Results of all rows, and the machine's limits.
+
+    Attributes:
+        results: one per row. The first is the base of ratios.
+        bandwidth: bytes per second of reading.
+        peaks: operations per second of a large matrix product, by dtype.
+    """
+
+    results: list[RowResult]
+    bandwidth: float
+    peaks: dict[str, float]
+
+    def times_faster(self, result: RowResult) -> float:
+        """Return how many times faster a row draws an image than the first row: the median ratio over rounds."""
+        return median_ratio(self.results[0].image_seconds, result.image_seconds)
+
+
+def measure(
+    rows: Sequence[Row], *, rounds: int | None = None, full: bool = False, device: str | torch.device = "auto"
+) -> Report:
+    """Time every row in turn, after a first run that warms up and measures arithmetic and memory.
+
+    Args:
+        rows: the rows to measure.
+        rounds: number of timed rounds. None is two, or one if a second would end more than 9.5 minutes after the start.
+        full: draw whole images. Otherwise the time is estimated from the AR steps of :func:`segments`.
+        device: device to run on.
+
+    Raises:
+        InputError: this machine does not support a model, a device or a dtype.
+    """
+    begin, device = time.perf_counter(), resolve_device(device)
+    pipelines = load_models(rows, device)
+    report = Report([], read_bandwidth(device), {})
+    with tqdm(total=len(rows) * (1 + (rounds or 2)), desc="benchmark", unit="run") as bar:
+        for row in rows:
+            bar.set_postfix_str(f"warm-up, {row.model}")
+            report.results.append(_first_run(pipelines[row.model, row.dtype], row, full, report))
+            bar.update()
+        for turn in range(rounds or 2):
+            start = time.perf_counter()
+            for result in report.results:
+                row = result.row
+                bar.set_postfix_str(f"round {turn + 1}, {row.model}")
+                pipeline = pipelines[row.model, row.dtype]
+                plan = segments(row.sampling, full=full)
+                result.rounds.append(generate(pipeline, row, plan, clock(pipeline.device)))
+                bar.update()
+            now = time.perf_counter()
+            if rounds is None and now - begin + now - start > _MOST_SECONDS:
+                break
+    return report
+
+
+def _first_run(pipeline: Pipeline, row: Row, full: bool, report: Report) -> RowResult:
+    """Warm up a row and return all of its result but the time."""
+    speeds = {part: _peak_of(pipeline.model, report) for part in PARTS}
+    weights, read = size(pipeline.model), weights_read(pipeline.model, row.sampling)
+    if pipeline.autoencoder is not None:
+        speeds["autoencoder"] = _peak_of(pipeline.autoencoder, report)
+        weights += size(pipeline.autoencoder)
+        read += size(pipeline.autoencoder.decoder) + size(pipeline.autoencoder.post_quant_conv)
+    # A causal model's cache would catch up with many skipped tokens in one pass, which takes too much memory.
+    plan = segments(row.sampling, full=full or not pipeline.model.backbone.any_order)
+    flop: dict[str, float] = {}
+    with flop_counter() as counter:
+        first_peak = _host_peak(
+            pipeline, lambda: flop.update(generate(pipeline, row, plan, counter.get_total_flops))
+        )
+    # A masked model takes the most memory in its last AR steps, when most tokens are known.
+    last = segments(row.sampling)[-1:] if pipeline.model.backbone.any_order else plan
+    peak = _host_peak(pipeline, lambda: generate(pipeline, row, last, time.perf_counter))
+    timed = sum(len(segment.timed) for segment in segments(row.sampling, full=full))
+    fastest = sum(flop[part] / speeds[part] for part in PARTS)
+    return RowResult(row, timed, weights, peak, first_peak, flop, fastest, read / report.bandwidth)
+
+
+def _host_peak(pipeline: Pipeline, call: Callable[[], object]) -> int | None:
+    """Run ``call`` and return its :func:`peak_memory`; None if the model is not in the process's own memory."""
+    peak = peak_memory(call)
+    return peak if pipeline.device.type == "cpu" else None
+
+
+def _peak_of(module: nn.Module, report: Report) -> float:
+    """Return the measured operations per second in the dtype of a network's weights."""
+    if any(isinstance(part, Int8Linear) for part in module.modules()):
+        if "int8" not in report.peaks:
+            report.peaks["int8"] = int8_product_peak()
+        return report.peaks["int8"]
+    like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
+    name = str(like.dtype).removeprefix("torch.")
+    if name not in report.peaks:
+        report.peaks[name] = product_peak(like.dtype, like.device)
+    return report.peaks[name]

@@ -1,0 +1,176 @@
+"""The rows of a benchmark: which model is sampled how, and the models themselves."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from far.autoencoder import Autoencoder, AutoencoderConfig
+from far.devices import has_bfloat16_products, resolve_device
+from far.errors import InputError
+from far.model import FAR, PRESETS, ModelConfig, preset
+from far.names import find_folder
+from far.pipeline import Pipeline
+from far.precision import prepare, prepare_autoencoder, resolve_dtype
+from far.sampling_config import FAST, MASKED_ONLY, SamplingConfig
+from far.seeds import seeded
+
+# Seed of the presets' random weights and of the first image.
+SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table: a batch of images of one model.
+
+    Attributes:
+        model: a preset, or a name that :func:`far.names.find_folder` takes.
+        sampling: sampling options.
+        dtype: dtype of the weights.
+        batch: number of images drawn together.
+    """
+
+    model: str
+    sampling: SamplingConfig
+    dtype: str
+    batch: int = 1
+
+
+# MAR's number of AR steps, and the guidance scale of its published results.
+_PRESET_AR_STEPS = 64
+_PRESET_GUIDANCE = 2.9
+# Used with half of the AR steps.
+FASTEST: dict[str, Any] = {"order": "halton", "refresh_every": 2, "guidance_every": 4}
+# Model, AR steps, head steps, dtype and other options. MAR as released comes first, as the base of all ratios.
+_DEFAULT_ROWS: tuple[tuple[str, int, int, str, dict[str, Any]], ...] = (
+    ("mar-b", 64, 100, "float32", {}),
+    ("mar-b", 64, 100, "bfloat16", {}),
+    ("far-b", 64, 4, "float32", {}),
+    ("far-b", 64, 4, "bfloat16", {}),
+    ("far-b", 64, 4, "int8", FAST),
+    ("far-b", 32, 4, "int8", FASTEST),
+    ("far-causal-b", 256, 4, "bfloat16", {}),
+    ("far-causal-b", 256, 2, "bfloat16", {}),
+    ("far-causal-b", 256, 2, "int8", {}),
+    ("far-causal-b", 256, 1, "int8", {}),
+)
+
+
+def default_rows(*, batches: Sequence[int] = (1,), guidance: float | None = None) -> list[Row]:
+    """Return the rows of ``far benchmark``: MAR as released, and what makes it faster, one change at a time.
+
+    Raises:
+        InputError: a batch or the guidance is out of range.
+    """
+    rows = []
+    for batch, (model, ar, head, dtype, others) in itertools.product(batches, _DEFAULT_ROWS):
+        options = {**others, "guidance": guidance}
+        rows += rows_of([model], batches=[batch], ar_steps=[ar], head_steps=[head], dtypes=[dtype], **options)
+    return rows
+
+
+def usable_rows(rows: Sequence[Row], device: str | torch.device = "auto") -> tuple[list[Row], dict[str, str]]:
+    """Return the rows whose dtypes the device has instructions for, and the reason for each dtype it lacks.
+
+    Raises:
+        InputError: the device does not exist on this machine.
+    """
+    device = resolve_device(device)
+    reasons = {}
+    for dtype in dict.fromkeys(row.dtype for row in rows):
+        try:
+            resolve_dtype(dtype, device)
+        except InputError as error:
+            reasons[dtype] = str(error)
+        if dtype == "bfloat16" and not has_bfloat16_products(device):
+            reasons[dtype] = f"device {device} has no instructions for it"
+    return [row for row in rows if row.dtype not in reasons], reasons
+
+
+def rows_of(
+    models: Sequence[str],
+    *,
+    batches: Sequence[int] = (1,),
+    ar_steps: Sequence[int] | None = None,
+    head_steps: Sequence[int] | None = None,
+    dtypes: Sequence[str] = ("float32",),
+    **options: Any,
+) -> list[Row]:
+    """Return every combination of the given values, models outermost.
+
+    A causal model always takes its number of tokens as AR steps, and no option of masked models.
+
+    Args:
+        models: presets, or names that :func:`far.names.find_folder` takes.
+        batches: numbers of images drawn together.
+        ar_steps: numbers of AR steps. None is the folder's own, or 64 for a preset.
+        head_steps: numbers of head steps. None is the folder's own, or the default of a preset's head.
+        dtypes: dtypes of the weights.
+        options: further values of :class:`far.SamplingConfig`. None is the folder's own; a preset's guidance is 2.9.
+
+    Raises:
+        InputError: a model is unknown or does not support a value.
+    """
+    for batch in batches:
+        if batch < 1:
+            raise InputError(f"batch {batch} must be positive")
+    rows = []
+    for name in models:
+        model, defaults = _outline(name)
+        any_order = model.backbone.any_order
+        ar_choices = (ar_steps or [defaults.ar_steps]) if any_order else [model.config.tokens]
+        given = {
+            option: value
+            for option, value in options.items()
+            if value is not None and (any_order or option not in MASKED_ONLY)
+        }
+        head_choices: Sequence[int | tuple[int, ...]] = head_steps or [defaults.head_steps]
+        for batch, ar, head, dtype in itertools.product(batches, ar_choices, head_choices, dtypes):
+            config = dataclasses.replace(defaults, ar_steps=ar, head_steps=head, **given)
+            config.check(model)
+            rows.append(Row(name, config, dtype, batch))
+    return rows
+
+
+def _outline(name: str) -> tuple[FAR, SamplingConfig]:
+    """Return a model that serves for checks only, and its default sampling options."""
+    if name not in PRESETS:
+        pipeline = Pipeline.from_pretrained(_folder(name), device="cpu")
+        return pipeline.model, pipeline.defaults
+    with torch.device("meta"):  # no memory, no time
+        model = FAR(ModelConfig(preset(name)))
+    return model, SamplingConfig(_PRESET_AR_STEPS, model.head.default_steps, guidance=_PRESET_GUIDANCE)
+
+
+def _folder(name: str) -> Path:
+    try:
+        return find_folder(name)
+    except InputError as error:
+        raise InputError(f"model {name!r} is not a preset ({', '.join(PRESETS)}), and {error}") from None
+
+
+def load_models(rows: Sequence[Row], device: str | torch.device) -> dict[tuple[str, str], Pipeline]:
+    """Return the pipeline of each model and dtype of ``rows``.
+
+    Presets get random weights of a fixed seed, which suffice for timing, and an autoencoder of KL-16's size.
+
+    Raises:
+        InputError: the device does not exist on this machine, or a folder's files are damaged.
+    """
+    device = resolve_device(device)
+    pipelines = {}
+    models = dict.fromkeys((row.model, row.dtype) for row in rows)
+    for name, dtype in tqdm(models, desc="loading", unit="model"):
+        if name not in PRESETS:
+            pipelines[name, dtype] = Pipeline.from_pretrained(_folder(name), dtype=dtype, device=device)
+            continue
+        with seeded(SEED):
+            autoencoder = prepare_autoencoder(Autoencoder(AutoencoderConfig()).eval(), dtype, device)
+            model = prepare(FAR(ModelConfig(preset(name))), dtype, device)
+        classes = [str(label) for label in range(model.config.classes)]
+        pipelines[name, dtype] = Pipeline(model, autoencoder, classes, SamplingConfig())
+    return pipelines
