@@ -66,17 +66,17 @@ def check_same_classes(
         source: what they come from, for the message.
         theirs: class names of ``other``, in order.
         other: what they come from, for the message.
-        remedy: ends the message.
+        remedy: sentence without its full stop that ends the message.
     """
     if list(ours) == list(theirs):
         return
     if len(ours) != len(theirs):
         raise InputError(
-            f"{source} has {len(ours)} classes ({_shown(ours)}) and {other} {len(theirs)} ({_shown(theirs)}); {remedy}"
+            f"{source} has {len(ours)} classes ({_shown(ours)}) and {other} {len(theirs)} ({_shown(theirs)}). {remedy}"
         )
     number = next(index for index, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
     raise InputError(
-        f"class {number} is {ours[number]!r} in {source} and {theirs[number]!r} in {other}; {remedy}"
+        f"class {number} is {ours[number]!r} in {source} and {theirs[number]!r} in {other}. {remedy}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, and a cluster's SIGTERM, as a request that long work grants when it can."""
+"""Ctrl-C, and a cluster's SIGTERM, as a request that long work grants once it has saved."""
 
 import os
 import signal
@@ -6,23 +6,45 @@ import sys
 import threading
 import time
 
-# torchrun passes on a signal that its processes may have got from the terminal already.
+# torchrun passes on a signal that its processes may already have received from the terminal.
 _REPEATED_SECONDS = 2.0
 
 
-class DeferredInterrupt:
-    """Within its block, the first Ctrl-C or SIGTERM sets ``requested``, and a second one stops at once.
+class Interrupted(KeyboardInterrupt):
+    """Raised when a signal ended long work, after its state was saved and reported.
 
-    The first one is answered on the standard error. In a thread other than the main one nothing changes.
+    Attributes:
+        status: exit status of the command: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__()
+        self.status = 128 + signum
+
+
+class DeferredInterrupt:
+    """Within its block, the first Ctrl-C or SIGTERM is kept in ``signum``, and a second one stops at once.
+
+    The first one is acknowledged on standard error. Outside of the main thread nothing changes.
 
     Args:
         finishing: what the work does before it ends, such as "finishing this step and saving".
-        rank: of this process. The first answers.
-        count: of processes. Several stop at once only at a later Ctrl-C: torchrun repeats signals, and clusters SIGTERM.
+        rank: of this process. Rank 0 acknowledges.
+        count: of processes. Several stop at once only at a later Ctrl-C, since torchrun repeats signals and clusters
+            repeat SIGTERM.
+
+    Attributes:
+        signum: the number of the first signal; ``None`` until it arrives.
     """
 
     def __init__(self, finishing: str, *, rank: int = 0, count: int = 1) -> None:
-        self.requested, self.finishing, self.rank, self.count = False, finishing, rank, count
+        self.signum: int | None = None
+        self.finishing, self.rank, self.count = finishing, rank, count
+
+    @property
+    def requested(self) -> bool:
+        """True once a signal has arrived."""
+        return self.signum is not None
 
     def __enter__(self) -> "DeferredInterrupt":
         main = threading.current_thread() is threading.main_thread()
@@ -37,17 +59,17 @@ class DeferredInterrupt:
 
     def _request(self, signum: int, frame: object) -> None:
         now = time.monotonic()
-        if not self.requested:
-            self.requested, self.time = True, now
+        if self.signum is None:
+            self.signum, self.time = signum, now
             if self.rank == 0:
-                _tell(f"\nfar: {self.finishing}; Ctrl-C again stops at once, and loses what is not saved\n")
+                _write(f"\nfar: {self.finishing}; Ctrl-C again stops at once, and loses what is not saved\n")
         elif self.count == 1:
             raise KeyboardInterrupt
         elif signum == signal.SIGINT and now - self.time > _REPEATED_SECONDS:
-            _tell("\nfar: stopped at once\n")
-            os._exit(130)  # the others may be gone, so nothing that waits for them can be finished
+            _write("\nfar: stopped at once\n")
+            os._exit(130)  # other ranks may be gone, so cleanup that waits for them would hang
 
 
-def _tell(text: str) -> None:
-    """Write to the standard error from a signal handler, which may have interrupted a write."""
+def _write(text: str) -> None:
+    """Write to standard error from a signal handler, which may have interrupted another write."""
     os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, text.encode())

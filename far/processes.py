@@ -1,7 +1,7 @@
-"""Processes that torchrun started together: which one this is, and what they tell each other.
+"""The processes that torchrun started together: rank, device, and collective operations.
 
-How work is shared among them is for those who share it: ``far.data.shards``, ``far.evaluation.extraction``,
-``far.training.loop``. torch is imported by what needs it: one process alone does not.
+How work is divided among ranks is decided where the work is: ``far.data.shards``, ``far.evaluation.extraction``,
+``far.training.loop``. torch is imported only when several processes communicate.
 """
 
 import contextlib
@@ -26,16 +26,21 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Process ``rank`` of ``count``. What they tell each other needs :func:`joined`; one alone needs nothing."""
+    """Process ``rank`` of ``count``. Several can communicate within :func:`joined`; a single one needs nothing.
+
+    Every rank must call a collective method (:meth:`gather`, :meth:`collect`, :meth:`first`, :meth:`any`,
+    :meth:`wait`, :meth:`check_shared`, :meth:`alone_in`).
+    """
 
     rank: int = 0
     count: int = 1
 
     def device(self, name: "str | torch.device") -> "torch.device":
-        """Return the device of this process: of several, ``cuda`` and ``auto`` give each its own CUDA device.
+        """Return the device of this process. With several, ``cuda`` and ``auto`` give each its own CUDA device.
 
         Raises:
-            InputError: the name is unknown, the device cannot be used on this machine, or torchrun did not start this process.
+            InputError: the name is unknown, the device cannot be used on this machine, or torchrun did not start
+                this process.
         """
         import torch
 
@@ -46,12 +51,13 @@ class Processes:
         local, devices = self.local_rank(), torch.cuda.device_count()
         if 0 < devices <= local:
             raise InputError(
-                f"LOCAL_RANK {local} has no CUDA device; start at most {devices} processes per machine, or give device cpu"
+                f"LOCAL_RANK {local} has no CUDA device. Start at most {devices} processes per machine, or choose "
+                "device cpu"
             )
         return resolve_device(f"cuda:{local}")
 
     def local_rank(self) -> int:
-        """Return this process's number on its machine.
+        """Return the number of this process on its machine.
 
         Raises:
             InputError: torchrun did not start this process.
@@ -59,19 +65,20 @@ class Processes:
         local = os.environ.get("LOCAL_RANK", "missing")
         if not local.isdecimal():
             raise InputError(
-                f"WORLD_SIZE is {self.count}, but LOCAL_RANK is {local} in the environment; start the command by torchrun"
+                f"WORLD_SIZE is {self.count}, but LOCAL_RANK is {local} in the environment. Start the command with "
+                "torchrun"
             )
         return int(local)
 
     def check_parts(self, name: str, parts: int) -> None:
-        """Raise an :class:`InputError` unless so many parts of a step, set by ``name``, are as many for each process."""
+        """Raise an :class:`InputError` unless the ranks can share ``parts`` evenly; ``name`` is the setting."""
         if parts % self.count:
             raise InputError(
-                f"{name} {parts}: give a multiple of the {self.count} processes, which share them"
+                f"{name} {parts} cannot be shared evenly. Give a multiple of the {self.count} processes"
             )
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank, in every one."""
+        """Return the values of all ranks, in order, on every rank."""
         values = [value] * self.count
         if self.count > 1:
             import torch.distributed as dist
@@ -79,14 +86,16 @@ class Processes:
             dist.all_gather_object(values, value)
         return values
 
-    def collect(self, make: Callable[..., T], *arguments: Any) -> list[T]:
-        """What ``make`` returns in all processes, by rank, in every one.
+    def collect(self, call: Callable[..., T], *arguments: Any) -> list[T]:
+        """Call on every rank, and return all results, in order, on every rank.
 
-        An :class:`InputError` in one is raised in all, and what the system refuses to one becomes such an error.
+        Raises:
+            InputError: the call failed on some rank with an ``InputError``, or, with several processes, with an
+                ``OSError``. All ranks raise it.
         """
         result: T | InputError
         try:
-            result = make(*arguments)
+            result = call(*arguments)
         except InputError as error:
             result = error
         except OSError as error:
@@ -94,42 +103,51 @@ class Processes:
                 raise
             result = InputError(str(error))
         results = self.gather(result)
-        for found in results:
-            if isinstance(found, InputError):
-                raise found
-        return [value for value in results if not isinstance(value, InputError)]
+        for each in results:
+            if isinstance(each, InputError):
+                raise each
+        return [each for each in results if not isinstance(each, InputError)]
+
+    def first(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Call on rank 0 only, and return its result on every rank.
+
+        Raises:
+            InputError: the call failed, as in :meth:`collect`. All ranks raise it.
+        """
+        results = self.collect(lambda: call(*arguments) if self.rank == 0 else None)
+        return results[0]  # type: ignore[return-value]
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true in any process, in every one."""
+        """Return on every rank whether the flag is true on some rank."""
         if self.count == 1:
             return flag
         import torch
         import torch.distributed as dist
 
-        found = torch.tensor(flag, dtype=torch.int8)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return bool(found)
+        flags = torch.tensor(flag, dtype=torch.int8)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags)
 
     def check_shared(self, folder: Path) -> None:
-        """Raise an :class:`InputError` unless all processes see the same ``folder``, which is made where missing."""
+        """Raise an :class:`InputError` unless all ranks see the same ``folder``, which is created if missing."""
         if self.count == 1:
             return
         with contextlib.ExitStack() as stack:
-            probe = self.collect(lambda: stack.enter_context(_probe(folder)) if self.rank == 0 else None)[0]
-            if not all(self.gather(probe is not None and probe.exists())):
+            probe = self.first(lambda: stack.enter_context(_probe(folder)))
+            if not all(self.gather(probe.exists())):
                 raise InputError(
-                    f"{folder} is not the same for all processes; put it on a disk that they share"
+                    f"{folder} is not the same folder for all processes. Put it on a disk that they share"
                 )
 
     @contextlib.contextmanager
     def alone_in(self, folder: Path) -> Iterator[None]:
         """Keep other commands out of ``folder`` within the block; see :func:`far.files.sole_use`."""
         with contextlib.ExitStack() as stack:
-            self.collect(lambda: stack.enter_context(sole_use(folder)) if self.rank == 0 else None)
+            self.first(lambda: stack.enter_context(sole_use(folder)))
             yield
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Return when all ranks have called this."""
         if self.count > 1:
             import torch.distributed as dist
 
@@ -137,18 +155,22 @@ class Processes:
 
 
 def started_by_torchrun() -> Processes:
-    """What torchrun says of this process; without it, one alone."""
+    """Return the rank and count that torchrun set in the environment; without torchrun, a single process.
+
+    Raises:
+        InputError: the environment has other values than torchrun sets.
+    """
     rank, count = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if not (rank.isdecimal() and count.isdecimal() and int(rank) < int(count)):
         raise InputError(
-            f"RANK {rank!r} and WORLD_SIZE {count!r} in the environment are not torchrun's; unset them"
+            f"RANK {rank!r} and WORLD_SIZE {count!r} in the environment are not torchrun's. Unset them"
         )
     return Processes(int(rank), int(count))
 
 
 @contextlib.contextmanager
 def _probe(folder: Path) -> Iterator[Path]:
-    """Something in ``folder`` to look for."""
+    """Create something in ``folder`` for the other ranks to look for, until the block ends."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".shared.", suffix=".far") as probe:
         yield Path(probe)
@@ -156,7 +178,11 @@ def _probe(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def joined() -> Iterator[Processes]:
-    """The processes that torchrun started, able to talk to each other within the block."""
+    """Connect the processes that torchrun started, so that they can communicate within the block.
+
+    Raises:
+        InputError: a variable of torchrun is missing in the environment, or has another value.
+    """
     processes = started_by_torchrun()
     if processes.count == 1:
         yield processes
@@ -164,15 +190,16 @@ def joined() -> Iterator[Processes]:
     local = processes.local_rank()
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise InputError(
-            f"WORLD_SIZE is {processes.count}, but {missing[0]} is missing in the environment; start the command by torchrun"
+            f"WORLD_SIZE is {processes.count}, but {missing[0]} is missing in the environment. Start the command "
+            "with torchrun"
         )
     import torch
     import torch.distributed as dist
 
     if local < torch.cuda.device_count():
-        torch.cuda.set_device(local)  # where torch's engines keep what they put together
+        torch.cuda.set_device(local)  # torch's engines gather tensors there
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # Some wait while one judges images, which may take long.
+    # The other ranks wait while rank 0 evaluates, which may take long.
     dist.init_process_group(backend, timeout=datetime.timedelta(days=2))
     try:
         yield processes
@@ -181,9 +208,9 @@ def joined() -> Iterator[Processes]:
 
 
 def leave(status: int = 0) -> NoReturn:
-    """End the program; one of several processes at once, without Python's cleaning up.
+    """End the program. One of several processes ends without Python's cleanup.
 
-    FSDP2 keeps threads of the group beyond the group itself, and now and then one of them aborts a process that cleans up.
+    FSDP2's threads outlive the process group, and now and then one of them aborts a process that cleans up.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()

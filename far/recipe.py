@@ -7,54 +7,14 @@ from typing import Any, TypeVar
 
 import yaml
 
-from far.autoencoder_config import AutoencoderConfig
 from far.config import from_dict, to_dict
 from far.errors import InputError
-from far.model_config import NetworkConfig
 from far.names import find_folder
-from far.sampling_config import SamplingConfig
-from far.training.config import AutoencoderLossConfig, EvaluationConfig, LoopConfig
+from far.training.config import AutoencoderRecipe, GeneratorRecipe
 
 RECIPES = Path(__file__).parent / "recipes"
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class AutoencoderRecipe:
-    """Everything that ``far train-autoencoder`` needs besides the data.
-
-    Attributes:
-        model: size of the autoencoder.
-        loss: weights of the loss terms.
-        training: how it is trained.
-    """
-
-    model: AutoencoderConfig = AutoencoderConfig()
-    loss: AutoencoderLossConfig = AutoencoderLossConfig()
-    training: LoopConfig = LoopConfig()
-
-
-@dataclasses.dataclass(frozen=True)
-class GeneratorRecipe:
-    """Everything that ``far train`` needs besides latents: network, training, and how samples are drawn.
-
-    Attributes:
-        network: sizes of backbone and head.
-        training: how they are trained.
-        sampling: the trained model's defaults.
-        evaluation: the quick evaluation during training.
-        label_drop: fraction of images that are trained without their class; guidance needs some.
-        frozen_backbone: a trained model (folder, bundled name or ``OWNER/NAME``) whose backbone is taken
-            and kept, so that only the head is trained.
-    """
-
-    network: NetworkConfig = NetworkConfig()
-    training: LoopConfig = LoopConfig()
-    sampling: SamplingConfig = SamplingConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    label_drop: float = 0.1
-    frozen_backbone: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +24,12 @@ class Recipe:
     Attributes:
         data: folder of an image set that ``far data`` wrote.
         run: folder that receives ``autoencoder/``, ``latents/`` and the model's folder.
-        autoencoder: used by ``far train-autoencoder``.
-        generator: used by ``far train``.
+        autoencoder: section of ``far train-autoencoder``.
+        generator: section of ``far train``.
         autoencoder_from: a finished autoencoder (folder, bundled name or ``OWNER/NAME``) to use instead of
-            this recipe's own.
-        model: name of the model's folder within ``run``. Models of other names share a run's autoencoder
-            and latents.
+            training one.
+        model: name of the model's folder within ``run``. Models of different names share a run's autoencoder and
+            latents.
     """
 
     data: str

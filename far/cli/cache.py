@@ -1,4 +1,4 @@
-"""Encode a recipe's image set once into a latent cache; goes on where it stopped.
+"""Encode a recipe's image set once into a latent cache. The same command continues an interrupted one.
 
 torchrun --nproc-per-node N -m far cache … shares the images among processes, and writes the same files.
 """

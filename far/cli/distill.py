@@ -1,8 +1,9 @@
-"""Give a trained model, such as a converted MAR, a head that draws a token in one or two steps; --resume goes on.
+"""Distill a trained model, such as a converted MAR, into a head that draws a token in one or two steps.
 
-First the teacher's conditions and trajectories are computed and kept in OUT/trajectories, then a flow-map head learns
-them. Ctrl-C saves a checkpoint and exits. OUT can be given to far generate --weights at any time.
-torchrun --nproc-per-node N -m far distill … shares trajectories and every step's micro-batches among processes.
+Computes the teacher's conditions and trajectories into OUT/trajectories, then trains a flow-map head on them. --resume
+continues an interrupted run. Ctrl-C saves a checkpoint and exits with status 130, SIGTERM with 143. far generate
+--weights can load OUT at any time.
+torchrun --nproc-per-node N -m far distill … shares trajectories and the micro-batches of each step among processes.
 """
 
 import argparse
@@ -25,36 +26,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "teacher",
         help="folder, bundled name or OWNER/NAME[@REVISION] of a model with a diffusion or flow head",
     )
-    parser.add_argument("out", type=Path, help="folder of the distilled model, made where missing")
+    parser.add_argument("out", type=Path, help="folder of the distilled model, created if missing")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help="such as training.steps=2000 or trajectories.images=50000",
+        help="settings, such as training.steps=2000 or trajectories.images=50000",
     )
     parser.add_argument(
         "--latents",
         type=Path,
-        help="a latent cache of the teacher's data (default: the teacher draws images itself)",
+        help="latent cache of the teacher's data (default: the teacher generates the images)",
     )
     add_machine_arguments(parser, TRAINING_DTYPES, recipe=True)
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
 
 
 def run(arguments: argparse.Namespace) -> None:
     config = from_overrides(DistillationConfig(), arguments.overrides)
     folder = find_folder(arguments.teacher)
-    # Before the trajectories, which take long.
+    # Check before the trajectories, which take long.
     if arguments.out.resolve() == folder.resolve():
-        raise InputError(f"{arguments.out} is the teacher, which would be overwritten; choose another folder")
+        raise InputError(f"{arguments.out} is the teacher and would be overwritten. Choose another folder")
     if (arguments.out / "config.json").exists() and not (arguments.out / "trajectories").exists():
         raise InputError(
-            f"{arguments.out} holds another model, which would be overwritten; choose another folder"
+            f"{arguments.out} holds another model, which would be overwritten. Choose another folder"
         )
     check_unused(arguments.out, arguments.resume)
     if arguments.latents is not None and not (arguments.latents / "index.json").exists():
         raise InputError(
-            f"{arguments.latents} holds no latents. Give the folder that far cache RECIPE wrote, or leave --latents out"
+            f"{arguments.latents} holds no latents. Give the folder that far cache RECIPE wrote, or omit --latents"
         )
 
     from far.training.distillation import DistillationTask
@@ -73,4 +74,4 @@ def run(arguments: argparse.Namespace) -> None:
         task = DistillationTask(teacher, config, arguments.out / "trajectories")
         train(task, training, arguments.out, resume=arguments.resume, processes=processes)
         if processes.rank == 0:
-            print(f"{arguments.out}: draw from it with far generate --weights {arguments.out}")
+            print(f"{arguments.out}: generate images with far generate --weights {arguments.out}")

@@ -26,6 +26,7 @@ from far.cli import (
 from far.devices import is_out_of_memory
 from far.errors import InputError
 from far.files import printable
+from far.interrupt import Interrupted
 from far.processes import leave, started_by_torchrun
 
 COMMANDS = {
@@ -102,7 +103,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``far`` and return its exit status: 0, 2 for a user error, 130 after Ctrl-C."""
+    """Run ``far`` and return its exit status: 0, 2 for a user error, 130 after Ctrl-C, 143 after SIGTERM in training."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a file's name may be no text
     parsed = argparse.Namespace(command=None)
@@ -128,6 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    except Interrupted as interruption:  # the command has reported what it saved
+        return interruption.status
     except KeyboardInterrupt as interruption:
         how = str(interruption) or _HOW_TO_RESUME.get(parsed.command)
         print(f"far: interrupted; {how}" if how else "far: interrupted", file=sys.stderr)

@@ -1,10 +1,11 @@
-"""Train the autoencoder of a recipe; --resume goes on where a run stopped.
+"""Train the autoencoder of a recipe. --resume continues an interrupted run.
 
-Writes the recipe's run folder: autoencoder/config.json and autoencoder.safetensors with measured scale
-and shift, PSNR and reconstruction distance on held-out images, reconstructions.png and log.jsonl.
+Writes into autoencoder/ in the run folder: config.json with measured scale and shift of the latents, PSNR and
+reconstruction distance on held-out images; autoencoder.safetensors, reconstructions.png and log.jsonl.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from far.cli.machine_arguments import add_machine_arguments, with_machine
@@ -18,32 +19,31 @@ from far.training.runs import check_unused
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     add_machine_arguments(parser, TRAINING_DTYPES, recipe=True)
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
 
 
 def run(arguments: argparse.Namespace) -> None:
     recipe = read_recipe(arguments)
     if recipe.autoencoder_from is not None:
         raise InputError(
-            f"{arguments.recipe} takes its autoencoder from {recipe.autoencoder_from}; to train one: autoencoder_from=null"
+            f"{arguments.recipe} takes its autoencoder from {recipe.autoencoder_from}. To train one, add "
+            "autoencoder_from=null"
         )
-    config = recipe.autoencoder
+    folder = recipe.autoencoder_folder
     check_made(recipe, arguments)
-    check_unused(recipe.autoencoder_folder, arguments.resume)
+    check_unused(folder, arguments.resume)
 
     from far.training.autoencoder import AutoencoderTask
     from far.training.loop import resolve_loop, train
 
     with joined() as processes:
-        training = resolve_loop(
-            with_machine(config.training, arguments), recipe.autoencoder_folder, processes
-        )
-        task = AutoencoderTask(config.model, config.loss, Path(recipe.data), training)
-        train(task, training, recipe.autoencoder_folder, resume=arguments.resume, processes=processes)
-        if (
-            processes.rank == 0 and task.results
-        ):  # none if it was interrupted before its first evaluation, or was trained already
-            print(
-                f"{recipe.autoencoder_folder}: "
-                + ", ".join(f"{name} {value:.4g}" for name, value in task.results.items())
+        training = resolve_loop(with_machine(recipe.autoencoder.training, arguments), folder, processes)
+        config = dataclasses.replace(recipe.autoencoder, training=training)
+        task = AutoencoderTask(config, Path(recipe.data))
+        results = train(task, training, folder, resume=arguments.resume, processes=processes)
+        if processes.rank == 0 and results:  # empty if the run was already finished
+            figures = (
+                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in results.items()
             )
+            print(f"{folder}: {', '.join(figures)}")

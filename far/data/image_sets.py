@@ -78,7 +78,7 @@ def open_held_out(data: Path, train: ShardReader) -> ShardReader:
     """
     held_out = open_image_set(data / "held-out")
     sides = (train.meta["classes"], str(train.folder), held_out.meta["classes"], str(held_out.folder))
-    check_same_classes(*sides, "make the image set again")
+    check_same_classes(*sides, "Make the image set again")
     if train.meta["size"] != held_out.meta["size"]:
         sizes = (
             f"{train.meta['size']} pixels in {train.folder} and {held_out.meta['size']} in {held_out.folder}"

@@ -1,7 +1,7 @@
 """The latent cache: an image set's posterior moments, for both flips, encoded once.
 
-Moments are stored raw (unscaled, unsampled), so another scale or shift needs no new cache, and every
-epoch draws latents anew. The shards' form is in ``far.data.shards``.
+Moments are stored raw (unscaled, unsampled), so a new scale or shift needs no new cache, and every epoch draws new
+latents. ``far.data.shards`` describes the files.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from far.autoencoder import Autoencoder
+from far.autoencoder import Autoencoder, Posterior
 from far.classes import check_same_classes
 from far.data.image_sets import check_labels, check_meta, fingerprint, open_image_set, read_images
 from far.data.shards import Pieces, ShardReader, ShardWriter
@@ -32,13 +32,13 @@ def write_latents(
     device: str | torch.device = "auto",
     processes: Processes = Processes(),
 ) -> None:
-    """Encode ``images/train`` into ``folder``, each of several ``processes`` a part; continues where it stopped.
+    """Encode ``images/train`` into ``folder``, shared among ``processes``. Resumes an interrupted call.
 
-    Rows hold ``moments [2, 2c, h, w]`` float16 (as it is, flipped) and ``labels`` int64.
+    Rows hold ``moments [2, 2c, h, w]`` float16 (of the image and its mirror image) and ``labels`` int64.
 
     Raises:
-        InputError: the images are missing or of a size that the autoencoder cannot take, the folder holds
-            another autoencoder's moments, or a moment is not finite in float16.
+        InputError: the images are missing or of a size that the autoencoder cannot encode, the folder holds another
+            autoencoder's moments, or a moment is not finite in float16.
     """
     source = open_image_set(images / "train")
     writer = ShardWriter(folder, _meta(source, autoencoder), processes)
@@ -76,29 +76,30 @@ def _moments(autoencoder: Autoencoder, images: Tensor, source: ShardReader) -> T
     stored = both.to(torch.float16).cpu()
     if not torch.isfinite(stored).all():
         raise InputError(
-            f"the autoencoder gives moments of {source.folder} that float16 cannot hold; train it longer or with more KL"
+            f"the autoencoder gives moments of {source.folder} that float16 cannot hold. Train it longer or with more "
+            "KL weight"
         )
     return stored
 
 
 def _check_source(folder: Path, meta: dict[str, Any], images: ShardReader) -> None:
     """Raise an :class:`InputError` unless the cache ``folder`` with this ``meta`` was made from ``images``."""
-    remedy = f"remove {folder} and run far cache again"
+    remedy = f"Remove {folder} and run far cache again"
     check_same_classes(meta["classes"], str(folder), images.meta["classes"], str(images.folder), remedy)
     made, given = meta.get("images_fingerprint"), fingerprint(images)
     if made != given:
         raise InputError(
-            f"{folder} was made from other images (fingerprint {made}) than {images.folder} holds ({given}); {remedy}"
+            f"{folder} was made from other images (fingerprint {made}) than {images.folder} holds ({given}). {remedy}"
         )
 
 
 def open_latents(folder: Path, autoencoder: Autoencoder, images: ShardReader | None = None) -> ShardReader:
-    """Return a finished cache that ``autoencoder`` made, its checksums verified.
+    """Return the reader of a finished cache that ``autoencoder`` made, after verifying its checksums.
 
     Args:
         folder: of the cache.
-        autoencoder: whose scale and shift the latents get.
-        images: the training images that the cache has to come from; ``None`` accepts any.
+        autoencoder: the one that encoded the images.
+        images: training images that the cache must come from; ``None`` accepts any.
 
     Raises:
         InputError: the cache is missing, unfinished, damaged, of another autoencoder or of other images.
@@ -108,7 +109,8 @@ def open_latents(folder: Path, autoencoder: Autoencoder, images: ShardReader | N
     made, given = reader.meta["fingerprint"], autoencoder.fingerprint()
     if made != given:
         raise InputError(
-            f"{folder} was made by another autoencoder (fingerprint {made}, this one is {given}); remove it and run far cache again"
+            f"{folder} was made by another autoencoder (fingerprint {made}, this one is {given}). Remove it and run far "
+            "cache again"
         )
     if images is not None:
         _check_source(folder, reader.meta, images)
@@ -118,3 +120,31 @@ def open_latents(folder: Path, autoencoder: Autoencoder, images: ShardReader | N
     )
     check_labels(reader)
     return reader
+
+
+class LatentCache:
+    """Latents of a finished cache, drawn with the ``autoencoder`` that made it. Arguments as for :func:`open_latents`.
+
+    Attributes:
+        labels: class numbers ``[rows]``.
+        meta: what the index says, such as ``classes`` and the images' ``size``.
+    """
+
+    def __init__(self, folder: Path, autoencoder: Autoencoder, images: ShardReader | None = None) -> None:
+        self.reader, self.autoencoder = open_latents(folder, autoencoder, images), autoencoder
+        self.labels, self.meta = self.reader.all("labels"), self.reader.meta
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Return latents ``[rows, c, h, w]`` of random flips, sampled from the posteriors and normalized.
+
+        They are on the autoencoder's device. ``generator`` is on the CPU.
+        """
+        device = next(self.autoencoder.parameters()).device
+        flips = torch.randint(0, 2, (len(rows),), generator=generator)
+        moments = self.reader.rows("moments", rows)[torch.arange(len(rows)), flips].float()
+        posterior = Posterior(moments.to(device))
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+        return self.autoencoder.normalize(posterior.sample(noise))

@@ -61,12 +61,10 @@ class ShardWriter:
         self.folder, self.processes = folder, processes
         processes.check_shared(folder)
         # Nobody writes before the first has removed what is left of an earlier start.
-        self.index: dict[str, Any] = processes.collect(self._open, dict(meta))[0]
+        self.index: dict[str, Any] = processes.first(self._open, dict(meta))
         self.found_complete = self.complete
 
     def _open(self, meta: dict[str, Any]) -> dict[str, Any]:
-        if self.processes.rank > 0:
-            return {}
         with sole_use(self.folder) if self.folder.is_dir() else contextlib.nullcontext():
             remove_leftovers(self.folder, idle_seconds=0)
         if not (self.folder / INDEX).exists():
@@ -188,9 +186,7 @@ class ShardWriter:
 
     def _write_index(self) -> None:
         told = {**self.index, "sha256": json_digest(self.index)}
-        self.processes.collect(
-            lambda: write_json(self.folder / INDEX, told) if self.processes.rank == 0 else None
-        )
+        self.processes.first(write_json, self.folder / INDEX, told)
 
 
 class ShardReader:

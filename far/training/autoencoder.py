@@ -1,4 +1,4 @@
-"""Training of the KL autoencoder: its loss, its held-out figures, the latents' scale and shift."""
+"""Training of the KL autoencoder: loss, figures on held-out images, and scale and shift of the latents."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from far.autoencoder import Autoencoder, AutoencoderConfig, Posterior
+from far.autoencoder import Autoencoder, Posterior
 from far.data.image_sets import fingerprint, open_held_out, open_image_set, read_images
 from far.data.shards import ShardReader
 from far.errors import InputError
@@ -19,37 +19,43 @@ from far.evaluation.metrics import FeatureStatistics, frechet_distance, psnr
 from far.folder import save_autoencoder
 from far.pictures import check_finite, enlarge, grid, save_png
 from far.seeds import seeded
-from far.training.config import AutoencoderLossConfig, LoopConfig
-from far.training.loop import epoch_rows, resolve_loop
+from far.training.config import AutoencoderRecipe, LoopConfig
+from far.training.epochs import epoch_rows
+from far.training.loop import resolve_loop
 
 _CHUNK = 100
 
 
 class AutoencoderTask:
-    """See :class:`far.training.loop.Task`. ``data`` holds ``train`` and ``held-out`` images."""
+    """Task of ``far train-autoencoder``; see :class:`far.training.loop.Task`.
 
-    def __init__(
-        self, model: AutoencoderConfig, loss: AutoencoderLossConfig, data: Path, loop: LoopConfig
-    ) -> None:
-        loop = resolve_loop(loop)
-        self.config, self.loop = loss, loop
+    Args:
+        config: size of the autoencoder, weights of the loss terms, and training.
+        data: folder of the image set, with ``train`` and ``held-out``.
+
+    Raises:
+        InputError: the images are missing, or their size is not a multiple of the autoencoder's stride.
+    """
+
+    def __init__(self, config: AutoencoderRecipe, data: Path) -> None:
+        self.loss_config, self.loop = config.loss, resolve_loop(config.training)
         self.train_images = open_image_set(data / "train")
         self.held_out = open_held_out(data, self.train_images)
         self.identity = {"images": fingerprint(self.train_images)}
-        size = self.train_images.meta["size"]
-        if size % model.stride:
+        size, stride = self.train_images.meta["size"], config.model.stride
+        if size % stride:
             raise InputError(
-                f"{data}: images of {size} pixels are no multiple of the autoencoder's stride {model.stride}"
+                f"{data}: the image size of {size} pixels is not a multiple of the autoencoder's stride {stride}"
             )
-        with seeded(loop.seed):
-            self.module = Autoencoder(model)
-        self.features: FeatureNetwork = load_feature_network().to(loop.device)
-        self.results: dict[str, float] = {}
+        with seeded(self.loop.seed):
+            self.module = Autoencoder(config.model)
+        self.features: FeatureNetwork = load_feature_network().to(self.loop.device)
 
     def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
         return [{"params": list(self.module.parameters()), "lr": config.learning_rate, "weight_decay": 0.0}]
 
     def batch(self, number: int, generator: torch.Generator) -> Tensor:
+        """Return images ``[b, 3, h, w]`` in [−1, 1], half of them flipped at random."""
         rows = epoch_rows(number, self.loop.micro_batch_size, len(self.train_images), self.loop.seed)
         images = read_images(self.train_images, rows)
         flip = torch.rand(len(images), generator=generator) < 0.5
@@ -59,7 +65,7 @@ class AutoencoderTask:
     def loss(
         self, step: int, batch: Tensor, ema: nn.Module, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        config = self.config
+        """Return the weighted sum of reconstruction errors and KL divergence, and its terms to log."""
         posterior = self.module.encode(batch)
         posterior = Posterior(torch.cat([posterior.mean, posterior.logvar], dim=1).float())
         noise = torch.randn(posterior.mean.shape, generator=generator).to(batch.device)
@@ -70,36 +76,38 @@ class AutoencoderTask:
             "perceptual": self.features.perceptual_distance(output / 2 + 0.5, batch / 2 + 0.5).mean(),
             "kl": posterior.kl().mean() / posterior.mean[0].numel(),
         }
-        total = sum(getattr(config, f"{name}_weight") * term for name, term in terms.items())
+        total = sum(getattr(self.loss_config, f"{name}_weight") * term for name, term in terms.items())
         return total, terms  # type: ignore[return-value]
 
     @torch.no_grad()
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """PSNR and reconstruction Fréchet distance on held-out images, and a sheet: originals above, reconstructions below."""
+        """Return PSNR and reconstruction Fréchet distance on held-out images.
+
+        Also writes ``reconstructions.png``: originals above, reconstructions below.
+        """
         assert isinstance(ema, Autoencoder)
-        self.results = reconstruction_figures(
-            ema, self.features, self.held_out, self.config.evaluation_images
+        figures = reconstruction_figures(
+            ema, self.features, self.held_out, self.loss_config.evaluation_images
         )
         images = read_images(self.held_out, torch.arange(min(16, len(self.held_out)))).to(self.loop.device)
         pairs = torch.cat([images, ema.decode(ema.encode(images).mean)])
         save_png(enlarge(grid(pairs / 2 + 0.5, columns=len(images))), folder / "reconstructions.png")
-        self.publish(ema, folder, step)
-        return self.results
+        return figures
 
     @torch.no_grad()
-    def publish(self, ema: nn.Module, folder: Path, step: int) -> None:
+    def publish(self, ema: nn.Module, folder: Path, step: int, results: dict[str, Any]) -> None:
         """Measure the latents' scale and shift, then write the folder's config and weights."""
         assert isinstance(ema, Autoencoder)
         rows = torch.arange(0, len(self.train_images), max(1, len(self.train_images) // 2000))
         ema.config = dataclasses.replace(ema.config, **latent_statistics(ema, self.train_images, rows))
-        save_autoencoder(ema, folder, self.results)
+        save_autoencoder(ema, folder, results)
 
 
 @torch.no_grad()
 def reconstruction_figures(
     autoencoder: Autoencoder, network: FeatureNetwork, images: ShardReader, count: int
 ) -> dict[str, float]:
-    """PSNR in dB and the Fréchet distance of reconstructions (of the posterior's mean) to the originals.
+    """Return PSNR in dB and the Fréchet distance between originals and reconstructions from the posterior's mean.
 
     Raises:
         InputError: fewer than two images.
@@ -107,7 +115,7 @@ def reconstruction_figures(
     device = next(autoencoder.parameters()).device
     rows = torch.arange(min(count, len(images)))
     if len(rows) < 2:
-        raise InputError(f"{images.folder} holds {len(rows)} image; a Fréchet distance needs two or more")
+        raise InputError(f"{images.folder} holds {len(rows)} image. A Fréchet distance needs two or more")
     real, fake = FeatureStatistics.empty(network.dimensions), FeatureStatistics.empty(network.dimensions)
     ratios = []
     for chunk in _chunks(rows, "reconstructions"):
@@ -125,7 +133,7 @@ def reconstruction_figures(
 
 
 def _chunks(rows: Tensor, description: str) -> Iterator[Tensor]:
-    """Parts of ``rows`` for the networks, with a progress bar."""
+    """Yield parts of ``rows`` that fit through the networks at once, with a progress bar."""
     with tqdm(total=len(rows), desc=description, unit="img", leave=False) as bar:
         for chunk in rows.split(_CHUNK):
             yield chunk
@@ -133,7 +141,10 @@ def _chunks(rows: Tensor, description: str) -> Iterator[Tensor]:
 
 
 def latent_statistics(autoencoder: Autoencoder, images: ShardReader, rows: Tensor) -> dict[str, Any]:
-    """``scale`` and per-channel ``shift`` that give the sampled latents deviation 1 and mean 0; a sphere stays where it is."""
+    """Return ``scale`` and per-channel ``shift`` that give sampled latents mean 0 and standard deviation 1.
+
+    Spherical latents keep scale 1 and shift 0.
+    """
     if autoencoder.config.spherical:
         return {"scale": 1.0, "shift": 0.0}
     device = next(autoencoder.parameters()).device
@@ -142,9 +153,7 @@ def latent_statistics(autoencoder: Autoencoder, images: ShardReader, rows: Tenso
     for chunk in _chunks(rows, "scale and shift"):
         posterior = autoencoder.encode(read_images(images, chunk).to(device))
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-        latents.append(
-            posterior.sample(noise).cpu().double()
-        )  # summed on the CPU: not every device has float64
+        latents.append(posterior.sample(noise).cpu().double())  # not every device has float64
     stacked = torch.cat(latents)
     shift = stacked.mean(dim=(0, 2, 3))
     scale = 1 / (stacked - shift.view(1, -1, 1, 1)).std()

@@ -1,15 +1,15 @@
-"""Training checkpoints: everything that resuming needs, written atomically, the newest two kept.
+"""Training checkpoints: all state that resuming needs, written atomically. The newest two are kept.
 
-A checkpoint is a folder. Each process writes the parts of tensors that it holds, as safetensors, by torch's own distributed
-checkpoints; ``index.json`` has what else there is to know, and the files' checksums. So a run goes on at any number of
-processes. What is published is another folder of safetensors (``far.weights``).
+A checkpoint is a folder. Each rank writes its parts of the tensors as safetensors, through torch's distributed
+checkpoints; ``index.json`` holds the remaining values and the files' checksums. So a run can resume with any number of
+processes. Published models are separate folders (``far.weights``).
 """
 
 import contextlib
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from far.classes import check_same_classes
 from far.errors import InputError
 from far.files import atomic_folder, json_digest, read_json, remove_folder, sha256, write_json
 from far.notices import noticed
-from far.pickles import is_held, read_pickle
 from far.processes import Processes
-from far.training.parallel import shards_like
 from far.training.runs import checkpoint_step, list_checkpoints
 
 KEPT = 2
@@ -34,19 +33,30 @@ _INDEX = "index.json"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose checksums are right: the step, plain values, and the whole tensors' shapes by name.
-
-    ``tensors`` are those of a single file, as version 0.1 wrote it.
-    """
+    """A checkpoint whose checksums were verified: its step, plain values, and the shapes of whole tensors by name."""
 
     path: Path
     step: int
     values: dict[str, Any]
     shapes: dict[str, list[int]]
-    tensors: dict[str, Tensor] | None = None
+
+    def check_identity(self, ours: Mapping[str, Any]) -> None:
+        """Raise an :class:`InputError` that names the first value in which a run's identity differs."""
+        theirs, remedy = (
+            self.values["identity"],
+            "Resume with what it was trained on, or choose another folder",
+        )
+        if "classes" in ours and "classes" in theirs:
+            check_same_classes(theirs["classes"], str(self.path), ours["classes"], "this run's data", remedy)
+        for name, value in ours.items():
+            if theirs.get(name) != value:
+                raise InputError(
+                    f"{self.path} was trained with other {name} ({theirs.get(name)}) than this run has ({value}). "
+                    f"{remedy}"
+                )
 
     def fill(self, targets: dict[str, Tensor], processes: Processes = Processes()) -> None:
-        """Copy the tensors into ``targets``, whole or each process its shards; all processes take part.
+        """Copy the tensors into ``targets``, whole or each rank its shards. All ranks take part.
 
         Raises:
             InputError: the targets have other names or shapes.
@@ -57,16 +67,14 @@ class Checkpoint:
         )
         if differing:
             name = differing[0]
-            found = f"{name} is {self.shapes.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
-            raise InputError(
-                f"{self.path} is of another model ({found}); resume with the recipe it was made with"
+            shapes = (
+                f"{name} is {self.shapes.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
             )
-        if self.tensors is not None:
-            for name, target in targets.items():
-                target.copy_(shards_like(target, self.tensors[name]))
-            return
+            raise InputError(
+                f"{self.path} is of another model ({shapes}). Resume with the recipe that it was trained with"
+            )
         try:
-            with _alone(processes):
+            with _quiet(processes):
                 dcp.load(
                     targets,
                     storage_reader=dcp.HuggingFaceStorageReader(str(self.path)),
@@ -74,19 +82,19 @@ class Checkpoint:
                 )
         except (Exception, CheckpointException) as error:
             raise InputError(
-                f"cannot read {self.path}: {_reason(error)}; run the same command again, with --resume"
+                f"cannot read {self.path}: {_reason(error)}. Run the same command again, with --resume"
             ) from error
 
 
 def named_tensors(state: dict[Any, Any], prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of nested dictionaries, by the keys that lead to them with dots between."""
-    found: dict[str, Tensor] = {}
+    """Return the tensors of nested dictionaries by their keys, joined with dots."""
+    tensors: dict[str, Tensor] = {}
     for key, value in state.items():
         if isinstance(value, dict):
-            found |= named_tensors(value, f"{prefix}{key}.")
+            tensors |= named_tensors(value, f"{prefix}{key}.")
         elif isinstance(value, Tensor):
-            found[f"{prefix}{key}"] = value
-    return found
+            tensors[f"{prefix}{key}"] = value
+    return tensors
 
 
 def save_checkpoint(
@@ -96,40 +104,37 @@ def save_checkpoint(
     values: dict[str, Any],
     processes: Processes = Processes(),
 ) -> Path:
-    """Write ``step-00001234`` and remove all but the newest two; all processes take part. Returns the path.
+    """Write ``step-00001234``, remove all but the newest two, and return the path. All ranks take part.
 
     Args:
-        folder: of the run's checkpoints, on a disk that all processes see.
-        step: how many are finished.
-        tensors: the same names in every process, whole or as shards.
-        values: what JSON can hold.
+        folder: of the run's checkpoints, on a disk that all ranks see.
+        step: number of finished steps.
+        tensors: the same names on every rank, whole or as shards.
+        values: JSON values: the task's ``identity``, ``dtype``, ``scaler``, and the numbers of ``skipped`` steps in all
+            and in a row.
         processes: those that train.
     """
     path = folder / f"step-{step:08d}"
     with contextlib.ExitStack() as stack:
-        temporary = processes.collect(
-            lambda: stack.enter_context(atomic_folder(path)) if processes.rank == 0 else None
-        )[0]
-        assert temporary is not None
+        temporary = processes.first(lambda: stack.enter_context(atomic_folder(path)))
         files = _write(path, temporary, tensors, processes)
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         index = {"step": step, "values": values, "shapes": shapes, "files": files}
 
         def finish() -> None:
-            if processes.rank == 0:
-                write_json(temporary / _INDEX, {**index, "sha256": json_digest(index)})
-                stack.close()
-                for _, old in list_checkpoints(folder)[:-KEPT]:
-                    remove_folder(old) if old.is_dir() else old.unlink()
+            write_json(temporary / _INDEX, {**index, "sha256": json_digest(index)})
+            stack.close()
+            for _, old in list_checkpoints(folder)[:-KEPT]:
+                remove_folder(old)
 
-        processes.collect(finish)
+        processes.first(finish)
     return path
 
 
 def _write(path: Path, temporary: Path, tensors: dict[str, Tensor], processes: Processes) -> dict[str, str]:
-    """The SHA-256 of each file that is written into ``temporary``, by name; ``path`` names it in errors."""
+    """Write the tensors into ``temporary``, and return the SHA-256 of each file; ``path`` is named in errors."""
     try:
-        with _alone(processes):
+        with _quiet(processes):
             numbers = _file_numbers(tensors, processes)
             writer = dcp.HuggingFaceStorageWriter(
                 str(temporary), fqn_to_index_mapping=numbers, save_distributed=True
@@ -141,13 +146,13 @@ def _write(path: Path, temporary: Path, tensors: dict[str, Tensor], processes: P
             dcp.save(dense, storage_writer=writer, no_dist=processes.count == 1)
     except (OSError, CheckpointException) as error:
         raise InputError(
-            f"cannot write {path}: {_reason(error)}; check the free space, then --resume"
+            f"cannot write {path}: {_reason(error)}. Check the free space, then add --resume"
         ) from error
     return _digests(temporary, processes)
 
 
 def _file_numbers(tensors: dict[str, Tensor], processes: Processes) -> dict[str, int]:
-    """Into which of a process's files each tensor goes: a file is put together in memory, twice, so it should not be large."""
+    """Return the file number of each tensor within a rank. Files are limited, since torch builds them in memory."""
     sizes = (tensor.numel() * tensor.element_size() // processes.count for tensor in tensors.values())
     return {
         name: 1 + before // _FILE_BYTES
@@ -156,15 +161,15 @@ def _file_numbers(tensors: dict[str, Tensor], processes: Processes) -> dict[str,
 
 
 def _digests(folder: Path, processes: Processes) -> dict[str, str]:
-    """The same of what is in ``folder``, each file read by one of the processes."""
-    names = processes.gather(sorted(path.name for path in folder.glob("*.safetensors")))[0]
+    """Return the SHA-256 of each tensor file in ``folder``, each read by one of the ranks."""
+    names = processes.first(lambda: sorted(path.name for path in folder.glob("*.safetensors")))
     mine = names[processes.rank :: processes.count]
-    found = processes.collect(lambda: {name: sha256(folder / name) for name in mine})
-    return {name: digest for part in found for name, digest in part.items()}
+    by_rank = processes.collect(lambda: {name: sha256(folder / name) for name in mine})
+    return {name: digest for digests in by_rank for name, digest in digests.items()}
 
 
 def newest_values(folder: Path) -> dict[str, Any]:
-    """Return the plain values of the newest checkpoint in ``folder``, unverified; none of a damaged one, nor of version 0.1."""
+    """Return the plain values of the newest checkpoint in ``folder``, unverified; empty if they cannot be read."""
     try:
         values = read_json(list_checkpoints(folder)[-1][1] / _INDEX)["values"]
         return values if isinstance(values, dict) else {}
@@ -173,72 +178,58 @@ def newest_values(folder: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(path: Path, processes: Processes = Processes()) -> Checkpoint:
-    """Read a checkpoint against its checksums, all processes together; a file of version 0.1 onto the CPU.
+    """Open a checkpoint and verify its checksums. All ranks take part.
 
     Raises:
-        InputError: it is cut off, damaged, or holds anything but tensors and plain values.
+        InputError: it is incomplete or damaged, or the disk cannot be read.
     """
     try:
         with noticed(f"reading {path}"):
-            found = _open_file(path) if path.is_file() else _open_folder(path, processes)
-        _check_values(found)
-        return found
+            checkpoint = _open(path, processes)
+        _check_values(checkpoint)
+        return checkpoint
     except (OSError, dist.DistError) as error:
         raise InputError(
-            f"cannot read {path}: {_reason(error)}; run the same command again, with --resume"
+            f"cannot read {path}: {_reason(error)}. Run the same command again, with --resume"
         ) from error
-    except Exception as error:  # there is no telling how a damaged pickle fails
-        reason = f"{_reason(error)}); remove it and --resume goes on from the one before it"
-        raise InputError(f"checkpoint {path} is cut off or damaged ({reason}") from error
+    except (InputError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise InputError(
+            f"checkpoint {path} is incomplete or damaged ({_reason(error)}). Remove it, then --resume continues from "
+            "the one before it"
+        ) from error
 
 
-def _open_folder(path: Path, processes: Processes) -> Checkpoint:
+def _open(path: Path, processes: Processes) -> Checkpoint:
     index = read_json(path / _INDEX)
     if not isinstance(index, dict) or index.pop("sha256", None) != json_digest(index):
         raise ValueError(f"the checksum of {_INDEX} differs")
-    listed, found = index["files"], _digests(path, processes)
-    for name in listed.keys() | found:
-        if listed.get(name) != found.get(name):
+    listed, actual = index["files"], _digests(path, processes)
+    for name in listed.keys() | actual:
+        if listed.get(name) != actual.get(name):
             raise ValueError(f"{name} is missing, or its checksum differs")
     if not isinstance(index["values"], dict) or not isinstance(index["shapes"], dict):
-        raise ValueError(f"{_INDEX} is of another form")
+        raise ValueError(f"{_INDEX} has an unknown form")
     return Checkpoint(path, index["step"], index["values"], index["shapes"])
-
-
-def _open_file(path: Path) -> Checkpoint:
-    state = read_pickle(path)
-    parts = {"module": state["module"], "ema": state["ema"]}
-    parts |= {f"optimizer.{number}": of_one for number, of_one in state["optimizer"]["state"].items()}
-    tensors = {
-        f"{part}.{name}": tensor
-        for part, found in parts.items()
-        for name, tensor in found.items()
-        if is_held(tensor)
-    }
-    values = {name: state[name] for name in ("scaler", "skipped") if name in state}
-    return Checkpoint(
-        path, state["step"], values, {name: list(tensor.shape) for name, tensor in tensors.items()}, tensors
-    )
 
 
 def _check_values(checkpoint: Checkpoint) -> None:
     if checkpoint.step != checkpoint_step(checkpoint.path):
-        raise ValueError(f"it is of step {checkpoint.step}")
-    identity = checkpoint.values.get("identity", {})
+        raise ValueError(f"its step is {checkpoint.step}")
+    identity, dtype, skipped, scaler = (
+        checkpoint.values[name] for name in ("identity", "dtype", "skipped", "scaler")
+    )
     if not isinstance(identity, dict) or not isinstance(identity.get("classes", []), list):
-        raise ValueError("what it was trained on is of another form")
-    if checkpoint.values.get("dtype", "float32") not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"its dtype is {checkpoint.values['dtype']!r}")
-    skipped, scaler = checkpoint.values.get("skipped", (0, 0)), checkpoint.values.get("scaler", {})
-    if len(skipped) != 2 or not all(
-        isinstance(number, int) for number in (*skipped, *(int(value) for value in scaler.values()))
-    ):
-        raise ValueError("its numbers of skipped steps, or of the loss's scale, are none")
+        raise ValueError("its identity has an unknown form")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"its dtype is {dtype!r}")
+    numbers = (*skipped, *(int(value) for value in scaler.values()))
+    if len(skipped) != 2 or not all(isinstance(number, int) for number in numbers):
+        raise ValueError("its numbers of skipped steps, or of the loss's scale, are not numbers")
 
 
 @contextlib.contextmanager
-def _alone(processes: Processes) -> Iterator[None]:
-    """Without torch's warning that there is one process, where there is."""
+def _quiet(processes: Processes) -> Iterator[None]:
+    """Suppress torch's warning that there is a single process, if there is."""
     with warnings.catch_warnings():
         if processes.count == 1:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -246,7 +237,7 @@ def _alone(processes: Processes) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in one line; of several processes' failures the first."""
+    """Return an error's message in one line; the first failure if several ranks failed."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,47 +1,49 @@
-"""All that a training is configured by. Needs no torch: a recipe is checked without it."""
+"""Configurations of the trainings. Imports no torch, so that recipes are checked without it."""
 
 import dataclasses
 import math
 import typing
 from typing import Literal
 
+from far.autoencoder_config import AutoencoderConfig
 from far.config import check_count, check_seed
 from far.devices import TrainingDtype, check_device_name
 from far.errors import InputError
+from far.model_config import NetworkConfig
+from far.sampling_config import SamplingConfig
 
-# Images that know equally many tokens, so that the backbone can take them together.
+# Images of a trajectory group. They know equally many tokens, so that the backbone can process them together.
 GROUP = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """How long, how fast, how often to train.
+    """Length, speed, precision and reporting of a training.
 
     Attributes:
         steps: optimizer steps.
         batch_size: images per step, at all processes together.
         micro_batches: equal parts of a step's images that go through the network one after the other, or on
-            several processes; their gradients are averaged. This number fixes the result, not that of the
-            processes.
-        learning_rate: AdamW's, reached after the warmup.
-        head_learning_rate: the head's own; none is ``learning_rate``.
-        schedule: the learning rate after the warmup: kept, or lowered to zero along a half cosine.
+            several processes; their gradients are averaged. The result depends on this number, not on the number
+            of processes.
+        learning_rate: of AdamW, reached after the warmup.
+        head_learning_rate: of the head; ``null`` takes ``learning_rate``.
+        schedule: learning rate after the warmup: ``constant``, or ``cosine``, which lowers it to zero along a half
+            cosine.
         warmup_steps: steps over which the learning rate rises from zero.
-        weight_decay: AdamW's decay of the backbone's matrices; heads and autoencoders are trained without.
-        gradient_clip: largest norm of the gradient; a larger one is scaled down to it.
-        ema_decay: decay of the averaged weights, which are the ones that are evaluated and saved; it rises
-            to this value.
-        max_skipped_steps: a step whose loss or gradient is not finite changes nothing; this many of them in
-            a row end the run. The default is more than the 16 halvings that bring float16's first loss
-            factor, 65536, down to 1.
-        dtype: autocast type of the forward pass; weights stay in float32. ``auto`` is bfloat16 if the
-            device has instructions that multiply it, else float32; a resumed run keeps its checkpoint's. In
-            float16 the loss is scaled by a factor that adapts to the gradients.
-        device: ``auto`` is a GPU if there is one, else the CPU; or ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
-            A ``torch.device`` is taken as well.
+        weight_decay: of AdamW, for the backbone's matrices; heads and autoencoders are trained without.
+        gradient_clip: largest norm of the gradient; a larger gradient is scaled down to it.
+        ema_decay: decay of the averaged weights, which are evaluated and saved; it warms up to this value.
+        max_skipped_steps: end the run after this many steps in a row whose loss or gradient is not finite; such
+            steps change nothing. The default exceeds the 16 halvings from float16's first loss factor, 65536, to 1.
+        dtype: autocast type of the forward pass; weights stay in float32. ``auto`` is bfloat16 if the device has
+            instructions that multiply it, else float32; a resumed run keeps its checkpoint's. In float16 the loss
+            is scaled by a factor that adapts to the gradients.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, a ``torch.device``, or ``auto``: a GPU if there is one,
+            else the CPU.
         parallel: with several processes, ``ddp`` replicates the module; ``fsdp`` shards it, trading
             communication for memory.
-        seed: fixes weights, batches and noise: step k is a function of seed and k.
+        seed: fixes weights, batches and noise; each step depends on the seed and its number only.
         log_every: steps between lines of log.jsonl.
         checkpoint_every: steps between checkpoints.
         evaluate_every: steps between evaluations.
@@ -85,10 +87,8 @@ class LoopConfig:
             "evaluate_every",
         ):
             check_count(name, getattr(self, name), 2**20 if name.startswith(("batch", "micro")) else 2**40)
-        rates = {
-            name: getattr(self, name) for name in ("learning_rate", "gradient_clip", "head_learning_rate")
-        }
-        for name, value in rates.items():
+        for name in ("learning_rate", "gradient_clip", "head_learning_rate"):
+            value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name} {value} must be positive, and finite")
         for name, value in (("weight_decay", self.weight_decay), ("warmup_steps", self.warmup_steps)):
@@ -104,7 +104,7 @@ class LoopConfig:
 
     @property
     def micro_batch_size(self) -> int:
-        """Images of a micro-batch."""
+        """Images per micro-batch."""
         return self.batch_size // self.micro_batches
 
 
@@ -115,7 +115,7 @@ class AutoencoderLossConfig:
     Attributes:
         l1_weight: weight of the mean absolute error over pixels in [−1, 1].
         mse_weight: weight of the mean squared error over pixels in [−1, 1].
-        perceptual_weight: weight of the distance between features of EfficientNet-Lite0, a mean over images.
+        perceptual_weight: weight of the mean distance between features of EfficientNet-Lite0.
         kl_weight: weight of the KL divergence in nats per latent value.
         evaluation_images: held-out images per evaluation, at least 2.
     """
@@ -133,12 +133,12 @@ class AutoencoderLossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """The quick evaluation during training. Small counts bias the distance upwards: compare only figures of equal counts.
+    """Quick evaluation during training. Few images bias the distance upwards: compare figures of equal counts only.
 
     Attributes:
-        images: drawn images, at least 2.
-        references: held-out images that they are compared with, at least 2.
-        grid_per_class: images of each class on the sample sheet.
+        images: generated images, at least 2.
+        references: held-out images to compare with, at least 2.
+        grid_per_class: images per class on the sample sheet.
     """
 
     images: int = 500
@@ -151,19 +151,65 @@ class EvaluationConfig:
                 raise InputError(f"evaluation.{name} {getattr(self, name)} must be at least {least}")
 
 
+def check_label_drop(label_drop: float) -> None:
+    """Raise an :class:`InputError` unless ``label_drop`` is a fraction of images that leaves some labeled."""
+    if not 0 <= label_drop < 1:
+        raise InputError(f"label_drop {label_drop} must be at least 0 and below 1")
+
+
 @dataclasses.dataclass(frozen=True)
-class TrajectoryConfig:
-    """What distillation computes once, before training.
+class AutoencoderRecipe:
+    """Recipe section of ``far train-autoencoder``.
 
     Attributes:
-        images: their number, rounded up to whole groups of 64.
-        tokens_per_image: tokens whose conditions and trajectories are kept, at most the model's tokens.
-        max_guidance: guidance scales are drawn between 1 and this.
-        label_drop: fraction of images without their class, so that the student keeps the unconditional half
-            of guidance.
-        token_limit: clips what a diffusion teacher without a limit of its own predicts, see
-            ``head.token_limit``: near the noise its errors are magnified. None is no limit.
-        seed: fixes everything that is drawn.
+        model: size of the autoencoder.
+        loss: weights of the loss terms.
+        training: how it is trained.
+    """
+
+    model: AutoencoderConfig = AutoencoderConfig()
+    loss: AutoencoderLossConfig = AutoencoderLossConfig()
+    training: LoopConfig = LoopConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorRecipe:
+    """Recipe section of ``far train``: network, training, and default sampling values.
+
+    Attributes:
+        network: sizes of backbone and head.
+        training: how they are trained.
+        sampling: the trained model's defaults.
+        evaluation: the quick evaluation during training.
+        label_drop: fraction of images that are trained without their class; guidance needs some.
+        frozen_backbone: a trained model (folder, bundled name or ``OWNER/NAME``) whose backbone is copied and frozen,
+            so that only the head is trained.
+    """
+
+    network: NetworkConfig = NetworkConfig()
+    training: LoopConfig = LoopConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    label_drop: float = 0.1
+    frozen_backbone: str | None = None
+
+    def __post_init__(self) -> None:
+        check_label_drop(self.label_drop)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrajectoryConfig:
+    """Trajectories of the teacher, computed once before training.
+
+    Attributes:
+        images: number of images, rounded up to whole groups of 64.
+        tokens_per_image: tokens per image whose conditions and trajectories are kept, at most the model's tokens.
+        max_guidance: largest guidance scale; scales are drawn between 1 and this.
+        label_drop: fraction of images without their class, so that the student keeps the unconditional half of
+            guidance.
+        token_limit: clips the predictions of a diffusion teacher that has no limit of its own, see
+            ``head.token_limit``; near the noise its errors are magnified. ``null`` is no limit.
+        seed: fixes all random draws.
     """
 
     images: int = 20_000
@@ -177,8 +223,7 @@ class TrajectoryConfig:
         for name in ("images", "tokens_per_image"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)} must be positive")
-        if not 0 <= self.label_drop < 1:
-            raise InputError(f"label_drop {self.label_drop} must be at least 0 and below 1")
+        check_label_drop(self.label_drop)
         if not (math.isfinite(self.max_guidance) and self.max_guidance > 1):
             raise InputError(f"max_guidance {self.max_guidance} must be a number above 1")
         check_seed("seed", self.seed)
@@ -195,10 +240,10 @@ class DistillationConfig:
     """Settings of ``far distill``. The student's head has the size of the teacher's.
 
     Attributes:
-        trajectories: what is computed once, before training.
-        training: how the student is trained.
-        samples_per_token: steps of each trajectory that are learned at a time.
-        adapter_rank: rank of low-rank adapters in the backbone; 0 is none.
+        trajectories: the teacher's trajectories, computed once before training.
+        training: training of the student.
+        samples_per_token: steps of each trajectory per training step.
+        adapter_rank: rank of low-rank adapters in the backbone; 0 trains none.
     """
 
     trajectories: TrajectoryConfig = TrajectoryConfig()
@@ -209,14 +254,13 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         size = self.training.micro_batch_size
         if size % GROUP:
-            raise InputError(
-                f"training.batch_size / micro_batches is {size}; it must be a multiple of {GROUP}, the images of a group"
-            )
+            raise InputError(f"training.batch_size / micro_batches is {size}. Make it a multiple of {GROUP}")
         if self.trajectories.images <= GROUP:
             raise InputError(
-                f"trajectories.images {self.trajectories.images}: give more than {GROUP}, since a group is held out"
+                f"trajectories.images {self.trajectories.images} leaves nothing to train on, since {GROUP} are held "
+                "out. Give more"
             )
-        if self.samples_per_token < 1 or self.adapter_rank < 0:
-            raise InputError(
-                f"samples_per_token {self.samples_per_token} must be positive, adapter_rank {self.adapter_rank} at least 0"
-            )
+        if self.samples_per_token < 1:
+            raise InputError(f"samples_per_token {self.samples_per_token} must be positive")
+        if self.adapter_rank < 0:
+            raise InputError(f"adapter_rank {self.adapter_rank} must be at least 0")

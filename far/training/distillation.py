@@ -1,6 +1,6 @@
-"""Distillation: a few-step head for a trained model, learnt from its own head's trajectories (``far.training.trajectories``).
+"""Distillation: a few-step head that learns the trajectories of a trained model's head (``far.training.trajectories``).
 
-The backbone stays as it is, so its conditions are read from disk; or low-rank adapters tune it, and it runs in training.
+The backbone stays frozen, and its conditions are read from disk; or low-rank adapters tune it, and it runs in training.
 """
 
 import dataclasses
@@ -21,22 +21,32 @@ from far.progress import ImageBar
 from far.seeds import seeded
 from far.training.adapters import adapters, add_adapters, merged
 from far.training.config import GROUP, DistillationConfig, LoopConfig
-from far.training.loop import epoch_rows, published, resolve_loop
+from far.training.epochs import epoch_rows
+from far.training.loop import published, resolve_loop
 from far.training.trajectories import POINTS
 
-# What an adapted backbone is asked again; otherwise its z is read.
-_ADAPTED = ("tokens", "order", "known", "query", "labels")
+# The inputs of an adapted backbone. Without adapters its z is read instead.
+_BACKBONE_INPUTS = ("tokens", "order", "known", "query", "labels")
 
 
 class DistillationTask:
-    """See :class:`far.training.loop.Task`."""
+    """Task of ``far distill``; see :class:`far.training.loop.Task`.
+
+    Args:
+        teacher: the model to distill.
+        config: trajectories and training.
+        trajectories: folder that :func:`far.training.trajectories.write_trajectories` filled.
+
+    Raises:
+        InputError: the trajectories are missing, incomplete or damaged.
+    """
 
     def __init__(self, teacher: Pipeline, config: DistillationConfig, trajectories: Path) -> None:
         config = dataclasses.replace(config, training=resolve_loop(config.training))
         self.teacher, self.config = teacher, config
         self.rows = ShardReader(trajectories, "trajectories", verify=True)
         self.identity = {
-            "teacher": self.rows.meta.get("teacher"),
+            "teacher": self.rows.meta["teacher"],
             "classes": teacher.classes,
             "trajectories": self.rows.digest[:16],
         }
@@ -45,45 +55,38 @@ class DistillationTask:
         if config.adapter_rank:
             with seeded(config.training.seed):
                 add_adapters(self.module.backbone, config.adapter_rank)
-        self.results: dict[str, Any] = {}
 
     def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
-        """The head, which may have its own rate, and the adapters where there are any; weight decay is the same for both."""
+        """Return groups of the head, which may have its own learning rate, and of the adapters if there are any."""
         head_rate = config.learning_rate if config.head_learning_rate is None else config.head_learning_rate
-        groups: list[dict[str, Any]] = [
-            {
-                "params": list(self.module.head.parameters()),
-                "lr": head_rate,
-                "weight_decay": config.weight_decay,
-            },
-            {
-                "params": adapters(self.module.backbone),
-                "lr": config.learning_rate,
-                "weight_decay": config.weight_decay,
-            },
+        rates = (
+            (list(self.module.head.parameters()), head_rate),
+            (adapters(self.module.backbone), config.learning_rate),
+        )
+        return [
+            {"params": parameters, "lr": rate, "weight_decay": config.weight_decay}
+            for parameters, rate in rates
+            if parameters
         ]
-        return [group for group in groups if group["params"]]
 
     def batch(self, number: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Whole groups of rows."""
-        groups = epoch_rows(
-            number, self.config.training.micro_batch_size // GROUP, self.groups, self.config.training.seed
-        )
-        return self._read(groups)
+        """Return the rows of whole groups; see :func:`far.training.trajectories.write_trajectories`."""
+        loop = self.config.training
+        return self._read(epoch_rows(number, loop.micro_batch_size // GROUP, self.groups, loop.seed))
 
     def _read(self, groups: Tensor) -> dict[str, Tensor]:
         rows = (groups.unsqueeze(1) * GROUP + torch.arange(GROUP)).flatten()
-        names = ["paths", "scale", *(_ADAPTED if self.config.adapter_rank else ("z",))]
-        found = {name: self.rows.rows(name, rows) for name in names}
+        names = ["paths", "scale", *(_BACKBONE_INPUTS if self.config.adapter_rank else ("z",))]
+        tensors = {name: self.rows.rows(name, rows) for name in names}
         return {
             name: (tensor.float() if tensor.is_floating_point() else tensor).to(self.teacher.device)
-            for name, tensor in found.items()
+            for name, tensor in tensors.items()
         }
 
     def loss(
         self, step: int, batch: dict[str, Tensor], ema: nn.Module, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean velocity over a step of a trajectory, of random start and length, against where the trajectory goes."""
+        """Return the squared error of the mean velocity between two random points of each trajectory."""
         head = self.module.head
         assert isinstance(head, FlowMapHead)
         paths, scale, z = (
@@ -100,25 +103,31 @@ class DistillationTask:
         return loss, {}
 
     def _conditions(self, module: FAR, batch: dict[str, Tensor]) -> Tensor:
-        """``z [b, m, width]``: as they were written, or of the adapted backbone, a group at a time."""
+        """Return ``z [b, m, width]``: as read, or from the adapted backbone, one group at a time."""
         if not self.config.adapter_rank:
             return batch["z"]
-        module.backbone.eval()  # no dropout: the trajectories know none
+        module.backbone.eval()  # no dropout: the trajectories were computed without
         parts = []
-        for tokens, order, known, query, labels in zip(*(batch[name].split(GROUP) for name in _ADAPTED)):
+        for tokens, order, known, query, labels in zip(
+            *(batch[name].split(GROUP) for name in _BACKBONE_INPUTS)
+        ):
             parts.append(module.backbone(tokens, order[:, : int(known[0])], query, labels))
         return torch.cat(parts)
 
     @torch.no_grad()
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """How far 1, 2 and 4 steps end from the teacher's held-out trajectories, in deviations; and a sample sheet."""
+        """Return the RMS distance of 1, 2 and 4 steps from the ends of held-out trajectories, and write a sample sheet.
+
+        Distances are in standard deviations of the latents.
+        """
         assert isinstance(ema, FAR)
         assert isinstance(ema.head, FlowMapHead)
         batch = self._read(torch.tensor([self.groups]))
         z, noise, end = self._conditions(ema, batch), batch["paths"][..., 0, :], batch["paths"][..., -1, :]
+        figures: dict[str, float] = {}
         for steps in (1, 2, 4):
             drawn = ema.head.sample(z, lambda: noise, steps=steps, guidance=batch["scale"])
-            self.results[f"error of {steps} steps"] = math.sqrt(float((drawn - end).square().mean()))
+            figures[f"error of {steps} steps"] = math.sqrt(float((drawn - end).square().mean()))
         pipeline = self._pipeline(ema)
         if pipeline.autoencoder is not None:
             shown = sorted(number % len(pipeline.classes) for number in range(64))
@@ -127,14 +136,13 @@ class DistillationTask:
             save_png(
                 contact_sheet(images, shown), folder / "samples" / f"step-{step:08d}.png", {"step": step}
             )
-        self.results["step"] = step
-        self.publish(ema, folder, step)
-        return {name: value for name, value in self.results.items() if name != "step"}
+        return figures
 
-    def publish(self, ema: nn.Module, folder: Path, step: int) -> None:
-        """Write the EMA weights as a pipeline folder, adapters merged."""
+    def publish(self, ema: nn.Module, folder: Path, step: int, results: dict[str, Any]) -> None:
+        """Write the EMA weights as a pipeline folder, with merged adapters."""
         recipe = {**to_dict(self.config), "training": published(self.config.training)}
         pipeline = self._pipeline(ema)
+        pipeline.results = results
         pipeline.training = {
             "command": "far distill", "finished steps": step, "recipe": recipe, "teacher": self.teacher.training,
         }  # fmt: skip
@@ -143,16 +151,16 @@ class DistillationTask:
     def _pipeline(self, ema: nn.Module) -> Pipeline:
         assert isinstance(ema, FAR)
         teacher = self.teacher
-        # In one pass of the backbone, whatever the teacher took.
+        # The student's head has learned guidance, so one pass of the backbone suffices.
         guidance = min(teacher.defaults.guidance, self.config.trajectories.max_guidance)
         defaults = dataclasses.replace(
             teacher.defaults, head_steps=2, guidance=guidance, guidance_passes=None
         )
-        return Pipeline(merged(ema), teacher.autoencoder, teacher.classes, defaults, self.results)
+        return Pipeline(merged(ema), teacher.autoencoder, teacher.classes, defaults)
 
 
 def _student(teacher: FAR, config: DistillationConfig) -> FAR:
-    """The teacher's backbone, frozen, and a fresh flow-map head of the teacher's size."""
+    """Return the teacher's backbone, frozen, with an untrained flow-map head of the teacher's size."""
     head = dataclasses.replace(
         teacher.config.network.head, kind="flow_map", samples_per_token=max(2, config.samples_per_token),
         max_guidance=config.trajectories.max_guidance, token_limit=None, flow_steps=0,
@@ -169,7 +177,7 @@ def _student(teacher: FAR, config: DistillationConfig) -> FAR:
 
 
 def draw_spans(shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """First and last point of steps along trajectories: any length alike, then any start that it fits."""
+    """Return first and last points of steps along trajectories: a uniform length, then a uniform start that fits it."""
     length = torch.randint(1, POINTS, shape, generator=generator)
     start = (torch.rand(shape, generator=generator) * (POINTS - length)).long()
     return start, start + length

@@ -1,4 +1,4 @@
-"""Training of the generator on cached latents: its loss, its optimizer groups, its sample grid and quick distance."""
+"""Training of the generator on cached latents: loss, optimizer groups, sample sheet and quick Fréchet distance."""
 
 import dataclasses
 from pathlib import Path
@@ -8,55 +8,53 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from far.autoencoder import Autoencoder, Posterior
+from far.autoencoder import Autoencoder
 from far.classes import check_same_classes
 from far.config import to_dict
 from far.data.image_sets import check_meta, fingerprint, open_held_out, read_images
-from far.data.latents import open_latents
+from far.data.latents import LatentCache
 from far.data.shards import ShardReader
 from far.errors import InputError
 from far.evaluation.features import FeatureNetwork, load_feature_network
 from far.evaluation.metrics import FeatureStatistics, frechet_distance
 from far.files import json_digest
-from far.model import FAR, ModelConfig, NetworkConfig
+from far.model import FAR, ModelConfig
 from far.pictures import contact_sheet, save_png
 from far.pipeline import Pipeline
 from far.progress import ImageBar
-from far.sampling import SamplingConfig
 from far.seeds import seeded
-from far.training.config import EvaluationConfig, LoopConfig
-from far.training.loop import epoch_rows, published, resolve_loop
+from far.training.config import GeneratorRecipe, LoopConfig
+from far.training.epochs import epoch_rows
+from far.training.loop import published, resolve_loop
 
 _CHUNK = 100
 _TIME_BUCKETS = 4
 
 
 class GeneratorTask:
-    """See :class:`far.training.loop.Task`."""
+    """Task of ``far train``; see :class:`far.training.loop.Task`.
+
+    Args:
+        config: network, training, sampling and evaluation.
+        images: folder of the image set, with ``train`` and ``held-out``.
+        latents: folder of the latent cache of ``train``.
+        autoencoder: the one that made the cache. Moved to the training's device.
+
+    Raises:
+        InputError: images, latents, autoencoder and network do not fit together, or the frozen backbone is of another
+            network, other classes or another autoencoder.
+    """
 
     def __init__(
-        self,
-        network: NetworkConfig,
-        sampling: SamplingConfig,
-        evaluation: EvaluationConfig,
-        loop: LoopConfig,
-        *,
-        label_drop: float,
-        images: Path,
-        latents: Path,
-        autoencoder: Autoencoder,
-        frozen_backbone: str | None = None,
+        self, config: GeneratorRecipe, images: Path, latents: Path, autoencoder: Autoencoder
     ) -> None:
-        if not 0 <= label_drop < 1:
-            raise InputError(f"label_drop {label_drop} must be at least 0 and below 1")
-        loop = resolve_loop(loop)
-        self.loop, self.sampling, self.evaluation, self.label_drop = loop, sampling, evaluation, label_drop
+        loop = resolve_loop(config.training)
+        self.config = config = dataclasses.replace(config, training=loop)
         self.autoencoder = autoencoder.to(loop.device).requires_grad_(False)
         train = ShardReader(images / "train", "images", index_only=True)
         check_meta(train)
-        self.latents = open_latents(latents, autoencoder, train)
+        self.latents = LatentCache(latents, autoencoder, train)
         self.classes = self.latents.meta["classes"]
-        self.labels = self.latents.all("labels")
         self.held_out = open_held_out(images, train)
         scale_and_shift = [autoencoder.config.scale, autoencoder.config.shift]
         self.identity = {
@@ -64,36 +62,40 @@ class GeneratorTask:
             "images": fingerprint(train),
             "autoencoder": json_digest([autoencoder.fingerprint(), scale_and_shift])[:16],
         }
-        side = self.latents.meta["size"] // autoencoder.config.stride
-        config = ModelConfig(network, len(self.classes), autoencoder.config.latent_channels, (side, side))
-        with seeded(loop.seed):
-            self.module = FAR(config)
         self.training: dict[str, Any] = {
             "command": "far train",
-            "data": Path(self.held_out.meta["source"]).name,  # of an image folder: where it lies is nobody else's affair
+            "data": Path(self.held_out.meta["source"]).name,  # the name only: a model does not reveal paths
             "images": len(self.latents),
             "fingerprint of the images": self.identity["images"],
-            "recipe": {
-                "network": to_dict(network), "training": published(loop), "sampling": to_dict(sampling), "label_drop": label_drop,
-            },
-        }  # fmt: skip
-        if frozen_backbone is not None:
-            self.training["backbone"] = _take_backbone(
-                self.module, frozen_backbone, autoencoder, self.classes, latents
-            )
-        if network.spherical and not autoencoder.config.spherical:
-            raise InputError(
-                "network.spherical needs an autoencoder whose decoder knows such latents: train it with model.spherical=true"
-            )
-        sampling.check(self.module)
-        self.results: dict[str, Any] = {}
+            "recipe": _recorded(config),
+        }
+        self.module = self._network(latents)
+        self.features: FeatureNetwork = load_feature_network().to(loop.device)  # fails early if it is missing
         self._reference: FeatureStatistics | None = None
-        self.features: FeatureNetwork = load_feature_network().to(
-            loop.device
-        )  # now, and not only when it is first needed
+
+    def _network(self, latents: Path) -> FAR:
+        """Return the module to train, with the frozen backbone if there is one."""
+        config, autoencoder = self.config, self.autoencoder
+        if config.network.spherical and not autoencoder.config.spherical:
+            raise InputError(
+                "network.spherical needs an autoencoder that decodes spherical latents. Train it with "
+                "model.spherical=true"
+            )
+        side = self.latents.meta["size"] // autoencoder.config.stride
+        sizes = ModelConfig(
+            config.network, len(self.classes), autoencoder.config.latent_channels, (side, side)
+        )
+        with seeded(config.training.seed):
+            module = FAR(sizes)
+        config.sampling.check(module)
+        if config.frozen_backbone is not None:
+            self.training["backbone"] = _copy_backbone(
+                module, config.frozen_backbone, autoencoder, self.classes, latents
+            )
+        return module
 
     def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
-        """As in MAR: decay for all of the backbone but norms and biases, none for the head, which has its own rate.
+        """Return groups as in MAR: weight decay for the backbone's matrices only, and a learning rate for the head.
 
         A frozen backbone has no group.
         """
@@ -110,23 +112,17 @@ class GeneratorTask:
         return [group for group in groups if group["params"]]
 
     def batch(self, number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Moments ``[b, 2c, h, w]`` of random flips, and labels ``[b]``."""
-        rows = epoch_rows(number, self.loop.micro_batch_size, len(self.latents), self.loop.seed)
-        flips = torch.randint(0, 2, (len(rows),), generator=generator)
-        moments = self.latents.rows("moments", rows)[torch.arange(len(rows)), flips].float()
-        return moments.to(self.loop.device), self.labels[rows].to(self.loop.device)
+        """Return latents ``[b, c, h, w]`` of random flips, and labels ``[b]``."""
+        loop = self.config.training
+        rows = epoch_rows(number, loop.micro_batch_size, len(self.latents), loop.seed)
+        return self.latents.draw(rows, generator), self.latents.labels[rows].to(loop.device)
 
     def loss(
         self, step: int, batch: tuple[Tensor, Tensor], ema: nn.Module, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the model's loss, and its terms and means within quarters of the head's time to log."""
         assert isinstance(ema, FAR)
-        moments, labels = batch
-        posterior = Posterior(moments)
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(moments.device)
-        latents = self.autoencoder.normalize(posterior.sample(noise))
-        loss = self.module.loss(
-            latents, labels, generator, label_drop=self.label_drop, teacher=ema, step=step
-        )
+        loss = self.module.loss(*batch, generator, label_drop=self.config.label_drop, teacher=ema, step=step)
         values = {f"loss_{name}": part.mean() for name, part in loss.parts.items()}
         buckets = (loss.t * _TIME_BUCKETS).long().clamp(max=_TIME_BUCKETS - 1)
         for bucket in range(_TIME_BUCKETS):
@@ -136,66 +132,71 @@ class GeneratorTask:
         return loss.value.mean(), values
 
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """A sample sheet (one row a class) and the quick Fréchet distance against held-out images."""
+        """Write a sample sheet, one row per class, and return the quick Fréchet distance to held-out images."""
         pipeline = self._pipeline(ema)
-        classes = len(self.classes)
-        shown = [label for label in range(min(classes, 32)) for _ in range(self.evaluation.grid_per_class)]
-        with ImageBar(len(shown), "sample sheet", leave=False) as bar:
-            sheet = pipeline.draw(shown, range(len(shown)), callback=bar.ar_step)
-        save_png(contact_sheet(sheet, shown), folder / "samples" / f"step-{step:08d}.png", {"step": step})
-        network = self.features
+        self._write_sheet(pipeline, folder / "samples" / f"step-{step:08d}.png", step)
+        network, classes, images = self.features, len(self.classes), self.config.evaluation.images
         with torch.no_grad():
             if self._reference is None:
                 self._reference = self._held_out_statistics()
             drawn = FeatureStatistics.empty(network.dimensions)
-            with ImageBar(self.evaluation.images, "images for the quick distance", leave=False) as bar:
-                for start in range(0, self.evaluation.images, _CHUNK):
-                    labels = [
-                        index % classes for index in range(start, min(start + _CHUNK, self.evaluation.images))
-                    ]
+            with ImageBar(images, "images for the quick distance", leave=False) as bar:
+                for start in range(0, images, _CHUNK):
+                    labels = [index % classes for index in range(start, min(start + _CHUNK, images))]
                     seeds = range(1000 + start, 1000 + start + len(labels))
                     drawn.add(network(pipeline.draw(labels, seeds, callback=bar.ar_step)).cpu())
-        distance = frechet_distance(drawn, self._reference)
-        self.results = {
-            "step": step,
-            f"quick FD ({network.name})": distance,
-            **dataclasses.asdict(self.evaluation),
-        }
-        self.publish(ema, folder, step)
-        return {f"quick FD ({network.name})": distance}
+        return {f"quick FD ({network.name})": frechet_distance(drawn, self._reference)}
+
+    def _write_sheet(self, pipeline: Pipeline, path: Path, step: int) -> None:
+        shown = [
+            label
+            for label in range(min(len(self.classes), 32))
+            for _ in range(self.config.evaluation.grid_per_class)
+        ]
+        with ImageBar(len(shown), "sample sheet", leave=False) as bar:
+            images = pipeline.draw(shown, range(len(shown)), callback=bar.ar_step)
+        save_png(contact_sheet(images, shown), path, {"step": step})
 
     def _held_out_statistics(self) -> FeatureStatistics:
         statistics = FeatureStatistics.empty(self.features.dimensions)
-        count = min(self.evaluation.references, len(self.held_out))
+        count = min(self.config.evaluation.references, len(self.held_out))
         with tqdm(total=count, desc="features of held-out images", unit="img", leave=False) as bar:
             for rows in torch.arange(count).split(_CHUNK):
-                images = read_images(self.held_out, rows).to(self.loop.device)
+                images = read_images(self.held_out, rows).to(self.config.training.device)
                 statistics.add(self.features(images / 2 + 0.5).cpu())
                 bar.update(len(rows))
         return statistics
 
-    def publish(self, ema: nn.Module, folder: Path, step: int) -> None:
+    def publish(self, ema: nn.Module, folder: Path, step: int, results: dict[str, Any]) -> None:
         """Write the EMA weights as a pipeline folder."""
         pipeline = self._pipeline(ema)
+        if results:
+            pipeline.results = {**results, **dataclasses.asdict(self.config.evaluation)}
         pipeline.training = {**self.training, "finished steps": step}
         pipeline.save_pretrained(folder)
 
     def _pipeline(self, ema: nn.Module) -> Pipeline:
         assert isinstance(ema, FAR)
-        return Pipeline(ema, self.autoencoder, self.classes, self.sampling, self.results)
+        return Pipeline(ema, self.autoencoder, self.classes, self.config.sampling)
 
 
-def _take_backbone(
+def _recorded(config: GeneratorRecipe) -> dict[str, Any]:
+    """Return every value of the recipe section as the model stores it. Folders of this machine become their names."""
+    backbone = config.frozen_backbone
+    if backbone is not None and Path(backbone).is_dir():
+        backbone = Path(backbone).resolve().name
+    return {**to_dict(config), "training": published(config.training), "frozen_backbone": backbone}
+
+
+def _copy_backbone(
     module: FAR, weights: str, autoencoder: Autoencoder, classes: list[str], latents: Path
 ) -> dict[str, Any]:
-    """Copy the backbone of a trained pipeline into ``module`` and freeze it; the head stays fresh.
-
-    Returns what is known of that pipeline's training.
+    """Copy the backbone of a trained model into ``module``, freeze it, and return that model's training facts.
 
     Raises:
-        InputError: the pipeline has another network, other classes than ``latents``, or another autoencoder.
+        InputError: the model has another network, other classes than ``latents``, or another autoencoder.
     """
-    pipeline = Pipeline.from_pretrained(weights, device="cpu")
+    pipeline, source = Pipeline.from_pretrained(weights, device="cpu"), f"the backbone of {weights}"
     trained = pipeline.model
     ours, theirs = module.config.network, trained.config.network
     if (theirs.backbone, theirs.spherical, trained.config.token_channels) != (
@@ -204,22 +205,24 @@ def _take_backbone(
         module.config.token_channels,
     ):
         raise InputError(
-            f"the backbone of {weights} is another than the recipe's; give both the same network.backbone, spherical and patch"
+            f"{source} differs from the recipe's. Give both the same network.backbone, spherical and patch"
         )
-    source = f"the backbone of {weights}"
     check_same_classes(
         pipeline.classes,
         source,
         classes,
         str(latents),
-        "train on the same classes, or train the backbone too",
+        "Train on the same classes, or train the backbone too",
     )
     if trained.config.grid != module.config.grid:
-        grids = f"{list(trained.config.grid)} latents an image, {latents} has {list(module.config.grid)}"
-        raise InputError(f"{source} was trained on {grids}; train on images of the same size")
+        raise InputError(
+            f"{source} was trained on {list(trained.config.grid)} latents per image, but {latents} has "
+            f"{list(module.config.grid)}. Train on images of the same size"
+        )
     if pipeline.autoencoder is not None and not pipeline.autoencoder.same_latents(autoencoder):
         raise InputError(
-            f"{source} was trained on latents of another autoencoder than {latents}; give both the same autoencoder_from"
+            f"{source} was trained on latents of another autoencoder than {latents}. Give both the same "
+            "autoencoder_from"
         )
     module.backbone.load_state_dict(trained.backbone.state_dict())
     module.backbone.requires_grad_(False)

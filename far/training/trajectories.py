@@ -1,7 +1,7 @@
-"""What a head is distilled from: conditions of a teacher's backbone, and its head's deterministic trajectories over them.
+"""Training data of distillation: conditions of a teacher's backbone, and deterministic trajectories of its head.
 
-The backbone runs once an image (twice for guidance), whatever the number of head steps, and the result stays on disk.
-How a student learns from it is in ``far.training.distillation``.
+The backbone runs once per image (twice for guidance), whatever the number of head steps, and the result is kept on
+disk. ``far.training.distillation`` trains a student on it.
 """
 
 import dataclasses
@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from far.autoencoder import Autoencoder, Posterior
 from far.classes import check_same_classes
 from far.config import to_dict
 from far.data.image_sets import check_meta
-from far.data.latents import open_latents
+from far.data.latents import LatentCache
 from far.data.shards import Pieces, ShardReader, ShardWriter
 from far.errors import InputError
 from far.files import sha256
@@ -30,15 +29,15 @@ from far.seeds import seeded_generator
 from far.tokens import cosine_token_counts, raster_orders
 from far.training.config import GROUP, TrajectoryConfig
 
-# A trajectory is kept at 0, 1/8 … 1, and integrated by this many Heun steps from one point to the next.
+# Trajectories are kept at times 0, 1/8 … 1, with this many Heun steps from one point to the next.
 POINTS = 9
 SUBSTEPS = 2
-# What an interruption can lose: few groups, and one where the teacher draws it, which takes far longer.
+# Groups per shard, i.e. work lost on interruption, from a cache. If the teacher must draw the images, it is 1.
 _SHARD_GROUPS = 16
 
 
 def load_teacher(folder: Path, config: TrajectoryConfig, device: str | torch.device) -> Pipeline:
-    """The model to be distilled, its head's predicted tokens limited."""
+    """Load the model to distill. A diffusion head without a token limit gets the limit of ``config``."""
     teacher = Pipeline.from_pretrained(folder, device=device)
     if teacher.model.head.config.token_limit is None:
         teacher.model.head.config = dataclasses.replace(
@@ -56,17 +55,22 @@ def write_trajectories(
     latents: Path | None,
     processes: Processes = Processes(),
 ) -> None:
-    """Fill ``folder``, each of several ``processes`` a part; continues where it stopped.
+    """Fill ``folder`` with trajectories, shared among ``processes``. Resumes an interrupted call.
 
-    Rows are images: ``tokens [n, channels]``, ``labels``, ``order [n]`` of positions, of which the first ``known`` are known,
-    ``query [m]`` positions, their ``z [m, width]``, guidance ``scale [m]``, and ``paths [m, 9, channels]``.
+    Rows are images: ``tokens [n, channels]``, ``labels``, ``order [n]`` of positions, the first ``known`` of which are
+    known, ``query [m]`` positions, their ``z [m, width]``, guidance ``scale [m]`` and ``paths [m, 9, channels]``.
 
     Args:
-        weights: the teacher's folder, whose fingerprint is kept with the rows.
-        latents: a latent cache; without it, the teacher draws the images itself, as its default sampling values say.
+        teacher: the model to distill.
+        weights: the teacher's folder. The checksum of its weights is kept with the rows.
+        config: number of images, guidance and seed.
+        folder: of the trajectories.
+        latents: a latent cache; ``None`` lets the teacher draw the images with its default sampling values.
+        processes: those that share the work.
 
     Raises:
-        InputError: the teacher's head has no velocity, the latents are not the teacher's, or the folder holds other trajectories.
+        InputError: the teacher's head has no velocity, the latents are not the teacher's, or the folder holds other
+            trajectories.
     """
     source = "drawn by the teacher" if latents is None else _of_its_classes(latents, teacher).digest
     meta = {
@@ -100,12 +104,12 @@ def write_trajectories(
         writer.fill(groups, 1 if latents is None else _SHARD_GROUPS, pieces, bar)
 
 
-# A group's number and its generator → latents and labels. The last argument is called after each AR step, if there are any.
+# Group number, generator and a callback for each AR step, if there are any → latents [64, c, h, w] and labels [64].
 Images = Callable[[int, torch.Generator, Callable[[Progress], None]], tuple[Tensor, Tensor]]
 
 
 def _open(teacher: Pipeline, latents: Path | None, seed: int) -> Images:
-    """The source of images, once it is sure that the head has a velocity (if not, asking for one is an error)."""
+    """Return the source of images, after checking that the head has a velocity (others raise an error)."""
     model = teacher.model
     like = next(model.parameters())
     model.head.velocity(
@@ -117,7 +121,7 @@ def _open(teacher: Pipeline, latents: Path | None, seed: int) -> Images:
 
 
 def _of_its_classes(folder: Path, teacher: Pipeline) -> ShardReader:
-    """Open the index of a latent cache whose classes are the teacher's, also if its trajectories are there already."""
+    """Open the index of a latent cache, and check that its classes are the teacher's."""
     reader = ShardReader(folder, "moments", index_only=True)
     check_meta(reader)
     check_same_classes(
@@ -125,49 +129,39 @@ def _of_its_classes(folder: Path, teacher: Pipeline) -> ShardReader:
         str(folder),
         teacher.classes,
         "the teacher",
-        "give latents of the teacher's own data",
+        "Give latents of the teacher's own data",
     )
     return reader
 
 
 def _cached(teacher: Pipeline, folder: Path, seed: int) -> Images:
-    """Latents ``[64, c, h, w]`` and labels of a group, drawn from a latent cache: another part of a permutation each, and flips."""
-    autoencoder = _autoencoder(teacher)
-    reader = open_latents(folder, autoencoder)
-    size, expected = (
-        reader.meta["size"],
-        [side * autoencoder.config.stride for side in teacher.model.config.grid],
-    )
+    """Read the images of a group from a latent cache: the next rows of a permutation, with random flips."""
+    if teacher.autoencoder is None:
+        raise InputError(
+            "the teacher has no autoencoder to read latents with. Add one with far convert kl16 KL16.ckpt "
+            "TEACHERS_FOLDER"
+        )
+    cache = LatentCache(folder, teacher.autoencoder)
+    size = cache.meta["size"]
+    expected = [side * teacher.autoencoder.config.stride for side in teacher.model.config.grid]
     if [size, size] != expected:
         raise InputError(
-            f"{folder} is of images of {size}×{size} pixels, the teacher's are {expected[0]}×{expected[1]}; give latents of such"
+            f"{folder} holds images of {size}×{size} pixels, but the teacher's are {expected[0]}×{expected[1]}. Give "
+            "latents of that size"
         )
-    order, labels = torch.randperm(len(reader), generator=seeded_generator(seed)), reader.all("labels")
+    order = torch.randperm(len(cache), generator=seeded_generator(seed))
 
     def read(
         group: int, generator: torch.Generator, step: Callable[[Progress], None]
     ) -> tuple[Tensor, Tensor]:
         rows = order[torch.arange(group * GROUP, (group + 1) * GROUP) % len(order)]
-        flips = torch.randint(0, 2, (GROUP,), generator=generator)
-        posterior = Posterior(reader.rows("moments", rows)[torch.arange(GROUP), flips].float())
-        noise = torch.randn(posterior.mean.shape, generator=generator)
-        return autoencoder.normalize(posterior.sample(noise).to(teacher.device)), labels[rows].to(
-            teacher.device
-        )
+        return cache.draw(rows, generator), cache.labels[rows].to(teacher.device)
 
     return read
 
 
-def _autoencoder(teacher: Pipeline) -> Autoencoder:
-    if teacher.autoencoder is None:
-        raise InputError(
-            "the teacher has no autoencoder to read latents with; add one with: far convert kl16 KL16.ckpt THE_SAME_FOLDER"
-        )
-    return teacher.autoencoder
-
-
 def _drawn(teacher: Pipeline, seed: int) -> Images:
-    """Latents ``[64, c, h, w]`` and labels of a group that the teacher draws, every class equally often."""
+    """Let the teacher draw the images of a group, every class equally often."""
 
     def draw(
         group: int, generator: torch.Generator, step: Callable[[Progress], None]
@@ -188,7 +182,7 @@ def group_rows(
     ar_steps: int,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """The rows of one group; see :func:`write_trajectories`."""
+    """Return the rows of one group; see :func:`write_trajectories`."""
     tokens = model.constrain(model.tokens(latents))
     order, known, query = draw_positions(model, len(tokens), config.tokens_per_image, ar_steps, generator)
     dropped = (torch.rand(len(labels), generator=generator) < config.label_drop).to(labels.device)
@@ -209,7 +203,8 @@ def group_rows(
     }
     if not torch.isfinite(half["paths"]).all():
         raise InputError(
-            "the teacher's trajectories leave the range of numbers; bound them, such as by trajectories.token_limit=5.0"
+            "the teacher's trajectories exceed float16's range. Limit them, for example by "
+            "trajectories.token_limit=5.0"
         )
     return {
         **half,
@@ -241,11 +236,18 @@ def draw_positions(
 def trajectories(
     velocity: Callable[[Tensor, float], Tensor], noise: Tensor, points: int, substeps: int
 ) -> Tensor:
-    """Where the flow of ``velocity`` takes ``noise […, channels]`` at ``points`` equal times from 0 to 1: ``[…, points, channels]``."""
+    """Integrate ``velocity`` from ``noise […, channels]``, and return the path at equal times: ``[…, points, channels]``.
+
+    Args:
+        velocity: of tokens and a time from 0 to 1.
+        noise: the path's start.
+        points: number of times, including 0 and 1.
+        substeps: Heun steps between two points.
+    """
     step = 1 / (points - 1)
     path = [noise]
     for point in range(points - 1):
-        # The solver's own time runs from 0 to 1 within the step.
+        # The solver's time runs from 0 to 1 within the interval.
         start = point * step
         path.append(heun(lambda x, u: step * velocity(x, start + u * step), path[-1], substeps))
     return torch.stack(path, dim=-2)
