@@ -19,8 +19,10 @@ from torch import Tensor
 from benchmarks.cluster import TINY, models
 from far.model import FAR, ModelConfig
 from far.processes import joined, leave
+from far.training.config import LoopConfig
 from far.training.generator import GeneratorTask
-from far.training.loop import LoopConfig, Meter, Trainer
+from far.training.log import Meter
+from far.training.loop import Trainer
 
 
 class RandomLatents:

@@ -25,7 +25,9 @@ from far.model import FAR, ModelConfig, NetworkConfig
 from far.pipeline import Pipeline
 from far.sampling import FAST, Kept, SamplingConfig, SeededNoise, sample
 from far.seeds import seeded
-from far.training.loop import LoopConfig, Meter, Trainer
+from far.training.config import LoopConfig
+from far.training.log import Meter
+from far.training.loop import Trainer
 
 Calls = dict[str, Callable[[], dict[str, Any]]]
 CPU = torch.device("cpu")
@@ -296,7 +298,7 @@ class RandomLatents:
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
         return {}
 
-    def publish(self, ema: nn.Module, folder: Path, step: int) -> None:
+    def publish(self, ema: nn.Module, folder: Path, step: int, results: dict[str, Any]) -> None:
         pass
 
 

@@ -26,7 +26,9 @@ from far.model import FAR, ModelConfig, NetworkConfig, preset
 from far.pipeline import Pipeline
 from far.sampling import FAST, SamplingConfig, SeededNoise
 from far.tokens import cosine_token_counts, random_orders
-from far.training.loop import LoopConfig, Meter, Trainer
+from far.training.config import LoopConfig
+from far.training.log import Meter
+from far.training.loop import Trainer
 
 Calls = dict[str, Callable[[], dict[str, Any]]]
 GUIDANCE = 2.9

@@ -24,7 +24,8 @@ from far.recipe import Recipe, load_recipe
 from far.training.autoencoder import AutoencoderTask
 from far.training.config import LoopConfig
 from far.training.generator import GeneratorTask
-from far.training.loop import Meter, Trainer, resolve_loop
+from far.training.log import Meter
+from far.training.loop import Trainer, resolve_loop
 
 IMAGES, CLASSES = 256, 16
 DTYPES: tuple[TrainingDtype, ...] = ("float32", "auto", "bfloat16")
@@ -83,8 +84,9 @@ def autoencoder_steps(
     """Return one training step of the recipe's autoencoder by dtype."""
     config = recipe.autoencoder
     return steps(
-        config.training, folder, dtypes, lambda loop: AutoencoderTask(config.model, config.loss, data, loop)
-    )
+        config.training, folder, dtypes,
+        lambda loop: AutoencoderTask(dataclasses.replace(config, training=loop), data),
+    )  # fmt: skip
 
 
 def generator_steps(
@@ -93,10 +95,12 @@ def generator_steps(
     """Return one training step of the recipe's generator by dtype."""
     config, autoencoder = recipe.generator, Autoencoder(recipe.autoencoder.model)
     write_latents(data, autoencoder, folder / "latents")
-    return steps(config.training, folder, dtypes, lambda loop: GeneratorTask(
-        config.network, config.sampling, config.evaluation, loop, label_drop=config.label_drop, images=data,
-        latents=folder / "latents", autoencoder=autoencoder,
-    ))  # fmt: skip
+    return steps(
+        config.training, folder, dtypes,
+        lambda loop: GeneratorTask(
+            dataclasses.replace(config, training=loop), data, folder / "latents", autoencoder
+        ),
+    )  # fmt: skip
 
 
 def steps(

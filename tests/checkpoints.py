@@ -1,4 +1,4 @@
-"""What a training checkpoint holds, put together."""
+"""Reading and comparing training checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,12 @@ import torch
 
 from far.training.checkpoint import list_checkpoints, open_checkpoint
 
+# Values of a run in float16 of which one step was skipped.
+VALUES = {"identity": {}, "dtype": "float16", "scaler": {"scale": 65536.0}, "skipped": [1, 0]}
+
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Its step, plain values, and whole tensors by name, of however many processes."""
+    """Return step, plain values and whole tensors by name, written by any number of processes."""
     saved = open_checkpoint(path)
     tensors = {name: torch.full(shape, torch.nan) for name, shape in saved.shapes.items()}
     saved.fill(tensors)
@@ -17,23 +20,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path) -> dict[str, Any]:
-    """The same of the newest one of a run's folder."""
+    """Read the newest checkpoint of a run's folder."""
     return read_checkpoint(list_checkpoints(folder / "checkpoints")[-1][1])
-
-
-def write_file_of_0_1(
-    path: Path, step: int, module: torch.nn.Module, optimizer: torch.optim.Optimizer, **more: Any
-) -> None:
-    """A checkpoint as version 0.1 wrote it, or with ``more``; the EMA is the module itself."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = {
-        "step": step,
-        "module": module.state_dict(),
-        "ema": module.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        **more,
-    }
-    torch.save(state, path)
 
 
 def assert_close_checkpoints(
@@ -41,8 +29,9 @@ def assert_close_checkpoints(
 ) -> None:
     """Assert the same step and names, and weights and averages within ``tolerance`` of each tensor's size (at least 1).
 
-    The bias of attention's keys is left out. It adds the same to all scores of a query, so the loss does not depend on
-    it, its gradient is rounding noise, and Adam divides noise by its own size: steps of the learning rate at random.
+    The bias of attention's keys is left out. It adds the same value to all scores of a query, so the loss does not
+    depend on it and its gradient is rounding noise. Adam divides noise by its own size: random steps of the learning
+    rate.
     """
     assert found["step"] == expected["step"]
     assert found["tensors"].keys() == expected["tensors"].keys()

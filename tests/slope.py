@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from far.training.loop import LoopConfig, Meter, Trainer
+from far.training.config import LoopConfig
+from far.training.log import Meter
+from far.training.loop import Trainer
 
 
 class Slope:
@@ -40,7 +42,7 @@ class Slope:
         self.evaluated.append(step)
         return {}
 
-    def publish(self, ema: nn.Module, folder: Path, step: int) -> None:
+    def publish(self, ema: nn.Module, folder: Path, step: int, results: dict[str, Any]) -> None:
         pass
 
 

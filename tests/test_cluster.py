@@ -20,8 +20,10 @@ from far.backbone import CausalConfig, MaskedConfig
 from far.heads import HeadConfig
 from far.model import FAR, PRESETS, ModelConfig, NetworkConfig
 from far.recipe import load_recipe
+from far.training.config import LoopConfig
 from far.training.generator import GeneratorTask
-from far.training.loop import LoopConfig, Meter, Trainer
+from far.training.log import Meter
+from far.training.loop import Trainer
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "imagenet-256"
@@ -81,7 +83,9 @@ from pathlib import Path
 from test_cluster import SMALL, Task
 from far.model import ModelConfig
 from far.processes import joined, leave
-from far.training.loop import LoopConfig, Meter, Trainer
+from far.training.config import LoopConfig
+from far.training.log import Meter
+from far.training.loop import Trainer
 from far.training.parallel import own
 
 with joined() as processes:

@@ -23,7 +23,8 @@ from far.devices import (
 from far.errors import InputError
 from far.precision import resolve_dtype
 from far.processes import Processes
-from far.training.loop import LoopConfig, Trainer, published, resolve_loop
+from far.training.config import LoopConfig
+from far.training.loop import Trainer, published, resolve_loop
 
 CPU = torch.device("cpu")
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}

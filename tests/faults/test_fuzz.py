@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import read_checkpoint, write_file_of_0_1
+from checkpoints import VALUES, read_checkpoint
 from PIL import Image
 from profiles import EXCHANGED
 from safetensors.torch import load_file
@@ -142,9 +142,6 @@ LOADERS = {
         lambda at: read_checkpoint(at / "checkpoints/step-00000007"),
         True,
     ),
-    "checkpoint of 0.1": Loader(
-        "step-00000007.pt", lambda at: read_checkpoint(at / "step-00000007.pt"), True
-    ),
     "MAR": Loader("mar.pth", lambda at: converted(convert_mar, at, "mar.pth", "model"), True),
     "KL-16": Loader("kl16.ckpt", lambda at: converted(convert_kl16, at, "kl16.ckpt", "autoencoder"), True),
     "Inception": Loader("inception.pth", lambda at: inception.load_inception(at / "inception.pth"), True),
@@ -192,7 +189,7 @@ LOADERS = {
     "gzipped IDX": Loader("idx.gz", lambda at: read_idx(at / "idx.gz"), True),
 }
 # Those that CRC-32 tells of damage.
-ZIPS = ("checkpoint of 0.1", "MAR", "KL-16", "Inception", "images .npz", "compressed .npz", "statistics")
+ZIPS = ("MAR", "KL-16", "Inception", "images .npz", "compressed .npz", "statistics")
 META = {
     "kind": "images",
     "size": 16,
@@ -267,10 +264,7 @@ def valid(
     sum(parameter.sum() for parameter in module.parameters()).backward()
     optimizer.step()
     state = {"module": module.state_dict(), "optimizer": optimizer.state_dict()["state"]}
-    save_checkpoint(
-        at / "checkpoints", 7, named_tensors(state), {"scaler": {"scale": 65536.0}, "skipped": [1, 0]}
-    )
-    write_file_of_0_1(at / "step-00000007.pt", 7, module, optimizer)
+    save_checkpoint(at / "checkpoints", 7, named_tensors(state), VALUES)
     shutil.copy(
         Path(__file__).parent.parent / "reference/fixtures/mar_reference_checkpoint.pth", at / "mar.pth"
     )

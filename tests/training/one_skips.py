@@ -1,4 +1,4 @@
-"""A training by several processes of which the second one's loss is not finite in two steps; each writes what became of it."""
+"""Train in two processes. The second one's loss is not finite in two steps. Each writes its state at the end."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ with joined() as processes:
     run_steps(trainer, 12)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.tolist() for name, tensor in trainer.ema.module.state_dict().items()}
-    found = {"skipped": trainer.skipped_steps, "scale": trainer.scaler.get_scale(), "weights": weights}
-    (folder / f"{processes.rank}.json").write_text(json.dumps(found))
+    state = {"skipped": trainer.skipped_steps, "scale": trainer.scaler.get_scale(), "weights": weights}
+    (folder / f"{processes.rank}.json").write_text(json.dumps(state))
     assert all(torch.isfinite(tensor).all() for tensor in trainer.module.state_dict().values())
 leave()

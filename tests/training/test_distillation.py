@@ -24,8 +24,8 @@ from far.files import read_json
 from far.folder import save_autoencoder
 from far.pipeline import Pipeline
 from far.processes import Processes
+from far.training.config import LoopConfig
 from far.training.distillation import DistillationConfig, DistillationTask, draw_spans
-from far.training.loop import LoopConfig
 from far.training.trajectories import GROUP, POINTS, TrajectoryConfig
 
 DEVIATION = 0.5

@@ -1,4 +1,4 @@
-"""The training loop: exact resuming, interruption, divergence, damaged checkpoints, schedules, row order."""
+"""The training loop: exact resuming, interruption, divergence, damaged checkpoints, schedules, data order."""
 
 import json
 import math
@@ -13,19 +13,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import newest, read_checkpoint
+from checkpoints import VALUES, newest, read_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
 from far.cli.main import main
 from far.errors import InputError
 from far.folder import load_autoencoder
+from far.processes import Processes
 from far.recipe import load_recipe
 from far.training import checkpoint
 from far.training.checkpoint import list_checkpoints, save_checkpoint
+from far.training.config import LoopConfig
 from far.training.ema import Ema
+from far.training.epochs import epoch_rows
 from far.training.generator import GeneratorTask
-from far.training.loop import LoopConfig, Meter, Trainer, _step, epoch_rows
+from far.training.log import Meter, TrainingLog
+from far.training.loop import Trainer
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -34,9 +38,8 @@ def make_task(path: Path, *overrides: str) -> tuple[GeneratorTask, LoopConfig, P
     recipe = load_recipe(path, overrides)
     config = recipe.generator
     task = GeneratorTask(
-        config.network, config.sampling, config.evaluation, config.training, label_drop=config.label_drop,
-        images=Path(recipe.data), latents=recipe.latents_folder, autoencoder=load_autoencoder(recipe.autoencoder_folder),
-    )  # fmt: skip
+        config, Path(recipe.data), recipe.latents_folder, load_autoencoder(recipe.autoencoder_folder)
+    )
     return task, config.training, recipe.model_folder
 
 
@@ -48,28 +51,28 @@ def assert_same(a: dict, b: dict) -> None:
         assert torch.equal(tensor, b["tensors"][name]), name
 
 
-# A head that changes its loss on the way, after the training is resumed, and learns guidance.
+# A head whose loss changes after the run is resumed, and which learns guidance.
 FLOW_MAP = ["kind=flow_map", "max_guidance=3.0", "flow_steps=15"]
 
 
 @pytest.mark.parametrize(
     "head", [[], FLOW_MAP, [*FLOW_MAP, "objective=mean_flow"]], ids=["shortcut", "lagrangian", "mean_flow"]
 )
-def test_ten_and_ten_steps_equal_twenty(recipe: Path, tmp_path: Path, head: list[str]) -> None:
+def test_run_resumed_after_ten_steps_equals_an_uninterrupted_one(
+    recipe: Path, tmp_path: Path, head: list[str]
+) -> None:
     overrides = [f"generator.network.head.{override}" for override in head]
-    # Dropout is on in this recipe: its random numbers must resume too.
+    # The recipe uses dropout, whose random numbers must resume too.
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for run in (whole, parts):
         run.mkdir()
         (run / "latents").symlink_to((tmp_path / "run" / "latents").resolve())
-    # A cosine over 20 steps needs the same final step in both, so the first half is cut by hand.
+    # The schedule depends on the number of steps, so the first half is run step by step.
     task, config, folder = make_task(recipe, f"run={whole}", *overrides)
     trainer = Trainer(task, config, folder)
     trainer.run()
     task, config, folder = make_task(recipe, f"run={parts}", *overrides)
     first = Trainer(task, config, folder)
-    from far.training.loop import Meter
-
     for _ in range(10):
         first.train_step(Meter())
     first.save()
@@ -81,7 +84,7 @@ def test_ten_and_ten_steps_equal_twenty(recipe: Path, tmp_path: Path, head: list
     assert_same(newest(whole / "model"), newest(parts / "model"))
 
 
-def test_training_lowers_the_loss_and_the_log_tells(recipe: Path, tmp_path: Path) -> None:
+def test_training_lowers_the_logged_loss(recipe: Path, tmp_path: Path) -> None:
     assert (
         main(["train", str(recipe), "generator.training.steps=150", "generator.training.learning_rate=0.003"])
         == 0
@@ -103,41 +106,50 @@ def test_training_lowers_the_loss_and_the_log_tells(recipe: Path, tmp_path: Path
     assert sorted(path.name for path in (tmp_path / "run/model/samples").iterdir())[-1] == "step-00000150.png"
 
 
-def test_a_run_is_not_overwritten_and_a_finished_one_is_left_alone(
+def test_run_is_neither_overwritten_nor_continued_after_its_last_step(
     recipe: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert main(["train", str(recipe)]) == 0
+    before = newest(recipe.parent / "run" / "model")
+    capsys.readouterr()
     assert main(["train", str(recipe)]) == 2
-    assert "already holds a run at step 20" in capsys.readouterr().err
+    [line] = capsys.readouterr().err.splitlines()
+    assert str(recipe.parent / "run" / "model") in line
+    assert "20" in line
     assert main(["train", str(recipe), "--resume"]) == 0
-    assert "already trained" in capsys.readouterr().out
+    assert_same(newest(recipe.parent / "run" / "model"), before)
 
 
-def test_a_second_training_in_a_folder_is_refused_and_changes_nothing(
+def test_second_training_in_a_folder_is_rejected_and_changes_nothing(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    step, found = Trainer.train_step, []
+    step, outcomes = Trainer.train_step, []
 
     def start_another(trainer: Trainer, meter: Meter) -> None:
         monkeypatch.setattr(Trainer, "train_step", step)
-        (folder / ".model.safetensors.abcdefgh.far").mkdir()  # as if it were just saving
+        (folder / ".model.safetensors.abcdefgh.far").mkdir()  # as while saving
         before = sorted(folder.rglob("*"))
         status = main(["train", str(recipe), "--resume"])
-        found.append((status, capsys.readouterr().err.splitlines()[-1], sorted(folder.rglob("*")) == before))
+        outcomes.append(
+            (status, capsys.readouterr().err.splitlines()[-1], sorted(folder.rglob("*")) == before)
+        )
         step(trainer, meter)
 
     folder = tmp_path / "run" / "model"
     monkeypatch.setattr(Trainer, "train_step", start_another)
     assert main(["train", str(recipe)]) == 0
-    [(status, line, unchanged)] = found
+    [(status, line, unchanged)] = outcomes
     assert (status, unchanged) == (2, True)
-    assert "far: error: " in line  # behind the bar of the first
+    assert "far: error: " in line  # after the first one's progress bar
     assert str(folder) in line
     assert main(["train", str(recipe), "generator.training.steps=21", "--resume"]) == 0
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_ctrl_c_saves_and_resuming_gives_the_uninterrupted_weights(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_is_saved_and_resumes_to_the_uninterrupted_weights(
+    signum: signal.Signals, recipe: Path, tmp_path: Path
+) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for run in (whole, cut):
         run.mkdir()
@@ -156,24 +168,25 @@ def test_ctrl_c_saves_and_resuming_gives_the_uninterrupted_weights(recipe: Path,
     deadline = time.monotonic() + 60
     while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert "interrupted at step" in output
-    assert [line for line in errors.splitlines() if line.startswith("far: ") and "Ctrl-C again" in line]
+    assert process.returncode == 128 + signum
+    [acknowledgment] = [line for line in errors.splitlines() if line.startswith("far: ")]
+    assert "Ctrl-C" in acknowledgment
     step = list_checkpoints(cut / "model" / "checkpoints")[-1][0]
+    assert str(step) in output.splitlines()[-1]
     assert 0 < step < 400
     assert main(["train", str(recipe), f"run={cut}", *steps, "--resume"]) == 0
     assert_same(newest(whole / "model"), newest(cut / "model"))
 
 
-def test_a_second_ctrl_c_stops_at_once_and_leaves_what_was_saved(recipe: Path, tmp_path: Path) -> None:
+def test_second_ctrl_c_stops_at_once_and_keeps_saved_checkpoints(recipe: Path, tmp_path: Path) -> None:
     few = [
         "generator.training.steps=10",
         "generator.training.checkpoint_every=1",
         "generator.training.evaluate_every=5",
     ]
-    # The evaluation after step 5 draws for hours.
+    # The evaluation after step 5 takes hours.
     endless = [*few, "generator.evaluation.images=1000000", "generator.evaluation.references=12"]
     command = [sys.executable, "-m", "far", "train", str(recipe), *endless]
     process = subprocess.Popen(
@@ -183,10 +196,10 @@ def test_a_second_ctrl_c_stops_at_once_and_leaves_what_was_saved(recipe: Path, t
     deadline = time.monotonic() + 120
     while not (checkpoints / "step-00000004").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(1)  # into the evaluation
+    time.sleep(1)  # until evaluation has started
     process.send_signal(signal.SIGINT)
     time.sleep(1)
-    assert process.poll() is None, "the first one waits"
+    assert process.poll() is None, "the first Ctrl-C waits"
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
@@ -197,26 +210,26 @@ def test_a_second_ctrl_c_stops_at_once_and_leaves_what_was_saved(recipe: Path, t
     assert newest(tmp_path / "run/model")["step"] == 10
 
 
-def test_a_diverging_loss_stops_with_step_rate_and_last_checkpoint(
+def test_diverging_run_ends_with_an_error_that_names_its_last_good_checkpoint(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert main(["train", str(recipe)]) == 0
     checkpoint = list_checkpoints(tmp_path / "run/model/checkpoints")[-1][1]
-    # An infinite learning rate makes the weights, and so all losses after the next step, not finite.
+    # A huge learning rate makes the weights, and so all later losses, not finite.
     overrides = [
         "generator.training.steps=60",
         "generator.training.learning_rate=1.0e+38",
         "generator.training.schedule=constant",
     ]
     assert main(["train", str(recipe), *overrides, "--resume"]) == 2
-    message = capsys.readouterr().err
-    assert "not finite in 20 steps in a row, up to step 4" in message
-    assert "learning rate 1e+38" in message
-    assert str(checkpoint) in message
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("far: error: ")
+    for value in ("20", "1e+38", str(checkpoint)):
+        assert value in line
     assert all(torch.isfinite(value).all() for value in newest(tmp_path / "run/model")["tensors"].values())
 
 
-def test_a_cut_checkpoint_is_refused_and_the_one_before_resumes(
+def test_incomplete_checkpoint_is_rejected_and_the_one_before_resumes(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert main(["train", str(recipe)]) == 0
@@ -234,23 +247,22 @@ def test_a_cut_checkpoint_is_refused_and_the_one_before_resumes(
 
 
 @pytest.mark.parametrize("dies", ["evaluate", "publish"])
-def test_a_run_that_dies_in_what_follows_its_last_step_is_not_finished(
-    dies: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_run_that_dies_after_its_last_step_is_resumed_at_that_step(
+    dies: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(task: GeneratorTask, ema: torch.nn.Module, folder: Path, step: int) -> None:
+    def die(task: GeneratorTask, *arguments: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(GeneratorTask, dies, die)
         assert main(["train", str(recipe), "generator.training.checkpoint_every=20"]) == 130
     assert main(["train", str(recipe), "--resume"]) == 0
-    assert "already trained" not in capsys.readouterr().out
     config = json.loads((tmp_path / "run/model/config.json").read_text())
     assert config["training"]["finished steps"] == config["results"]["step"] == 20
     assert (tmp_path / "run/model/samples/step-00000020.png").exists()
 
 
-def test_a_log_goes_on_after_the_checkpoint_without_what_was_not_saved(recipe: Path, tmp_path: Path) -> None:
+def test_resumed_log_continues_at_the_checkpoint(recipe: Path, tmp_path: Path) -> None:
     def entries() -> list[tuple[int, bool]]:
         lines = [json.loads(line) for line in (tmp_path / "run/model/log.jsonl").read_text().splitlines()]
         return [(entry["step"], "loss" in entry) for entry in lines]
@@ -260,16 +272,14 @@ def test_a_log_goes_on_after_the_checkpoint_without_what_was_not_saved(recipe: P
     assert whole == [(5, True), (10, True), (15, True), (20, True), (20, False)]
     shutil.rmtree(
         list_checkpoints(tmp_path / "run/model/checkpoints")[-1][1]
-    )  # as if killed before it was written
+    )  # as if the run was killed before writing it
     with (tmp_path / "run/model/log.jsonl").open("a") as file:
-        file.write('{"time": 1.0, "step": 2')  # and a line cut off
+        file.write('{"time": 1.0, "step": 2')  # an incomplete line
     assert main(["train", str(recipe), "--resume"]) == 0
     assert entries() == whole
 
 
-def test_a_log_that_a_full_disk_cut_off_goes_on(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_log_continues_after_a_full_disk(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     log = tmp_path / "run/model/log.jsonl"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # in bytes; the first line is longer
@@ -277,7 +287,7 @@ def test_a_log_that_a_full_disk_cut_off_goes_on(
         assert main(["train", str(recipe)]) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert f"cannot write {log}: File too large; free some space, then --resume" in capsys.readouterr().err
+    assert str(log) in capsys.readouterr().err.splitlines()[-1]
     assert log.stat().st_size == 100
     assert main(["train", str(recipe), "--resume"]) == 0
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [5, 10, 15, 20, 20]
@@ -295,12 +305,14 @@ def test_a_log_that_a_full_disk_cut_off_goes_on(
         '{"step": 3',
     ],
 )
-def test_a_damaged_line_of_the_log_is_of_no_step(line: str) -> None:
-    assert _step(line + "\n") == math.inf
-    assert _step('{"step": 12, "loss": 0.5}\n') == 12
+def test_damaged_and_later_lines_are_removed_from_a_resumed_log(line: str, tmp_path: Path) -> None:
+    kept = '{"step": 12, "loss": 0.5}\n'
+    (tmp_path / "log.jsonl").write_text(f'{kept}{line}\n{{"step": 21}}\n{kept.rstrip()}')
+    with TrainingLog(tmp_path, LoopConfig(steps=30), 20, Processes()):
+        assert (tmp_path / "log.jsonl").read_text() == kept
 
 
-def test_resuming_with_another_network_is_refused(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+def test_run_is_not_resumed_with_another_network(recipe: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["train", str(recipe)]) == 0
     assert (
         main(
@@ -314,27 +326,29 @@ def test_resuming_with_another_network_is_refused(recipe: Path, capsys: pytest.C
         )
         == 2
     )
-    assert "another model" in capsys.readouterr().err
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "step-00000020" in line
+    assert "head" in line  # the name of the first tensor that differs
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 10):
-        save_checkpoint(tmp_path, step, {"value": torch.tensor(step)}, {})
+        save_checkpoint(tmp_path, step, {"value": torch.tensor(step)}, VALUES)
     assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 10]
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_large_checkpoint_is_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_checkpoint_consists_of_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "_FILE_BYTES", 1000)
     tensors = {f"{number}": torch.randn(100) for number in range(10)}
-    path = save_checkpoint(tmp_path, 1, tensors, {})
+    path = save_checkpoint(tmp_path, 1, tensors, VALUES)
     sizes = [file.stat().st_size for file in path.glob("*.safetensors")]
     assert len(sizes) == 4
     found = read_checkpoint(path)["tensors"]
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
-def test_learning_rate_and_decay_by_part(recipe: Path) -> None:
+def test_learning_rate_and_weight_decay_depend_on_the_part_of_the_model(recipe: Path) -> None:
     overrides = [
         "generator.training.head_learning_rate=2.5e-4",
         "generator.training.schedule=cosine",
@@ -351,8 +365,8 @@ def test_learning_rate_and_decay_by_part(recipe: Path) -> None:
     assert set(found) == set(names.values())
     for name, (rate, decay) in found.items():
         assert rate == (2.5e-4 if name.startswith("head.") else 1e-3)
-        spared = name.endswith("bias") or "norm" in name or name.startswith("head.")
-        assert decay == (0.0 if spared else 0.02), name
+        plain = name.endswith("bias") or "norm" in name or name.startswith("head.")
+        assert decay == (0.0 if plain else 0.02), name
     scales = []
     for step in range(26):
         trainer.step = step
@@ -363,8 +377,6 @@ def test_learning_rate_and_decay_by_part(recipe: Path) -> None:
 
 
 def test_gradient_clipping_bounds_the_gradient(recipe: Path) -> None:
-    from far.training.loop import Meter
-
     task, config, folder = make_task(recipe, "generator.training.gradient_clip=1.0e-3")
     trainer = Trainer(task, config, folder)
     trainer.train_step(Meter())
@@ -396,7 +408,7 @@ def test_every_epoch_visits_every_row_once(rows: int, batch: int, seed: int) -> 
         assert stream[epoch * rows : (epoch + 1) * rows].sort().values.tolist() == list(range(rows))
 
 
-def test_the_loop_refuses_impossible_settings() -> None:
+def test_invalid_loop_settings_are_rejected() -> None:
     for values in ({"steps": 0}, {"batch_size": -1}, {"ema_decay": 1.0}, {"learning_rate": 0.0}):
         with pytest.raises(InputError, match=next(iter(values))):
             LoopConfig(**values)
