@@ -1,16 +1,12 @@
-"""The avatar set: sixteen CC0 drawing styles of DiceBear as classes, one picture a seed.
+"""The avatar set: sixteen CC0 drawing styles of DiceBear as classes, one image per seed.
 
-Every picture is determined by its style and seed string. Seeds below ``HELD_OUT_SEED`` train, those
-from it on are the held-out reference; training pictures that also stand in the reference are removed.
+An image depends on its style and seed only. Seeds below ``HELD_OUT_SEED`` train, all others are the held-out
+reference. Training images that equal one of the reference are removed.
 """
 
 import functools
 import hashlib
-import importlib
-import importlib.metadata
-import io
 import itertools
-import json
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -18,31 +14,38 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from far.data.avatar_styles import HELD_OUT_SEED, STYLES
+from far.data.avatar_styles import (
+    HELD_OUT_SEED,
+    RENDER_SIZE,
+    STYLES,
+    check_packages,
+    render_avatar,
+    renderer_digest,
+)
 from far.data.image_sets import Summary
 from far.data.shards import ShardWriter
 from far.errors import InputError
-from far.files import json_digest, sha256
+from far.files import json_digest
 
 SHARD_ROWS = 2000
-_RENDER_SIZE = 128
+# Images per task of a rendering process.
+_CHUNK = 50
 
 
 def write_avatars(folder: Path, size: int, per_class: int, held_out_per_class: int) -> Summary:
-    """Render the set into ``folder/train`` and ``folder/held-out``; continues where it stopped.
+    """Render the set into ``folder/train`` and ``folder/held-out``, or resume an interrupted rendering.
 
     Args:
         size: side of the square images in pixels; must divide 128.
-        per_class: training pictures a style, at most ``HELD_OUT_SEED``.
-        held_out_per_class: held-out pictures a style.
+        per_class: training images per style, at most ``HELD_OUT_SEED``.
+        held_out_per_class: held-out images per style.
 
     Raises:
-        InputError: a size or count out of range, or the packages of the ``data`` extra are missing.
+        InputError: a size or count is out of range, or a package of the ``data`` extra is missing.
     """
-    if size < 8 or _RENDER_SIZE % size:
+    if size < 8 or RENDER_SIZE % size:
         raise InputError(f"size {size}: avatars are rendered at 8, 16, 32, 64 or 128 pixels")
     if not 1 <= per_class <= HELD_OUT_SEED:
         raise InputError(
@@ -50,7 +53,7 @@ def write_avatars(folder: Path, size: int, per_class: int, held_out_per_class: i
         )
     if held_out_per_class < 1:
         raise InputError(f"held-out-per-class {held_out_per_class}: give at least 1")
-    _styles()
+    check_packages()
     held_out = _render_split(folder / "held-out", size, HELD_OUT_SEED, held_out_per_class, exclude=None)
     train = _render_split(folder / "train", size, 0, per_class, exclude=frozenset(held_out.report["digests"]))
     duplicates = train.report.get("duplicates removed", 0)
@@ -63,25 +66,26 @@ def write_avatars(folder: Path, size: int, per_class: int, held_out_per_class: i
 def _render_split(
     folder: Path, size: int, first_seed: int, seeds: int, exclude: frozenset[str] | None
 ) -> ShardWriter:
-    """Without ``exclude`` this is the reference, and its report remembers what it holds."""
+    """Render one part. Without ``exclude`` it is the reference, and its report lists the digests of its images."""
     meta = {
         "kind": "images", "size": size, "classes": list(STYLES), "source": "DiceBear styles, CC0 1.0",
-        "first_seed": first_seed, "seeds": seeds, "styles or their renderer": _renderer(),
+        "first_seed": first_seed, "seeds": seeds, "styles or their renderer": renderer_digest(),
         "held-out images": json_digest(sorted(exclude)) if exclude is not None else None,
     }  # fmt: skip
     writer = ShardWriter(folder, meta)
     total = seeds * len(STYLES)
     if writer.complete:
         return writer
-    # A row's class turns fastest, so that a set of any length is balanced.
+    # Classes alternate from row to row, so that a set of any length is balanced.
+    processes = min(os.cpu_count() or 1, (total - writer.cursor) // _CHUNK + 1)
     jobs = ((row % len(STYLES), first_seed + row // len(STYLES)) for row in range(writer.cursor, total))
     with (
-        multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool,
+        multiprocessing.get_context("spawn").Pool(processes) as pool,
         tqdm(
             total=total, initial=writer.cursor, desc=f"rendering {folder.name}", unit="img", mininterval=1
         ) as bar,
     ):
-        rendered = pool.imap(functools.partial(render_avatar, size=size), jobs, chunksize=50)
+        rendered = pool.imap(functools.partial(render_avatar, size=size), jobs, chunksize=_CHUNK)
         for batch in _batches(_counted(zip(_classes_from(writer.cursor), rendered), bar), SHARD_ROWS):
             digests = [hashlib.sha256(picture.tobytes()).hexdigest()[:16] for _, picture in batch]
             if exclude is None:
@@ -111,41 +115,3 @@ def _counted(rows: Iterator, bar: tqdm) -> Iterator:
 def _batches(rows: Iterator, size: int) -> Iterator[list]:
     while batch := list(itertools.islice(rows, size)):
         yield batch
-
-
-def render_avatar(job: tuple[int, int], size: int) -> np.ndarray:
-    """One picture ``[size, size, 3]`` uint8 on white; ``job`` is (class, seed)."""
-    import resvg_py
-    from dicebear import Avatar
-
-    label, seed = job
-    name = STYLES[label]
-    svg = Avatar(_styles()[name], {"seed": f"{name}-{seed}", "size": _RENDER_SIZE}).to_string()
-    with Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg))), formats=("PNG",)) as picture:
-        rgba = picture.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, "white")
-    return np.asarray(
-        Image.alpha_composite(white, rgba).convert("RGB").resize((size, size), Image.Resampling.BOX)
-    )
-
-
-def _renderer() -> str:
-    """Return a SHA-256 of the styles and of the versions of what renders them."""
-    folder = Path(next(iter(importlib.import_module("dicebear_styles").__path__)))
-    versions = [importlib.metadata.version(name) for name in ("dicebear-core", "resvg_py")]
-    return json_digest([versions, [sha256(folder / f"{name}.json") for name in STYLES]])
-
-
-@functools.cache
-def _styles() -> dict:
-    try:
-        import dicebear_styles
-        import resvg_py  # noqa: F401
-        from dicebear import Style
-    except ImportError as error:
-        raise InputError(
-            f"rendering avatars needs the package {error.name}; pip install 'far-image[data]'"
-        ) from error
-    folder = Path(next(iter(dicebear_styles.__path__)))
-    styles = {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in STYLES}
-    return {name: Style(style) for name, style in styles.items()}
