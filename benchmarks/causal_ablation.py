@@ -13,20 +13,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.comparison import RESULTS, SETS, SWEEP_COUNT, WORK
 from benchmarks.recorded import TRAIN, Measurements, made
-from benchmarks.results import (
-    RESULTS,
-    SETS,
-    SWEEP_COUNT,
-    WORK,
-    Judge,
-    current,
-    current_rows,
-    generate,
-    generation_of,
-    measure_floors,
-    run,
-)
+from benchmarks.results import Judge, current, current_rows, generate, generation_of, measure_floors, run
 from benchmarks.results_report import replace_block
 from far.evaluation.extraction import extract_parts, read_parts
 from far.evaluation.generated import Generation

@@ -10,11 +10,7 @@ bfloat16.
 import argparse
 import contextlib
 import dataclasses
-import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,11 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.results_report import replace_block
 from far.backbone import MaskedConfig
-from far.benchmark import machine, product_peak
 from far.files import atomic_path
 from far.heads import HeadConfig
 from far.model import FAR, PRESETS, ModelConfig, NetworkConfig
-from far.recipe import load_recipe
 from far.tokens import sample_mask_ratio
 
 DOCUMENT = Path("docs/cluster.md")
@@ -324,101 +318,17 @@ def mar_memory() -> str:
     return f"{total / GB:.0f} GB with 128 images, the micro-batch that MAR's README uses on GPUs of 80 GB.\n"
 
 
-# --- Measurement -------------------------------------------------------------------------------------
-
-WAYS = {"1 process": ("ddp", 1), "2 processes, DDP": ("ddp", 2), "2 processes, FSDP2": ("fsdp", 2)}
-
-
-def models() -> dict[str, tuple[ModelConfig, tuple[int, ...]]]:
-    """Return the measured models, and their images per micro-batch."""
-    avatars = load_recipe("avatars-64").generator.network
-    return {
-        "avatars-64": (ModelConfig(avatars, 16, 8, (8, 8)), (64, 128)),
-        "far-b": (ModelConfig(PRESETS["far-b"]), (1, 4)),
-    }
-
-
-def measured_tables() -> dict[str, str]:
-    """Return the measured tables by name."""
-    of_memory = []
-    for name, (config, batches) in models().items():
-        sizes, kept = sizes_of(config), kept_by(config, 1.0, gpu=False)
-        for images in batches:
-            for way, (parallel, processes) in WAYS.items():
-                # One process accumulates, so that its gradients exist during the forward pass, as with DDP.
-                micro_batches = 1 if parallel == "fsdp" else 2
-                # Return freed memory to the system at once: glibc keeps much of it otherwise.
-                options = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-                found = train(name, images, parallel, processes, micro_batches, steps=2, **options)["bytes"]
-                computed = memory(sizes, kept, images, parallel, processes, micro_batches)
-                row = [
-                    name,
-                    way,
-                    str(images),
-                    f"{computed / GB:.2f}",
-                    f"{found / GB:.2f}",
-                    f"{found / computed:.2f}",
-                ]
-                of_memory.append(row)
-                print(*row, flush=True)
-    return {
-        "measured": table(["model", "processes", "images", "GB computed", "GB measured", "ratio"], of_memory),
-        "speed": measured_speed(),
-    }
-
-
-def measured_speed() -> str:
-    rows = []
-    peak = product_peak(torch.bfloat16)
-    for name, (config, batches) in models().items():
-        seconds = statistics.median(train(name, batches[-1], "ddp", 1, 1, steps=12)["seconds"][2:])
-        rate, work = batches[-1] / seconds, flops(config)
-        rows.append(
-            [
-                name,
-                str(batches[-1]),
-                f"{rate:.3g}",
-                f"{work / 1e9:.2f}",
-                f"{rate * work / 1e9:.0f}",
-                f"{rate * work / peak:.0%}",
-            ]
-        )
-    heading = [
-        "model",
-        "batch",
-        "images/s",
-        "GFLOP per image",
-        "GFLOP/s",
-        f"of the product's {peak / 1e9:.0f}",
-    ]
-    return table(heading, rows) + f"\n{machine()}; median of 10 steps.\n"
-
-
-def train(
-    name: str, images: int, parallel: str, processes: int, micro_batches: int, steps: int, **variables: str
-) -> dict:
-    """Return what ``cluster_process.py`` measures in fresh processes with these environment variables."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        if processes > 1
-        else []
-    )
-    arguments = [name, images, parallel, micro_batches, steps]
-    command = [sys.executable, *launcher, "-m", "benchmarks.cluster_process", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    printed = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    ).stdout
-    return json.loads(printed.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--measure", action="store_true", help="also run training steps")
     arguments = parser.parse_args()
-    tables = {**computed_tables(), **(measured_tables() if arguments.measure else {})}
+    tables = computed_tables()
+    if arguments.measure:
+        from benchmarks.cluster_measured import measured_tables
+
+        tables |= measured_tables()
     text = DOCUMENT.read_text(encoding="utf-8")
     for name, block in tables.items():
         text = replace_block(text, name, block)

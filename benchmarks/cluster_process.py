@@ -16,7 +16,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.cluster import TINY, models
+from benchmarks.cluster import TINY
+from benchmarks.cluster_measured import models
 from far.model import FAR, ModelConfig
 from far.processes import joined, leave
 from far.training.config import LoopConfig

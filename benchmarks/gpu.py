@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_checks import CHECKS
+from benchmarks.gpu_checks import autoencoders, bundled_models, heads
 from benchmarks.gpu_speed import SPEED
+from benchmarks.gpu_training import training
 from far.devices import device_title, resolve_device
 
 ROOT = Path(__file__).resolve().parents[1]
+CHECKS = {"heads": heads, "bundled models": bundled_models, "training": training, "autoencoder": autoencoders}
 
 # Seconds of each part. What one part does not need, the next ones may use.
 PARTS = {

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.gpu_checks import RandomLatents
+from benchmarks.gpu_training import RandomLatents
 from benchmarks.mar_plain import PlainMar
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.backbone import CausalConfig, MaskedConfig

@@ -13,8 +13,9 @@ import time
 
 import torch
 
+from benchmarks.comparison import BATCH_SIZES, DTYPE, MODELS, RESULTS, SETS
 from benchmarks.recorded import Measurements, made, tell_missing
-from benchmarks.results import BATCH_SIZES, DTYPE, MODELS, RESULTS, SETS, best_guidance, generation_of
+from benchmarks.results import best_guidance, generation_of
 from far.benchmark import Row, generate, segments, summary
 from far.pipeline import Pipeline
 

@@ -16,18 +16,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.comparison import RESULTS, SETS, ImageSet
 from benchmarks.recorded import Measurements, made, tell_missing
-from benchmarks.results import (
-    RESULTS,
-    SETS,
-    ImageSet,
-    best_guidance,
-    current,
-    current_rows,
-    generate,
-    generation_of,
-    measure_floors,
-)
+from benchmarks.results import best_guidance, current, current_rows, generate, generation_of, measure_floors
 from benchmarks.results_report import replace_block
 from far.benchmark import FASTEST, measure, rows_of
 from far.evaluation.generated import Generation
@@ -167,9 +158,9 @@ def measure_seconds(store: Measurements, names: list[str], batch: int, rounds: i
         steps = {"ar_steps": [round(AR_STEPS * way.ar_share)], "head_steps": [way.head_steps]}
         rows += rows_of([PRESETS[way.model]], batches=[batch], dtypes=[way.dtype], **steps, **way.sampling)
     report = measure(rows, rounds=rounds)
-    for name, finding in zip(names, report.findings):
-        seconds = {"rounds": finding.image_seconds, "times faster": report.times_faster(finding)}
-        store.keep(f"seconds, batch {batch}", name, {**seconds, **made(), **dataclasses.asdict(finding.row)})
+    for name, result in zip(names, report.results):
+        seconds = {"rounds": result.image_seconds, "times faster": report.times_faster(result)}
+        store.keep(f"seconds, batch {batch}", name, {**seconds, **made(), **dataclasses.asdict(result.row)})
 
 
 def table(values: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.results import MODELS, SETS
+from benchmarks.comparison import MODELS, SETS
 from far.model import FAR, ModelConfig
 from far.recipe import load_recipe
 

@@ -1,0 +1,108 @@
+"""The models and image sets of the comparison in docs/results.md."""
+
+import dataclasses
+from pathlib import Path
+
+from benchmarks.recorded import WEIGHTS
+
+RESULTS = Path("docs/results")
+WORK = Path("runs/results")
+COUNT = 10_000
+SWEEP_COUNT = 2_000
+BATCH = 100
+UNLIMITED = "diffusion without limit"
+BATCH_SIZES = (1, 64)
+DTYPE = "bfloat16"
+GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model of the comparison: how it is trained, and the head steps that it is sampled with.
+
+    ``sweep_steps`` are those of the guidance sweep over ``guidances``; without them the guidance of the model
+    ``guidance_of`` is taken. ``overrides`` are of the recipe's head. Without ``timed`` no seconds are measured.
+    ``weights_of`` is a model whose weights these are too, sampled in another way: with ``passes`` of the backbone.
+    """
+
+    head: str
+    steps: tuple[int | tuple[int, ...], ...]
+    sweep_steps: int | None = None
+    guidances: tuple[float, ...] = GUIDANCES
+    guidance_of: str | None = None
+    recipe: str = ""
+    frozen: bool = False
+    overrides: tuple[str, ...] = ()
+    timed: bool = True
+    weights_of: str | None = None
+    passes: int | None = None
+
+
+# Heads that learn guidance up to 4 are trained as the others, after a quarter of plain flow matching.
+LEARNT = (1.0, 2.0, 3.0, 4.0)
+FLOW_MAP = ("flow_steps=400", "max_guidance=4.0")
+MODELS = {
+    "diffusion": Model("diffusion", (100, 50, 25, 10, 5, (50, 5)), 25),
+    "flow": Model("flow", (32, 8, 4, 2, 1), 8),
+    "shortcut": Model("shortcut", (32, 8, 4, 2, 1), 8),
+    "causal": Model("shortcut", (8, 4, 2, 1), 8, guidances=(1.0, 2.0, 4.0, 6.0, 8.0), recipe="-causal"),
+    # Heads trained on the diffusion model's backbone, which stays as it is.
+    "frozen-shortcut": Model("shortcut", (8, 4), guidance_of="shortcut", frozen=True, timed=False),
+    "frozen-flow": Model("flow", (8,), guidance_of="flow", frozen=True, timed=False),
+    # Heads for one or two steps, guided in two passes of the backbone and in one.
+    "mean-flow": Model("flow_map", (4, 2, 1), 2, LEARNT, passes=2, overrides=FLOW_MAP),
+    "mean-flow-1": Model("flow_map", (4, 2, 1), 2, LEARNT, passes=1, weights_of="mean-flow"),
+    "flow-map": Model(
+        "flow_map",
+        (4, 2, 1),
+        guidance_of="mean-flow",
+        passes=2,
+        overrides=("objective=lagrangian", *FLOW_MAP),
+    ),
+    "flow-map-1": Model("flow_map", (4, 2, 1), guidance_of="mean-flow-1", passes=1, weights_of="flow-map"),
+    "energy": Model("energy", (1,), 1, LEARNT, overrides=("samples_per_token=4",)),
+    # The diffusion model, saved as MAR's checkpoints are, converted and distilled.
+    "distilled": Model("distilled", (4, 2, 1), 2, LEARNT, passes=1),
+}
+# The row that all others are compared with is drawn from further sampling seeds.
+SPREAD = [("diffusion", 100)]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Where a comparison's files are; ``preparation`` makes data, autoencoder and latents from nothing."""
+
+    name: str
+    data: Path
+    preparation: tuple[tuple[str, ...], ...]
+
+    def recipe(self, model: Model) -> str:
+        return f"recipes/comparison/{self.name}{model.recipe}.yaml"
+
+    def weights(self, name: str) -> Path:
+        return WEIGHTS / self.name / (MODELS[name].weights_of or name)
+
+    @property
+    def runs(self) -> Path:
+        return Path("runs/comparison") / self.name
+
+
+SETS = {
+    "avatars-64": ImageSet(
+        "avatars-64",
+        Path("data/avatars-64"),
+        (
+            ("data", "avatars", "data/avatars-64"),
+            ("cache", "recipes/comparison/avatars-64.yaml"),
+        ),
+    ),
+    "fashion-mnist": ImageSet(
+        "fashion-mnist",
+        Path("data/fashion-mnist"),
+        (
+            ("data", "fashion-mnist", "data/fashion-mnist", "--from", "/usr/share/datasets/fashion-mnist"),
+            ("train-autoencoder", "recipes/comparison/fashion-mnist.yaml", "--resume"),
+            ("cache", "recipes/comparison/fashion-mnist.yaml"),
+        ),
+    ),
+}
