@@ -1,4 +1,4 @@
-"""The wheel: what it holds, and that it draws in an environment with nothing else."""
+"""The wheel: its files, and drawing with it in an environment of its declared requirements alone."""
 
 import os
 import shlex
@@ -8,10 +8,13 @@ import tarfile
 import tempfile
 import venv
 import zipfile
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 from PIL import Image
 
 import far
@@ -20,15 +23,15 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_wheel() -> None:
-    """One test, since two builds at a time would write to the same folder."""
-    # Not pytest's own folder, which would keep the last environments of a GB each.
+    """One test, because two builds at a time would write to the same folder."""
+    # pytest's own folder would keep the last environments.
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run(sys.executable, "-m", "build", "--outdir", folder / "dist", ROOT, folder=folder)
         wheel = folder / "dist" / f"far_image-{far.__version__}-py3-none-any.whl"
         holds_the_package_and_nothing_else(wheel)
         source_is_what_builds_the_wheel(wheel.with_name(f"far_image-{far.__version__}.tar.gz"))
-        draws_in_an_empty_environment(wheel, folder)
+        draws_with_declared_requirements_alone(wheel, folder)
 
 
 def holds_the_package_and_nothing_else(wheel: Path) -> None:
@@ -45,7 +48,7 @@ def holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt")
     about = {f"far_image-{far.__version__}.dist-info/{name}" for name in names}
     assert set(zipfile.ZipFile(wheel).namelist()) == package | about
-    assert wheel.stat().st_size < 100e6  # PyPI takes no more
+    assert wheel.stat().st_size < 100e6  # the limit of PyPI
 
 
 def source_is_what_builds_the_wheel(source: Path) -> None:
@@ -55,20 +58,19 @@ def source_is_what_builds_the_wheel(source: Path) -> None:
     assert names - made == {"LICENSE", "MANIFEST.in", "PYPI.md", "README.md", "far", "pyproject.toml"}
 
 
-def draws_in_an_empty_environment(wheel: Path, folder: Path) -> None:
-    """The same pixels as the code of the repository."""
+def draws_with_declared_requirements_alone(wheel: Path, folder: Path) -> None:
+    """The pixels equal those of the repository's code."""
     environment = folder / "environment"
-    venv.create(environment, with_pip=True)
-    run(
-        environment / "bin/python",
-        "-m",
-        "pip",
-        "install",
-        "--constraint",
-        ROOT / "constraints.txt",
-        wheel,
-        folder=folder,
-    )
+    venv.create(environment, with_pip=False)
+    python = environment / "bin/python"
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index")
+    run(*pip, wheel, folder=folder)
+    [packages] = environment.glob("lib/python*/site-packages")
+    [installed] = metadata.distributions(path=[str(packages)])
+    for distribution in requirements(installed, ""):
+        for top in {path.parts[0] for path in distribution.files or [] if path.parts[0] != ".."}:
+            if not (packages / top).exists():
+                (packages / top).symlink_to(Path(str(distribution.locate_file(top))))
     assert run(environment / "bin/far", "--version", folder=folder) == f"far {far.__version__}\n"
     generate = ("generate", "--weights", "avatars-64", "--count", "4", "--out")
     run(environment / "bin/far", *generate, folder / "installed.png", folder=folder)
@@ -79,8 +81,19 @@ def draws_in_an_empty_environment(wheel: Path, folder: Path) -> None:
     encodes_a_folder_of_images_by_a_packaged_recipe(environment / "bin/far", folder)
 
 
+def requirements(distribution: metadata.Distribution, extra: str) -> Iterator[metadata.Distribution]:
+    """Yield what a distribution requires, and what this requires, as installed here; versions must fit."""
+    for requirement in map(Requirement, distribution.requires or []):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+            required = metadata.distribution(requirement.name)
+            assert requirement.specifier.contains(required.version, prereleases=True), requirement
+            yield required
+            for extra_of_it in ("", *requirement.extras):
+                yield from requirements(required, extra_of_it)
+
+
 def encodes_a_folder_of_images_by_a_packaged_recipe(far: Path, folder: Path) -> None:
-    """The recipe by its name, and a copy of it; both take the bundled autoencoder."""
+    """A recipe by its name and a copy of it both use the bundled autoencoder."""
     (folder / "images" / "noise").mkdir(parents=True)
     for number in range(4):
         pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -97,12 +110,12 @@ def encodes_a_folder_of_images_by_a_packaged_recipe(far: Path, folder: Path) -> 
 
 
 def run(*command: Path | str, folder: Path) -> str:
-    """What a command prints, run in a folder and without a path to this repository."""
+    """Return the output of a command, run in a folder and without a path to this repository."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         words = shlex.join(str(word) for word in command)
         pytest.fail(
-            f"{words} failed. It needs a package index: is it reached?\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+            f"{words} failed; the build needs a package index\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         )
     return done.stdout
