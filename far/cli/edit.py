@@ -180,7 +180,7 @@ def _fitted_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _fit(picture: Image.Image, size: tuple[int, int], path: Path) -> Image.Image:
     """A picture at the model's size, as training images are prepared."""
-    from far.data.images import centre_crop
+    from far.data.images import center_crop
 
     height, width = size
     if picture.size == (width, height):
@@ -190,4 +190,4 @@ def _fit(picture: Image.Image, size: tuple[int, int], path: Path) -> Image.Image
             f"{path} has {picture.height}×{picture.width} pixels, the model's images {height}×{width}; "
             "resize it, or give --place LEFT TOP to draw around it"
         )
-    return centre_crop(picture, height)
+    return center_crop(picture, height)

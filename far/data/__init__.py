@@ -1,1 +1,1 @@
-"""Images and latents on disk: where they come from, how they are stored, how they are read."""
+"""Images and latents on disk: sources, storage and reading."""

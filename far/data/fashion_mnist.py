@@ -1,4 +1,4 @@
-"""Fashion-MNIST's four IDX files as an image set: grey photographs of 10 classes, MIT licence."""
+"""Convert Fashion-MNIST's four IDX files to an image set: gray photographs of 10 classes, MIT license."""
 
 import gzip
 import hashlib
@@ -29,20 +29,22 @@ SIZE = 32
 _SHARD_ROWS = 10_000
 _PARTS = {"train": "train", "held-out": "t10k"}
 _UNSIGNED_BYTE = 0x08
-# The largest of the files, unpacked; a few bytes of gzip can stand for any number.
+# Unpacked size of the largest file. Without a limit, a few bytes of gzip could expand to any size.
 _MOST_BYTES = 16 + 60_000 * 28 * 28
 
 
 def write_fashion_mnist(source: Path, folder: Path) -> Summary:
-    """Write ``folder/train`` and ``folder/held-out``: 32×32 (28 padded with black), grey as RGB.
+    """Write ``folder/train`` and ``folder/held-out``: 32×32 (28 padded with black), gray as RGB.
 
-    ``source`` holds the four files under their published names, gzipped or not.
+    Args:
+        source: folder with the four files under their published names, gzipped or not.
+        folder: destination of the image set.
 
     Raises:
-        InputError: a file is missing, cut off, or not what its name says.
+        InputError: a file is missing, truncated, or does not match its name.
     """
     read = {name: _read_part(source, prefix) for name, prefix in _PARTS.items()}
-    meta = {"kind": "images", "size": SIZE, "classes": list(CLASSES), "source": "Fashion-MNIST, MIT licence"}
+    meta = {"kind": "images", "size": SIZE, "classes": list(CLASSES), "source": "Fashion-MNIST, MIT license"}
     writers = {
         name: ShardWriter(folder / name, {**meta, "image files": _content(*arrays)})
         for name, arrays in read.items()
@@ -76,15 +78,16 @@ def _read_part(source: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
     labels = read_idx(_find(source, f"{prefix}-labels-idx1-ubyte"))
     if images.ndim != 3 or images.shape[1:] != (28, 28):
         raise InputError(
-            f"{source}: {prefix} images have shape {images.shape}, not [n, 28, 28]; get the files again"
+            f"{source}: {prefix} images have shape {images.shape}, not [n, 28, 28]. Download the files again."
         )
     if labels.shape != images.shape[:1]:
         raise InputError(
-            f"{source}: {len(images)} {prefix} images but {len(labels)} labels; get the files again"
+            f"{source}: {len(images)} {prefix} images but {len(labels)} labels. Download the files again."
         )
     if labels.max(initial=0) >= len(CLASSES):
         raise InputError(
-            f"{source}: {prefix} has the label {labels.max()}, above {len(CLASSES) - 1}; get the files again"
+            f"{source}: {prefix} has the label {labels.max()}, but the largest is {len(CLASSES) - 1}."
+            " Download the files again."
         )
     return images, labels
 
@@ -94,25 +97,26 @@ def _find(source: Path, name: str) -> Path:
         if path.is_file():
             return path
     raise InputError(
-        f"{source / name}.gz does not exist; install Debian's dataset-fashion-mnist or download the four files"
+        f"{source / name}.gz does not exist. Install Debian's package dataset-fashion-mnist, or download the"
+        " four files."
     )
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An IDX file of unsigned bytes, gzipped or not.
+    """Read an IDX file of unsigned bytes, gzipped or not, as an array of the shape in its header.
 
     Raises:
-        InputError: the file is cut off, damaged, or of another kind.
+        InputError: the file is truncated, damaged, or of another type.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
-            raise ValueError(f"it holds more than {_MOST_BYTES} bytes")
+            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
         zero, kind, dimensions = struct.unpack(">HBB", content[:4])
         shape = struct.unpack(f">{dimensions}I", content[4 : 4 + 4 * dimensions])
         if zero != 0 or kind != _UNSIGNED_BYTE:
-            raise ValueError("its first bytes are not those of an IDX file of unsigned bytes")
+            raise ValueError("its header is not that of an IDX file of unsigned bytes")
         return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise InputError(f"{path} is damaged or no IDX file ({error}); get it again") from error
+        raise InputError(f"{path} is damaged or not an IDX file ({error}). Download it again.") from error

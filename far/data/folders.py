@@ -1,4 +1,4 @@
-"""From a folder of images, one subfolder per class, to an image set with a training and a held-out part."""
+"""Convert a folder of images, one subfolder per class, to an image set: training and held-out part."""
 
 import hashlib
 import itertools
@@ -24,7 +24,7 @@ from far.files import printable, sha256
 
 _SHARD_BYTES = 64 * 2**20
 _HASHED_TOGETHER = 4096
-# Names of the parts of data sets, which are seldom classes.
+# Names of parts of data sets, which are rarely classes.
 _PART_NAMES = frozenset(
     ("train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval", *PARTS)
 )
@@ -42,33 +42,36 @@ def write_folder(
     strict: bool = False,
     keep_colors: bool = False,
 ) -> Summary:
-    """Pack ``source`` into ``folder/train`` and ``folder/held-out``; resume where it stopped.
+    """Pack ``source`` into ``folder/train`` and ``folder/held-out``, or continue an interrupted packing.
 
-    Held-out images are spread evenly over each class's sorted files. Files that cannot be read are named on the standard error and
-    left out, or end the work under ``strict``. If one of them was to be held out, the next readable one of its class takes its place.
+    Held-out images are spread evenly over each class's sorted files. Unreadable files are reported on
+    standard error and skipped, or raise if ``strict``. The next readable file of the class replaces an
+    unreadable held-out one.
 
-    An image set belongs to the names within ``source`` and the contents of the files: a copy of ``source`` can continue it, a
+    An image set is tied to the file names and contents of ``source``: a copy of ``source`` can continue it, a
     changed one cannot.
 
     Args:
         source: folder with one subfolder of images per class.
-        folder: where the image set goes, outside ``source``.
+        folder: destination of the image set, outside ``source``.
         size: side of the square images in pixels, a multiple of 4 from 8 to 1024.
-        held_out_share: share of each class that is held out, above 0 and at most 0.5. Each part gets at least one image.
-        strict: raise on the first file that cannot be read.
-        keep_colors: ignore embedded color profiles instead of converting to sRGB, as ADM's preparation of ImageNet does.
+        held_out_share: fraction of each class to hold out, above 0 and at most 0.5. Each part gets at least
+            one image.
+        strict: raise on the first unreadable file.
+        keep_colors: ignore embedded color profiles instead of converting to sRGB, as ADM prepares ImageNet.
 
     Raises:
-        InputError: a value is out of range, ``source`` has no classes, a class has fewer than two images that can be read,
-            ``folder`` holds a set of other images, or, under ``strict``, a file cannot be read.
+        InputError: a value is out of range, ``source`` has no classes, a class has fewer than two readable
+            images, ``folder`` has a set of other images, or a file is unreadable and ``strict`` is set.
     """
     _check(source, folder, size, held_out_share)
     left_out: Counter[str] = Counter()
     classes, files = find_images(source, left_out)
     held_out, train = _split(files, held_out_share)
     meta = {
-        "kind": "images", "size": size, "classes": classes, "source": str(source), "image files": _content(files, source),
-        "held-out share": held_out_share, "colors": "as stored" if keep_colors else "sRGB",
+        "kind": "images", "size": size, "classes": classes, "source": str(source),
+        "image files": _content(files, source), "held-out share": held_out_share,
+        "colors": "as stored" if keep_colors else "sRGB",
     }  # fmt: skip
     writers = {part: ShardWriter(folder / part, meta) for part in PARTS}
     complete = all(writer.found_complete for writer in writers.values())
@@ -82,7 +85,7 @@ def write_folder(
         left_out.update(writer.report.get("left out", {}))
     ignored = sum(writer.report.get("profiles ignored", 0) for writer in writers.values())
     hints = _hints(source, classes, files) + [
-        f"{ignored} color profiles cannot be used; their colors are taken as sRGB"
+        f"{ignored} color profiles cannot be used. Their colors are read as sRGB."
     ] * bool(ignored)
     return Summary(
         writers["train"].count, writers["held-out"].count, classes, dict(left_out), hints, complete
@@ -91,17 +94,24 @@ def write_folder(
 
 def _check(source: Path, folder: Path, size: int, held_out_share: float) -> None:
     if not 8 <= size <= 1024 or size % 4:
-        raise InputError(f"size {size}: give a multiple of 4 from 8 to 1024")
+        raise InputError(f"size {size} is not valid. Use a multiple of 4 from 8 to 1024.")
     if not 0 < held_out_share <= 0.5:
-        raise InputError(f"held-out-share {held_out_share}: give a number above 0 and at most 0.5")
+        raise InputError(
+            f"held-out-share {held_out_share} is out of range. Use a number above 0 and at most 0.5."
+        )
     if folder.resolve().is_relative_to(source.resolve()):
         raise InputError(
-            f"{folder} lies within the folder of images {source}, where it would be a class; choose a place outside"
+            f"{folder} is inside the folder of images {source}, where it would be a class."
+            " Choose a folder outside."
         )
 
 
 def _split(files: list[File], share: float) -> tuple[list[File], list[File]]:
-    """Return held-out and training files; of each class the nearest whole number to ``share``, evenly spaced."""
+    """Return held-out and training files, spaced evenly within each class.
+
+    Args:
+        share: held-out fraction of each class, rounded to whole files.
+    """
     held_out: list[File] = []
     train: list[File] = []
     for members in _by_class(files):
@@ -131,20 +141,20 @@ def _hash(path: Path) -> str:
     try:
         return sha256(path)
     except OSError:
-        return "unreadable"  # as decoding it will find
+        return "unreadable"  # decoding will report it
 
 
 def _with_both_parts(
     source: Path, held_out: list[File], train: list[File], classes: list[str], read: Read, strict: bool
 ) -> tuple[list[File], list[File], set[File]]:
-    """Make sure that either part of each class can have an image, before anything is written.
+    """Ensure that both parts of each class will have an image, before anything is written.
 
     Returns:
-        Held-out files, training files (if no other can be read, one that was to be held out), and of each class the one training
-        file that must not be held out instead of a broken one.
+        Held-out files; training files, with a held-out one if the class has no other readable file; and one
+        training file per class that must not replace a broken held-out file.
 
     Raises:
-        InputError: a class has fewer than two files that can be read; or, under ``strict``, one of the files tried cannot be.
+        InputError: a class has fewer than two readable files, or a file is unreadable and ``strict`` is set.
     """
 
     def readable(files: Iterable[File]) -> Iterator[File]:
@@ -186,19 +196,19 @@ def _by_class(files: list[File]) -> Iterator[list[File]]:
 
 
 class _Spare:
-    """Training files that can take the place of held-out ones; which of them did so is in the report of the held-out part."""
+    """Training files that can replace broken held-out ones; the held-out part's report lists those used."""
 
     def __init__(self, source: Path, train: list[File], needed: set[File], held_out: ShardWriter) -> None:
         self.source, self.train, self.needed = source, train, needed
         self.report = held_out.report
 
     def __call__(self, broken: File) -> Iterator[File]:
-        """Yield training files of the class of ``broken``, first those that follow it."""
+        """Yield training files of the class of ``broken``, those after it first."""
         same = [file for file in self.left(broken[1]) if file not in self.needed]
         yield from [file for file in same if file > broken] + [file for file in same if file < broken]
 
     def left(self, label: int | None = None) -> list[File]:
-        """Return the training files, of all classes or one, that were not held out instead and did not prove broken on the way."""
+        """Return the unbroken training files of all classes, or one, that replaced no held-out file."""
         files = self.train if label is None else [file for file in self.train if file[1] == label]
         gone = {*self.report.get("taken instead", ()), *self.report.get("skipped", ())}
         return [file for file in files if _name(file[0], self.source) not in gone] if gone else files
@@ -209,7 +219,7 @@ def _name(path: Path, source: Path) -> str:
 
 
 def _shuffled(files: list[File]) -> list[File]:
-    # Mixed classes, so that any leading part of a set is a fair sample; fixed, so that work can resume.
+    # Mix the classes, so that the beginning of a set is a fair sample. A fixed order lets packing resume.
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
     return [files[index] for index in order]
 
@@ -222,7 +232,7 @@ def _fill(
     strict: bool,
     spare: _Spare | None = None,
 ) -> None:
-    """Write the images of ``files`` that are not yet written, of unreadable ones those that ``spare`` has instead, and finish."""
+    """Write the missing images of ``files``, replace unreadable ones by those of ``spare``, and finish."""
     if writer.complete:
         return
     files, size, report = _shuffled(files), writer.index["meta"]["size"], writer.report
@@ -273,7 +283,7 @@ def _reason(error: InputError) -> str:
 def _first_usable(
     file: File, found: Found, others: Iterable[File], read: Read, skip: Callable[[Path, InputError], None]
 ) -> tuple[Path, np.ndarray, bool] | None:
-    """Return the path of ``file`` and what was ``found`` in it, or the same of the first of ``others`` that can be read."""
+    """Return path, pixels and profile flag of ``file``, or of the first readable one of ``others``."""
     for (path, _), result in itertools.chain([(file, found)], ((other, read(other[0])) for other in others)):
         if not isinstance(result, InputError):
             return path, *result
@@ -289,7 +299,7 @@ def _try_read(path: Path, size: int, keep_colors: bool) -> Found:
 
 
 def _hints(source: Path, classes: list[str], files: list[File]) -> list[str]:
-    """Return what to say of classes that may be something else: parts of a data set, or folders of classes."""
+    """Return warnings about classes that may be parts of a data set, or folders of classes."""
     within = [path.relative_to(source).parts for path, _ in files]
     parts = all(name.casefold().rstrip("0123456789-_ ") in _PART_NAMES for name in classes)
     if not parts and any(len(names) < 3 for names in within):
@@ -299,6 +309,5 @@ def _hints(source: Path, classes: list[str], files: list[File]) -> list[str]:
         if parts
         else f"are folders of folders, such as {printable('/'.join(within[0][:2]))}"
     )
-    return [
-        f"the classes {what}; if the folders in them are the classes, run: far data folder {shlex.quote(str(source / classes[0]))} OUT"
-    ]
+    command = f"far data folder {shlex.quote(str(source / classes[0]))} OUT"
+    return [f"the classes {what}. If the folders in them are the classes, run: {command}"]

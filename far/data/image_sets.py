@@ -1,4 +1,4 @@
-"""Reading an image set (``train/`` and ``held-out/`` shards of uint8 images) as tensors for the networks."""
+"""Read an image set (``train/`` and ``held-out/`` shards of uint8 images) as tensors for the networks."""
 
 import dataclasses
 from collections import Counter
@@ -14,21 +14,21 @@ from far.data.shards import INDEX, ShardReader
 from far.errors import InputError
 from far.files import is_plain, json_digest
 
-PARTS = ("held-out", "train")  # in the order in which they are written
+PARTS = ("held-out", "train")  # in the order of writing
 _MOST_NAMES = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What an image set holds and how it came about.
+    """Contents of an image set and the skipped files of its source.
 
     Attributes:
         train: number of training images.
         held_out: number of held-out images.
         classes: names of the classes.
-        left_out: numbers of files or images of the source that are in neither part, by reason.
-        hints: sentences on what may be unintended.
-        already_complete: whether there was nothing left to do.
+        left_out: number of files or images of the source that are in neither part, by reason.
+        hints: sentences about what may be a mistake.
+        already_complete: whether nothing was left to do.
     """
 
     train: int
@@ -39,7 +39,7 @@ class Summary:
     already_complete: bool = False
 
     def __str__(self) -> str:
-        """Return all but the hints in one line."""
+        """Return everything except the hints in one line."""
         names = ", ".join(self.classes[:_MOST_NAMES]) + (", …" if len(self.classes) > _MOST_NAMES else "")
         classes = f"{len(self.classes)} {'class' if len(self.classes) == 1 else 'classes'} ({names})"
         line = f"{self.train} train, {self.held_out} held-out, {classes}"
@@ -52,10 +52,10 @@ class Summary:
 
 
 def open_image_set(folder: Path) -> ShardReader:
-    """One part of an image set, its checksums verified.
+    """Open one part of an image set and verify its checksums.
 
     Raises:
-        InputError: it is missing, unfinished or damaged.
+        InputError: the part is missing, unfinished or damaged.
     """
     reader = ShardReader(folder, "images", verify=True)
     check_meta(reader, source=str)
@@ -66,15 +66,15 @@ def open_image_set(folder: Path) -> ShardReader:
 
 
 def fingerprint(images: ShardReader) -> str:
-    """Return a digest of the classes, size and pixels of one part of an image set, wherever it lies and came from."""
+    """Return a digest of the classes, size and pixels of one part of an image set."""
     return json_digest([images.meta["classes"], images.meta["size"], images.digest])[:16]
 
 
 def open_held_out(data: Path, train: ShardReader) -> ShardReader:
-    """Return the held-out part of the image set ``data``, its checksums verified.
+    """Open the held-out part of the image set ``data`` and verify its checksums.
 
     Raises:
-        InputError: it is missing, unfinished or damaged, or has other classes or another size than ``train``.
+        InputError: it is missing, unfinished or damaged, or its classes or size are not those of ``train``.
     """
     held_out = open_image_set(data / "held-out")
     sides = (train.meta["classes"], str(train.folder), held_out.meta["classes"], str(held_out.folder))
@@ -83,21 +83,23 @@ def open_held_out(data: Path, train: ShardReader) -> ShardReader:
         sizes = (
             f"{train.meta['size']} pixels in {train.folder} and {held_out.meta['size']} in {held_out.folder}"
         )
-        raise InputError(f"images have {sizes}; make the image set again")
+        raise InputError(f"Images have {sizes}. Make the image set again.")
     return held_out
 
 
 def check_meta(reader: ShardReader, **kinds: type) -> None:
-    """Raise an :class:`InputError` unless the index tells size, classes and the ``kinds`` besides."""
+    """Raise an :class:`InputError` unless the index has size, classes and the entries ``kinds``, by type."""
     meta = reader.meta
     for name, kind in {"size": int, "classes": list, **kinds}.items():
         if not isinstance(meta.get(name), kind):
             raise InputError(
-                f"{reader.folder / INDEX} has the {name} {meta.get(name)!r}; remove its folder and make it again"
+                f"{reader.folder / INDEX} has the {name} {meta.get(name)!r}."
+                " Remove its folder and make it again."
             )
     if not all(isinstance(name, str) and is_plain(name) for name in meta["classes"]):
         raise InputError(
-            f"{reader.folder / INDEX}: the classes are {meta['classes']!r}, not names without control characters"
+            f"{reader.folder / INDEX} has the classes {meta['classes']!r}, not names without control"
+            " characters. Remove its folder and make it again."
         )
 
 
@@ -106,10 +108,11 @@ def check_labels(reader: ShardReader) -> None:
     labels = reader.all("labels")
     if not 0 <= labels.min() <= labels.max() < len(reader.meta["classes"]):
         raise InputError(
-            f"{reader.folder}: labels {labels.min()} to {labels.max()} are not all classes; remove it and make it again"
+            f"{reader.folder} has labels from {labels.min()} to {labels.max()} for"
+            f" {len(reader.meta['classes'])} classes. Remove it and make it again."
         )
 
 
 def read_images(reader: ShardReader, rows: Tensor) -> Tensor:
-    """Rows ``[n]`` of an image set as ``[n, 3, h, w]`` float32 in [−1, 1]."""
+    """Return rows ``[n]`` of an image set as ``[n, 3, h, w]`` float32 in [−1, 1]."""
     return reader.rows("images", rows).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()

@@ -1,6 +1,6 @@
-"""Finding and decoding image files (PNG, JPEG, WebP) into square RGB arrays.
+"""Find image files (PNG, JPEG, WebP) and decode them into square RGB arrays.
 
-What is done with the arrays (packing into shards) is in ``far.data.folders``.
+``far.data.folders`` packs the arrays into shards.
 """
 
 import threading
@@ -20,14 +20,17 @@ from far.errors import InputError
 from far.files import is_plain
 from far.pictures import first_line, to_rgb
 
-# Of Pillow's many decoders, one hands the file to another program.
+# Pillow has more decoders, and one of them passes the file to another program.
 _FORMATS = ("PNG", "JPEG", "WEBP")
-# The largest of a file that is decoded; above the second number only one is at a time, as it takes some 20 bytes per pixel.
-_MOST_PIXELS, _MANY_PIXELS = 120_000_000, 16_000_000
-# First bytes of what is often found under the names of images.
+# The largest image that is decoded.
+_MOST_PIXELS = 120_000_000
+# Larger images are decoded one at a time, because decoding takes some 20 bytes per pixel.
+_MANY_PIXELS = 16_000_000
+# First bytes of other formats that are often found under the names of images.
 _OTHER_FORMATS = {
-    b"GIF8": "a GIF", b"BM": "a BMP", b"II*\0": "a TIFF", b"MM\0*": "a TIFF", b"\0\0\0\x0cjP": "a JPEG 2000", b"\xff\x0a": "a JPEG XL",
-    b"8BPS": "a PSD", b"%PDF": "a PDF", b"<": "HTML or SVG", b"version https://git-lfs": "a pointer of Git LFS",
+    b"GIF8": "a GIF", b"BM": "a BMP", b"II*\0": "a TIFF", b"MM\0*": "a TIFF",
+    b"\0\0\0\x0cjP": "a JPEG 2000", b"\xff\x0a": "a JPEG XL", b"8BPS": "a PSD", b"%PDF": "a PDF",
+    b"<": "HTML or SVG", b"version https://git-lfs": "a pointer of Git LFS",
 }  # fmt: skip
 _one_at_a_time = threading.Lock()
 
@@ -35,7 +38,7 @@ T = TypeVar("T")
 
 
 class OtherFormat(InputError):
-    """A file under an image's name holds something that is not decoded: another format of images, or none."""
+    """Raised for a file with an image's name and the content of another format."""
 
 
 def find_images(
@@ -44,17 +47,18 @@ def find_images(
     """Find the images of a folder with one subfolder per class.
 
     Args:
-        left_out: receives the numbers of files that are left out, by reason.
+        left_out: receives the number of skipped files by reason.
 
     Returns:
-        The class names in natural order, and (path, label) of every image, sorted by label and path.
+        Class names in natural order, and (path, label) of every image, sorted by label and path.
 
     Raises:
-        InputError: ``folder`` is not a folder or has no class folders, a class has fewer than two images, is a dead link, or a
-            link to a folder above or another class, or has a name that cannot be printed or differs from another one only in case.
+        InputError: ``folder`` is not a folder or has no class folders; or a class has fewer than two images,
+            is a dead link or a link to a parent folder or another class, or has a name that cannot be printed
+            or differs from another only in case.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; give a folder with one subfolder of images per class")
+        raise InputError(f"{folder} is not a folder. Give a folder with one subfolder of images per class.")
     left_out = Counter() if left_out is None else left_out
     subfolders = class_folders(folder, left_out)
     _check_names(subfolders)
@@ -73,7 +77,8 @@ def find_images(
         left_out.update(others)
     if not subfolders:
         raise InputError(
-            f"{folder} holds no class folders; put the images ({', '.join(SUFFIXES)}) into one subfolder per class"
+            f"{folder} has no class folders."
+            f" Put the images ({', '.join(SUFFIXES)}) into one subfolder per class."
         )
     if too_few:
         raise InputError(few_images(folder, too_few))
@@ -81,11 +86,12 @@ def find_images(
 
 
 def few_images(folder: Path, classes: list[str]) -> str:
-    """Return what to say of described classes in ``folder`` that cannot be both trained on and held out."""
+    """Return the error message for described classes with too few images for both parts."""
     shown = ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
+    count = f"{len(classes)} {'class has' if len(classes) == 1 else 'classes have'}"
     return (
-        f"{folder} has fewer than two images that can be read in {len(classes)} {'class' if len(classes) == 1 else 'classes'}: {shown}; "
-        "add PNG, JPEG or WebP files, or remove the class folders"
+        f"{folder}: {count} fewer than two readable images: {shown}."
+        " Add PNG, JPEG or WebP files, or remove the class folders."
     )
 
 
@@ -94,31 +100,33 @@ def _check_names(subfolders: list[Path]) -> None:
     folders: dict[Path, Path] = {}
     for path in subfolders:
         if not is_plain(path.name):
-            raise InputError(f"class {str(path)!r}: its name cannot be printed; rename the folder")
+            raise InputError(f"The name of the class {str(path)!r} cannot be printed. Rename the folder.")
         other = seen.setdefault(unicodedata.normalize("NFC", path.name).strip().casefold(), path)
         if other is not path:
             raise InputError(
-                f"classes {str(other)!r} and {path.name!r} differ only in case or spaces; rename or merge the folders"
+                f"The classes {str(other)!r} and {path.name!r} differ only in case or spaces."
+                " Rename or merge the folders."
             )
         other = folders.setdefault(path.resolve(), path)
         if other is not path:
             raise InputError(
-                f"classes {str(other)!r} and {path.name!r} are one folder, of which one is a link; remove the link"
+                f"The classes {str(other)!r} and {path.name!r} are the same folder, because one is a link."
+                " Remove the link."
             )
 
 
 def _made_of(path: Path, make: Callable[[Image.Image], T]) -> T:
-    """What ``make`` gives for an image file, which is opened but not decoded; what it raises becomes an :class:`InputError`."""
+    """Return ``make(image)`` for an image file; errors of opening and decoding become :class:`InputError`."""
     try:
         with Image.open(path, formats=_FORMATS) as picture:
             pixels = picture.width * picture.height
             if pixels > _MOST_PIXELS:
                 raise ValueError(
-                    f"it has {picture.width}×{picture.height} pixels, more than {_MOST_PIXELS} in all"
+                    f"it has {picture.width}×{picture.height} pixels, more than {_MOST_PIXELS} in total"
                 )
             if pixels <= _MANY_PIXELS:
                 return make(picture)
-            # In a thread that ends, since what a thread has freed may stay set aside for it.
+            # Decode in a thread that ends, because a thread may keep the memory that it freed.
             with _one_at_a_time, ThreadPoolExecutor(1) as thread:
                 return thread.submit(make, picture).result()
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
@@ -129,15 +137,16 @@ def _made_of(path: Path, make: Callable[[Image.Image], T]) -> T:
         )
         if isinstance(cause, UnidentifiedImageError) and (held := _other_format(path)):
             raise OtherFormat(
-                f"{path} is no readable image (it holds {held}); convert it to PNG, JPEG or WebP, or remove it"
+                f"{path} is not a readable image (it is {held})."
+                " Convert it to PNG, JPEG or WebP, or remove it."
             ) from error
         raise InputError(
-            f"{path} is no readable image ({first_line(cause)}); replace or remove it"
+            f"{path} is not a readable image ({first_line(cause)}). Replace or remove it."
         ) from error
 
 
 def _other_format(path: Path) -> str | None:
-    """Return what a file holds that is not an image of :data:`_FORMATS`, if its first bytes say so."""
+    """Return the name of the file's other format, if its first bytes match one."""
     with path.open("rb") as file:
         start = file.read(24)
     if start[4:8] == b"ftyp":
@@ -146,42 +155,44 @@ def _other_format(path: Path) -> str | None:
 
 
 def decode_image(path: Path, background: str = "white") -> Image.Image:
-    """Read an image file as it is meant to be seen: upright, sRGB, transparency on ``background``.
+    """Read an image file as viewers show it: upright, sRGB, transparency on ``background``.
 
     Raises:
-        InputError: the file cannot be decoded, is no PNG, JPEG or WebP, or is implausibly large.
+        InputError: the file cannot be decoded, is not PNG, JPEG or WebP, or is too large.
     """
     return _made_of(path, lambda picture: to_rgb(picture, background))
 
 
 def read_image(path: Path, size: int, *, keep_colors: bool = False) -> np.ndarray:
-    """Read an image file as ``[size, size, 3]`` uint8: decoded by :func:`far.pictures.to_rgb`, then center-cropped.
+    """Read an image file as ``[size, size, 3]`` uint8, center-cropped. See :func:`far.pictures.to_rgb`.
 
-    ``keep_colors`` ignores embedded color profiles, as ADM's preparation of ImageNet does.
+    Args:
+        keep_colors: ignore embedded color profiles, as ADM prepares ImageNet.
 
     Raises:
-        InputError: the file cannot be decoded, is no PNG, JPEG or WebP, is implausibly large, or is one pixel thin.
+        InputError: the file cannot be decoded, is not PNG, JPEG or WebP, is too large, or is one pixel thin.
     """
     return prepare_image(path, size, keep_colors=keep_colors)[0]
 
 
 def prepare_image(path: Path, size: int, *, keep_colors: bool = False) -> tuple[np.ndarray, bool]:
-    """Return what :func:`read_image` does, and whether a color profile was ignored because it cannot be used."""
+    """Return the pixels of :func:`read_image`, and whether an unusable color profile was ignored."""
 
     def make(picture: Image.Image) -> tuple[np.ndarray, bool]:
-        # The short side becomes the size, and the long one as many times longer.
+        # The short side is scaled to the size, and the long side by the same factor.
         if min(picture.size) < 2 or max(picture.size) > 100 * min(picture.size):
             raise ValueError(f"{picture.width}×{picture.height} pixels are too thin for an image of {size}")
-        pixels = np.asarray(centre_crop(to_rgb(picture, keep_colors=keep_colors), size))
+        pixels = np.asarray(center_crop(to_rgb(picture, keep_colors=keep_colors), size))
         return pixels, not keep_colors and has_unusable_profile(picture)
 
     return _made_of(path, make)
 
 
-def centre_crop(picture: Image.Image, size: int) -> Image.Image:
-    """The central square, scaled to ``size``, as ADM prepares ImageNet.
+def center_crop(picture: Image.Image, size: int) -> Image.Image:
+    """Return the central square scaled to ``size``, as ADM prepares ImageNet.
 
-    Halved by averaging while the short side is at least twice the size, then bicubic to the size, then cut.
+    The image is halved by averaging while the short side is at least twice the size, then scaled bicubically,
+    then cropped.
     """
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)

@@ -1,6 +1,6 @@
-"""The one rule of which files in a folder are images and which subfolders are classes; all else is counted by reason.
+"""Find the image files and class folders of a folder, and count everything else by reason.
 
-Reading the files is in ``far.data.images``.
+``far.data.images`` reads the files.
 """
 
 import os
@@ -11,25 +11,25 @@ from pathlib import Path
 from far.errors import InputError
 from far.files import printable
 
-# The names of files that are read. What a file holds must agree: far.data.images decodes PNG, JPEG and WebP only.
+# Names of image files. far.data.images decodes PNG, JPEG and WebP only, whatever the name.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
-# Made by systems and file managers, not by users; so is every name that begins with a dot, such as "._a.jpg" and ".Trash-1000".
+# Files of systems and file managers. Names that begin with a dot, such as "._a.jpg", are hidden too.
 _SYSTEM_NAMES = frozenset((
-    "__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin", "recycler",
-    "system volume information", "lost+found", "network trash folder", "temporary items", "__pycache__", "thumbs.db", "ehthumbs.db",
-    "desktop.ini", "icon\r",
+    "__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin",
+    "recycler", "system volume information", "lost+found", "network trash folder", "temporary items",
+    "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
 ))  # fmt: skip
-# Reasons that are told in a line.
+# Number of reasons that one line shows.
 _MOST_REASONS = 12
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder of this name is left out whatever it holds."""
+    """Return whether files and folders of this name are always skipped."""
     return name.startswith(".") or name.casefold() in _SYSTEM_NAMES
 
 
 def natural_order(name: str) -> tuple[list[str | int], str]:
-    """Return a sorting key that compares the numbers within names as numbers: 2 before 11, n02 before n10."""
+    """Return a sorting key that compares numbers within names by value: 2 before 11, n02 before n10."""
     parts: list[str | int] = list(re.split("([0-9]+)", name))
     parts[1::2] = map(int, parts[1::2])
     return parts, name
@@ -39,10 +39,10 @@ def class_folders(folder: Path, left_out: Counter[str]) -> list[Path]:
     """Return the subfolders of ``folder`` in natural order, without hidden ones; a subfolder may be a link.
 
     Args:
-        left_out: receives the numbers of hidden files by reason. Files directly in ``folder`` are for the caller.
+        left_out: receives the number of hidden files. Files directly in ``folder`` are not counted.
 
     Raises:
-        InputError: ``folder`` cannot be read, or a subfolder is a dead link or a link to a folder above it.
+        InputError: ``folder`` cannot be read, or a subfolder is a dead link or a link to a parent folder.
     """
     found = []
     for path in _entries(folder):
@@ -51,18 +51,23 @@ def class_folders(folder: Path, left_out: Counter[str]) -> list[Path]:
         elif os.path.isdir(path):
             if folder.resolve().is_relative_to(path.resolve()):
                 raise InputError(
-                    f"class {path} is a link to a folder above it; remove it, or link to the class's images"
+                    f"The class {path} is a link to a folder above it."
+                    " Remove it, or link to the class's images."
                 )
             found.append(path)
         elif path.suffix.lower() not in SUFFIXES and not os.path.exists(path):
             raise InputError(
-                f"class {path} is a link to {os.readlink(path)}, which does not exist; restore or remove it"
+                f"The class {path} is a link to {os.readlink(path)}, which does not exist."
+                " Restore or remove it."
             )
     return sorted(found, key=lambda path: natural_order(path.name))
 
 
 def images_in(folder: Path, left_out: Counter[str]) -> list[Path]:
-    """Return the image files directly in ``folder``, sorted; all others that are not hidden are added to ``left_out``.
+    """Return the image files directly in ``folder``, sorted.
+
+    Args:
+        left_out: receives the number of other files by reason, without hidden ones.
 
     Raises:
         InputError: ``folder`` cannot be read.
@@ -81,10 +86,10 @@ def images_in(folder: Path, left_out: Counter[str]) -> list[Path]:
 def images_within(folder: Path, left_out: Counter[str]) -> list[Path]:
     """Return the image files in ``folder`` and its subfolders, sorted.
 
-    ``folder`` may be a link. Links to folders within it are not followed, since they may lead anywhere, also back.
+    ``folder`` may be a link. Links to folders within it are not followed, because they may lead back.
 
     Args:
-        left_out: receives the numbers of all other files by reason.
+        left_out: receives the number of all other files by reason.
     """
     try:
         found = images_in(folder, left_out)
@@ -103,7 +108,7 @@ def images_within(folder: Path, left_out: Counter[str]) -> list[Path]:
 
 
 def describe(left_out: Counter[str]) -> str:
-    """Return counts by reason in one line, the largest first: ``"20 .tif, 12 hidden"``; rare ones together."""
+    """Return counts by reason in one line, largest first, rare ones combined: ``"20 .tif, 12 hidden"``."""
     ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     rare = sum(count for _, count in ordered[_MOST_REASONS:])
     shown = [f"{count} {printable(reason)}" for reason, count in ordered[:_MOST_REASONS]]
@@ -115,12 +120,12 @@ def _entries(folder: Path) -> list[Path]:
         return list(folder.iterdir())
     except OSError as error:
         raise InputError(
-            f"cannot read the folder {folder}: {error.strerror}; change its permissions or remove it"
+            f"The folder {folder} cannot be read: {error.strerror}. Change its permissions or remove it."
         ) from error
 
 
 def _reason(path: Path) -> str | None:
-    """Return why a file is left out, or ``None`` for one that should be an image."""
+    """Return the reason to skip a file, or ``None`` if it should be an image."""
     if path.is_symlink() and not os.path.exists(path):
         return "dead links"
     if not os.path.isfile(path):

@@ -1,10 +1,10 @@
-"""Sharded safetensors with an index: the one on-disk form of image sets and of latent caches.
+"""Sharded safetensors with an index: the storage format of image sets, latent caches and trajectories.
 
-A folder holds ``index.json`` and ``shard-00000.safetensors``, ``shard-00001.safetensors`` …; every
-tensor's first axis is the row. Shards are written whole and then listed in the index with their
-SHA-256, so writing can stop anywhere and go on later; one that is not listed is written anew.
-Several processes can write one folder together. Reading goes through memory maps.
-What the rows mean (images, moments) is the business of the modules that write them.
+A folder has ``index.json`` and ``shard-00000.safetensors``, ``shard-00001.safetensors`` …; the first axis of
+every tensor is the row. A complete shard is written, then listed in the index with its SHA-256, so writing
+can stop at any time and resume; a shard that is not listed is written again. Several processes can write one
+folder together. Reading uses memory maps. The modules that write the rows (images, moments) define their
+meaning.
 """
 
 import contextlib
@@ -40,27 +40,32 @@ _MADE_BY = {"images": "far data", "moments": "far cache RECIPE", "trajectories":
 _NUMPY_TYPES = {"U8": np.uint8, "I64": np.int64, "F16": np.float16, "F32": np.float32}
 
 
-# Rows of some items of a source, by the names of their tensors, after the number of these items.
+# A number of items of a source, and their rows by tensor name.
 Pieces = Iterable[tuple[int, Mapping[str, torch.Tensor]]]
 
 
 class ShardWriter:
-    """Writes shards one by one; opening the same folder again continues after the last whole one.
+    """Writes shards one by one; a writer for an existing folder continues after its last complete shard.
 
-    ``meta`` describes the rows (kind, classes, size …) and must be the same when a folder is continued, but for ``"source"``,
-    the place that they came from: data are the same if their content is.
-    ``cursor`` counts what the writer's caller has consumed from its own source. ``processes`` open a folder together, and
-    then :meth:`fill` it; the first of them owns the index. ``found_complete`` tells whether nothing was left to write at first.
+    Attributes:
+        cursor: number of items that the caller has consumed from its source.
+        found_complete: whether nothing was left to write when the folder was opened.
+
+    Args:
+        meta: describes the rows (kind, classes, size …). To continue a folder, it must be equal except for
+            ``"source"``, the place of the data: equal content is equal data.
+        processes: ranks that open the folder together and then :meth:`fill` it. Rank 0 owns the index.
 
     Raises:
-        InputError: the folder holds shards that were written with other ``meta``, lacks one of its shards, cannot be written
-            to, is filled by another command, or is not the same for all processes.
+        InputError: the folder has shards written with other ``meta``, lacks one of its shards, is not
+        writable,
+            is being filled by another command, or is not the same for all processes.
     """
 
     def __init__(self, folder: Path, meta: Mapping[str, Any], processes: Processes = Processes()) -> None:
         self.folder, self.processes = folder, processes
         processes.check_shared(folder)
-        # Nobody writes before the first has removed what is left of an earlier start.
+        # All ranks wait until rank 0 has removed the leftovers of an earlier start.
         self.index: dict[str, Any] = processes.first(self._open, dict(meta))
         self.found_complete = self.complete
 
@@ -82,13 +87,13 @@ class ShardWriter:
         if differ:
             theirs, ours = (reprlib.repr(values.get(differ[0])) for values in (index["meta"], wanted))
             raise InputError(
-                f"{self.folder} already holds data made with other settings: {differ[0]} {theirs} there, {ours} now "
-                f"(differing: {', '.join(differ)}); remove it or choose another folder"
+                f"{self.folder} already has data made with other settings: {differ[0]} {theirs} there,"
+                f" {ours} now (differing: {', '.join(differ)}). Remove it or choose another folder."
             )
         for shard in index["shards"]:
             if not (self.folder / shard["file"]).exists():
                 raise InputError(
-                    f"{self.folder / shard['file']} is missing; remove {self.folder} and make it again"
+                    f"{self.folder / shard['file']} is missing. Remove {self.folder} and make it again."
                 )
         return index
 
@@ -98,7 +103,7 @@ class ShardWriter:
 
     @property
     def cursor(self) -> int:
-        """How far into its source the caller had come when the last shard was written."""
+        """Number of items of its source that the caller had consumed when the last shard was written."""
         return int(self.index["cursor"])
 
     @property
@@ -112,23 +117,23 @@ class ShardWriter:
         return self.index["report"]
 
     def write(self, tensors: Mapping[str, torch.Tensor], cursor: int) -> None:
-        """Append one shard of equally many rows a tensor; no rows only moves the cursor."""
+        """Append one shard with the same number of rows in each tensor; without rows only move the cursor."""
         self._list(
             [self._save(len(self.index["shards"]), tensors)] if len(next(iter(tensors.values()))) else [],
             cursor,
         )
 
     def fill(self, total: int, step: int, make: Callable[[range], Pieces], bar: tqdm) -> None:
-        """Write what is missing of a source of ``total`` items, ``step`` of them per shard, and finish.
+        """Write the missing shards of a source and finish.
 
-        In a round each process makes one shard, from its items alone, and then the first lists them. So the files are the
-        same at any number of processes, and a kill costs a round. Ctrl-C costs one process a piece: the pieces that it has
-        become a shorter shard.
+        In each round every process makes one shard from its own items, and then rank 0 lists them. So the
+        files are the same at any number of processes, and a kill loses one round. Ctrl-C with one process
+        loses only the current piece: the finished pieces become a shorter shard.
 
         Args:
-            total: items of the source.
-            step: items of a shard.
-            make: items → pieces of their rows, each with the number of its items. It may move ``bar``.
+            total: number of items in the source.
+            step: number of items per shard.
+            make: items → pieces of their rows, each with its number of items. It may move ``bar``.
             bar: moved to the cursor after each round.
         """
         with self.processes.alone_in(self.folder):
@@ -145,10 +150,10 @@ class ShardWriter:
                 self._list(shards, parts[-1].stop)
                 bar.update(self.cursor - bar.n)
             self.finish()
-        self.processes.wait()  # now all can read it
+        self.processes.wait()  # then all ranks can read the folder
 
     def _save_own(self, parts: list[range], make: Callable[[range], Pieces]) -> dict[str, Any] | None:
-        """Write this process's shard of a round, and return its entry in the index; None if no shard is left for it."""
+        """Write this process's shard of a round and return its index entry, or None if no shard is left."""
         rank, number = self.processes.rank, len(self.index["shards"]) + self.processes.rank
         if rank >= len(parts):
             return None
@@ -165,7 +170,7 @@ class ShardWriter:
         return self._save(number, _joined(pieces))
 
     def _save(self, number: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """Write a shard, and return its entry in the index."""
+        """Write a shard and return its index entry."""
         counts = {name: len(tensor) for name, tensor in tensors.items()}
         assert len(set(counts.values())) == 1, counts
         name = _shard_name(number)
@@ -180,7 +185,7 @@ class ShardWriter:
         self._write_index()
 
     def finish(self) -> None:
-        """Mark the folder as whole, so that it can be read."""
+        """Mark the folder as complete, so that it can be read."""
         self.index["complete"] = True
         self._write_index()
 
@@ -192,11 +197,13 @@ class ShardWriter:
 class ShardReader:
     """Random access to the rows of a finished folder.
 
-    ``kind`` is what ``meta["kind"]`` must say. With ``verify`` every shard's checksum is compared first. ``index_only`` leaves
-    the shards alone, which need not be there until a row is read.
+    Args:
+        kind: expected value of ``meta["kind"]``.
+        verify: compare every shard's checksum first.
+        index_only: read the index alone. Shards need not exist until a row is read.
 
     Raises:
-        InputError: no such folder, another kind, an unfinished folder, or a damaged shard.
+        InputError: the folder does not exist, is unfinished or of another kind, or a shard is damaged.
     """
 
     def __init__(self, folder: Path, kind: str, *, verify: bool = False, index_only: bool = False) -> None:
@@ -204,18 +211,20 @@ class ShardReader:
         if not (folder / INDEX).exists():
             command = _MADE_BY.get(kind, "the command that writes it")
             raise InputError(
-                f"{folder} holds no {kind}: {folder / INDEX} does not exist. Make it first, with {command}"
+                f"{folder} has no {kind}: {folder / INDEX} does not exist. Make it first with {command}."
             )
         index = _read_index(folder / INDEX)
         self.meta: dict[str, Any] = index["meta"]
         if self.meta.get("kind") != kind:
-            raise InputError(f"{folder} holds {self.meta.get('kind', 'no data')!r}, where {kind!r} is needed")
+            raise InputError(
+                f"{folder} has {self.meta.get('kind', 'no data')!r}, not {kind!r}. Give a folder of {kind}."
+            )
         if not index["complete"]:
             command = _MADE_BY.get(kind, "the command that writes it")
             raise InputError(
-                f"{folder} is unfinished. Run {command} again with the same arguments: it continues where it stopped"
+                f"{folder} is unfinished. To complete it, run {command} again with the same arguments."
             )
-        # Identifies the rows, wherever the folder lies.
+        # Identifies the rows, independent of the folder's place.
         self.digest = json_digest([[shard["count"], shard["sha256"]] for shard in index["shards"]])
         self._shards = index["shards"]
         self._starts = np.cumsum([0] + [shard["count"] for shard in self._shards])
@@ -226,7 +235,7 @@ class ShardReader:
 
     @functools.cached_property
     def _maps(self) -> list[dict[str, np.ndarray]]:
-        """The tensors of each shard, mapped on first use."""
+        """Tensors of each shard, mapped on first use."""
         maps: list[dict[str, np.ndarray]] = []
         for shard in self._shards:
             path = self.folder / shard["file"]
@@ -235,24 +244,25 @@ class ShardReader:
                 maps[0]
             ):
                 raise InputError(
-                    f"{path} holds other rows than the index says; remove {self.folder} and make it again"
+                    f"{path} does not have the rows in the index. Remove {self.folder} and make it again."
                 )
         return maps
 
     def require(self, forms: Mapping[str, tuple[type, tuple[int, ...]]]) -> None:
-        """Raise an :class:`InputError` unless each tensor of ``forms`` is there, its rows of such (dtype, shape)."""
+        """Raise an :class:`InputError` unless each tensor of ``forms`` exists with rows of (dtype, shape)."""
         found = _form(self._maps[0]) if self._maps else {}
         for name, (dtype, shape) in forms.items():
             if found.get(name) != (np.dtype(dtype), shape):
                 raise InputError(
-                    f"{self.folder} holds no {name} of {np.dtype(dtype)} {list(shape)}; remove it and make it again"
+                    f"{self.folder} has no {name} of {np.dtype(dtype)} {list(shape)}."
+                    " Remove it and make it again."
                 )
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
-        """The rows ``indices [n]`` of tensor ``name``, in that order: ``[n, …]``."""
+        """Return the rows ``indices [n]`` of tensor ``name``, in that order: ``[n, …]``."""
         order = indices.numpy()
         shards = np.searchsorted(self._starts, order, side="right") - 1
         first = self._maps[0][name]
@@ -263,7 +273,7 @@ class ShardReader:
         return torch.from_numpy(result)
 
     def all(self, name: str) -> torch.Tensor:
-        """Tensor ``name`` over all shards, copied into memory."""
+        """Return tensor ``name`` over all shards, copied into memory."""
         return torch.cat([torch.from_numpy(np.array(tensors[name])) for tensors in self._maps])
 
 
@@ -272,13 +282,13 @@ def _joined(pieces: list[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]
 
 
 def _check_digests(folder: Path, shards: list[dict[str, Any]]) -> None:
-    """Raise an :class:`InputError` if a shard's bytes are not those that were written; the bar appears after two seconds."""
+    """Raise an :class:`InputError` if a checksum differs; a progress bar appears after two seconds."""
     hidden = started_by_torchrun().rank > 0
     for shard in tqdm(shards, f"checking {folder}", unit="shard", delay=2, leave=False, disable=hidden):
         path = folder / shard["file"]
         if not path.exists() or sha256(path) != shard["sha256"]:
             raise InputError(
-                f"{path} is missing or damaged (its checksum differs); remove {folder} and make it again"
+                f"{path} is missing or damaged (its checksum differs). Remove {folder} and make it again."
             )
 
 
@@ -294,7 +304,7 @@ def _read_index(path: Path) -> dict[str, Any]:
         or digest not in (None, json_digest(index))
         or not all(_is_shard(shard, number) for number, shard in enumerate(index["shards"]))
     ):
-        raise InputError(f"{path} is damaged; remove its folder and make it again")
+        raise InputError(f"{path} is damaged. Remove its folder and make it again.")
     return index
 
 
@@ -303,7 +313,7 @@ def _shard_name(number: int) -> str:
 
 
 def _is_shard(shard: Any, number: int) -> bool:
-    """Whether an entry of the index is as a :class:`ShardWriter` made it: no other file, no other folder."""
+    """Return whether an index entry is one of :class:`ShardWriter`, and names no other file or folder."""
     kinds = {"file": str, "count": int, "sha256": str}
     return (
         isinstance(shard, dict)
@@ -321,10 +331,10 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
     """Memory-map every tensor of a safetensors file, read-only.
 
     Raises:
-        InputError: the file is missing, cut off, or not safetensors.
+        InputError: the file is missing, truncated, or not safetensors.
     """
     try:
-        with safe_open(path, "numpy"):  # which checks all that the header says
+        with safe_open(path, "numpy"):  # checks the header
             pass
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -342,5 +352,6 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
         }
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(
-            f"{path} is missing or damaged ({' '.join(str(error).split())}); remove its folder and make it again"
+            f"{path} is missing or damaged ({' '.join(str(error).split())})."
+            " Remove its folder and make it again."
         ) from error

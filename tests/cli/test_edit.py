@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from far.cli.main import main
-from far.data.images import centre_crop
+from far.data.images import center_crop
 
 BOX = ["--redraw", "4", "4", "8", "8"]  # one of the four tokens of 8 × 8 pixels
 
@@ -112,7 +112,7 @@ def test_a_thin_stroke_counts_in_a_mask_of_any_size(
     mask[size[0] // 2 + 5, size[1] // 2 - 7 : size[1] // 2 - 3] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     edited, _ = edit(pipeline_folder, picture, "--mask", tmp_path / "mask.png")
-    scaled = np.asarray(centre_crop(Image.open(picture), 16))
+    scaled = np.asarray(center_crop(Image.open(picture), 16))
     assert changed(scaled, edited) == [[False, False], [True, False]]
 
 

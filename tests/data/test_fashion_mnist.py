@@ -1,4 +1,4 @@
-"""Fashion-MNIST's files, written here in their published format."""
+"""Fashion-MNIST: files are written here in the published format and read back."""
 
 import gzip
 import shutil
@@ -26,11 +26,11 @@ def files(tmp_path: Path) -> Path:
         images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
         labels = (np.arange(count) % 10).astype(np.uint8)
         (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
-        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(idx(labels))  # not gzipped: both are read
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(idx(labels))  # not gzipped: both forms are read
     return folder
 
 
-def test_images_are_padded_and_grey(files: Path, tmp_path: Path) -> None:
+def test_images_are_padded_and_gray(files: Path, tmp_path: Path) -> None:
     summary = write_fashion_mnist(files, tmp_path / "set")
     assert (summary.train, summary.held_out, summary.already_complete) == (30, 10, False)
     raw = gzip.decompress((files / "t10k-images-idx3-ubyte.gz").read_bytes())[16:]
@@ -45,7 +45,7 @@ def test_images_are_padded_and_grey(files: Path, tmp_path: Path) -> None:
     assert reader.meta["classes"] == list(CLASSES)
 
 
-def test_finished_set_is_told_and_other_files_are_refused(files: Path, tmp_path: Path) -> None:
+def test_finished_set_is_reported_and_other_files_are_rejected(files: Path, tmp_path: Path) -> None:
     write_fashion_mnist(files, tmp_path / "set")
     shutil.copytree(files, tmp_path / "copy")
     assert write_fashion_mnist(tmp_path / "copy", tmp_path / "set").already_complete

@@ -1,4 +1,4 @@
-"""Packing an image folder: every readable file once, a fair split, continuing after a stop."""
+"""Packing an image folder: every readable file once, an even split, resuming an interrupted run."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from far.errors import InputError
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """25 one-coloured images in two classes; the colour tells the file."""
+    """25 images in two classes, each of one color that identifies the file."""
     folder = tmp_path / "photos"
     for index in range(25):
         path = folder / ("cats" if index < 5 else "dogs") / f"{index:02d}.png"
@@ -43,14 +43,14 @@ def test_every_image_is_in_one_part(photos: Path, tmp_path: Path) -> None:
     assert sorted(held_out) == [(0, 0), (5, 1), (10, 1), (15, 1), (20, 1)]
     assert (counts.train, counts.held_out, counts.classes, counts.left_out) == (20, 5, ["cats", "dogs"], {})
     assert ShardReader(tmp_path / "set/train", "images").meta["classes"] == ["cats", "dogs"]
-    # Mixed, not class after class.
+    # Classes are mixed.
     assert [label for _, label in train] != sorted(label for _, label in train)
 
 
-def test_a_stopped_run_goes_on_to_the_same_result(
+def test_interrupted_run_resumes_to_the_same_result(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folders, "_SHARD_BYTES", 3 * 8 * 8 * 4)  # four images a shard
+    monkeypatch.setattr(folders, "_SHARD_BYTES", 3 * 8 * 8 * 4)  # four images per shard
     write_folder(photos, tmp_path / "whole", 8)
     calls = 0
     original = folders.prepare_image
@@ -58,7 +58,7 @@ def test_a_stopped_run_goes_on_to_the_same_result(
     def interrupted(path: Path, size: int, *, keep_colors: bool) -> tuple[np.ndarray, bool]:
         nonlocal calls
         calls += 1
-        if calls == 20:  # four to check the classes, two held out, and then training images
+        if calls == 20:  # the first four check the classes, two are held out, the rest is for training
             raise KeyboardInterrupt
         return original(path, size, keep_colors=keep_colors)
 
@@ -86,7 +86,7 @@ def test_broken_files_are_named_and_counted(
 
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.3, 0.35, 0.4, 0.45, 0.5])
-def test_each_class_keeps_the_nearest_whole_number_to_the_share(
+def test_held_out_count_of_each_class_is_rounded_to_the_nearest_whole_number(
     share: float, photos: Path, tmp_path: Path
 ) -> None:
     write_folder(photos, tmp_path / "set", 8, held_out_share=share)
@@ -97,7 +97,7 @@ def test_each_class_keeps_the_nearest_whole_number_to_the_share(
 
 
 @pytest.mark.parametrize("broken", [[0], [0, 1], [0, 2], [0, 1, 2], [1, 2], [5, 6], [10], [24, 0]])
-def test_next_readable_file_is_held_out_instead_of_a_broken_one(
+def test_next_readable_file_replaces_a_broken_held_out_one(
     broken: list[int], photos: Path, tmp_path: Path
 ) -> None:
     for path in photos.rglob("*.png"):
@@ -118,7 +118,7 @@ def test_next_readable_file_is_held_out_instead_of_a_broken_one(
 
 
 @pytest.mark.parametrize("readable", [(0, 1), (0, 2), (2, 4), (3, 4), (0, 4)])
-def test_two_readable_files_go_one_to_either_part(
+def test_two_readable_files_of_a_class_are_split_between_both_parts(
     readable: tuple[int, int], photos: Path, tmp_path: Path
 ) -> None:
     for index in set(range(5)) - set(readable):
@@ -159,22 +159,21 @@ def test_resuming_after_a_replacement_gives_the_same_set(
             assert contents(tmp_path / f"parts-{stop}" / part) == contents(tmp_path / "whole" / part)
 
 
-def test_names_reach_the_terminal_escaped(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_names_are_printed_with_escapes(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     name = b"x\x1b]0;title\x07\n\xc2\x9by\xff.png"
+    escaped = r"x\x1b]0;title\x07\n\x9by\udcff.png"
     with open(os.path.join(os.fsencode(photos), b"dogs", name), "w") as file:
         file.write("no image")
     assert write_folder(photos, tmp_path / "set", 8).left_out == {"broken": 1}
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
-    assert r"x\x1b]0;title\x07\n\x9by\udcff.png is no readable image" in line
+    assert escaped in line
     assert main(["data", "folder", str(photos), str(tmp_path / "strict"), "--size", "8", "--strict"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("far:")]
-    assert r"x\x1b]0;title\x07\n\x9by\udcff.png is no readable image" in line
+    assert escaped in line
 
 
 @pytest.mark.parametrize("readable", [0, 1])
-def test_class_without_two_readable_images_is_refused_before_anything_is_written(
+def test_class_without_two_readable_images_is_rejected_before_anything_is_written(
     readable: int, photos: Path, tmp_path: Path
 ) -> None:
     for path in sorted((photos / "cats").iterdir())[readable:]:
@@ -185,7 +184,7 @@ def test_class_without_two_readable_images_is_refused_before_anything_is_written
 
 
 def recolor(path: Path) -> None:
-    """Another image in a file of the same name, size and times."""
+    """Change the image in a file, but not its name, size and times."""
     before = path.stat()
     content = bytearray(path.read_bytes())
     content[-20] ^= 1
@@ -197,7 +196,7 @@ def recolor(path: Path) -> None:
     "change", ["new", "gone", "renamed", "content", "moved to another class", "moved in the same order"]
 )
 @pytest.mark.parametrize("stopped", [False, True])
-def test_set_of_a_changed_folder_is_refused(
+def test_set_of_a_changed_folder_is_rejected(
     change: str, stopped: bool, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -225,13 +224,13 @@ def test_set_of_a_changed_folder_is_refused(
 
 
 @pytest.mark.parametrize("options", [{"size": 12}, {"held_out_share": 0.4}, {"keep_colors": True}])
-def test_set_of_other_options_is_refused(options: dict, photos: Path, tmp_path: Path) -> None:
+def test_set_made_with_other_options_is_rejected(options: dict, photos: Path, tmp_path: Path) -> None:
     write_folder(photos, tmp_path / "set", 8)
     with pytest.raises(InputError, match=str(tmp_path / "set")):
         write_folder(photos, tmp_path / "set", **{"size": 8, **options})
 
 
-def test_copy_of_the_images_is_the_same_source(photos: Path, tmp_path: Path) -> None:
+def test_copied_folder_counts_as_the_same_source(photos: Path, tmp_path: Path) -> None:
     first = write_folder(photos, tmp_path / "set", 8)
     shutil.copytree(photos, tmp_path / "copy", copy_function=shutil.copyfile)
     os.utime(tmp_path / "copy/cats/00.png", (1, 1))
@@ -240,7 +239,7 @@ def test_copy_of_the_images_is_the_same_source(photos: Path, tmp_path: Path) -> 
     )
 
 
-def test_last_line_names_classes_and_what_is_left_out(
+def test_last_line_names_classes_and_skipped_files(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     Image.new("RGB", (9, 9)).save(photos / "cats" / "a.tif")
@@ -280,7 +279,7 @@ def test_last_line_names_classes_and_what_is_left_out(
     assert line.partition(": ")[2] in again
 
 
-def test_names_of_parts_and_folders_of_folders_are_hinted_at(photos: Path, tmp_path: Path) -> None:
+def test_classes_that_look_like_parts_or_nested_folders_give_a_hint(photos: Path, tmp_path: Path) -> None:
     def hints(name: str) -> str:
         return "\n".join(write_folder(tmp_path / name, tmp_path / f"set of {name}", 8).hints)
 
@@ -292,11 +291,11 @@ def test_names_of_parts_and_folders_of_folders_are_hinted_at(photos: Path, tmp_p
     for name, first in (("parts", "train2017"), ("nested", "xtrain2017"), ("flat", "train2017")):
         assert f"{tmp_path / name / first}" in hints(name)
     shutil.copytree(tmp_path / "parts", tmp_path / "my parts")
-    assert f"'{tmp_path / 'my parts' / 'train2017'}'" in hints("my parts")  # as a shell takes it
+    assert f"'{tmp_path / 'my parts' / 'train2017'}'" in hints("my parts")  # quoted for a shell
 
 
-def test_image_set_within_its_own_source_is_refused(photos: Path) -> None:
-    with pytest.raises(InputError, match="within"):
+def test_image_set_inside_its_own_source_is_rejected(photos: Path) -> None:
+    with pytest.raises(InputError, match=str(photos / "set")):
         write_folder(photos, photos / "set", 8)
     assert not (photos / "set").exists()
 
@@ -313,6 +312,6 @@ def test_unusable_profiles_are_counted(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, -1.0, 0.9])
-def test_shares_out_of_range(share: float, photos: Path, tmp_path: Path) -> None:
+def test_held_out_fraction_out_of_range_is_rejected(share: float, photos: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="held-out-share"):
         write_folder(photos, tmp_path / "set", 8, held_out_share=share)

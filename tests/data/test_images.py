@@ -1,4 +1,4 @@
-"""Decoding: every colour mode, orientation, the crop, and files that are no images."""
+"""Decoding images: color modes, orientation, cropping, and files that are not images."""
 
 import os
 import threading
@@ -13,7 +13,7 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from far.data import images
-from far.data.images import centre_crop, decode_image, find_images, read_image
+from far.data.images import center_crop, decode_image, find_images, read_image
 from far.errors import InputError
 from far.pictures import to_rgb
 
@@ -31,23 +31,23 @@ def test_lossless_files_keep_their_pixels(suffix: str, tmp_path: Path) -> None:
     assert np.array_equal(read_image(tmp_path / f"a{suffix}", 16), gradient(16, 16))
 
 
-def test_modes_become_rgb(tmp_path: Path) -> None:
+def test_every_color_mode_becomes_rgb(tmp_path: Path) -> None:
     rgb = Image.fromarray(gradient(16, 16))
-    grey = np.asarray(rgb.convert("L"))
-    rgb.convert("L").save(tmp_path / "grey.png")
-    assert np.array_equal(read_image(tmp_path / "grey.png", 16), np.repeat(grey[..., None], 3, axis=-1))
+    gray = np.asarray(rgb.convert("L"))
+    rgb.convert("L").save(tmp_path / "gray.png")
+    assert np.array_equal(read_image(tmp_path / "gray.png", 16), np.repeat(gray[..., None], 3, axis=-1))
     rgb.convert("1").save(tmp_path / "bits.png")
     assert set(np.unique(read_image(tmp_path / "bits.png", 16))) == {0, 255}
     rgb.quantize(256).save(tmp_path / "palette.png")
     assert np.abs(read_image(tmp_path / "palette.png", 16).astype(int) - gradient(16, 16)).mean() < 12
     rgb.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
     assert np.abs(read_image(tmp_path / "cmyk.jpg", 16).astype(int) - gradient(16, 16)).mean() < 12
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    assert np.array_equal(read_image(tmp_path / "deep.png", 16)[..., 0], grey)
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    assert np.array_equal(read_image(tmp_path / "deep.png", 16)[..., 0], gray)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_transparency_lies_on_white(mode: str, tmp_path: Path) -> None:
+def test_transparency_is_blended_with_white(mode: str, tmp_path: Path) -> None:
     picture = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     picture.paste((0, 0, 0, 255), (0, 0, 4, 8))
     picture.paste((0, 0, 0, 127), (4, 0, 6, 8))
@@ -59,27 +59,27 @@ def test_transparency_lies_on_white(mode: str, tmp_path: Path) -> None:
 def test_orientation_is_applied(tmp_path: Path) -> None:
     picture = Image.fromarray(gradient(16, 16))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90° clockwise to look upright
+    exif[0x0112] = 6  # upright after a clockwise rotation by 90°
     picture.save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(read_image(tmp_path / "a.png", 16), np.rot90(gradient(16, 16), k=-1))
 
 
-def test_crop_takes_the_centre_and_averages() -> None:
-    assert centre_crop(Image.fromarray(gradient(40, 16)), 16).size == (16, 16)
-    # Both sides are multiples: the crop is the mean over 4×4 boxes of the central square.
+def test_crop_is_the_averaged_center() -> None:
+    assert center_crop(Image.fromarray(gradient(40, 16)), 16).size == (16, 16)
+    # Both sides are multiples of 16, so the crop is the mean over 4×4 boxes of the central square.
     pixels = np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8)
     expected = pixels[:, 32:96].reshape(16, 4, 16, 4, 3).astype(float).mean(axis=(1, 3))
-    assert np.abs(np.asarray(centre_crop(Image.fromarray(pixels), 16)) - expected).max() <= 2  # two roundings
+    assert np.abs(np.asarray(center_crop(Image.fromarray(pixels), 16)) - expected).max() <= 2  # two roundings
 
 
 @pytest.mark.parametrize("size", [(9, 200), (200, 9), (2, 2), (17, 31), (33, 16)])
-def test_any_shape_gives_the_asked_size(size: tuple[int, int], tmp_path: Path) -> None:
+def test_image_of_any_shape_is_read_at_the_requested_size(size: tuple[int, int], tmp_path: Path) -> None:
     Image.fromarray(gradient(*size)).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png", 16).shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "cut", "pixel", "thin", "missing", "bomb"])
-def test_broken_files_are_named(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_the_broken_file(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "broken.png"
     if kind == "text":
         path.write_text("hello")
@@ -98,7 +98,7 @@ def test_broken_files_are_named(kind: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("form", ["EPS", "TIFF", "GIF", "BMP", "PPM", "ICO"])
-def test_other_formats_are_refused_whatever_their_name(
+def test_other_formats_are_rejected_whatever_their_name(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -106,11 +106,11 @@ def test_other_formats_are_refused_whatever_their_name(
     )
     Image.fromarray(gradient(16, 16)).save(tmp_path / "a.png", format=form)
     for read in (decode_image, lambda path: read_image(path, 16)):
-        with pytest.raises(InputError, match=r"a\.png is no readable image"):
+        with pytest.raises(InputError, match=r"a\.png"):
             read(tmp_path / "a.png")
 
 
-def test_the_photographs_of_two_lenses_in_one_jpeg_are_read(tmp_path: Path) -> None:
+def test_jpeg_with_photographs_of_two_lenses_is_read(tmp_path: Path) -> None:
     picture = Image.fromarray(gradient(16, 16))
     picture.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[picture], quality=95)
     with Image.open(tmp_path / "a.jpg") as opened:
@@ -118,23 +118,25 @@ def test_the_photographs_of_two_lenses_in_one_jpeg_are_read(tmp_path: Path) -> N
     assert np.abs(read_image(tmp_path / "a.jpg", 16).astype(int) - gradient(16, 16)).mean() < 3
 
 
-def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 108_000_000 <= images._MOST_PIXELS <= 2 * Image.MAX_IMAGE_PIXELS, "telephones make the first"
+def test_image_of_too_many_pixels_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 108_000_000 <= images._MOST_PIXELS <= 2 * Image.MAX_IMAGE_PIXELS, (
+        "phones take images of 108 megapixels"
+    )
     monkeypatch.setattr(images, "_MOST_PIXELS", 16 * 16)
     for name, height in (("most.png", 16), ("more.png", 17)):
         Image.fromarray(gradient(16, height)).save(tmp_path / name)
     assert read_image(tmp_path / "most.png", 16).shape == (16, 16, 3)
-    monkeypatch.setattr(Image.Image, "load", lambda *arguments: pytest.fail("it was decoded"))
+    monkeypatch.setattr(Image.Image, "load", lambda *arguments: pytest.fail("the image was decoded"))
     for read in (decode_image, lambda path: read_image(path, 16)):
-        with pytest.raises(InputError, match=r"more\.png is no readable image \(it has 16×17 pixels"):
+        with pytest.raises(InputError, match=r"more\.png.*16×17"):
             read(tmp_path / "more.png")
 
 
-def test_large_pictures_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for side in (16, 17):
         Image.fromarray(gradient(side, side)).save(tmp_path / f"{side}.png")
     busy, most, lock = 0, 0, threading.Lock()
-    original = images.centre_crop
+    original = images.center_crop
 
     def slow(picture: Image.Image, size: int) -> Image.Image:
         nonlocal busy, most
@@ -146,7 +148,7 @@ def test_large_pictures_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: p
             busy -= 1
         return original(picture, size)
 
-    monkeypatch.setattr(images, "centre_crop", slow)
+    monkeypatch.setattr(images, "center_crop", slow)
     monkeypatch.setattr(images, "_MANY_PIXELS", 16 * 16)
     for side, expected in ((16, 4), (17, 1)):
         most = 0
@@ -158,7 +160,9 @@ def test_large_pictures_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("mode", "dtype"), [("I;16", "<u2"), ("I;16B", ">u2"), ("I", np.int32), ("F", np.float32)]
 )
-def test_deep_pictures_are_scaled_in_little_memory(mode: str, dtype: str, tmp_path: Path) -> None:
+def test_images_of_more_than_8_bits_are_scaled_in_little_memory(
+    mode: str, dtype: str, tmp_path: Path
+) -> None:
     deep = np.arange(65536).reshape(256, 256)
     for values in (
         deep,
@@ -174,10 +178,10 @@ def test_deep_pictures_are_scaled_in_little_memory(mode: str, dtype: str, tmp_pa
     to_rgb(picture)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 16 * 2048**2, "one float64 a pixel, its quotient and a clipped one are 24 bytes"
+    assert peak < 16 * 2048**2, "one float64 per pixel, its quotient and its clipped copy are 24 bytes"
 
 
-def test_no_pipe_device_or_link_upwards_is_read(tmp_path: Path) -> None:
+def test_pipes_devices_and_links_to_parents_are_not_read(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for name in "ab":
@@ -202,7 +206,7 @@ def test_no_pipe_device_or_link_upwards_is_read(tmp_path: Path) -> None:
     (folder / "also").unlink()
     for above in (Path("/"), tmp_path, folder):
         (folder / "up").symlink_to(above)
-        with pytest.raises(InputError, match=r"up is a link to a folder above"):
+        with pytest.raises(InputError, match=str(folder / "up")):
             find_images(folder)
         (folder / "up").unlink()
 
@@ -239,7 +243,7 @@ def test_every_suffix_of_the_three_formats_is_read(tmp_path: Path) -> None:
         assert np.abs(read_image(path, 16).astype(int) - gradient(16, 16)).mean() < 12
 
 
-def test_all_that_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
+def test_skipped_files_are_counted_by_reason(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     for name in (
         *(
@@ -275,13 +279,13 @@ def test_all_that_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
     assert classes == ["a"]
     assert [path.name for path, _ in files] == ["x.png", "y.png"]
     assert left_out == {
-        "hidden": 8, ".bmp": 1, ".tif": 2, "without a suffix": 1, ".png~": 1, "dead links": 2, "links to folders": 1,
-        "pipes or devices": 1, "outside the class folders": 2,
+        "hidden": 8, ".bmp": 1, ".tif": 2, "without a suffix": 1, ".png~": 1, "dead links": 2,
+        "links to folders": 1, "pipes or devices": 1, "outside the class folders": 2,
     }  # fmt: skip
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
-def test_what_may_not_be_read_is_counted_or_refused(tmp_path: Path) -> None:
+def test_unreadable_files_are_counted_and_an_unreadable_class_is_rejected(tmp_path: Path) -> None:
     for name in ("a/x.png", "a/y.png", "a/z.png", "a/deep/w.png", "b/x.png", "b/y.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -295,7 +299,7 @@ def test_what_may_not_be_read_is_counted_or_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["empty", "bmp", "dead links", "hidden", "one"])
-def test_class_that_would_vanish_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+def test_class_without_images_is_rejected_by_name(kind: str, tmp_path: Path) -> None:
     for name in ("ant/x.png", "ant/y.png", "cow/x.png", "cow/y.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -312,7 +316,7 @@ def test_class_that_would_vanish_is_refused_by_name(kind: str, tmp_path: Path) -
     assert "ant" not in str(error.value)
 
 
-def test_class_folder_that_is_a_dead_link_is_refused(tmp_path: Path) -> None:
+def test_class_folder_that_is_a_dead_link_is_rejected(tmp_path: Path) -> None:
     for name in ("ant/x.png", "ant/y.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -322,13 +326,14 @@ def test_class_folder_that_is_a_dead_link_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [("Cat", "cat"), ("caf\u00e9", "cafe\u0301"), ("cat", "cat ")])
-def test_classes_that_look_the_same_are_refused(names: tuple[str, str], tmp_path: Path) -> None:
+def test_classes_that_look_the_same_are_rejected(names: tuple[str, str], tmp_path: Path) -> None:
     for name in names:
         for file in "xy":
             (tmp_path / name).mkdir(exist_ok=True)
             (tmp_path / name / f"{file}.png").touch()
-    with pytest.raises(InputError, match="classes"):
+    with pytest.raises(InputError) as error:
         find_images(tmp_path)
+    assert all(name in str(error.value) for name in names)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +345,7 @@ def test_classes_that_look_the_same_are_refused(names: tuple[str, str], tmp_path
         ("a.jpg", b"\0\0\0\x20ftypheic"),
     ],
 )
-def test_what_a_file_holds_instead_of_an_image_is_said(name: str, content: bytes, tmp_path: Path) -> None:
+def test_error_for_a_file_of_another_format_names_the_file(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content + bytes(100))
     with pytest.raises(images.OtherFormat, match=name):
         read_image(tmp_path / name, 16)

@@ -27,10 +27,10 @@ from far.pipeline import Pipeline
 from far.sampling import SamplingConfig
 
 
-class MeanColours:
-    """A small real extractor: the mean of each colour in each quarter, and of its square."""
+class MeanColors:
+    """A small real extractor: the mean of each color in each quarter, and of its square."""
 
-    name = "mean colours"
+    name = "mean colors"
     digest = "1" * 64
     dimensions = 24
 
@@ -46,7 +46,7 @@ class MeanColours:
         return 10 * features[:, :3]
 
 
-class NamedInception(MeanColours):
+class NamedInception(MeanColors):
     name = FID_NETWORK
 
 
@@ -58,7 +58,7 @@ def random_images(rows: range, step: object = None, seed: int = 0) -> Tensor:
 
 
 def test_parts_are_the_features_in_order(tmp_path: Path) -> None:
-    network = MeanColours()
+    network = MeanColors()
     extract_parts(tmp_path, 250, random_images, network, keep_images=True)
     assert [len(rows) for rows in part_ranges(250)] == [PART, PART, 250 - 2 * PART]
     images = (random_images(range(250)) * 255).round()
@@ -68,7 +68,7 @@ def test_parts_are_the_features_in_order(tmp_path: Path) -> None:
 
 def test_features_are_those_of_eight_bits(tmp_path: Path) -> None:
     """So a model's images score the same directly and from a file."""
-    network = MeanColours()
+    network = MeanColors()
     extract_parts(tmp_path / "exact", 5, random_images, network, keep_images=True)
     images = read_parts(tmp_path / "exact", 5, "images").numpy()
     np.savez(tmp_path / "saved.npz", arr_0=images)
@@ -77,7 +77,7 @@ def test_features_are_those_of_eight_bits(tmp_path: Path) -> None:
 
 
 def test_only_missing_parts_are_computed(tmp_path: Path) -> None:
-    network = MeanColours()
+    network = MeanColors()
     extract_parts(tmp_path, 350, random_images, network)
     whole = read_parts(tmp_path, 350)
     part_path(tmp_path, part_ranges(350)[1]).unlink()
@@ -93,7 +93,7 @@ def test_only_missing_parts_are_computed(tmp_path: Path) -> None:
 
 
 def test_processes_share_the_parts(tmp_path: Path) -> None:
-    single, networks = MeanColours(), [MeanColours() for _ in range(3)]
+    single, networks = MeanColors(), [MeanColors() for _ in range(3)]
     extract_parts(tmp_path / "single", 530, random_images, single)
     for rank, network in enumerate(networks):
         extract_parts(tmp_path / "shared", 530, random_images, network, share=(rank, 3))
@@ -109,12 +109,12 @@ def test_an_interruption_loses_one_part_at_most(tmp_path: Path) -> None:
         return random_images(rows)
 
     with pytest.raises(KeyboardInterrupt):
-        extract_parts(tmp_path, 400, failing, MeanColours())
+        extract_parts(tmp_path, 400, failing, MeanColors())
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_nan_features_name_the_image(tmp_path: Path) -> None:
-    class Broken(MeanColours):
+    class Broken(MeanColors):
         def __call__(self, images: Tensor) -> Tensor:
             features = super().__call__(images)
             features[37 % len(features), 2] = float("nan")
@@ -126,7 +126,7 @@ def test_nan_features_name_the_image(tmp_path: Path) -> None:
 
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
-    extract_parts(tmp_path, 50, random_images, MeanColours())
+    extract_parts(tmp_path, 50, random_images, MeanColors())
     path = part_path(tmp_path, range(50))
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match=r"part-00000000-50\.safetensors is missing or damaged"):
@@ -134,7 +134,7 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
 
 
 def test_reference_features_are_computed_once(tmp_path: Path, image_set: Path) -> None:
-    network = MeanColours()
+    network = MeanColors()
     first = open_reference(image_set, network, tmp_path)
     assert network.seen == 12
     second = open_reference(image_set, network, tmp_path)
@@ -144,14 +144,14 @@ def test_reference_features_are_computed_once(tmp_path: Path, image_set: Path) -
     other = NamedInception()
     open_reference(image_set, other, tmp_path)
     assert other.seen == 12, "another network's features were taken"
-    retrained = MeanColours()
+    retrained = MeanColors()
     retrained.digest = "2" * 64
     open_reference(image_set, retrained, tmp_path)
     assert retrained.seen == 12, "the features of other weights were taken"
 
 
 def test_a_statistics_file_equals_its_images(tmp_path: Path, image_set: Path) -> None:
-    network = MeanColours()
+    network = MeanColors()
     direct = open_reference(image_set, network, tmp_path / "cache")
     assert direct.features is not None
     write_statistics(tmp_path / "statistics.npz", network, direct.features)
@@ -165,23 +165,23 @@ def test_a_statistics_file_equals_its_images(tmp_path: Path, image_set: Path) ->
 
 
 def test_statistics_of_another_network_are_refused(tmp_path: Path) -> None:
-    write_statistics(tmp_path / "statistics.npz", MeanColours(), torch.rand(30, 24))
+    write_statistics(tmp_path / "statistics.npz", MeanColors(), torch.rand(30, 24))
     with pytest.raises(
-        InputError, match=r"statistics\.npz holds statistics of mean colours, not of Inception-v3"
+        InputError, match=r"statistics\.npz holds statistics of mean colors, not of Inception-v3"
     ):
         open_reference(tmp_path / "statistics.npz", NamedInception(), tmp_path)
-    retrained = MeanColours()
+    retrained = MeanColors()
     retrained.digest = "2" * 64
     with pytest.raises(
-        InputError, match=r"statistics\.npz holds statistics of mean colours with other weights"
+        InputError, match=r"statistics\.npz holds statistics of mean colors with other weights"
     ):
         open_reference(tmp_path / "statistics.npz", retrained, tmp_path)
 
 
 def test_statistics_are_written_whole_under_any_name(tmp_path: Path) -> None:
-    write_statistics(tmp_path / "STATISTICS.NPZ", MeanColours(), torch.rand(30, 24))
+    write_statistics(tmp_path / "STATISTICS.NPZ", MeanColors(), torch.rand(30, 24))
     assert [path.name for path in tmp_path.iterdir()] == ["STATISTICS.NPZ"]
-    assert open_reference(tmp_path / "STATISTICS.NPZ", MeanColours(), tmp_path).count == 30
+    assert open_reference(tmp_path / "STATISTICS.NPZ", MeanColors(), tmp_path).count == 30
 
 
 def test_adms_statistics_are_inceptions(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_adms_statistics_are_inceptions(tmp_path: Path) -> None:
     features = torch.rand(60, 24, dtype=torch.float64)
     np.savez(tmp_path / "adm.npz", mu=features.mean(dim=0).numpy(), sigma=features.T.cov().numpy())
     with pytest.raises(InputError, match="statistics of Inception-v3"):
-        open_reference(tmp_path / "adm.npz", MeanColours(), tmp_path)
+        open_reference(tmp_path / "adm.npz", MeanColors(), tmp_path)
     reference = open_reference(tmp_path / "adm.npz", NamedInception(), tmp_path)
     assert reference.features is None
     assert reference.count is None, "a count was made up"
@@ -207,7 +207,7 @@ def test_adms_reference_batch_gives_statistics_and_features(tmp_path: Path) -> N
     assert reference.features is not None
     assert reference.features.shape == (9, 24)
     np.testing.assert_allclose(reference.statistics.mean, np.full(24, 0.25))
-    other = open_reference(tmp_path / "batch.npz", MeanColours(), tmp_path)
+    other = open_reference(tmp_path / "batch.npz", MeanColors(), tmp_path)
     assert other.statistics.count == 9
 
 
@@ -222,11 +222,11 @@ def test_adms_reference_batch_gives_statistics_and_features(tmp_path: Path) -> N
     ],
 )
 def test_names_of_networks_that_are_none(name: str, value: np.ndarray, tmp_path: Path) -> None:
-    write_statistics(tmp_path / "a.npz", MeanColours(), torch.rand(30, 24))
+    write_statistics(tmp_path / "a.npz", MeanColors(), torch.rand(30, 24))
     with np.load(tmp_path / "a.npz") as arrays:
         np.savez(tmp_path / "b.npz", **{**arrays, name: value})
     with pytest.raises(InputError, match=r"b\.npz: the name of its network is damaged"):
-        open_reference(tmp_path / "b.npz", MeanColours(), tmp_path)
+        open_reference(tmp_path / "b.npz", MeanColors(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -281,23 +281,23 @@ def test_figures_are_the_metrics() -> None:
         5 + torch.rand(120, 24, generator=generator),
         5 + torch.rand(150, 24, generator=generator) * 1.1,
     )
-    found = report(fake, reference_of(real), MeanColours())
+    found = report(fake, reference_of(real), MeanColors())
     assert found.warnings == []
     figures = found.figures
-    assert figures["FD (mean colours)"] == frechet_distance(
+    assert figures["FD (mean colors)"] == frechet_distance(
         FeatureStatistics.of(fake), FeatureStatistics.of(real)
     )
     overlap = dataclasses.asdict(Neighborhoods(real).overlap(fake))
-    assert {key: figures[f"{key} (mean colours)"] for key in overlap} == overlap
-    assert figures["KID (mean colours)"] == pytest.approx(
+    assert {key: figures[f"{key} (mean colors)"] for key in overlap} == overlap
+    assert figures["KID (mean colors)"] == pytest.approx(
         kernel_distance(fake, real, generator).value, abs=1e-9
     )
-    score = inception_score(MeanColours().logits(fake), generator, splits=1)
-    assert figures["IS (mean colours)"] == pytest.approx(score.value)
+    score = inception_score(MeanColors().logits(fake), generator, splits=1)
+    assert figures["IS (mean colors)"] == pytest.approx(score.value)
     assert score.value > 1.2
     assert "FID" not in figures
     assert "FID" in report(fake, reference_of(real), NamedInception()).figures
-    assert report(fake, reference_of(real), MeanColours()) == found, "one seed, other figures"
+    assert report(fake, reference_of(real), MeanColors()) == found, "one seed, other figures"
 
 
 def test_spreads_are_reported_only_if_there_are_images_enough() -> None:
@@ -311,7 +311,7 @@ def test_spreads_are_reported_only_if_there_are_images_enough() -> None:
     assert many["KID standard error (three)"] > 0
 
 
-class ThreeFeatures(MeanColours):
+class ThreeFeatures(MeanColors):
     """The mean of each color."""
 
     name = "three"
@@ -350,7 +350,7 @@ def test_controls_do_not_depend_on_the_images_compared() -> None:
 
 @pytest.mark.parametrize(("count", "reference_count"), [(200, 3000), (3000, 3000), (3000, 400)])
 def test_floor_is_the_distance_of_real_images(count: int, reference_count: int) -> None:
-    found = report(normal(count, 1), reference_of(normal(reference_count, 0)), MeanColours())
+    found = report(normal(count, 1), reference_of(normal(reference_count, 0)), MeanColors())
     assert found.warnings == []
     fresh = [
         frechet_distance(
@@ -358,30 +358,30 @@ def test_floor_is_the_distance_of_real_images(count: int, reference_count: int) 
         )
         for seed in range(10, 30, 2)
     ]
-    assert found.figures["floor of FD (mean colours)"] == pytest.approx(sum(fresh) / len(fresh), rel=0.25)
+    assert found.figures["floor of FD (mean colors)"] == pytest.approx(sum(fresh) / len(fresh), rel=0.25)
 
 
 def test_floor_without_features_is_that_of_the_statistics() -> None:
     real = FeatureStatistics.of(normal(20_000, 0))
-    found = report(normal(300, 1), Reference("real", "0", real, None, None, None), MeanColours())
-    assert found.figures["floor of FD (mean colours)"] == pytest.approx(
-        found.figures["FD (mean colours)"], rel=0.25
+    found = report(normal(300, 1), Reference("real", "0", real, None, None, None), MeanColors())
+    assert found.figures["floor of FD (mean colors)"] == pytest.approx(
+        found.figures["FD (mean colors)"], rel=0.25
     )
 
 
 def test_few_images_are_warned_of_with_their_bias() -> None:
-    found = report(normal(12, 1), reference_of(normal(3000, 0)), MeanColours())
+    found = report(normal(12, 1), reference_of(normal(3000, 0)), MeanColors())
     assert len(found.warnings) == 1
     assert "12 images" in found.warnings[0]
     # Both are real: all of the distance is bias.
-    assert found.figures["floor of FD (mean colours)"] == pytest.approx(
-        found.figures["FD (mean colours)"], rel=0.3
+    assert found.figures["floor of FD (mean colors)"] == pytest.approx(
+        found.figures["FD (mean colors)"], rel=0.3
     )
 
 
 def test_no_more_than_the_whole_distance_is_called_bias() -> None:
-    found = report(normal(12, 1), reference_of(normal(12, 1)), MeanColours())
-    floor, distance = found.figures["floor of FD (mean colours)"], found.figures["FD (mean colours)"]
+    found = report(normal(12, 1), reference_of(normal(12, 1)), MeanColors())
+    floor, distance = found.figures["floor of FD (mean colors)"], found.figures["FD (mean colors)"]
     assert floor > distance + 1  # the same images on both sides
     assert len(found.warnings) == 2  # few images, and a small reference
     assert all(f"{distance:.1f} is bias" in warning for warning in found.warnings)
@@ -389,33 +389,33 @@ def test_no_more_than_the_whole_distance_is_called_bias() -> None:
 
 def test_a_small_reference_is_warned_of_with_its_bias() -> None:
     real, fake = normal(12, 0), normal(3000, 1)
-    found = report(fake, reference_of(real), MeanColours())
+    found = report(fake, reference_of(real), MeanColors())
     assert len(found.warnings) == 1
     assert "reference's 12 images" in found.warnings[0]
-    assert found.figures["bias of FD (mean colours) by the reference"] == pytest.approx(
-        found.figures["FD (mean colours)"], rel=0.3
+    assert found.figures["bias of FD (mean colors) by the reference"] == pytest.approx(
+        found.figures["FD (mean colors)"], rel=0.3
     )
-    assert len(report(fake[:10], reference_of(real), MeanColours()).warnings) == 2
+    assert len(report(fake[:10], reference_of(real), MeanColors()).warnings) == 2
 
 
 def test_too_few_images_on_a_side_are_refused() -> None:
     for count, reference_count in ((3, 40), (40, 5)):
         with pytest.raises(InputError, match=f"got {count} and {reference_count}"):
-            report(torch.rand(count, 24), reference_of(torch.rand(reference_count, 24)), MeanColours())
+            report(torch.rand(count, 24), reference_of(torch.rand(reference_count, 24)), MeanColors())
     assert (
-        report(torch.rand(4, 24), reference_of(torch.rand(6, 24)), MeanColours()).figures["FD (mean colours)"]
+        report(torch.rand(4, 24), reference_of(torch.rand(6, 24)), MeanColors()).figures["FD (mean colors)"]
         > 0
     )
     statistics_only = Reference("real", "0", FeatureStatistics.of(torch.rand(40, 24)), None, 40, None)
     with pytest.raises(InputError, match="got 1"):
-        report(torch.rand(1, 24), statistics_only, MeanColours())
+        report(torch.rand(1, 24), statistics_only, MeanColors())
 
 
 def test_generated_features_do_not_depend_on_batches_or_processes(
     tmp_path: Path, pipeline_folder: Path
 ) -> None:
     pipeline = Pipeline.from_pretrained(pipeline_folder)
-    network = MeanColours()
+    network = MeanColors()
     generation = Generation(str(pipeline_folder), SamplingConfig(ar_steps=2, head_steps=1), 7, "float32")
     extract_generated(tmp_path / "a", 130, pipeline, generation, network, batch_size=64)
     for rank in (0, 1):
@@ -432,7 +432,7 @@ def test_generated_features_do_not_depend_on_batches_or_processes(
 
 
 def test_every_change_has_parts_of_its_own(tmp_path: Path, pipeline_folder: Path) -> None:
-    network = MeanColours()
+    network = MeanColors()
     base = Generation(str(pipeline_folder), SamplingConfig(), 0, "float32")
     others = [
         Generation(str(pipeline_folder), SamplingConfig(guidance=2.0), 0, "float32"),
@@ -450,9 +450,9 @@ def test_every_change_has_parts_of_its_own(tmp_path: Path, pipeline_folder: Path
 
 def test_linear_classifier_separates_separable_classes() -> None:
     generator = torch.Generator().manual_seed(0)
-    centres = 3 * torch.randn(4, 10, generator=generator)
+    centers = 3 * torch.randn(4, 10, generator=generator)
     labels = torch.arange(400) % 4
-    features = centres[labels] + torch.randn(400, 10, generator=generator)
+    features = centers[labels] + torch.randn(400, 10, generator=generator)
     classifier = LinearClassifier(features[:300], labels[:300])
     assert classifier.accuracy(features[300:], labels[300:]) > 0.95
     assert classifier.accuracy(features[300:], (labels[300:] + 1) % 4) < 0.05

@@ -16,7 +16,7 @@ def network() -> FeatureNetwork:
 
 
 def pictures(count: int, size: int, seed: int = 0) -> Tensor:
-    """Smooth random colours with some fine detail, in [0, 1]."""
+    """Smooth random colors with some fine detail, in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
     coarse = F.interpolate(torch.rand(count, 3, 5, 5, generator=generator), size=(size, size), mode="bicubic")
     return (coarse + 0.1 * torch.randn(count, 3, size, size, generator=generator)).clamp(0, 1)

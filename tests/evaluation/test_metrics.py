@@ -324,7 +324,7 @@ def test_precision_and_recall_of_equal_and_of_distant_sets() -> None:
 
 
 def test_precision_and_recall_far_from_the_origin() -> None:
-    """There little is left of the squares, unless the rows are centred first."""
+    """There little is left of the squares, unless the rows are centered first."""
     fake, real = features(60, 4, 0, 0.7), features(50, 4, 1)
     assert precision_recall(fake + 1e8, real + 1e8) == precision_recall(fake, real)
 
