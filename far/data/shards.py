@@ -58,8 +58,7 @@ class ShardWriter:
 
     Raises:
         InputError: the folder has shards written with other ``meta``, lacks one of its shards, is not
-        writable,
-            is being filled by another command, or is not the same for all processes.
+            writable, is being filled by another command, or is not the same for all processes.
     """
 
     def __init__(self, folder: Path, meta: Mapping[str, Any], processes: Processes = Processes()) -> None:
