@@ -1,4 +1,4 @@
-"""Styles of the avatar set, and how one image is rendered. Needs no torch, so that rendering processes start quickly."""
+"""Styles of the avatar set and rendering of one image, without torch so that processes start quickly."""
 
 import functools
 import importlib
@@ -18,7 +18,7 @@ STYLES = (
     "critters", "planets", "sprouts", "landscape", "pixel-art", "thumbs", "voxel-art", "voxel-bot",
     "cutouts", "clay", "moods", "open-peeps", "lorelei", "patchwork", "shapes", "stack",
 )  # fmt: skip
-# Seeds below this train. All others are the held-out reference.
+# Seeds below this are for training, all others for the held-out reference.
 HELD_OUT_SEED = 3000
 # Images are rendered at this size and then reduced.
 RENDER_SIZE = 128
@@ -55,7 +55,7 @@ def check_packages() -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise InputError(
-                f"rendering avatars needs the package {name}; install it by pip install 'far-image[data]'"
+                f"rendering avatars needs the package {name}. Run: pip install 'far-image[data]'"
             ) from error
 
 

@@ -1,7 +1,7 @@
 """The avatar set: sixteen CC0 drawing styles of DiceBear as classes, one image per seed.
 
-An image depends on its style and seed only. Seeds below ``HELD_OUT_SEED`` train, all others are the held-out
-reference. Training images that equal one of the reference are removed.
+An image depends on its style and seed only. Seeds below ``HELD_OUT_SEED`` are for training, all others for
+the held-out reference. Training images that equal one of the reference are removed.
 """
 
 import functools
@@ -46,13 +46,14 @@ def write_avatars(folder: Path, size: int, per_class: int, held_out_per_class: i
         InputError: a size or count is out of range, or a package of the ``data`` extra is missing.
     """
     if size < 8 or RENDER_SIZE % size:
-        raise InputError(f"size {size}: avatars are rendered at 8, 16, 32, 64 or 128 pixels")
+        raise InputError(f"size {size} is not available for avatars. Use 8, 16, 32, 64 or 128 pixels.")
     if not 1 <= per_class <= HELD_OUT_SEED:
         raise InputError(
-            f"per-class {per_class}: give 1 to {HELD_OUT_SEED}; the seeds from {HELD_OUT_SEED} on are held out"
+            f"per-class {per_class} is out of range, because the seeds from {HELD_OUT_SEED} on are held out."
+            f" Use 1 to {HELD_OUT_SEED}."
         )
     if held_out_per_class < 1:
-        raise InputError(f"held-out-per-class {held_out_per_class}: give at least 1")
+        raise InputError(f"held-out-per-class {held_out_per_class} is too small. Use 1 or more.")
     check_packages()
     held_out = _render_split(folder / "held-out", size, HELD_OUT_SEED, held_out_per_class, exclude=None)
     train = _render_split(folder / "train", size, 0, per_class, exclude=frozenset(held_out.report["digests"]))
@@ -66,7 +67,7 @@ def write_avatars(folder: Path, size: int, per_class: int, held_out_per_class: i
 def _render_split(
     folder: Path, size: int, first_seed: int, seeds: int, exclude: frozenset[str] | None
 ) -> ShardWriter:
-    """Render one part. Without ``exclude`` it is the reference, and its report lists the digests of its images."""
+    """Render one part. Without ``exclude`` it is the reference, whose report lists its images' digests."""
     meta = {
         "kind": "images", "size": size, "classes": list(STYLES), "source": "DiceBear styles, CC0 1.0",
         "first_seed": first_seed, "seeds": seeds, "styles or their renderer": renderer_digest(),

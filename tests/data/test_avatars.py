@@ -1,4 +1,4 @@
-"""The avatar set: determinism, balance, no image in both parts, resuming after a stop."""
+"""Avatar set: determinism, balance, no image in both parts, resuming an interrupted rendering."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: multiprocessing.dummy)
 
 
-def test_every_style_is_free_to_bundle() -> None:
+def test_every_style_has_the_cc0_license() -> None:
     import json
 
     import dicebear_styles
@@ -43,7 +43,7 @@ def test_image_depends_on_style_and_seed_only() -> None:
 
 
 def test_parts_are_balanced_and_share_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Seeds 0 and 1 train, 2 and 3 are held out; at 8 pixels simple styles repeat themselves.
+    # Seeds 0 and 1 are for training, 2 and 3 are held out. At 8 pixels, simple styles repeat images.
     monkeypatch.setattr(avatars, "HELD_OUT_SEED", 2)
     counts = write_avatars(tmp_path, 8, per_class=2, held_out_per_class=2)
     train, held_out = (ShardReader(tmp_path / part, "images", verify=True) for part in ("train", "held-out"))
@@ -104,7 +104,9 @@ def test_stopped_rendering_resumes_to_the_same_set(tmp_path: Path, monkeypatch: 
     ("size", "per_class", "held_out"),
     [(48, 1, 1), (4, 1, 1), (32, 0, 1), (32, HELD_OUT_SEED + 1, 1), (32, 1, 0)],
 )
-def test_values_out_of_range_are_refused(size: int, per_class: int, held_out: int, tmp_path: Path) -> None:
+def test_values_out_of_range_are_refused_before_a_folder_is_created(
+    size: int, per_class: int, held_out: int, tmp_path: Path
+) -> None:
     with refused():
         write_avatars(tmp_path / "set", size, per_class, held_out)
     assert not (tmp_path / "set").exists()

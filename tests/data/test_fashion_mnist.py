@@ -10,7 +10,7 @@ import pytest
 
 from far.data.fashion_mnist import CLASSES, write_fashion_mnist
 from far.data.shards import ShardReader
-from far.errors import InputError
+from tests.refusals import refused
 
 
 def idx(values: np.ndarray) -> bytes:
@@ -45,12 +45,12 @@ def test_images_are_padded_and_gray(files: Path, tmp_path: Path) -> None:
     assert reader.meta["classes"] == list(CLASSES)
 
 
-def test_finished_set_is_reported_and_other_files_are_rejected(files: Path, tmp_path: Path) -> None:
+def test_finished_set_is_reported_and_other_files_are_refused(files: Path, tmp_path: Path) -> None:
     write_fashion_mnist(files, tmp_path / "set")
     shutil.copytree(files, tmp_path / "copy")
     assert write_fashion_mnist(tmp_path / "copy", tmp_path / "set").already_complete
     (files / "t10k-labels-idx1-ubyte").write_bytes(idx(np.arange(10, dtype=np.uint8)[::-1]))
-    with pytest.raises(InputError, match="held-out"):
+    with refused("held-out"):
         write_fashion_mnist(files, tmp_path / "set")
 
 
@@ -71,6 +71,6 @@ def test_damaged_files_are_named(damage: str, files: Path, tmp_path: Path) -> No
         images.write_bytes(gzip.compress(idx(np.zeros((30, 14, 56), np.uint8))))
     else:
         images.write_bytes(b"not gzip")
-    with pytest.raises(InputError, match="train"):
+    with refused("train"):
         write_fashion_mnist(files, tmp_path / "set")
     assert not (tmp_path / "set").exists()

@@ -16,6 +16,7 @@ from far.data import images
 from far.data.images import center_crop, decode_image, find_images, read_image
 from far.errors import InputError
 from far.pictures import to_rgb
+from tests.refusals import refused
 
 
 def gradient(width: int, height: int) -> np.ndarray:
@@ -93,12 +94,12 @@ def test_error_names_the_broken_file(kind: str, tmp_path: Path, monkeypatch: pyt
             monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     elif kind != "missing":
         Image.new("RGB", (1, 1) if kind == "pixel" else (50, 1)).save(path)
-    with pytest.raises(InputError, match=r"broken\.png"):
+    with refused("broken.png"):
         read_image(path, 16)
 
 
 @pytest.mark.parametrize("form", ["EPS", "TIFF", "GIF", "BMP", "PPM", "ICO"])
-def test_other_formats_are_rejected_whatever_their_name(
+def test_other_formats_are_refused_whatever_their_name(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -106,7 +107,7 @@ def test_other_formats_are_rejected_whatever_their_name(
     )
     Image.fromarray(gradient(16, 16)).save(tmp_path / "a.png", format=form)
     for read in (decode_image, lambda path: read_image(path, 16)):
-        with pytest.raises(InputError, match=r"a\.png"):
+        with refused("a.png"):
             read(tmp_path / "a.png")
 
 
@@ -128,7 +129,7 @@ def test_image_of_too_many_pixels_is_not_decoded(tmp_path: Path, monkeypatch: py
     assert read_image(tmp_path / "most.png", 16).shape == (16, 16, 3)
     monkeypatch.setattr(Image.Image, "load", lambda *arguments: pytest.fail("the image was decoded"))
     for read in (decode_image, lambda path: read_image(path, 16)):
-        with pytest.raises(InputError, match=r"more\.png.*16×17"):
+        with refused("more.png", "16×17"):
             read(tmp_path / "more.png")
 
 
@@ -201,12 +202,12 @@ def test_pipes_devices_and_links_to_parents_are_not_read(tmp_path: Path) -> None
         (name, f"{x}.png") for name in classes for x in "ab"
     ]
     (folder / "also").symlink_to(folder / "real")
-    with pytest.raises(InputError, match="'real'"):
+    with refused("'real'"):
         find_images(folder)
     (folder / "also").unlink()
     for above in (Path("/"), tmp_path, folder):
         (folder / "up").symlink_to(above)
-        with pytest.raises(InputError, match=str(folder / "up")):
+        with refused(str(folder / "up")):
             find_images(folder)
         (folder / "up").unlink()
 
@@ -285,7 +286,7 @@ def test_skipped_files_are_counted_by_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
-def test_unreadable_files_are_counted_and_an_unreadable_class_is_rejected(tmp_path: Path) -> None:
+def test_unreadable_files_are_counted_and_an_unreadable_class_is_refused(tmp_path: Path) -> None:
     for name in ("a/x.png", "a/y.png", "a/z.png", "a/deep/w.png", "b/x.png", "b/y.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -294,12 +295,12 @@ def test_unreadable_files_are_counted_and_an_unreadable_class_is_rejected(tmp_pa
     find_images(tmp_path, left_out := Counter())
     assert left_out == {"that cannot be read": 1, "folders that cannot be read": 1}
     (tmp_path / "b").chmod(0)
-    with pytest.raises(InputError, match="'b'"):
+    with refused("'b'"):
         find_images(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["empty", "bmp", "dead links", "hidden", "one"])
-def test_class_without_images_is_rejected_by_name(kind: str, tmp_path: Path) -> None:
+def test_class_without_images_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     for name in ("ant/x.png", "ant/y.png", "cow/x.png", "cow/y.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -310,30 +311,31 @@ def test_class_without_images_is_rejected_by_name(kind: str, tmp_path: Path) -> 
     if kind == "dead links":
         for name in "xy":
             (tmp_path / "bee" / f"{name}.png").symlink_to(f"/nowhere/{name}.png")
-    with pytest.raises(InputError, match="'bee'") as error:
+    with pytest.raises(InputError) as error:
         find_images(tmp_path)
-    assert "\n" not in str(error.value)
-    assert "ant" not in str(error.value)
+    message = str(error.value)
+    assert "'bee'" in message
+    assert "ant" not in message
+    assert "\n" not in message
 
 
-def test_class_folder_that_is_a_dead_link_is_rejected(tmp_path: Path) -> None:
+def test_class_folder_that_is_a_dead_link_is_refused(tmp_path: Path) -> None:
     for name in ("ant/x.png", "ant/y.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "bee").symlink_to("/not-mounted/bee")
-    with pytest.raises(InputError, match="bee"):
+    with refused("bee"):
         find_images(tmp_path)
 
 
 @pytest.mark.parametrize("names", [("Cat", "cat"), ("caf\u00e9", "cafe\u0301"), ("cat", "cat ")])
-def test_classes_that_look_the_same_are_rejected(names: tuple[str, str], tmp_path: Path) -> None:
+def test_classes_that_look_the_same_are_refused(names: tuple[str, str], tmp_path: Path) -> None:
     for name in names:
         for file in "xy":
             (tmp_path / name).mkdir(exist_ok=True)
             (tmp_path / name / f"{file}.png").touch()
-    with pytest.raises(InputError) as error:
+    with refused(*map(repr, names)):
         find_images(tmp_path)
-    assert all(name in str(error.value) for name in names)
 
 
 @pytest.mark.parametrize(
@@ -347,5 +349,5 @@ def test_classes_that_look_the_same_are_rejected(names: tuple[str, str], tmp_pat
 )
 def test_error_for_a_file_of_another_format_names_the_file(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content + bytes(100))
-    with pytest.raises(images.OtherFormat, match=name):
+    with refused(name, error=images.OtherFormat):
         read_image(tmp_path / name, 16)

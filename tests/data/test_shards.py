@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torchrun import run
 
 from far.data.shards import ShardReader, ShardWriter
-from far.errors import InputError
+from tests.refusals import refused
 
 META = {"kind": "images", "size": 3}
 
@@ -49,18 +49,18 @@ def test_writing_resumes_after_the_last_complete_shard(tmp_path: Path) -> None:
     assert again.cursor == 6
     assert not again.complete
     assert again.report == {"skipped": ["a.png"]}
-    with pytest.raises(InputError, match=str(tmp_path)):
+    with refused(str(tmp_path)):
         ShardReader(tmp_path, "images")
     again.write({"images": torch.ones(1, 1, dtype=torch.uint8)}, cursor=7)
     again.finish()
     assert ShardReader(tmp_path, "images").all("images").flatten().tolist() == [0, 0, 1]
 
 
-def test_other_settings_and_other_kinds_are_rejected(tmp_path: Path) -> None:
+def test_other_settings_and_other_kinds_are_refused(tmp_path: Path) -> None:
     write(tmp_path, [2])
-    with pytest.raises(InputError, match="size 3 there, 4 now"):
+    with refused(tmp_path, "size"):
         ShardWriter(tmp_path, {**META, "size": 4})
-    with pytest.raises(InputError, match="'images'"):
+    with refused("'images'"):
         ShardReader(tmp_path, "moments")
 
 
@@ -73,7 +73,7 @@ def test_folder_without_one_of_its_shards_is_not_continued(finished: bool, tmp_p
         (tmp_path / "index.json").write_text(json.dumps(index))
     ShardWriter(tmp_path, META)
     (tmp_path / "shard-00000.safetensors").unlink()
-    with pytest.raises(InputError, match="shard-00000"):
+    with refused("shard-00000"):
         ShardWriter(tmp_path, META)
 
 
@@ -84,7 +84,7 @@ def test_flipped_byte_is_detected(position: int, tmp_path: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[position] ^= 0x10
     shard.write_bytes(content)
-    with pytest.raises(InputError, match="shard-00001"):
+    with refused("shard-00001"):
         ShardReader(tmp_path, "images", verify=True)
 
 
@@ -93,7 +93,7 @@ def test_truncated_shard_is_detected_without_checksums(length: int, tmp_path: Pa
     write(tmp_path, [40])
     shard = tmp_path / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:length])
-    with pytest.raises(InputError, match="shard-00000"):
+    with refused("shard-00000"):
         ShardReader(tmp_path, "images")
 
 
@@ -101,15 +101,15 @@ def test_truncated_shard_is_detected_without_checksums(length: int, tmp_path: Pa
     "content",
     ["", "{", "[]", "null", '{"meta": {}}', '{"meta": {"kind": "images"}, "complete": true}', "\x00\xff"],
 )
-def test_damaged_index_is_rejected(content: str, tmp_path: Path) -> None:
+def test_damaged_index_is_refused(content: str, tmp_path: Path) -> None:
     write(tmp_path, [2])
     (tmp_path / "index.json").write_text(content, encoding="latin-1")
-    with pytest.raises(InputError, match=str(tmp_path)):
+    with refused(str(tmp_path)):
         ShardReader(tmp_path, "images")
 
 
 def test_error_for_a_missing_folder_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="far data"):
+    with refused("far data"):
         ShardReader(tmp_path / "nothing", "images")
 
 
