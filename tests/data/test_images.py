@@ -334,7 +334,7 @@ def test_classes_that_look_the_same_are_refused(names: tuple[str, str], tmp_path
         for file in "xy":
             (tmp_path / name).mkdir(exist_ok=True)
             (tmp_path / name / f"{file}.png").touch()
-    with refused(*map(repr, names)):
+    with refused(*names):
         find_images(tmp_path)
 
 
