@@ -21,7 +21,6 @@ from far.data.image_sets import read_images
 from far.data.shards import ShardReader
 from far.editing import box_mask
 from far.pictures import grid, save_png, to_pictures
-from far.pipeline import Pipeline
 
 SIZE = (64, 64)
 MIDDLE, LOWER_HALF = box_mask(SIZE, (16, 16, 48, 48)), box_mask(SIZE, (0, 32, 64, 64))
@@ -42,7 +41,6 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=Path("docs/images/edits.png"))
     arguments = parser.parse_args()
     pipeline = far.load("avatars-64", dtype="auto")
-    assert isinstance(pipeline, Pipeline)
     reader = ShardReader(Path("data/avatars-64/held-out"), "images")
     labels = reader.rows("labels", torch.arange(len(reader)))
     cells, seconds = [], []

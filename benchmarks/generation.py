@@ -33,7 +33,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     pipeline = far.load(arguments.weights)
-    assert isinstance(pipeline, Pipeline)
     baseline = with_diffusion_head(pipeline)
     defaults = pipeline.defaults
     print(

@@ -19,7 +19,6 @@ from far.data.shards import ShardReader
 from far.evaluation.features import load_feature_network
 from far.evaluation.metrics import FeatureStatistics, frechet_distance
 from far.pictures import grid, save_png
-from far.pipeline import Pipeline
 
 STEPS = (1, 2, 4, 8, 32)
 CHUNK = 100
@@ -34,7 +33,6 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=Path("docs/images/head-steps.png"))
     arguments = parser.parse_args()
     pipeline = far.load(arguments.weights)
-    assert isinstance(pipeline, Pipeline)
     assert pipeline.autoencoder is not None
     network = load_feature_network()
     held_out = ShardReader(arguments.data / "held-out", "images")

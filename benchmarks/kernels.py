@@ -17,7 +17,6 @@ import far
 from far import kernels
 from far.benchmark import machine, paired
 from far.packing import Int8Linear, PackedLinear, can_pack, quantize_linear_layers
-from far.pipeline import Pipeline
 
 ROWS = (1, 16, 64, 256)
 INPUTS, OUTPUTS = 768, 3072  # far-b's widest layers
@@ -39,7 +38,6 @@ def relative_rms(found: Tensor, exact: Tensor) -> float:
 def images(kernel: kernels.Int8Kernel | None) -> Tensor:
     """Return 16 images of avatars-64, in float32 or with the 8-bit weights of a kernel."""
     pipeline = far.load("avatars-64")
-    assert isinstance(pipeline, Pipeline)
     if kernel is not None:
         quantize_linear_layers(pipeline.model, kernel)
     return pipeline.generate(list(range(16)), seed=0, output="tensor")  # type: ignore[return-value]

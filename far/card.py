@@ -1,7 +1,7 @@
 """The model card: the ``README.md`` of a saved folder, made from the folder alone.
 
-It states what ``config.json`` and the headers of the weights hold, and leaves out the rest. A card that somebody wrote is
-never overwritten.
+It states what ``config.json`` and the headers of the weights hold, and leaves out the rest. A card that
+somebody wrote is never overwritten.
 """
 
 import contextlib
@@ -27,7 +27,8 @@ _MARK = (
 _CLASSES_SHOWN = 20
 _CITATION = (
     "The method is Hang et al., *Fast Autoregressive Models for Continuous Latent Generation*, "
-    "[arXiv 2504.18391](https://arxiv.org/abs/2504.18391) (2025). It builds on Li et al., *Autoregressive Image Generation "
+    "[arXiv 2504.18391](https://arxiv.org/abs/2504.18391) (2025). It builds on Li et al., *Autoregressive "
+    "Image Generation "
     "without Vector Quantization*, [arXiv 2406.11838](https://arxiv.org/abs/2406.11838) (2024)."
 )
 
@@ -51,7 +52,7 @@ def write_card(folder: Path, config: FolderConfig) -> None:
 
 
 def may_replace(card: str) -> bool:
-    """Return whether a card has the line that marks it as generated, or no text besides the entries for the hub."""
+    """Return whether a card is marked as generated, or has no text besides the entries for the hub."""
     text = re.sub(r"\A---\n.*?^---$", "", card, flags=re.DOTALL | re.MULTILINE)
     return not text.strip() or _MARK in card.splitlines()
 
@@ -143,7 +144,8 @@ def _sizes(config: FolderConfig, folder: Path) -> Iterable[tuple[str, object]]:
 def _parameters(path: Path) -> int:
     """Return the number of values in a safetensors file, from its header alone."""
     with safe_open(path, "numpy") as file:
-        return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 (not a mapping)
+        names = file.keys()
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
 
 
 def _training(facts: dict[str, Any], heading: str = "## Training") -> str:

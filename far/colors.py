@@ -1,4 +1,4 @@
-"""Convert pictures with an embedded color profile (ICC) to sRGB, with littlecms by way of Pillow."""
+"""Convert pictures with an embedded color profile (ICC) to sRGB, with Pillow's littlecms."""
 
 import functools
 import io
@@ -6,11 +6,12 @@ import io
 import numpy as np
 from PIL import Image, ImageCms
 
-# Picture modes that a profile of each color space can describe. A gray picture may keep the profile of the RGB one it was.
+# Picture modes that a profile of each color space can describe. A gray picture may keep the profile of its
+# RGB original.
 _GRAY_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 _MODES = {"GRAY": _GRAY_MODES, "RGB": (*_GRAY_MODES, "P", "PA", "RGB", "RGBA"), "CMYK": ("CMYK",)}
 _CHANNELS = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}
-# A profile that moves no probe by more than this is sRGB itself, written down with other rounding.
+# A profile that changes no probe by more than this is sRGB itself with other rounding.
 _ROUNDING = 1
 _UNUSABLE = ("", None)
 
@@ -18,8 +19,8 @@ _UNUSABLE = ("", None)
 def to_srgb(picture: Image.Image) -> Image.Image:
     """Return a picture of at most 8 bits per channel in sRGB; transparency is kept.
 
-    A picture without a profile is taken as sRGB, and so is one whose profile cannot be used (:func:`has_unusable_profile`).
-    These, and pictures whose profile is sRGB, are returned as they are.
+    A picture without a profile, or with one that cannot be used (:func:`has_unusable_profile`), is assumed to
+    be sRGB. Such pictures, and those whose profile is sRGB, are returned as they are.
     """
     channels, transform = _transform(picture) if picture.info.get("icc_profile") else ("", None)
     if transform is None:
@@ -34,8 +35,8 @@ def to_srgb(picture: Image.Image) -> Image.Image:
 
 
 def has_unusable_profile(picture: Image.Image) -> bool:
-    """Return whether a picture embeds a profile that is damaged or describes other channels than the picture has."""
-    # Pillow puts None for a profile of which it could not collect all parts.
+    """Return whether a picture embeds a profile that is damaged or describes other channels."""
+    # Pillow stores None for a profile whose parts it could not all collect.
     return "icc_profile" in picture.info and (
         not picture.info["icc_profile"] or _transform(picture) == _UNUSABLE
     )
@@ -47,7 +48,7 @@ def _transform(picture: Image.Image) -> tuple[str, ImageCms.ImageCmsTransform | 
 
 @functools.lru_cache(maxsize=32)
 def _build_transform(data: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransform | None]:
-    """Return the mode to convert from, and the transform from there to sRGB or ``None`` if it changes nothing.
+    """Return the mode to convert from, and the transform to sRGB, or ``None`` if it changes nothing.
 
     The mode is empty if the profile cannot be used for a picture of ``mode``.
     """
@@ -57,7 +58,7 @@ def _build_transform(data: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTran
         if mode not in _MODES.get(space, ()):
             return _UNUSABLE
         channels = _CHANNELS[space]
-        # Tables of gray between a few points would be wrong by up to 10 in the dark, and save no time.
+        # Interpolated tables of gray would be wrong by up to 10 in dark areas and save no time.
         flags = ImageCms.Flags.NOOPTIMIZE if channels == "L" else ImageCms.Flags.NONE
         transform = ImageCms.buildTransform(
             profile, ImageCms.createProfile("sRGB"), channels, "RGB", flags=flags

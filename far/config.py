@@ -13,7 +13,7 @@ import reprlib
 import textwrap
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from far.errors import InputError
@@ -25,7 +25,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any], source: str) -> T:
     """Build the dataclass ``cls``, and nested ones, from ``values``; ``source`` names the file in errors.
 
     Raises:
-        InputError: a key is unknown (the message names the nearest one) or missing, or a value has the wrong type.
+        InputError: a key is unknown (the message names the nearest one) or missing, or a value has the wrong
+            type.
     """
     if not isinstance(values, Mapping):
         raise InputError(f"{source}: expected keys and values, got {type(values).__name__} {_shown(values)}")
@@ -136,6 +137,26 @@ def whole_number(name: str, value: Any) -> int:
     except TypeError:
         pass
     raise InputError(f"{name} {_shown(value)[:80]} is not a whole number; give one") from None
+
+
+def plain_number(value: Any) -> Any:
+    """Return a number of numpy or torch as Python's own; other values as they are."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def counted_seeds(seed: Any, count: int = 1) -> list[int]:
+    """Return the given seeds; or, from a single seed, ``count`` of them that count up.
+
+    Raises:
+        InputError: a seed is not a whole number within 0 … 2⁶³ − 1.
+    """
+    if isinstance(seed, Iterable) and not isinstance(seed, str | bytes) and getattr(seed, "ndim", None) != 0:
+        seeds = [whole_number("seed", one) for one in seed]
+    else:
+        seeds = [whole_number("seed", seed) + index for index in range(count)]
+    for limit in (min(seeds), max(seeds)) if seeds else ():
+        check_seed("seed", limit)
+    return seeds
 
 
 def listed(name: str, values: Any) -> list[Any]:

@@ -1,7 +1,7 @@
 """Published checkpoints of MAR and of its autoencoder (KL-16) → folders that ``far.load`` reads.
 
-Only this module knows the originals' tensor names and how their configuration follows from tensor shapes. Folders are
-written by ``far.folder``.
+Only this module knows the originals' tensor names and how their configuration follows from tensor shapes.
+Folders are written by ``far.folder``.
 """
 
 import argparse
@@ -57,23 +57,23 @@ _MAR_GUIDANCE = {768: 2.9, 1024: 3.0, 1280: 3.2}
 def convert_mar(source: Path, folder: Path, *, ema: bool = True) -> None:
     """Write a published MAR checkpoint as a model's folder.
 
-    Sizes come from the tensors. What they cannot determine (attention heads, patch size) comes from the checkpoint's
-    ``args``, else from MAR's published models. Classes are named "0", "1", …. Default sampling values are ``num_iter``
-    and ``num_sampling_steps`` of the ``args`` (else 64 and 100), and linear guidance with the scale of the published
-    evaluation (2.9, 3.0 and 3.2 for MAR-B, -L and -H, else 3.0).
+    Sizes come from the tensors. What they cannot determine (attention heads, patch size) comes from the
+    checkpoint's ``args``, else from MAR's published models. Classes are named "0", "1", …. Default sampling
+    values are ``num_iter`` and ``num_sampling_steps`` of the ``args`` (else 64 and 100), and linear guidance
+    with the scale of the published evaluation (2.9, 3.0 and 3.2 for MAR-B, -L and -H, else 3.0).
 
-    An autoencoder in the folder is kept, so that this and :func:`convert_kl16`, in either order, make a complete model.
-    A generator in the folder is never overwritten.
+    An autoencoder in the folder is kept, so that this and :func:`convert_kl16`, in either order, make a
+    complete model. A generator in the folder is never overwritten.
 
     Args:
-        source: the ``.pth`` file. Nothing in it is executed: only tensors, plain values and ``argparse.Namespace`` are
-            read, and anything else is refused.
+        source: the ``.pth`` file. Nothing in it is executed: only tensors, plain values and
+            ``argparse.Namespace`` are read, and anything else is refused.
         folder: made if missing. Nothing is written unless the whole conversion succeeds.
         ema: take the averaged weights (``model_ema``), which the published figures come from.
 
     Raises:
-        InputError: the file is missing, damaged, hostile or of another model, or the folder holds a generator, an
-            autoencoder with other latent channels, or a ``config.json`` that is not ours.
+        InputError: the file is missing, damaged, hostile or of another model, or the folder holds a
+            generator, an autoencoder with other latent channels, or a ``config.json`` that is not ours.
     """
     existing = config_without(folder, "model")
     checkpoint = _read_pickle(source)
@@ -108,16 +108,17 @@ def convert_mar(source: Path, folder: Path, *, ema: bool = True) -> None:
 def convert_kl16(source: Path, folder: Path) -> None:
     """Write MAR's autoencoder (``kl16.ckpt``) into a folder, with MAR's latent scale of 0.2325.
 
-    Sizes come from the tensors. A generator in the folder (:func:`convert_mar`) is kept. An autoencoder in the folder is
-    never overwritten.
+    Sizes come from the tensors. A generator in the folder (:func:`convert_mar`) is kept. An autoencoder in
+    the folder is never overwritten.
 
     Args:
-        source: the ``.ckpt`` file: a state dict, or one under the key ``model``; read as in :func:`convert_mar`.
+        source: the ``.ckpt`` file: a state dict, or one under the key ``model``; read as in
+            :func:`convert_mar`.
         folder: made if missing. Nothing is written unless the whole conversion succeeds.
 
     Raises:
-        InputError: the file is missing, damaged, hostile or of another model, or the folder holds an autoencoder, a
-            generator with other latent channels, or a ``config.json`` that is not ours.
+        InputError: the file is missing, damaged, hostile or of another model, or the folder holds an
+            autoencoder, a generator with other latent channels, or a ``config.json`` that is not ours.
     """
     checkpoint = _read_pickle(source)
     weights = _tensors(
@@ -148,8 +149,8 @@ def add_autoencoder(
         source: the file, for errors.
 
     Raises:
-        InputError: a tensor is missing, left over or of another shape, or the folder holds an autoencoder, a generator
-            with other latent channels, or a ``config.json`` that is not ours.
+        InputError: a tensor is missing, left over or of another shape, or the folder holds an autoencoder, a
+            generator with other latent channels, or a ``config.json`` that is not ours.
     """
     described = _with(config_without(folder, "autoencoder"), folder, autoencoder=config)
     with torch.device("meta"):
@@ -177,7 +178,8 @@ def _read_pickle(source: Path) -> Any:
     except Exception as error:  # a damaged or hostile pickle can raise anything
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise InputError(
-                f"{source} is refused: its pickle requires {found[1]!r}, and only tensors, plain values and argparse.Namespace "
+                f"{source} is refused: its pickle requires {found[1]!r}, and only tensors, plain values and "
+                "argparse.Namespace "
                 "are allowed. Give the published checkpoint."
             ) from error
         raise InputError(
@@ -186,7 +188,7 @@ def _read_pickle(source: Path) -> Any:
 
 
 def _tensors(weights: Any, source: Path) -> dict[str, Tensor]:
-    """Return the state dict after checking that it maps names to dense floating point tensors and holds nothing else."""
+    """Return the state dict after checking that it maps names to dense floating point tensors only."""
     if not isinstance(weights, Mapping):
         raise InputError(
             f"{source} holds no state dict in the place of its weights. Give the published checkpoint."
@@ -195,7 +197,8 @@ def _tensors(weights: Any, source: Path) -> dict[str, Tensor]:
         if not (isinstance(name, str) and is_held(tensor) and tensor.dtype in FLOATS):
             entry = reprlib.repr(name)
             raise InputError(
-                f"{source}: the entry {entry} of its weights is not a floating point tensor. Give the published checkpoint."
+                f"{source}: the entry {entry} of its weights is not a floating point tensor. Give the "
+                "published checkpoint."
             )
     return dict(weights)
 
@@ -210,7 +213,8 @@ def _mar_config(weights: dict[str, Tensor], settings: dict[str, Any]) -> ModelCo
     patch = _number(settings, "patch_size", math.isqrt(channels // latent_channels) or 1)
     if side**2 != tokens or latent_channels * patch**2 != channels:
         raise InputError(
-            f"{tokens} tokens of {channels} values do not form a square grid of {patch}×{patch} patches of {latent_channels} "
+            f"{tokens} tokens of {channels} values do not form a square grid of {patch}×{patch} patches of "
+            f"{latent_channels} "
             "channels. Give the published checkpoint."
         )
     backbone = MaskedConfig(
@@ -241,7 +245,8 @@ def _autoencoder_config(weights: dict[str, Tensor]) -> AutoencoderConfig:
     widths = [_shape(weights, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in range(levels)]
     if width < 1 or any(level % width for level in widths):
         raise InputError(
-            f"its levels have the widths {widths}, which are not multiples of the first convolution's {width}."
+            f"its levels have the widths {widths}, which are not multiples of the first convolution's "
+            f"{width}."
         )
     return AutoencoderConfig(
         width=width,
@@ -256,7 +261,8 @@ def _shape(weights: dict[str, Tensor], name: str, dimensions: int) -> torch.Size
         raise InputError(f"it lacks the tensor {name}. Give the published checkpoint.")
     if weights[name].dim() != dimensions:
         raise InputError(
-            f"{name} has shape {list(weights[name].shape)}, not {dimensions} dimensions. Give the published checkpoint."
+            f"{name} has shape {list(weights[name].shape)}, not {dimensions} dimensions. Give the published "
+            "checkpoint."
         )
     return weights[name].shape
 
@@ -280,7 +286,8 @@ def _heads(settings: dict[str, Any], part: str, width: int) -> int:
     heads = _number(settings, f"{part}_num_heads", _MAR_HEADS.get(width, 0))
     if not heads:
         raise InputError(
-            f"the number of attention heads of its {part} (width {width}) is unknown. Set {part}_num_heads in the "
+            f"the number of attention heads of its {part} (width {width}) is unknown. Set {part}_num_heads "
+            "in the "
             "checkpoint's args."
         )
     return heads
@@ -295,7 +302,8 @@ def _class_embedding(weights: dict[str, Tensor], config: ModelConfig, source: Pa
     for name, tensor, rows in (("class_emb.weight", classes, len(classes)), ("fake_latent", null, 1)):
         if tensor.shape != (rows, width):
             raise InputError(
-                f"{source}: {name} is missing or its shape is not {[rows, width]}. Give the published checkpoint."
+                f"{source}: {name} is missing or its shape is not {[rows, width]}. Give the published "
+                "checkpoint."
             )
     return torch.cat([classes[: config.classes], null])
 
@@ -312,7 +320,7 @@ def mar_name(ours: str) -> str:
 def _renamed(
     wanted: dict[str, Tensor], weights: dict[str, Tensor], published_name: Callable[[str], str], source: Path
 ) -> dict[str, Tensor]:
-    """Return ``weights`` under our names after checking that none is missing, left over, or of another shape."""
+    """Return ``weights`` under our names after checking that none is missing, left over or misshapen."""
     names = {ours: published_name(ours) for ours in wanted}
     for ours, theirs in names.items():
         if theirs not in weights:
@@ -325,10 +333,12 @@ def _renamed(
             )
         if weights[theirs].dtype not in FLOATS:
             raise InputError(
-                f"{source}: {theirs} is of {weights[theirs].dtype}, which weights cannot have. Give the published checkpoint."
+                f"{source}: {theirs} is of {weights[theirs].dtype}, which weights cannot have. Give the "
+                "published checkpoint."
             )
     if left_over := sorted(weights.keys() - set(names.values())):
         raise InputError(
-            f"{source} holds the tensor {left_over[0]!r}, which the published model does not have. Give another checkpoint."
+            f"{source} holds the tensor {left_over[0]!r}, which the published model does not have. Give "
+            "another checkpoint."
         )
     return {ours: weights[theirs] for ours, theirs in names.items()}

@@ -1,7 +1,7 @@
 """Our autoencoder ↔ the folder of an ``AutoencoderKL`` of diffusers, which need not be installed.
 
-If only the coarsest level has attention, both do the same arithmetic, and results agree to float precision. Tensor names,
-shapes and the config's entries differ; only this module knows theirs.
+If only the coarsest level has attention, both do the same arithmetic, and results agree to float precision.
+Tensor names, shapes and the config's entries differ; only this module knows theirs.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ _SHARDS = re.compile(r"diffusion_pytorch_model\.safetensors\.index(?:\.(\w+))?\.
 # Attention's tensors as older versions of diffusers saved them, and their names today.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
-# Our names and those of diffusers. All patterns that fit a name are applied, in this order. The decoder's levels follow below.
+# Our names and those of diffusers. All patterns that fit a name are applied, in this order. The decoder's
+# levels follow below.
 _NAMES = (
     (r"\.down\.(\d+)\.", r".down_blocks.\1."),
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
@@ -80,25 +81,27 @@ _NOT_COMPARED = (
 def to_diffusers(autoencoder: Autoencoder, folder: Path) -> None:
     """Write an autoencoder as a folder for ``diffusers.AutoencoderKL.from_pretrained``.
 
-    Its latents become ours by ``(latent − mean) · scaling_factor / std``, where mean and std are ``latents_mean`` and
-    ``latents_std`` if there is one shift per channel, else ``shift_factor`` and 1.
+    Its latents become ours by ``(latent − mean) · scaling_factor / std``, where mean and std are
+    ``latents_mean`` and ``latents_std`` if there is one shift per channel, else ``shift_factor`` and 1.
 
     Args:
         autoencoder: in float32 on any device.
         folder: made if missing. It must hold no ``config.json``.
 
     Raises:
-        InputError: an ``AutoencoderKL`` cannot represent it (latents on a sphere, a first level that is wider than the
-            first convolution), or the folder holds another model.
+        InputError: an ``AutoencoderKL`` cannot represent it (latents on a sphere, a first level that is wider
+            than the first convolution), or the folder holds another model.
     """
     config = autoencoder.config
     if config.spherical:
         raise InputError(
-            "this autoencoder is spherical, which an AutoencoderKL of diffusers cannot be. Convert another one."
+            "this autoencoder is spherical, which an AutoencoderKL of diffusers cannot be. Convert another "
+            "one."
         )
     if config.width_multipliers[0] != 1:
         raise InputError(
-            f"width_multipliers {list(config.width_multipliers)} cannot be converted: those of an AutoencoderKL begin "
+            f"width_multipliers {list(config.width_multipliers)} cannot be converted: those of an "
+            "AutoencoderKL begin "
             "with 1. Convert another autoencoder."
         )
     if (folder / "config.json").exists():
@@ -113,25 +116,27 @@ def to_diffusers(autoencoder: Autoencoder, folder: Path) -> None:
 
 
 def from_diffusers(source: Path, folder: Path) -> str:
-    """Add the autoencoder of an ``AutoencoderKL`` folder to one of our folders, and return the names of the files read.
+    """Add the autoencoder of an ``AutoencoderKL`` folder to one of ours, and return the names of the files read.
 
-    A generator in the folder is kept. An autoencoder in the folder is never overwritten. Weights may be in one file or in
-    shards, under the attention's older names, or a variant such as ``fp16``. If there are several, the plain ones are read.
+    A generator in the folder is kept. An autoencoder in the folder is never overwritten. Weights may be in
+    one file or in shards, under the attention's older names, or a variant such as ``fp16``. If there are
+    several, the plain ones are read.
 
     Args:
-        source: holds ``config.json`` and ``diffusion_pytorch_model.safetensors``; for a whole diffusers pipeline, its
-            ``vae``.
+        source: holds ``config.json`` and ``diffusion_pytorch_model.safetensors``; for a whole diffusers
+            pipeline, its ``vae``.
         folder: made if missing. Nothing is written unless the whole conversion succeeds.
 
     Raises:
-        InputError: a file is missing or damaged, an entry of the config requires arithmetic that ours lacks (the entry is
-            named), a tensor is missing, left over or of another shape, or the folder holds an autoencoder, or a generator
-            with other latent channels.
+        InputError: a file is missing or damaged, an entry of the config requires arithmetic that ours lacks
+            (the entry is named), a tensor is missing, left over or of another shape, or the folder holds an
+            autoencoder, or a generator with other latent channels.
     """
     path = source / "config.json"
     if not path.exists():
         raise InputError(
-            f"{path} does not exist. Give the folder of an {_CLASS} (for a whole diffusers pipeline, its vae)."
+            f"{path} does not exist. Give the folder of an {_CLASS} (for a whole diffusers pipeline, its "
+            "vae)."
         )
     values = read_json(path)
     if not isinstance(values, dict) or values.get("_class_name") != _CLASS:
@@ -156,7 +161,7 @@ def from_diffusers(source: Path, folder: Path) -> str:
 
 
 def _weights(source: Path) -> list[Path]:
-    """Return the files and indices of weights in ``source``, best first: plain before variants, one file before shards."""
+    """Return the files and indices of weights, best first: plain before variants, one file before shards."""
     ranked = []
     for path in source.iterdir():
         for sharded, pattern in enumerate((_FILE, _SHARDS)):
@@ -164,7 +169,8 @@ def _weights(source: Path) -> list[Path]:
                 ranked.append((match[1] or "", sharded, path))
     if not ranked:
         raise InputError(
-            f"{source / _WEIGHTS} does not exist, and pickles are not read. Let diffusers save it as safetensors."
+            f"{source / _WEIGHTS} does not exist, and pickles are not read. Let diffusers save it as "
+            "safetensors."
         )
     return [path for _, _, path in sorted(ranked)]
 
@@ -183,12 +189,14 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     for file in sorted(set(files.values())):
         if not re.fullmatch(r"[\w.-]+\.safetensors", file, re.ASCII):
             raise InputError(
-                f"{index} lists {file[:80]!r}, which is not a safetensors file beside it. Copy or save the weights again."
+                f"{index} lists {file[:80]!r}, which is not a safetensors file beside it. Copy or save the "
+                "weights again."
             )
         shard = read_tensors(index.parent / file)
         if shard.keys() != {name for name, place in files.items() if place == file}:
             raise InputError(
-                f"{index.parent / file} holds other tensors than {index.name} lists for it. Copy or save the weights again."
+                f"{index.parent / file} holds other tensors than {index.name} lists for it. Copy or save the "
+                "weights again."
             )
         tensors |= shard
     return tensors
@@ -239,7 +247,8 @@ def _ours(theirs: AutoencoderKLConfig, path: Path) -> AutoencoderConfig:
     widths = theirs.block_out_channels
     if not widths or min(widths) < 1 or any(width % widths[0] for width in widths):
         raise InputError(
-            f"{path}: block_out_channels {list(widths)} are not multiples of the first. Convert another autoencoder."
+            f"{path}: block_out_channels {list(widths)} are not multiples of the first. Convert another "
+            "autoencoder."
         )
     scale, shift = _scale_and_shift(theirs, path)
     try:
@@ -258,7 +267,8 @@ def _ours(theirs: AutoencoderKLConfig, path: Path) -> AutoencoderConfig:
         value = to_dict(theirs)[name]
         if name not in _NOT_COMPARED and value != expected:
             raise InputError(
-                f"{path}: {name} is {value!r}, but far's autoencoder requires {expected!r}. Convert another autoencoder."
+                f"{path}: {name} is {value!r}, but far's autoencoder requires {expected!r}. Convert another "
+                "autoencoder."
             )
     return config
 
@@ -271,6 +281,7 @@ def _scale_and_shift(theirs: AutoencoderKLConfig, path: Path) -> tuple[float, fl
         raise InputError(f"{path}: give both latents_mean and latents_std, without shift_factor, or neither.")
     if len(set(std)) != 1 or std[0] <= 0:
         raise InputError(
-            f"{path}: latents_std is {list(std)}, but far's autoencoder has one scale for all channels. Convert another."
+            f"{path}: latents_std is {list(std)}, but far's autoencoder has one scale for all channels. "
+            "Convert another."
         )
     return theirs.scaling_factor / std[0], mean

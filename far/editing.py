@@ -1,4 +1,4 @@
-"""Images and masks for editing: checks, masks from boxes, canvases for outpainting, and the tokens that a mask touches.
+"""Images and masks for editing: checks, masks from boxes, canvases, and the tokens that a mask touches.
 
 The tokens are drawn by ``far.sampling``; ``Pipeline.edit`` combines both.
 """
@@ -20,7 +20,8 @@ def image_pixels(image: Any, size: tuple[int, int]) -> Tensor:
     """Return an image as ``[3, height, width]`` floats in [0, 1].
 
     Args:
-        image: a picture of Pillow, uint8 pixels ``[height, width, 3 or 4]``, or floats ``[3, height, width]`` in [0, 1].
+        image: a picture of Pillow, uint8 pixels ``[height, width, 3 or 4]``, or floats ``[3, height, width]``
+            in [0, 1].
         size: the expected (height, width) in pixels.
 
     Raises:
@@ -32,7 +33,8 @@ def image_pixels(image: Any, size: tuple[int, int]) -> Tensor:
     low, high = tensor.float().aminmax()  # NaN if any value is
     if not (tensor.is_floating_point() and low >= 0 and high <= 1):
         raise InputError(
-            f"image holds {tensor.dtype} from {low:g} to {high:g}. Give floats within 0 … 1, such as bytes / 255."
+            f"image holds {tensor.dtype} from {low:g} to {high:g}. Give floats within 0 … 1, such as bytes / "
+            "255."
         )
     return tensor
 
@@ -41,7 +43,8 @@ def mask_pixels(mask: Any, size: tuple[int, int]) -> Tensor:
     """Return a mask as bool ``[height, width]``, true where to redraw.
 
     Args:
-        mask: a picture of Pillow, white where to redraw, or numbers ``[height, width]``, above 0.5 where to redraw.
+        mask: a picture of Pillow, white where to redraw, or numbers ``[height, width]``, above 0.5 where to
+            redraw.
         size: the expected (height, width) in pixels.
 
     Raises:
@@ -61,7 +64,7 @@ def mask_pixels(mask: Any, size: tuple[int, int]) -> Tensor:
 
 
 def _pixels(name: str, given: Any, background: str) -> Tensor:
-    """Return a picture, or 8-bit pixels as Pillow makes them, as ``[3, H, W]`` in [0, 1]; other values as they are."""
+    """Return a picture, or its 8-bit pixels, as ``[3, H, W]`` in [0, 1]; other values as they are."""
     if (
         isinstance(given, np.ndarray)
         and given.dtype == np.uint8
@@ -81,7 +84,8 @@ def _pixels(name: str, given: Any, background: str) -> Tensor:
     if isinstance(given, Tensor) and not given.is_complex():
         return given
     raise InputError(
-        f"{name} is {type(given).__name__}. Give a picture of Pillow, an array of numpy or a tensor of real numbers."
+        f"{name} is {type(given).__name__}. Give a picture of Pillow, an array of numpy or a tensor of real "
+        "numbers."
     )
 
 
@@ -102,7 +106,8 @@ def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
     left, top, right, bottom = sides
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise InputError(
-            f"box {left} {top} {right} {bottom} is empty or leaves the image. Give left, top, right and bottom within "
+            f"box {left} {top} {right} {bottom} is empty or leaves the image. Give left, top, right and "
+            "bottom within "
             f"0 0 {width} {height}."
         )
     mask = torch.zeros(size, dtype=torch.bool)
@@ -111,7 +116,7 @@ def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
 
 
 def place(picture: Image.Image, size: tuple[int, int], left: int, top: int) -> tuple[Image.Image, Tensor]:
-    """Place a picture on a larger canvas, repeating its border pixels outwards, and mask everything around it.
+    """Place a picture on a larger canvas, repeat its border pixels outwards, and mask everything around it.
 
     Args:
         picture: a picture of any mode, converted by :func:`far.pictures.to_rgb`.
@@ -123,7 +128,8 @@ def place(picture: Image.Image, size: tuple[int, int], left: int, top: int) -> t
         The canvas, and a bool mask ``[height, width]``, true around the picture.
 
     Raises:
-        InputError: the picture is damaged, ``left`` or ``top`` is not a whole number, or it leaves the canvas.
+        InputError: the picture is damaged, ``left`` or ``top`` is not a whole number, or it leaves the
+            canvas.
     """
     height, width = size
     left, top = whole_number("left", left), whole_number("top", top)
@@ -131,7 +137,8 @@ def place(picture: Image.Image, size: tuple[int, int], left: int, top: int) -> t
     right, bottom = left + picture.width, top + picture.height
     if not (left >= 0 and top >= 0 and right <= width and bottom <= height):
         raise InputError(
-            f"an image of {picture.height}×{picture.width} pixels placed at {left} {top} leaves the canvas of "
+            f"an image of {picture.height}×{picture.width} pixels placed at {left} {top} leaves the canvas "
+            "of "
             f"{height}×{width} pixels. Give another left and top pixel, or a smaller image."
         )
     margins = ((top, height - bottom), (left, width - right), (0, 0))
@@ -156,7 +163,8 @@ def touched_tokens(mask: Tensor, grid: tuple[int, int]) -> Tensor:
         raise InputError("the mask marks nothing to redraw. Paint the part to redraw white.")
     if touched.all():
         raise InputError(
-            f"the mask touches all {rows}×{columns} tokens, so nothing is kept. Mark less, or generate a new image."
+            f"the mask touches all {rows}×{columns} tokens, so nothing is kept. Mark less, or generate a new "
+            "image."
         )
     return touched
 

@@ -1,7 +1,7 @@
 """A model's folder: ``config.json`` and safetensors, opened once, checked once, and turned into modules.
 
-A folder holds a generator (``model.safetensors``), an autoencoder (``autoencoder.safetensors``) or both. This module is
-the only one that reads or writes ``config.json``. Opening a folder needs no torch.
+A folder holds a generator (``model.safetensors``), an autoencoder (``autoencoder.safetensors``) or both. This
+module is the only one that reads or writes ``config.json``. Opening a folder needs no torch.
 """
 
 import dataclasses
@@ -119,7 +119,8 @@ class ModelFolder:
             return read_tensors(self.base.path / file, self.config.base.sha256.get(file, ""))
         except InputError as error:
             raise InputError(
-                f"{self.path / _CONFIG}: the base {self.config.base.weights!r} is not the one that this model was "
+                f"{self.path / _CONFIG}: the base {self.config.base.weights!r} is not the one that this "
+                "model was "
                 f"made from ({error}). Install the version of far that wrote this folder."
             ) from error
 
@@ -178,7 +179,7 @@ class ModelFolder:
     def _on_base(
         self, name: str, tensors: "dict[str, dict[str, Tensor]]"
     ) -> "tuple[ModelFolder, dict[str, dict[str, Tensor]]]":
-        """Return this folder as one that builds on a bundled model, and the tensors that it still has to hold."""
+        """Return this folder as one that builds on a bundled model, and the tensors that it must still hold."""
         from far.weights import changed_tensors, digest
 
         base = _open_base(name)
@@ -245,13 +246,15 @@ def load_autoencoder(
 
     Args:
         name: a folder, the name of a bundled model, or ``OWNER/NAME[@REVISION]`` of the hub.
-        dtype: float32, bfloat16, float16, or auto: bfloat16 if the device has instructions for it, else float32.
+        dtype: float32, bfloat16, float16, or auto: bfloat16 if the device has instructions for it, else
+            float32.
         device: such as ``"cpu"``, ``"cuda:1"`` or a ``torch.device``; ``"auto"`` takes a GPU if there is one.
         revision: a branch, tag or commit on the hub.
         local_files_only: take a model of the hub from the local cache alone.
 
     Raises:
-        InputError: there is no such model, device or dtype, the model has no autoencoder, or a file is damaged.
+        InputError: there is no such model, device or dtype, the model has no autoencoder, or a file is
+            damaged.
     """
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
@@ -277,7 +280,8 @@ def config_without(path: Path, part: Literal["model", "autoencoder"]) -> FolderC
     config = _read_config(path / _CONFIG) if (path / _CONFIG).exists() else FolderConfig()
     if getattr(config, part) is not None or (path / f"{part}.safetensors").exists():
         raise InputError(
-            f"{path} already holds the part {part!r}, which is not overwritten. Choose another folder, or remove it."
+            f"{path} already holds the part {part!r}, which is not overwritten. Choose another folder, or "
+            "remove it."
         )
     return config
 

@@ -1,7 +1,7 @@
 """The hub: ``OWNER/NAME[@REVISION]`` → a folder in the local cache, and files → a repository.
 
-huggingface_hub does the communication: login, cache, offline mode (HF_HUB_OFFLINE). It is imported only when needed.
-Only ``config.json`` and safetensors are downloaded: no pickle, no code.
+huggingface_hub does the communication: login, cache, offline mode (HF_HUB_OFFLINE). It is imported only when
+needed. Only ``config.json`` and safetensors are downloaded: no pickle, no code.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def download(name: str, revision: str | None = None, *, local_files_only: bool = False) -> Path:
-    """Return the folder in the local cache with a repository's files, after downloading those that are missing.
+    """Return the folder in the local cache with a repository's files; missing ones are downloaded.
 
     Args:
         name: ``OWNER/NAME`` or ``OWNER/NAME@REVISION``.
@@ -30,8 +30,8 @@ def download(name: str, revision: str | None = None, *, local_files_only: bool =
         local_files_only: use the cache alone, without any request, as HF_HUB_OFFLINE=1 does.
 
     Raises:
-        InputError: the repository or revision does not exist, is gated or private, cannot be reached and is not in
-            the cache, or holds no model of far.
+        InputError: the repository or revision does not exist, is gated or private, cannot be reached and is
+            not in the cache, or holds no model of far.
     """
     from huggingface_hub import snapshot_download
 
@@ -44,8 +44,10 @@ def download(name: str, revision: str | None = None, *, local_files_only: bool =
         )  # fmt: skip
     if not ((Path(folder) / "config.json").is_file() and any(Path(folder).glob("*.safetensors"))):
         raise InputError(
-            f"{repository} on the hub does not hold config.json and safetensors, and pickles (.bin, .pth, .ckpt) are not "
-            "read from there. Download MAR's checkpoints and convert them with far convert mar and far convert kl16."
+            f"{repository} on the hub does not hold config.json and safetensors, and pickles (.bin, .pth, "
+            ".ckpt) are not "
+            "read from there. Download MAR's checkpoints and convert them with far convert mar and far "
+            "convert kl16."
         )
     return Path(folder)
 
@@ -74,8 +76,8 @@ def upload(
         token: an access token; ``None`` takes that of huggingface_hub.
 
     Raises:
-        InputError: the name does not have this form, nobody is logged in, writing there is not allowed, the hub
-            cannot be reached, or it refuses the card (such as its license).
+        InputError: the name does not have this form, nobody is logged in, writing there is not allowed, the
+            hub cannot be reached, or it refuses the card (such as its license).
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import RemoteEntryNotFoundError
@@ -128,12 +130,14 @@ def _refusals_in_one_line(repository: str, revision: str | None) -> Iterator[Non
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise InputError(
-            f"{repository!r} is neither a folder here nor a model on the hub that you may see. Check the name, or log in "
+            f"{repository!r} is neither a folder here nor a model on the hub that you may see. Check the "
+            "name, or log in "
             "with: hf auth login"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise InputError(
-            f"{repository} has no revision {revision!r} on the hub. Give one of its branches, tags or commits."
+            f"{repository} has no revision {revision!r} on the hub. Give one of its branches, tags or "
+            "commits."
         ) from error
     except (
         errors.OfflineModeIsEnabled
@@ -144,11 +148,13 @@ def _refusals_in_one_line(repository: str, revision: str | None) -> Iterator[Non
         pinned = "" if revision is None else f" at revision {revision!r}"
         if reason is None or isinstance(reason, errors.OfflineModeIsEnabled):
             raise InputError(
-                f"{repository!r}{pinned} is not a folder here and not complete in the local cache, and offline mode is on. "
+                f"{repository!r}{pinned} is not a folder here and not complete in the local cache, and "
+                "offline mode is on. "
                 "Load it once without local_files_only and HF_HUB_OFFLINE."
             ) from error
         raise InputError(
-            f"{repository!r}{pinned} is not a folder here and not complete in the local cache, and the hub does not answer "
+            f"{repository!r}{pinned} is not a folder here and not complete in the local cache, and the hub "
+            "does not answer "
             f"({_line(reason)}). Check the name and the connection."
         ) from error
     except errors.HfHubHTTPError as error:

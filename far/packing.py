@@ -1,8 +1,8 @@
-"""Linear layers for inference on a CPU, with weights in the layout of its matrix instructions: bfloat16 or 8-bit integers.
+"""Linear layers for inference on a CPU, with weights in the layout of its instructions: bfloat16 or 8-bit.
 
-In torch's own layout, a bfloat16 weight is reordered in every call. For the few rows of a generation, this costs as much
-as the product itself. Packing changes only the order in memory, and results are equal bit for bit. 8-bit weights are an
-approximation and cannot be saved.
+In torch's own layout, a bfloat16 weight is reordered in every call. For the few rows of a generation, this
+costs as much as the product itself. Packing changes only the order in memory, and results are equal bit for
+bit. 8-bit weights are an approximation and cannot be saved.
 """
 
 import torch
@@ -12,12 +12,13 @@ from far import kernels
 from far.errors import InputError
 from far.kernels import Int8Kernel
 
-# Narrower layers (the projections of tokens) have few weights to read, and they carry the image's values themselves.
+# Narrower layers (the projections of tokens) have few weights to read, and they carry the image's values
+# themselves.
 _INT8_WIDTH = 64
 
 
 class PackedLinear(nn.Module):
-    """Linear layer ``[…, in] → […, out]`` with a copy of a layer's bfloat16 weights in the kernel's own layout.
+    """Linear layer ``[…, in] → […, out]`` with a copy of bfloat16 weights in the kernel's own layout.
 
     ``weight.to_dense()`` is the plain weight.
     """
@@ -35,13 +36,13 @@ class PackedLinear(nn.Module):
 class Int8Linear(nn.Module):
     """Linear layer ``[…, in] → […, out]`` that approximates ``linear`` with 8-bit weights and inputs.
 
-    Each row of the weight and each row of the input has its own scale, so rows do not influence each other. Inputs are
-    rounded to 127ths of their largest absolute value. Everything else is float32.
+    Each row of the weight and each row of the input has its own scale, so rows do not influence each other.
+    Inputs are rounded to 127ths of their largest absolute value. Everything else is float32.
 
     Args:
         linear: a layer in float32 on the CPU.
-        kernel: how weights are rounded, see :func:`far.kernels.int8_weight`; None takes the first kernel that is exact
-            on this machine.
+        kernel: how weights are rounded, see :func:`far.kernels.int8_weight`; None takes the first kernel that
+            is exact on this machine.
 
     Raises:
         InputError: no kernel is exact on this machine.
@@ -72,7 +73,7 @@ class Int8Linear(nn.Module):
 
 
 def pack_linear_layers(module: nn.Module) -> None:
-    """Replace the bfloat16 linear layers on the CPU within ``module`` by packed ones, in place, if this is faster."""
+    """Replace bfloat16 linear layers on the CPU within ``module`` by packed ones, in place, if faster."""
     if not can_pack():
         return
     for name, child in module.named_children():

@@ -1,9 +1,10 @@
-"""Image tensors ↔ Pillow pictures, grids, contact sheets, and PNG files that carry how they were made."""
+"""Image tensors ↔ Pillow pictures, contact sheets, and PNG files that record how they were made."""
 
 import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -15,9 +16,25 @@ from far.colors import to_srgb
 from far.errors import InputError, NotFiniteError
 from far.files import atomic_path
 
-# Of a contact sheet: pixels across at least, and images of a class in one row at most.
+Output: TypeAlias = Literal["pil", "tensor", "np"]
+Images: TypeAlias = list[Image.Image] | Tensor | np.ndarray
+
+# A contact sheet has at least this width in pixels, and at most this many images of a class in a row.
 _SHEET_WIDTH = 1000
 _ROW_IMAGES = 8
+
+
+def check_output(output: str) -> None:
+    """Raise an :class:`InputError` unless ``output`` is ``"pil"``, ``"tensor"`` or ``"np"``."""
+    if output not in (choices := ("pil", "tensor", "np")):
+        raise InputError(f"output {output!r} does not exist. Choose one of {', '.join(choices)}.")
+
+
+def convert_output(images: Tensor, output: Output) -> Images:
+    """Return images ``[n, 3, h, w]`` in [0, 1] as pictures, as they are, or as ``[n, h, w, 3]`` uint8."""
+    if output == "pil":
+        return to_pictures(images)
+    return to_uint8(images) if output == "np" else images
 
 
 def check_finite(images: Tensor) -> Tensor:
@@ -30,14 +47,14 @@ def check_finite(images: Tensor) -> Tensor:
     if not finite.all():
         number = int((~finite).nonzero()[0])
         raise NotFiniteError(
-            f"image {number} of {len(images)} has values that are not finite numbers: the model's weights are damaged, or its "
-            "values overflow; check the weights, or take dtype float32"
+            f"image {number} of {len(images)} has values that are not finite: the weights are damaged, or "
+            "values overflow. Check the weights, or take dtype float32."
         )
     return images
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Images ``[n, 3, h, w]`` in [0, 1] → ``[n, h, w, 3]`` uint8, rounded.
+    """Return images ``[n, 3, h, w]`` in [0, 1] as ``[n, h, w, 3]`` uint8, rounded.
 
     Raises:
         NotFiniteError: a value is NaN or infinite.
@@ -47,21 +64,24 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
-    """Images ``[n, 3, h, w]`` in [0, 1] → Pillow pictures."""
+    """Return images ``[n, 3, h, w]`` in [0, 1] as Pillow pictures."""
     return [Image.fromarray(image) for image in to_uint8(images)]
 
 
 def to_rgb(picture: Image.Image, background: str = "white", *, keep_colors: bool = False) -> Image.Image:
-    """Return a Pillow picture of any mode as it is meant to be seen: upright, sRGB, transparency on ``background``.
+    """Return a Pillow picture of any mode as it is meant to be seen: upright, sRGB and opaque.
 
-    The one way into pixels: files, pictures given to :class:`far.Pipeline` and masks all come through here. EXIF orientation is
-    applied, an embedded color profile is converted to sRGB, and 16 bits are scaled to 8. The given picture is not changed.
+    All files, pictures and masks pass through here. EXIF orientation is applied, an embedded color profile is
+    converted to sRGB, and 16 bits are scaled to 8. The given picture is not changed.
 
     Args:
+        picture: the picture.
+        background: the color under transparent parts.
         keep_colors: ignore color profiles, as ADM's preparation of ImageNet does.
 
     Raises:
-        InputError: the picture's file is damaged, which Pillow finds only when pixels are needed; or a pixel is not finite.
+        InputError: the picture's file is damaged, which Pillow finds only when pixels are needed, or a pixel
+            is not finite.
     """
     try:
         picture.load()
@@ -76,7 +96,7 @@ def to_rgb(picture: Image.Image, background: str = "white", *, keep_colors: bool
         return picture if picture.mode == "RGB" else picture.convert("RGB")
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         reason = first_line(error)
-        raise InputError(f"the picture cannot be decoded ({reason}); replace it") from error
+        raise InputError(f"the picture cannot be decoded ({reason}). Replace it.") from error
 
 
 def first_line(error: Exception) -> str:
@@ -94,9 +114,8 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
             raise ValueError("it has values that are not finite numbers")
         values = np.clip(values, 0, 65535).round().astype(np.uint16)
     scale = 257 if values.max() > 255 else 1
-    table = (
-        (np.arange(65536) / scale).clip(0, 255).round().astype(np.uint8)
-    )  # far smaller than a float per pixel
+    # A table takes far less memory than one float per pixel.
+    table = (np.arange(65536) / scale).clip(0, 255).round().astype(np.uint8)
     scaled = Image.fromarray(table[values])
     if "icc_profile" in picture.info:
         scaled.info["icc_profile"] = picture.info["icc_profile"]
@@ -104,12 +123,12 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 
 
 def to_tensor(picture: Image.Image, background: str = "white") -> Tensor:
-    """Return a Pillow picture, by way of :func:`to_rgb`, as ``[3, h, w]`` float32 in [0, 1]; the inverse of :func:`to_pictures`."""
+    """Return a picture, converted by :func:`to_rgb`, as ``[3, h, w]`` float32 in [0, 1]."""
     return torch.from_numpy(np.array(to_rgb(picture, background))).permute(2, 0, 1).float() / 255
 
 
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:
-    """All images ``[n, 3, h, w]`` in [0, 1] row by row, about square unless ``columns`` is given."""
+    """Return images ``[n, 3, h, w]`` in [0, 1] in one picture, row by row; by default about square."""
     count, _, height, width = images.shape
     columns = min(count, columns or math.ceil(math.sqrt(count)))
     sheet = Image.new("RGB", (columns * width, -(-count // columns) * height), "white")
@@ -119,14 +138,15 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
 
 
 def contact_sheet(images: Tensor, labels: Sequence[int]) -> Image.Image:
-    """Lay out all images ``[n, 3, h, w]`` in [0, 1] with one row per class, and enlarge small ones.
+    """Return all images in one picture with one row per class, and enlarge small ones.
 
-    Classes stand in order of appearance, their images in the given order. A class of more than eight images takes
-    several rows of equal length. If the sheet would be more than twice as high as wide, the rows stand in several
-    columns with a gap between them, so that the sheet is about square. One image alone is returned as it is.
+    Classes are in order of appearance, their images in the given order. A class of more than eight images
+    takes several rows of equal length. If the sheet would be more than twice as high as wide, the rows are
+    arranged in several columns with a gap between them, so that the sheet is about square. A single image is
+    returned as it is.
 
     Args:
-        images: ``[n, 3, h, w]``.
+        images: ``[n, 3, h, w]`` in [0, 1].
         labels: the class of each image.
     """
     height, width = images.shape[-2:]
@@ -145,19 +165,21 @@ def contact_sheet(images: Tensor, labels: Sequence[int]) -> Image.Image:
 
 
 def _class_rows(labels: Sequence[int]) -> list[list[int]]:
-    """Indices of the images in each row of a contact sheet. The first row of a class is its longest."""
+    """Return the indices of the images in each row of a contact sheet; a class's first row is its longest."""
     classes: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
         classes.setdefault(label, []).append(index)
     most = max(map(len, classes.values()))
     length = -(-most // -(-most // _ROW_IMAGES))
     return [
-        found[start : start + length] for found in classes.values() for start in range(0, len(found), length)
+        members[start : start + length]
+        for members in classes.values()
+        for start in range(0, len(members), length)
     ]
 
 
 def _block_columns(rows: int, width: int, height: int) -> int:
-    """Columns in which ``rows`` rows of ``width`` × ``height`` pixels stand: one, unless that is too high."""
+    """Return in how many columns to arrange rows of ``width`` × ``height`` pixels: one, unless too high."""
     if rows * height <= 2 * width:
         return 1
     return min(
@@ -167,13 +189,13 @@ def _block_columns(rows: int, width: int, height: int) -> int:
 
 
 def enlarge(picture: Image.Image) -> Image.Image:
-    """Repeat every pixel, so that the picture is at least 1000 pixels wide; a wider one stays as it is."""
+    """Repeat every pixel until the picture is at least 1000 pixels wide; return a wider one as it is."""
     factor = -(-_SHEET_WIDTH // picture.width)
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
 def encode_png(picture: Image.Image, settings: Mapping[str, object] | None = None) -> bytes:
-    """The bytes of a PNG file; ``settings`` become its text entries."""
+    """Return the bytes of a PNG file; ``settings`` become its text entries."""
     info = PngInfo()
     for key, value in (settings or {}).items():
         info.add_text(key, str(value))
@@ -189,7 +211,7 @@ def save_png(picture: Image.Image, path: Path, settings: Mapping[str, object] | 
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 120) -> None:
-    """Write an endless animation atomically; the last frame stays for a second and a half."""
+    """Write an infinite animation atomically; the last frame lasts a second and a half."""
     durations = [milliseconds] * (len(frames) - 1) + [1500]
     with atomic_path(path) as temporary:
         frames[0].save(

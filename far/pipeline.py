@@ -1,8 +1,8 @@
-"""``Pipeline``: class labels in, images out. The sampling loop is in ``far.sampling``, the saved folder in ``far.folder``."""
+"""``Pipeline``: class labels in, images out. ``far.sampling`` has the loop, ``far.folder`` the saved folder."""
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from far.autoencoder import Autoencoder
 from far.classes import class_number
-from far.config import check_count, check_seed, from_dict, listed, whole_number
+from far.config import check_count, counted_seeds, from_dict, listed, plain_number, whole_number
 from far.devices import resolve_device
 from far.editing import image_pixels, mask_pixels, paste_kept, touched_tokens
 from far.errors import InputError
@@ -22,21 +22,21 @@ from far.folder import ModelFolder
 from far.folder_config import FolderConfig
 from far.model import FAR
 from far.packing import has_int8, parameter_count, unpack_linear_layers
-from far.pictures import check_finite, to_pictures, to_uint8
+from far.pictures import Images, Output, check_output, convert_output
 from far.precision import prepare, prepare_autoencoder, resolve_dtype
 from far.sampling import Kept, Progress, SamplingConfig, SeededNoise, sampling_steps
 
+Labels: TypeAlias = Sequence[int | str]
+Seeds: TypeAlias = int | Sequence[int]
+Picture: TypeAlias = Image.Image | Tensor | np.ndarray
+Pictures: TypeAlias = list[Image.Image]
 Callback: TypeAlias = Callable[[Progress], None] | None
-Images: TypeAlias = list[Image.Image] | Tensor | np.ndarray
-_OUTPUTS = ("pil", "tensor", "np")
-# On a CPU, few images at a time with channels last stay in the caches: twice as fast at 64 × 64 pixels.
-_CPU_DECODE_CHUNK = 16
 
 
 class Pipeline:
     """A generator, its autoencoder, the class names and the default sampling values.
 
-    ``results`` (figures) and ``training`` (facts) stay with the weights, in ``config.json`` and the model card.
+    ``results`` (figures) and ``training`` (facts) are saved in ``config.json`` and the model card.
 
     Examples:
         >>> import far
@@ -60,10 +60,13 @@ class Pipeline:
         network, (rows, columns) = self.model.config.network, self.model.config.grid
         stride = None if self.autoencoder is None else self.autoencoder.config.stride
         size = "no autoencoder" if stride is None else f"{columns * stride}×{rows * stride} pixels"
-        return (
-            f"Pipeline({network.backbone.kind} backbone, {network.head.kind} head, {len(self.classes)} classes, {size}, "
-            f"{parameter_count(self.model):,} parameters, {self.dtype}, {self.device})"
+        parts = (
+            f"{network.backbone.kind} backbone",
+            f"{network.head.kind} head",
+            f"{len(self.classes)} classes",
         )
+        weights = (f"{parameter_count(self.model):,} parameters", self.dtype, str(self.device))
+        return f"Pipeline({', '.join((*parts, size, *weights))})"
 
     @property
     def device(self) -> torch.device:
@@ -72,28 +75,19 @@ class Pipeline:
     @property
     def dtype(self) -> str:
         """The dtype of the generator's weights, such as ``"bfloat16"`` or ``"int8"``."""
-        return (
-            "int8"
-            if has_int8(self.model)
-            else str(next(self.model.parameters()).dtype).removeprefix("torch.")
-        )
+        weights = next(self.model.parameters()).dtype
+        return "int8" if has_int8(self.model) else str(weights).removeprefix("torch.")
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) of the images in pixels.
-
-        Raises:
-            InputError: the pipeline has no autoencoder.
-        """
+        """(height, width) of the images in pixels; an :class:`InputError` if there is no autoencoder."""
         stride = self._autoencoder().config.stride
         rows, columns = self.model.config.grid
         return rows * stride, columns * stride
 
     def _autoencoder(self) -> Autoencoder:
         if self.autoencoder is None:
-            raise InputError(
-                "this model has no autoencoder. Add one with: far convert kl16 KL16.ckpt ITS_FOLDER"
-            )
+            raise InputError("this model has no autoencoder. Add one with: far convert kl16 KL16.ckpt FOLDER")
         return self.autoencoder
 
     def to(self, device: str | torch.device | None = None, dtype: str | None = None) -> "Pipeline":
@@ -106,14 +100,12 @@ class Pipeline:
             dtype: as in :meth:`from_pretrained`; None keeps it.
 
         Raises:
-            InputError: there is no such device or dtype here, or int8 weights would have to be converted back.
+            InputError: there is no such device or dtype here, or int8 weights had to be converted back.
         """
         device = self.device if device is None else resolve_device(device)
         dtype = self.dtype if dtype is None else resolve_dtype(dtype, device)
         if self.dtype == "int8" and (dtype, device) != ("int8", self.device):
-            raise InputError(
-                f"int8 weights cannot be converted to {dtype} on {device}. Load the model again with far.load."
-            )
+            raise InputError(f"int8 weights cannot become {dtype} on {device}. Load the model again.")
         if self.dtype != "int8":
             unpack_linear_layers(self.model)
             prepare(self.model, dtype, device)
@@ -129,31 +121,19 @@ class Pipeline:
         """
         return class_number(self.classes, name)
 
+    # fmt: off
     @overload
-    def generate(
-        self, labels: Sequence[int | str], *, seed: int | Sequence[int] = 0, batch_size: int = 64,
-        output: Literal["pil"] = "pil", callback: Callback = None, **sampling: Any,
-    ) -> list[Image.Image]: ...  # fmt: skip
+    def generate(self, labels: Labels, *, seed: Seeds = 0, batch_size: int = 64, callback: Callback = None,
+                 output: Literal["pil"] = "pil", **sampling: Any) -> Pictures: ...
     @overload
-    def generate(
-        self, labels: Sequence[int | str], *, seed: int | Sequence[int] = 0, batch_size: int = 64,
-        output: Literal["tensor"], callback: Callback = None, **sampling: Any,
-    ) -> Tensor: ...  # fmt: skip
+    def generate(self, labels: Labels, *, seed: Seeds = 0, batch_size: int = 64, callback: Callback = None,
+                 output: Literal["tensor"], **sampling: Any) -> Tensor: ...
     @overload
-    def generate(
-        self, labels: Sequence[int | str], *, seed: int | Sequence[int] = 0, batch_size: int = 64,
-        output: Literal["np"], callback: Callback = None, **sampling: Any,
-    ) -> np.ndarray: ...  # fmt: skip
-    def generate(
-        self,
-        labels: Sequence[int | str],
-        *,
-        seed: int | Sequence[int] = 0,
-        batch_size: int = 64,
-        output: Literal["pil", "tensor", "np"] = "pil",
-        callback: Callback = None,
-        **sampling: Any,
-    ) -> Images:
+    def generate(self, labels: Labels, *, seed: Seeds = 0, batch_size: int = 64, callback: Callback = None,
+                 output: Literal["np"], **sampling: Any) -> np.ndarray: ...
+    def generate(self, labels: Labels, *, seed: Seeds = 0, batch_size: int = 64, callback: Callback = None,
+                 output: Output = "pil", **sampling: Any) -> Images:
+        # fmt: on
         """Draw one image per label.
 
         Args:
@@ -161,31 +141,31 @@ class Pipeline:
             seed: the seed of the first image, counting up for the next ones; or one seed per image. An image
                 depends on its seed and label only, not on the others in its batch.
             batch_size: images drawn together.
-            output: ``"pil"`` for a list of pictures, ``"tensor"`` for ``[n, 3, h, w]`` in [0, 1], ``"np"`` for
-                ``[n, h, w, 3]`` uint8.
             callback: called after each AR step of each batch.
-            sampling: values of :class:`far.SamplingConfig` by name, such as ``guidance=2.0``; ``None`` takes the
-                model's default.
+            output: ``"pil"`` for a list of pictures, ``"tensor"`` for ``[n, 3, h, w]`` in [0, 1], ``"np"``
+                for ``[n, h, w, 3]`` uint8.
+            sampling: values of :class:`far.SamplingConfig` by name, such as ``guidance=2.0``; ``None`` takes
+                the model's default.
 
         Raises:
             InputError: an unknown class, an unknown name, or a value out of range.
         """
-        _check_output(output)
-        labels = listed("labels", labels)
-        seeds = _seeds(seed, len(labels))
-        config = self.sampling_config(**sampling)
-        return _as_output(self.draw(labels, seeds, config, batch_size=batch_size, callback=callback), output)
+        check_output(output)
+        labels, config = listed("labels", labels), self.sampling_config(**sampling)
+        seeds = counted_seeds(seed, len(labels))
+        images = self.draw(labels, seeds, config, batch_size=batch_size, callback=callback)
+        return convert_output(images, output)
 
     def draw(
         self,
-        labels: Sequence[int | str],
+        labels: Labels,
         seeds: Sequence[int],
         config: SamplingConfig | None = None,
         *,
         batch_size: int = 64,
         callback: Callback = None,
     ) -> Tensor:
-        """Draw ``[n, 3, h, w]`` in [0, 1] as :meth:`generate` does, from one seed per label and a whole config."""
+        """Draw ``[n, 3, h, w]`` in [0, 1] as :meth:`generate` does, with one seed per label and a config."""
         check_count("batch_size", whole_number("batch_size", batch_size), 2**40)
         numbers, seeds = self._numbers(labels, seeds)
         parts = []
@@ -199,13 +179,13 @@ class Pipeline:
 
     def stream(
         self,
-        labels: Sequence[int | str],
+        labels: Labels,
         seeds: Sequence[int],
         config: SamplingConfig | None = None,
         *,
         kept: Kept | None = None,
     ) -> Iterator[Progress]:
-        """Draw one batch, one AR step at a time; :meth:`preview` shows a step, :meth:`decode` the last latents.
+        """Draw one batch, one AR step at a time; :meth:`decode` turns the last latents into images.
 
         Args:
             labels: class numbers or names, one per image.
@@ -217,22 +197,16 @@ class Pipeline:
             InputError: an unknown class, or a value out of range; raised by the call itself, before any step.
         """
         numbers, seeds = self._numbers(labels, seeds)
-        noise = SeededNoise(seeds, self.device)
-        return sampling_steps(
-            self.model, torch.tensor(numbers, device=self.device), noise, config or self.defaults, kept=kept
-        )
+        classes, noise = torch.tensor(numbers, device=self.device), SeededNoise(seeds, self.device)
+        return sampling_steps(self.model, classes, noise, config or self.defaults, kept=kept)
 
-    def _numbers(self, labels: Sequence[int | str], seeds: Sequence[int]) -> tuple[list[int], list[int]]:
+    def _numbers(self, labels: Labels, seeds: Sequence[int]) -> tuple[list[int], list[int]]:
         """Return class numbers and seeds, after checking that there are as many of both, and at least one."""
-        numbers, seeds = [self.label(name) for name in listed("labels", labels)], _seeds(seeds, 1)
+        numbers, seeds = [self.label(name) for name in listed("labels", labels)], counted_seeds(seeds)
         if not numbers:
-            raise InputError("labels is empty. Give at least one class.")
+            raise InputError("no label and seed were given. Give at least one of each.")
         if len(seeds) != len(numbers):
-            raise InputError(
-                f"{len(seeds)} seeds for {len(numbers)} labels. Give one seed, or one per label."
-            )
-        for seed in (min(seeds), max(seeds)):
-            check_seed("seed", seed)
+            raise InputError(f"{len(seeds)} seeds for {len(numbers)} labels. Give one, or one per label.")
         return numbers, seeds
 
     def preview(self, progress: Progress) -> Tensor:
@@ -242,64 +216,43 @@ class Pipeline:
         mask = F.interpolate(mask, size=images.shape[-2:], mode="nearest")
         return images * mask + 0.5 * (1 - mask)
 
+    # fmt: off
     @overload
-    def edit(
-        self, image: Image.Image | Tensor | np.ndarray, mask: Image.Image | Tensor | np.ndarray, label: int | str, *,
-        seed: int | Sequence[int] = 0, paste: bool = True,
-        output: Literal["pil"] = "pil", callback: Callback = None, **sampling: Any,
-    ) -> list[Image.Image]: ...  # fmt: skip
+    def edit(self, image: Picture, mask: Picture, label: int | str, *, seed: Seeds = 0, paste: bool = True,
+             callback: Callback = None, output: Literal["pil"] = "pil", **sampling: Any) -> Pictures: ...
     @overload
-    def edit(
-        self, image: Image.Image | Tensor | np.ndarray, mask: Image.Image | Tensor | np.ndarray, label: int | str, *,
-        seed: int | Sequence[int] = 0, paste: bool = True,
-        output: Literal["tensor"], callback: Callback = None, **sampling: Any,
-    ) -> Tensor: ...  # fmt: skip
+    def edit(self, image: Picture, mask: Picture, label: int | str, *, seed: Seeds = 0, paste: bool = True,
+             callback: Callback = None, output: Literal["tensor"], **sampling: Any) -> Tensor: ...
     @overload
-    def edit(
-        self, image: Image.Image | Tensor | np.ndarray, mask: Image.Image | Tensor | np.ndarray, label: int | str, *,
-        seed: int | Sequence[int] = 0, paste: bool = True,
-        output: Literal["np"], callback: Callback = None, **sampling: Any,
-    ) -> np.ndarray: ...  # fmt: skip
-    def edit(
-        self,
-        image: Image.Image | Tensor | np.ndarray,
-        mask: Image.Image | Tensor | np.ndarray,
-        label: int | str,
-        *,
-        seed: int | Sequence[int] = 0,
-        paste: bool = True,
-        output: Literal["pil", "tensor", "np"] = "pil",
-        callback: Callback = None,
-        **sampling: Any,
-    ) -> Images:
+    def edit(self, image: Picture, mask: Picture, label: int | str, *, seed: Seeds = 0, paste: bool = True,
+             callback: Callback = None, output: Literal["np"], **sampling: Any) -> np.ndarray: ...
+    def edit(self, image: Picture, mask: Picture, label: int | str, *, seed: Seeds = 0, paste: bool = True,
+             callback: Callback = None, output: Output = "pil", **sampling: Any) -> Images:
+        # fmt: on
         """Redraw a part of an image: inside it (inpainting), around it (outpainting), or as another class.
 
-        Tokens that the mask does not touch stay exactly as the autoencoder encodes them. Touched tokens are drawn
-        again as wholes, given the others. A causal backbone can only redraw from one token to the end.
+        Tokens that the mask does not touch stay exactly as the autoencoder encodes them. Touched tokens are
+        drawn again as wholes, given the others. A causal backbone can only redraw from one token to the end.
 
         Args:
-            image: of the model's size (:attr:`image_size`): a picture, 8-bit pixels ``[H, W, 3]``, or floats
-                ``[3, H, W]`` in [0, 1].
-            mask: of the same size: a picture, white where to redraw, or ``[H, W]``, above 0.5 where to redraw.
-                Transparent parts are kept.
+            image: of :attr:`image_size`: a picture, uint8 ``[H, W, 3]``, or floats ``[3, H, W]`` in [0, 1].
+            mask: of the same size: a picture, white where to redraw, or ``[H, W]``, above 0.5 where to
+                redraw. Transparent parts are kept.
             label: the class to draw, number or name.
             seed: one seed, or several for as many versions.
             paste: put the pixels of ``image`` back where tokens were kept, instead of decoding those tokens.
-            output: ``"pil"`` for a list of pictures, ``"tensor"`` for ``[n, 3, H, W]`` in [0, 1], ``"np"`` for
-                ``[n, H, W, 3]`` uint8.
             callback: called after each AR step.
-            sampling: values of :class:`far.SamplingConfig` by name. The default of ``ar_steps`` is the model's,
-                scaled to the fraction of redrawn tokens.
+            output: as in :meth:`generate`.
+            sampling: as in :meth:`generate`; ``ar_steps`` is by default the model's, scaled to the fraction
+                of redrawn tokens.
 
         Raises:
-            InputError: image or mask has another size, the image is not within [0, 1], the mask touches no token
-                or every token, the class is unknown, a value is out of range, or a causal backbone cannot redraw
-                there.
+            InputError: image or mask has another size, the image is not within [0, 1], the mask touches no
+                token or every token, the class is unknown, a value is out of range, or a causal backbone
+                cannot redraw there.
         """
-        _check_output(output)
-        seeds = _seeds(seed, 1)
-        if not seeds:
-            raise InputError("seed is empty. Give one seed, or one per version.")
+        check_output(output)
+        seeds = counted_seeds(seed)
         grid = self.model.config.token_grid
         pixels = image_pixels(image, self.image_size)
         redrawn = touched_tokens(mask_pixels(mask, self.image_size), grid)
@@ -313,7 +266,7 @@ class Pipeline:
             if callback is not None:
                 callback(progress)
         images = self.decode(progress.latents)
-        return _as_output(paste_kept(images, pixels, redrawn, grid) if paste else images, output)
+        return convert_output(paste_kept(images, pixels, redrawn, grid) if paste else images, output)
 
     def sampling_config(self, **given: Any) -> SamplingConfig:
         """Return the model's default sampling values with those of ``given`` that are not ``None``.
@@ -321,68 +274,41 @@ class Pipeline:
         Raises:
             InputError: :class:`far.SamplingConfig` has no such name, or a value is of another type.
         """
-        values = {
-            field.name: getattr(self.defaults, field.name) for field in dataclasses.fields(self.defaults)
-        }
-        values |= {
-            name: _plain(value) for name, value in given.items() if value is not None or name not in values
-        }
+        values = dataclasses.asdict(self.defaults)
+        for name, value in given.items():
+            if value is not None or name not in values:
+                values[name] = plain_number(value)
         return from_dict(SamplingConfig, values, "sampling values")
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return images ``[b, 3, H, W]`` in [0, 1] from unit-variance latents ``[b, c, h, w]``.
+        """Return images ``[b, 3, H, W]`` in [0, 1]; see :meth:`far.autoencoder.Autoencoder.to_images`."""
+        return self._autoencoder().to_images(latents)
 
-        Raises:
-            InputError: the pipeline has no autoencoder, or (:class:`far.errors.NotFiniteError`) an image has
-                values that are not finite.
-        """
-        autoencoder = self._autoencoder()
-        latents = autoencoder.denormalize(latents.to(next(autoencoder.parameters()).dtype))
-        chunk = _CPU_DECODE_CHUNK if latents.device.type == "cpu" else len(latents)
-        parts = [
-            autoencoder.decode(part.contiguous(memory_format=torch.channels_last)).float() / 2 + 0.5
-            for part in latents.split(chunk)
-        ]
-        # All images leave a model here, so NaN is found here: a picture would show it as black.
-        return check_finite(torch.cat(parts)).clamp(0, 1).contiguous()
-
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Return unit-variance latents ``[b, c, h, w]``, the means of the posteriors, from images in [0, 1].
-
-        Args:
-            images: ``[b, 3, H, W]``.
-
-        Raises:
-            InputError: the pipeline has no autoencoder, or H or W is not a multiple of its stride.
-        """
-        autoencoder = self._autoencoder()
-        weight = next(autoencoder.parameters())
-        images = (images * 2 - 1).to(weight.device, weight.dtype, memory_format=torch.channels_last)
-        return autoencoder.normalize(autoencoder.encode(images).mean.float())
+        """Return latents ``[b, c, h, w]``; see :meth:`far.autoencoder.Autoencoder.to_latents`."""
+        return self._autoencoder().to_latents(images)
 
     def save_pretrained(
         self, folder: Path | str, dtype: torch.dtype | None = None, *, base: str | None = None
     ) -> None:
         """Write a folder that :func:`far.load` reads, with a model card in ``README.md``.
 
-        The card lists classes, sizes, sampling values, results and, for models trained here, data and recipe. A
-        ``README.md`` that somebody wrote is kept.
+        The card lists classes, sizes, sampling values, results and, for models trained here, data and recipe.
+        A ``README.md`` that somebody wrote is kept.
 
         Args:
             folder: made if missing.
             dtype: dtype of the written weights; None keeps theirs.
-            base: name of a bundled model. Tensors that are equal in it, such as the backbone under another head,
-                are not written but taken from there when loading. Such a folder gets no model card.
+            base: name of a bundled model. Tensors that are equal in it, such as the backbone under another
+                head, are not written but taken from there when loading. Such a folder gets no model card.
 
         Raises:
-            InputError: the weights are int8, which cannot be converted back, or no whole model ``base`` is bundled.
+            InputError: the weights are int8, which cannot be converted back, or no whole model ``base`` is
+                bundled.
         """
         config = FolderConfig(
-            model=self.model.config, classes=tuple(self.classes), defaults=self.defaults, results=self.results,
-            training=self.training,
-        )  # fmt: skip
+            self.model.config, None, tuple(self.classes), self.defaults, self.results, self.training
+        )
         ModelFolder.save(
             Path(folder), config, model=self.model, autoencoder=self.autoencoder, dtype=dtype, base=base
         )
@@ -402,8 +328,8 @@ class Pipeline:
 
         Args:
             name: ``OWNER/NAME``, or ``OWNER/NAME@BRANCH``. A missing repository is created.
-            license: license of the weights, as the hub abbreviates it (``"mit"``, ``"cc-by-nc-4.0"``, ``"other"``).
-                It depends on the training images, so only the publisher knows it.
+            license: license of the weights, as the hub abbreviates it (``"mit"``, ``"cc-by-nc-4.0"``,
+                ``"other"``). It depends on the training images, so only the publisher knows it.
             private: visibility of a new repository; ``None`` is the owner's default, usually public.
             revision: a branch, created if missing; ``None`` is the one in the name, else main.
             commit_message: the commit's first line.
@@ -411,8 +337,8 @@ class Pipeline:
             token: an access token; ``None`` takes that of ``hf auth login`` or HF_TOKEN.
 
         Raises:
-            InputError: the weights are int8, nobody is logged in, writing there is not allowed, the hub cannot be
-                reached, or it refuses the license.
+            InputError: the weights are int8, nobody is logged in, writing there is not allowed, the hub
+                cannot be reached, or it refuses the license.
         """
         with tempfile.TemporaryDirectory() as temporary:
             self.save_pretrained(temporary, dtype)
@@ -433,20 +359,20 @@ class Pipeline:
         """Load a folder, a bundled model, or a model of the hub.
 
         Args:
-            name: a folder that :meth:`save_pretrained` wrote, the name of a bundled model, or ``OWNER/NAME`` or
-                ``OWNER/NAME@REVISION`` of the hub, tried in this order. A :class:`~pathlib.Path` is always a folder.
-            dtype: dtype of the generator's weights: float32, bfloat16, float16, int8 (an approximation for CPUs), or
-                auto: bfloat16 if the device has instructions for it, else float32. Beside bfloat16 and int8, the
-                autoencoder is bfloat16 if the device has instructions for it; otherwise it is float32.
-            device: such as ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or a ``torch.device``; ``"auto"`` takes a GPU if there
-                is one, see :func:`far.devices.resolve_device`.
-            revision: a branch, tag or commit on the hub; ``None`` is the one in the name, else the main branch.
+            name: a folder that :meth:`save_pretrained` wrote, the name of a bundled model, or
+                ``OWNER/NAME[@REVISION]`` of the hub, tried in this order. A ``Path`` is always a folder.
+            dtype: dtype of the generator's weights: float32, bfloat16, float16, int8 (an approximation for
+                CPUs), or auto: bfloat16 if the device has instructions for it, else float32. The autoencoder
+                is bfloat16 beside bfloat16, or beside int8 with such instructions, else float32.
+            device: such as ``"cpu"``, ``"cuda:1"`` or a ``torch.device``; ``"auto"`` takes a GPU if there is
+                one, see :func:`far.devices.resolve_device`.
+            revision: a branch, tag or commit on the hub; ``None`` is the one in the name, else main.
             local_files_only: take a model of the hub from the local cache alone, as HF_HUB_OFFLINE=1 does.
 
         Raises:
-            InputError: there is no such folder, name, revision, device or dtype, the hub cannot be reached, the
-                folder holds an autoencoder alone, or the files are damaged or do not fit together. The message
-                names the file and the first tensor or key that differs.
+            InputError: there is no such folder, name, revision, device or dtype, the hub cannot be reached,
+                the folder holds an autoencoder alone, or the files are damaged or do not fit together. The
+                message names the file and the first tensor or key that differs.
         """
         device = resolve_device(device)  # refused before anything is read, and so is the dtype
         dtype = resolve_dtype(dtype, device)
@@ -459,27 +385,15 @@ class Pipeline:
         return cls(model, autoencoder, config.classes, config.defaults, config.results, config.training)
 
 
-load = Pipeline.from_pretrained
-
-
-def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    """Return the given seeds; or from one seed, ``count`` that count up."""
-    if isinstance(seed, Iterable) and not isinstance(seed, str | bytes) and getattr(seed, "ndim", None) != 0:
-        return [whole_number("seed", one) for one in seed]
-    return [whole_number("seed", seed) + index for index in range(count)]
-
-
-def _plain(value: Any) -> Any:
-    """Return a number of numpy, or in a tensor, as Python's own; anything else as it is."""
-    return value.item() if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0 else value
-
-
-def _check_output(output: str) -> None:
-    if output not in _OUTPUTS:
-        raise InputError(f"output {output!r} does not exist. Choose one of {', '.join(_OUTPUTS)}.")
-
-
-def _as_output(images: Tensor, output: str) -> Images:
-    if output == "pil":
-        return to_pictures(images)
-    return to_uint8(images) if output == "np" else images
+def load(
+    name: Path | str,
+    *,
+    dtype: str = "float32",
+    device: str | torch.device = "auto",
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Pipeline:
+    """Load a folder, a bundled model, or a model of the hub, as :meth:`Pipeline.from_pretrained` does."""
+    return Pipeline.from_pretrained(
+        name, dtype=dtype, device=device, revision=revision, local_files_only=local_files_only
+    )

@@ -1,4 +1,4 @@
-"""The dtypes that a model runs in, and the layout of its weights for inference. Importing it needs no torch."""
+"""Dtypes that a model runs in, and the layout of its weights for inference. Importing it needs no torch."""
 
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,9 +16,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 
 def resolve_dtype(name: str, device: "str | torch.device") -> str:
-    """Return the dtype that ``auto`` stands for on a device: bfloat16 if it has instructions for it, else float32.
+    """Return the dtype that ``auto`` stands for on a device; any other name is returned as it is.
 
-    Any other name is returned as it is.
+    It is bfloat16 if the device has instructions for it, else float32.
 
     Raises:
         InputError: there is no such dtype or device, or the dtype cannot be used on this device.
@@ -65,8 +65,8 @@ def prepare(model: M, dtype: str, device: "str | torch.device") -> M:
 def prepare_autoencoder(autoencoder: M, dtype: str, device: "str | torch.device") -> M:
     """Move the autoencoder of a generator of some dtype to a device, in place, with channels last.
 
-    It becomes bfloat16 beside bfloat16 and, if the device has instructions for it, beside int8; otherwise float32. In
-    float16 its values could overflow.
+    It becomes bfloat16 beside bfloat16 and, if the device has instructions for it, beside int8; otherwise
+    float32. In float16 its values could overflow.
 
     Raises:
         InputError: there is no such dtype or device here.

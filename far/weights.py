@@ -1,7 +1,7 @@
 """Tensors on disk: safetensors files with a checksum ↔ modules. No pickle is ever read here.
 
-Which files a folder holds, and their configuration, is in ``far.folder``. Checkpoints of other projects are read by
-``far.convert``, training state by ``far.training.checkpoint``.
+Which files a folder holds, and their configuration, is in ``far.folder``. Checkpoints of other projects are
+read by ``far.convert``, training state by ``far.training.checkpoint``.
 """
 
 import hashlib
@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from far.errors import InputError
 from far.files import atomic_path
 
-# Dtypes that weights can have. Others cannot be converted, such as float4, which packs two values into one element.
+# Dtypes that weights can have. Others cannot be converted, such as float4, which packs two values into one
+# element.
 FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 M = TypeVar("M", bound=nn.Module)
@@ -68,8 +69,8 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
 
     Args:
         path: the file.
-        sha256: the expected :func:`digest`; None takes the one that :func:`save_tensors` wrote into the file. Files of
-            other programs hold none.
+        sha256: the expected :func:`digest`; None takes the one that :func:`save_tensors` wrote into the file.
+            Files of other programs hold none.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -102,8 +103,8 @@ def build_module(
     """Build a module and load its weights, in the module's dtype.
 
     Args:
-        build: makes the module. It allocates memory only after the tensors are known to fit, so that no configuration
-            can demand more memory than its weights.
+        build: makes the module. It allocates memory only after the tensors are known to fit, so that no
+            configuration can demand more memory than its weights.
         tensors: the weights.
         path: the file that they are from, for errors.
         fallback: returns tensors for the names that ``tensors`` lacks; it is called only if there are any.
@@ -123,7 +124,7 @@ def build_module(
 
 
 class _NoInitialization(TorchFunctionMode):
-    """Skips the initialization of weights that are about to be replaced; torch's first draw on "meta" takes a second."""
+    """Skips initializing weights that will be replaced; torch's first draw on "meta" takes a second."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         arguments = kwargs or {}
@@ -136,11 +137,13 @@ def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path
     for name, like in expected.items():
         if name not in tensors:
             raise InputError(
-                f"{path} lacks the tensor {name}. Its config.json is that of another model: restore both files."
+                f"{path} lacks the tensor {name}. Its config.json is that of another model: restore both "
+                "files."
             )
         if tensors[name].shape != like.shape:
             raise InputError(
-                f"{path}: {name} has shape {list(tensors[name].shape)}, but config.json requires {list(like.shape)}. "
+                f"{path}: {name} has shape {list(tensors[name].shape)}, but config.json requires "
+                f"{list(like.shape)}. "
                 "Restore both files."
             )
         if tensors[name].dtype not in (FLOATS if like.is_floating_point() else (like.dtype,)):
@@ -150,7 +153,8 @@ def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path
     for name in tensors:
         if name not in expected:
             raise InputError(
-                f"{path} holds the tensor {name!r}, which the model does not have. Restore it and its config.json."
+                f"{path} holds the tensor {name!r}, which the model does not have. Restore it and its "
+                "config.json."
             )
 
 

@@ -1,4 +1,4 @@
-"""The bundled models are what their recipes say, small enough to be carried by everyone, and draw what they are asked for."""
+"""Bundled models fit their recipes, are small, and draw images of the given class."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def test_bundled_model_is_small_and_made_by_its_recipe(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
 def test_classes_look_alike_within_and_differ_between(name: str) -> None:
-    """In the feature network's eyes, images of planets are nearer to each other than to images of voxel robots."""
+    """Features of planets are nearer to each other than to those of voxel robots."""
     pipeline = far.load(name)
     labels = ["planets"] * 8 + ["voxel-bot"] * 8
     images = pipeline.generate(labels=labels, seed=0, output="tensor")

@@ -35,7 +35,7 @@ def read_mar() -> dict[str, Any]:
 
 @pytest.fixture
 def kl16(tmp_path: Path) -> Path:
-    """The reference autoencoder in the published file's form; its 16 latent channels are those of the MAR fixture."""
+    """The reference autoencoder in the published file's form, with the 16 latent channels of the MAR fixture."""
     tensors = load_file(FIXTURES / "kl16_reference.safetensors")
     weights = {
         name.removeprefix("weights."): tensor
@@ -236,7 +236,7 @@ def test_published_sizes_need_no_args(tmp_path: Path, width: int, heads: int, gu
 
 
 def thin_mar(width: int) -> dict[str, torch.Tensor]:
-    """The fixture's tensor names at another backbone width, one block deep, with 256 tokens and 2 buffer positions."""
+    """Return the fixture's names at another width, one block deep, with 256 tokens and 2 buffer positions."""
     sizes = {32: width, 48: width, 96: 3 * width, 144: 3 * width, 128: 4 * width, 192: 4 * width, 24: 258}
     weights = {}
     for name, tensor in read_mar()["model"].items():
@@ -477,7 +477,8 @@ def test_wrong_kl16_names_file_and_entry(
 def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
     """A limit on file sizes stands for a full disk: the weights (490 kB) do not fit."""
     script = (
-        "import resource, signal; from pathlib import Path; from far.convert import convert_mar; from far.errors import InputError\n"
+        "import resource, signal; from pathlib import Path; from far.convert import convert_mar; from "
+        "far.errors import InputError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         f"try: convert_mar(Path({str(MAR)!r}), Path({str(tmp_path / 'out')!r}))\n"

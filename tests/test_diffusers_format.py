@@ -41,7 +41,8 @@ CONFIGS = {
     ),
 }
 KL16 = dict(
-    down_block_types=("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",) * 5,
+    down_block_types=("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",) * 5,
     block_out_channels=(8, 8, 16, 16, 32), layers_per_block=2, latent_channels=16, norm_num_groups=4,
 )  # fmt: skip
 

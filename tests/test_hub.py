@@ -1,4 +1,4 @@
-"""Models of the hub: huggingface_hub's own client against a hub on this machine, from Python and the command line."""
+"""Models of the hub: huggingface_hub's own client against a hub on this machine."""
 
 import json
 import os
@@ -177,13 +177,13 @@ def broken(config: bytes, **changes: object) -> bytes:
     [
         ("config.json", lambda data: data[:40], "config.json"),
         ("config.json", lambda data: b"[" * 100_000, "config.json"),
-        ("config.json", lambda data: data.replace(b'"classes": 3', b'"classes": ' + b"1" * 5000), "config.json"),
+        ("config.json", lambda data: data.replace(b'"classes": 3', b'"classes": 1' + b"1" * 5000), "config.json"),
         ("config.json", lambda data: b'{"model_type": "bert"}', "config.json: unknown key 'model_type'"),
         ("config.json", lambda data: broken(data, classes=3), "config.json: classes is 3"),
         ("config.json", lambda data: broken(data, classes=["a", "b", 3]), "config.json: classes is 3"),
         ("config.json", lambda data: broken(data, results="good"), "config.json: results is 'good'"),
         ("config.json", lambda data: broken(data, training=[1]), "config.json: training is [1]"),
-        ("config.json", lambda data: data.replace(b'"buffer": 2', b'"buffer": 3'), "backbone.encoder_positions has shape [1, 6, 16]"),
+        ("config.json", lambda data: data.replace(b'"buffer": 2', b'"buffer": 3'), "backbone.encoder_positions"),
         ("model.safetensors", lambda data: data[:-1], "model.safetensors"),
         ("model.safetensors", lambda data: data[:9], "model.safetensors"),
         ("model.safetensors", lambda data: b"\x80\x04pickle", "model.safetensors"),

@@ -1,4 +1,4 @@
-"""Packed linear layers compute what plain ones do, and are saved as if they had never been packed; 8-bit ones nearly."""
+"""Packed linear layers compute exactly what plain ones do and are saved as such; 8-bit ones approximate."""
 
 import copy
 from pathlib import Path
@@ -103,7 +103,8 @@ def test_tensors_of_a_packed_module_are_saved_in_another_dtype(tmp_path: Path) -
     assert torch.equal(load_file(tmp_path / "x.safetensors")["weight"], linear.weight.float())
 
 
-# --- Eight bits ----------------------------------------------------------------------------------------------
+# --- Eight bits
+# ----------------------------------------------------------------------------------------------
 
 
 def integer_product(linear: nn.Linear, x: torch.Tensor, kernel: Int8Kernel) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Plain mistakes at the Python interface: what works gives the right images, what does not is one line that names the value."""
+"""Plain mistakes in Python: accepted values give the right images, refused ones are named in one line."""
 
 from pathlib import Path
 from typing import Any
@@ -116,8 +116,8 @@ def test_edit_takes_pictures_and_masks_of_pillow_numpy_and_torch_alike(pipeline:
     white = Image.fromarray(mask.astype(np.uint8) * 255)
     for image in (Image.fromarray(pixels), pixels, floats.numpy(), floats.double()):
         for painted in (
-            white, mask, mask.astype(np.float32), mask.astype(np.uint8) * 255, np.asarray(white.convert("RGB")), mask[..., None],
-            mask[None], mask[..., None].astype(np.int64),
+            white, mask, mask.astype(np.float32), mask.astype(np.uint8) * 255, np.asarray(white.convert("RGB")),
+            mask[..., None], mask[None], mask[..., None].astype(np.int64),
         ):  # fmt: skip
             assert torch.equal(pipeline.edit(image, painted, 1, output="tensor"), expected)
 

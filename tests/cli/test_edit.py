@@ -128,13 +128,13 @@ def test_kept_tokens_are_decoded_where_asked(pipeline_folder: Path, picture: Pat
         ([*BOX, "--keep", "0", "0", "8", "8"], "not allowed with"),
         (["--redraw", "0", "0", "17", "8"], "within 0 0 16 16"),
         (["--redraw", "0", "0", "16", "16"], "nothing is kept"),
-        (["--place", "0", "1"], "does not lie within"),
+        (["--place", "0", "1"], "16×16"),
         (["--mask", "absent.png"], "absent.png"),
         ([*BOX, "--count", "0"], "--count 0"),
         ([*BOX, "--count", str(10**12)], str(10**12)),
         ([*BOX, "--out", "edited.jpg"], "ends with .png"),
         ([*BOX, "--ar-steps", "2"], "ar_steps 2"),
-        ([*BOX, "--label", "hexagon"], "unknown class"),
+        ([*BOX, "--label", "hexagon"], "'hexagon'"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(
