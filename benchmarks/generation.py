@@ -12,14 +12,14 @@ import torch
 
 import far
 from far.benchmark import machine, median_ratio, paired, summary
-from far.heads import build_head
+from far.heads import DiffusionConfig, build_head
 from far.model import FAR
 from far.pipeline import Pipeline
 
 
 def with_diffusion_head(pipeline: Pipeline) -> Pipeline:
     network = pipeline.model.config.network
-    head = dataclasses.replace(network.head, kind="diffusion", max_guidance=None)
+    head = DiffusionConfig(network.head.width, network.head.depth)
     config = dataclasses.replace(pipeline.model.config, network=dataclasses.replace(network, head=head))
     model = FAR(config)
     model.backbone.load_state_dict(pipeline.model.backbone.state_dict())

@@ -56,12 +56,12 @@ def title(head: dict[str, Any]) -> str:
     return " ".join(map(str, head.values()))
 
 
-def tiny(backbone: str, **head: Any) -> FAR:
+def tiny(backbone: str, kind: str, **head: Any) -> FAR:
     """An untrained model whose weights are none of them zero."""
     with seeded(0):
         model = FAR(
             ModelConfig(
-                NetworkConfig(BACKBONES[backbone], HeadConfig(width=32, depth=2, **head)),
+                NetworkConfig(BACKBONES[backbone], HeadConfig.kinds[kind](32, 2, **head)),
                 CLASSES,
                 CHANNELS,
                 GRID,

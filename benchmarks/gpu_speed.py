@@ -22,6 +22,7 @@ from benchmarks.gpu_training import RandomLatents
 from benchmarks.mar_plain import PlainMar
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.backbone import CausalConfig, MaskedConfig
+from far.heads import Condition, FlowMapConfig
 from far.model import FAR, ModelConfig, NetworkConfig, preset
 from far.pipeline import Pipeline
 from far.sampling import FAST, SamplingConfig, SeededNoise
@@ -130,7 +131,7 @@ def network_of(name: str, small: bool) -> NetworkConfig:
     full = preset(name.removesuffix(" flow_map"))
     if name.endswith("flow_map"):
         full = dataclasses.replace(
-            full, head=dataclasses.replace(full.head, kind="flow_map", max_guidance=4.0)
+            full, head=FlowMapConfig(full.head.width, full.head.depth, max_guidance=4.0)
         )
     if not small:
         return full
@@ -262,10 +263,9 @@ def our_step(device: torch.device, small: bool, batch: int, step: int, ar_steps:
 
     @torch.no_grad()
     def call() -> None:
-        z, z_uncond = model.backbone(*twice, labels).chunk(2)
-        times = model.head.embed_times(head_steps, tokens)
-        normal = functools.partial(noise.normal, count, model.config.token_channels)
-        model.head.sample(z, normal, steps=head_steps, z_uncond=z_uncond, guidance=GUIDANCE, times=times)
+        condition = Condition(*model.backbone(*twice, labels).chunk(2), GUIDANCE)
+        draw = model.head.sampler(head_steps, tokens)
+        draw(condition, functools.partial(noise.normal, count, model.config.token_channels), 1.0)
 
     return call
 

@@ -11,6 +11,7 @@ import torch
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.cli.main import main as far_command
+from far.heads import FlowMapConfig
 from far.model import FAR, ModelConfig, preset
 from far.pipeline import Pipeline
 from far.sampling import SamplingConfig
@@ -20,7 +21,7 @@ FOLDER = "runs/far-b-flow-map"
 
 def main() -> None:
     network = preset("far-b")
-    head = dataclasses.replace(network.head, kind="flow_map", max_guidance=4.0)
+    head = FlowMapConfig(network.head.width, network.head.depth, max_guidance=4.0)
     model = FAR(ModelConfig(dataclasses.replace(network, head=head)))
     sampling = SamplingConfig(ar_steps=64, head_steps=2, guidance=2.9)
     autoencoder, classes = Autoencoder(AutoencoderConfig()), [str(number) for number in range(1000)]

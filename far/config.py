@@ -53,16 +53,11 @@ def _convert(hint: Any, value: Any, source: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
+    if isinstance(value, Mapping) and (kinds := kinds_of(hint)):
+        return _by_kind(kinds, value, source)
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, source)
     if origin in (typing.Union, types.UnionType):
-        configs = tuple(option for option in arguments if dataclasses.is_dataclass(option))
-        if configs and isinstance(value, Mapping):
-            return (
-                _by_kind(configs, value, source)
-                if len(configs) > 1
-                else from_dict(typing.cast(type, configs[0]), value, source)
-            )
         for option in arguments:
             try:
                 return _convert(option, value, source)
@@ -187,10 +182,22 @@ def check_types(config: Any) -> None:
         _convert(hints[field.name], getattr(config, field.name), f"{type(config).__name__}: {field.name}")
 
 
-def _by_kind(options: tuple[Any, ...], values: Mapping[str, Any], source: str) -> Any:
-    """Build the dataclass among ``options`` that ``kind`` in ``values`` selects, by default the first one."""
-    kinds = {option.kind: option for option in options}
-    kind = values.get("kind", options[0].kind)
+def kinds_of(hint: Any) -> dict[str, Any]:
+    """Return the dataclasses that a field may hold, by their ``kind``; the default comes first.
+
+    They are the dataclasses in a union, or those registered in ``kinds`` of a base class. Otherwise there are none.
+    """
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        options = [option for option in typing.get_args(hint) if dataclasses.is_dataclass(option)]
+        return {getattr(option, "kind", ""): option for option in options}
+    return dict(vars(hint).get("kinds", {})) if dataclasses.is_dataclass(hint) else {}
+
+
+def _by_kind(kinds: dict[str, Any], values: Mapping[str, Any], source: str) -> Any:
+    """Build the dataclass that ``kind`` in ``values`` selects, by default the first one."""
+    if len(kinds) == 1:
+        return from_dict(next(iter(kinds.values())), values, source)
+    kind = values.get("kind", next(iter(kinds)))
     if kind not in list(kinds):  # a list, because the value may not be hashable
         raise InputError(f"{source}: kind is {_shown(kind)}, expected {' or '.join(map(repr, kinds))}")
     return from_dict(kinds[kind], values, source)

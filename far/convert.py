@@ -21,7 +21,7 @@ from far.backbone.masked import MaskedConfig
 from far.errors import InputError
 from far.folder import add_part, config_without
 from far.folder_config import FolderConfig
-from far.heads import HeadConfig
+from far.heads import DiffusionConfig
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pickles import is_held, read_pickle
 from far.sampling import SamplingConfig
@@ -226,8 +226,7 @@ def _mar_config(weights: dict[str, Tensor], settings: dict[str, Any]) -> ModelCo
         decoder_heads=_heads(settings, "decoder", decoder_width),
         buffer=buffer_and_tokens - tokens,
     )
-    head = HeadConfig(
-        "diffusion",
+    head = DiffusionConfig(
         head_width,
         _count(weights, "diffloss.net.res_blocks"),
         _number(settings, "diffusion_batch_mul", 4),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from far.backbone import build_backbone
-from far.heads import TokenLoss, build_head
+from far.heads import Condition, TokenLoss, build_head
 from far.layers import take
 from far.model_config import PRESETS as PRESETS
 from far.model_config import ModelConfig
@@ -74,12 +74,11 @@ class FAR(nn.Module):
         fed, known, query = self.backbone.training_inputs(tokens, generator)
         z = self.backbone(fed, known, query, labels)
         targets = take(tokens, query)
-        z_uncond = None
+        uncond = None
         if self.head.max_guidance > 1:
             half = -(-len(labels) // 2)
             with torch.no_grad():
                 null = torch.full_like(labels[:half], self.null_label)
-                z_uncond = self.backbone(fed[:half], known[:half], query[:half], null).flatten(0, 1)
-        return self.head.loss(
-            targets.flatten(0, 1), z.flatten(0, 1), generator, teacher.head, step=step, z_uncond=z_uncond
-        )
+                uncond = self.backbone(fed[:half], known[:half], query[:half], null).flatten(0, 1)
+        condition = Condition(z.flatten(0, 1), uncond)
+        return self.head.loss(targets.flatten(0, 1), condition, generator, teacher.head, step)

@@ -5,7 +5,7 @@ import dataclasses
 from far.backbone.config import CausalConfig, MaskedConfig
 from far.config import check_count
 from far.errors import InputError
-from far.heads.config import HeadConfig
+from far.heads.config import DiffusionConfig, HeadConfig, ShortcutConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class NetworkConfig:
     """
 
     backbone: MaskedConfig | CausalConfig = MaskedConfig()
-    head: HeadConfig = HeadConfig()
+    head: HeadConfig = ShortcutConfig()
     patch: int = 1
     spherical: bool = False
 
@@ -60,30 +60,27 @@ class ModelConfig:
         return self.latent_channels * self.network.patch**2
 
 
-def _masked(width: int, depth: int, heads: int, kind: str, head_depth: int, head_width: int) -> NetworkConfig:
-    backbone = MaskedConfig(width, depth, heads, width, depth, heads)
-    return NetworkConfig(backbone, HeadConfig(kind, head_width, head_depth))
+def _masked(width: int, depth: int, heads: int, head: HeadConfig) -> NetworkConfig:
+    return NetworkConfig(MaskedConfig(width, depth, heads, width, depth, heads), head)
 
 
-def _causal(width: int, depth: int, heads: int, kind: str, head_depth: int, head_width: int) -> NetworkConfig:
-    return NetworkConfig(
-        CausalConfig(width=width, depth=depth, heads=heads), HeadConfig(kind, head_width, head_depth)
-    )
+def _causal(width: int, depth: int, heads: int, head: HeadConfig) -> NetworkConfig:
+    return NetworkConfig(CausalConfig(width=width, depth=depth, heads=heads), head)
 
 
 # MAR's sizes (arXiv 2406.11838), at 16 × 16 tokens of 16 channels and 1000 classes.
 PRESETS: dict[str, NetworkConfig] = {
-    #                 width depth heads  head        depth width    parameters
-    "mar-b": _masked( 768, 12, 12, "diffusion",  6, 1024),  # 208 M
-    "mar-l": _masked(1024, 16, 16, "diffusion",  8, 1280),  # 479 M
-    "mar-h": _masked(1280, 20, 16, "diffusion", 12, 1536),  # 943 M
-    "far-b": _masked( 768, 12, 12, "shortcut",   6, 1024),  # 210 M
-    "far-l": _masked(1024, 16, 16, "shortcut",   8, 1280),  # 481 M
-    "far-h": _masked(1280, 20, 16, "shortcut",  12, 1536),  # 946 M
+    # width, depth and attention heads of the backbone; width and depth of the head; parameters
+    "mar-b": _masked( 768, 12, 12, DiffusionConfig(1024,  6)),  # 208 M
+    "mar-l": _masked(1024, 16, 16, DiffusionConfig(1280,  8)),  # 479 M
+    "mar-h": _masked(1280, 20, 16, DiffusionConfig(1536, 12)),  # 943 M
+    "far-b": _masked( 768, 12, 12, ShortcutConfig(1024,  6)),  # 210 M
+    "far-l": _masked(1024, 16, 16, ShortcutConfig(1280,  8)),  # 481 M
+    "far-h": _masked(1280, 20, 16, ShortcutConfig(1536, 12)),  # 946 M
     # LlamaGen's blocks (arXiv 2406.06525); its 111, 343 and 775 M include two vocabulary tables, which are not needed here.
-    "far-causal-b":  _causal( 768, 12, 12, "shortcut",  6, 1024),  # 123 M
-    "far-causal-l":  _causal(1024, 24, 16, "shortcut",  8, 1280),  # 384 M
-    "far-causal-xl": _causal(1280, 36, 20, "shortcut", 12, 1536),  # 887 M
+    "far-causal-b":  _causal( 768, 12, 12, ShortcutConfig(1024,  6)),  # 123 M
+    "far-causal-l":  _causal(1024, 24, 16, ShortcutConfig(1280,  8)),  # 384 M
+    "far-causal-xl": _causal(1280, 36, 20, ShortcutConfig(1536, 12)),  # 887 M
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from far.config import described
+from far.config import described, kinds_of
 from far.recipe import Recipe
 from far.training.config import DistillationConfig
 
@@ -41,15 +41,15 @@ def sections() -> list[Section]:
 
 
 def _sections(command: str, kind: type, default: Any, prefix: str) -> Iterator[Section]:
-    summary, meanings = described(kind)
+    summary = described(kind)[0]
+    # A field that a dataclass inherits is described where it is declared.
+    meanings = dict(entry for base in reversed(kind.__mro__) for entry in described(base)[1].items())
     hints = typing.get_type_hints(kind)
     keys: list[Key] = []
     inner: list[tuple[str, type, Any]] = []
     for field in dataclasses.fields(kind):
         hint, value = hints[field.name], getattr(default, field.name)
-        options: list[Any] = [
-            option for option in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(option)
-        ]
+        options = [*kinds_of(hint).values()] or ([hint] if dataclasses.is_dataclass(hint) else [])
         if options:
             inner += [
                 (f"{prefix}{field.name}", option, value if isinstance(value, option) else option())
@@ -59,8 +59,7 @@ def _sections(command: str, kind: type, default: Any, prefix: str) -> Iterator[S
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         shown = None if required else _yaml(value)
         keys.append(Key(f"{prefix}{field.name}", _type(hint), shown, meanings.get(field.name, "")))
-    chosen = typing.get_args(hints.get("kind"))
-    yield Section(command, prefix.rstrip("."), chosen[0] if len(chosen) == 1 else "", summary, keys)
+    yield Section(command, prefix.rstrip("."), getattr(kind, "kind", ""), summary, keys)
     for name, option, value in inner:
         yield from _sections(command, option, value, f"{name}.")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from far.errors import InputError
+from far.heads import Condition
 from far.layers import take
 from far.model import FAR
 from far.sampling_config import FAST as FAST
@@ -129,23 +130,15 @@ def _sampling_steps(
     )
     # All that comes from the host is on the device before the first step: copies in between would stall a GPU.
     head_steps = [config.head_steps_at(step) for step in range(config.ar_steps)]
-    times = {steps: model.head.embed_times(steps, sequence) for steps in dict.fromkeys(head_steps)}
+    draw = {steps: model.head.sampler(steps, sequence) for steps in dict.fromkeys(head_steps)}
     for step, (count, guidance) in enumerate(zip(counts, scales)):
         # Step 1. The next positions in each image's order.
         known = orders[:, :known_count]
         query = orders[:, known_count : known_count + count].sort(dim=1).values
         # Step 2. Their conditions, with and without the class.
-        z, z_uncond = conditions.of_step(step, sequence, known, query)
+        condition = Condition(*conditions.of_step(step, sequence, known, query), guidance)
         # Step 3. The head draws the tokens.
-        drawn = model.head.sample(
-            z,
-            lambda: noise.normal(count, channels),
-            steps=head_steps[step],
-            temperature=config.temperature,
-            z_uncond=z_uncond,
-            guidance=guidance,
-            times=times[head_steps[step]],
-        )
+        drawn = draw[head_steps[step]](condition, lambda: noise.normal(count, channels), config.temperature)
         sequence = sequence.scatter(1, query.unsqueeze(-1).expand(-1, -1, channels), model.constrain(drawn))
         known_count += count
         mask = torch.zeros(orders.shape, dtype=torch.bool, device=orders.device).scatter(

@@ -14,7 +14,7 @@ from far.backbone.masked import MaskedConfig
 from far.data.latents import write_latents
 from far.data.shards import ShardWriter
 from far.folder import save_autoencoder
-from far.heads import HeadConfig
+from far.heads import DiffusionConfig, ShortcutConfig
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pipeline import Pipeline
 from far.sampling import SamplingConfig
@@ -84,7 +84,7 @@ def latents_folder(
     return folder
 
 
-NETWORK = NetworkConfig(MaskedConfig(16, 1, 2, 16, 1, 2, 2, 0.1), HeadConfig("shortcut", 16, 1, 2), patch=2)
+NETWORK = NetworkConfig(MaskedConfig(16, 1, 2, 16, 1, 2, 2, 0.1), ShortcutConfig(16, 1, 2), patch=2)
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +110,7 @@ def save_diffusion_model(network: NetworkConfig, autoencoder: Path, folder: Path
 
     torch.manual_seed(1)
     # The limit keeps what a random ε does at the noisy end from becoming large.
-    head = HeadConfig("diffusion", 16, 1, 2, token_limit=3.0)
+    head = DiffusionConfig(16, 1, 2, token_limit=3.0)
     model = FAR(ModelConfig(dataclasses.replace(network, head=head), len(CLASSES), 2, (4, 4)))
     with torch.no_grad():
         for parameter in model.parameters():

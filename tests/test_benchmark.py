@@ -18,8 +18,7 @@ from far.benchmark.results import Report, RowResult, measure
 from far.benchmark.rows import Row, default_rows, load_models, rows_of
 from far.benchmark.watch import PARTS, Segment, Watch, generate, segments
 from far.errors import InputError
-from far.heads import HeadConfig
-from far.heads.head import Head
+from far.heads import Condition, DiffusionConfig, Head, HeadConfig
 from far.model import FAR, PRESETS, ModelConfig, NetworkConfig
 from far.packing import Int8Linear, can_quantize
 from far.pipeline import Pipeline
@@ -37,7 +36,7 @@ each_backbone = pytest.mark.parametrize("backbone", BACKBONES)
 def model(backbone: str, dtype: str = "float32", kind: str = "shortcut", **options: Any) -> FAR:
     """A model of 16 tokens with random (not zero) outputs."""
     torch.manual_seed(0)
-    head = HeadConfig(kind, 16, 1, 2, **options)  # type: ignore[arg-type]
+    head = HeadConfig.kinds[kind](16, 1, 2, **options)  # type: ignore[arg-type]
     made = FAR(ModelConfig(NetworkConfig(BACKBONES[backbone], head, patch=2), 3, 2, (8, 8))).eval()
     with torch.no_grad():
         for parameter in made.parameters():
@@ -170,7 +169,8 @@ def test_a_skipped_step_answers_with_zeros_of_the_right_kind(backbone: str) -> N
     tokens, query = torch.zeros(2, 16, 8), torch.zeros(2, 3, dtype=torch.long)
     watch = Watch(skipping, range(0), lambda: 0.0)
     z = watch.model.backbone(tokens, query[:, :0], query, torch.tensor([0, 1]))
-    assert torch.equal(watch.model.head.sample(z, lambda: torch.ones(2, 3, 8), steps=1), torch.ones(2, 3, 8))
+    drawn = watch.model.head.sampler(1, tokens)(Condition(z), lambda: torch.ones(2, 3, 8), 1.0)
+    assert torch.equal(drawn, torch.ones(2, 3, 8))
     assert z.dtype == torch.bfloat16
     assert torch.equal(z, torch.zeros(2, 3, 32, dtype=torch.bfloat16))
 
@@ -199,7 +199,7 @@ class Ticks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, masked: MaskedBackbone, head: Head) -> None:
         self.now, self.head_calls = 0.0, 0
-        encode, decode, draw = type(masked).encode, type(masked).decode, type(head).sample
+        encode, decode, sampler = type(masked).encode, type(masked).decode, type(head).sampler
 
         def encoding(*values):  # type: ignore[no-untyped-def]
             self.now += 3
@@ -209,13 +209,18 @@ class Ticks:
             self.now += 5
             return decode(*values)
 
-        def drawing(head, z, normal, **options):  # type: ignore[no-untyped-def]
-            self.now += 7 * z.shape[1]
-            return draw(head, z, normal, **options)
+        def sampling(head, steps, like):  # type: ignore[no-untyped-def]
+            draw = sampler(head, steps, like)
+
+            def drawing(condition, normal, temperature):  # type: ignore[no-untyped-def]
+                self.now += 7 * condition.z.shape[1]
+                return draw(condition, normal, temperature)
+
+            return drawing
 
         monkeypatch.setattr(type(masked), "encode", encoding)
         monkeypatch.setattr(type(masked), "decode", decoding)
-        monkeypatch.setattr(type(head), "sample", drawing)
+        monkeypatch.setattr(type(head), "sampler", sampling)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -435,7 +440,7 @@ def test_the_default_rows_start_with_mar_as_released() -> None:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
     """A preset and an autoencoder small enough for a test, and a small measurement of the machine."""
     monkeypatch.setitem(
-        PRESETS, "tiny", NetworkConfig(MaskedConfig(16, 1, 2, 16, 1, 2, 2), HeadConfig("diffusion", 16, 1))
+        PRESETS, "tiny", NetworkConfig(MaskedConfig(16, 1, 2, 16, 1, 2, 2), DiffusionConfig(16, 1))
     )
     monkeypatch.setattr(
         "far.benchmark.rows.AutoencoderConfig", lambda: AutoencoderConfig(width=8, blocks=1, norm_groups=4)

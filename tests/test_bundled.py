@@ -12,7 +12,7 @@ import far
 from far.errors import InputError
 from far.evaluation.features import load_feature_network
 from far.folder import load_autoencoder
-from far.heads import HeadConfig
+from far.heads import FlowConfig
 from far.model import FAR
 from far.names import BUNDLED
 from far.pipeline import Pipeline
@@ -67,7 +67,7 @@ def with_other_head() -> Pipeline:
     """The bundled model with a fresh head."""
     trained = Pipeline.from_pretrained("avatars-64")
     config = trained.model.config
-    network = dataclasses.replace(config.network, head=HeadConfig("flow", 16, 1))
+    network = dataclasses.replace(config.network, head=FlowConfig(16, 1))
     model = FAR(dataclasses.replace(config, network=network))
     model.backbone.load_state_dict(trained.model.backbone.state_dict())
     return Pipeline(model, trained.autoencoder, trained.classes, SamplingConfig(4, 2))

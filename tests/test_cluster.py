@@ -17,7 +17,7 @@ from torchrun import run
 
 from benchmarks import cluster
 from far.backbone import CausalConfig, MaskedConfig
-from far.heads import HeadConfig
+from far.heads import DiffusionConfig, FlowConfig, ShortcutConfig
 from far.model import FAR, PRESETS, ModelConfig, NetworkConfig
 from far.recipe import load_recipe
 from far.training.config import LoopConfig
@@ -29,8 +29,8 @@ ROOT = Path(__file__).parents[1]
 RECIPE = "imagenet-256"
 DOCUMENT = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 SMALL = [
-    NetworkConfig(MaskedConfig(32, 2, 2, 64, 3, 2, 2), HeadConfig("shortcut", 48, 2)),
-    NetworkConfig(CausalConfig(width=32, depth=2, heads=2), HeadConfig("diffusion", 32, 1)),
+    NetworkConfig(MaskedConfig(32, 2, 2, 64, 3, 2, 2), ShortcutConfig(48, 2)),
+    NetworkConfig(CausalConfig(width=32, depth=2, heads=2), DiffusionConfig(32, 1)),
 ]
 
 
@@ -142,7 +142,7 @@ def all_masked(
 def test_the_arithmetic_of_a_step() -> None:
     """Of a causal model: two operations a weight and token forward, as many for each gradient, and those of the attention."""
     network = NetworkConfig(
-        CausalConfig(width=64, depth=3, heads=2, dropout=0.0), HeadConfig("flow", 64, 2, samples_per_token=1)
+        CausalConfig(width=64, depth=3, heads=2, dropout=0.0), FlowConfig(64, 2, samples_per_token=1)
     )
     config = ModelConfig(network, 3, 4, (4, 4))
     model, tokens = FAR(config), 16

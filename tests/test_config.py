@@ -14,7 +14,7 @@ from far.autoencoder import AutoencoderConfig
 from far.backbone import CausalConfig, MaskedConfig
 from far.config import from_dict, to_dict
 from far.errors import InputError
-from far.heads import HeadConfig
+from far.heads import FlowConfig, ShortcutConfig
 from far.model import PRESETS, ModelConfig, NetworkConfig
 from far.recipe import load_recipe
 from far.sampling import SamplingConfig
@@ -44,9 +44,7 @@ class Outer:
     [
         AutoencoderConfig(),
         AutoencoderConfig(width=32, width_multipliers=(1, 2, 4), latent_channels=2, shift=(0.5, -1.0)),
-        ModelConfig(
-            NetworkConfig(MaskedConfig(buffer=3), HeadConfig("flow", solver="heun"), patch=2), 5, 3, (4, 6)
-        ),
+        ModelConfig(NetworkConfig(MaskedConfig(buffer=3), FlowConfig(solver="heun"), patch=2), 5, 3, (4, 6)),
         SamplingConfig(head_steps=(50, 5), guidance_interval=(0.1, 0.9)),
         *(ModelConfig(network) for network in PRESETS.values()),
     ],
@@ -102,9 +100,9 @@ def test_a_value_that_repeats_itself_is_shown_in_part() -> None:
         lambda number: CausalConfig(width=number),
         lambda number: CausalConfig(depth=number),
         lambda number: CausalConfig(buffer=number),
-        lambda number: HeadConfig(width=number),
-        lambda number: HeadConfig(depth=number),
-        lambda number: HeadConfig(samples_per_token=number),
+        lambda number: ShortcutConfig(width=number),
+        lambda number: ShortcutConfig(depth=number),
+        lambda number: ShortcutConfig(samples_per_token=number),
         lambda number: ModelConfig(classes=number),
         lambda number: ModelConfig(latent_channels=number),
         lambda number: ModelConfig(grid=(16, number)),

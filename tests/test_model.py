@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 from far.backbone import CausalConfig, MaskedConfig
 from far.errors import InputError
-from far.heads import HEADS, HeadConfig, TokenLoss
+from far.heads import HEADS, Condition, FlowConfig, HeadConfig, ShortcutConfig, TokenLoss
 from far.model import FAR, PRESETS, ModelConfig, NetworkConfig, preset
 from far.sampling import SamplingConfig, SeededNoise, sample
 from far.training.ema import Ema
@@ -26,11 +26,11 @@ def tiny(
     patch: int = 1,
     grid: tuple[int, int] = (4, 6),
     backbone: MaskedConfig | CausalConfig = BACKBONE,
-    max_guidance: float | None = None,
+    **head: float,
 ) -> FAR:
     torch.manual_seed(0)
-    head = HeadConfig(kind, 16, 1, 2, max_guidance=max_guidance)  # type: ignore[arg-type]
-    model = FAR(ModelConfig(NetworkConfig(backbone, head, patch), 5, 3, grid))
+    network = NetworkConfig(backbone, HeadConfig.kinds[kind](16, 1, 2, **head), patch)  # type: ignore[arg-type]
+    model = FAR(ModelConfig(network, 5, 3, grid))
     with torch.no_grad():  # freshly initialised heads give zeros
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -102,11 +102,11 @@ def test_loss_shapes(kind: str, patch: int) -> None:
     per_sample, rest = divmod(len(result.value), len(labels))
     assert rest == 0
     assert math.ceil(0.7 * tokens) <= per_sample <= tokens
-    assert result.rows.shape == result.t.shape == (2 * len(result.value),)
+    assert result.samples.shape == result.t.shape == (2 * len(result.value),)
     assert result.value.isfinite().all()
     assert float(result.t.min()) >= 0
     assert float(result.t.max()) <= 1
-    for name, part in result.parts.items():
+    for name, part in result.terms.items():
         assert part.dim() == 1, name
         assert part.isfinite().all()
 
@@ -116,13 +116,13 @@ def test_a_causal_backbone_gives_a_loss_at_every_token(kind: str) -> None:
     model, (latents, labels) = tiny(kind, backbone=CAUSAL), batch()
     result = model.loss(latents, labels, torch.Generator().manual_seed(2), label_drop=0.1, teacher=model)
     assert result.value.shape == (4 * 24,)
-    assert result.rows.shape == (2 * 4 * 24,)
+    assert result.samples.shape == (2 * 4 * 24,)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_spherical_models_see_directions_only(backbone: str) -> None:
     torch.manual_seed(0)
-    network = NetworkConfig(BACKBONES[backbone], HeadConfig("flow", 16, 1, 2), 2, spherical=True)
+    network = NetworkConfig(BACKBONES[backbone], FlowConfig(16, 1, 2), 2, spherical=True)
     (latents, labels), model = batch(), FAR(ModelConfig(network, 5, 3, (4, 6)))
     torch.testing.assert_close(
         loss(model, 7 * latents, labels), loss(model, latents, labels), rtol=0, atol=1e-4
@@ -165,21 +165,21 @@ def test_share_of_dropped_labels() -> None:
     assert torch.equal(seen[0][~dropped], labels[~dropped])
 
 
-def record_conditions(
+def training_condition(
     model: FAR, latents: Tensor, labels: Tensor, label_drop: float, monkeypatch: pytest.MonkeyPatch
-) -> list[Tensor | None]:
-    """``z`` and ``z_uncond`` that the head learns from."""
-    found: list[Tensor | None] = []
+) -> Condition:
+    """Condition that the head learns from."""
+    found: list[Condition] = []
     head = model.head.loss
 
-    def spy(x: Tensor, z: Tensor, *rest: Any, z_uncond: Tensor | None, **options: Any) -> TokenLoss:
-        found.extend([z, z_uncond])
-        return head(x, z, *rest, z_uncond=z_uncond, **options)
+    def spy(x: Tensor, condition: Condition, *rest: Any) -> TokenLoss:
+        found.append(condition)
+        return head(x, condition, *rest)
 
     monkeypatch.setattr(model.head, "loss", spy)
     loss(model, latents, labels, label_drop).mean().backward()
     monkeypatch.undo()
-    return found
+    return found[0]
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -189,32 +189,33 @@ def test_a_head_that_learns_guidance_sees_half_of_the_images_without_class(
 ) -> None:
     """From the same known tokens: were all labels dropped, it would see the same twice."""
     model, (latents, labels) = tiny("flow_map", backbone=BACKBONES[backbone], max_guidance=3.0), batch(size)
-    z, z_uncond = record_conditions(model, latents, labels, 0.0, monkeypatch)
-    dropped, _ = record_conditions(model, latents, labels, 1.0, monkeypatch)
-    assert z is not None
-    assert z_uncond is not None
-    assert dropped is not None
+    condition = training_condition(model, latents, labels, 0.0, monkeypatch)
+    dropped = training_condition(model, latents, labels, 1.0, monkeypatch).z
+    z, uncond = condition.z, condition.uncond
+    assert uncond is not None
     assert z.requires_grad
-    assert not z_uncond.requires_grad
-    assert len(z_uncond) == len(z) // size * half
-    torch.testing.assert_close(z_uncond, dropped[: len(z_uncond)], rtol=0, atol=1e-5)
-    assert (z_uncond - z[: len(z_uncond)]).abs().max() > 1e-3
+    assert not uncond.requires_grad
+    assert len(uncond) == len(z) // size * half
+    torch.testing.assert_close(uncond, dropped[: len(uncond)], rtol=0, atol=1e-5)
+    assert (uncond - z[: len(uncond)]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_heads_cost_no_second_pass(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, passes = tiny(kind), []
     model.backbone.class_embedding.register_forward_hook(lambda *arguments: passes.append(1))  # type: ignore[union-attr, operator]
-    assert record_conditions(model, *batch(), 0.1, monkeypatch)[1] is None
+    assert training_condition(model, *batch(), 0.1, monkeypatch).uncond is None
     assert len(passes) == 1
 
 
-@pytest.mark.parametrize(("kind", "max_guidance"), [*((kind, None) for kind in KINDS), ("flow_map", 3.0)])
+@pytest.mark.parametrize(
+    ("kind", "head"), [*((kind, {}) for kind in KINDS), ("flow_map", {"max_guidance": 3.0})]
+)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_parameter_learns_and_the_teacher_does_not(
-    kind: str, max_guidance: float | None, backbone: str
+    kind: str, head: dict[str, float], backbone: str
 ) -> None:
-    model, (latents, labels) = tiny(kind, backbone=BACKBONES[backbone], max_guidance=max_guidance), batch(32)
+    model, (latents, labels) = tiny(kind, backbone=BACKBONES[backbone], **head), batch(32)
     teacher = Ema(model, 0.9).module
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     for seed in range(5):  # some masks leave no token known
@@ -239,7 +240,7 @@ def test_every_parameter_learns_and_the_teacher_does_not(
 def test_tokens_meet_their_own_conditions(backbone: MaskedConfig | CausalConfig) -> None:
     """Where every position always holds the same token, only a head that sees the right z can learn it."""
     torch.manual_seed(0)
-    model = FAR(ModelConfig(NetworkConfig(backbone, HeadConfig("flow", 64, 2, 4)), 1, 2, (2, 3)))
+    model = FAR(ModelConfig(NetworkConfig(backbone, FlowConfig(64, 2, 4)), 1, 2, (2, 3)))
     latents = torch.randn(1, 2, 2, 3).expand(16, -1, -1, -1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
@@ -280,9 +281,7 @@ def test_impossible_sizes(values: dict, message: str) -> None:
 )
 def test_blocks_are_compiled_whole_and_for_few_shapes(backbone: MaskedConfig | CausalConfig) -> None:
     """For torch.compile: without a break in the graph, and not anew at each AR step, though lengths change."""
-    model = FAR(
-        ModelConfig(NetworkConfig(backbone, HeadConfig("shortcut", 16, 1), patch=1), 3, 4, (8, 8))
-    ).eval()
+    model = FAR(ModelConfig(NetworkConfig(backbone, ShortcutConfig(16, 1), patch=1), 3, 4, (8, 8))).eval()
     config = SamplingConfig(64 if isinstance(backbone, CausalConfig) else 16, 1, 2.0)
     parts = [*model.head.network.blocks]  # type: ignore[union-attr, misc]
     for name in ("blocks", "encoder_blocks", "decoder_blocks"):

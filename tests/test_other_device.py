@@ -12,7 +12,7 @@ from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.backbone import CausalConfig, MaskedConfig
 from far.data.image_sets import open_image_set, read_images
 from far.evaluation.features import load_feature_network
-from far.heads import HEADS, HeadConfig
+from far.heads import HEADS, Condition, HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.sampling import Kept, SamplingConfig, sampling_steps
 from far.training.autoencoder import latent_statistics
@@ -36,8 +36,8 @@ def named(values: dict) -> str:
     return "-".join(map(str, values.values())) or "plain"
 
 
-def model(backbone: str, **head: object) -> FAR:
-    network = NetworkConfig(BACKBONES[backbone], HeadConfig(width=16, depth=1, **head))
+def model(backbone: str, kind: str, **head: object) -> FAR:
+    network = NetworkConfig(BACKBONES[backbone], HeadConfig.kinds[kind](16, 1, **head))
     return FAR(ModelConfig(network, classes=5, latent_channels=3, grid=GRID)).to(DEVICE)
 
 
@@ -122,9 +122,11 @@ def test_training_makes_no_float64(backbone: str, head: dict) -> None:
 def test_velocities_make_no_float64(kind: str) -> None:
     head = model("masked", kind=kind).head
     z = torch.empty(5, 24, device=DEVICE)
-    head.velocity(torch.empty(5, 3, device=DEVICE), torch.empty(5, device=DEVICE), z)  # tables are moved once
+    head.velocity(
+        torch.empty(5, 3, device=DEVICE), torch.empty(5, device=DEVICE), Condition(z)
+    )  # tables are moved once
     with Watch() as watch:
-        head.velocity(torch.empty(5, 3, device=DEVICE), torch.empty(5, device=DEVICE), z, z, 2.0)
+        head.velocity(torch.empty(5, 3, device=DEVICE), torch.empty(5, device=DEVICE), Condition(z, z, 2.0))
     assert (watch.copies, watch.reads, watch.float64) == ([], [], [])
 
 

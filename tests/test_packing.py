@@ -12,7 +12,7 @@ import far
 from far.backbone.causal import CausalConfig
 from far.backbone.masked import MaskedConfig
 from far.errors import InputError
-from far.heads import HeadConfig
+from far.heads import ShortcutConfig
 from far.kernels import INT8_KERNELS, Int8Kernel, int8_fault, int8_weight
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.names import BUNDLED
@@ -61,9 +61,7 @@ def test_other_dtypes_and_other_layers_stay() -> None:
 @pytest.mark.parametrize("backbone", BACKBONES, ids=[config.kind for config in BACKBONES])
 def test_a_packed_model_draws_the_same_tokens(backbone: MaskedConfig | CausalConfig) -> None:
     torch.manual_seed(0)
-    plain = FAR(
-        ModelConfig(NetworkConfig(backbone, HeadConfig("shortcut", 16, 1, 2), patch=2), 3, 2, (4, 4))
-    ).eval()
+    plain = FAR(ModelConfig(NetworkConfig(backbone, ShortcutConfig(16, 1, 2), patch=2), 3, 2, (4, 4))).eval()
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

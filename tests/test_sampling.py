@@ -10,7 +10,7 @@ from torch import Tensor
 
 from far.backbone import CausalBackbone, CausalConfig, MaskedConfig
 from far.errors import InputError
-from far.heads import HEADS, HeadConfig
+from far.heads import HEADS, Condition, Draw, HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.sampling import Kept, Progress, SamplingConfig, SeededNoise, sample, sampling_steps
 from far.tokens import cosine_token_counts, halton_orders
@@ -28,7 +28,7 @@ def tiny(
         if causal
         else MaskedConfig(16, 2, 2, 24, 1, 2, buffer=2)
     )
-    network = NetworkConfig(backbone, HeadConfig(kind, 16, 1, **head), patch, spherical)  # type: ignore[arg-type]
+    network = NetworkConfig(backbone, HeadConfig.kinds[kind](16, 1, **head), patch, spherical)  # type: ignore[arg-type]
     model = FAR(ModelConfig(network, 5, 3, (4, 6)))
     with torch.no_grad():  # freshly initialised heads give zeros
         for parameter in model.parameters():
@@ -276,13 +276,19 @@ def test_head_steps_follow_the_schedule() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_times_embedded_once_are_those_of_each_step(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though head steps change on the way; left to itself, a head embeds its times at each call."""
+def test_a_generation_builds_one_sampler_per_number_of_head_steps(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first AR step, since a sampler copies its tables from the host."""
     model, config = MODELS[kind], SamplingConfig(ar_steps=4, head_steps=head_steps(kind, 7, 2))
-    once = draw(model, [0, 1], [1, 2], config)
-    head = model.head.sample
-    monkeypatch.setattr(model.head, "sample", lambda *values, times, **options: head(*values, **options))
-    assert torch.equal(draw(model, [0, 1], [1, 2], config), once)
+    events: list[object] = []
+    sampler = model.head.sampler
+    monkeypatch.setattr(
+        model.head, "sampler", lambda steps, like: (events.append(steps), sampler(steps, like))[1]
+    )
+    draw(model, [0, 1], [1, 2], config, callback=lambda progress: events.append("AR step"))
+    used = [config.head_steps_at(step) for step in range(4)]
+    assert events == [*dict.fromkeys(used), *["AR step"] * 4]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -311,18 +317,9 @@ LEARNT = {name: tiny("flow_map", causal=name == "causal", max_guidance=3.0) for 
 def record_scales(
     model: FAR, config: SamplingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> list[tuple[float, bool]]:
-    """The scale that the head is given at each AR step, and whether an unconditional half came with it."""
-    found: list[tuple[float, bool]] = []
-    head = model.head.sample
-
-    def spy(z: Tensor, normal: Any, **rest: Any) -> Tensor:
-        found.append((rest["guidance"], rest["z_uncond"] is not None))
-        return head(z, normal, **rest)
-
-    monkeypatch.setattr(model.head, "sample", spy)
-    draw(model, [0, 1], [1, 2], config)
-    monkeypatch.undo()
-    return found
+    """Guidance scale of the head at each AR step, and whether an unconditional half came with it."""
+    conditions = record_conditions(model, config, monkeypatch, [0, 1])
+    return [(condition.scale, condition.uncond is not None) for condition, _ in conditions]  # type: ignore[misc]
 
 
 def rows_of_passes(model: FAR, config: SamplingConfig) -> set[int]:
@@ -401,20 +398,21 @@ def test_learnt_guidance_with_approximations() -> None:
 
 
 def record_conditions(
-    model: FAR, config: SamplingConfig, monkeypatch: pytest.MonkeyPatch
-) -> list[tuple[Tensor, Tensor | None, Progress]]:
-    """``z``, ``z_uncond`` and what is known after it, of each AR step."""
-    found: list[tuple[Tensor, Tensor | None]] = []
+    model: FAR, config: SamplingConfig, monkeypatch: pytest.MonkeyPatch, labels: list[int]
+) -> list[tuple[Condition, Progress]]:
+    """Condition of the head at each AR step, and the progress after it."""
+    found: list[Condition] = []
     after: list[Progress] = []
-    head = model.head.sample
-    monkeypatch.setattr(
-        model.head,
-        "sample",
-        lambda z, normal, **rest: (found.append((z, rest["z_uncond"])), head(z, normal, **rest))[1],
-    )
-    draw(model, [0, 3], [1, 2], config, callback=after.append)
+    sampler = model.head.sampler
+
+    def recording(steps: int, like: Tensor) -> Draw:
+        plain = sampler(steps, like)
+        return lambda condition, *rest: (found.append(condition), plain(condition, *rest))[1]
+
+    monkeypatch.setattr(model.head, "sampler", recording)
+    draw(model, labels, [1, 2], config, callback=after.append)
     monkeypatch.undo()
-    return [(z, z_uncond, progress) for (z, z_uncond), progress in zip(found, after, strict=True)]
+    return list(zip(found, after, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -427,7 +425,8 @@ def test_whole_steps_are_exact_and_the_others_are_not(
     known = torch.zeros(2, 0, dtype=torch.long)
     tokens = torch.zeros(2, 24, 3)
     differences = torch.zeros(2, 24, 1)
-    for step, (z, z_uncond, progress) in enumerate(record_conditions(FLOW, config, monkeypatch)):
+    for step, (condition, progress) in enumerate(record_conditions(FLOW, config, monkeypatch, [0, 3])):
+        z, z_uncond = condition.z, condition.uncond
         now = torch.stack([row.nonzero()[:, 0] for row in progress.known])
         wanted = torch.stack(
             [torch.tensor(sorted(set(a.tolist()) - set(b.tolist()))) for a, b in zip(now, known)]

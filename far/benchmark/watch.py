@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from far.backbone import MaskedBackbone
 from far.benchmark.rows import SEED, Row
+from far.heads import Condition, Draw, Normal
 from far.model import FAR
 from far.pipeline import Pipeline
 from far.sampling import SamplingConfig, SeededNoise, sample
@@ -83,7 +84,7 @@ class Watch:
             parameter.dtype for parameter in model.backbone.parameters() if parameter.is_floating_point()
         )
         backbone = _StandIn(model.backbone, forward=self._backbone)
-        head = _StandIn(model.head, sample=self._sample)
+        head = _StandIn(model.head, sampler=self._sampler)
         self.model = cast(FAR, _StandIn(model, backbone=backbone, head=head))
         self.begin = reading()
 
@@ -116,16 +117,21 @@ class Watch:
     def _add(self, network: str, start: float) -> None:
         self.inside[-1][network] += self.reading() - start
 
-    def _sample(self, z: Tensor, normal: Callable[[], Tensor], **options: Any) -> Tensor:
+    def _sampler(self, steps: int, like: Tensor) -> Draw:
         head: Any = self.model.head
-        if self.step in self.run:
-            start = self.reading()
-            drawn = head.module.sample(z, normal, **options)
-            self._add("head", start)
-        else:
-            drawn = normal()
-        self.step += 1
-        return drawn
+        draw: Draw = head.module.sampler(steps, like)
+
+        def watched_draw(condition: Condition, normal: Normal, temperature: float) -> Tensor:
+            if self.step in self.run:
+                start = self.reading()
+                drawn = draw(condition, normal, temperature)
+                self._add("head", start)
+            else:
+                drawn = normal()
+            self.step += 1
+            return drawn
+
+        return watched_draw
 
     def parts(self, plan: Sequence[Segment]) -> dict[str, float]:
         """Return the growth in a whole generation by part, estimated from the timed steps of ``plan``.

@@ -1,6 +1,9 @@
-"""The registry of heads, and how one is built from its configuration."""
+"""The registry of heads, and the function that builds one from its configuration."""
 
-from far.heads.config import HEADS, HeadConfig
+from typing import TypeVar
+
+from far.errors import InputError
+from far.heads.config import HeadConfig
 from far.heads.diffusion import DiffusionHead
 from far.heads.energy import EnergyHead
 from far.heads.flow import FlowHead
@@ -8,15 +11,30 @@ from far.heads.flow_map import FlowMapHead
 from far.heads.head import Head
 from far.heads.shortcut import ShortcutHead
 
-HEADS |= {
-    "diffusion": DiffusionHead,
-    "energy": EnergyHead,
-    "flow": FlowHead,
-    "flow_map": FlowMapHead,
-    "shortcut": ShortcutHead,
+# Heads by the kind of their configuration.
+HEADS: dict[str, type[Head]] = {
+    cls.config_class.kind: cls for cls in (ShortcutHead, FlowHead, DiffusionHead, FlowMapHead, EnergyHead)
 }
+
+AnyHead = TypeVar("AnyHead", bound=Head)
+
+
+def register(head: type[AnyHead]) -> type[AnyHead]:
+    """Register a head under its configuration's ``kind``; use it as a decorator of the class.
+
+    From then on recipes, ``config.json`` and ``far recipe --keys`` know the kind and its keys.
+    """
+    kind = head.config_class.kind
+    HEADS[kind], HeadConfig.kinds[kind] = head, head.config_class
+    return head
 
 
 def build_head(config: HeadConfig, channels: int, condition: int) -> Head:
-    """The head of ``config`` for tokens of ``channels`` and conditions of ``condition`` numbers."""
-    return HEADS[config.kind](config, channels, condition)  # type: ignore[call-arg, arg-type]
+    """Return an untrained head for tokens of ``channels`` and conditions of ``condition`` channels.
+
+    Raises:
+        InputError: no head is registered for the kind of ``config``.
+    """
+    if config.kind not in HEADS:
+        raise InputError(f"head kind {config.kind!r} is not registered. Choose one of: {', '.join(HEADS)}")
+    return HEADS[config.kind](config, channels, condition)

@@ -1,70 +1,128 @@
-"""Kind and size of a head. Needs no torch: a recipe is checked without it."""
+"""Configurations of the heads, one dataclass per kind. This module needs no torch, so recipes are checked without it."""
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar, Literal
 
 from far.config import check_count
 from far.errors import InputError
 
-if TYPE_CHECKING:
-    from far.heads.head import Head
-
-
-# The kinds that come with the library. Their classes need torch.
-KINDS = ("diffusion", "energy", "flow", "flow_map", "shortcut")
-# Heads by kind. ``far.heads`` adds its own on first use; add one of yours to register it.
-HEADS: dict[str, type["Head"]] = {}
-
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
-    """Kind and size of a head.
+    """Base class of all head configurations: the sizes that every head has.
+
+    A subclass adds the keys of its head and sets ``kind``, the name that selects it in a recipe.
 
     Attributes:
-        kind: ``shortcut``, ``flow``, ``diffusion``, ``flow_map``, ``energy``, or another name in
-            :data:`far.heads.HEADS`.
         width: channels of its blocks.
         depth: number of its blocks.
         samples_per_token: noise samples that share each condition in training (MAR's
             ``diffusion_batch_mul``).
-        solver: the flow head's: ``euler``, or ``heun`` with two evaluations per step.
-        token_limit: the diffusion head's: in sampling, clip the token that each step predicts to this many
-            standard deviations of the latents. MAR has none and needs long training for that; a causal
-            backbone, which feeds every token back, needs it longest.
-        objective: the flow-map head's: MeanFlow, or Lagrangian self-distillation.
-        flow_steps: the flow-map head's: training steps of plain flow matching before its objective begins.
-        max_guidance: the flow-map head's: up to which scale it learns the guided field, so that guidance
-            takes one pass of the backbone; none learns no guidance, which then takes two.
+        kind: selects this head.
     """
 
-    kind: str = "shortcut"
     width: int = 1024
     depth: int = 6
     samples_per_token: int = 4
+    kind: str = ""
+
+    # Configuration classes by kind, the default first. ``far.heads.register`` adds to them.
+    kinds: ClassVar[dict[str, type["HeadConfig"]]] = {}
+
+    def __post_init__(self) -> None:
+        for name, most in (("width", 2**16), ("depth", 2**10), ("samples_per_token", 2**16)):
+            check_count(f"head {name}", getattr(self, name), most)
+
+    def _check_two_samples(self) -> None:
+        if self.samples_per_token < 2:
+            raise InputError(
+                f"head samples_per_token {self.samples_per_token} is too small for kind {self.kind}. Give at least 2"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ShortcutConfig(HeadConfig):
+    """Shortcut head (FAR, arXiv 2504.18391): the mean velocity over steps of size 1, 1/2, … 1/128.
+
+    Attributes:
+        kind: selects this head; it is the default.
+    """
+
+    kind: Literal["shortcut"] = "shortcut"
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig(HeadConfig):
+    """Flow-matching head: a velocity field, integrated from noise to token.
+
+    Attributes:
+        solver: ``euler``, or ``heun`` with two evaluations per step.
+    """
+
+    kind: Literal["flow"] = "flow"
     solver: Literal["euler", "heun"] = "euler"
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig(HeadConfig):
+    """Diffusion head (MAR, arXiv 2406.11838): a DDPM of one token.
+
+    Attributes:
+        token_limit: in sampling, clip the token that each step predicts to this many standard deviations of
+            the latents. MAR has no limit, which requires long training, above all with a causal backbone,
+            which feeds every token back.
+    """
+
+    kind: Literal["diffusion"] = "diffusion"
     token_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.token_limit is not None and not self.token_limit > 0:
+            raise InputError(
+                f"head token_limit {self.token_limit} is not positive. Give a positive number, or leave it out"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMapConfig(HeadConfig):
+    """Flow-map head: the mean velocity between any two times, for tokens in one or two steps.
+
+    Attributes:
+        objective: MeanFlow (arXiv 2505.13447), or Lagrangian self-distillation (arXiv 2505.18825).
+        flow_steps: training steps of plain flow matching before its objective begins.
+        max_guidance: largest guidance scale that it learns, so that guidance takes one pass of the backbone.
+            Without it the head learns no guidance, which then takes two passes.
+    """
+
+    kind: Literal["flow_map"] = "flow_map"
     objective: Literal["mean_flow", "lagrangian"] = "mean_flow"
     flow_steps: int = 0
     max_guidance: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in (kinds := dict.fromkeys((*KINDS, *HEADS))):
-            choices = ", ".join(map(repr, kinds))
-            raise InputError(
-                f"head kind {self.kind!r}: choose one of {choices}, or register a head of your own"
-            )
-        for name, most in (("width", 2**16), ("depth", 2**10), ("samples_per_token", 2**16)):
-            check_count(f"head {name}", getattr(self, name), most)
-        if self.token_limit is not None and not self.token_limit > 0:
-            raise InputError(f"head token_limit {self.token_limit} must be positive; leave it out for none")
+        super().__post_init__()
+        self._check_two_samples()
         if self.flow_steps < 0:
-            raise InputError(f"head flow_steps {self.flow_steps} must be at least 0")
+            raise InputError(f"head flow_steps {self.flow_steps} is negative. Give at least 0")
         if self.max_guidance is not None and not (math.isfinite(self.max_guidance) and self.max_guidance > 1):
             raise InputError(
-                f"head max_guidance {self.max_guidance} must be a number above 1; leave it out for none"
+                f"head max_guidance {self.max_guidance} is not above 1. Give a number above 1, or leave it out"
             )
-        if self.max_guidance is not None and self.kind != "flow_map":
-            raise InputError(
-                f"head max_guidance {self.max_guidance}: only a flow_map head learns guidance; choose kind flow_map, or leave it out"
-            )
+
+
+@dataclasses.dataclass(frozen=True)
+class EnergyConfig(HeadConfig):
+    """Energy head (EAR, arXiv 2505.07812): the token in one pass from noise and condition."""
+
+    kind: Literal["energy"] = "energy"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_two_samples()
+
+
+HeadConfig.kinds.update(
+    {cls.kind: cls for cls in (ShortcutConfig, FlowConfig, DiffusionConfig, FlowMapConfig, EnergyConfig)}
+)

@@ -4,16 +4,18 @@ Its time runs as in the published code, 0 (data) … 999 (noise), inside this fi
 is that of Nichol & Dhariwal (arXiv 2102.09672): loss = MSE of ε + variational bound of the variance.
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from far.heads.head import Head, HeadConfig, TokenLoss, guided
+from far.heads.config import DiffusionConfig
+from far.heads.head import Condition, Draw, Head, Normal, TokenLoss
 from far.heads.network import HeadNetwork
 
 TRAINING_STEPS = 1000
@@ -22,28 +24,22 @@ TRAINING_STEPS = 1000
 class DiffusionHead(Head):
     """The network predicts ε and, for each channel, where the log-variance lies between its bounds."""
 
+    config_class = DiffusionConfig
     default_steps = 100
     max_steps = TRAINING_STEPS
+    config: DiffusionConfig
 
-    def __init__(self, config: HeadConfig, channels: int, condition: int) -> None:
-        super().__init__()
-        self.config = config
+    def __init__(self, config: DiffusionConfig, channels: int, condition: int) -> None:
+        super().__init__(config, channels, condition)
         self.network = HeadNetwork(channels, 2 * channels, condition, config.width, config.depth)
 
     def loss(
-        self,
-        x: Tensor,
-        z: Tensor,
-        generator: torch.Generator,
-        teacher: Head,
-        *,
-        step: int = 0,
-        z_uncond: Tensor | None = None,
+        self, x: Tensor, condition: Condition, generator: torch.Generator, teacher: Head, step: int = 0
     ) -> TokenLoss:
         samples = self.config.samples_per_token
         t = torch.randint(0, TRAINING_STEPS, (samples, len(x)), generator=generator).to(x.device)
         noise = torch.randn(samples, *x.shape, generator=generator).to(x.device)
-        mse, bound = self.loss_terms(x, z, t, noise)
+        mse, bound = self.loss_terms(x, condition.z, t, noise)
         rows = mse + bound
         found = rows.detach().flatten()
         parts = {"mse": mse.detach().flatten(), "bound": bound.detach().flatten()}
@@ -67,9 +63,7 @@ class DiffusionHead(Head):
         bound = torch.where(t == 0, likelihood, kl) / math.log(2)
         return (epsilon - noise).square().mean(dim=-1), bound
 
-    def velocity(
-        self, x: Tensor, t: Tensor, z: Tensor, z_uncond: Tensor | None = None, guidance: Tensor | float = 1.0
-    ) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """See :class:`Head`; the velocity of the deterministic (DDIM) trajectories, in the time of flow matching.
 
         ``x_t`` is the noisy token of the training step with the same share of noise, scaled to ``t x + (1 − t) ε``.
@@ -78,56 +72,47 @@ class DiffusionHead(Head):
         t = t.clamp(float(bounds[-1]), float(bounds[0]))
         step, t = training_steps(t, flow_times(t.device, t.dtype)), t.unsqueeze(-1)
         noisy = x / (t.square() + (1 - t).square()).sqrt()
-        epsilon = guided(
-            lambda c: self.network(noisy, c, step).to(x.dtype).chunk(2, dim=-1)[0], z, z_uncond, guidance
-        )
+        epsilon = condition.guide(lambda z: self.network(noisy, z, step).to(x.dtype).chunk(2, dim=-1)[0])
         token = (x - (1 - t) * epsilon) / t
         if self.config.token_limit is not None:
             token = token.clamp(-self.config.token_limit, self.config.token_limit)
         return (token - x) / (1 - t)
 
-    def sample(
-        self,
-        z: Tensor,
-        normal: Callable[[], Tensor],
-        *,
-        steps: int,
-        temperature: float = 1.0,
-        z_uncond: Tensor | None = None,
-        guidance: float = 1.0,
-        times: Tensor | None = None,
-    ) -> Tensor:
+    def sampler(self, steps: int, like: Tensor) -> Draw:
         self.check_steps(steps)
         schedule = Schedule.respaced(steps)
-        x = normal()
-        # What does not change from step to step, or does not depend on the token, goes through its layers once.
-        times = self.embed_times(steps, x) if times is None else times
-        cond = self.network.embed_condition(z)
-        uncond = None if z_uncond is None else self.network.embed_condition(z_uncond)
-        for index in reversed(range(steps)):
-            epsilon, fraction = self._predict(x, times[index], cond, uncond, guidance)
-            mean, logvar = schedule.model_posterior(x, epsilon, fraction, index, self.config.token_limit)
-            noise = normal()
-            x = mean + (0.5 * logvar).exp() * noise * temperature if index else mean
-        return x
+        schedule.tables(like.device, like.dtype)
+        times = self.network.embed_times(like.new_tensor(schedule.timesteps))
 
-    def embed_times(self, steps: int, like: Tensor) -> Tensor:
-        schedule = Schedule.respaced(steps)
-        schedule.tables(like.device, like.dtype)  # moved now, so that no step waits for it
-        return self.network.embed_times(like.new_tensor(schedule.timesteps))
+        def draw(condition: Condition, normal: Normal, temperature: float) -> Tensor:
+            embedded = condition.map(self.network.embed_condition)
+            x = normal()
+            for index in reversed(range(steps)):
+                epsilon, fraction = self._predict(x, times[index], embedded)
+                mean, logvar = schedule.model_posterior(x, epsilon, fraction, index, self.config.token_limit)
+                noise = normal()
+                x = mean + (0.5 * logvar).exp() * noise * temperature if index else mean
+            return x
 
-    def _predict(
-        self, x: Tensor, time: Tensor, cond: Tensor, uncond: Tensor | None, guidance: float
-    ) -> tuple[Tensor, ...]:
-        """ε, guided, and the variance's fraction, which stays the conditional one; of embedded time and conditions."""
-        fractions = []
+        return draw
 
-        def epsilon_of(condition: Tensor) -> Tensor:
-            epsilon, fraction = self.network.conditioned(x, condition, time).to(x.dtype).chunk(2, dim=-1)
-            fractions.append(fraction if condition.shape == cond.shape else fraction[0])
+    def _predict(self, x: Tensor, time: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """Return ε and the variance's fraction for an embedded time and condition; only ε is guided."""
+        fraction = x
+
+        def epsilon_of(c: Tensor) -> Tensor:
+            nonlocal fraction
+            epsilon, fractions = self.network.conditioned(x, c, time).to(x.dtype).chunk(2, dim=-1)
+            fraction = fractions if c.shape == condition.z.shape else fractions[0]
             return epsilon
 
-        return guided(epsilon_of, cond, uncond, guidance), fractions[0]
+        return condition.guide(epsilon_of), fraction
+
+    def limited(self, token_limit: float | None) -> "DiffusionHead":
+        """Return a head with the same network and another ``token_limit``."""
+        head = copy.copy(self)
+        head.config = dataclasses.replace(self.config, token_limit=token_limit)
+        return head
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,13 +5,11 @@ needs neither times nor steps. EAR gives the head a quarter of the backbone's le
 Its noise is uniform, here it is normal as for all heads.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from far.errors import InputError
-from far.heads.head import Head, HeadConfig, TokenLoss
+from far.heads.config import EnergyConfig
+from far.heads.head import Condition, Draw, Head, Normal, TokenLoss
 from far.heads.network import HeadNetwork
 
 
@@ -22,57 +20,37 @@ class EnergyHead(Head):
     the noise's size away, and with it the temperature.
     """
 
+    config_class = EnergyConfig
     default_steps = 1
     max_steps = 1
+    config: EnergyConfig
 
-    def __init__(self, config: HeadConfig, channels: int, condition: int) -> None:
-        super().__init__()
-        if config.samples_per_token < 2:
-            raise InputError(
-                "head samples_per_token 1: an energy head needs at least 2, whose distance is scored (EAR takes 2)"
-            )
-        self.config = config
+    def __init__(self, config: EnergyConfig, channels: int, condition: int) -> None:
+        super().__init__(config, channels, condition)
         self.network = HeadNetwork(condition, channels, channels, config.width, config.depth, times=0)
 
     def loss(
-        self,
-        x: Tensor,
-        z: Tensor,
-        generator: torch.Generator,
-        teacher: Head,
-        *,
-        step: int = 0,
-        z_uncond: Tensor | None = None,
+        self, x: Tensor, condition: Condition, generator: torch.Generator, teacher: Head, step: int = 0
     ) -> TokenLoss:
         """The energy score of ``samples_per_token`` draws (half of EAR's loss, for two)."""
         noise = torch.randn(self.config.samples_per_token, *x.shape, generator=generator).to(x.device)
-        distance, spread = distance_and_spread(self.network(z, noise).to(x.dtype), x)
+        distance, spread = distance_and_spread(self.network(condition.z, noise).to(x.dtype), x)
         rows = distance - spread / 2
         found = rows.detach().flatten()
         parts = {"distance": distance.detach().flatten(), "spread": spread.detach().flatten()}
         return TokenLoss(rows.mean(dim=0), found, torch.zeros_like(found), parts)
 
-    def sample(
-        self,
-        z: Tensor,
-        normal: Callable[[], Tensor],
-        *,
-        steps: int,
-        temperature: float = 1.0,
-        z_uncond: Tensor | None = None,
-        guidance: float = 1.0,
-        times: Tensor | None = None,
-    ) -> Tensor:
-        """See :class:`Head`; guidance is of the condition, ``z_uncond + guidance · (z − z_uncond)``, which takes no second pass."""
+    def sampler(self, steps: int, like: Tensor) -> Draw:
+        """See :class:`Head`. Guidance mixes the conditions, ``uncond + scale · (z − uncond)``, in one pass."""
         self.check_steps(steps)
-        noise = normal() * temperature
-        if z_uncond is not None:
-            z = z_uncond.lerp(z, guidance)
-        return self.network(z, noise).to(noise.dtype)  # type: ignore[no-any-return]
 
-    def embed_times(self, steps: int, like: Tensor) -> Tensor:
-        """Nothing, ``[steps, 0]``: there is no time."""
-        return like.new_zeros(steps, 0)
+        def draw(condition: Condition, normal: Normal, temperature: float) -> Tensor:
+            noise, z = normal() * temperature, condition.z
+            if condition.uncond is not None:
+                z = condition.uncond.lerp(z, condition.scale)
+            return self.network(z, noise).to(noise.dtype)  # type: ignore[no-any-return]
+
+        return draw
 
 
 def distance_and_spread(drawn: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from far.heads.head import Head, HeadConfig, TokenLoss, guided
+from far.heads.config import FlowConfig
+from far.heads.head import Condition, Draw, Head, Normal, TokenLoss
 from far.heads.network import HeadNetwork
 
 # The network's time embedding was designed for 0 … 1000.
@@ -16,65 +17,48 @@ Velocity = Callable[[Tensor, float], Tensor]
 class FlowHead(Head):
     """Regresses ``v(x_t, t | z)`` on ``x − ε``, with ``x_t = (1 − t) ε + t x``."""
 
+    config_class = FlowConfig
     default_steps = 32
     max_steps = 1000
+    config: FlowConfig
 
-    def __init__(self, config: HeadConfig, channels: int, condition: int) -> None:
-        super().__init__()
-        self.config = config
+    def __init__(self, config: FlowConfig, channels: int, condition: int) -> None:
+        super().__init__(config, channels, condition)
         self.network = HeadNetwork(channels, channels, condition, config.width, config.depth)
 
-    def velocity(
-        self, x: Tensor, t: Tensor, z: Tensor, z_uncond: Tensor | None = None, guidance: Tensor | float = 1.0
-    ) -> Tensor:
-        return guided(lambda c: self.network(x, c, t * TIME_UNIT).to(x.dtype), z, z_uncond, guidance)
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return condition.guide(lambda z: self.network(x, z, t * TIME_UNIT).to(x.dtype))
 
     def loss(
-        self,
-        x: Tensor,
-        z: Tensor,
-        generator: torch.Generator,
-        teacher: Head,
-        *,
-        step: int = 0,
-        z_uncond: Tensor | None = None,
+        self, x: Tensor, condition: Condition, generator: torch.Generator, teacher: Head, step: int = 0
     ) -> TokenLoss:
         noise, t = draw_noise_and_time(x, self.config.samples_per_token, generator)
-        rows = (self.velocity(interpolate(noise, x, t), t, z) - (x - noise)).square().mean(dim=-1)
+        rows = (
+            (self.velocity(interpolate(noise, x, t), t, Condition(condition.z)) - (x - noise))
+            .square()
+            .mean(dim=-1)
+        )
         return TokenLoss(
             rows.mean(dim=0), rows.detach().flatten(), t.flatten(), {"flow": rows.detach().flatten()}
         )
 
-    def sample(
-        self,
-        z: Tensor,
-        normal: Callable[[], Tensor],
-        *,
-        steps: int,
-        temperature: float = 1.0,
-        z_uncond: Tensor | None = None,
-        guidance: float = 1.0,
-        times: Tensor | None = None,
-    ) -> Tensor:
+    def sampler(self, steps: int, like: Tensor) -> Draw:
         self.check_steps(steps)
         solve = heun if self.config.solver == "heun" else euler
-        x = normal() * temperature
-        # What does not change from step to step, or does not depend on the token, goes through its layers once.
-        times = self.embed_times(steps, x) if times is None else times
-        cond = self.network.embed_condition(z)
-        uncond = None if z_uncond is None else self.network.embed_condition(z_uncond)
+        # Start of each step, and the end of the last.
+        t = torch.arange(steps + 1, device=like.device, dtype=like.dtype) / steps
+        times = self.network.embed_times(t * TIME_UNIT)
 
-        def velocity(x: Tensor, t: float) -> Tensor:
-            time = times[round(t * steps)]
-            return guided(lambda c: self.network.conditioned(x, c, time).to(x.dtype), cond, uncond, guidance)
+        def draw(condition: Condition, normal: Normal, temperature: float) -> Tensor:
+            embedded = condition.map(self.network.embed_condition)
 
-        return solve(velocity, x, steps)
+            def velocity(x: Tensor, t: float) -> Tensor:
+                time = times[round(t * steps)]
+                return embedded.guide(lambda c: self.network.conditioned(x, c, time).to(x.dtype))
 
-    def embed_times(self, steps: int, like: Tensor) -> Tensor:
-        """Of the steps' beginnings and of the last one's end."""
-        return self.network.embed_times(
-            torch.arange(steps + 1, device=like.device, dtype=like.dtype) / steps * TIME_UNIT
-        )
+            return solve(velocity, normal() * temperature, steps)
+
+        return draw
 
 
 def interpolate(noise: Tensor, x: Tensor, t: Tensor) -> Tensor:

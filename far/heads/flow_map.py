@@ -7,14 +7,13 @@ learn the guided field as well, with the guidance scale as an input: guidance th
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from far.errors import InputError
+from far.heads.config import FlowMapConfig
 from far.heads.flow import interpolate
-from far.heads.head import Head, HeadConfig, TokenLoss, guided, take_steps
+from far.heads.head import Condition, Draw, Head, Normal, TokenLoss
 from far.heads.network import HeadNetwork, TimeEmbedding
 
 # Derivatives in time enter the loss: times are embedded in a unit in which the fastest wave is slow.
@@ -31,16 +30,14 @@ LAGRANGIAN_WEIGHT = 1.5
 class FlowMapHead(Head):
     """The mean velocity ``v_{s,t}`` between any two times; guided too, if ``max_guidance`` is set."""
 
+    config_class = FlowMapConfig
     default_steps = 2
     max_steps = 128
+    config: FlowMapConfig
 
-    def __init__(self, config: HeadConfig, channels: int, condition: int) -> None:
-        super().__init__()
-        if config.samples_per_token < 2:
-            raise InputError(
-                "head samples_per_token 1: a flow_map head needs at least 2, on and off the diagonal"
-            )
-        self.config = config
+    def __init__(self, config: FlowMapConfig, channels: int, condition: int) -> None:
+        super().__init__(config, channels, condition)
+        self.max_guidance = config.max_guidance or 1.0
         self.network = HeadNetwork(channels, channels, condition, config.width, config.depth, times=2)
         self.guidance_embedding = None if config.max_guidance is None else TimeEmbedding(config.width)
 
@@ -62,25 +59,16 @@ class FlowMapHead(Head):
         time = self.network.embed_times(*_times(s, t))
         return self.network.conditioned(x, self.embed_condition(z, guidance), time).to(x.dtype)
 
-    def velocity(
-        self, x: Tensor, t: Tensor, z: Tensor, z_uncond: Tensor | None = None, guidance: Tensor | float = 1.0
-    ) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """See :class:`Head`: ``v_{t,t}(x | z)``, guided from both conditions."""
-        return guided(lambda c: self.mean_velocity(x, t, t, c), z, z_uncond, guidance)
+        return condition.guide(lambda z: self.mean_velocity(x, t, t, z))
 
     def loss(
-        self,
-        x: Tensor,
-        z: Tensor,
-        generator: torch.Generator,
-        teacher: Head,
-        *,
-        step: int = 0,
-        z_uncond: Tensor | None = None,
+        self, x: Tensor, condition: Condition, generator: torch.Generator, teacher: Head, step: int = 0
     ) -> TokenLoss:
         """Flow matching on the diagonal; from step ``flow_steps`` on, a quarter of a token's noise samples is off it.
 
-        The first tokens, those that ``z_uncond`` has, learn the guided field at scales drawn between 1 and ``max_guidance``.
+        The first tokens, those that ``uncond`` has, learn the guided field at scales drawn between 1 and ``max_guidance``.
         """
         assert isinstance(teacher, FlowMapHead)
         off = (
@@ -89,7 +77,8 @@ class FlowMapHead(Head):
             else 0
         )
         noise, s, t = self._draw(x, off, generator)
-        field = _Field(teacher, z.detach(), z_uncond, self._draw_scales(s, z_uncond, generator))
+        z, uncond = condition.z, condition.uncond
+        field = _Field(teacher, z.detach(), uncond, self._draw_scales(s, uncond, generator))
         point = interpolate(noise, x, s)
         velocity = x - noise + field.shift(point, s)
         predicted = self.mean_velocity(point[off:], s[off:], s[off:], z, field.scale[off:])
@@ -123,12 +112,12 @@ class FlowMapHead(Head):
             torch.cat([last, s[off:]]).to(x.device),
         )
 
-    def _draw_scales(self, like: Tensor, z_uncond: Tensor | None, generator: torch.Generator) -> Tensor:
+    def _draw_scales(self, like: Tensor, uncond: Tensor | None, generator: torch.Generator) -> Tensor:
         """Guidance scales ``[samples, n]``: uniform for the tokens that learn guidance, 1 for the others."""
         scale = torch.ones_like(like)
-        if z_uncond is not None:
-            drawn = torch.rand(len(like), len(z_uncond), generator=generator).to(like.device)
-            scale[:, : len(z_uncond)] += drawn * (self.max_guidance - 1)
+        if uncond is not None:
+            drawn = torch.rand(len(like), len(uncond), generator=generator).to(like.device)
+            scale[:, : len(uncond)] += drawn * (self.max_guidance - 1)
         return scale
 
     def _lagrangian(
@@ -152,29 +141,24 @@ class FlowMapHead(Head):
         )
         return mean - (velocity + (t - s).unsqueeze(-1) * change).detach()
 
-    def sample(
-        self,
-        z: Tensor,
-        normal: Callable[[], Tensor],
-        *,
-        steps: int,
-        temperature: float = 1.0,
-        z_uncond: Tensor | None = None,
-        guidance: Tensor | float = 1.0,
-        times: Tensor | None = None,
-    ) -> Tensor:
-        """See :class:`Head`; without ``z_uncond`` a head that has learnt guidance is given the scale, or one ``[…]`` a token."""
-        self.check_steps(steps)
-        x = normal() * temperature
-        # What does not change from step to step, or does not depend on the token, goes through its layers once.
-        times = self.embed_times(steps, x) if times is None else times
-        cond = self.embed_condition(z, guidance if z_uncond is None else 1.0)
-        uncond = None if z_uncond is None else self.embed_condition(z_uncond)
-        return take_steps(self.network.conditioned, x, [1 / steps] * steps, times, cond, uncond, guidance)
+    def sampler(self, steps: int, like: Tensor) -> Draw:
+        """See :class:`Head`. Without ``uncond``, a head that has learned guidance applies ``condition.scale`` itself.
 
-    def embed_times(self, steps: int, like: Tensor) -> Tensor:
+        That scale is a number, or one per token ``[…]``.
+        """
+        self.check_steps(steps)
         starts = torch.arange(steps, device=like.device, dtype=like.dtype) / steps
-        return self.network.embed_times(*_times(starts, starts + 1 / steps))
+        times = self.network.embed_times(*_times(starts, starts + 1 / steps))
+
+        def draw(condition: Condition, normal: Normal, temperature: float) -> Tensor:
+            learned = condition.scale if condition.uncond is None else 1.0
+            embedded = condition.map(lambda z: self.embed_condition(z, learned))
+            x = normal() * temperature
+            for time in times:
+                x = x + 1 / steps * embedded.guide(lambda c: self.network.conditioned(x, c, time).to(x.dtype))
+            return x
+
+        return draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +167,7 @@ class _Field:
 
     teacher: FlowMapHead
     z: Tensor
-    z_uncond: Tensor | None
+    uncond: Tensor | None
     scale: Tensor
 
     def first(self, samples: int) -> "_Field":
@@ -192,19 +176,18 @@ class _Field:
     @torch.no_grad()
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """At points ``x [samples, n, channels]`` and times ``t [samples, n]``."""
-        return self.teacher.velocity(x, t, self.z) + self.shift(x, t)
+        return self.teacher.velocity(x, t, Condition(self.z)) + self.shift(x, t)
 
     @torch.no_grad()
     def shift(self, x: Tensor, t: Tensor) -> Tensor:
         """What guidance adds to the velocity: ``(scale − 1) · (cond − uncond)``, zero where there is no unconditional ``z``."""
         shift = torch.zeros_like(x)
-        if self.z_uncond is not None:
-            count = len(self.z_uncond)
+        if self.uncond is not None:
+            count = len(self.uncond)
             x, t = x[:, :count], t[:, :count]
-            difference = self.teacher.velocity(x, t, self.z[:count]) - self.teacher.velocity(
-                x, t, self.z_uncond
-            )
-            shift[:, :count] = (self.scale[:, :count] - 1).unsqueeze(-1) * difference
+            cond = self.teacher.velocity(x, t, Condition(self.z[:count]))
+            uncond = self.teacher.velocity(x, t, Condition(self.uncond))
+            shift[:, :count] = (self.scale[:, :count] - 1).unsqueeze(-1) * (cond - uncond)
         return shift
 
 

@@ -1,11 +1,12 @@
-"""What every head is: a generative model of one token given its condition ``z``.
+"""Base class of all heads: generative models of one token given its condition.
 
-The registry of heads is in ``far.heads``; the network that they share in ``far.heads.network``.
+``far.heads.build`` holds the registry of heads, ``far.heads.network`` the network that they share.
 """
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,135 +16,132 @@ from far.heads.config import HeadConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenLoss:
-    """``value [n]`` to be minimised, a token each; the rest is for the log.
+class Condition:
+    """Condition of each token, and how strongly it guides.
 
-    ``rows`` and ``t`` are the losses and the times (0 noise … 1 data) of every noise sample;
-    ``parts`` holds named losses, a 1-D tensor each.
+    Attributes:
+        z: outputs of the backbone ``[…, channels]``.
+        uncond: outputs of the backbone without the class, shaped as ``z``, or None.
+        scale: guidance scale, a number or ``[…, 1]``; 1 is off.
+    """
+
+    z: Tensor
+    uncond: Tensor | None = None
+    scale: Tensor | float = 1.0
+
+    def map(self, embed: Callable[[Tensor], Tensor]) -> "Condition":
+        """Return the condition with ``embed`` applied to ``z`` and to ``uncond``."""
+        return Condition(embed(self.z), None if self.uncond is None else embed(self.uncond), self.scale)
+
+    def guide(self, network: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the guided prediction ``uncond + scale · (cond − uncond)`` of a network.
+
+        Args:
+            network: maps conditions ``[…, channels]`` to predictions with the same leading axes. Both halves
+                go through it in one pass, stacked along a new first axis.
+        """
+        if self.uncond is None or (not isinstance(self.scale, Tensor) and self.scale == 1.0):
+            return network(self.z)
+        cond, uncond = network(torch.stack([self.z, self.uncond]))
+        return uncond + self.scale * (cond - uncond)
+
+
+# Each call returns fresh standard normal noise ``[…, channels]``.
+Normal = Callable[[], Tensor]
+# Draws tokens ``[…, channels]`` from a condition, noise and a temperature; see :meth:`Head.sampler`.
+Draw = Callable[[Condition, Normal, float], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLoss:
+    """Training loss of a batch of tokens, and values to log.
+
+    Attributes:
+        value: loss of each token ``[tokens]``, to be minimized.
+        samples: loss of each noise sample, 1-D.
+        t: time of each noise sample, 0 noise … 1 data, 1-D.
+        terms: loss terms by name, each 1-D.
     """
 
     value: Tensor
-    rows: Tensor
+    samples: Tensor
     t: Tensor
-    parts: dict[str, Tensor]
+    terms: dict[str, Tensor]
 
 
 class Head(nn.Module, abc.ABC):
-    """Base of all heads: ``loss(x, z)`` and ``sample(z)``."""
+    """Base class of all heads.
 
+    A subclass is constructed from its configuration, the channels of a token and the channels of a condition.
+
+    Attributes:
+        config_class: class of the head's configuration; its ``kind`` names the head.
+        default_steps: steps per token that a preset takes.
+        max_steps: largest number of steps per token.
+        max_guidance: largest guidance scale that the head applies without ``uncond``; 1 if it has learned none.
+    """
+
+    config_class: ClassVar[type[HeadConfig]]
     default_steps: int
     max_steps: int
-    config: HeadConfig
+    max_guidance: float = 1.0
+    config: Any
 
-    @property
-    def max_guidance(self) -> float:
-        """The largest guidance scale that :meth:`sample` knows without ``z_uncond``; 1 if it has learnt none."""
-        return self.config.max_guidance or 1.0
+    def __init__(self, config: Any, channels: int, condition: int) -> None:
+        super().__init__()
+        self.config = config
 
     @abc.abstractmethod
     def loss(
-        self,
-        x: Tensor,
-        z: Tensor,
-        generator: torch.Generator,
-        teacher: "Head",
-        *,
-        step: int = 0,
-        z_uncond: Tensor | None = None,
+        self, x: Tensor, condition: Condition, generator: torch.Generator, teacher: "Head", step: int = 0
     ) -> TokenLoss:
-        """The training loss of tokens ``x [n, channels]`` given ``z [n, condition]``.
+        """Return the training loss of tokens ``x [tokens, channels]``.
 
         Args:
-            teacher: this head with EMA weights; it gives targets to heads that bootstrap.
-            step: of the training, for heads that change their loss on the way.
-            z_uncond: unconditional conditions ``[m, condition]`` of the first ``m ≤ n`` tokens, for heads that learn guidance.
+            x: tokens, in random order or not; each is a sample of its own.
+            condition: ``z [tokens, width]``; for heads that learn guidance also ``uncond [m, width]`` of the
+                first ``m ≤ tokens`` tokens.
+            generator: source of all noise, on the CPU.
+            teacher: this head with EMA weights, for heads that learn from their own predictions.
+            step: training step, for heads whose loss changes during training.
         """
 
     @abc.abstractmethod
-    def sample(
-        self,
-        z: Tensor,
-        normal: Callable[[], Tensor],
-        *,
-        steps: int,
-        temperature: float = 1.0,
-        z_uncond: Tensor | None = None,
-        guidance: float = 1.0,
-        times: Tensor | None = None,
-    ) -> Tensor:
-        """Draw tokens ``[…, channels]`` for conditions ``z […, condition]``.
+    def sampler(self, steps: int, like: Tensor) -> Draw:
+        """Return a function that draws tokens in ``steps`` applications of the network.
+
+        It is called once per generation, and does all that does not depend on the tokens: embed the times of
+        the steps, move tables to the device. The function that it returns is called once per AR step:
+        ``draw(condition, normal, temperature)`` returns tokens ``[…, channels]`` for ``condition.z […, width]``,
+        where each call of ``normal()`` returns standard normal noise ``[…, channels]`` and ``temperature``
+        multiplies the noise. Draws of the function may not copy from or wait for the host.
 
         Args:
-            normal: returns a fresh standard normal ``[…, channels]`` at each call.
-            steps: how often the network is applied (1 … ``max_steps``).
-            temperature: multiplies the noise (for the diffusion head: of each denoising step).
-            z_uncond: unconditional conditions, shaped as ``z``; without them guidance is what the head has learnt, or off.
-            guidance: 1 is off; the prediction is ``uncond + guidance · (cond − uncond)``.
-            times: of :meth:`embed_times` for as many steps, to spare the embedding; computed where not given.
+            steps: within 1 … ``max_steps``.
+            like: any tensor with the device and dtype of the tokens.
 
         Raises:
             InputError: ``steps`` is out of range.
         """
 
-    @abc.abstractmethod
-    def embed_times(self, steps: int, like: Tensor) -> Tensor:
-        """The network's embedding ``[steps, …]`` of each step's time, the same for all tokens; ``like`` is a token, or noise."""
-
-    def velocity(
-        self, x: Tensor, t: Tensor, z: Tensor, z_uncond: Tensor | None = None, guidance: Tensor | float = 1.0
-    ) -> Tensor:
-        """The velocity ``E[x − ε | x_t]`` of the flow from noise (0) to token (1), ``[…, channels]``.
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Return the velocity ``E[x − ε | x_t]`` of the flow from noise (0) to token (1), ``[…, channels]``.
 
         Args:
             x: points of the flow ``[…, channels]``.
-            t: times, shaped as the leading axes, or broadcastable to them.
-            z_uncond: shaped as ``z``; without it there is no guidance.
-            guidance: one scale, or ``[…, 1]`` of them.
+            t: times, broadcastable to the leading axes of ``x``.
+            condition: ``z […, width]``. Guidance requires ``uncond``.
 
         Raises:
-            InputError: the head knows none; such a head cannot be distilled from.
+            InputError: the head has no velocity, so it cannot be distilled.
         """
         raise InputError(
-            f"a head of kind {self.config.kind} has no velocity field to learn from; take a teacher with a diffusion or flow head"
+            f"a head of kind {self.config.kind} has no velocity to distill. Use a teacher with a diffusion or flow head"
         )
 
     def check_steps(self, steps: int) -> None:
         """Raise an :class:`InputError` unless ``steps`` is within 1 … ``max_steps``."""
         if not 1 <= steps <= self.max_steps:
             raise InputError(
-                f"head_steps {steps}: the {type(self).__name__} takes 1 to {self.max_steps} steps"
+                f"head_steps {steps} is out of range. A {type(self).__name__} takes 1 to {self.max_steps}"
             )
-
-
-def guided(
-    network: Callable[[Tensor], Tensor], z: Tensor, z_uncond: Tensor | None, guidance: Tensor | float
-) -> Tensor:
-    """The guided prediction; both halves go through ``network`` (a function of ``z``) in one pass.
-
-    ``network`` may return ``[…]`` of any shape whose leading axes are those of ``z``.
-    """
-    if z_uncond is None or (not isinstance(guidance, Tensor) and guidance == 1.0):
-        return network(z)
-    cond, uncond = network(torch.stack([z, z_uncond]))
-    return uncond + guidance * (cond - uncond)
-
-
-def take_steps(
-    mean_velocity: Callable[[Tensor, Tensor, Tensor], Tensor],
-    x: Tensor,
-    sizes: Iterable[float],
-    times: Tensor,
-    cond: Tensor,
-    uncond: Tensor | None,
-    guidance: Tensor | float,
-) -> Tensor:
-    """``x […, channels]`` after steps of ``sizes`` with guided mean velocities: ``x ← x + size · mean_velocity(x, condition, time)``.
-
-    Args:
-        mean_velocity: a network's outputs ``[…, channels]`` for points, embedded conditions, and one of ``times``.
-        times: embedded, ``[steps, …]``.
-        cond: embedded conditions ``[…, width]``; ``uncond`` those without the class, or None.
-    """
-    for size, time in zip(sizes, times):
-        x = x + size * guided(lambda c: mean_velocity(x, c, time).to(x.dtype), cond, uncond, guidance)
-    return x

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from far.heads.config import ShortcutConfig
 from far.heads.flow import TIME_UNIT, draw_noise_and_time, interpolate
-from far.heads.head import Head, HeadConfig, TokenLoss, guided, take_steps
+from far.heads.head import Condition, Draw, Head, Normal, TokenLoss
 from far.heads.network import HeadNetwork
 
 FINEST = 128
@@ -22,32 +23,24 @@ TARGET_LIMIT = 4.0
 class ShortcutHead(Head):
     """One network for every step size 1, 1/2, … 1/128."""
 
+    config_class = ShortcutConfig
     default_steps = 8
     max_steps = FINEST
+    config: ShortcutConfig
 
-    def __init__(self, config: HeadConfig, channels: int, condition: int) -> None:
-        super().__init__()
-        self.config = config
+    def __init__(self, config: ShortcutConfig, channels: int, condition: int) -> None:
+        super().__init__(config, channels, condition)
         self.network = HeadNetwork(channels, channels, condition, config.width, config.depth, times=2)
 
     def mean_velocity(self, x: Tensor, t: Tensor, d: Tensor, z: Tensor) -> Tensor:
         """``s(x_t, t, d | z)``, ``[…, channels]``; ``t`` and ``d`` broadcast to the leading axes."""
         return self.network(x, z, *_times(t, d)).to(x.dtype)
 
-    def velocity(
-        self, x: Tensor, t: Tensor, z: Tensor, z_uncond: Tensor | None = None, guidance: Tensor | float = 1.0
-    ) -> Tensor:
-        return guided(lambda c: self.mean_velocity(x, t, torch.zeros_like(t), c), z, z_uncond, guidance)
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return condition.guide(lambda z: self.mean_velocity(x, t, torch.zeros_like(t), z))
 
     def loss(
-        self,
-        x: Tensor,
-        z: Tensor,
-        generator: torch.Generator,
-        teacher: Head,
-        *,
-        step: int = 0,
-        z_uncond: Tensor | None = None,
+        self, x: Tensor, condition: Condition, generator: torch.Generator, teacher: Head, step: int = 0
     ) -> TokenLoss:
         """Flow matching at ``d = 0``, and for one noise sample in eight self-consistency over a whole step."""
         assert isinstance(teacher, ShortcutHead)
@@ -61,40 +54,31 @@ class ShortcutHead(Head):
         d.view(-1)[rows] = whole.to(x.device)
         x_t = interpolate(noise, x, t)
         with torch.no_grad():
-            tokens = z.detach()[rows % len(x)]
+            z = condition.z.detach()[rows % len(x)]
             target.view(-1, x.shape[-1])[rows] = consistency_target(
-                lambda a, time, size: teacher.mean_velocity(a, time, size, tokens),
+                lambda a, time, size: teacher.mean_velocity(a, time, size, z),
                 x_t.view(-1, x.shape[-1])[rows], t.view(-1)[rows], d.view(-1)[rows],
             )  # fmt: skip
-        losses = (self.mean_velocity(x_t, t, d, z) - target).square().mean(dim=-1)
+        losses = (self.mean_velocity(x_t, t, d, condition.z) - target).square().mean(dim=-1)
         found = losses.detach().flatten()
         consistent = torch.zeros_like(found, dtype=torch.bool).index_fill(0, rows, True)
         parts = {"flow": found[~consistent], "consistency": found[consistent]}
         return TokenLoss(losses.mean(dim=0), found, t.flatten(), parts)
 
-    def sample(
-        self,
-        z: Tensor,
-        normal: Callable[[], Tensor],
-        *,
-        steps: int,
-        temperature: float = 1.0,
-        z_uncond: Tensor | None = None,
-        guidance: float = 1.0,
-        times: Tensor | None = None,
-    ) -> Tensor:
+    def sampler(self, steps: int, like: Tensor) -> Draw:
         self.check_steps(steps)
-        x = normal() * temperature
-        # What does not change from step to step, or does not depend on the token, goes through its layers once.
-        times = self.embed_times(steps, x) if times is None else times
-        cond = self.network.embed_condition(z)
-        uncond = None if z_uncond is None else self.network.embed_condition(z_uncond)
-        return take_steps(self.network.conditioned, x, step_sizes(steps), times, cond, uncond, guidance)
-
-    def embed_times(self, steps: int, like: Tensor) -> Tensor:
         sizes = step_sizes(steps)
         starts = [sum(sizes[:step]) for step in range(steps)]
-        return self.network.embed_times(*_times(like.new_tensor(starts), like.new_tensor(sizes)))
+        times = self.network.embed_times(*_times(like.new_tensor(starts), like.new_tensor(sizes)))
+
+        def draw(condition: Condition, normal: Normal, temperature: float) -> Tensor:
+            embedded = condition.map(self.network.embed_condition)
+            x = normal() * temperature
+            for size, time in zip(sizes, times):
+                x = x + size * embedded.guide(lambda c: self.network.conditioned(x, c, time).to(x.dtype))
+            return x
+
+        return draw
 
 
 def _times(t: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:

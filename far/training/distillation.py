@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from far.config import to_dict
 from far.data.shards import ShardReader
+from far.heads import Condition, FlowMapConfig
 from far.heads.flow_map import FlowMapHead
 from far.model import FAR
 from far.pictures import contact_sheet, save_png
@@ -126,7 +127,7 @@ class DistillationTask:
         z, noise, end = self._conditions(ema, batch), batch["paths"][..., 0, :], batch["paths"][..., -1, :]
         figures: dict[str, float] = {}
         for steps in (1, 2, 4):
-            drawn = ema.head.sample(z, lambda: noise, steps=steps, guidance=batch["scale"])
+            drawn = ema.head.sampler(steps, noise)(Condition(z, scale=batch["scale"]), lambda: noise, 1.0)
             figures[f"error of {steps} steps"] = math.sqrt(float((drawn - end).square().mean()))
         pipeline = self._pipeline(ema)
         if pipeline.autoencoder is not None:
@@ -161,10 +162,13 @@ class DistillationTask:
 
 def _student(teacher: FAR, config: DistillationConfig) -> FAR:
     """Return the teacher's backbone, frozen, with an untrained flow-map head of the teacher's size."""
-    head = dataclasses.replace(
-        teacher.config.network.head, kind="flow_map", samples_per_token=max(2, config.samples_per_token),
-        max_guidance=config.trajectories.max_guidance, token_limit=None, flow_steps=0,
-    )  # fmt: skip
+    size = teacher.config.network.head
+    head = FlowMapConfig(
+        size.width,
+        size.depth,
+        max(2, config.samples_per_token),
+        max_guidance=config.trajectories.max_guidance,
+    )
     with seeded(config.training.seed):
         student = FAR(
             dataclasses.replace(

@@ -123,10 +123,10 @@ class GeneratorTask:
         """Return the model's loss, and its terms and means within quarters of the head's time to log."""
         assert isinstance(ema, FAR)
         loss = self.module.loss(*batch, generator, label_drop=self.config.label_drop, teacher=ema, step=step)
-        values = {f"loss_{name}": part.mean() for name, part in loss.parts.items()}
+        values = {f"loss_{name}": term.mean() for name, term in loss.terms.items()}
         buckets = (loss.t * _TIME_BUCKETS).long().clamp(max=_TIME_BUCKETS - 1)
         for bucket in range(_TIME_BUCKETS):
-            chosen = loss.rows[buckets == bucket]
+            chosen = loss.samples[buckets == bucket]
             if len(chosen):
                 values[f"loss_t{bucket / _TIME_BUCKETS:.2f}"] = chosen.mean()
         return loss.value.mean(), values

@@ -19,6 +19,8 @@ from far.data.latents import LatentCache
 from far.data.shards import Pieces, ShardReader, ShardWriter
 from far.errors import InputError
 from far.files import sha256
+from far.heads import Condition
+from far.heads.diffusion import DiffusionHead
 from far.heads.flow import heun
 from far.model import FAR
 from far.pipeline import Pipeline
@@ -39,10 +41,9 @@ _SHARD_GROUPS = 16
 def load_teacher(folder: Path, config: TrajectoryConfig, device: str | torch.device) -> Pipeline:
     """Load the model to distill. A diffusion head without a token limit gets the limit of ``config``."""
     teacher = Pipeline.from_pretrained(folder, device=device)
-    if teacher.model.head.config.token_limit is None:
-        teacher.model.head.config = dataclasses.replace(
-            teacher.model.head.config, token_limit=config.token_limit
-        )
+    head = teacher.model.head
+    if isinstance(head, DiffusionHead) and head.config.token_limit is None:
+        teacher.model.head = head.limited(config.token_limit)
     return teacher
 
 
@@ -112,11 +113,8 @@ def _open(teacher: Pipeline, latents: Path | None, seed: int) -> Images:
     """Return the source of images, after checking that the head has a velocity (others raise an error)."""
     model = teacher.model
     like = next(model.parameters())
-    model.head.velocity(
-        like.new_zeros(1, model.config.token_channels),
-        like.new_zeros(1),
-        like.new_zeros(1, model.backbone.width),
-    )
+    z = like.new_zeros(1, model.backbone.width)
+    model.head.velocity(like.new_zeros(1, model.config.token_channels), like.new_zeros(1), Condition(z))
     return _drawn(teacher, seed) if latents is None else _cached(teacher, latents, seed)
 
 
@@ -188,11 +186,12 @@ def group_rows(
     dropped = (torch.rand(len(labels), generator=generator) < config.label_drop).to(labels.device)
     labels = torch.where(dropped, model.null_label, labels)
     z = model.backbone(tokens, order[:, :known], query, labels)
-    z_uncond = model.backbone(tokens, order[:, :known], query, torch.full_like(labels, model.null_label))
+    uncond = model.backbone(tokens, order[:, :known], query, torch.full_like(labels, model.null_label))
     scale = 1 + (config.max_guidance - 1) * torch.rand(query.shape, generator=generator).to(labels.device)
     noise = torch.randn(*query.shape, tokens.shape[-1], generator=generator).to(labels.device)
+    condition = Condition(z, uncond, scale.unsqueeze(-1))
     paths = trajectories(
-        lambda x, t: model.head.velocity(x, x.new_full(x.shape[:-1], t), z, z_uncond, scale.unsqueeze(-1)),
+        lambda x, t: model.head.velocity(x, x.new_full(x.shape[:-1], t), condition),
         noise,
         POINTS,
         SUBSTEPS,

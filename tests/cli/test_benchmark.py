@@ -11,7 +11,7 @@ from far.autoencoder import AutoencoderConfig
 from far.backbone import CausalConfig
 from far.benchmark import default_rows, rows_of
 from far.cli.main import main
-from far.heads import HeadConfig
+from far.heads import ShortcutConfig
 from far.model import PRESETS, NetworkConfig
 
 
@@ -20,7 +20,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
         PRESETS,
         "tiny",
-        NetworkConfig(CausalConfig(width=16, depth=1, heads=2), HeadConfig("shortcut", 16, 1)),
+        NetworkConfig(CausalConfig(width=16, depth=1, heads=2), ShortcutConfig(16, 1)),
     )
     monkeypatch.setattr(
         "far.benchmark.rows.AutoencoderConfig", lambda: AutoencoderConfig(width=8, blocks=1, norm_groups=4)

@@ -175,7 +175,6 @@ def test_packages_offer_their_names_on_first_use() -> None:
 
 
 def test_kinds_known_without_torch_are_those_of_the_registry() -> None:
-    from far.heads import HEADS
-    from far.heads.config import KINDS
+    from far.heads import HEADS, HeadConfig
 
-    assert set(KINDS) == set(HEADS)
+    assert {kind: head.config_class for kind, head in HEADS.items()} == HeadConfig.kinds

@@ -1,14 +1,17 @@
 """The diffusion head against Bayes' rule and torch.distributions. Its values are compared with MAR's in tests/reference."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from drawing import draw
 from exact import ExactNetwork
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from far.errors import InputError
+from far.heads import Condition, DiffusionConfig
 from far.heads.diffusion import (
     DiffusionHead,
     Schedule,
@@ -17,7 +20,6 @@ from far.heads.diffusion import (
     normal_kl,
     train_alphas_cumprod,
 )
-from far.heads.head import HeadConfig
 
 
 def test_training_schedule() -> None:
@@ -138,7 +140,7 @@ class ExactNoise(ExactNetwork):
 
 
 def exact_head(deviation: float, steps: int) -> DiffusionHead:
-    head = DiffusionHead(HeadConfig("diffusion", 8, 1), 1, 1)
+    head = DiffusionHead(DiffusionConfig(8, 1), 1, 1)
     head.network = ExactNoise(deviation, steps)  # type: ignore[assignment]
     return head
 
@@ -151,8 +153,11 @@ def test_sampling_with_the_exact_noise(steps: int, deviation: float) -> None:
     count = 20_000 if steps < 1000 else 4000
     generator = torch.Generator().manual_seed(steps)
     z = torch.full((count, 1), 0.7, dtype=torch.float64)
-    drawn = exact_head(deviation, steps).sample(
-        z, lambda: torch.randn(count, 1, generator=generator, dtype=torch.float64), steps=steps
+    drawn = draw(
+        exact_head(deviation, steps),
+        z,
+        lambda: torch.randn(count, 1, generator=generator, dtype=torch.float64),
+        steps=steps,
     )
     assert float(drawn.mean()) == pytest.approx(0.7, abs=4 * deviation / count**0.5)
     assert float(drawn.std()) == pytest.approx(deviation, rel=4 / (2 * count) ** 0.5)
@@ -165,22 +170,22 @@ def test_guidance_moves_the_mean_and_temperature_the_deviation() -> None:
         for seed in range(21)
     ]
 
-    def draw(mean: float, **options: float | Tensor) -> Tensor:
+    def drawn(mean: float, **options: Any) -> Tensor:
         draws = iter(noises)
         z = torch.full((4000, 1), mean, dtype=torch.float64)
-        return exact_head(0.5, 20).sample(z, lambda: next(draws), steps=20, **options)  # type: ignore[arg-type]
+        return draw(exact_head(0.5, 20), z, lambda: next(draws), steps=20, **options)
 
-    z_uncond = torch.full((4000, 1), -0.2, dtype=torch.float64)
+    uncond = torch.full((4000, 1), -0.2, dtype=torch.float64)
     # The exact noise is linear in the mean, so guiding it is guiding the mean.
     torch.testing.assert_close(
-        draw(0.7, z_uncond=z_uncond, guidance=2.5), draw(-0.2 + 2.5 * 0.9), rtol=0, atol=1e-9
+        drawn(0.7, uncond=uncond, scale=2.5), drawn(-0.2 + 2.5 * 0.9), rtol=0, atol=1e-9
     )
-    assert float(draw(0.7, temperature=0.5).std()) < 0.8 * float(draw(0.7).std())
+    assert float(drawn(0.7, temperature=0.5).std()) < 0.8 * float(drawn(0.7).std())
 
 
 def random_head(samples: int = 4) -> DiffusionHead:
     torch.manual_seed(0)
-    head = DiffusionHead(HeadConfig("diffusion", 16, 1, samples), 3, 5)
+    head = DiffusionHead(DiffusionConfig(16, 1, samples), 3, 5)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -193,7 +198,7 @@ def test_guided_variance_is_the_conditional_one() -> None:
     head, steps = random_head(), 2
     z, z_uncond, start, noise = torch.randn(4, 5), torch.randn(4, 5), torch.randn(4, 3), torch.randn(4, 3)
     draws = iter([start, noise, torch.full((4, 3), 1e9)])  # the last step adds no noise
-    drawn = head.sample(z, lambda: next(draws), steps=steps, z_uncond=z_uncond, guidance=3.0)
+    drawn = draw(head, z, lambda: next(draws), steps=steps, uncond=z_uncond, scale=3.0)
     schedule, x = Schedule.respaced(steps), start
     for index in (1, 0):
         time = torch.tensor(float(schedule.timesteps[index]))
@@ -208,14 +213,14 @@ def test_guided_variance_is_the_conditional_one() -> None:
 def test_loss() -> None:
     head = random_head()
     x, z = torch.randn(6, 3), torch.randn(6, 5)
-    loss = head.loss(x, z, torch.Generator().manual_seed(0), head)
+    loss = head.loss(x, Condition(z), torch.Generator().manual_seed(0), head)
     assert loss.value.shape == (6,)
-    assert loss.rows.shape == loss.t.shape == (24,)
-    torch.testing.assert_close(loss.parts["mse"] + loss.parts["bound"], loss.rows)
-    torch.testing.assert_close(loss.rows.view(4, 6).mean(dim=0), loss.value)
+    assert loss.samples.shape == loss.t.shape == (24,)
+    torch.testing.assert_close(loss.terms["mse"] + loss.terms["bound"], loss.samples)
+    torch.testing.assert_close(loss.samples.view(4, 6).mean(dim=0), loss.value)
     assert float(loss.t.min()) > 0
     assert float(loss.t.max()) <= 1  # 1 is data
-    repeated = head.loss(x, z, torch.Generator().manual_seed(0), head)
+    repeated = head.loss(x, Condition(z), torch.Generator().manual_seed(0), head)
     assert torch.equal(repeated.value, loss.value)
 
 
@@ -250,14 +255,8 @@ def test_network_calls() -> None:
     head.network.output.register_forward_hook(lambda *arguments: calls.append(1))
     for steps in (1, 2, 7):
         calls.clear()
-        assert head.sample(torch.zeros(2, 5), lambda: torch.randn(2, 3), steps=steps).isfinite().all()
+        assert draw(head, torch.zeros(2, 5), lambda: torch.randn(2, 3), steps=steps).isfinite().all()
         assert len(calls) == steps
-
-
-@pytest.mark.parametrize("steps", [0, -5, 1001])
-def test_steps_out_of_range(steps: int) -> None:
-    with pytest.raises(InputError, match=f"head_steps {steps}: the DiffusionHead takes 1 to 1000 steps"):
-        random_head().sample(torch.zeros(1, 5), lambda: torch.zeros(1, 3), steps=steps)
 
 
 class NearlyRight(ExactNetwork):
@@ -275,10 +274,10 @@ class NearlyRight(ExactNetwork):
 
 
 def spread(error: float, limit: float | None) -> float:
-    head = DiffusionHead(HeadConfig("diffusion", 8, 1, 1, token_limit=limit), 4, 4)
+    head = DiffusionHead(DiffusionConfig(8, 1, 1, token_limit=limit), 4, 4)
     head.network = NearlyRight(error)  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)
-    drawn = head.sample(torch.zeros(50, 4), lambda: torch.randn(50, 4, generator=generator), steps=100)
+    drawn = draw(head, torch.zeros(50, 4), lambda: torch.randn(50, 4, generator=generator), steps=100)
     return float(drawn.abs().max())
 
 
@@ -301,5 +300,5 @@ def test_the_limit_clips_the_predicted_token_only() -> None:
         mean, logvar = schedule.model_posterior(x_t, epsilon, fraction, t, 1.5)
         torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(logvar, schedule.model_posterior(x_t, epsilon, fraction, t)[1])
-    with pytest.raises(InputError, match="token_limit 0 must be positive"):
-        HeadConfig(token_limit=0)
+    with pytest.raises(InputError, match="token_limit 0"):
+        DiffusionConfig(token_limit=0)

@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from drawing import draw
 from exact import ExactNetwork
 from torch import Tensor
 
-from far.errors import InputError
+from far.heads import Condition, FlowConfig
 from far.heads.flow import FlowHead, Velocity, draw_noise_and_time, euler, heun, interpolate
-from far.heads.head import HeadConfig, guided
 
 DEVIATION = 0.5
 
@@ -30,7 +30,7 @@ class ExactVelocity(ExactNetwork):
 
 
 def exact_head(solver: str = "euler", samples: int = 4) -> FlowHead:
-    head = FlowHead(HeadConfig("flow", 8, 1, samples, solver), 1, 1)  # type: ignore[arg-type]
+    head = FlowHead(FlowConfig(8, 1, samples, solver=solver), 1, 1)  # type: ignore[arg-type]
     head.network = ExactVelocity()  # type: ignore[assignment]
     return head
 
@@ -66,22 +66,21 @@ def test_solvers_leave_their_input() -> None:
         assert torch.equal(x, torch.ones(3))
 
 
-def test_guided() -> None:
-    z, z_uncond = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 5.0])
+def test_guidance_extrapolates_from_the_unconditional_prediction() -> None:
+    z, uncond = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 5.0])
     seen = []
 
     def network(condition: Tensor) -> Tensor:
         seen.append(condition)
         return 10 * condition
 
-    assert torch.equal(
-        guided(network, z, z_uncond, 3.0), torch.tensor([30.0, -40.0])
-    )  # uncond + 3 · (cond − uncond)
-    assert torch.equal(guided(network, z, z_uncond, 0.0), 10 * z_uncond)
+    # uncond + 3 · (cond − uncond)
+    assert torch.equal(Condition(z, uncond, 3.0).guide(network), torch.tensor([30.0, -40.0]))
+    assert torch.equal(Condition(z, uncond, 0.0).guide(network), 10 * uncond)
     assert [tuple(condition.shape) for condition in seen] == [(2, 2), (2, 2)]
-    for condition, scale in ((z_uncond, 1.0), (None, 3.0)):
+    for condition in (Condition(z, uncond, 1.0), Condition(z, None, 3.0)):
         seen.clear()
-        assert torch.equal(guided(network, z, condition, scale), 10 * z)
+        assert torch.equal(condition.guide(network), 10 * z)
         assert len(seen) == 1
         assert seen[0] is z
 
@@ -111,16 +110,16 @@ def test_loss_of_the_exact_velocity_is_the_irreducible_one() -> None:
     head = exact_head()
     z = 2 * torch.rand(20_000, 1, generator=generator) - 1
     x = z + DEVIATION * torch.randn(20_000, 1, generator=generator)
-    loss = head.loss(x, z, generator, head)
+    loss = head.loss(x, Condition(z), generator, head)
     t = torch.linspace(0, 1, 2001, dtype=torch.float64)
     variance = (1 - t) ** 2 + (t * DEVIATION) ** 2
     expected = DEVIATION**2 + 1 - (t * DEVIATION**2 - (1 - t)) ** 2 / variance
     assert float(loss.value.mean()) == pytest.approx(float(torch.trapezoid(expected, t)), rel=0.02)
     assert loss.value.shape == (20_000,)
-    assert loss.rows.shape == loss.t.shape == loss.parts["flow"].shape == (80_000,)
-    torch.testing.assert_close(loss.rows.view(4, -1).mean(dim=0), loss.value)
+    assert loss.samples.shape == loss.t.shape == loss.terms["flow"].shape == (80_000,)
+    torch.testing.assert_close(loss.samples.view(4, -1).mean(dim=0), loss.value)
     late = loss.t > 0.9
-    assert float(loss.rows[late].mean()) == pytest.approx(float(expected[t > 0.9].mean()), rel=0.05)
+    assert float(loss.samples[late].mean()) == pytest.approx(float(expected[t > 0.9].mean()), rel=0.05)
 
 
 @torch.no_grad()
@@ -133,8 +132,14 @@ def test_sampling_with_the_exact_velocity(
     noise = torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
     z, z_uncond = torch.full((500, 1), 0.7), torch.full((500, 1), -0.2)
     mean = -0.2 + guidance * 0.9
-    drawn = exact_head(solver).sample(
-        z, lambda: noise, steps=steps, temperature=temperature, z_uncond=z_uncond, guidance=guidance
+    drawn = draw(
+        exact_head(solver),
+        z,
+        lambda: noise,
+        steps=steps,
+        temperature=temperature,
+        uncond=z_uncond,
+        scale=guidance,
     )
     torch.testing.assert_close(drawn, mean + DEVIATION * temperature * noise, rtol=0, atol=0.01)
 
@@ -142,22 +147,10 @@ def test_sampling_with_the_exact_velocity(
 @torch.no_grad()
 @pytest.mark.parametrize(("solver", "calls_a_step"), [("euler", 1), ("heun", 2)])
 def test_network_calls(solver: str, calls_a_step: int) -> None:
-    head = FlowHead(HeadConfig("flow", 8, 1, 4, solver), 2, 3)  # type: ignore[arg-type]
+    head = FlowHead(FlowConfig(8, 1, 4, solver=solver), 2, 3)  # type: ignore[arg-type]
     calls = []
     head.network.output.register_forward_hook(lambda *arguments: calls.append(1))
     for steps in (1, 3, 8):
         calls.clear()
-        assert head.sample(torch.zeros(5, 3), lambda: torch.randn(5, 2), steps=steps).shape == (5, 2)
+        assert draw(head, torch.zeros(5, 3), lambda: torch.randn(5, 2), steps=steps).shape == (5, 2)
         assert len(calls) == steps * calls_a_step
-
-
-@pytest.mark.parametrize("steps", [0, -1, 1001])
-def test_steps_out_of_range(steps: int) -> None:
-    with pytest.raises(InputError, match=f"head_steps {steps}: the FlowHead takes 1 to 1000 steps"):
-        exact_head().sample(torch.zeros(1, 1), lambda: torch.zeros(1, 1), steps=steps)
-
-
-@pytest.mark.parametrize("name", ["width", "depth", "samples_per_token"])
-def test_impossible_sizes(name: str) -> None:
-    with pytest.raises(InputError, match=f"head {name} 0 must be positive"):
-        HeadConfig(**{name: 0})  # type: ignore[arg-type]

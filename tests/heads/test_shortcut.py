@@ -11,11 +11,11 @@ from collections.abc import Callable
 import pytest
 import scipy.stats
 import torch
+from drawing import draw
 from exact import ExactNetwork
 from torch import Tensor
 
-from far.errors import InputError
-from far.heads.head import HeadConfig
+from far.heads import Condition, ShortcutConfig
 from far.heads.shortcut import (
     CONSISTENCY_EVERY,
     FINEST,
@@ -57,14 +57,14 @@ class ExactMeanVelocity(ExactNetwork):
 
 
 def exact_head(samples: int = 4) -> ShortcutHead:
-    head = ShortcutHead(HeadConfig("shortcut", 8, 1, samples), 1, 1)
+    head = ShortcutHead(ShortcutConfig(8, 1, samples), 1, 1)
     head.network = ExactMeanVelocity()  # type: ignore[assignment]
     return head
 
 
 def random_head(channels: int = 3, condition: int = 5) -> ShortcutHead:
     torch.manual_seed(0)
-    head = ShortcutHead(HeadConfig("shortcut", 16, 1), channels, condition)
+    head = ShortcutHead(ShortcutConfig(16, 1), channels, condition)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -158,7 +158,7 @@ def test_sampling_with_the_exact_mean_velocity_is_exact(steps: int) -> None:
     """In any number of steps; only the finest size is an approximation, being the velocity itself."""
     noise = torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
     z = torch.linspace(-1, 1, 500).unsqueeze(-1)
-    drawn = exact_head().sample(z, lambda: noise, steps=steps)
+    drawn = draw(exact_head(), z, lambda: noise, steps=steps)
     tolerance = 1e-5 if 1 / FINEST not in step_sizes(steps) else 0.03
     torch.testing.assert_close(drawn, z + DEVIATION * noise, rtol=0, atol=tolerance)
 
@@ -168,9 +168,7 @@ def test_sampling_with_the_exact_mean_velocity_is_exact(steps: int) -> None:
 def test_guidance_moves_the_mean_and_temperature_the_deviation(steps: int) -> None:
     noise = torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
     z, z_uncond = torch.full((500, 1), 0.7), torch.full((500, 1), -0.2)
-    drawn = exact_head().sample(
-        z, lambda: noise, steps=steps, temperature=0.8, z_uncond=z_uncond, guidance=2.5
-    )
+    drawn = draw(exact_head(), z, lambda: noise, steps=steps, temperature=0.8, uncond=z_uncond, scale=2.5)
     torch.testing.assert_close(drawn, -0.2 + 2.5 * 0.9 + DEVIATION * 0.8 * noise, rtol=0, atol=1e-5)
 
 
@@ -184,7 +182,7 @@ def test_sampling_takes_the_steps_of_the_mean_velocity(steps: int) -> None:
     for d in torch.tensor(step_sizes(steps)).double():
         cond, uncond = (head.mean_velocity(x, t, d, c) for c in (z, z_uncond))
         x, t = x + d * (uncond + 2.5 * (cond - uncond)), t + d
-    drawn = head.sample(z, lambda: noise, steps=steps, z_uncond=z_uncond, guidance=2.5)
+    drawn = draw(head, z, lambda: noise, steps=steps, uncond=z_uncond, scale=2.5)
     torch.testing.assert_close(drawn, x, rtol=0, atol=1e-9)
 
 
@@ -197,19 +195,11 @@ def test_network_calls() -> None:
     )
     for steps in (1, 3, 8, 128):
         rows.clear()
-        head.sample(torch.zeros(4, 5), lambda: torch.randn(4, 3), steps=steps)
+        draw(head, torch.zeros(4, 5), lambda: torch.randn(4, 3), steps=steps)
         assert rows == [4] * steps
     rows.clear()
-    head.sample(
-        torch.zeros(4, 5), lambda: torch.randn(4, 3), steps=2, z_uncond=torch.ones(4, 5), guidance=2.0
-    )
+    draw(head, torch.zeros(4, 5), lambda: torch.randn(4, 3), steps=2, uncond=torch.ones(4, 5), scale=2.0)
     assert rows == [8, 8]
-
-
-@pytest.mark.parametrize("steps", [0, -1, 129])
-def test_steps_out_of_range(steps: int) -> None:
-    with pytest.raises(InputError, match=f"head_steps {steps}: the ShortcutHead takes 1 to 128 steps"):
-        random_head().sample(torch.zeros(1, 5), lambda: torch.zeros(1, 3), steps=steps)
 
 
 @torch.no_grad()
@@ -230,24 +220,24 @@ def test_loss_of_the_exact_mean_velocity() -> None:
     generator, head = torch.Generator().manual_seed(0), exact_head()
     z = 2 * torch.rand(20_000, 1, generator=generator) - 1
     x = z + DEVIATION * torch.randn(20_000, 1, generator=generator)
-    loss = head.loss(x, z, generator, head)
+    loss = head.loss(x, Condition(z), generator, head)
     t = torch.linspace(0, 1, 2001, dtype=torch.float64)
     variance = DEVIATION**2 + 1 - (t * DEVIATION**2 - (1 - t)) ** 2 / spread(t) ** 2
-    assert float(loss.parts["flow"].mean()) == pytest.approx(float(torch.trapezoid(variance, t)), rel=0.02)
-    assert float(loss.parts["consistency"].mean()) < 1e-4  # its finest half steps are velocities
-    assert len(loss.parts["consistency"]) == 80_000 // CONSISTENCY_EVERY
-    assert len(loss.parts["flow"]) == 80_000 - 80_000 // CONSISTENCY_EVERY
+    assert float(loss.terms["flow"].mean()) == pytest.approx(float(torch.trapezoid(variance, t)), rel=0.02)
+    assert float(loss.terms["consistency"].mean()) < 1e-4  # its finest half steps are velocities
+    assert len(loss.terms["consistency"]) == 80_000 // CONSISTENCY_EVERY
+    assert len(loss.terms["flow"]) == 80_000 - 80_000 // CONSISTENCY_EVERY
     starts = loss.t * FINEST / 2
     assert int((starts == starts.round()).sum()) >= 10_000, "whole steps start at multiples of their size"
     assert loss.value.shape == (20_000,)
-    torch.testing.assert_close(loss.rows.view(4, -1).mean(dim=0), loss.value)
+    torch.testing.assert_close(loss.samples.view(4, -1).mean(dim=0), loss.value)
 
 
 def test_every_place_of_the_sequence_learns_the_flow() -> None:
     """Sequences whose length is a multiple of eight must not have the same places at consistency each time."""
     generator, head, chosen = torch.Generator().manual_seed(0), random_head(), torch.zeros(64)
     for _ in range(400):
-        starts = head.loss(torch.zeros(16, 3), torch.zeros(16, 5), generator, head).t * FINEST / 2
+        starts = head.loss(torch.zeros(16, 3), Condition(torch.zeros(16, 5)), generator, head).t * FINEST / 2
         whole = starts == starts.round()  # only these start at multiples of a step
         assert int(whole.sum()) >= 8
         chosen += whole
@@ -258,17 +248,19 @@ def test_every_place_of_the_sequence_learns_the_flow() -> None:
 @pytest.mark.parametrize("tokens", [1, 3, 7, 8])
 def test_loss_of_few_tokens(tokens: int) -> None:
     head = random_head()
-    loss = head.loss(torch.randn(tokens, 3), torch.randn(tokens, 5), torch.Generator().manual_seed(0), head)
+    loss = head.loss(
+        torch.randn(tokens, 3), Condition(torch.randn(tokens, 5)), torch.Generator().manual_seed(0), head
+    )
     assert loss.value.shape == (tokens,)
-    assert len(loss.parts["consistency"]) == -(-4 * tokens // CONSISTENCY_EVERY)
-    assert loss.rows.isfinite().all()
+    assert len(loss.terms["consistency"]) == -(-4 * tokens // CONSISTENCY_EVERY)
+    assert loss.samples.isfinite().all()
 
 
 def gradients(head: ShortcutHead, teacher: ShortcutHead, z: Tensor) -> list[Tensor]:
     head.zero_grad()
     loss = head.loss(
         torch.randn(16, 3, generator=torch.Generator().manual_seed(1)),
-        z,
+        Condition(z),
         torch.Generator().manual_seed(2),
         teacher,
     )
@@ -294,7 +286,8 @@ def test_teacher_gives_the_consistency_targets_only() -> None:
         other.network.output.linear.bias.add_(1)
     x, z = torch.randn(16, 3), torch.randn(16, 5)
     own, taught = (
-        head.loss(x, z, torch.Generator().manual_seed(0), teacher).parts for teacher in (head, other)
+        head.loss(x, Condition(z), torch.Generator().manual_seed(0), teacher).terms
+        for teacher in (head, other)
     )
     assert torch.equal(own["flow"], taught["flow"])
     assert not torch.isclose(own["consistency"], taught["consistency"]).any()
@@ -307,7 +300,7 @@ def test_teacher_gives_the_consistency_targets_only() -> None:
 def trained() -> ShortcutHead:
     """A tiny head, trained with its own loss and an averaged teacher; ``z`` is the mean of the data."""
     torch.manual_seed(0)
-    head = ShortcutHead(HeadConfig("shortcut", 64, 2), 1, 1)
+    head = ShortcutHead(ShortcutConfig(64, 2), 1, 1)
     ema = Ema(head, 0.99)
     optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -318,7 +311,7 @@ def trained() -> ShortcutHead:
         z = 2 * torch.rand(128, 1, generator=generator) - 1
         x = z + DEVIATION * torch.randn(128, 1, generator=generator)
         optimizer.zero_grad()
-        head.loss(x, z, generator, ema.module).value.mean().backward()
+        head.loss(x, Condition(z), generator, ema.module).value.mean().backward()
         optimizer.step()
         schedule.step()
         ema.update(head, step)
@@ -363,7 +356,7 @@ def test_trained_mean_velocity(trained: ShortcutHead, d: float) -> None:
 def test_trained_maps(trained: ShortcutHead) -> None:
     """One step gives the data's mean and deviation, and two half steps the same points."""
     noise = torch.randn(4000, 1, generator=torch.Generator().manual_seed(9))
-    one, two, many = (trained.sample(MEANS, lambda: noise, steps=steps) for steps in (1, 2, 128))
+    one, two, many = (draw(trained, MEANS, lambda: noise, steps=steps) for steps in (1, 2, 128))
     for drawn in (one, two, many):
         assert float((drawn - MEANS).mean()) == pytest.approx(0, abs=0.05)
         assert float((drawn - MEANS).std()) == pytest.approx(DEVIATION, abs=0.06)

@@ -12,7 +12,7 @@ from torch import Tensor
 import far
 from far.backbone.masked import MaskedConfig
 from far.convert import convert_mar
-from far.heads import HeadConfig
+from far.heads import DiffusionConfig
 from far.heads.diffusion import DiffusionHead, Schedule, train_alphas_cumprod
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.sampling import SamplingConfig, sample
@@ -84,7 +84,7 @@ def expected_config() -> ModelConfig:
         buffer=8,
     )
     return ModelConfig(
-        NetworkConfig(backbone, HeadConfig("diffusion", 40, 2, samples_per_token=4), patch=1), 10, 16, (4, 4)
+        NetworkConfig(backbone, DiffusionConfig(40, 2, samples_per_token=4), patch=1), 10, 16, (4, 4)
     )
 
 

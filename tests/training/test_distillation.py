@@ -10,6 +10,7 @@ import pytest
 import scipy.stats
 import torch
 from checkpoints import assert_close_checkpoints, newest
+from drawing import draw
 from exact import ExactNetwork
 from torch import Tensor
 from torchrun import kill_one, run, start, wait_for
@@ -22,6 +23,7 @@ from far.data.shards import ShardReader, ShardWriter
 from far.errors import InputError
 from far.files import read_json
 from far.folder import save_autoencoder
+from far.heads import Condition
 from far.pipeline import Pipeline
 from far.processes import Processes
 from far.training.config import LoopConfig
@@ -118,7 +120,9 @@ def loss_of(task: DistillationTask) -> float:
     losses = []
     for step in range(6):
         generator = torch.Generator().manual_seed(step)
-        losses.append(float(task.loss(step, task.batch(step, generator), task.module, generator)[0]))
+        losses.append(
+            float(task.loss(step, Condition(task.batch(step, generator)), task.module, generator)[0])
+        )
     return sum(losses) / len(losses)
 
 
@@ -240,13 +244,7 @@ def test_a_distilled_model(
     assert isinstance(pipeline, Pipeline)
     assert isinstance(original, Pipeline)
     head = pipeline.model.config.network.head
-    assert (head.kind, head.width, head.depth, head.max_guidance, head.token_limit) == (
-        "flow_map",
-        16,
-        1,
-        4.0,
-        None,
-    )
+    assert (head.kind, head.width, head.depth, head.max_guidance) == ("flow_map", 16, 1, 4.0)
     assert pipeline.classes == original.classes
     assert pipeline.results["step"] == pipeline.training["finished steps"] == 4
     assert pipeline.training["recipe"]["trajectories"]["max_guidance"] == 4.0
@@ -455,7 +453,7 @@ def test_from_the_published_pickle(diffusion_folder: Path, tmp_path: Path) -> No
         with torch.no_grad():
             conditions.append(model.backbone(tokens, order[:, :1], order[:, 1:], labels))
             drawn.append(
-                model.head.sample(conditions[-1], lambda: torch.randn(4, 3, 8, generator=noise), steps=5)
+                draw(model.head, conditions[-1], lambda: torch.randn(4, 3, 8, generator=noise), steps=5)
             )
     torch.testing.assert_close(conditions[1], conditions[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(drawn[1], drawn[0], rtol=1e-5, atol=1e-5)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from far.backbone import CausalConfig, MaskedConfig
 from far.errors import InputError
-from far.heads import HeadConfig
+from far.heads import DiffusionConfig, EnergyConfig, FlowConfig, FlowMapConfig, ShortcutConfig
 from far.interrupt import Interrupted
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.precision import prepare
@@ -235,11 +235,11 @@ BACKBONES = {
     "causal": CausalConfig(width=16, depth=1, heads=2),
 }
 HEADS = {
-    "diffusion": HeadConfig("diffusion", 32, 2, token_limit=5.0),
-    "flow": HeadConfig("flow", 32, 2),
-    "shortcut": HeadConfig("shortcut", 32, 2),
-    "flow_map": HeadConfig("flow_map", 32, 2, max_guidance=3.0),
-    "energy": HeadConfig("energy", 32, 2),
+    "diffusion": DiffusionConfig(32, 2, token_limit=5.0),
+    "flow": FlowConfig(32, 2),
+    "shortcut": ShortcutConfig(32, 2),
+    "flow_map": FlowMapConfig(32, 2, max_guidance=3.0),
+    "energy": EnergyConfig(32, 2),
 }
 
 
@@ -268,7 +268,7 @@ class Shapes:
         assert isinstance(ema, FAR)
         loss = self.module.loss(*batch, generator, label_drop=0.1, teacher=ema, step=step)
         # A flow map's value is weighted by its own size and stays near 1.
-        return loss.value.mean(), {"rows": loss.rows.mean()}
+        return loss.value.mean(), {"rows": loss.samples.mean()}
 
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
         raise AssertionError("the tests take single steps only")

@@ -1,6 +1,5 @@
 """What heads are distilled from: trajectories against closed forms and finer integration, rows against a recomputation of each."""
 
-import dataclasses
 import json
 import math
 import shutil
@@ -16,7 +15,7 @@ from far.backbone.masked import MaskedConfig
 from far.data.shards import ShardReader, ShardWriter
 from far.errors import InputError
 from far.files import read_json, write_json
-from far.heads import Head, HeadConfig
+from far.heads import Condition, DiffusionConfig, FlowConfig, Head
 from far.heads.diffusion import DiffusionHead
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pipeline import Pipeline
@@ -86,12 +85,14 @@ def trained() -> DiffusionHead:
     """A small diffusion head after a short training on Gaussian tokens; ``z`` tells their mean."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        head = DiffusionHead(HeadConfig("diffusion", 32, 1, 4, token_limit=3.0), 2, 2)
+        head = DiffusionHead(DiffusionConfig(32, 1, 4, token_limit=3.0), 2, 2)
     optimizer, draws = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=0.0), generator()
     for _ in range(120):
         z = torch.randn(64, 2, generator=draws)
         optimizer.zero_grad()
-        head.loss(0.7 * z + 0.3 * torch.randn(64, 2, generator=draws), z, draws, head).value.mean().backward()
+        head.loss(
+            0.7 * z + 0.3 * torch.randn(64, 2, generator=draws), Condition(z), draws, head
+        ).value.mean().backward()
         optimizer.step()
     return head
 
@@ -103,7 +104,7 @@ def test_targets_against_a_fine_integration_of_a_trained_teacher(trained: Diffus
     scale = 1 + 3 * torch.rand(200, 1, generator=generator(3))
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        return trained.velocity(x, x.new_full(x.shape[:-1], t), z, torch.zeros_like(z), scale)
+        return trained.velocity(x, x.new_full(x.shape[:-1], t), Condition(z, torch.zeros_like(z), scale))
 
     kept, fine = trajectories(velocity, noise, POINTS, SUBSTEPS), trajectories(velocity, noise, POINTS, 32)
     errors = [rms(kept[:, point] - fine[:, point]) for point in range(POINTS)]
@@ -119,7 +120,7 @@ def small_model(causal: bool = False) -> FAR:
     backbone = (
         CausalConfig(width=16, depth=1, heads=2) if causal else MaskedConfig(16, 1, 2, 16, 1, 2, 2, 0.1)
     )
-    return FAR(ModelConfig(NetworkConfig(backbone, HeadConfig("flow", 8, 1), patch=2), 3, 2, (8, 8)))
+    return FAR(ModelConfig(NetworkConfig(backbone, FlowConfig(8, 1), patch=2), 3, 2, (8, 8)))
 
 
 @pytest.mark.parametrize("queries", [1, 5, 16, 40])
@@ -213,7 +214,9 @@ def test_rows_are_the_teachers(rows: tuple[Pipeline, ShardReader]) -> None:
             guidance = float(scale[token])
 
             def velocity(x: Tensor, t: float) -> Tensor:
-                return model.head.velocity(x, torch.tensor(t), expected[token], uncond[token], guidance)
+                return model.head.velocity(
+                    x, torch.tensor(t), Condition(expected[token], uncond[token], guidance)
+                )
 
             path = trajectories(velocity, paths[token, 0].float(), POINTS, SUBSTEPS)
             torch.testing.assert_close(paths[token].float(), path, rtol=0.01, atol=0.05)
@@ -378,7 +381,7 @@ def test_a_refusal_leaves_no_folder(
     teacher.autoencoder = autoencoder
     monkeypatch.setattr(DiffusionHead, "velocity", Head.velocity)
     monkeypatch.setattr(module, "sample", lambda *arguments: pytest.fail("the teacher drew images first"))
-    assert "no velocity field" in refusal(None)
+    assert "energy" in refusal(None)
 
 
 def test_latents_under_other_class_names_are_refused_beside_finished_trajectories(
@@ -401,7 +404,8 @@ def test_trajectories_that_explode_are_refused(diffusion_folder: Path, tmp_path:
     """Without its limit the untrained teacher's ε becomes a token of thousands at the noisy end."""
     config = TrajectoryConfig(images=GROUP, tokens_per_image=1)
     teacher = load_teacher(diffusion_folder, config, "cpu")
-    teacher.model.head.config = dataclasses.replace(teacher.model.head.config, token_limit=None)
+    assert isinstance(teacher.model.head, DiffusionHead)
+    teacher.model.head = teacher.model.head.limited(None)
     with torch.no_grad():
         teacher.model.head.network.output.linear.weight.mul_(100)  # type: ignore[union-attr, operator]
     latents = torch.randn(GROUP, 2, 4, 4, generator=generator())
