@@ -319,6 +319,42 @@ def test_code_runs(document: Path, reader: Path) -> None:
     )
 
 
+def write_python(folder: Path, documents: list[Path]) -> list[Path]:
+    """Write each document's Python blocks as a module of a package, on the document's own lines."""
+    package = folder / "python_blocks"  # the name has settings of its own in pyproject.toml
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    written = []
+    for number, document in enumerate(documents):
+        lines: list[str] = []
+        for block in blocks(document, "python"):
+            if not block.comment.startswith("not run: "):
+                lines += [""] * (block.line - len(lines)) + block.code.splitlines()
+        if lines:
+            written.append(package / f"page_{number}_{slug(document.stem).replace('-', '_')}.py")
+            written[-1].write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return written
+
+
+def type_errors(files: list[Path]) -> list[str]:
+    """Return what mypy reports, with the settings and the cache of ``make check``."""
+    command = [sys.executable, "-m", "mypy", "--no-error-summary", *map(str, files)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.splitlines()
+
+
+def test_python_blocks_have_the_right_types(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.md"
+    wrong.write_text(
+        "# A page\n\n```python\nimport far\n\nimages = far.load('a').generate([0], output='tensor')\nimages[0].save('a')\n```\n"
+    )
+    pages = write_python(tmp_path, [*DOCUMENTS, wrong])
+    assert len(pages) > 5
+    errors = type_errors(pages)
+    mistakes = [error for error in errors if Path(error.partition(":")[0]).stem.endswith("_wrong")]
+    assert errors == mistakes
+    assert [error.split(":")[1] for error in mistakes] == ["7"], "a mistake in a page is not found"
+
+
 # --- The site ---------------------------------------------------------------------------------------
 
 
