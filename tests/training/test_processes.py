@@ -1,16 +1,19 @@
 """Training in several processes: losses and weights equal those of one process."""
 
+import functools
 import json
 import os
 import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import assert_close_checkpoints, newest
+from conftest import write_recipe
 from torchrun import kill_one, run, start, wait_for
 
 from far.cli.main import main
@@ -25,11 +28,37 @@ STEPS = [
 ]
 
 
+def train_alone(*arguments: object, command: str = "train") -> None:
+    """Train in this process with one thread, whose sums are rounded as those of the others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main([command, *map(str, arguments)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def trained_alone(
+    tmp_path_factory: pytest.TempPathFactory, image_set: Path, autoencoder_folder: Path, latents_folder: Path
+) -> Callable[..., Path]:
+    """A run of one process with four micro-batches per step, once per options. Two processes would have two each."""
+
+    @functools.cache
+    def trained(*options: str) -> Path:
+        folder = tmp_path_factory.mktemp("alone")
+        (folder / "run").mkdir()
+        (folder / "run" / "latents").symlink_to(latents_folder)
+        recipe = write_recipe(folder / "recipe.yaml", image_set, folder / "run", autoencoder_folder)
+        train_alone(recipe, "model=alone", *STEPS, *options)
+        return folder / "run" / "alone"
+
+    return trained
+
+
 @pytest.fixture
-def alone(recipe: Path) -> Path:
-    """A run of one process with four micro-batches per step. Two processes would have two each."""
-    run(1, "-m", "far", "train", recipe, "model=alone", *STEPS)
-    return recipe.parent / "run" / "alone"
+def alone(trained_alone: Callable[..., Path]) -> Path:
+    return trained_alone()
 
 
 def losses(folder: Path) -> list[float]:
@@ -61,9 +90,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_two_processes_train_as_one(case: str, recipe: Path) -> None:
+def test_two_processes_train_as_one(case: str, recipe: Path, trained_alone: Callable[..., Path]) -> None:
     parallel, options = CASES[case]
-    run(1, "-m", "far", "train", recipe, "model=alone", *STEPS, *options)
     run(
         2,
         "-m",
@@ -75,7 +103,7 @@ def test_two_processes_train_as_one(case: str, recipe: Path) -> None:
         *options,
         f"generator.training.parallel={parallel}",
     )
-    alone, both = recipe.parent / "run" / "alone", recipe.parent / "run" / "both"
+    alone, both = trained_alone(*options), recipe.parent / "run" / "both"
     # Rounding to float16 between two layers may go either way, which changes the sign of small gradients. 2e-3 is a
     # tenth of the distance that Adam can move in 20 steps of 1e-3.
     assert_close(both, alone, tolerance=2e-3 if options is FLOAT16 else 1e-5)
@@ -93,8 +121,8 @@ def test_two_processes_train_an_autoencoder_as_one(recipe: Path) -> None:
         "autoencoder.loss.evaluation_images=4",
     ]
     folders = [recipe.parent / name for name in ("alone", "both")]
-    for processes, folder in enumerate(folders, 1):
-        run(processes, "-m", "far", "train-autoencoder", recipe, f"run={folder}", *values)
+    train_alone(recipe, f"run={folders[0]}", *values, command="train-autoencoder")
+    run(2, "-m", "far", "train-autoencoder", recipe, f"run={folders[1]}", *values)
     assert_close(*(folder / "autoencoder" for folder in reversed(folders)))
 
 
@@ -109,7 +137,7 @@ def test_run_of_two_processes_resumes_in_one_after_a_kill(parallel: str, recipe:
     assert 5 <= done < 20
     kept = losses(both)[:done]
     (both / "log.jsonl").write_text("")
-    run(1, "-m", "far", "train", recipe, "model=both", *STEPS, "--resume")
+    train_alone(recipe, "model=both", *STEPS, "--resume")
     assert kept + losses(both) == pytest.approx(losses(alone), rel=1e-5)
     (both / "log.jsonl").write_text("".join(json.dumps({"loss": loss}) + "\n" for loss in losses(alone)))
     assert_close(both, alone)
@@ -157,7 +185,7 @@ def test_run_killed_at_random_moments_ends_with_the_weights_of_one_process(
 
 def test_run_of_one_process_resumes_in_two_with_shards(recipe: Path, alone: Path) -> None:
     both = recipe.parent / "run" / "both"
-    run(1, "-m", "far", "train", recipe, "model=both", *STEPS, "generator.training.steps=10")
+    train_alone(recipe, "model=both", *STEPS, "generator.training.steps=10")
     begun = losses(both)
     run(2, "-m", "far", "train", recipe, "model=both", *STEPS, "generator.training.parallel=fsdp", "--resume")
     assert losses(both)[:10] == begun
