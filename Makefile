@@ -20,7 +20,7 @@ generate: $(VENV)/installed
 	$(BIN)/far generate --weights avatars-64 --count 64 --out samples.png
 
 test: $(VENV)/installed-dev $(VENV)/browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # One variable each for torch, oneDNN and fbgemm.
 test-avx2: export ATEN_CPU_CAPABILITY = avx2

@@ -1,4 +1,4 @@
-"""Imports within far point down: the floors of the house, held by the syntax trees of all its modules."""
+"""Structure of the code, read from its syntax trees: imports point down, files and functions stay short."""
 
 import ast
 import fnmatch
@@ -10,8 +10,8 @@ import far
 
 ROOT = Path(far.__file__).parent
 
-# From the ground up; the first pattern that fits a module counts. A module may import those of lower
-# floors, and those of its own floor in its own package.
+# From the ground up. The first matching pattern counts. A module may import modules of lower floors, and of its own
+# floor within its own package.
 FLOORS = [
     (
         0,
@@ -168,3 +168,36 @@ def test_private_operators_of_torch_are_called_in_one_place() -> None:
     pattern = re.compile(r"torch\.ops\.(?!aten)|torch\._make|backends\.quantized")
     found = {module for module, path in MODULES.items() if pattern.search(path.read_text(encoding="utf-8"))}
     assert found == {"far.kernels"}
+
+
+# --- Sizes ----------------------------------------------------------------------------------------------------
+
+MOST_LINES, MOST_PARAMETERS = 400, 8
+SOURCES = sorted(path for folder in ("far", "benchmarks") for path in (ROOT.parent / folder).rglob("*.py"))
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def definitions(*kinds: type[ast.AST]) -> Iterator[tuple[str, ast.AST]]:
+    """Every definition of these kinds in far and benchmarks, with its place."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, kinds):
+                name = getattr(node, "name", "")
+                yield f"{path.relative_to(ROOT.parent)}:{getattr(node, 'lineno', 1)} {name}", node
+
+
+def test_files_are_short() -> None:
+    lines = {str(path.relative_to(ROOT.parent)): len(path.read_text().splitlines()) for path in SOURCES}
+    assert len(lines) > 100, "files are not found"
+    assert not {path: count for path, count in lines.items() if count > MOST_LINES}
+
+
+def test_parameter_lists_are_short() -> None:
+    long = {}
+    for place, node in definitions(ast.FunctionDef, ast.AsyncFunctionDef):
+        assert isinstance(node, Function)
+        every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        names = [parameter.arg for parameter in every if parameter.arg not in ("self", "cls")]
+        if len(names) > MOST_PARAMETERS:
+            long[place] = len(names)
+    assert not long
