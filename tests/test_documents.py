@@ -21,7 +21,7 @@ import yaml
 
 from far.cli.main import main, parse
 from far.config import from_dict
-from far.heads import HEADS
+from far.heads import HEADS, HeadConfig
 from far.recipe import Recipe, from_overrides, load_recipe
 from far.training.distillation import DistillationConfig
 
@@ -206,20 +206,31 @@ def check_command(words: list[str]) -> None:
         else:
             check_far(rest[2:] if rest[1] == "far" else ["--version"])
     elif program == "python" and rest[0].endswith(".py"):
-        if len(rest) > 1 and rest[1] in ("generate", "train"):  # a reader's program that ends in our main()
+        if len(rest) > 1 and rest[1] in (
+            "generate",
+            "train",
+            "recipe",
+        ):  # a reader's program that ends in our main()
             with_mixture(lambda: check_far(rest[1:]))
     elif program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert next(word for word in rest if "=" not in word) in targets, f"the Makefile has no target {rest}"
 
 
+@dataclasses.dataclass(frozen=True)
+class MixtureConfig(HeadConfig):
+    """Configuration of the tutorial's head, as far as its commands name it."""
+
+    kind: str = "mixture"
+
+
 def with_mixture(check: typing.Callable[[], None]) -> None:
-    """With the head that the tutorial writes registered."""
-    HEADS["mixture"] = HEADS["flow"]
+    """Run ``check`` with the tutorial's kind of head known to recipes."""
+    HeadConfig.kinds["mixture"] = MixtureConfig
     try:
         check()
     finally:
-        del HEADS["mixture"]
+        del HeadConfig.kinds["mixture"]
 
 
 @every_document
@@ -284,10 +295,11 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("recipes", "far", "docs", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    heads = dict(HEADS)
+    heads, kinds = dict(HEADS), dict(HeadConfig.kinds)
     yield tmp_path
-    HEADS.clear()
-    HEADS.update(heads)
+    for registry, before in ((HEADS, heads), (HeadConfig.kinds, kinds)):
+        registry.clear()
+        registry.update(before)  # type: ignore[arg-type]
 
 
 def runs_something(document: Path) -> bool:

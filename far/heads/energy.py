@@ -45,10 +45,8 @@ class EnergyHead(Head):
         self.check_steps(steps)
 
         def draw(condition: Condition, normal: Normal, temperature: float) -> Tensor:
-            noise, z = normal() * temperature, condition.z
-            if condition.uncond is not None:
-                z = condition.uncond.lerp(z, condition.scale)
-            return self.network(z, noise).to(noise.dtype)  # type: ignore[no-any-return]
+            noise = normal() * temperature
+            return self.network(condition.mix(), noise).to(noise.dtype)  # type: ignore[no-any-return]
 
         return draw
 

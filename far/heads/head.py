@@ -33,6 +33,10 @@ class Condition:
         """Return the condition with ``embed`` applied to ``z`` and to ``uncond``."""
         return Condition(embed(self.z), None if self.uncond is None else embed(self.uncond), self.scale)
 
+    def mix(self) -> Tensor:
+        """Return ``uncond + scale · (z − uncond)``: guidance for heads whose prediction cannot be guided."""
+        return self.z if self.uncond is None else self.uncond.lerp(self.z, self.scale)
+
     def guide(self, network: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the guided prediction ``uncond + scale · (cond − uncond)`` of a network.
 
