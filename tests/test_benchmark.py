@@ -1,6 +1,5 @@
 """The benchmark's arithmetic: what is skipped, what is counted, and how a part stands for the whole. No speed is asserted."""
 
-import itertools
 import math
 from collections import Counter
 from pathlib import Path
@@ -19,12 +18,12 @@ from far.benchmark.rows import Row, default_rows, load_models, rows_of
 from far.benchmark.watch import PARTS, Segment, Watch, generate, segments
 from far.errors import InputError
 from far.heads import Condition, DiffusionConfig, Head, HeadConfig
+from far.layers import Block
 from far.model import FAR, PRESETS, ModelConfig, NetworkConfig
 from far.packing import Int8Linear, can_quantize
 from far.pipeline import Pipeline
 from far.precision import prepare
 from far.sampling import SamplingConfig, SeededNoise, sample
-from far.tokens import cosine_token_counts
 
 BACKBONES = {
     "masked": MaskedConfig(32, 2, 2, 32, 3, 2, 3),
@@ -264,77 +263,45 @@ def linear(rows: int, inputs: int, outputs: int) -> int:
     return 2 * rows * inputs * outputs
 
 
-def head_flop(rows: int, guided: bool, steps: int, width: int, condition: int, channels: int) -> int:
-    """The shortcut head's operations on ``rows`` tokens: the embedding of conditions once, the network at each step."""
-    both = rows * (2 if guided else 1)
-    network = linear(rows, channels, width) + linear(both, width, 3 * width) + 2 * linear(both, width, width)
-    network += linear(both, width, 2 * width) + linear(both, width, channels)
-    return linear(both, condition, width) + steps * network
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_counted_operations_of_a_block_equal_the_formula(dtype: str, queries: int) -> None:
+    rows, length, width = 3, 40, 32
+    block = prepare(nn.ModuleList([Block(width, heads=2)]).eval(), dtype, "cpu")[0]  # type: ignore[index]
+    x = torch.randn(rows, length, width).to(next(block.norm1.parameters()).dtype)
+    with flop_counter() as counter, torch.no_grad():
+        block(x, torch.arange(queries).expand(rows, -1))
+    products = linear(rows * length, width, 3 * width) + linear(rows * queries, width, 9 * width)
+    assert counter.get_total_flops() == products + 2 * 2 * rows * queries * length * width
 
 
-def times_flop(steps: int, width: int) -> int:
-    """Times and step sizes, embedded once a generation."""
-    return 2 * (linear(steps, 256, width) + linear(steps, width, width))
-
-
+@each_backbone
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_counted_operations_of_a_masked_model_are_those_of_the_formula(guidance: float, dtype: str) -> None:
-    batch, rows, width, channels = 2, 2 if guidance == 1 else 4, 32, 8
-
-    def blocks(depth: int, length: int) -> int:
-        return depth * rows * (linear(length, width, 12 * width) + 4 * length * length * width)
-
-    def last_block(length: int, wanted: int) -> int:
-        """Keys and values of all places (queries too, in one product), the rest where z is wanted."""
-        return rows * (
-            linear(length, width, 3 * width) + linear(wanted, width, 9 * width) + 4 * wanted * length * width
-        )
-
-    expected = Counter(dict.fromkeys(PARTS, 0))
-    expected["sampler"] = times_flop(3, 16)
-    config = SamplingConfig(4, 3, guidance, "constant")
-    counts = cosine_token_counts(16, 4)
-    for known, count in zip(itertools.accumulate(counts, initial=0), counts):
-        expected["encoder"] += linear(rows * known, channels, width) + blocks(2, 3 + known)
-        expected["decoder"] += (
-            linear(rows * (3 + known), width, width) + blocks(2, 3 + 16) + last_block(3 + 16, count)
-        )
-        expected["head"] += head_flop(batch * count, guidance != 1, 3, 16, width, channels)
+def test_operations_by_part_add_up_to_those_of_a_plain_generation(
+    backbone: str, dtype: str, guidance: float
+) -> None:
+    measured, config = pipeline(backbone, dtype), SamplingConfig(16, 3, guidance, "constant")
+    plan = segments(config, full=True)
     with flop_counter() as counter:
-        found = generate(
-            pipeline("masked", dtype),
-            Row("x", config, dtype, batch),
-            segments(SamplingConfig(4)),
-            counter.get_total_flops,
+        found = generate(measured, Row("x", config, dtype, 2), plan, counter.get_total_flops)
+    network, head = measured.model.backbone, measured.model.head
+    with flop_counter() as plain, torch.no_grad():
+        sample(measured.model, torch.tensor([0, 1]), SeededNoise([0, 1], torch.device("cpu")), config)
+    with flop_counter() as before_the_steps, torch.no_grad():
+        head.sampler(3, torch.zeros(2, 16, 8))
+    of_module = {name: sum(counts.values()) for name, counts in plain.get_flop_counts().items()}
+    encoder = 0
+    if backbone == "masked":
+        parts = (
+            "token_projection",
+            *(f"encoder_blocks.{index}" for index in range(len(network.encoder_blocks))),
         )
-    assert found == expected
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_counted_operations_of_a_causal_model_are_those_of_the_formula(dtype: str) -> None:
-    batch, rows, width, hidden, channels = 2, 4, 32, 256, 8
-    backbone = 0
-    for known in range(16):
-        if known:
-            backbone += linear(rows, channels, width)
-        block = linear(rows, width, 4 * width) + linear(rows, width, 2 * hidden) + linear(rows, hidden, width)
-        keys = 64 if known else 1  # the cache grows by 64 places, and what it does not hold yet is hidden
-        backbone += 2 * (block + 4 * rows * keys * width)
-    config = SamplingConfig(16, 3, 2.0, "constant")
-    with flop_counter() as counter:
-        plan = segments(SamplingConfig(16), full=True)
-        found = generate(
-            pipeline("causal", dtype), Row("x", config, dtype, batch), plan, counter.get_total_flops
-        )
-    head = 16 * head_flop(batch, True, 3, 16, width, channels)
-    assert found == {
-        "encoder": 0,
-        "decoder": backbone,
-        "head": head,
-        "autoencoder": 0,
-        "sampler": times_flop(3, 16),
-    }
+        encoder = sum(of_module[f"{type(network).__name__}.{part}"] for part in parts)
+    assert found["encoder"] == encoder
+    assert found["encoder"] + found["decoder"] == of_module[type(network).__name__]
+    assert found["sampler"] == before_the_steps.get_total_flops()
+    assert sum(found.values()) == plain.get_total_flops()
 
 
 @each_backbone
