@@ -195,7 +195,7 @@ def read(path: Path) -> Any:
         ]
     if path.name == "result.json":
         found = json.loads(path.read_text())
-        return {name: found[name] for name in ("figures", "judged", "reference")}
+        return {name: found[name] for name in ("figures", "evaluated", "reference")}
     if path.parent.parent.name == "checkpoints":
         # Its files' metadata stand in any order.
         return plain(read_checkpoint(path.parent)) if path.name == "index.json" else "a part of it"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import far
-from far.cli.machine_arguments import add_machine_arguments, prepare_machine, tell_chosen
+from far.cli.machine_arguments import add_machine_arguments, prepare_machine, print_chosen
 from far.cli.sampling_arguments import add_sampling_arguments, sampling_options
 from far.devices import device_title
 from far.errors import InputError
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     device = prepare_machine(arguments)
     rows, left_out = _rows(arguments, device)
-    tell_chosen(device=(arguments.device, device_title(device)))
+    print_chosen(device=(arguments.device, device_title(device)))
     results = measure(rows, rounds=arguments.rounds, full=arguments.full, device=device)
     print(report.heading(results, device))
     print(report.table(results))

@@ -6,8 +6,8 @@ torchrun --nproc-per-node N -m far cache … shares the images among processes, 
 import argparse
 from pathlib import Path
 
-from far.cli.machine_arguments import add_machine_arguments, tell_chosen, with_machine
-from far.cli.recipe_arguments import add_recipe_arguments, check_made, read_recipe
+from far.cli.machine_arguments import add_machine_arguments, print_chosen, with_machine
+from far.cli.recipe_arguments import add_recipe_arguments, check_inputs, read_recipe
 from far.devices import device_title
 from far.processes import joined
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     recipe = read_recipe(arguments)
-    check_made(recipe, arguments, autoencoder=True)
+    check_inputs(recipe, arguments, autoencoder=True)
     loop = with_machine(recipe.generator.training, arguments)
 
     from far.data.latents import write_latents
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     with joined() as processes:
         device = processes.device(loop.device)
         if processes.rank == 0:
-            tell_chosen(device=(loop.device, device_title(device)))
+            print_chosen(device=(loop.device, device_title(device)))
         write_latents(
             Path(recipe.data), autoencoder, recipe.latents_folder, device=device, processes=processes
         )

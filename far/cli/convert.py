@@ -1,12 +1,13 @@
 """Convert a published MAR checkpoint, MAR's KL-16 or an AutoencoderKL of diffusers into a folder that far.load reads.
 
-A MAR and an autoencoder in the same folder give a model that generates images. Nothing in a pickle is executed.
-to-diffusers goes the other way, with the autoencoder of any model.
+A MAR and an autoencoder in the same folder are a whole model. Nothing in a pickle is executed.
+to-diffusers converts the autoencoder of any model back.
 """
 
 import argparse
 from pathlib import Path
 
+from far.cli.model_arguments import NAMES
 from far.files import check_exists
 from far.names import find_folder
 from far.notices import noticed
@@ -14,7 +15,7 @@ from far.notices import noticed
 _SOURCES = {
     "mar": "Get checkpoint-last.pth from MAR's page, github.com/LTH14/mar",
     "kl16": "Get kl16.ckpt from MAR's page, github.com/LTH14/mar",
-    "from-diffusers": "Give the folder of an AutoencoderKL; of a whole diffusers pipeline, its vae",
+    "from-diffusers": "Give the folder of an AutoencoderKL, such as vae in a diffusers pipeline",
     "to-diffusers": "Give a folder with an autoencoder, such as far train-autoencoder writes",
 }
 
@@ -24,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mar = kinds.add_parser("mar", help="a MAR checkpoint (.pth)", allow_abbrev=False)
     mar.add_argument("source", type=Path, help="checkpoint-last.pth")
     mar.add_argument("out", type=Path, help="folder to write")
-    mar.add_argument("--no-ema", action="store_true", help="take the raw weights instead of the EMA ones")
+    mar.add_argument(
+        "--no-ema", action="store_true", help="convert the raw weights instead of the EMA weights"
+    )
     kl16 = kinds.add_parser("kl16", help="MAR's KL-16 autoencoder (.ckpt)", allow_abbrev=False)
     kl16.add_argument("source", type=Path, help="kl16.ckpt")
     kl16.add_argument("out", type=Path, help="folder to write; may hold a converted MAR")
@@ -34,13 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inward.add_argument(
         "source",
         type=Path,
-        help="folder with config.json and diffusion_pytorch_model….safetensors, in one file or shards",
+        help="folder with config.json and diffusion_pytorch_model….safetensors, whole or in shards",
     )
     inward.add_argument("out", type=Path, help="folder to write; may hold a converted MAR")
     outward = kinds.add_parser(
-        "to-diffusers", help="an autoencoder of ours, into an AutoencoderKL of diffusers", allow_abbrev=False
+        "to-diffusers", help="any model's autoencoder, into an AutoencoderKL of diffusers", allow_abbrev=False
     )
-    outward.add_argument("source", metavar="weights", help="bundled name, folder, or OWNER/NAME[@REVISION]")
+    outward.add_argument("source", metavar="weights", help=NAMES)
     outward.add_argument("out", type=Path, help="folder to write")
 
 

@@ -1,6 +1,6 @@
-"""Make an image set: from a folder of your own images, Fashion-MNIST, or rendered avatars.
+"""Write an image set: from a folder of your own images, Fashion-MNIST, or rendered avatars.
 
-An image set is a folder with train/ and held-out/ in it. Stopped in the middle, the same command goes on.
+An image set is a folder with train/ and held-out/ in it. The same command continues an interrupted run.
 """
 
 import argparse
@@ -13,30 +13,32 @@ from far.files import check_exists
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
 
-    folder = sources.add_parser(
-        "folder", help="images of your own, one subfolder per class", allow_abbrev=False
-    )
+    folder = sources.add_parser("folder", help="your own images, one subfolder per class", allow_abbrev=False)
     folder.add_argument("images", type=Path, help="folder with one subfolder of images per class")
-    folder.add_argument("out", type=Path, help="where the image set goes")
+    folder.add_argument("out", type=Path, help="folder of the image set")
     folder.add_argument(
         "--size", type=int, default=256, help="side of the square images in pixels (default 256)"
     )
     folder.add_argument(
-        "--held-out-share", type=float, default=0.05, help="share kept for evaluation (default 0.05)"
+        "--held-out-share",
+        type=float,
+        default=0.05,
+        metavar="FRACTION",
+        help="fraction held out for evaluation (default 0.05)",
     )
     folder.add_argument(
-        "--strict", action="store_true", help="stop at the first broken file instead of skipping it"
+        "--strict", action="store_true", help="stop at the first unreadable file instead of skipping it"
     )
     folder.add_argument(
         "--keep-colors",
         action="store_true",
-        help="ignore color profiles, as ADM prepares ImageNet, instead of converting to sRGB",
+        help="ignore color profiles instead of converting to sRGB, as ADM does for ImageNet",
     )
 
     fashion = sources.add_parser(
         "fashion-mnist", help="Fashion-MNIST's gzipped IDX files", allow_abbrev=False
     )
-    fashion.add_argument("out", type=Path, help="where the image set goes")
+    fashion.add_argument("out", type=Path, help="folder of the image set")
     fashion.add_argument(
         "--from",
         dest="files",
@@ -46,17 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder with the four .gz files",
     )
 
-    avatars = sources.add_parser("avatars", help="sixteen CC0 drawing styles, rendered", allow_abbrev=False)
-    avatars.add_argument("out", type=Path, help="where the image set goes")
+    avatars = sources.add_parser(
+        "avatars", help="rendered avatars in sixteen CC0 drawing styles", allow_abbrev=False
+    )
+    avatars.add_argument("out", type=Path, help="folder of the image set")
     avatars.add_argument("--size", type=int, default=64, help="side in pixels, a divisor of 128 (default 64)")
     avatars.add_argument(
         "--per-class",
         type=int,
         default=HELD_OUT_SEED,
-        help=f"training images a style (default {HELD_OUT_SEED})",
+        help=f"training images per style (default {HELD_OUT_SEED})",
     )
     avatars.add_argument(
-        "--held-out-per-class", type=int, default=625, help="held-out images a style (default 625)"
+        "--held-out-per-class", type=int, default=625, help="held-out images per style (default 625)"
     )
 
 

@@ -1,6 +1,6 @@
-"""Open a web page that draws images token by token and lets two models draw the same one.
+"""Serve a web page that shows images token by token, and two models on the same image.
 
-It serves this machine only, unless --host says otherwise, and loads nothing from other hosts.
+It serves this machine only unless --host is given, and loads nothing from other hosts.
 """
 
 import argparse
@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 
-from far.cli.machine_arguments import add_machine_arguments, prepare_machine, tell_chosen
+from far.cli.machine_arguments import add_machine_arguments, prepare_machine, print_chosen
 from far.devices import device_title
 from far.errors import InputError
 from far.names import bundled_names, find_folder
@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights",
         nargs="+",
         default=bundled_names(),
-        help="bundled names, folders, hub names (default: all bundled models)",
+        metavar="MODEL",
+        help="bundled names, folders or hub names (default: all bundled models)",
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)"
@@ -32,11 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     if not 1 <= arguments.port <= 65535:
-        raise InputError(f"--port {arguments.port}: give 1 to 65535")
+        raise InputError(f"--port {arguments.port} is out of range. Give 1 to 65535")
     for name in arguments.weights:
         find_folder(name)
     _check_address(arguments.host, arguments.port)
-    # Read when gradio is imported and served: it tells nobody anything, and remembers few clicks (10,000 by itself).
+    # gradio reads these when it is imported and served: no telemetry, and few remembered clicks (10,000 by default).
     os.environ.update(
         GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_ANALYTICS_MAX_EVENTS="100"
     )
@@ -44,11 +45,13 @@ def run(arguments: argparse.Namespace) -> None:
         from far.demo.drawing import load_models
         from far.demo.page import Demo
     except ModuleNotFoundError as error:
-        raise InputError(f"the demo needs the package {error.name}; pip install 'far-image[demo]'") from error
+        raise InputError(
+            f"the demo needs the package {error.name}. Install it with: pip install 'far-image[demo]'"
+        ) from error
     device = prepare_machine(arguments)
     with noticed(f"loading {', '.join(arguments.weights)}"):
         models = load_models(arguments.weights, arguments.dtype, device)
-    tell_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, models[0].dtype))
+    print_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, models[0].dtype))
     demo = Demo(models)
     address = demo.launch(arguments.host, arguments.port)
     print(f"far demo: {address} (Ctrl-C ends it)", flush=True)
@@ -56,12 +59,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_address(host: str, port: int) -> None:
-    """Raise an :class:`InputError` before models are loaded if nothing can listen there."""
+    """Raise an :class:`InputError` if no server can listen there, before models are loaded."""
     try:
-        with socket.socket() as probe:  # of IPv4, the only one that gradio serves
+        with socket.socket() as probe:  # IPv4, which is all that gradio serves
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as error:
         raise InputError(
-            f"cannot listen on {host}, port {port}: {error.strerror}; give another --host or --port"
+            f"cannot listen on {host}, port {port}: {error.strerror}. Give another --host or --port"
         ) from error

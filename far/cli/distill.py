@@ -10,8 +10,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from far.cli.machine_arguments import add_machine_arguments, with_machine
-from far.devices import TRAINING_DTYPES
+from far.cli.machine_arguments import with_machine
+from far.cli.recipe_arguments import add_training_arguments
 from far.errors import InputError
 from far.names import find_folder
 from far.notices import noticed
@@ -38,8 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="latent cache of the teacher's data (default: the teacher generates the images)",
     )
-    add_machine_arguments(parser, TRAINING_DTYPES, recipe=True)
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    add_training_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:

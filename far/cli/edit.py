@@ -1,7 +1,7 @@
-"""Redraw a part of an image: in it (inpainting), around it (outpainting), or as another class.
+"""Redraw a part of an image: inside it (inpainting), around it (outpainting), or as another class.
 
-What is redrawn: the white of --mask, the inside of --redraw, the outside of --keep, or all around an image that is
-smaller than the model's and lies at --place. The tokens that this touches are drawn anew, the others stay exactly.
+Redraws the white of --mask, the inside of --redraw, the outside of --keep, or everything around a smaller image at
+--place. All tokens that this touches are drawn again, and the others stay exactly.
 """
 
 from __future__ import annotations
@@ -9,18 +9,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from far.classes import label_text
-from far.cli.machine_arguments import add_machine_arguments, prepare_machine, tell_chosen
-from far.cli.sampling_arguments import add_sampling_arguments, sampling_options
+from far.cli.machine_arguments import prepare_machine, print_chosen
+from far.cli.model_arguments import add_model_arguments, load_pipeline
+from far.cli.sampling_arguments import sampling_options
 from far.config import check_count, check_seed
 from far.devices import device_title
 from far.errors import InputError
 from far.files import check_exists, check_writable
 from far.names import find_folder
-from far.notices import noticed
-from far.precision import DTYPES
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,121 +27,106 @@ if TYPE_CHECKING:
 
     from far.sampling import Progress
 
-# All versions are drawn together.
+# All versions are drawn in one batch.
 _MOST_VERSIONS = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "image", type=Path, help="of the model's size; a larger one is cropped to its middle and scaled"
+        "image", type=Path, help="image to edit; a larger one is cropped and scaled to the model's size"
     )
-    parser.add_argument("--label", required=True, help="class number or name of what is drawn")
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--mask", type=Path, help="image of the same size, white where to redraw")
-    box = {"type": int, "nargs": 4, "metavar": ("LEFT", "TOP", "RIGHT", "BOTTOM")}
-    where.add_argument("--redraw", **box, help="box to redraw, in the model's pixels")  # type: ignore[arg-type]
-    where.add_argument("--keep", **box, help="box to keep; all around it is redrawn")  # type: ignore[arg-type]
-    where.add_argument(
-        "--place",
-        type=int,
-        nargs=2,
-        metavar=("LEFT", "TOP"),
-        help="where a smaller image lies; all around it is drawn",
+    parser.add_argument("--label", required=True, help="class number or name to draw")
+    region = parser.add_mutually_exclusive_group(required=True)
+    region.add_argument(
+        "--mask", type=Path, metavar="IMAGE", help="image of the same size, white where to redraw"
+    )
+    box: dict[str, Any] = {"type": int, "nargs": 4, "metavar": ("LEFT", "TOP", "RIGHT", "BOTTOM")}
+    region.add_argument("--redraw", **box, help="box to redraw, in pixels of the model's size")
+    region.add_argument("--keep", **box, help="box to keep, in pixels; redraw everything around it")
+    region.add_argument(
+        "--place", type=int, nargs=2, metavar=("LEFT", "TOP"),
+        help="position of an image smaller than the model's; draw everything around it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--count", type=int, metavar="N", default=1, help="versions, with seeds SEED, SEED + 1, … (default 1)"
     )
     parser.add_argument(
-        "--weights",
-        default="avatars-64",
-        help="bundled name, folder or OWNER/NAME[@REVISION], with a masked backbone",
-    )
+        "--out", type=Path, default=Path("edited.png"),
+        help="PNG; a contact sheet if there are several versions (default edited.png)",
+    )  # fmt: skip
     parser.add_argument(
-        "--count", type=int, default=1, help="versions, of seeds SEED, SEED + 1, … (default 1)"
+        "--seed", type=int, metavar="N", default=0, help="seed of the first version (default 0)"
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("edited.png"),
-        help="PNG, a contact sheet of several versions (default edited.png)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the first version (default 0)")
     parser.add_argument(
         "--no-paste",
         action="store_true",
-        help="decode kept tokens too, instead of putting the image's own pixels back",
+        help="decode kept tokens instead of copying their pixels from the image",
     )
-    add_sampling_arguments(parser)
-    add_machine_arguments(parser, DTYPES)
+    add_model_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    check_seed("--seed", arguments.seed)
-    check_count("--count", arguments.count, _MOST_VERSIONS)
-    if arguments.out.suffix.lower() != ".png":
-        raise InputError(f"--out {arguments.out}: give a name that ends with .png")
-    check_exists(arguments.image, "Give an image, such as far generate --out FOLDER writes")
-    check_exists(
-        arguments.mask,
-        "Give an image of the same size, white where to redraw; or --redraw, --keep or --place",
-    )
-    check_writable(arguments.out)
+    _check(arguments)
     weights = find_folder(arguments.weights)
 
-    from torch import Tensor
-
     from far.pictures import contact_sheet, save_png
-    from far.pipeline import Pipeline
     from far.precision import resolve_dtype
     from far.progress import ImageBar
 
     device = prepare_machine(arguments)
     dtype = resolve_dtype(arguments.dtype, device)
-    with noticed(f"loading {arguments.weights}"):
-        pipeline = Pipeline.from_pretrained(weights, dtype=dtype, device=device)
+    pipeline = load_pipeline(arguments.weights, weights, dtype, device)
     picture, mask = _image_and_mask(arguments, pipeline.image_size)
     seeds = [arguments.seed + index for index in range(arguments.count)]
     sampling = sampling_options(arguments)
     steps = 0
-    with ImageBar(
-        arguments.count, "editing", delay=0.01
-    ) as bar:  # appears with the first step, not before an error
+    # The bar appears with the first AR step, not before an error.
+    with ImageBar(arguments.count, "editing", delay=0.01) as bar:
 
         def report(progress: Progress) -> None:
             nonlocal steps
             if not steps:
-                tell_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, dtype))
+                print_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, dtype))
             steps = progress.steps
             bar.ar_step(progress)
 
+        paste = not arguments.no_paste
         images = pipeline.edit(
             picture,
             mask,
             arguments.label,
             seed=seeds,
-            paste=not arguments.no_paste,
+            paste=paste,
             output="tensor",
             callback=report,
             **sampling,
         )
-    assert isinstance(images, Tensor)  # the output asked for
-    config = dataclasses.replace(pipeline.sampling_config(**sampling), ar_steps=steps)
+    label = pipeline.label(arguments.label)
     settings = {
         "weights": arguments.weights,
-        **dataclasses.asdict(config),
+        **dataclasses.asdict(pipeline.sampling_config(**{**sampling, "ar_steps": steps})),
         "dtype": dtype,
         "image": arguments.image.name,
-    }
-    label = pipeline.label(arguments.label)
-    sheet = contact_sheet(images, [label] * len(images))
-    made = {
         "label": label_text(pipeline.classes, label),
         "class": pipeline.classes[label],
         "seed": arguments.seed,
     }
-    save_png(sheet, arguments.out, {**settings, **made})
+    save_png(contact_sheet(images, [label] * len(images)), arguments.out, settings)
     print(f"wrote {arguments.out} ({arguments.count} {'version' if arguments.count == 1 else 'versions'})")
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    check_seed("--seed", arguments.seed)
+    check_count("--count", arguments.count, _MOST_VERSIONS)
+    if arguments.out.suffix.lower() != ".png":
+        raise InputError(f"--out {arguments.out} is not a PNG. Give a name that ends in .png")
+    check_exists(arguments.image, "Give an image, such as far generate --out FOLDER writes")
+    check_exists(arguments.mask, "Give an image of the same size, or use --redraw, --keep or --place")
+    check_writable(arguments.out)
+
+
 def _image_and_mask(arguments: argparse.Namespace, size: tuple[int, int]) -> tuple[Image.Image, Tensor]:
-    """The image at the model's ``size`` (height, width), and ``[height, width]``, above 0.5 where to redraw."""
+    """Return the image at the model's ``size`` (height, width) and a mask ``[height, width]``, above 0.5 where to redraw."""
     from far.data.images import decode_image
     from far.editing import box_mask, place
     from far.pictures import to_tensor
@@ -156,17 +140,17 @@ def _image_and_mask(arguments: argparse.Namespace, size: tuple[int, int]) -> tup
         return fitted, box_mask(size, tuple(arguments.redraw)).float()
     if arguments.keep is not None:
         return fitted, 1 - box_mask(size, tuple(arguments.keep)).float()
-    painted = decode_image(arguments.mask, "black")  # what was not painted on is kept
+    painted = decode_image(arguments.mask, "black")  # unpainted regions are kept
     if painted.size != picture.size:
         raise InputError(
-            f"{arguments.mask} has {painted.height}×{painted.width} pixels and {arguments.image} {picture.height}×{picture.width}; "
-            "give a mask of the image's size"
+            f"{arguments.mask} has {painted.height}×{painted.width} pixels and {arguments.image} "
+            f"{picture.height}×{picture.width}. Give a mask of the image's size"
         )
     return fitted, _fitted_mask(to_tensor(painted).mean(dim=0), size)
 
 
 def _fitted_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """The middle of a mask as :func:`_fit` takes it of an image, so scaled that a thin stroke stays: every pixel counts."""
+    """Return a mask cropped as :func:`_fit` crops images, and scaled by maxima so that thin strokes stay."""
     import torch.nn.functional as F
 
     side = min(mask.shape)
@@ -179,7 +163,7 @@ def _fitted_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _fit(picture: Image.Image, size: tuple[int, int], path: Path) -> Image.Image:
-    """A picture at the model's size, as training images are prepared."""
+    """Return a picture at the model's size, prepared like a training image."""
     from far.data.images import center_crop
 
     height, width = size
@@ -187,7 +171,7 @@ def _fit(picture: Image.Image, size: tuple[int, int], path: Path) -> Image.Image
         return picture
     if min(picture.size) < max(size) or height != width:
         raise InputError(
-            f"{path} has {picture.height}×{picture.width} pixels, the model's images {height}×{width}; "
-            "resize it, or give --place LEFT TOP to draw around it"
+            f"{path} has {picture.height}×{picture.width} pixels and the model's images {height}×{width}. "
+            "Resize it, or give --place LEFT TOP to draw around it"
         )
     return center_crop(picture, height)

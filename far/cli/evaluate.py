@@ -1,8 +1,9 @@
 """Evaluate a model, a folder or an .npz: Fréchet distance, KID, Inception Score, precision, recall, density, coverage.
 
-The default network is EfficientNet-Lite0, whose figures compare with no published ones; give FID's own
-weights with --inception FILE for figures that do. Generation goes on where it stopped, and can be shared
-among processes: torchrun --nproc-per-node N -m far evaluate … . result.json records how to repeat it.
+The default network is EfficientNet-Lite0, whose values are not comparable with published ones. --inception FILE
+loads FID's own weights for values that are. The same command continues an interrupted generation, and processes can
+share it: torchrun --nproc-per-node N -m far evaluate …
+result.json holds the values and all settings to repeat them.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import far
 from far.classes import unmatched_classes
-from far.cli.machine_arguments import add_machine_arguments, prepare_machine, tell_chosen
+from far.cli.machine_arguments import add_machine_arguments, prepare_machine, print_chosen
+from far.cli.model_arguments import NAMES
 from far.cli.sampling_arguments import MOST_IMAGES, add_sampling_arguments, sampling_options
 from far.config import check_seed
 from far.data.listing import describe
@@ -40,46 +42,51 @@ if TYPE_CHECKING:
     from far.pipeline import Pipeline
 
 _DEFAULT_COUNT = 10_000
-# From the first image of one --seed to that of the next, which is more than any count: no two share an image.
+# Distance between the first images of consecutive --seed values. It exceeds any count, so no two share an image.
 _IMAGE_SEEDS = 2**32
 _CLASSES_SHOWN = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    judged = parser.add_mutually_exclusive_group(required=True)
-    judged.add_argument(
-        "--weights", help="bundled name, folder or OWNER/NAME[@REVISION] of a model, which draws the images"
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--weights", metavar="MODEL", help=f"model that generates the images: {NAMES}")
+    source.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="folder of images, or an image set of far data"
     )
-    judged.add_argument("--images", type=Path, help="folder of images, or an image set that far data made")
-    judged.add_argument("--npz", type=Path, help="uint8 images [n, h, w, 3] as arr_0, ADM's format")
+    source.add_argument(
+        "--npz", type=Path, metavar="FILE", help="uint8 images [n, h, w, 3] as arr_0, ADM's format"
+    )
     parser.add_argument(
-        "--reference",
-        type=Path,
+        "--reference", type=Path, metavar="PATH",
         help="folder, image set, .npz of images, or statistics file (.npz with mu and sigma)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--count",
+        type=int,
+        metavar="N",
+        help="number of images (default: 10000 of a model, all of a folder or .npz)",
     )
     parser.add_argument(
-        "--count", type=int, help="images judged (default: 10000 of a model, all of a folder or .npz)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("evaluation"), help="folder for result.json (default evaluation)"
-    )
+        "--out", type=Path, metavar="FOLDER", default=Path("evaluation"),
+        help="folder for result.json (default evaluation)",
+    )  # fmt: skip
     parser.add_argument(
         "--inception",
         type=Path,
         metavar="FILE",
-        help="pt_inception-2015-12-05 state dict: real FID instead of the default",
+        help="state dict pt_inception-2015-12-05, for FID as published",
     )
     parser.add_argument(
-        "--seed",
+        "--seed", type=int, metavar="N", default=0,
+        help="image i has seed SEED · 2³² + i; also seeds subsets and splits (default 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch-size",
         type=int,
-        default=0,
-        help="image i has seed SEED · 2³² + i; also of subsets and splits (default 0)",
+        metavar="N",
+        default=64,
+        help="images drawn together, at most 100 (default 64)",
     )
-    add_sampling_arguments(parser)
-    parser.add_argument(
-        "--batch-size", type=int, default=64, help="images drawn together, at most 100 (default 64)"
-    )
-    add_machine_arguments(parser, DTYPES[1:], "float32")
     parser.add_argument(
         "--save-npz", type=Path, metavar="FILE", help="also write the model's images in ADM's format"
     )
@@ -87,20 +94,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save-statistics",
         type=Path,
         metavar="FILE",
-        help="write mu, sigma and features, to be a --reference later",
+        help="write mu, sigma and features, for a later --reference",
     )
     parser.add_argument(
-        "--cache",
-        type=Path,
+        "--cache", type=Path, metavar="FOLDER",
         help="folder for features of real images (default: far in the user's cache folder)",
-    )
+    )  # fmt: skip
+    add_sampling_arguments(parser)
+    add_machine_arguments(parser, DTYPES[1:], "float32")
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
-    """What is to be judged, opened and checked: ``extract`` computes what is missing, and on rank 0 returns the features.
+class Source:
+    """Images to evaluate, opened and checked.
 
-    ``described`` stands in result.json; ``parts`` holds generated images until that is written.
+    Attributes:
+        count: number of images.
+        size: (height, width) in pixels, None if unknown.
+        described: entries of ``result.json``.
+        extract: computes missing features, and returns all features on rank 0.
+        parts: folder of generated images, removed when ``result.json`` is written.
+        classes: names of the classes, empty if the images have none.
     """
 
     count: int
@@ -127,63 +141,61 @@ def run(arguments: argparse.Namespace) -> None:
     ).to(device)
     cache = arguments.cache or default_cache()
     start = time.perf_counter()
-    # What is wrong with either side should show before hours of generation.
+    # Errors on either side should appear before hours of generation.
     with noticed(f"opening {arguments.weights or arguments.images or arguments.npz}"):
-        judged = (
+        source = (
             _open_images(arguments, extractor, cache)
             if arguments.weights is None
             else _open_model(arguments, extractor, device)
         )
     with joined() as processes:
         with torch.no_grad():
-            reference = (
-                open_reference(arguments.reference, extractor, cache)
-                if arguments.reference and processes.rank == 0
-                else None
-            )
-            if reference is not None:
-                check_counts(judged.count, reference)
+            reference = None
+            if arguments.reference and processes.rank == 0:
+                reference = open_reference(arguments.reference, extractor, cache)
+                check_counts(source.count, reference)
             if processes.rank == 0:
-                tell_chosen(device=(arguments.device, device_title(device)))
+                print_chosen(device=(arguments.device, device_title(device)))
             extraction_start = time.perf_counter()
-            features = judged.extract()
+            features = source.extract()
             seconds = {"extraction seconds": time.perf_counter() - extraction_start}
         if processes.rank > 0:
             return
         if reference is not None:
-            _report(arguments, reference, features, extractor, judged, seconds, start)
+            result = _compare(source, features, reference, extractor, arguments.seed)
+            _write(arguments, result, {**seconds, "seconds": time.perf_counter() - start})
         if arguments.save_statistics:
             write_statistics(arguments.save_statistics, extractor, features)
-            print(
-                f"wrote {arguments.save_statistics} ({judged.count} images)"
-                + _left_out(judged.described.get("images"), judged.described.get("left out"))
-            )
-        if judged.parts is not None:
-            shutil.rmtree(judged.parts)
+            left_out = _left_out(source.described.get("images"), source.described.get("left out"))
+            print(f"wrote {arguments.save_statistics} ({source.count} images){left_out}")
+        if source.parts is not None:
+            shutil.rmtree(source.parts)
 
 
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.reference is None and arguments.save_statistics is None:
-        raise InputError("give --reference to compare with, or --save-statistics to write statistics")
+        raise InputError(
+            "--reference is missing. Give images to compare with, or --save-statistics to write statistics"
+        )
     if arguments.weights is None:
         given = [*sampling_options(arguments), *(["save_npz"] if arguments.save_npz else [])]
         if given:
-            raise InputError(f"--{given[0].replace('_', '-')} is for --weights only; leave it out")
+            raise InputError(f"--{given[0].replace('_', '-')} is for --weights only. Omit it")
         if started_by_torchrun().count > 1:
-            raise InputError("several processes are for --weights only; run far evaluate without torchrun")
+            raise InputError("several processes are for --weights only. Run far evaluate without torchrun")
     if arguments.count is not None and not 2 <= arguments.count <= MOST_IMAGES:
-        raise InputError(f"--count {arguments.count}: give at least 2 and at most {MOST_IMAGES}")
+        raise InputError(f"--count {arguments.count} is out of range. Give 2 to {MOST_IMAGES}")
     check_seed("--seed", arguments.seed)
     if arguments.weights is not None and arguments.seed >= 2**63 // _IMAGE_SEEDS:
         raise InputError(
-            f"--seed {arguments.seed}: give a number below 2³¹, so that the images' seeds stay below 2⁶³"
+            f"--seed {arguments.seed} is too large: the images' seeds must stay below 2⁶³. Give a number below 2³¹"
         )
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size} must be positive")
     outputs = {"--save-npz": arguments.save_npz, "--save-statistics": arguments.save_statistics}
     for option, path in outputs.items():
         if path is not None and path.suffix != ".npz":
-            raise InputError(f"{option} {path}: give a name that ends in .npz")
+            raise InputError(f"{option} {path} is not an .npz. Give a name that ends in .npz")
     _check_apart({"--npz": arguments.npz, "--reference": arguments.reference, **outputs}, outputs)
     check_exists(
         arguments.images,
@@ -192,7 +204,7 @@ def _check(arguments: argparse.Namespace) -> None:
     check_exists(arguments.npz, "far generate --out FILE.npz writes one")
     check_exists(
         arguments.reference,
-        "Give a folder of images, an image set (far data makes one), or statistics (far evaluate --save-statistics writes them)",
+        "Give a folder of images, an image set of far data, or statistics that --save-statistics wrote",
     )
     check_exists(
         arguments.inception, "Get pt_inception-2015-12-05-6726825d.pth, as published for pytorch-fid"
@@ -210,25 +222,25 @@ def _check_apart(files: Mapping[str, Path | None], outputs: Collection[str]) -> 
     for option, path in files.items():
         if path is not None and seen.setdefault(path.resolve(), option) != option and option in outputs:
             raise InputError(
-                f"{option} {path} would overwrite the file of {seen[path.resolve()]}; give another name"
+                f"{option} {path} would overwrite the file of {seen[path.resolve()]}. Give another name"
             )
 
 
-def _open_images(arguments: argparse.Namespace, extractor: Extractor, cache: Path) -> Judged:
+def _open_images(arguments: argparse.Namespace, extractor: Extractor, cache: Path) -> Source:
     from far.evaluation.images import open_images
     from far.evaluation.references import features_of
 
     source = open_images(arguments.images or arguments.npz)
     count = source.count if arguments.count is None else arguments.count
     if count > source.count:
-        raise InputError(f"--count {count}: {source.name} holds {source.count} images")
+        raise InputError(f"--count {count} is too large: {source.name} holds {source.count} images")
     described = {
         "images": source.name,
         "digest": source.digest,
         "count": count,
         "left out": dict(source.left_out),
     }
-    return Judged(
+    return Source(
         count,
         source.size,
         described,
@@ -237,7 +249,7 @@ def _open_images(arguments: argparse.Namespace, extractor: Extractor, cache: Pat
     )
 
 
-def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: torch.device) -> Judged:
+def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: torch.device) -> Source:
     import torch
 
     from far.evaluation.extraction import part_ranges, read_part, read_parts
@@ -276,53 +288,35 @@ def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: tor
 
     setting = {"count": count, "batch size": arguments.batch_size, "processes": processes.count}
     setting["device"] = device_title(device) if processes.count == 1 else device.type
-    return Judged(
+    return Source(
         count, _pixels(pipeline), {**generation.describe(), **setting}, extract, parts, pipeline.classes
     )
 
 
 def _pixels(pipeline: Pipeline) -> tuple[int, int] | None:
-    """(height, width) of a model's images."""
+    """Return (height, width) of a model's images, None without an autoencoder."""
     if pipeline.autoencoder is None:
         return None
     rows, columns = pipeline.model.config.grid
     return rows * pipeline.autoencoder.config.stride, columns * pipeline.autoencoder.config.stride
 
 
-def _report(
-    arguments: argparse.Namespace,
-    reference: Reference,
-    features: torch.Tensor,
-    extractor: Extractor,
-    judged: Judged,
-    seconds: dict[str, float],
-    start: float,
-) -> None:
-    import torch
-
+def _compare(
+    source: Source, features: torch.Tensor, reference: Reference, extractor: Extractor, seed: int
+) -> dict[str, Any]:
+    """Compare images with the reference, print warnings, and return the entries of ``result.json``."""
     from far.evaluation.report import report
 
     with noticed("comparing the features with the reference"):
-        found = report(features, reference, extractor, seed=arguments.seed)
-    warnings = list(found.warnings)
-    if reference.size is not None and judged.size is not None and reference.size != judged.size:
-        sizes = " and ".join(f"{width}×{height}" for height, width in (judged.size, reference.size))
-        warnings.append(
-            f"judged images and reference have {sizes} pixels; the enlargement counts as a difference"
-        )
-    if unmatched := unmatched_classes(judged.classes, reference.classes):
-        names = ", ".join(unmatched[:_CLASSES_SHOWN]) + (" …" if len(unmatched) > _CLASSES_SHOWN else "")
-        warnings.append(
-            f"evaluated images and reference have different classes ({names} on one side only), "
-            "which counts as a difference"
-        )
+        found = report(features, reference, extractor, seed=seed)
+    warnings = [*found.warnings, *_differences(source, reference)]
     for warning in warnings:
         print(f"far: warning: {printable(warning)}", file=sys.stderr)
-    result = {
+    return {
         "figures": found.figures,
         "controls": found.controls,
         "warnings": warnings,
-        "judged": {**judged.described, "size": judged.size},
+        "evaluated": {**source.described, "size": source.size},
         "reference": {
             "source": reference.source,
             "digest": reference.digest,
@@ -332,27 +326,47 @@ def _report(
         },
         "extractor": extractor.name,
         "extractor sha256": extractor.digest,
-        "seed": arguments.seed,
-        **seconds,
-        "seconds": time.perf_counter() - start,
-        "command": ["far", *sys.argv[1:]],
-        "threads": torch.get_num_threads(),
-        "versions": {"far": far.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "seed": seed,
     }
-    write_json(arguments.out / "result.json", result)
-    for name, value in found.figures.items():
-        key = name.partition(" ")[0]
-        beside = ", ".join(
-            f"{kind} {scores[key]:.4f}" for kind, scores in found.controls.items() if key in scores
+
+
+def _differences(source: Source, reference: Reference) -> Iterator[str]:
+    """Yield one warning per difference that counts although it is not the model's."""
+    if reference.size is not None and source.size is not None and reference.size != source.size:
+        sizes = " and ".join(f"{width}×{height}" for height, width in (source.size, reference.size))
+        yield f"evaluated images and reference have {sizes} pixels, and the enlargement counts as a difference"
+    if unmatched := unmatched_classes(source.classes, reference.classes):
+        names = ", ".join(unmatched[:_CLASSES_SHOWN]) + (" …" if len(unmatched) > _CLASSES_SHOWN else "")
+        yield (
+            f"evaluated images and reference have different classes ({names} on one side only), "
+            "which counts as a difference"
         )
-        print(f"{name:40s} {value:.4f}" + (f"   ({beside})" if beside else ""))
-    against = reference.source if reference.count is None else f"{reference.count} of {reference.source}"
-    others = _left_out(judged.described.get("images"), judged.described.get("left out")) + _left_out(
-        reference.source, reference.left_out
+
+
+def _write(arguments: argparse.Namespace, result: dict[str, Any], seconds: dict[str, float]) -> None:
+    """Write ``result.json`` and print its figures."""
+    import torch
+
+    versions = {"far": far.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    made = {"command": ["far", *sys.argv[1:]], "threads": torch.get_num_threads(), "versions": versions}
+    write_json(arguments.out / "result.json", {**result, **seconds, **made})
+    for name, value in result["figures"].items():
+        key = name.partition(" ")[0]
+        controls = ", ".join(
+            f"{kind} {scores[key]:.4f}" for kind, scores in result["controls"].items() if key in scores
+        )
+        print(f"{name:40s} {value:.4f}" + (f"   ({controls})" if controls else ""))
+    evaluated, reference = result["evaluated"], result["reference"]
+    against = (
+        reference["source"]
+        if reference["count"] is None
+        else f"{reference['count']} of {reference['source']}"
     )
-    print(f"wrote {arguments.out / 'result.json'} ({len(features)} images against {against}){others}")
+    left_out = _left_out(evaluated.get("images"), evaluated.get("left out"))
+    left_out += _left_out(reference["source"], reference["left out"])
+    print(f"wrote {arguments.out / 'result.json'} ({evaluated['count']} images against {against}){left_out}")
 
 
 def _left_out(folder: object, counts: Mapping[str, int] | None) -> str:
-    """Return what to add to a line about files in a folder that are not images."""
-    return f"; left out of {folder}: {describe(Counter(counts))}" if counts else ""
+    """Return the end of a line that counts the files of a folder that are not images."""
+    return f", without {describe(Counter(counts))} in {folder}" if counts else ""

@@ -1,8 +1,8 @@
-"""Draw images from a bundled model, a folder or a model of the hub, into a contact sheet, a folder of PNGs, or an .npz.
+"""Generate images with a bundled model, a folder or a model of the hub: a contact sheet, a folder of PNGs, or an .npz.
 
-A contact sheet has one row per class. Its pixels are repeated if the images are small, so that it is at least
-1000 pixels wide; one image alone, and those of a folder or .npz, are written as they are.
-Images are seeded one by one: image i has seed SEED + i, whatever the batch around it.
+A contact sheet has one row per class. The pixels of small images are repeated, so that it is at least 1000 pixels
+wide. A single image, and those in a folder or .npz, are written at their own size.
+Image i has seed SEED + i, so an image does not depend on the batch around it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from far.classes import label_text
-from far.cli.machine_arguments import add_machine_arguments, prepare_machine, tell_chosen
-from far.cli.sampling_arguments import MOST_IMAGES, add_sampling_arguments, sampling_options
+from far.cli.machine_arguments import prepare_machine, print_chosen
+from far.cli.model_arguments import add_model_arguments, load_pipeline
+from far.cli.sampling_arguments import MOST_IMAGES, sampling_options
 from far.config import check_count, check_seed
 from far.devices import device_title
 from far.errors import InputError
 from far.files import check_writable, files_together
 from far.names import find_folder
 from far.notices import noticed
-from far.precision import DTYPES
 from far.sampling_config import FAST, SamplingConfig
 
 if TYPE_CHECKING:
@@ -36,43 +36,39 @@ if TYPE_CHECKING:
     from far.pipeline import Pipeline
     from far.sampling import Progress
 
-# Pictures in other formats, which nobody means as the name of a folder.
-_OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# Suffixes of other image formats, which nobody means as the name of a folder.
+_OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--weights",
-        default="avatars-64",
-        help="bundled name, folder, or OWNER/NAME[@REVISION] (default avatars-64)",
-    )
-    parser.add_argument("--labels", nargs="+", help="class numbers or names, or 'all' (default)")
-    parser.add_argument(
-        "--count", type=int, help="images in all, shared evenly by the labels (default: one a label)"
+        "--labels", nargs="+", metavar="LABEL", help="class numbers or names, or 'all' (default)"
     )
     parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("samples.png"),
+        "--count",
+        type=int,
+        metavar="N",
+        help="number of images, shared evenly by the labels (default: one per label)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("samples.png"),
         help=".png (a contact sheet), .npz, or a folder of PNGs (default samples.png)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="image i has seed SEED + i (default 0)")
+    )  # fmt: skip
     parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace the generated images that the folder --out already holds",
+        "--seed", type=int, metavar="N", default=0, help="seed of the first image (default 0)"
     )
-    add_sampling_arguments(parser)
     parser.add_argument(
-        "--fast",
-        action="store_true",
-        help="approximate: int8 weights on a CPU, and in masked models parts of every 4th AR step reused",
+        "--overwrite", action="store_true", help="replace the generated images that the folder --out holds"
     )
-    parser.add_argument("--batch-size", type=int, default=64, help="images drawn together (default 64)")
-    add_machine_arguments(parser, DTYPES)
     parser.add_argument(
-        "--gif", type=Path, help="also write an animation of the first batch's tokens appearing"
+        "--fast", action="store_true",
+        help="approximate: int8 weights on a CPU; masked models reuse parts of every 4th AR step",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", default=64, help="images drawn together (default 64)"
     )
+    parser.add_argument("--gif", type=Path, help="also write an animation of the first batch, token by token")
+    add_model_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -82,23 +78,21 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from far.pictures import contact_sheet, save_gif, save_png, to_pictures
-    from far.pipeline import Pipeline
     from far.precision import resolve_dtype
 
     device = prepare_machine(arguments)
     dtype = resolve_dtype(_dtype(arguments, device), device)
-    with noticed(f"loading {arguments.weights}"):
-        pipeline = Pipeline.from_pretrained(weights, dtype=dtype, device=device)
+    pipeline = load_pipeline(arguments.weights, weights, dtype, device)
     labels = _labels(pipeline, arguments)
     texts = [label_text(pipeline.classes, label) for label in labels]
     config = _sampling(pipeline, arguments)
     config.check(pipeline.model)  # before the bar appears
     settings = {"weights": arguments.weights, **dataclasses.asdict(config), "dtype": dtype}
-    tell_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, dtype))
+    print_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, dtype))
     folder = _is_folder(arguments.out)
     parts: list[Tensor] = []
     frames: list[Tensor] = []
-    # A folder is filled at the end, so that nothing half-written is taken for the whole.
+    # A folder is filled at the end, so that an interrupted run is not mistaken for a whole one.
     with files_together(arguments.out, earlier) if folder else contextlib.nullcontext(arguments.out) as out:
 
         def finish(images: Tensor, start: int) -> None:
@@ -116,7 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
         done = _draw(
             pipeline, labels, config, arguments, finish, frames if arguments.gif is not None else None
         )
-        for number in range(done, len(labels)) if folder else ():  # of a batch whose writing was interrupted
+        for number in range(done, len(labels)) if folder else ():  # a batch whose writing was interrupted
             (out / f"{number:06d}.png").unlink(missing_ok=True)
     if not folder:
         described = {**settings, "labels": " ".join(texts[:done]), "seed": arguments.seed}
@@ -131,22 +125,26 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> list[Path]:
-    """Raise an :class:`InputError` for what is wrong without a model; return the images of an earlier run that will be replaced."""
+    """Check all arguments that need no model, and return the images of an earlier run that will be replaced.
+
+    Raises:
+        InputError: an argument cannot be used.
+    """
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size} must be positive")
     check_seed("--seed", arguments.seed)
     if arguments.count is not None:
         check_count("--count", arguments.count, MOST_IMAGES)
-    if arguments.out.suffix.lower() in _OTHER_PICTURES:
+    if arguments.out.suffix.lower() in _OTHER_FORMATS:
         raise InputError(
-            f"--out {arguments.out}: images are written as PNG; give a name that ends in .png or .npz, or a folder"
+            f"--out {arguments.out} has an unsupported format. Give a name that ends in .png or .npz, or a folder"
         )
     filled = _is_folder(arguments.out) and arguments.out.exists()
     earlier = _earlier_images(arguments.out, arguments.overwrite) if filled else []
     check_writable(arguments.out / "000000.png" if filled else arguments.out)
     if arguments.gif is not None:
         if arguments.gif.suffix.lower() != ".gif":
-            raise InputError(f"--gif {arguments.gif}: give a name that ends in .gif")
+            raise InputError(f"--gif {arguments.gif} is not a GIF. Give a name that ends in .gif")
         check_writable(arguments.gif)
     return earlier
 
@@ -163,15 +161,15 @@ def _draw(
     finish: Callable[[Tensor, int], None],
     frames: list[Tensor] | None,
 ) -> int:
-    """Draw images batch by batch, and return how many are finished: all, unless Ctrl-C came after the first batch.
+    """Draw images batch by batch, and return how many are finished: all, unless interrupted after the first batch.
 
     Args:
         pipeline: the model.
         labels: one per image.
-        config: how to sample.
-        arguments: with the first seed and the batch size.
-        finish: takes each batch ``[b, 3, h, w]``, and the number of its first image.
-        frames: receives a preview of the first batch after each AR step; or None.
+        config: sampling options.
+        arguments: the command's, with the first seed and the batch size.
+        finish: takes each batch ``[b, 3, h, w]`` and the number of its first image.
+        frames: receives a preview of the first batch after each AR step, unless None.
     """
     from far.progress import ImageBar
 
@@ -248,29 +246,29 @@ def _free_names(out: Path) -> Iterator[Path]:
 
 
 def _earlier_images(folder: Path, overwrite: bool) -> list[Path]:
-    """The numbered PNGs of an earlier run in ``folder``, which may be replaced.
+    """Return the numbered PNGs of an earlier run in ``folder``, which may be replaced.
 
     Raises:
-        InputError: the folder holds some and ``overwrite`` is false, or it holds other images, or is no folder.
+        InputError: the folder holds some and ``overwrite`` is false, or it holds other images, or is not a folder.
     """
     if not folder.is_dir():
-        raise InputError(f"--out {folder} is a file; give a folder, or a name that ends in .png or .npz")
+        raise InputError(f"--out {folder} is a file. Give a folder, or a name that ends in .png or .npz")
     images = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
     )
     for path in images:
         if not re.fullmatch(r"[0-9]{6,}\.png", path.name):
             raise InputError(
-                f"--out {folder} holds another image ({path.name}); choose a folder for generated images alone"
+                f"--out {folder} holds another image ({path.name}). Choose a folder for generated images alone"
             )
     if images and not overwrite:
-        remedy = "add --overwrite to replace them, or choose another folder"
-        raise InputError(f"--out {folder} already holds {len(images)} generated images; {remedy}")
+        remedy = "Add --overwrite to replace them, or choose another folder"
+        raise InputError(f"--out {folder} already holds {len(images)} generated images. {remedy}")
     return images
 
 
 def _dtype(arguments: argparse.Namespace, device: torch.device) -> str:
-    """Return the requested dtype; ``--fast`` alone selects int8 if it is exact here, and says why if not."""
+    """Return the requested dtype; ``--fast`` alone selects int8 if supported, and prints why if not."""
     if not arguments.fast or arguments.dtype != "auto":
         return str(arguments.dtype)
 
@@ -279,7 +277,7 @@ def _dtype(arguments: argparse.Namespace, device: torch.device) -> str:
     reason = no_int8() if device.type == "cpu" else f"int8 is for CPUs, not for {device}"
     if reason is None:
         return "int8"
-    print(f"--fast leaves the weights as they are: {reason}")
+    print(f"--fast does not use int8 weights: {reason}")
     return "auto"
 
 
@@ -291,12 +289,12 @@ def _sampling(pipeline: Pipeline, arguments: argparse.Namespace) -> SamplingConf
 
 
 def _labels(pipeline: Pipeline, arguments: argparse.Namespace) -> list[int]:
-    """The class of each image: every label as often as the count allows, equal ones together."""
+    """Return the class of each image: equally many of each label, in the order of the labels."""
     every = arguments.labels is None or (arguments.labels == ["all"] and "all" not in pipeline.classes)
     names = list(range(len(pipeline.classes))) if every else arguments.labels
     chosen = [pipeline.label(name) for name in names]
     count = len(chosen) if arguments.count is None else arguments.count
-    check_count("--count", count, MOST_IMAGES)  # as many labels as images by default
+    check_count("--count", count, MOST_IMAGES)  # the default is the number of labels
     return _shared(chosen, count)
 
 

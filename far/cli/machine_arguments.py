@@ -1,4 +1,4 @@
-"""The options about the machine that every command shares that computes: device, dtype and threads."""
+"""Options for device, dtype and threads, shared by all commands that compute."""
 
 from __future__ import annotations
 
@@ -26,48 +26,52 @@ def add_machine_arguments(
     *,
     recipe: bool = False,
 ) -> None:
-    """Add ``--device`` and ``--threads`` to a parser, and ``--dtype`` if there are ``dtypes`` to choose from.
+    """Add ``--device`` and ``--threads``, and ``--dtype`` if there are ``dtypes`` to choose from.
 
     Args:
+        parser: receives the options.
+        dtypes: names to choose from.
         dtype: the default.
-        recipe: the defaults of device and dtype are those of the recipe.
+        recipe: take the defaults of device and dtype from the recipe.
     """
-    device, of_recipe = (None, "the recipe's") if recipe else ("auto", "auto: a GPU if there is one")
-    parser.add_argument("--device", type=_device, default=device, help=f"{DEVICE_HELP} (default {of_recipe})")
+    device, default = (None, "the recipe's") if recipe else ("auto", "auto: a GPU if there is one")
+    parser.add_argument(
+        "--device", type=_device, metavar="NAME", default=device, help=f"{DEVICE_HELP} (default {default})"
+    )
     if dtypes:
         if recipe:
-            dtype, meaning = None, "of training (default the recipe's)"
+            dtype, meaning = None, "dtype of training (default the recipe's)"
         else:
-            auto = ": bfloat16 if the device has instructions for it, else float32" if dtype == "auto" else ""
-            meaning = f"of the weights (default {dtype}{auto})"
+            auto = ": bfloat16 if the device supports it natively, else float32" if dtype == "auto" else ""
+            meaning = f"dtype of the weights (default {dtype}{auto})"
         parser.add_argument("--dtype", choices=dtypes, default=dtype, help=meaning)
     parser.add_argument(
         "--threads",
         type=_threads,
         metavar="N",
-        help="threads on the CPU (default: one per core, or OMP_NUM_THREADS)",
+        help="CPU threads (default: OMP_NUM_THREADS, or one per core)",
     )
 
 
 def prepare_machine(arguments: argparse.Namespace, processes: Processes = Processes()) -> torch.device:
-    """Set the number of threads, and return the device of this process.
+    """Set the number of threads and return the device of this process.
 
     Raises:
-        InputError: the device cannot be used here.
+        InputError: the device does not work on this machine.
     """
     if arguments.threads is not None:
         set_threads(arguments.threads)
     return processes.device(arguments.device)
 
 
-def tell_chosen(**values: tuple[str, str]) -> None:
-    """Say in one line on stderr what was chosen where ``auto`` was given: ``name=(given, chosen)``."""
+def print_chosen(**values: tuple[str, str]) -> None:
+    """Print one line on stderr with what ``auto`` stands for: ``name=(given, chosen)``."""
     if chosen := [f"{name} {value}" for name, (given, value) in values.items() if given == "auto"]:
         print(f"far: {', '.join(chosen)} (chosen automatically)", file=sys.stderr)
 
 
 def with_machine(config: LoopConfig, arguments: argparse.Namespace) -> LoopConfig:
-    """Set the number of threads, and return a training's values with the given device and dtype."""
+    """Set the number of threads, and return training settings with the given device and dtype."""
     if arguments.threads is not None:
         set_threads(arguments.threads)
     given = {name: getattr(arguments, name, None) for name in ("device", "dtype")}
@@ -84,7 +88,7 @@ def _device(text: str) -> str:
 
 def _threads(text: str) -> int:
     if not text.lstrip("-").isdecimal():
-        raise argparse.ArgumentTypeError(f"threads {text!r}: give a whole number")
+        raise argparse.ArgumentTypeError(f"threads {text!r} is not a whole number")
     try:
         check_threads(int(text))
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Entry point of ``far``: picks the command, and turns every user error into one line and exit status 2."""
+"""Entry point of ``far``: runs a command and prints each user error as one line with exit status 2."""
 
 import argparse
 import difflib
@@ -45,12 +45,12 @@ COMMANDS = {
     "push": push,
 }
 
-# What several processes can do together.
+# Commands that several processes can share.
 SHARED = ("train-autoencoder", "cache", "train", "distill", "evaluate")
 
-# What an interrupted command leaves, and how it continues.
-_AGAIN = "what is finished stays, and the same command continues after it"
-_RESUME = "what was saved stays, and the same command with --resume continues after it"
+# State after an interruption, and how to continue.
+_AGAIN = "finished parts are saved; run the same command to continue"
+_RESUME = "checkpoints are saved; run the same command with --resume to continue"
 _HOW_TO_RESUME = {
     "generate": "nothing was written",
     **dict.fromkeys(("cache", "data", "evaluate"), _AGAIN),
@@ -59,14 +59,14 @@ _HOW_TO_RESUME = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a usage error as one line, like every other user error."""
+    """Parser that raises an :class:`InputError` for a usage error."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
+        raise InputError(f"{message}. See {self.prog} --help")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with every command."""
+    """Return the parser of all commands."""
     parser = Parser(prog="far", description=far.__doc__.splitlines()[0] if far.__doc__ else None)
     parser.add_argument("--version", action="version", version=f"far {far.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -85,27 +85,27 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The arguments of one call; ``run`` among them is the command's function.
+    """Return the parsed arguments; ``run`` among them is the command's function.
 
     Raises:
-        InputError: an argument is unknown, missing or of another form.
+        InputError: an argument is unknown, missing or malformed.
     """
     parsed, unknown = build_parser().parse_known_args(arguments)
     if hasattr(parsed, "overrides"):
-        # argparse takes them in one piece only: those after an option, as in RECIPE --resume KEY=VALUE, are left over.
+        # argparse takes overrides in one piece only, and leaves those after an option: RECIPE --resume KEY=VALUE.
         parsed.overrides = parsed.overrides + [text for text in unknown if not text.startswith("-")]
         unknown = [text for text in unknown if text.startswith("-")]
     if unknown:
         near = difflib.get_close_matches(unknown[0], _options(parsed.command), n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"unknown argument {unknown[0]!r}{hint}; see far {parsed.command} --help")
+        hint = f"Did you mean {near[0]!r}?" if near else f"See far {parsed.command} --help"
+        raise InputError(f"unknown argument {unknown[0]!r}. {hint}")
     return parsed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``far`` and return its exit status: 0, 2 for a user error, 130 after Ctrl-C, 143 after SIGTERM in training."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a file's name may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: file names need not be text
     parsed = argparse.Namespace(command=None)
     try:
         parsed = parse(sys.argv[1:] if arguments is None else arguments)
@@ -113,9 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if parsed.command not in SHARED:
                 shared = ", ".join(SHARED)
                 raise InputError(
-                    f"several processes are for {shared}; run far {parsed.command} without torchrun (unset WORLD_SIZE)"
+                    f"far {parsed.command} cannot run in several processes, unlike {shared}. Run it without torchrun "
+                    "(unset WORLD_SIZE)"
                 )
-            processes.local_rank()  # torchrun's variables are checked before any file
+            processes.local_rank()  # checks torchrun's variables before any file
         parsed.run(parsed)
     except (InputError, OSError) as error:
         print(f"far: error: {printable(str(error))}", file=sys.stderr)
@@ -125,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         reason = printable(" ".join(str(error).split())[:200])
         print(
-            f"far: error: out of memory ({reason}); take smaller batches, or more micro_batches",
+            f"far: error: out of memory ({reason}). Use smaller batches or more micro_batches",
             file=sys.stderr,
         )
         return 2

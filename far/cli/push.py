@@ -1,10 +1,11 @@
-"""Publish a model and its card on the hub; log in first, with: hf auth login.
+"""Publish a model and its card on the hub. Log in first, with: hf auth login.
 
-A card that somebody wrote or changed on the hub stays as it is.
+A card that was written or edited on the hub is kept.
 """
 
 import argparse
 
+from far.cli.model_arguments import NAMES
 from far.names import find_folder
 from far.notices import noticed
 
@@ -12,18 +13,19 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("weights", help="folder, bundled name, or OWNER/NAME[@REVISION] of the hub")
-    parser.add_argument("name", metavar="OWNER/NAME[@BRANCH]", help="the repository, made where missing")
+    parser.add_argument("weights", help=NAMES)
+    parser.add_argument("name", metavar="OWNER/NAME[@BRANCH]", help="repository, created if missing")
     parser.add_argument(
         "--license",
         required=True,
-        help="of the weights, as the hub abbreviates it: mit, cc-by-nc-4.0, other …",
+        metavar="NAME",
+        help="license of the weights in the hub's spelling: mit, cc-by-nc-4.0, other …",
     )
     parser.add_argument(
-        "--private", action="store_true", help="make a new repository private (default: as its owner's are)"
+        "--private", action="store_true", help="create a private repository (default: the owner's setting)"
     )
     parser.add_argument(
-        "--dtype", choices=_DTYPES, default="float32", help="of the published weights (default float32)"
+        "--dtype", choices=_DTYPES, default="float32", help="dtype of the published weights (default float32)"
     )
 
 
@@ -39,4 +41,4 @@ def run(arguments: argparse.Namespace) -> None:
     address = pipeline.push_to_hub(
         arguments.name, license=arguments.license, private=arguments.private or None, dtype=getattr(torch, arguments.dtype)
     )  # fmt: skip
-    print(f"{address}: published; draw from it with far generate --weights {arguments.name}")
+    print(f"{address}: published. Generate images with far generate --weights {arguments.name}")

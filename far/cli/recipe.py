@@ -1,6 +1,6 @@
-"""List the packaged recipes, print one, or explain every key.
+"""List the packaged recipes, print one, or explain all keys.
 
-far recipe NAME > mine.yaml gives a copy to change. far train-autoencoder, cache and train take the name as well.
+far recipe NAME > mine.yaml writes a copy to edit. far train-autoencoder, cache and train also take the name.
 """
 
 import argparse
@@ -12,19 +12,19 @@ from far.recipe_keys import as_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", help="the recipe to print (default: list all)")
-    parser.add_argument("--keys", action="store_true", help="print every key with type, default and meaning")
+    parser.add_argument("name", nargs="?", help="recipe to print (default: list all)")
+    parser.add_argument("--keys", action="store_true", help="print all keys with type, default and meaning")
 
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.keys and arguments.name is not None:
-        raise InputError(f"--keys explains the keys of all recipes; leave out {arguments.name!r}")
+        raise InputError(f"--keys explains the keys of all recipes. Omit {arguments.name!r}")
     if arguments.keys:
         print(as_text(min(shutil.get_terminal_size().columns, 110)), end="")
     elif arguments.name is not None:
         if arguments.name not in recipe_names():
             raise InputError(
-                f"no packaged recipe {arguments.name!r}; choose one of: {', '.join(recipe_names())}"
+                f"recipe {arguments.name!r} does not exist. Choose one of: {', '.join(recipe_names())}"
             )
         print(packaged(arguments.name), end="")
     else:

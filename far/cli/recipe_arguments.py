@@ -1,35 +1,47 @@
-"""The arguments that every command with a recipe shares."""
+"""Arguments of commands that take a recipe, and of commands that train."""
 
 import argparse
 import shlex
 from pathlib import Path
 
+from far.cli.machine_arguments import add_machine_arguments
+from far.devices import TRAINING_DTYPES
 from far.errors import InputError
 from far.recipe import Recipe, load_recipe
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``recipe`` and ``overrides``."""
     parser.add_argument(
-        "recipe", type=Path, help="YAML file, or the name of a packaged recipe, such as avatars-64"
+        "recipe", type=Path, help="YAML file, or name of a packaged recipe such as avatars-64"
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="overrides, such as generator.training.steps=1000"
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="values to change, such as generator.training.steps=1000",
     )
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the machine and ``--resume``."""
+    add_machine_arguments(parser, TRAINING_DTYPES, recipe=True)
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
 
 
 def read_recipe(arguments: argparse.Namespace) -> Recipe:
     return load_recipe(arguments.recipe, arguments.overrides)
 
 
-def check_made(
+def check_inputs(
     recipe: Recipe, arguments: argparse.Namespace, *, autoencoder: bool = False, latents: bool = False
 ) -> None:
-    """Raise an :class:`InputError` that names the command to run first if what a training reads is missing.
+    """Raise an :class:`InputError` that names the command to run first if an input of training is missing.
 
-    The image set is always needed, ``autoencoder`` and ``latents`` on request. Their content is checked when it is read.
+    Only existence is checked: of the image set, and on request of the autoencoder and the latent cache.
     """
     same = shlex.join([str(arguments.recipe), *arguments.overrides])
-    tokenizer = recipe.autoencoder_folder if autoencoder else None  # one of another run must be there
+    tokenizer = recipe.autoencoder_folder if autoencoder else None
     for part in ("train", "held-out"):
         if not (Path(recipe.data) / part / "index.json").exists():
             raise InputError(

@@ -8,9 +8,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from far.cli.machine_arguments import add_machine_arguments, with_machine
-from far.cli.recipe_arguments import add_recipe_arguments, check_made, read_recipe
-from far.devices import TRAINING_DTYPES
+from far.cli.machine_arguments import with_machine
+from far.cli.recipe_arguments import add_recipe_arguments, add_training_arguments, check_inputs, read_recipe
 from far.errors import InputError
 from far.processes import joined
 from far.training.runs import check_unused
@@ -18,8 +17,7 @@ from far.training.runs import check_unused
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
-    add_machine_arguments(parser, TRAINING_DTYPES, recipe=True)
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    add_training_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -30,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
             "autoencoder_from=null"
         )
     folder = recipe.autoencoder_folder
-    check_made(recipe, arguments)
+    check_inputs(recipe, arguments)
     check_unused(folder, arguments.resume)
 
     from far.training.autoencoder import AutoencoderTask

@@ -61,14 +61,18 @@ def test_a_model(
     (line,) = (line for line in output.out.splitlines() if line.startswith("coverage"))
     assert f"flat colors {result['controls']['flat colors']['coverage']:.4f}" in line
     assert "far: warning: 9 images are fewer than the 1280 features" in output.err
-    assert result["judged"]["count"] == 9
-    assert result["judged"]["sampling"]["head_steps"] == 1
-    assert result["judged"]["seed"] == 5 * 2**32
-    assert set(result["judged"]["sha256"]) == {"config.json", "model.safetensors", "autoencoder.safetensors"}
+    assert result["evaluated"]["count"] == 9
+    assert result["evaluated"]["sampling"]["head_steps"] == 1
+    assert result["evaluated"]["seed"] == 5 * 2**32
+    assert set(result["evaluated"]["sha256"]) == {
+        "config.json",
+        "model.safetensors",
+        "autoencoder.safetensors",
+    }
     assert result["reference"]["count"] == 12
     assert result["extractor"] == "EfficientNet-Lite0"
     assert len(result["extractor sha256"]) == 64
-    assert result["judged"]["size"] == result["reference"]["size"] == [16, 16]
+    assert result["evaluated"]["size"] == result["reference"]["size"] == [16, 16]
     assert not list((tmp_path / "out").glob("parts-*")), "parts are left behind"
     # The saved images, judged as a file, give the same figures.
     with np.load(tmp_path / "samples.npz") as saved:
@@ -127,7 +131,7 @@ def test_the_distance_is_that_of_the_features(tmp_path: Path, folder: Path, imag
         ]
     expected = frechet_distance(*(FeatureStatistics.of(features) for features in sets))
     assert result["figures"]["FD (EfficientNet-Lite0)"] == pytest.approx(expected, rel=1e-6)
-    assert result["judged"]["digest"].startswith("folder-")
+    assert result["evaluated"]["digest"].startswith("folder-")
 
 
 def test_saved_statistics_serve_as_a_reference(tmp_path: Path, folder: Path, image_set: Path) -> None:
@@ -158,7 +162,7 @@ def test_images_of_another_size_are_warned_of(
         arr_0=np.random.default_rng(0).integers(0, 256, (5, 20, 24, 3), dtype=np.uint8),
     )
     evaluate(tmp_path, "--npz", tmp_path / "larger.npz", "--reference", image_set)
-    assert "judged images and reference have 24×20 and 16×16 pixels" in capsys.readouterr().err
+    assert "24×20 and 16×16 pixels" in capsys.readouterr().err
 
 
 def test_other_class_names_of_the_reference_are_a_warning(
@@ -274,7 +278,7 @@ def test_two_processes(tmp_path: Path, pipeline_folder: Path, image_set: Path) -
     )
     assert finished.returncode == 0, finished.stderr
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert result["judged"]["processes"] == 2
+    assert result["evaluated"]["processes"] == 2
     assert result["figures"] == pytest.approx(single["figures"], rel=1e-3)
 
 
@@ -302,7 +306,7 @@ def test_what_is_left_out_of_folders_is_told(tmp_path: Path, capsys: pytest.Capt
     last = capsys.readouterr().out.splitlines()[-1]
     assert all(count in last for count in ("1 hidden", "1 .gif", "1 .bmp"))
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert result["judged"]["left out"] == {"hidden": 1, ".gif": 1}
+    assert result["evaluated"]["left out"] == {"hidden": 1, ".gif": 1}
     assert result["reference"]["left out"] == {".bmp": 1}
 
 

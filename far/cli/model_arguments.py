@@ -1,0 +1,37 @@
+"""Arguments of commands that draw with one model, and how they load it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from far.cli.machine_arguments import add_machine_arguments
+from far.cli.sampling_arguments import add_sampling_arguments
+from far.notices import noticed
+from far.precision import DTYPES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from far.pipeline import Pipeline
+
+NAMES = "bundled name, folder, or OWNER/NAME[@REVISION] of the hub"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--weights``, the sampling options and the options of the machine."""
+    parser.add_argument(
+        "--weights", metavar="MODEL", default="avatars-64", help=f"{NAMES} (default avatars-64)"
+    )
+    add_sampling_arguments(parser)
+    add_machine_arguments(parser, DTYPES)
+
+
+def load_pipeline(name: str, folder: Path, dtype: str, device: torch.device) -> Pipeline:
+    """Return the pipeline in ``folder``. A line on stderr with the user's ``name`` appears if that takes long."""
+    from far.pipeline import Pipeline
+
+    with noticed(f"loading {name}"):
+        return Pipeline.from_pretrained(folder, dtype=dtype, device=device)
