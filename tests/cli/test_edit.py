@@ -124,17 +124,17 @@ def test_kept_tokens_are_decoded_where_asked(pipeline_folder: Path, picture: Pat
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ([], "one of the arguments"),
-        ([*BOX, "--keep", "0", "0", "8", "8"], "not allowed with"),
-        (["--redraw", "0", "0", "17", "8"], "within 0 0 16 16"),
-        (["--redraw", "0", "0", "16", "16"], "nothing is kept"),
-        (["--place", "0", "1"], "16×16"),
+        ([], "--redraw"),
+        ([*BOX, "--keep", "0", "0", "8", "8"], "--keep"),
+        (["--redraw", "0", "0", "17", "8"], "17"),
+        (["--redraw", "0", "0", "16", "16"], "mask"),
+        (["--place", "0", "1"], "0 1"),
         (["--mask", "absent.png"], "absent.png"),
         ([*BOX, "--count", "0"], "--count 0"),
         ([*BOX, "--count", str(10**12)], str(10**12)),
-        ([*BOX, "--out", "edited.jpg"], "ends with .png"),
+        ([*BOX, "--out", "edited.jpg"], "edited.jpg"),
         ([*BOX, "--ar-steps", "2"], "ar_steps 2"),
-        ([*BOX, "--label", "hexagon"], "'hexagon'"),
+        ([*BOX, "--label", "hexagon"], "hexagon"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(
@@ -148,22 +148,29 @@ def test_what_cannot_be_done_is_one_line(
     assert not out.exists()
 
 
-def test_an_image_or_a_mask_of_another_size(
+def one_line(capsys: pytest.CaptureFixture) -> str:
+    """Return the printed error, which must be one line."""
+    line, *others = [line for line in capsys.readouterr().err.splitlines() if line.startswith("far: error")]
+    assert not others
+    return line
+
+
+def test_an_image_or_a_mask_of_another_size_is_an_error_that_names_it(
     pipeline_folder: Path, picture: Path, capsys: pytest.CaptureFixture
 ) -> None:
     mask = picture.with_name("mask.png")
     Image.new("L", (15, 16), 255).save(mask)
     base = ["edit", str(picture), "--weights", str(pipeline_folder), "--label", "square"]
     assert main([*base, "--mask", str(mask)]) == 2
-    assert "give a mask of the image's size" in capsys.readouterr().err
+    assert str(mask) in one_line(capsys)
     Image.new("RGB", (9, 12)).save(picture)
     assert main([*base, *BOX]) == 2
-    assert "give --place LEFT TOP" in capsys.readouterr().err
+    assert str(picture) in one_line(capsys)
 
 
-def test_a_causal_model_says_where_it_can_edit(
+def test_a_causal_model_that_cannot_edit_there_is_an_error(
     causal_diffusion_folder: Path, picture: Path, capsys: pytest.CaptureFixture
 ) -> None:
     arguments = ["edit", str(picture), "--weights", str(causal_diffusion_folder), "--label", "square", *BOX]
     assert main(arguments) == 2
-    assert "take a masked model" in capsys.readouterr().err
+    assert "causal" in one_line(capsys)
