@@ -215,8 +215,11 @@ def _plain(value: Any) -> Any:
 
 
 def described(cls: type) -> tuple[str, dict[str, str]]:
-    """Return the summary of a dataclass's docstring and the text of each field in its ``Attributes:``."""
-    text = re.sub(r":\w+:`([^`]+)`", r"`\1`", inspect.getdoc(cls) or "").replace("``", "`")
-    summary, _, listed = text.partition("Attributes:\n")
-    entries = re.findall(r"^(\w+): (.*(?:\n .*)*)", textwrap.dedent(listed), re.MULTILINE)
-    return " ".join(summary.split()), {name: " ".join(entry.split()) for name, entry in entries}
+    """Return the summary of a dataclass's docstring, and the text of each field, inherited ones included."""
+    summary = ""
+    entries: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        text = re.sub(r":\w+:`([^`]+)`", r"`\1`", inspect.cleandoc(base.__doc__ or "")).replace("``", "`")
+        summary, _, listed = text.partition("Attributes:\n")
+        entries |= dict(re.findall(r"^(\w+): (.*(?:\n .*)*)", textwrap.dedent(listed), re.MULTILINE))
+    return " ".join(summary.split()), {name: " ".join(entry.split()) for name, entry in entries.items()}

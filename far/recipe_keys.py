@@ -41,9 +41,7 @@ def sections() -> list[Section]:
 
 
 def _sections(command: str, kind: type, default: Any, prefix: str) -> Iterator[Section]:
-    summary = described(kind)[0]
-    # A field that a dataclass inherits is described where it is declared.
-    meanings = dict(entry for base in reversed(kind.__mro__) for entry in described(base)[1].items())
+    summary, meanings = described(kind)
     hints = typing.get_type_hints(kind)
     keys: list[Key] = []
     inner: list[tuple[str, type, Any]] = []

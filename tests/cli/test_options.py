@@ -50,9 +50,14 @@ def test_a_new_field_of_sampling_becomes_an_option_of_every_command_that_draws(
 ) -> None:
     @dataclasses.dataclass(frozen=True)
     class Extended(SamplingConfig):
+        """Sampling options and one more.
+
+        Attributes:
+            swirl: turns the image by N %.
+        """
+
         swirl: float = 0.0
 
-    Extended.__doc__ = f"{SamplingConfig.__doc__}    swirl: turns the image by N %.\n"
     monkeypatch.setattr(sampling_arguments, "SamplingConfig", Extended)
     arguments = parse([*command, "--swirl", "0.5"])
     assert sampling_arguments.sampling_options(arguments, without=LEFT_OUT) == {"swirl": 0.5}

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from far.cli.main import main
-from far.config import to_dict
+from far.config import kinds_of, to_dict
 from far.errors import InputError
+from far.model_config import NetworkConfig
 from far.recipe import Recipe, find_recipe, from_overrides, load_recipe, recipe_names
 from far.recipe_keys import Section, as_text, sections
 from far.training.config import DistillationConfig
@@ -101,8 +102,10 @@ def listed(command: str) -> list[Section]:
 
 def test_all_keys_of_recipes_and_distillation_are_listed() -> None:
     names = {key.name for section in listed("a recipe") for key in section.keys}
-    causal = load_recipe("avatars-64-causal")
-    assert names == leaves(to_dict(Recipe("", ""))) | leaves(to_dict(causal))
+    recipes = [
+        of_kind(Recipe("", ""), section.name, section.kind) for section in listed("a recipe") if section.kind
+    ]
+    assert names == set().union(*(leaves(to_dict(recipe)) for recipe in recipes))
     names = {key.name for section in listed("far distill") for key in section.keys}
     assert names == leaves(to_dict(DistillationConfig()))
 
@@ -113,20 +116,17 @@ def test_all_keys_of_recipes_and_distillation_are_listed() -> None:
 def test_listed_defaults_are_accepted_as_overrides_and_change_nothing(section: Section) -> None:
     default: Any = DistillationConfig() if section.command == "far distill" else Recipe("data", "run")
     if section.kind:
-        default = (
-            from_overrides(default, [f"{section.name}.kind={section.kind}"])
-            if section.kind == "masked"
-            else causal(default)
-        )
+        default = of_kind(default, section.name, section.kind)
     for key in section.keys:
         if key.default is not None:
             assert from_overrides(default, [f"{key.name}={key.default}"]) == default, key.name
 
 
-def causal(recipe: Recipe) -> Recipe:
-    from far.backbone.config import CausalConfig
-
-    network = dataclasses.replace(recipe.generator.network, backbone=CausalConfig())
+def of_kind(recipe: Recipe, section: str, kind: str) -> Recipe:
+    """Return ``recipe`` with the default backbone or head of a kind."""
+    part = section.rpartition(".")[2]
+    config = kinds_of(typing.get_type_hints(NetworkConfig)[part])[kind]()
+    network = dataclasses.replace(recipe.generator.network, **{part: config})
     return dataclasses.replace(recipe, generator=dataclasses.replace(recipe.generator, network=network))
 
 
