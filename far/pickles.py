@@ -36,8 +36,9 @@ def read_pickle(path: Path, *allowed: type, mapped: bool = False) -> Any:
 
 
 def is_held(value: Any) -> bool:
-    """Return whether a value is a tensor whose numbers the file holds.
+    """Return whether a value is a dense tensor whose values the file holds.
 
-    A tensor that repeats few numbers could take any amount of memory when it is copied.
+    A tensor that repeats few values could take any amount of memory when it is copied.
     """
-    return isinstance(value, Tensor) and value.nbytes <= value.untyped_storage().nbytes()
+    dense = isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+    return dense and value.nbytes <= value.untyped_storage().nbytes()

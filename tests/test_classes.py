@@ -1,4 +1,4 @@
-"""Labels: numbers and names never mix."""
+"""A label never means the name of one class and the number of another."""
 
 import itertools
 from typing import Any
@@ -72,7 +72,7 @@ def test_label_that_could_mean_another_class_or_none_is_refused(classes: list[st
     assert str(label)[:20].splitlines()[0] in message
 
 
-def test_text_of_every_class_leads_back_to_it() -> None:
+def test_text_of_a_label_means_its_class_again() -> None:
     lists = [PLAIN, FROM_ONE, SORTED_AS_TEXT, PADDED, ["cat", "dog"]]
     lists += [list(names) for names in itertools.permutations(["0", "1", "2", "x"])]
     for classes in lists:
@@ -82,7 +82,7 @@ def test_text_of_every_class_leads_back_to_it() -> None:
     assert label_text(["cat", "dog"], 1) == "1"
 
 
-def test_different_names_are_told_with_both_sides() -> None:
+def test_different_class_names_are_reported_with_both_sides() -> None:
     check_same_classes(["a", "b"], "one", ("a", "b"), "other", "nothing to do")
     with pytest.raises(InputError) as error:
         check_same_classes(

@@ -18,7 +18,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (8, 6, 3), dtype=np.uint8)
 
 
 def encoded(linear: np.ndarray) -> np.ndarray:
-    """The curve of sRGB, 0 … 1 to 0 … 255."""
+    """Return the curve of sRGB, from 0 … 1 to 0 … 255."""
     return 255 * np.where(
         linear <= 0.0031308, 12.92 * linear, 1.055 * np.clip(linear, 0, None) ** (1 / 2.4) - 0.055
     ).clip(0, 1)
@@ -47,7 +47,7 @@ def test_profile_with_exchanged_primaries_exchanges_channels(tmp_path: Path) -> 
     assert np.array_equal(read_image(tmp_path / "square.png", 6, keep_colors=True), PIXELS[:6])
 
 
-def test_conversion_is_done_once_and_leaves_the_given_picture(tmp_path: Path) -> None:
+def test_conversion_happens_once_and_leaves_the_given_picture(tmp_path: Path) -> None:
     given = picture()
     once = to_rgb(given)
     assert np.array_equal(np.asarray(to_rgb(once)), np.asarray(once))
@@ -62,7 +62,7 @@ def test_srgb_profile_changes_no_bit(mode: str) -> None:
 
 
 def test_srgb_profile_with_a_curve_of_points_changes_no_bit() -> None:
-    """As cameras and editors embed it: 1,024 points of sRGB's curve, rounded."""
+    """Cameras and editors embed sRGB as 1,024 rounded points of its curve."""
     at = np.linspace(0, 1, 1024)
     linear = np.where(at <= 0.04045, at / 12.92, ((at + 0.055) / 1.055) ** 2.4)
     curve = b"curv" + bytes(4) + struct.pack(">I", 1024) + (65535 * linear).round().astype(">u2").tobytes()
@@ -142,7 +142,7 @@ def test_inks_become_the_colors_of_their_table() -> None:
         ("RGB", b""),
     ],
 )
-def test_unusable_profile_is_told_and_colors_stay(mode: str, data: bytes) -> None:
+def test_unusable_profile_is_reported_and_colors_stay(mode: str, data: bytes) -> None:
     given = picture(mode, data)
     assert has_unusable_profile(given)
     assert np.array_equal(np.asarray(to_rgb(given)), np.asarray(to_rgb(picture(mode, None))))

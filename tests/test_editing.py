@@ -126,7 +126,7 @@ def test_seeds_can_be_any_whole_numbers(
 ) -> None:
     expected = pipeline.edit(planet, MASK, 1, seed=[1, 2], output="tensor")
     assert torch.equal(
-        torch.as_tensor(pipeline.edit(planet, MASK, 1, seed=seeds, output="tensor")),
+        pipeline.edit(planet, MASK, 1, seed=seeds, output="tensor"),
         torch.as_tensor(expected),
     )
     alone = [pipeline.edit(planet, MASK, 1, seed=seed, output="tensor") for seed in (2, np.int64(2))]
@@ -165,8 +165,8 @@ def test_redrawn_part_fits_the_kept_part(pipeline: Pipeline) -> None:
     mask = torch.zeros(64, 64)
     mask[32:] = 1
     labels = ["planets", "moods", "voxel-bot", "clay"]
-    originals = torch.as_tensor(pipeline.generate(labels * 2, seed=100, output="tensor"))
-    others = torch.as_tensor(pipeline.generate(labels * 2, seed=200, output="tensor"))
+    originals = pipeline.generate(labels * 2, seed=100, output="tensor")
+    others = pipeline.generate(labels * 2, seed=200, output="tensor")
     errors, errors_of_others = [], []
     for label, original, other in zip(labels * 2, originals, others):
         edited = pipeline.edit(original, mask, label, output="tensor")[0]

@@ -321,8 +321,8 @@ def test_save_load_save_gives_equal_files(pipeline_folder: Path, tmp_path: Path)
     ]
 
 
-def test_the_command_line_pushes_and_draws_offline(hub: Hub, pipeline_folder: Path, tmp_path: Path) -> None:
-    """In processes of their own, with the environment variables that users know."""
+def test_command_line_pushes_and_draws_offline(hub: Hub, pipeline_folder: Path, tmp_path: Path) -> None:
+    """Run commands in separate processes, with the environment variables that users set."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

@@ -36,7 +36,7 @@ integers = pytest.mark.skipif(not can_quantize(), reason="this build of torch ha
 @packing
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(0,), (1,), (2,), (7,), (3, 5), (4, 0), (128,), (2, 300)])
-def test_the_product_is_the_same_to_the_bit(shape: tuple[int, ...], bias: bool) -> None:
+def test_packed_product_equals_the_plain_one_bit_for_bit(shape: tuple[int, ...], bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(48, 80, bias=bias).to(torch.bfloat16)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def test_the_product_is_the_same_to_the_bit(shape: tuple[int, ...], bias: bool) 
 
 
 @packing
-def test_other_dtypes_and_other_layers_stay() -> None:
+def test_other_dtypes_and_layers_are_not_packed() -> None:
     module = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Conv2d(4, 4, 1, dtype=torch.bfloat16)})
     pack_linear_layers(module)
     assert type(module["a"]) is nn.Linear
@@ -59,7 +59,7 @@ def test_other_dtypes_and_other_layers_stay() -> None:
 
 @packing
 @pytest.mark.parametrize("backbone", BACKBONES, ids=[config.kind for config in BACKBONES])
-def test_a_packed_model_draws_the_same_tokens(backbone: MaskedConfig | CausalConfig) -> None:
+def test_packed_model_draws_the_same_tokens(backbone: MaskedConfig | CausalConfig) -> None:
     torch.manual_seed(0)
     plain = FAR(ModelConfig(NetworkConfig(backbone, ShortcutConfig(16, 1, 2), patch=2), 3, 2, (4, 4))).eval()
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_a_packed_model_draws_the_same_tokens(backbone: MaskedConfig | CausalCon
 
 
 @packing
-def test_a_packed_model_is_saved_plain(tmp_path: Path) -> None:
+def test_packed_model_is_saved_with_plain_weights(tmp_path: Path) -> None:
     pipeline = far.Pipeline.from_pretrained("avatars-64", dtype="bfloat16")
     assert any(isinstance(module, PackedLinear) for module in pipeline.model.modules())
     pipeline.save_pretrained(tmp_path)
@@ -95,7 +95,7 @@ def test_a_packed_model_is_saved_plain(tmp_path: Path) -> None:
 
 
 @packing
-def test_tensors_of_a_packed_module_are_saved_in_another_dtype(tmp_path: Path) -> None:
+def test_packed_tensors_can_be_saved_in_another_dtype(tmp_path: Path) -> None:
     linear = nn.Linear(16, 8).to(torch.bfloat16)
     save_tensors(tmp_path / "x.safetensors", PackedLinear(linear).state_dict(), torch.float32)
     assert torch.equal(load_file(tmp_path / "x.safetensors")["weight"], linear.weight.float())
@@ -118,7 +118,7 @@ def integer_product(linear: nn.Linear, x: torch.Tensor, kernel: Int8Kernel) -> t
 @pytest.mark.parametrize("kernel", INT8_KERNELS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (7,), (3, 5), (130,)])
-def test_eight_bit_products_are_those_of_whole_numbers(
+def test_int8_products_equal_products_of_integers(
     shape: tuple[int, ...], bias: bool, kernel: Int8Kernel
 ) -> None:
     if int8_fault(kernel):
@@ -136,7 +136,7 @@ def test_eight_bit_products_are_those_of_whole_numbers(
 
 @integers
 @torch.no_grad()
-def test_a_row_of_an_eight_bit_product_does_not_depend_on_the_others() -> None:
+def test_row_of_an_int8_product_does_not_depend_on_the_others() -> None:
     layer = Int8Linear(nn.Linear(96, 80))
     x = torch.randn(4, 96) * torch.tensor([[1.0], [1e3], [1e-3], [0.0]])
     for row in range(4):
@@ -146,7 +146,7 @@ def test_a_row_of_an_eight_bit_product_does_not_depend_on_the_others() -> None:
 
 @integers
 @pytest.mark.parametrize("name", ["avatars-64", "avatars-64-causal"])
-def test_an_eight_bit_model_draws_nearly_the_same_images(name: str) -> None:
+def test_int8_model_draws_nearly_the_same_images(name: str) -> None:
     steps = {"ar_steps": 4} if name == "avatars-64" else {}
     exact, low = (
         far.load(name, dtype=dtype).generate([3, 5], seed=1, output="tensor", **steps)
@@ -157,7 +157,7 @@ def test_an_eight_bit_model_draws_nearly_the_same_images(name: str) -> None:
 
 
 @integers
-def test_narrow_layers_stay() -> None:
+def test_narrow_layers_are_not_quantized() -> None:
     module = nn.ModuleDict({"narrow": nn.Linear(16, 256), "wide": nn.Linear(256, 256)})
     quantize_linear_layers(module)
     assert type(module["narrow"]) is nn.Linear
@@ -166,7 +166,7 @@ def test_narrow_layers_stay() -> None:
 
 
 @integers
-def test_an_eight_bit_model_is_not_saved(tmp_path: Path) -> None:
+def test_int8_model_cannot_be_saved(tmp_path: Path) -> None:
     pipeline = far.Pipeline.from_pretrained("avatars-64", dtype="int8")
     with pytest.raises(InputError, match="int8"):
         pipeline.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Contact sheets: where each image stands, and that enlarging repeats pixels and changes none."""
+"""Contact sheets place each image by its class, and enlarging repeats pixels without changing any."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def lay_out(labels: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return shrunk(np.asarray(contact_sheet(drawn, labels))), to_uint8(drawn)
 
 
-def test_each_class_is_one_row() -> None:
+def test_each_class_takes_one_row() -> None:
     sheet, pictures = lay_out([2, 2, 2, 0, 0, 7])
     assert sheet.shape == (3 * 5, 3 * 6, 3)
     white = np.full((5, 6, 3), 255)
@@ -40,7 +40,7 @@ def test_each_class_is_one_row() -> None:
     assert np.array_equal(sheet, np.concatenate([np.concatenate(row, axis=1) for row in expected]))
 
 
-def test_images_of_a_class_that_are_apart_come_together() -> None:
+def test_scattered_images_of_a_class_share_a_row() -> None:
     sheet, pictures = lay_out([0, 1, 0, 1])
     rows = [
         np.concatenate([pictures[0], pictures[2]], axis=1),
@@ -49,13 +49,13 @@ def test_images_of_a_class_that_are_apart_come_together() -> None:
     assert np.array_equal(sheet, np.concatenate(rows))
 
 
-def test_a_long_class_takes_rows_of_equal_length() -> None:
+def test_long_class_takes_rows_of_equal_length() -> None:
     sheet, pictures = lay_out([5] * 10)
     rows = [np.concatenate(list(pictures[start : start + 5]), axis=1) for start in (0, 5)]
     assert np.array_equal(sheet, np.concatenate(rows))
 
 
-def test_many_classes_stand_in_two_columns_with_a_gap() -> None:
+def test_many_classes_take_two_columns_with_a_gap() -> None:
     sheet, pictures = lay_out([index // 2 for index in range(20)])
     # 10 rows of 10 × 12 pixels would be over four times as high as wide.
     assert sheet.shape == (5 * 5, 2 * 12 + 1, 3)
