@@ -1,1 +1,1 @@
-"""How good are the images: feature networks and distances between sets of features."""
+"""Evaluation of images: feature networks and distances between sets of features."""

@@ -1,7 +1,7 @@
-"""Features of many images, part by part: resumable, shared among processes, and kept in files.
+"""Features of many images, computed in parts and kept in files: resumable, with any number of processes.
 
-A part is a fixed run of image numbers in a file of its own, so any number of processes can work on one
-folder, and what is there is never computed twice.
+A part is a fixed range of image numbers in its own file, so several processes can work on one folder, and no
+part is computed twice.
 """
 
 from collections.abc import Callable
@@ -30,13 +30,14 @@ def extract_parts(
     share: tuple[int, int] = (0, 1),
     description: str = "features",
 ) -> None:
-    """Write the parts of images 0 … ``count`` − 1 that are missing in ``folder``.
+    """Write the missing parts of images 0 … ``count`` − 1 to ``folder``.
 
     Args:
-        folder: one for each set of images and extractor.
-        images: image numbers → ``[n, 3, h, w]`` in [0, 1]. If it draws them, it calls its second argument after each AR step.
+        folder: another one for each set of images and extractor.
+        images: image numbers → ``[n, 3, h, w]`` in [0, 1]. A function that draws them calls its second
+            argument after each AR step.
         keep_images: also keep the images as uint8.
-        share: (rank, processes): every ``processes``-th missing part is this process's.
+        share: (rank, processes): this process computes every ``processes``-th missing part.
 
     Raises:
         InputError: a feature is not finite.
@@ -53,7 +54,7 @@ def extract_parts(
     with ImageBar(total, description, initial=done, disable=rank > 0) as bar:
         for index in mine:
             rows = parts[index]
-            # Judged as they would be saved: with 8 bits.
+            # Images are evaluated as they would be saved, with 8 bits.
             quantized = (images(rows, bar.ar_step) * 255).round().clamp(0, 255)
             tensors = {"features": _checked(extractor(quantized / 255).cpu(), rows)}
             if keep_images:
@@ -67,23 +68,24 @@ def _checked(features: Tensor, rows: range) -> Tensor:
     bad = ~features.isfinite().all(dim=1)
     if bad.any():
         raise InputError(
-            f"image {rows.start + int(bad.nonzero()[0])} gives features that are not finite; check the weights and the image"
+            f"image {rows.start + int(bad.nonzero()[0])} gives features that are not finite."
+            " Check the weights and the image."
         )
     return features
 
 
 def part_ranges(count: int) -> list[range]:
-    """The image numbers of each part."""
+    """Return the image numbers of each part."""
     return [range(start, min(start + PART, count)) for start in range(0, count, PART)]
 
 
 def part_path(folder: Path, rows: range) -> Path:
-    """The file of a part; its name holds the length, so that a part cut short by ``count`` is not taken for a whole one."""
+    """Return the file of a part. The length in its name tells a shorter last part from a full one."""
     return folder / f"part-{rows.start:08d}-{len(rows)}.safetensors"
 
 
 def read_parts(folder: Path, count: int, name: str = "features") -> Tensor:
-    """``features [count, d]`` or ``images [count, h, w, 3]`` of all parts.
+    """Return ``features [count, d]`` or ``images [count, h, w, 3]`` of all parts.
 
     Raises:
         InputError: a part is missing or damaged.
@@ -92,7 +94,7 @@ def read_parts(folder: Path, count: int, name: str = "features") -> Tensor:
 
 
 def read_part(folder: Path, rows: range, name: str) -> Tensor:
-    """One part of :func:`read_parts`."""
+    """Return ``features`` or ``images`` of one part. See :func:`read_parts`."""
     path = part_path(folder, rows)
     try:
         tensors = read_tensors(path)
@@ -100,6 +102,7 @@ def read_part(folder: Path, rows: range, name: str) -> Tensor:
         raise InputError(f"{error}, or remove it and run the same command again") from error
     if name not in tensors or len(tensors[name]) != len(rows):
         raise InputError(
-            f"{path} is damaged (it lacks {name} of {len(rows)} images); remove it and run the same command again"
+            f"{path} is damaged (it lacks {name} of {len(rows)} images)."
+            " Remove it and run the same command again."
         )
     return tensors[name]

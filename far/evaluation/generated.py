@@ -1,4 +1,4 @@
-"""Features of generated images: which labels and seeds, and a folder of parts that any process can go on with."""
+"""Features of generated images: their labels, seeds and folder of parts, which any process can continue."""
 
 import dataclasses
 import hashlib
@@ -21,7 +21,7 @@ from far.sampling import Progress, SamplingConfig
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What fixes a set of generated images, besides its length.
+    """Settings that determine a set of generated images, except its length.
 
     Image i has class i mod classes and seed ``seed`` + i. ``dtype`` is that of the generator's weights.
     """
@@ -32,7 +32,7 @@ class Generation:
     dtype: str
 
     def describe(self) -> dict[str, Any]:
-        """All of it, with the SHA-256 of every file of the weights, ready for JSON."""
+        """Return all settings with the SHA-256 of every file of the weights, as JSON values."""
         folder = find_folder(self.weights)
         files = {
             path.name: sha256(path)
@@ -51,20 +51,20 @@ class Generation:
 def parts_folder(
     base: Path, generation: Generation, extractor: Extractor, *, keep_images: bool = False
 ) -> Path:
-    """The folder for the parts of a generation: another for other weights, settings, network, or content."""
+    """Return the folder for a generation's parts, unique to its weights, settings, network and content."""
     described = {
         **generation.describe(),
         "extractor": [extractor.name, extractor.digest],
         "images": keep_images,
     }
-    del described["weights"]  # the same files under another name are the same
+    del described["weights"]  # equal files under another name are equal weights
     return base / f"parts-{hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def check_class_balance(count: int, classes: int) -> None:
     """Raise an :class:`InputError` if ``count`` images cannot show every class."""
     if count < classes:
-        raise InputError(f"count {count} leaves some of the {classes} classes empty; give {classes} or more")
+        raise InputError(f"count {count} leaves some of the {classes} classes empty. Use {classes} or more.")
 
 
 def extract_generated(
@@ -78,10 +78,10 @@ def extract_generated(
     keep_images: bool = False,
     share: tuple[int, int] = (0, 1),
 ) -> None:
-    """Draw ``count`` images and write their parts; see :func:`far.evaluation.extraction.extract_parts`.
+    """Draw ``count`` images and write their parts. See :func:`far.evaluation.extraction.extract_parts`.
 
     Raises:
-        InputError: fewer images than classes, so that some class would be empty.
+        InputError: there are fewer images than classes.
     """
     classes = len(pipeline.classes)
     check_class_balance(count, classes)

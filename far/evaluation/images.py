@@ -1,7 +1,7 @@
-"""Where the images of an evaluation come from (folders, ``.npz`` files, image sets), and ADM's ``.npz`` going out.
+"""Images to evaluate, from folders, ``.npz`` files and image sets; and writing ADM's ``.npz``.
 
-Everything is read by row range, so no set has to fit in memory. What is computed from the images is in
-``far.evaluation.extraction``.
+Images are read by row range, so no set has to fit in memory. ``far.evaluation.extraction`` computes their
+features.
 """
 
 import contextlib
@@ -30,21 +30,21 @@ from far.errors import InputError
 from far.files import atomic_path, check_zip, sha256
 from far.notices import noticed
 
-# The names under which ADM's evaluation reads samples and labels.
+# Array names of samples and labels in ADM's evaluation.
 NPZ_IMAGES, NPZ_LABELS = "arr_0", "arr_1"
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSource:
-    """A set of equally large images.
+    """A set of images of one size.
 
     Attributes:
-        name: what the user called it.
+        name: path given by the user.
         count: number of images.
         size: (height, width) in pixels.
-        digest: of the contents; equal for equal images in equal order.
+        digest: digest of the content, equal for equal images in the same order.
         read: rows ``range`` → ``[n, h, w, 3]`` uint8.
-        left_out: numbers of a folder's other files, by reason.
+        left_out: number of a folder's other files by reason.
         classes: names of the classes, empty if the images have none.
     """
 
@@ -57,24 +57,24 @@ class ImageSource:
     classes: Sequence[str] = ()
 
     def tensor(self, rows: range) -> Tensor:
-        """Rows as ``[n, 3, h, w]`` float32 in [0, 1]."""
+        """Return rows as ``[n, 3, h, w]`` float32 in [0, 1]."""
         return torch.from_numpy(self.read(rows)).permute(0, 3, 1, 2).float().div(255)
 
 
 def open_images(path: Path) -> ImageSource:
-    """The images of a folder (with or without class subfolders), an ``.npz``, or an image set of ``far data``.
+    """Open the images of a folder (with or without class subfolders), an ``.npz``, or an image set.
 
-    Of an image set with two parts the held-out one is taken.
+    An image set with two parts gives its held-out part.
 
     Raises:
-        InputError: nothing is there, or it holds no images, an empty class, or images of different sizes.
+        InputError: ``path`` does not exist, or has no images, an empty class, or images of different sizes.
     """
     if path.suffix.lower() == ".npz" and not path.is_dir():
         return _open_npz(path)
     if not path.is_dir():
-        wrong = "is no folder and no .npz" if path.exists() else "does not exist"
+        wrong = "is neither a folder nor an .npz" if path.exists() else "does not exist"
         raise InputError(
-            f"{path} {wrong}; give a folder of images, an .npz, or an image set that far data made"
+            f"{path} {wrong}. Give a folder of images, an .npz, or an image set that far data made."
         )
     for folder in (path, path / "held-out"):
         if (folder / INDEX).exists():
@@ -98,9 +98,8 @@ def _open_folder(folder: Path) -> ImageSource:
     left_out: Counter[str] = Counter()
     files, classes = _image_files(folder, left_out)
     if not files:
-        also = f"; it holds {describe(left_out)}" if left_out else ""
-        raise InputError(f"{folder} holds no images ({', '.join(SUFFIXES)}){also}")
-    # Version 0.1 read the same files without their color profiles, and its features may still be in the cache.
+        only = f", only {describe(left_out)}" if left_out else ""
+        raise InputError(f"{folder} has no images ({', '.join(SUFFIXES)}){only}. Give a folder of images.")
     digest = hashlib.sha256(b"sRGB\n")
     for file in tqdm(files, f"checksums of {folder}", unit="file", delay=2, leave=False):
         digest.update(os.fsencode(f"{file.relative_to(folder)} {sha256(file)}\n"))
@@ -113,8 +112,8 @@ def _open_folder(folder: Path) -> ImageSource:
         for file, image in zip(chosen, images):
             if image.shape != size:
                 raise InputError(
-                    f"{file} has {image.shape[1]}×{image.shape[0]} pixels, {files[0].name} {size[1]}×{size[0]}; "
-                    "bring all images to one size (far data folder does)"
+                    f"{file} has {image.shape[1]}×{image.shape[0]} pixels, {files[0].name}"
+                    f" {size[1]}×{size[0]}. Scale all images to one size, as far data folder does."
                 )
         return np.stack(images)
 
@@ -124,7 +123,7 @@ def _open_folder(folder: Path) -> ImageSource:
 
 
 def _image_files(folder: Path, left_out: Counter[str]) -> tuple[list[Path], list[str]]:
-    """Return all images, taking the subfolders in turn so that the first ones cover all classes, and the classes' names."""
+    """Return all images and the class names. The classes take turns, so that the first images cover all."""
     classes = [images_in(folder, left_out)]
     subfolders = class_folders(folder, left_out)
     for subfolder in subfolders:
@@ -132,11 +131,12 @@ def _image_files(folder: Path, left_out: Counter[str]) -> tuple[list[Path], list
         classes.append(images_within(subfolder, others))
         if not classes[-1]:
             raise InputError(
-                f"class {subfolder} has no images ({describe(others) or 'empty'}); add PNG, JPEG or WebP files or remove it"
+                f"class {subfolder} has no images ({describe(others) or 'empty'})."
+                " Add PNG, JPEG or WebP files, or remove it."
             )
         left_out.update(others)
     files = [file for row in itertools.zip_longest(*classes) for file in row if file is not None]
-    # Images beside the subfolders have no class.
+    # Images outside the subfolders have no class.
     return files, [] if classes[0] else [subfolder.name for subfolder in subfolders]
 
 
@@ -149,11 +149,12 @@ def _open_npz(path: Path) -> ImageSource:
     images = map_npz_array(path, NPZ_IMAGES)
     if images is None:
         raise InputError(
-            f"{path} holds no array {NPZ_IMAGES!r} of images; write it with far generate --out FILE.npz"
+            f"{path} has no array {NPZ_IMAGES!r} of images. Write it with far generate --out FILE.npz."
         )
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
         raise InputError(
-            f"{path}: {NPZ_IMAGES} is {images.dtype} {list(images.shape)}, where uint8 [n, height, width, 3] is needed"
+            f"{path}: {NPZ_IMAGES} is {images.dtype} {list(images.shape)}, not uint8 [n, height, width, 3]."
+            " Write it with far generate --out FILE.npz."
         )
     size = (images.shape[1], images.shape[2])
     return ImageSource(
@@ -166,17 +167,17 @@ def _open_npz(path: Path) -> ImageSource:
 
 
 def npz_names(path: Path) -> set[str]:
-    """The names of the arrays of an ``.npz``.
+    """Return the names of the arrays of an ``.npz``.
 
     Raises:
-        InputError: the file is missing, cut off, or no ``.npz``.
+        InputError: the file is missing, truncated, or not an ``.npz``.
     """
     with _archive(path) as archive:
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
 def check_npz(path: Path) -> None:
-    """Read all of an ``.npz`` once against its checksums, which a memory map does not look at.
+    """Compare an ``.npz`` with its checksums, which a memory map does not check.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -193,22 +194,24 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn what reading a damaged archive raises into an :class:`InputError`."""
+    """Turn errors of reading a damaged archive into an :class:`InputError`."""
     try:
         yield
     except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist") from error
-    except Exception as error:  # of a damaged archive or header, zipfile and numpy raise nearly anything
+        raise InputError(f"{path} does not exist. Give an existing .npz.") from error
+    except Exception as error:  # zipfile and numpy raise almost anything on damaged archives
         raise InputError(
-            f"{path} is damaged or no .npz ({' '.join(str(error).split())}); restore or remake it"
+            f"{path} is damaged or not an .npz ({' '.join(str(error).split())}). Restore it or make it again."
         ) from error
 
 
 def map_npz_array(path: Path, name: str) -> np.ndarray | None:
-    """Array ``name`` of an ``.npz`` as a memory map, ``None`` if it has none; a compressed one is unpacked to a temporary file.
+    """Return array ``name`` of an ``.npz`` as a memory map, or ``None`` if it is absent.
+
+    A compressed array is unpacked to a temporary file.
 
     Raises:
-        InputError: the file is missing, cut off, no ``.npz``, or the array is pickled.
+        InputError: the file is missing, truncated or not an ``.npz``, or the array is pickled.
     """
     with _archive(path) as archive:
         if f"{name}.npy" not in archive.namelist():
@@ -216,7 +219,7 @@ def map_npz_array(path: Path, name: str) -> np.ndarray | None:
         entry = archive.getinfo(f"{name}.npy")
         if entry.compress_type == zipfile.ZIP_STORED:
             with path.open("rb") as file:
-                # A local header is 30 bytes, of which the last four hold the lengths of the name and the extra field.
+                # A local header has 30 bytes. The last four are the lengths of the name and the extra field.
                 file.seek(entry.header_offset + 26)
                 name_length, extra_length = np.frombuffer(file.read(4), "<u2").tolist()
                 file.seek(entry.header_offset + 30 + name_length + extra_length)
@@ -233,16 +236,18 @@ def _map_npy(file: IO[bytes]) -> np.ndarray:
     reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = reader(file)
     if dtype.hasobject:
-        raise ValueError("it holds pickled objects, which are not loaded")
+        raise ValueError("it has pickled objects, which are not loaded")
     if not all(shape):
         return np.empty(shape, dtype)
-    return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")  # type: ignore[call-overload, no-any-return]
+    order = "F" if fortran else "C"
+    mapped = np.memmap(file, dtype, "r", file.tell(), shape, order)  # type: ignore[call-overload]
+    return mapped  # type: ignore[no-any-return]
 
 
 def write_npz(
     path: Path, images: Iterable[np.ndarray], count: int, labels: Sequence[int] | None = None
 ) -> None:
-    """Write ADM's sample format batch by batch: ``arr_0`` ``[count, h, w, 3]`` uint8, and ``arr_1``, the labels."""
+    """Write ADM's sample format by batches: images ``arr_0`` ``[count, h, w, 3]``, labels ``arr_1``."""
     with (
         atomic_path(path) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,

@@ -1,9 +1,8 @@
-"""FID's own Inception-v3: the network of TensorFlow's graph of 2015-12-05, as PyTorch weights of the usual names.
+"""FID's Inception-v3: the network of TensorFlow's graph of 2015-12-05, with pytorch-fid's parameter names.
 
-It is not torchvision's: it has 1,008 classes, its average pooling leaves padding out of the count, its
-last block pools by maximum, and images are enlarged by TensorFlow 1's rule. The weights
-(``pt_inception-2015-12-05-6726825d.pth``) are the user's to supply. Distances are in
-``far.evaluation.metrics``.
+It differs from torchvision's: it has 1,008 classes, its average pooling excludes padding, its last block uses
+max pooling, and images are resized as in TensorFlow 1. Users supply the weights
+(``pt_inception-2015-12-05-6726825d.pth``). The distances are in ``far.evaluation.metrics``.
 """
 
 import re
@@ -20,14 +19,14 @@ from far.pickles import is_held, read_pickle
 
 INPUT_SIZE = 299
 CLASSES = 1008
-# On a CPU so many images at a time stay near the caches.
+# Images per chunk on a CPU: few enough to stay in the caches.
 _CPU_CHUNK = 16
-# On other devices so many, whatever the batch, bound the memory.
+# Images per chunk on other devices: bounds the memory for any batch size.
 _CHUNK = 64
 
 
 class InceptionV3(nn.Module):
-    """Pooled features and class logits; submodules have the published names."""
+    """Inception-v3 that returns pooled features and class logits; submodules have the published names."""
 
     name = FID_NETWORK
     dimensions = 2048
@@ -54,13 +53,13 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(self.dimensions, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pooled features ``[n, 2048]`` of images ``[n, 3, h, w]`` in [0, 1], resized to 299 pixels."""
+        """Return pooled features ``[n, 2048]`` of images ``[n, 3, h, w]`` in [0, 1], at 299 pixels."""
         images = images.to(self.fc.weight.device)
         chunk = _CPU_CHUNK if images.device.type == "cpu" else _CHUNK
         return torch.cat([self._features(part) for part in images.split(chunk)])
 
     def logits(self, features: Tensor) -> Tensor:
-        """Class logits ``[n, 1008]`` without the bias, which the Inception Score on this graph leaves out."""
+        """Return class logits ``[n, 1008]`` without bias, as the Inception Score on this graph uses them."""
         return F.linear(features.to(self.fc.weight.device), self.fc.weight)
 
     def _features(self, images: Tensor) -> Tensor:
@@ -76,7 +75,7 @@ class InceptionV3(nn.Module):
 
 
 class NormedConv(nn.Module):
-    """Convolution without bias, batch norm, ReLU."""
+    """Convolution without bias, then batch norm and ReLU."""
 
     def __init__(
         self,
@@ -103,7 +102,7 @@ def _max_pool(x: Tensor) -> Tensor:
 
 
 class InceptionA(nn.Module):
-    """35 × 35: 1×1, 5×5, two 3×3, pool."""
+    """Block at 35 × 35 with branches 1×1, 5×5, two 3×3, and pooling."""
 
     def __init__(self, channels: int, pool_width: int) -> None:
         super().__init__()
@@ -129,7 +128,7 @@ class InceptionA(nn.Module):
 
 
 class InceptionB(nn.Module):
-    """35 × 35 → 17 × 17."""
+    """Block that reduces 35 × 35 to 17 × 17."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -144,7 +143,7 @@ class InceptionB(nn.Module):
 
 
 class InceptionC(nn.Module):
-    """17 × 17: 1×1, one and two 7×7 taken apart into rows and columns, pool."""
+    """Block at 17 × 17 with branches 1×1, one and two 7×7 factored into rows and columns, and pooling."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -168,7 +167,7 @@ class InceptionC(nn.Module):
 
 
 class InceptionD(nn.Module):
-    """17 × 17 → 8 × 8."""
+    """Block that reduces 17 × 17 to 8 × 8."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -185,7 +184,7 @@ class InceptionD(nn.Module):
 
 
 class InceptionE(nn.Module):
-    """8 × 8: branches that fork into a row and a column at their ends; ``pool`` differs between the two blocks."""
+    """Block at 8 × 8 with branches that end in a row and a column; its two uses differ in ``pool``."""
 
     def __init__(self, channels: int, pool) -> None:  # type: ignore[no-untyped-def]
         super().__init__()
@@ -213,9 +212,9 @@ class InceptionE(nn.Module):
 
 
 def tensorflow_resize(images: Tensor, size: int) -> Tensor:
-    """Bilinear resizing of ``[n, c, h, w]`` to ``[n, c, size, size]`` as TensorFlow 1 does it by default.
+    """Resize ``[n, c, h, w]`` to ``[n, c, size, size]`` bilinearly, as TensorFlow 1 does by default.
 
-    Output pixel i lies at i · (input / output), without half-pixel centres, and nothing is smoothed first.
+    Output pixel i is at i · (input / output), without half-pixel centers and without antialiasing.
     """
     for axis in (2, 3):
         length = images.shape[axis]
@@ -229,39 +228,39 @@ def tensorflow_resize(images: Tensor, size: int) -> Tensor:
 
 
 def load_inception(path: Path) -> InceptionV3:
-    """The network with the published state dict, in evaluation mode, without gradients.
+    """Load the network with the published state dict, in evaluation mode, with frozen weights.
 
     Raises:
-        InputError: the file is missing, damaged, or another network's.
+        InputError: the file is missing, damaged, or of another network.
     """
-    remedy = "get pt_inception-2015-12-05-6726825d.pth, as published for pytorch-fid"
+    remedy = "Download pt_inception-2015-12-05-6726825d.pth, as published for pytorch-fid."
     try:
         weights = read_pickle(path)
     except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist; {remedy}") from error
-    except Exception as error:  # Of a damaged file torch.load raises nearly anything: IndexError, struct.error, AssertionError.
-        raise InputError(f"{path} is damaged or holds more than tensors; {remedy}") from error
+        raise InputError(f"{path} does not exist. {remedy}") from error
+    except Exception as error:  # torch.load raises almost anything on damaged files: IndexError, struct.error
+        raise InputError(f"{path} is damaged or has more than tensors. {remedy}") from error
     network = InceptionV3()
     expected = network.state_dict()
     if not isinstance(weights, dict):
-        raise InputError(f"{path} is no state dict; {remedy}")
-    # The counters of the batch norms are unused here, and may be absent from the file.
+        raise InputError(f"{path} is not a state dict. {remedy}")
+    # The counters of the batch norms are unused, and may be missing in the file.
     weights = {
         **{name: tensor for name, tensor in expected.items() if name.endswith("num_batches_tracked")},
         **weights,
     }
     differing = sorted(map(str, weights.keys() ^ expected.keys()))
     if differing:
-        raise InputError(f"{path} holds another network: {differing[0]} is in only one of the two; {remedy}")
+        raise InputError(f"{path} has another network: {differing[0]} is in only one of the two. {remedy}")
     for name, tensor in expected.items():
         if not is_held(weights[name]) or weights[name].is_complex() or weights[name].shape != tensor.shape:
             raise InputError(
-                f"{path} holds another network: {name} is not of shape {list(tensor.shape)}; {remedy}"
+                f"{path} has another network: {name} is not of shape {list(tensor.shape)}. {remedy}"
             )
     network.load_state_dict(weights)
     network.digest = sha256(path)
-    # A published file's name ends with the first digits of its checksum, and pickles of that age have no other.
+    # The name of a published file ends with the first digits of its checksum. Its pickle has no other.
     if (named := re.search(r"-([0-9a-f]{8})\.pth$", path.name)) and not network.digest.startswith(named[1]):
-        raise InputError(f"{path} is damaged (its checksum differs from its name's); {remedy}")
+        raise InputError(f"{path} is damaged (its checksum differs from the one in its name). {remedy}")
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.eval().requires_grad_(False)

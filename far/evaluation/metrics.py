@@ -1,6 +1,6 @@
 """Distances between sets of features ``[n, d]``: pure functions, in float64.
 
-Which network the features come from is the caller's business; see ``far.evaluation.features``.
+Callers choose the network that computes the features. See ``far.evaluation.features``.
 """
 
 import math
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from far.errors import InputError
 
-# Rows compared at a time: 250 against 50,000 in float64 take 100 MB, and a few copies of that are needed.
+# Rows compared at a time. 250 against 50,000 in float64 take 100 MB, and a few copies are needed.
 _CHUNK = 250
 
 
 @dataclass
 class FeatureStatistics:
-    """Count, mean ``[d]`` and covariance ``[d, d]``, gathered batch by batch in float64."""
+    """Count, mean ``[d]`` and covariance ``[d, d]``, accumulated batch by batch in float64."""
 
     count: int
     total: Tensor
@@ -32,7 +32,7 @@ class FeatureStatistics:
         )
 
     def add(self, features: Tensor) -> None:
-        """Count in a batch ``[n, d]``."""
+        """Add a batch ``[n, d]``."""
         batch = features.double()
         self.count += len(batch)
         self.total += batch.sum(dim=0)
@@ -40,7 +40,7 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, features: Tensor) -> "FeatureStatistics":
-        """The statistics of all of ``features [n, d]``, converted in chunks."""
+        """Return the statistics of ``features [n, d]``, converted in chunks."""
         statistics = cls.empty(features.shape[1])
         for chunk in features.split(_CHUNK):
             statistics.add(chunk)
@@ -48,7 +48,7 @@ class FeatureStatistics:
 
     @classmethod
     def known(cls, count: int, mean: Tensor, covariance: Tensor) -> "FeatureStatistics":
-        """Statistics that somebody else computed: mean ``[d]``, unbiased covariance ``[d, d]``."""
+        """Return statistics with a given mean ``[d]`` and unbiased covariance ``[d, d]``."""
         mean, covariance = mean.double(), covariance.double()
         return cls(count, count * mean, (count - 1) * covariance + count * torch.outer(mean, mean))
 
@@ -58,26 +58,26 @@ class FeatureStatistics:
 
     @property
     def covariance(self) -> Tensor:
-        """The unbiased covariance; needs two or more rows."""
+        """Unbiased covariance ``[d, d]``; needs two or more rows."""
         return (self.outer - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """``|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½)``, also for rank-deficient covariances.
+    """Return ``|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½)``, also for rank-deficient covariances.
 
-    The trace of the root is the sum of the singular values of ``F₁ᵀ F₂`` with ``Σ = F Fᵀ``, so nothing is inverted
-    and no complex number appears.
+    The trace of the root is the sum of the singular values of ``F₁ᵀ F₂`` with ``Σ = F Fᵀ``, so nothing is
+    inverted and no complex number appears.
 
     Raises:
-        ValueError: fewer than two rows on a side, or different feature counts.
-        InputError: a feature was not finite.
+        ValueError: a side has fewer than two rows, or the numbers of features differ.
+        InputError: a feature is not finite.
     """
     if min(a.count, b.count) < 2:
         raise ValueError(f"a Fréchet distance needs two images per side, got {a.count} and {b.count}")
     if len(a.total) != len(b.total):
         raise ValueError(f"features of {len(a.total)} and {len(b.total)} dimensions cannot be compared")
     if not all(torch.isfinite(side.total).all() and torch.isfinite(side.covariance).all() for side in (a, b)):
-        raise InputError("the features of the images are not finite; check the weights that drew them")
+        raise InputError("The features of the images are not finite. Check the weights that drew the images.")
     root_trace = torch.linalg.svdvals(_factor(a).T @ _factor(b)).sum()
     trace = a.covariance.trace() + b.covariance.trace() - 2 * root_trace
     return float((a.mean - b.mean).square().sum() + trace)
@@ -89,7 +89,8 @@ def _factor(statistics: FeatureStatistics) -> Tensor:
     features, rank = len(covariance), min(statistics.count - 1, len(covariance))
     basis = None
     if 4 * rank < features:
-        # For few images, products with random vectors span all columns, so a small decomposition is exact too.
+        # For few images, products with random vectors span all columns, so a small decomposition is exact
+        # too.
         generator = torch.Generator().manual_seed(0)
         normal = torch.randn(features, rank, generator=generator, dtype=torch.float64)
         basis = torch.linalg.qr(covariance @ normal).Q
@@ -100,9 +101,9 @@ def _factor(statistics: FeatureStatistics) -> Tensor:
 
 
 def frechet_bias(reference: FeatureStatistics, count: int, generator: torch.Generator) -> float:
-    """The distance of ``count`` draws from the reference's own normal distribution to the reference.
+    """Return the distance of ``count`` draws from the reference's normal distribution to the reference.
 
-    A model without any fault would still score about this much at ``count`` images.
+    A perfect model would score about this distance with ``count`` images.
     """
     values, vectors = torch.linalg.eigh(reference.covariance)
     scaled = vectors * values.clamp(min=0).sqrt()
@@ -116,21 +117,21 @@ def frechet_bias(reference: FeatureStatistics, count: int, generator: torch.Gene
 
 
 def frechet_floor(real: Tensor, count: int, reference_count: float, generator: torch.Generator) -> float:
-    """Estimate the distance of ``count`` real images to ``reference_count`` others, which is all bias.
+    """Estimate the distance of ``count`` real images to ``reference_count`` others, which is bias only.
 
-    The rows of ``real [m, d]`` are divided at random, ``count`` of them or half against the rest. The bias falls
-    with 1 / count on either side, so their distance is scaled to the counts in question. With fewer images than
-    features it falls more slowly, and the estimate is too low.
+    The rows of ``real [m, d]`` are split at random, ``count`` of them or half against the rest. The bias
+    falls with 1 / count on either side, so the distance is scaled to the requested counts. With fewer images
+    than features it falls more slowly, and the estimate is too low.
 
     Args:
-        count: images that are compared with the reference.
-        reference_count: images of the reference, ``math.inf`` for exact statistics.
+        count: number of images compared with the reference.
+        reference_count: number of images of the reference, ``math.inf`` for exact statistics.
 
     Raises:
-        ValueError: fewer than four rows.
+        ValueError: there are fewer than four rows.
     """
     if len(real) < real.shape[1]:
-        # No direction but those of the rows matters, and fewer of them take less time.
+        # Only the directions of the rows matter. Project on them to save time.
         real = real.double() @ torch.linalg.qr(real.double().T).Q
     order = torch.randperm(len(real), generator=generator)
     drawn = max(2, min(count, len(real) // 2))
@@ -141,7 +142,7 @@ def frechet_floor(real: Tensor, count: int, reference_count: float, generator: t
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, and how much it varies; ``None`` if the images are too few to tell."""
+    """A figure and its error; the error is ``None`` if there are too few images."""
 
     value: float
     error: float | None
@@ -150,19 +151,19 @@ class Estimate:
 def kernel_distance(
     a: Tensor, b: Tensor, generator: torch.Generator, *, subsets: int = 100, subset_size: int = 1000
 ) -> Estimate:
-    """KID (Bińkowski et al., arXiv 1801.01401): unbiased squared MMD with a cubic kernel, mean over random subsets.
+    """Return KID (Bińkowski et al., arXiv 1801.01401): unbiased squared MMD, mean over random subsets.
 
     ``error`` is the standard error of the mean, from the standard deviation over the subsets. It needs twice
-    ``subset_size`` images per side: subsets that share most of their images vary too little.
+    ``subset_size`` images per side, because subsets that share most of their images vary too little.
 
     Args:
         a: features ``[n, d]``.
         b: features ``[m, d]``.
-        subsets: number of subsets; one is enough if it holds all images.
-        subset_size: images per side and subset, at most the smaller side's number.
+        subsets: number of subsets. One is used if it contains all images.
+        subset_size: images per side and subset, at most all images of the smaller side.
 
     Raises:
-        ValueError: fewer than two rows on a side.
+        ValueError: a side has fewer than two rows.
     """
     smaller = min(len(a), len(b))
     if smaller < 2:
@@ -177,14 +178,14 @@ def kernel_distance(
     found = torch.tensor(values, dtype=torch.float64)
     if smaller < 2 * subset_size:
         return Estimate(float(found.mean()), None)
-    # Subsets drawn without replacement from n images vary less than fresh ones, by 1 − size / n;
+    # Subsets drawn without replacement from n images vary less than independent ones, by 1 − size / n.
     # n images are n / size independent subsets.
-    share = size / smaller
-    return Estimate(float(found.mean()), float(found.std() * math.sqrt(share / (1 - share))))
+    fraction = size / smaller
+    return Estimate(float(found.mean()), float(found.std() * math.sqrt(fraction / (1 - fraction))))
 
 
 def squared_mmd(a: Tensor, b: Tensor) -> float:
-    """The unbiased estimate of the squared MMD of ``a [n, d]`` and ``b [m, d]``, kernel ``(x·y / d + 1)³``."""
+    """Return the unbiased squared MMD of ``a [n, d]`` and ``b [m, d]`` with the kernel ``(x·y / d + 1)³``."""
     a, b = a.double(), b.double()
     within_a, within_b, between = ((x @ y.T / a.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
     n, m = len(a), len(b)
@@ -195,12 +196,17 @@ def squared_mmd(a: Tensor, b: Tensor) -> float:
 
 
 def inception_score(logits: Tensor, generator: torch.Generator, *, splits: int = 10) -> Estimate:
-    """``exp E KL(p(y|x) ‖ p(y))`` (Salimans et al., arXiv 1606.03498) of class logits ``[n, classes]``, mean over random splits.
+    """Return the Inception Score ``exp E KL(p(y|x) ‖ p(y))`` (Salimans et al., arXiv 1606.03498).
 
-    ``error`` is the standard deviation over the splits, as published; ``None`` with one split.
+    The value is the mean over random splits. ``error`` is the standard deviation over the splits, as
+    published, and ``None`` with one split.
+
+    Args:
+        logits: class logits ``[n, classes]``.
+        splits: number of splits.
 
     Raises:
-        ValueError: fewer rows than splits.
+        ValueError: there are fewer rows than splits.
     """
     if len(logits) < splits:
         raise ValueError(f"an inception score over {splits} splits needs as many images, got {len(logits)}")
@@ -216,14 +222,14 @@ def inception_score(logits: Tensor, generator: torch.Generator, *, splits: int =
 
 @dataclass(frozen=True)
 class Overlap:
-    """How far a set of images and the real ones lie in each other's neighborhoods.
+    """Overlap of a set of images with the real ones, by neighborhoods of features.
 
     Attributes:
         precision: fraction of images inside the ball of any real one (Kynkäänniemi et al., arXiv 1904.06991).
-        recall: fraction of real images inside the ball of any of these.
-        density: mean number of real balls around an image, divided by k (Naeem et al., arXiv 2002.09797):
-            about 1 for real images, and more is possible.
-        coverage: fraction of the real images whose ball holds any of these.
+        recall: fraction of real images inside the ball of any image of the set.
+        density: mean number of real balls around an image, divided by k (Naeem et al., arXiv 2002.09797);
+            about 1 for real images, and unbounded.
+        coverage: fraction of real images whose ball contains an image of the set.
     """
 
     precision: float
@@ -233,7 +239,7 @@ class Overlap:
 
 
 class Neighborhoods:
-    """A ball around each real image, which reaches to its k-th nearest neighbor among the real ones.
+    """Balls around real images, each reaching to the k-th nearest neighbor among the real images.
 
     Args:
         real: features ``[m, d]``.
@@ -241,18 +247,18 @@ class Neighborhoods:
         density_neighbors: k of density and coverage.
 
     Raises:
-        ValueError: ``real`` has no more rows than either k.
+        ValueError: ``real`` has no more rows than the larger k.
     """
 
     def __init__(self, real: Tensor, *, neighbors: int = 3, density_neighbors: int = 5) -> None:
         self.neighbors, self.density_neighbors = neighbors, density_neighbors
-        # Around their mean the squares are small, so the differences between them keep their digits.
+        # Centered features have small squares, so that differences keep their digits.
         self._center = real.double().mean(dim=0)
         self._real = real.double() - self._center
         self._radii = _squared_radii(self._real, neighbors, density_neighbors)
 
     def overlap(self, fake: Tensor) -> Overlap:
-        """Compare a set of features ``[n, d]`` with the real ones.
+        """Compare a set of features ``[n, d]`` with the real images.
 
         Raises:
             ValueError: ``fake`` has no more rows than ``neighbors``.
@@ -273,11 +279,11 @@ class Neighborhoods:
 
 
 def _squared_radii(rows: Tensor, *neighbors: int) -> list[Tensor]:
-    """The squared distance of each row to its k-th nearest neighbor, for each k: ``[len(rows)]``."""
+    """Return the squared distance of each row to its k-th nearest neighbor, ``[len(rows)]`` for each k."""
     most = max(neighbors)
     if len(rows) <= most:
         raise ValueError(f"balls of {most} neighbors need more than {most} images per side, got {len(rows)}")
-    # A row is its own nearest one, so the k-th neighbor has index k.
+    # A row is its own nearest neighbor, so the k-th one has index k.
     nearest = torch.cat(
         [_squared_distances(chunk, rows).topk(most + 1, largest=False).values for chunk in rows.split(_CHUNK)]
     )
@@ -287,11 +293,11 @@ def _squared_radii(rows: Tensor, *neighbors: int) -> list[Tensor]:
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
     squares = a.square().sum(dim=1).unsqueeze(1) + b.square().sum(dim=1)
     found = torch.addmm(squares, a, b.T, alpha=-2)
-    # What is left between equal rows is rounding, which differs from chunk to chunk.
+    # The distance of equal rows is rounding, which differs from chunk to chunk, so it is set to zero.
     return found.masked_fill_(found < squares.mul_(1e-12), 0.0)
 
 
 def psnr(images: Tensor, references: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each of images ``[n, …]`` in [0, 1]: ``[n]``."""
+    """Return the peak signal-to-noise ratio in dB, ``[n]``, of images ``[n, …]`` in [0, 1]."""
     error = (images - references).square().flatten(1).mean(dim=1)
     return -10 * error.clamp(min=1e-12).log10()

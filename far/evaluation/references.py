@@ -1,7 +1,7 @@
-"""What generated images are compared with: statistics and features of real ones, computed once and kept.
+"""References for generated images: statistics and features of real images, computed once and kept.
 
-A statistics file is an ``.npz`` with ``mu`` and ``sigma``, as ADM publishes for FID's Inception network;
-those written here also hold the name of their network, the number of images, and the features.
+A statistics file is an ``.npz`` with ``mu`` and ``sigma``, as ADM publishes them for FID's Inception network.
+Files written here also have the name of their network, the number of images, and the features.
 """
 
 import dataclasses
@@ -21,17 +21,23 @@ from far.evaluation.images import NPZ_IMAGES, ImageSource, check_npz, map_npz_ar
 from far.evaluation.metrics import FeatureStatistics
 from far.files import atomic_path, is_plain, sha256
 
-# Where a file names no count, any large one stands in: it matters for nothing but rounding.
+# Count for files that have none. Any large one works, because it affects rounding only.
 _UNKNOWN_COUNT = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Statistics, and the features ``[n, d]`` they come from where these are at hand.
+    """Statistics of real images, with their features if available.
 
-    ``source`` says where from, ``digest`` identifies the content. ``count`` of images and their ``size``
-    (height, width) are ``None`` where a file does not tell. ``left_out`` counts a folder's other files by reason.
-    ``classes`` are the names of the images' classes, empty if they have none.
+    Attributes:
+        source: path of the images or statistics.
+        digest: identifies the content.
+        statistics: mean and covariance of the features.
+        features: ``[n, d]``, or ``None`` if a file has none.
+        count: number of images, or ``None`` if a file has none.
+        size: (height, width) of the images, or ``None`` if unknown.
+        left_out: number of a folder's other files by reason.
+        classes: names of the images' classes, empty if they have none.
     """
 
     source: str
@@ -45,18 +51,18 @@ class Reference:
 
 
 def default_cache() -> Path:
-    """``far`` in the user's cache folder."""
+    """Return ``far`` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "far"
 
 
 def open_reference(path: Path, extractor: Extractor, cache: Path) -> Reference:
-    """A statistics file, or images whose features are computed, or found in ``cache``.
+    """Open a statistics file, or images, whose features are computed or read from ``cache``.
 
-    An ``.npz`` with both images and statistics, like ADM's reference batches, gives the statistics from
-    the file where they are Inception's and that is ``extractor``, the features from its images.
+    An ``.npz`` with both images and statistics, like ADM's reference batches, gives the file's statistics if
+    ``extractor`` is FID's Inception, and the features of its images.
 
     Raises:
-        InputError: statistics of another network, damaged files, or features that are not finite.
+        InputError: the statistics are of another network, a file is damaged, or features are not finite.
     """
     names = npz_names(path) if path.suffix.lower() == ".npz" else set()
     if names and NPZ_IMAGES not in names:
@@ -82,7 +88,7 @@ def open_reference(path: Path, extractor: Extractor, cache: Path) -> Reference:
 def features_of(
     source: ImageSource, extractor: Extractor, cache: Path, *, count: int | None = None
 ) -> Tensor:
-    """Features of the first ``count`` images (default all), from ``cache`` where they are there."""
+    """Return features of the first ``count`` images (default all), from ``cache`` if available."""
     count = source.count if count is None else count
     folder = (
         cache
@@ -107,18 +113,22 @@ def _read_statistics(path: Path, extractor: Extractor) -> Reference:
     }
     mean, covariance, features = arrays["mu"], arrays["sigma"], arrays["features"]
     if mean is None or covariance is None:
-        raise InputError(f"{path} holds neither images ({NPZ_IMAGES}) nor statistics (mu and sigma)")
+        raise InputError(
+            f"{path} has neither images ({NPZ_IMAGES}) nor statistics (mu and sigma). Give a file that has."
+        )
     recorded = FID_NETWORK if arrays["extractor"] is None else _read_name(path, arrays["extractor"])
     if recorded != extractor.name:
         raise InputError(
-            f"{path} holds statistics of {recorded}, not of {extractor.name}; compare with images, or use that network"
+            f"{path} has statistics of {recorded}, not of {extractor.name}."
+            " Give images as the reference, or use that network."
         )
     if (
         arrays["extractor_digest"] is not None
         and _read_name(path, arrays["extractor_digest"]) != extractor.digest
     ):
         raise InputError(
-            f"{path} holds statistics of {recorded} with other weights; compare with images, or use those weights"
+            f"{path} has statistics of {recorded} with other weights."
+            " Give images as the reference, or use those weights."
         )
     _check_moments(path, mean, covariance, extractor.dimensions)
     count = None if arrays["count"] is None else _read_count(path, arrays["count"])
@@ -133,35 +143,37 @@ def _read_statistics(path: Path, extractor: Extractor) -> Reference:
 
 def _read_name(path: Path, array: np.ndarray) -> str:
     if array.shape == () and array.dtype.kind == "U" and array.dtype.itemsize:
-        # numpy makes a text that breaks Python of numbers that stand for no character.
+        # numpy turns numbers that are no character into text that breaks Python.
         points = array.reshape(1).view(f"{array.dtype.str[0]}u4")
         if points.max() <= sys.maxunicode and is_plain(name := str(array)):
             return name
-    raise InputError(f"{path}: the name of its network is damaged; make the file again")
+    raise InputError(f"{path}: the name of its network is damaged. Make the file again.")
 
 
 def _check_moments(path: Path, mean: np.ndarray, covariance: np.ndarray, dimensions: int) -> None:
     if mean.shape != (dimensions,) or covariance.shape != (dimensions, dimensions):
         raise InputError(
-            f"{path}: mu {list(mean.shape)} and sigma {list(covariance.shape)} do not fit {dimensions} features"
+            f"{path}: mu {list(mean.shape)} and sigma {list(covariance.shape)} do not fit {dimensions}"
+            " features. Make the file again."
         )
     for name, array in (("mu", mean), ("sigma", covariance)):
         if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
-            raise InputError(f"{path}: {name} holds values that are not finite numbers; make the file again")
+            raise InputError(f"{path}: {name} has values that are not finite numbers. Make the file again.")
     scale = np.abs(covariance).max()
     if not np.allclose(covariance, covariance.T, rtol=0, atol=1e-5 * scale):
-        raise InputError(f"{path}: sigma is not symmetric, so it is no covariance; make the file again")
+        raise InputError(f"{path}: sigma is not symmetric, so not a covariance. Make the file again.")
     lowest = float(torch.linalg.eigvalsh(torch.tensor(np.array(covariance)).double())[0])
     if lowest < -1e-3 * scale:
         raise InputError(
-            f"{path}: sigma has the negative eigenvalue {lowest:.3g}, so it is no covariance; make the file again"
+            f"{path}: sigma has the negative eigenvalue {lowest:.3g}, so it is not a covariance."
+            " Make the file again."
         )
 
 
 def _read_count(path: Path, array: np.ndarray) -> int:
     if array.shape != () or array.dtype.kind not in "iu" or array < 2:
         raise InputError(
-            f"{path}: count is {array.tolist()!r}, where the number of images (2 or more) is needed; make the file again"
+            f"{path}: count is {array.tolist()!r}, not the number of images (2 or more). Make the file again."
         )
     return int(array)
 
@@ -173,16 +185,17 @@ def _check_features(path: Path, features: np.ndarray, count: int | None, dimensi
         or (count is not None and len(features) != count)
     ):
         raise InputError(
-            f"{path}: features {list(features.shape)} are not [{count or 'count'}, {dimensions}]; make the file again"
+            f"{path}: features {list(features.shape)} are not [{count or 'count'}, {dimensions}]."
+            " Make the file again."
         )
     if features.dtype.kind != "f" or not np.isfinite(features).all():
-        raise InputError(f"{path}: features hold values that are not finite numbers; make the file again")
+        raise InputError(f"{path}: features has values that are not finite numbers. Make the file again.")
 
 
 def write_statistics(path: Path, extractor: Extractor, features: Tensor) -> None:
     """Write a statistics file that :func:`open_reference` reads."""
     statistics = FeatureStatistics.of(features)
-    # An open file, because numpy would add a suffix to a name.
+    # Pass an open file, because numpy adds a suffix to a name.
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,

@@ -1,6 +1,6 @@
-"""The figures of one evaluation, from features to a dictionary whose keys name the network behind each.
+"""Figures of one evaluation: features → a dictionary whose keys name the network.
 
-Only over FID's own Inception network may a distance be called FID.
+Only the distance of FID's Inception network is called FID.
 """
 
 import dataclasses
@@ -24,22 +24,22 @@ from far.evaluation.metrics import (
 from far.evaluation.references import Reference
 from far.seeds import seeded_generator
 
-# The least number of images on either side: their neighborhoods need one more than they have neighbors.
+# Smallest number of images per side: one more than the neighbors of a neighborhood.
 _LEAST, _LEAST_REFERENCE = 4, 6
-# Scores of 10 splits are published for 50,000 images, and given for 10,000. Fewer are scored as one split.
+# Published scores have 10 splits of 50,000 images. Here 10,000 images have 10 splits, fewer have one.
 _SPLITS, _SPLIT_IMAGES = 10, 1000
 _CONTROLS = 100
-# A figure that images without content score above this says little. Real images score about 0.9 or 1.
+# If images without content score above this, a figure says little. Real images score about 0.9 or 1.
 _MEANINGLESS = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The figures of one evaluation.
+    """Figures of one evaluation.
 
     Attributes:
-        figures: by name, the network's included.
-        controls: for each kind of images without content, its precision, recall, density and coverage.
+        figures: values by name, which includes the network.
+        controls: precision, recall, density and coverage of each kind of images without content.
         warnings: one line each.
     """
 
@@ -49,18 +49,18 @@ class Report:
 
 
 def distance_name(extractor: Extractor) -> str:
-    """``FID`` for FID's network, ``FD (…)`` for any other."""
+    """Return ``FID`` for FID's network, ``FD (…)`` for any other."""
     return "FID" if extractor.name == FID_NETWORK else f"FD ({extractor.name})"
 
 
 def report(features: Tensor, reference: Reference, extractor: Extractor, *, seed: int = 0) -> Report:
     """Compute all figures of ``features [n, d]``.
 
-    Subsets, splits and controls are drawn from ``seed``. Without the reference's features there are no KID, precision,
-    recall, density and coverage.
+    ``seed`` determines subsets, splits and controls. KID, precision, recall, density and coverage need the
+    reference's features.
 
     Raises:
-        InputError: too few images on a side.
+        InputError: a side has too few images.
     """
     check_counts(len(features), reference)
     generator = seeded_generator(seed)
@@ -76,7 +76,8 @@ def report(features: Tensor, reference: Reference, extractor: Extractor, *, seed
         found[f"IS std over splits{suffix}"] = score.error
     if reference.features is None:
         warnings.append(
-            f"{reference.source} holds no features, so there are no KID, precision, recall, density and coverage"
+            f"{reference.source} has no features, so there are no KID, precision, recall, density and"
+            " coverage"
         )
         return Report(found, {}, warnings)
     kernel = kernel_distance(features, reference.features, generator)
@@ -95,19 +96,19 @@ def report(features: Tensor, reference: Reference, extractor: Extractor, *, seed
 
 
 def check_counts(count: int, reference: Reference) -> None:
-    """Raise an :class:`InputError` if ``count`` images cannot be compared with the reference at all."""
+    """Raise an :class:`InputError` if ``count`` images are too few to compare with the reference."""
     if reference.features is None:
         if count < 2:
-            raise InputError(f"a Fréchet distance needs two images or more, got {count}; give more images")
+            raise InputError(f"A Fréchet distance needs two images or more, got {count}. Give more images.")
     elif count < _LEAST or len(reference.features) < _LEAST_REFERENCE:
         raise InputError(
-            f"precision and coverage need at least {_LEAST} images and {_LEAST_REFERENCE} of the reference, "
-            f"got {count} and {len(reference.features)}; give more images"
+            f"Precision and coverage need at least {_LEAST} images and {_LEAST_REFERENCE} of the reference,"
+            f" got {count} and {len(reference.features)}. Give more images."
         )
 
 
 def _biases(name: str, features: Tensor, reference: Reference, seed: int) -> dict[str, float]:
-    """The distance that real images would have at these counts, and what a small reference adds to this one."""
+    """Return the distance of real images at these counts, and the bias of a small reference."""
     generator = seeded_generator(seed, 1)
     if reference.features is None:
         floor = frechet_bias(reference.statistics, len(features), generator)
@@ -115,7 +116,7 @@ def _biases(name: str, features: Tensor, reference: Reference, seed: int) -> dic
         floor = frechet_floor(reference.features, len(features), reference.count or math.inf, generator)
     found = {f"floor of {name}": floor}
     if reference.count is not None and reference.count < features.shape[1]:
-        # So few real images do not show their own spread. The images compared with them show theirs.
+        # So few real images do not show their spread, so the spread of the compared images is used.
         found[f"bias of {name} by the reference"] = frechet_bias(
             FeatureStatistics.of(features), reference.count, generator
         )
@@ -126,28 +127,30 @@ def _bias_warnings(
     name: str, found: dict[str, float], count: int, reference: Reference, dimensions: int
 ) -> list[str]:
     def part(bias: str) -> str:
-        return f"{min(found[bias], found[name]):.1f}"  # an estimate, which may exceed the whole
+        return f"{min(found[bias], found[name]):.1f}"  # an estimate can exceed the distance
 
     warnings = []
     if count < dimensions:
         warnings.append(
-            f"{count} images are fewer than the {dimensions} features: of the distance {found[name]:.1f}, at least "
-            f"{part(f'floor of {name}')} is bias, which real images would have too; compare equal numbers only"
+            f"{count} images are fewer than the {dimensions} features: at least {part(f'floor of {name}')}"
+            f" of the distance {found[name]:.1f} is bias, which real images have too."
+            " Compare equal numbers only."
         )
     if f"bias of {name} by the reference" in found:
         about = "at least" if count < dimensions else "about"
         warnings.append(
-            f"the reference's {reference.count} images are fewer than the {dimensions} features: of the distance {found[name]:.1f}, "
-            f"{about} {part(f'bias of {name} by the reference')} is bias for that alone; take a larger reference"
+            f"the reference's {reference.count} images are fewer than the {dimensions} features: {about}"
+            f" {part(f'bias of {name} by the reference')} of the distance {found[name]:.1f} is bias for that"
+            " reason. Use a larger reference."
         )
     return warnings
 
 
 def _control_images(count: int, seed: int) -> dict[str, Tensor]:
-    """Images without content ``[count, 3, 8, 8]`` in [0, 1], in 8 bits. The network enlarges them."""
+    """Return images without content, ``[count, 3, 8, 8]`` in [0, 1], 8 bits. The network enlarges them."""
     generator = seeded_generator(seed, 2)
     flat = torch.rand(count, 3, 1, 1, generator=generator).expand(-1, -1, 8, 8)
-    # As faint as noise of every pixel is after a blur this wide.
+    # Noise of every pixel is this faint after so wide a blur.
     noise = 0.5 + 0.1 * (torch.rand(count, 3, 8, 8, generator=generator) - 0.5)
     return {
         kind: (images * 255).round() / 255
@@ -156,7 +159,7 @@ def _control_images(count: int, seed: int) -> dict[str, Tensor]:
 
 
 def _control_warnings(overlap: Overlap, controls: dict[str, dict[str, float]], count: int) -> list[str]:
-    """One line if images without content score well: then the figure says little of others."""
+    """Return one line if images without content score well, so that the figures say little."""
     shown = []
     for key, value in dataclasses.asdict(overlap).items():
         kind = max(controls, key=lambda kind: controls[kind][key])
@@ -165,5 +168,6 @@ def _control_warnings(overlap: Overlap, controls: dict[str, dict[str, float]], c
     if not shown:
         return []
     return [
-        f"images without content score too, so these figures say little against {count} images: {', '.join(shown)}"
+        f"images without content score too, so against {count} images these figures say little:"
+        f" {', '.join(shown)}"
     ]
