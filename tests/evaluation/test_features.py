@@ -1,4 +1,4 @@
-"""The feature network against an independent implementation of EfficientNet-Lite0 with the same weights."""
+"""Feature network against an independent implementation of EfficientNet-Lite0 with the same weights."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ def network() -> FeatureNetwork:
     return load_feature_network()
 
 
-def pictures(count: int, size: int, seed: int = 0) -> Tensor:
-    """Smooth random colors with some fine detail, in [0, 1]."""
+def smooth_images(count: int, size: int, seed: int = 0) -> Tensor:
+    """Return images of smooth random colors with some fine detail, in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
     coarse = F.interpolate(torch.rand(count, 3, 5, 5, generator=generator), size=(size, size), mode="bicubic")
     return (coarse + 0.1 * torch.randn(count, 3, size, size, generator=generator)).clamp(0, 1)
@@ -32,8 +32,10 @@ def oracle() -> EfficientNet:
 
 
 @torch.no_grad()
-def test_against_the_other_implementation(network: FeatureNetwork, oracle: EfficientNet) -> None:
-    images = pictures(3, INPUT_SIZE)  # of the network's own size, so that nothing is resized
+def test_features_and_logits_equal_the_other_implementation(
+    network: FeatureNetwork, oracle: EfficientNet
+) -> None:
+    images = smooth_images(3, INPUT_SIZE)  # at the network's input size, so that nothing is resized
     expected = oracle.extract_features((images * 255 - 127) / 128).mean(dim=(2, 3))
     found = network(images)
     assert found.shape == (3, FeatureNetwork.dimensions)
@@ -44,8 +46,8 @@ def test_against_the_other_implementation(network: FeatureNetwork, oracle: Effic
 
 
 @torch.no_grad()
-def test_features_of_any_size_and_batch(network: FeatureNetwork) -> None:
-    images = pictures(3, 64)
+def test_features_do_not_depend_on_the_batch_and_images_are_resized(network: FeatureNetwork) -> None:
+    images = smooth_images(3, 64)
     together = network(images)
     assert together.shape == (3, FeatureNetwork.dimensions)
     torch.testing.assert_close(together[1:2], network(images[1:2]), rtol=1e-4, atol=1e-4)
@@ -61,19 +63,21 @@ def blur(images: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [32, 64])
-def test_perceptual_distance(network: FeatureNetwork, size: int) -> None:
-    images = pictures(4, size)
+def test_perceptual_distance_grows_with_blur(network: FeatureNetwork, size: int) -> None:
+    images = smooth_images(4, size)
     assert torch.equal(network.perceptual_distance(images, images), torch.zeros(4))
     distances = torch.stack([network.perceptual_distance(blur(images, width), images) for width in (3, 5, 9)])
     assert distances.shape == (3, 4)
     assert distances[0].min() > 0.01
-    assert (distances[1:] > distances[:-1]).all(), "more blur should be farther away"
+    assert (distances[1:] > distances[:-1]).all(), "more blur must give a larger distance"
     torch.testing.assert_close(distances[0], network.perceptual_distance(images, blur(images, 3)))
 
 
-def test_perceptual_distance_guides_the_images_and_not_the_network(network: FeatureNetwork) -> None:
-    images = pictures(2, 32).requires_grad_()
-    network.perceptual_distance(images, pictures(2, 32, seed=1)).mean().backward()
+def test_perceptual_distance_has_gradients_for_images_but_not_for_the_network(
+    network: FeatureNetwork,
+) -> None:
+    images = smooth_images(2, 32).requires_grad_()
+    network.perceptual_distance(images, smooth_images(2, 32, seed=1)).mean().backward()
     assert images.grad is not None
     assert images.grad.isfinite().all()
     assert images.grad.abs().max() > 0

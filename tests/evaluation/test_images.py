@@ -1,7 +1,7 @@
-"""Image sources of an evaluation: the same pictures as a folder, an .npz and an image set; and ADM's format."""
+"""Image sources of an evaluation: folders, .npz files and image sets; and ADM's format."""
 
-import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from far.data.shards import ShardReader
-from far.errors import InputError
 from far.evaluation.images import map_npz_array, open_images, write_npz
+from tests.refusals import refused
 
 
 @pytest.fixture
@@ -29,10 +29,10 @@ def folder(tmp_path: Path, pictures: np.ndarray) -> Path:
     return folder
 
 
-def test_a_folder(folder: Path, pictures: np.ndarray) -> None:
+def test_folder_is_read_with_classes_in_turn(folder: Path, pictures: np.ndarray) -> None:
     source = open_images(folder)
     assert (source.count, source.size) == (7, (12, 10))
-    # The classes take turns, so that the first images are of all of them.
+    # The classes take turns, so that the first images cover all.
     pictures = pictures[[0, 4, 1, 5, 2, 6, 3]]
     np.testing.assert_array_equal(source.read(range(2, 6)), pictures[2:6])
     tensor = source.tensor(range(7))
@@ -40,13 +40,13 @@ def test_a_folder(folder: Path, pictures: np.ndarray) -> None:
     np.testing.assert_allclose(tensor[3].permute(1, 2, 0), pictures[3] / 255, rtol=1e-6)
 
 
-def test_a_folder_without_classes(tmp_path: Path, pictures: np.ndarray) -> None:
+def test_folder_without_classes_is_read_in_order(tmp_path: Path, pictures: np.ndarray) -> None:
     for index, picture in enumerate(pictures):
         Image.fromarray(picture).save(tmp_path / f"{index}.png")
     np.testing.assert_array_equal(open_images(tmp_path).read(range(7)), pictures)
 
 
-def test_links_are_followed_and_hidden_files_left_out(
+def test_links_are_followed_and_hidden_files_skipped(
     folder: Path, tmp_path: Path, pictures: np.ndarray
 ) -> None:
     (tmp_path / "linked").mkdir()
@@ -62,7 +62,7 @@ def test_links_are_followed_and_hidden_files_left_out(
     np.testing.assert_array_equal(source.read(range(source.count)), pictures[:4])
 
 
-def test_no_pipe_device_or_link_upwards_is_read(folder: Path, pictures: np.ndarray) -> None:
+def test_pipes_devices_and_links_to_parents_are_not_read(folder: Path, pictures: np.ndarray) -> None:
     before = open_images(folder)
     for place in (folder, folder / "a"):
         os.mkfifo(place / "pipe.png")
@@ -70,24 +70,18 @@ def test_no_pipe_device_or_link_upwards_is_read(folder: Path, pictures: np.ndarr
     (folder / "a" / "all").symlink_to("/")
     assert open_images(folder).digest == before.digest
     (folder / "up").symlink_to("/")
-    with pytest.raises(InputError, match=r"up is a link to a folder above"):
+    with refused(folder / "up"):
         open_images(folder)
 
 
-def test_features_that_version_0_1_cached_without_color_profiles_are_not_taken(folder: Path) -> None:
-    names = ["a/000.png", "b/004.png", "a/001.png", "b/005.png", "a/002.png", "b/006.png", "a/003.png"]
-    lines = (f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n" for name in names)
-    assert open_images(folder).digest != f"folder-{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
-
-
-def test_the_digest_follows_the_content(folder: Path, pictures: np.ndarray) -> None:
+def test_digest_changes_with_the_content(folder: Path, pictures: np.ndarray) -> None:
     before = open_images(folder).digest
     assert open_images(folder).digest == before
     Image.fromarray(pictures[0]).save(folder / "b" / "004.png")
     assert open_images(folder).digest != before
 
 
-def test_an_image_set_gives_its_held_out_part(image_set: Path) -> None:
+def test_image_set_gives_its_held_out_part(image_set: Path) -> None:
     source = open_images(image_set)
     assert source.count == 12
     expected = ShardReader(image_set / "held-out", "images").all("images").numpy()
@@ -97,7 +91,7 @@ def test_an_image_set_gives_its_held_out_part(image_set: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_an_npz_of_numpy(tmp_path: Path, pictures: np.ndarray, save) -> None:  # type: ignore[no-untyped-def]
+def test_npz_written_by_numpy_is_read(tmp_path: Path, pictures: np.ndarray, save: Callable) -> None:
     save(tmp_path / "a.npz", arr_0=pictures, arr_1=np.arange(7), name=np.array("Σ of a network"))
     source = open_images(tmp_path / "a.npz")
     assert source.count == 7
@@ -107,7 +101,7 @@ def test_an_npz_of_numpy(tmp_path: Path, pictures: np.ndarray, save) -> None:  #
     assert map_npz_array(tmp_path / "a.npz", "absent") is None
 
 
-def test_written_npz_is_numpys(tmp_path: Path, pictures: np.ndarray) -> None:
+def test_written_npz_is_read_by_numpy(tmp_path: Path, pictures: np.ndarray) -> None:
     path = tmp_path / "b.npz"
     write_npz(path, iter([pictures[:4], pictures[4:]]), 7, [3, 1, 2, 0, 0, 0, 9])
     with np.load(path, allow_pickle=False) as found:
@@ -118,7 +112,7 @@ def test_written_npz_is_numpys(tmp_path: Path, pictures: np.ndarray) -> None:
     np.testing.assert_array_equal(open_images(path).read(range(7)), pictures)
 
 
-def test_an_interrupted_write_leaves_nothing(tmp_path: Path, pictures: np.ndarray) -> None:
+def test_interrupted_write_leaves_no_file(tmp_path: Path, pictures: np.ndarray) -> None:
     def batches():  # type: ignore[no-untyped-def]
         yield pictures
         raise KeyboardInterrupt
@@ -128,60 +122,56 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path, pictures: np.ndarra
     assert list(tmp_path.iterdir()) == []
 
 
-def test_mixed_sizes_name_the_file(folder: Path) -> None:
+def test_error_for_mixed_sizes_names_the_file(folder: Path) -> None:
     Image.new("RGB", (9, 12)).save(folder / "b" / "odd.png")
     source = open_images(folder)
-    with pytest.raises(InputError, match=r"odd\.png has 9×12 pixels, 000\.png 10×12"):
+    with refused("odd.png", "9×12", "10×12"):
         source.read(range(source.count))
 
 
-def test_a_corrupt_image_is_named(folder: Path) -> None:
+def test_error_for_a_damaged_image_names_it(folder: Path) -> None:
     path = folder / "a" / "001.png"
     path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(InputError, match=r"001\.png"):
+    with refused(path):
         open_images(folder).read(range(7))
 
 
-def test_an_empty_class_is_named(folder: Path) -> None:
+def test_error_for_an_empty_class_names_it(folder: Path) -> None:
     (folder / "c").mkdir()
-    with pytest.raises(InputError, match=r"class .*c has no images"):
+    with refused(folder / "c"):
         open_images(folder)
 
 
 @pytest.mark.parametrize(
-    ("array", "message"),
+    ("array", "named"),
     [
-        (np.zeros((3, 4, 4, 3), np.float32), r"arr_0 is float32 \[3, 4, 4, 3\]"),
-        (np.zeros((3, 4, 4), np.uint8), "where uint8"),
-        (np.zeros((0, 4, 4, 3), np.uint8), "where uint8"),
-        (np.array([{}], dtype=object), "pickled objects"),
+        (np.zeros((3, 4, 4, 3), np.float32), "float32 [3, 4, 4, 3]"),
+        (np.zeros((3, 4, 4), np.uint8), "[3, 4, 4]"),
+        (np.zeros((0, 4, 4, 3), np.uint8), "[0, 4, 4, 3]"),
+        (np.array([{}], dtype=object), ""),
     ],
 )
-def test_bad_arrays(tmp_path: Path, array: np.ndarray, message: str) -> None:
+def test_arrays_that_are_not_images_are_refused(tmp_path: Path, array: np.ndarray, named: str) -> None:
     np.savez(tmp_path / "bad.npz", arr_0=array)
-    with pytest.raises(InputError, match=message):
+    with refused("bad.npz", named):
         open_images(tmp_path / "bad.npz")
 
 
-def test_bad_files(tmp_path: Path, pictures: np.ndarray) -> None:
-    with pytest.raises(InputError, match="does not exist"):
-        open_images(tmp_path / "none.npz")
-    with pytest.raises(InputError, match="does not exist"):
-        open_images(tmp_path / "none")
-    with pytest.raises(InputError, match="holds no images"):
-        open_images(tmp_path)
+def test_missing_and_damaged_files_are_refused(tmp_path: Path, pictures: np.ndarray) -> None:
+    for path in (tmp_path / "none.npz", tmp_path / "none", tmp_path):
+        with refused(path):
+            open_images(path)
     np.savez(tmp_path / "cut.npz", arr_0=pictures)
     content = (tmp_path / "cut.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match=r"cut\.npz is damaged"):
+    with refused("cut.npz"):
         open_images(tmp_path / "cut.npz")
     np.savez(tmp_path / "other.npz", mu=np.zeros(3))
-    with pytest.raises(InputError, match="holds no array 'arr_0'"):
+    with refused("other.npz", "arr_0"):
         open_images(tmp_path / "other.npz")
 
 
-def test_rows_are_read_as_asked(tmp_path: Path) -> None:
-    """A large .npz is mapped, not loaded: reading a few rows touches only them."""
+def test_few_rows_of_a_large_npz_are_read_without_loading_it(tmp_path: Path) -> None:
     images = np.zeros((50, 8, 8, 3), np.uint8)
     images[:, 0, 0, 0] = np.arange(50)
     np.savez(tmp_path / "d.npz", arr_0=images)
