@@ -1,4 +1,4 @@
-"""Strict conversion between dataclasses and plain dictionaries (JSON, YAML): unknown keys and wrong types are errors.
+"""Strict conversion between dataclasses and dictionaries: unknown keys and wrong types are errors.
 
 The dataclasses are defined beside what they configure.
 """
@@ -176,7 +176,7 @@ def check_seed(name: str, seed: int) -> None:
 
 
 def check_types(config: Any) -> None:
-    """Raise an :class:`InputError` that names the first value of a dataclass whose type differs from its field's."""
+    """Raise an :class:`InputError` that names the first value of another type than its field."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         _convert(hints[field.name], getattr(config, field.name), f"{type(config).__name__}: {field.name}")
@@ -185,7 +185,8 @@ def check_types(config: Any) -> None:
 def kinds_of(hint: Any) -> dict[str, Any]:
     """Return the dataclasses that a field may hold, by their ``kind``; the default comes first.
 
-    They are the dataclasses in a union, or those registered in ``kinds`` of a base class. Otherwise there are none.
+    They are the dataclasses in a union, or those registered in ``kinds`` of a base class. Otherwise there are
+    none.
     """
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         options = [option for option in typing.get_args(hint) if dataclasses.is_dataclass(option)]

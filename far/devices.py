@@ -1,7 +1,4 @@
-"""Devices, the number formats that they multiply natively, and threads.
-
-Importing this needs no torch, so that the names in a recipe are checked without it.
-"""
+"""Devices, the dtypes that they multiply natively, and threads. Importing this needs no torch."""
 
 import functools
 import platform
@@ -16,21 +13,21 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"auto|cpu(:0)?|(cuda|mps|xpu)(:(0|[1-9]\d{0,3}))?")
 _MOST_THREADS = 1024
-# Of the forward pass in training; weights are float32.
+# Dtype of the forward pass in training. Weights are float32.
 TrainingDtype = Literal["auto", "float32", "bfloat16", "float16"]
 TRAINING_DTYPES: tuple[TrainingDtype, ...] = ("auto", "float32", "bfloat16", "float16")
 
 
 def check_device_name(name: str) -> None:
-    """Raise an :class:`InputError` unless ``name`` is spelled like a device; it need not exist on this machine."""
+    """Raise an :class:`InputError` unless ``name`` is a valid device name. The device need not exist."""
     if not _NAME.fullmatch(name):
-        raise InputError(f"device {name!r} cannot be used: give auto, cpu, cuda, cuda:1 …, mps or xpu")
+        raise InputError(f"device {name!r} is unknown. Give auto, cpu, cuda, cuda:1 …, mps or xpu")
 
 
 def resolve_device(device: "str | torch.device" = "auto") -> "torch.device":
-    """Return the device that a name stands for, once the operations of a model have been tried on it.
+    """Return the device of a name after a trial of a model's operations on it.
 
-    The first CUDA device of a process turns TF32 off in convolutions, as it is in matrix products: float32 means float32.
+    The first CUDA device of a process turns TF32 off in convolutions, as it is in matrix products.
 
     Args:
         device: ``"auto"`` takes CUDA if torch finds a CUDA device, else MPS if it works, else the CPU.
@@ -48,17 +45,16 @@ def resolve_device(device: "str | torch.device" = "auto") -> "torch.device":
     if name.startswith("cuda"):
         _turn_tf32_off()
     if reason := _refusal(name):
-        raise InputError(
-            f"device {name!r} cannot be used here ({reason}); give cpu, or auto for what there is"
-        )
+        raise InputError(f"device {name!r} cannot be used here ({reason}). Give cpu, or auto")
     return torch.device(name)
 
 
 @functools.cache
 def _turn_tf32_off() -> None:
-    """Let convolutions in float32 keep all 24 bits of their inputs: by default, cuDNN rounds them to the 11 of TF32.
+    """Turn off the TF32 of cuDNN, which rounds the inputs of float32 convolutions to 11 bits.
 
-    Features, Fréchet distances and pixels would differ from a CPU's by about 1e-3. Once per process: who sets it again keeps it.
+    Features, Fréchet distances and pixels would differ from a CPU's by about 1e-3. This happens once per
+    process, so that a user can turn TF32 on again.
     """
     import torch
 
@@ -84,7 +80,7 @@ def _refusal(name: str) -> str | None:
 
 @functools.cache
 def _computes(name: str) -> bool:
-    """Return whether a device gets the results of the CPU for a convolution, norms, a linear layer and attention."""
+    """Return whether a device computes convolution, norms, linear layer and attention as the CPU does."""
     import torch
     import torch.nn.functional as F
 
@@ -94,9 +90,8 @@ def _computes(name: str) -> bool:
         tokens = F.layer_norm(F.linear(image.flatten(2), x.view(8, 64)), (8,))
         return F.scaled_dot_product_attention(tokens, tokens, tokens).cpu()
 
-    return torch.allclose(
-        results(name), results("cpu"), atol=1e-2
-    )  # broken devices are looked for, not rounding
+    # The tolerance is wide, to find broken devices and not rounding.
+    return torch.allclose(results(name), results("cpu"), atol=1e-2)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -105,17 +100,17 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def device_title(device: "torch.device") -> str:
-    """Return a device's name for people, such as ``cuda:1 (NVIDIA H100)``."""
+    """Return a device's name for display, such as ``cuda:1 (NVIDIA H100)``."""
     import torch
 
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def has_bfloat16_products(device: "torch.device") -> bool:
-    """Return whether a device has instructions that multiply bfloat16; without them it is several times slower than float32.
+    """Return whether a device has instructions that multiply bfloat16, which is slow without them.
 
-    These are AVX512_BF16 and AMX of a processor, unless torch's matrix library may use no AVX-512 (``ONEDNN_MAX_CPU_ISA=AVX2``),
-    and CUDA devices of compute capability 8.0 and above.
+    CUDA devices have them from compute capability 8.0, processors with AVX512_BF16 or AMX, unless the
+    environment keeps oneDNN from using AVX-512 (``ONEDNN_MAX_CPU_ISA=AVX2``).
     """
     import torch
 
@@ -133,7 +128,7 @@ def has_bfloat16_products(device: "torch.device") -> bool:
 
 
 def resolve_training_dtype(name: TrainingDtype, device: "torch.device") -> TrainingDtype:
-    """Return the autocast dtype that ``auto`` stands for on a device: bfloat16 if it has instructions for it, else float32."""
+    """Return ``name``, or for ``auto`` bfloat16 if the device has instructions for it, else float32."""
     if name != "auto":
         return name
     return "bfloat16" if has_bfloat16_products(device) else "float32"
@@ -145,7 +140,7 @@ def check_threads(count: int) -> None:
 
 
 def set_threads(count: int) -> None:
-    """Let torch compute with ``count`` threads, 1 to 1024.
+    """Set the number of torch's threads, 1 to 1024.
 
     Raises:
         InputError: the count is out of range.

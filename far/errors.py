@@ -1,12 +1,12 @@
-"""The one exception that the command line turns into a single line and exit status 2."""
+"""Exceptions that the command line prints as a single line, with exit status 2."""
 
 
 class InputError(ValueError):
-    """Something the user gave (a file, a value, a name) cannot be used.
+    """Invalid input from the user: a file, a value or a name.
 
-    The message is one line that names the file or value and says what to do about it.
+    The message is one line that names the file or value and says what to do.
     """
 
 
 class NotFiniteError(InputError):
-    """A model's images hold NaN or infinite values: its weights are damaged, or overflow in their dtype."""
+    """NaN or infinite values in a model's images: its weights are damaged, or overflow in their dtype."""

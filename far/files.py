@@ -1,8 +1,4 @@
-"""Writing files so that a reader never sees half of one, and reading JSON with clear errors.
-
-No format of our own lives here: shards are in ``far.data.shards``, checkpoints in
-``far.training.checkpoint``.
-"""
+"""Write files atomically, lock folders, read JSON with clear errors, and hash files."""
 
 import contextlib
 import hashlib
@@ -22,7 +18,7 @@ from safetensors import SafetensorError
 
 from far.errors import InputError
 
-# The folders of _beside, which hold nothing but what they are named after, and a file that safetensors leaves when it is killed.
+# Folders of _beside, each named after its one file, and temporary files of safetensors.
 _LEFTOVER = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.far", re.DOTALL)
 _OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
 
@@ -76,7 +72,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside ``path``; on success rename it to ``path``, in place of what is there, else remove it.
+    """Yield an empty temporary folder beside ``path``. On success it replaces ``path``, else it is removed.
 
     Raises:
         InputError: the folder cannot be made or renamed.
@@ -90,11 +86,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def files_together(folder: Path, replaced: Iterable[Path] = ()) -> Iterator[Path]:
-    """Yield an empty temporary folder beside ``folder``; on success move its files into ``folder``, else remove them.
+    """Yield an empty temporary folder beside ``folder``. On success, move its files into ``folder``.
 
     Args:
-        folder: made where missing; other files in it stay.
-        replaced: files that are removed before the new ones arrive.
+        folder: created if missing. Its other files stay.
+        replaced: files to remove before the new ones arrive.
 
     Raises:
         InputError: the folder cannot be made or written, or the disk is full.
@@ -111,12 +107,12 @@ def files_together(folder: Path, replaced: Iterable[Path] = ()) -> Iterator[Path
 
 @contextlib.contextmanager
 def sole_use(folder: Path) -> Iterator[None]:
-    """Keep others that ask for it out of ``folder``, which is made where missing, until the block or the process ends.
+    """Lock ``folder``, created if missing, against other commands until the block or the process ends.
 
-    Where the system or the disk cannot lock a folder (Windows, some network disks), nobody is kept out.
+    There is no lock if the system or the disk does not support it (Windows, some network disks).
 
     Raises:
-        InputError: somebody else uses the folder, or it cannot be made.
+        InputError: another command has locked the folder, or it cannot be created.
     """
     try:
         import fcntl
@@ -137,7 +133,7 @@ def sole_use(folder: Path) -> Iterator[None]:
             raise InputError(
                 f"another command is writing to {folder}; wait until it ends, or choose another folder"
             ) from error
-        except OSError:  # a disk without locks
+        except OSError:  # the disk does not support locks
             pass
         yield
     finally:
@@ -145,20 +141,24 @@ def sole_use(folder: Path) -> Iterator[None]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that nobody finds a part of it; nothing where there is none."""
+    """Remove a folder, if it exists, so that no reader sees part of it."""
     if path.exists():
         with _beside(path) as doomed:
             path.replace(doomed)
 
 
 def remove_leftovers(*folders: Path, idle_seconds: float = 3600) -> None:
-    """Remove what killed processes left in ``folders`` within :func:`atomic_path`, :func:`atomic_folder` or :func:`remove_folder`.
+    """Remove temporary folders that killed processes left in ``folders``; see the atomic functions above.
 
-    What was written to within ``idle_seconds`` stays, since another process may be at work on it; 0 is for folders that only
-    the caller writes to. So does what only looks like theirs: a folder of a like name that holds anything else.
+    Folders that contain other files than ours stay.
+
+    Args:
+        folders: folders to search.
+        idle_seconds: folders written to within this time stay, because another process may be using them. 0
+            is for folders that only the caller writes to.
     """
     for left in (left for folder in folders for left in folder.glob(".*.far")):
-        with contextlib.suppress(OSError):  # gone by now, or somebody else's
+        with contextlib.suppress(OSError):  # removed meanwhile, or not ours
             match, held = _LEFTOVER.fullmatch(left.name), list(left.iterdir())
             if match is None or any(
                 path.name != match[1] and not _OF_SAFETENSORS.fullmatch(path.name) for path in held
@@ -170,7 +170,7 @@ def remove_leftovers(*folders: Path, idle_seconds: float = 3600) -> None:
 
 
 def check_exists(path: Path | None, remedy: str) -> None:
-    """Raise an :class:`InputError` with a ``remedy``, such as a command that makes it, if ``path`` does not exist; None is no path."""
+    """Raise an :class:`InputError` that ends with ``remedy`` if ``path`` does not exist; None passes."""
     if path is not None and not path.exists():
         raise InputError(f"{path} does not exist. {remedy}")
 
@@ -178,7 +178,7 @@ def check_exists(path: Path | None, remedy: str) -> None:
 def check_writable(path: Path) -> None:
     """Raise an :class:`InputError` before long work if ``path`` could not be written at its end.
 
-    Also removes what killed processes left beside it. Creates no folder.
+    Also remove leftovers of killed processes beside it. Create no folder.
     """
     if path.is_file() and not os.access(path, os.W_OK):
         raise InputError(f"cannot write {path}: permission denied; choose another path")
@@ -191,9 +191,9 @@ def check_writable(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise an :class:`InputError` now, before long work, if ``path`` could not be a folder that files are written to.
+    """Raise an :class:`InputError` before long work if files could not be written to the folder ``path``.
 
-    Nothing is made.
+    Create nothing.
     """
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -214,7 +214,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def json_digest(value: Any) -> str:
-    """The SHA-256 of a value that JSON can hold, in hexadecimal; the order of keys is not in it."""
+    """Return the SHA-256 of a JSON value in hexadecimal, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -228,20 +228,16 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ) as error:  # no JSON or no text, an endless number, endless nesting
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not readable JSON ({error}); restore or remake it") from error
 
 
 def check_zip(path: Path) -> None:
-    """Read all of a zip archive once against its CRC-32 checksums, which ``torch.load`` and memory maps ignore.
+    """Check all of a zip archive against its CRC-32 checksums, which ``torch.load`` and memory maps ignore.
 
     Raises:
-        zipfile.BadZipFile: a checksum differs, or the archive would unpack to more than 1 GiB and a hundred times its
-            size. zipfile raises many other types for damaged archives.
+        zipfile.BadZipFile: a checksum differs, or the archive would unpack to more than 1 GiB and a hundred
+            times its size. zipfile raises many other types for damaged archives.
     """
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
@@ -252,17 +248,17 @@ def check_zip(path: Path) -> None:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name can be printed and written: no line ends or other control characters, no halves of a character."""
+    """Return whether a name can be printed: it has no line ends, other control characters or surrogates."""
     return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name)
 
 
 def printable(text: str) -> str:
-    """A text in one line that does nothing to a terminal: what :func:`is_plain` forbids is written as in Python's strings."""
+    """Return ``text`` in one line and safe for a terminal, with other than plain characters escaped."""
     return "".join(character if is_plain(character) else repr(character)[1:-1] for character in text)
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

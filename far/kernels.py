@@ -1,13 +1,14 @@
 """Matrix products of CPUs that torch has as private operators only. No other module calls these operators.
 
-Each way is tried on a small product before it is used: a release of torch may change an operator, and a processor may
-compute it wrong. `tests/test_kernels.py` names what a release has changed.
+Each way is tried on a small product before it is used: a release of torch may change an operator, and a
+processor may compute it wrong. `tests/test_kernels.py` names what a release has changed.
 
-Processors without VNNI multiply 8-bit integers by an instruction (vpmaddubsw) that adds two neighboring products into
-16 bits and saturates: 255 × 127 twice is 64770, and 32767 is what remains. So there are two kernels. ``"whole"`` uses
-all of a weight's 8 bits and is exact with VNNI. ``"paired"`` limits the sum of two neighboring weights to 128, so that
-no sum leaves 16 bits (255 × 128 = 32640), and is exact on all x86 processors. `benchmarks/kernels.py` measures both.
-The 8-bit product of oneDNN saturates as well, and is slower for the few rows of a generation, so it is not used.
+Processors without VNNI multiply 8-bit integers by an instruction (vpmaddubsw) that adds two neighboring
+products into 16 bits and saturates: 255 × 127 twice is 64770, and 32767 is what remains. So there are two
+kernels. ``"whole"`` uses all of a weight's 8 bits and is exact with VNNI. ``"paired"`` limits the sum of two
+neighboring weights to 128, so that no sum leaves 16 bits (255 × 128 = 32640), and is exact on all x86
+processors. `benchmarks/kernels.py` measures both. The 8-bit product of oneDNN saturates as well, and is
+slower for the few rows of a generation, so it is not used.
 """
 
 import functools
@@ -30,7 +31,7 @@ _PLAIN: Any = {"dtype": torch.float32, "device": "cpu"}
 _BREAKAGE = (AttributeError, RuntimeError, TypeError)
 
 
-# --- bfloat16 in the layout of oneDNN ------------------------------------------------------------------------
+# --- bfloat16 in the layout of oneDNN -----------------------------------------------------------------------
 
 
 def pack_bfloat16(weight: Tensor) -> Tensor:
@@ -58,7 +59,8 @@ def bfloat16_fault() -> str | None:
         if not torch.equal(packed.to_dense(), weight):
             return "the packed weight's to_dense() differs from the weight"
         expected = torch.nn.functional.linear(x, weight).float()
-        # Both round a float32 sum to the 8 bits of bfloat16; a wrong layout is wrong by about the sums' own size.
+        # Both round a float32 sum to the 8 bits of bfloat16; a wrong layout is wrong by about the sums' own
+        # size.
         if not torch.allclose(bfloat16_linear(x, packed, None).float(), expected, rtol=2**-7, atol=2**-7):
             return "the packed product differs from the plain one"
     except _BREAKAGE as error:
@@ -71,14 +73,14 @@ def _ramp(rows: int, columns: int) -> Tensor:
     return torch.arange(rows * columns, **_PLAIN).mul(0.618034).frac().mul(2).sub(1).view(rows, columns)
 
 
-# --- 8-bit integers by fbgemm --------------------------------------------------------------------------------
+# --- 8-bit integers by fbgemm -------------------------------------------------------------------------------
 
 
 def int8_weight(weight: Tensor, kernel: Int8Kernel) -> tuple[Tensor, Tensor]:
-    """Return integers ``[out, in]`` (int8) and scales ``[out]`` whose product is nearly ``weight`` ``[out, in]``.
+    """Return int8 integers ``[out, in]`` and scales ``[out]`` whose product is nearly ``weight [out, in]``.
 
-    In each row the largest absolute weight becomes 127; with ``"paired"``, the largest among the weights and the sums
-    of the neighbors 0 and 1, 2 and 3, ….
+    In each row the largest absolute weight becomes 127; with ``"paired"``, the largest among the weights and
+    the sums of the neighbors 0 and 1, 2 and 3, ….
     """
     largest = weight.abs().amax(dim=1)
     if kernel == "paired":
@@ -158,7 +160,7 @@ def int8_error(kernel: Int8Kernel) -> float:
 
 
 def product_operators() -> list[Callable[..., Tensor]]:
-    """Return the operators here that multiply inputs, their first argument, by packed weights: for counts of FLOPs."""
+    """Return the operators that multiply their first argument by packed weights, for counts of FLOPs."""
     names = (("mkldnn", "_linear_pointwise"), ("quantized", "linear_with_input_q_dq_qweight_dq_output_fp32"))
     found = [getattr(getattr(torch.ops, library), name, None) for library, name in names]
     return [operator for operator in found if operator is not None]

@@ -1,7 +1,7 @@
-"""Layers that the networks share: attention, feed-forward, Transformer block, rotary positions, key-value cache.
+"""Layers of the networks: attention, feed-forward, Transformer block, rotary positions, key-value cache.
 
-:class:`Attention`, :class:`FeedForward` and :class:`Block` use the parameter names of the published MAR checkpoints,
-which are those of timm.
+:class:`Attention`, :class:`FeedForward` and :class:`Block` use the parameter names of the published MAR
+checkpoints, which are those of timm.
 """
 
 import torch
@@ -50,10 +50,10 @@ class Attention(nn.Module):
 def attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """Return attention of queries ``[b, heads, m, head_width]`` to keys and values ``[b, heads, n, head_width]``.
+    """Return attention of queries ``[b, heads, m, head_width]`` to n keys and values of equal shape.
 
-    The scores are increased by ``bias [n]``. In bfloat16 on a CPU, products of a few rows at a time are faster than
-    the fused kernel, several times for a single query. They round scores to bfloat16.
+    The scores are increased by ``bias [n]``. In bfloat16 on a CPU, products of a few rows at a time are
+    faster than the fused kernel, several times for a single query. They round scores to bfloat16.
     """
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or query.requires_grad:
         mask = None if bias is None else bias.expand(query.shape[2], -1)
@@ -82,8 +82,8 @@ def as_input(tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """Return tokens ``[…, channels]`` in the ``dtype`` of a network's weights.
 
     A barely trained diffusion head draws values above 10,000. Their projections overflow in float16, and one
-    infinity turns all later tokens into NaN. Float16 therefore scales such a token down. This keeps its direction,
-    and the next norm ignores its length.
+    infinity turns all later tokens into NaN. Float16 therefore scales such a token down. This keeps its
+    direction, and the next norm ignores its length.
     """
     if dtype == torch.float16:
         tokens = tokens * (_FLOAT16_TOKEN / tokens.abs().amax(dim=-1, keepdim=True).clamp(min=_FLOAT16_TOKEN))
@@ -127,7 +127,7 @@ class Block(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """LLaMA's feed-forward ``down(silu(gate(x)) · up(x))`` of ``[…, width]`` (arXiv 2002.05202), without biases.
+    """LLaMA's feed-forward ``down(silu(gate(x)) · up(x))`` without biases (arXiv 2002.05202).
 
     One product computes gate and up.
     """
@@ -146,7 +146,8 @@ def rotary_table(positions: Tensor, width: int) -> Tensor:
     """Return cosines and sines ``[2, n, width]`` for :func:`rotate` (RoPE, arXiv 2104.09864).
 
     Args:
-        positions: ``[n, axes]``. Each axis rotates its own ``width/2/axes`` pairs, by 1 to 1e-4 radians per position.
+        positions: ``[n, axes]``. Each axis rotates its own ``width/2/axes`` pairs, by 1 to 1e-4 radians per
+            position.
         width: channels per head.
     """
     pairs = width // 2 // positions.shape[1]
@@ -169,8 +170,8 @@ class KeyValueCache:
     """Keys and values of all blocks of a Transformer, ``[depth, rows, heads, positions, head_width]`` each.
 
     Call :meth:`extend` or :meth:`overwrite` once per pass, then :meth:`write` in each block. Memory grows by
-    ``growth`` positions at a time, so that keys stay contiguous and kernels see few shapes. A pass may leave out
-    the last rows. These then have gaps and cannot be used again until :meth:`clear`.
+    ``growth`` positions at a time, so that keys stay contiguous and kernels see few shapes. A pass may leave
+    out the last rows. These then have gaps and cannot be used again until :meth:`clear`.
 
     Attributes:
         start: positions that were held before this pass.
@@ -215,8 +216,8 @@ class KeyValueCache:
         """Write a block's new keys and values ``[b, heads, m, head_width]``.
 
         Returns:
-            The block's keys and values to attend to, and a bias ``[positions]`` to add to the scores, which hides
-            unused memory. There is no bias if all memory is in use.
+            The block's keys and values to attend to, and a bias ``[positions]`` to add to the scores, which
+            hides unused memory. There is no bias if all memory is in use.
         """
         held_keys, held_values = self.keys[block, : self.rows], self.values[block, : self.rows]
         if self.positions is None:

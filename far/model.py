@@ -1,7 +1,6 @@
-"""``FAR``: a backbone and a head, its configuration, the named presets, and the training loss.
+"""``FAR``: a backbone and a head, with its configuration, named presets and training loss.
 
-Masks and noise are drawn below this level, optimizers and files live above it, and so does the
-autoencoder: the model sees latents only.
+The model sees latents only. The autoencoder, optimizers and files are outside it.
 """
 
 import torch
@@ -18,7 +17,7 @@ from far.tokens import on_sphere, patchify, unpatchify
 
 
 class FAR(nn.Module):
-    """Latents ``[b, c, h, w]`` of deviation 1 as a sequence of tokens, each drawn by the head."""
+    """Generator of unit-variance latents ``[b, c, h, w]`` as a sequence of tokens, each drawn by the head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -30,19 +29,19 @@ class FAR(nn.Module):
 
     @property
     def null_label(self) -> int:
-        """The label that stands for "no class"."""
+        """Label that means "no class"."""
         return self.config.classes
 
     def tokens(self, latents: Tensor) -> Tensor:
-        """Latents ``[b, c, h, w]`` → tokens ``[b, n, d]``."""
+        """Cut latents ``[b, c, h, w]`` into tokens ``[b, n, d]``."""
         return patchify(latents, self.config.network.patch)
 
     def latents(self, tokens: Tensor) -> Tensor:
-        """Tokens ``[b, n, d]`` → latents ``[b, c, h, w]``."""
+        """Join tokens ``[b, n, d]`` to latents ``[b, c, h, w]``."""
         return unpatchify(tokens, self.config.network.patch, *self.config.token_grid)
 
     def constrain(self, tokens: Tensor) -> Tensor:
-        """Tokens ``[…, d]`` as the model wants them: on the sphere, or as they are."""
+        """Return tokens ``[…, d]`` scaled to the sphere if the model is spherical, else unchanged."""
         if not self.config.network.spherical:
             return tokens
         return on_sphere(tokens.unflatten(-1, (self.config.latent_channels, -1)), dim=-2).flatten(-2)
@@ -57,16 +56,16 @@ class FAR(nn.Module):
         teacher: "FAR",
         step: int = 0,
     ) -> TokenLoss:
-        """The head's loss at every token that the backbone predicts.
+        """Return the head's loss at every query position of one training step.
 
-        For a head that learns guidance, half of the images go through the backbone a second time, without their class.
+        If the head learns guidance, half of the images pass through the backbone again, without their class.
 
         Args:
             latents: normalized latents ``[b, c, h, w]``.
             labels: ``[b]``, 0 … classes − 1.
-            label_drop: the share of samples that train the unconditional half of guidance.
-            teacher: this model with EMA weights; its head gives targets to heads that bootstrap.
-            step: of the training.
+            label_drop: fraction of samples without class, which train the unconditional half of guidance.
+            teacher: this model with EMA weights, whose head provides targets for heads that bootstrap.
+            step: index of the training step.
         """
         dropped = (torch.rand(len(labels), generator=generator) < label_drop).to(labels.device)
         labels = torch.where(dropped, self.null_label, labels)

@@ -1,4 +1,4 @@
-"""Sizes of a generator and the named presets. Needs no torch: a recipe is checked without it."""
+"""Sizes of a generator and the named presets, without torch, so that recipes are checked quickly."""
 
 import dataclasses
 
@@ -13,11 +13,11 @@ class NetworkConfig:
     """Sizes of backbone and head, and latents per token.
 
     Attributes:
-        backbone: which backbone, and its size.
-        head: which head, and its size.
-        patch: latents per token along a side.
-        spherical: the model sees and draws latents of the norm √channels only (SphereAR, arXiv 2509.24335),
-            so that a drawn token's norm cannot drift. The autoencoder should be spherical too.
+        backbone: kind and size of the backbone.
+        head: kind and size of the head.
+        patch: latents per token along each side.
+        spherical: restrict latents to the norm √channels (SphereAR, arXiv 2509.24335), so that the norm of
+            drawn tokens cannot drift. The autoencoder should be spherical too.
     """
 
     backbone: MaskedConfig | CausalConfig = MaskedConfig()
@@ -28,7 +28,7 @@ class NetworkConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A network and what the data fix: ``grid`` is (rows, columns) of latents, not of tokens."""
+    """A network and the sizes of its data. ``grid`` is (rows, columns) of latents, not of tokens."""
 
     network: NetworkConfig = NetworkConfig()
     classes: int = 1000
@@ -48,7 +48,7 @@ class ModelConfig:
 
     @property
     def token_grid(self) -> tuple[int, int]:
-        """(rows, columns) of tokens."""
+        """Return (rows, columns) of tokens."""
         return self.grid[0] // self.network.patch, self.grid[1] // self.network.patch
 
     @property
@@ -77,7 +77,8 @@ PRESETS: dict[str, NetworkConfig] = {
     "far-b": _masked( 768, 12, 12, ShortcutConfig(1024,  6)),  # 210 M
     "far-l": _masked(1024, 16, 16, ShortcutConfig(1280,  8)),  # 481 M
     "far-h": _masked(1280, 20, 16, ShortcutConfig(1536, 12)),  # 946 M
-    # LlamaGen's blocks (arXiv 2406.06525); its 111, 343 and 775 M include two vocabulary tables, which are not needed here.
+    # LlamaGen's blocks (arXiv 2406.06525); its 111, 343 and 775 M include two vocabulary tables, which are
+    # not needed here.
     "far-causal-b":  _causal( 768, 12, 12, ShortcutConfig(1024,  6)),  # 123 M
     "far-causal-l":  _causal(1024, 24, 16, ShortcutConfig(1280,  8)),  # 384 M
     "far-causal-xl": _causal(1280, 36, 20, ShortcutConfig(1536, 12)),  # 887 M

@@ -1,4 +1,4 @@
-"""Lines on the standard error that say what a command is doing while nothing else does."""
+"""Notices on the standard error while a command works without other output."""
 
 import contextlib
 import os
@@ -11,9 +11,9 @@ _SECONDS = 2.0
 
 @contextlib.contextmanager
 def noticed(doing: str) -> Iterator[None]:
-    """Say what the block does, such as "reading avatars-64", if it takes longer than two seconds.
+    """Print ``doing``, such as "reading avatars-64", if the block takes longer than two seconds.
 
-    Of several processes that torchrun started, the first says it.
+    With torchrun, only rank 0 prints.
     """
     if os.environ.get("RANK", "0") != "0":
         yield

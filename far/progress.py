@@ -1,4 +1,4 @@
-"""Progress bars of drawing: they move with every AR step and count finished images."""
+"""Progress bars of generation, which move at every AR step and count finished images."""
 
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
@@ -12,39 +12,39 @@ _FORMAT = "{l_bar}{bar}| {finished}/{images} images [{elapsed}<{remaining}, {rat
 
 
 class ImageBar(tqdm):
-    """A bar over images. An image in progress counts by the fraction of its AR steps that are done.
+    """Progress bar over images. An unfinished image counts as the fraction of its finished AR steps.
 
     Args:
-        total: images in all, or groups of ``group`` images.
-        description: stands before the bar.
-        group: images that each unit of ``total`` stands for.
-        options: those of tqdm.
+        total: number of images, or of groups of ``group`` images.
+        description: text before the bar.
+        group: images per unit of ``total``.
+        options: options of tqdm.
     """
 
     def __init__(self, total: int, description: str, *, group: int = 1, **options: Any) -> None:
         self.group, self.unfinished = group, 0.0
         super().__init__(
-            total=total, desc=description, unit="img", unit_scale=False if group == 1 else group, bar_format=_FORMAT,
-            miniters=0, mininterval=0.5, **options,
+            total=total, desc=description, unit="img", unit_scale=False if group == 1 else group,
+            bar_format=_FORMAT, miniters=0, mininterval=0.5, **options,
         )  # fmt: skip
 
     def ar_step(self, progress: "Progress") -> None:
-        """Move by one AR step of a batch; a callback of :meth:`far.Pipeline.draw`."""
-        share = len(progress.latents) / progress.steps / self.group
+        """Move by one AR step of a batch, as a callback of :meth:`far.Pipeline.draw`."""
+        fraction = len(progress.latents) / progress.steps / self.group
         last = progress.step + 1 == progress.steps
-        self.unfinished = 0.0 if last else self.unfinished + share
+        self.unfinished = 0.0 if last else self.unfinished + fraction
         if not self.disable:
             self.set_postfix_str(f"AR step {progress.step + 1}/{progress.steps}", refresh=False)
-        self.update(share)
+        self.update(fraction)
 
     def move_to(self, position: int) -> None:
-        """Move to ``position`` units, which are finished; nothing if drawing has moved the bar there already."""
+        """Move to ``position`` finished units, unless AR steps have moved the bar there already."""
         self.unfinished = 0.0
         self.update(position - self.n)
 
     @property
     def format_dict(self) -> MutableMapping[str, Any]:
-        """Values for ``_FORMAT``: tqdm's own, and the images finished and in all."""
+        """Return the values of ``_FORMAT``: those of tqdm, and the finished and total images."""
         finished, images = (
             round(number * self.group) for number in (self.n - self.unfinished, self.total or 0)
         )

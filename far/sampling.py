@@ -1,8 +1,8 @@
-"""The autoregressive loop: from labels and noise, and tokens that are kept where there are any, to latents, some tokens at a time.
+"""The autoregressive loop: labels, noise and optional kept tokens → latents, some tokens per AR step.
 
-A pure function of a model: it knows orders, guidance, temperature and step counts, but no file and
-no picture. Arithmetic as in MAR (arXiv 2406.11838, section 3.3); fewer head steps as more tokens are
-known as in DiSA; keys, values and guidance kept over several AR steps as in LazyMAR (arXiv 2503.12450).
+A pure function of a model, without files or images. The arithmetic is that of MAR (arXiv 2406.11838, section
+3.3). Head steps decrease as more tokens are known, as in DiSA. Keys, values and guidance may be reused over
+several AR steps, as in LazyMAR (arXiv 2503.12450).
 """
 
 import dataclasses
@@ -23,20 +23,24 @@ from far.tokens import cosine_token_counts, halton_orders, random_orders, raster
 
 
 class Noise(Protocol):
-    """Where every random number of a generation comes from; one row an image."""
+    """Source of all random numbers of a generation, with one row per image."""
 
     def orders(self, tokens: int) -> Tensor:
-        """Generation orders, permutations ``[b, tokens]``."""
+        """Return generation orders, permutations ``[b, tokens]``."""
 
     def normal(self, count: int, channels: int) -> Tensor:
-        """Standard normal numbers ``[b, count, channels]``."""
+        """Return standard normal values ``[b, count, channels]``."""
 
 
 class SeededNoise:
-    """One generator per seed, so that an image depends on its seed and not on the batch around it.
+    """Noise from one generator per seed, so that an image depends on its seed and not on its batch.
 
-    Numbers are drawn on the CPU and then moved: the same seed gives the same noise on every device. ``run`` is the seed of
-    a run that numbers its images; see :func:`far.seeds.seeded_generator`.
+    Values are drawn on the CPU and then moved, so that a seed gives the same noise on every device.
+
+    Args:
+        seeds: one per image.
+        device: of the returned tensors.
+        run: seed of a run that numbers its images; see :func:`far.seeds.seeded_generator`.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device, run: int = 0) -> None:
@@ -53,10 +57,12 @@ class SeededNoise:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Tokens that are given instead of drawn: those of ``latents [b, c, h, w]`` at ``positions [k]``, the same in every image.
+    """Tokens to keep instead of drawing them: those of ``latents`` at ``positions``, in every image.
 
-    The positions are distinct, 0 … tokens − 1, and leave at least one token to be drawn. A causal backbone can keep the
-    first tokens in raster order only.
+    Attributes:
+        latents: ``[b, c, h, w]``.
+        positions: ``[k]``, distinct, 0 … tokens − 1. At least one token must remain to be drawn. A causal
+            backbone can keep only the first tokens in raster order.
     """
 
     latents: Tensor
@@ -65,7 +71,7 @@ class Kept:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What is there after an AR step: ``latents [b, c, h, w]``, zero where not ``known [b, tokens]``."""
+    """State after an AR step: ``latents [b, c, h, w]``, which are zero except at ``known [b, tokens]``."""
 
     step: int
     steps: int
@@ -82,7 +88,7 @@ def sample(
     kept: Kept | None = None,
     callback: Callable[[Progress], None] | None = None,
 ) -> Tensor:
-    """Latents ``[b, c, h, w]`` of deviation 1 for ``labels [b]``.
+    """Return unit-variance latents ``[b, c, h, w]`` for ``labels [b]``; ``callback`` sees every AR step.
 
     Raises:
         InputError: see :func:`sampling_steps`.
@@ -96,11 +102,11 @@ def sample(
 def sampling_steps(
     model: FAR, labels: Tensor, noise: Noise, config: SamplingConfig, *, kept: Kept | None = None
 ) -> Iterator[Progress]:
-    """The same, an AR step at a time; the last one's latents are the result.
+    """Return an iterator over the AR steps of :func:`sample`. The latents of the last step are the result.
 
     Raises:
-        InputError: a value of ``config`` is out of the model's range, or a causal backbone is to keep tokens that come
-            after ones to be drawn. Raised by the call itself, before any step.
+        InputError: a value of ``config`` is out of the model's range, or the kept tokens of a causal backbone
+            are not the first ones. The call itself raises this, before any step.
     """
     config.check(model, 0 if kept is None else len(kept.positions))
     if (
@@ -109,8 +115,8 @@ def sampling_steps(
         and set(kept.positions.tolist()) != set(range(len(kept.positions)))
     ):
         raise InputError(
-            "a causal backbone draws row by row and knows only what lies before a token, so it can redraw an image from one token "
-            "to the end and nothing else; take a masked model"
+            "a causal backbone draws row by row, so it can only redraw an image from one token to the end. "
+            "Use a masked model to redraw other regions"
         )
     return _sampling_steps(model, labels, noise, config, kept)
 
@@ -120,15 +126,15 @@ def _sampling_steps(
     model: FAR, labels: Tensor, noise: Noise, config: SamplingConfig, kept: Kept | None
 ) -> Iterator[Progress]:
     batch, channels = len(labels), model.config.token_channels
-    # Step 0. Only what is kept is known; the order in which the other positions become known is drawn once.
+    # Step 0. Only kept tokens are known. Draw the order in which the other positions become known.
     sequence, orders, known_count = _start(model, noise, config, batch, kept, labels.device)
     counts = cosine_token_counts(model.config.tokens - known_count, config.ar_steps)
     scales = config.guidance_scales(counts, known_count)
-    # Guidance that the head has learnt is no matter of the backbone.
+    # If the head has learned guidance, the backbone needs no unconditional pass.
     conditions = _Conditions(
         model, labels, config, [1.0] * len(scales) if config.guided_in_head(model) else scales
     )
-    # All that comes from the host is on the device before the first step: copies in between would stall a GPU.
+    # Copy everything to the device before the first step: copies between steps would stall a GPU.
     head_steps = [config.head_steps_at(step) for step in range(config.ar_steps)]
     draw = {steps: model.head.sampler(steps, sequence) for steps in dict.fromkeys(head_steps)}
     for step, (count, guidance) in enumerate(zip(counts, scales)):
@@ -136,8 +142,8 @@ def _sampling_steps(
         known = orders[:, :known_count]
         query = orders[:, known_count : known_count + count].sort(dim=1).values
         # Step 2. Their conditions, with and without the class.
-        condition = Condition(*conditions.of_step(step, sequence, known, query), guidance)
-        # Step 3. The head draws the tokens.
+        condition = Condition(*conditions.at_step(step, sequence, known, query), guidance)
+        # Step 3. The head draws their tokens.
         drawn = draw[head_steps[step]](condition, lambda: noise.normal(count, channels), config.temperature)
         sequence = sequence.scatter(1, query.unsqueeze(-1).expand(-1, -1, channels), model.constrain(drawn))
         known_count += count
@@ -150,7 +156,7 @@ def _sampling_steps(
 def _start(
     model: FAR, noise: Noise, config: SamplingConfig, batch: int, kept: Kept | None, device: torch.device
 ) -> tuple[Tensor, Tensor, int]:
-    """Tokens ``[b, n, d]``, zero where not kept; orders ``[b, n]`` that begin with the kept positions; how many these are."""
+    """Return tokens ``[b, n, d]``, zero unless kept, orders ``[b, n]`` with these first, and their count."""
     sequence = torch.zeros(batch, model.config.tokens, model.config.token_channels, device=device)
     orders = _orders(model, noise, config, batch).to(device)
     if kept is None:
@@ -159,7 +165,7 @@ def _start(
     known[kept.positions.to(device)] = True
     given = model.constrain(model.tokens(kept.latents.to(sequence)))
     sequence = torch.where(known.unsqueeze(-1), given, sequence)
-    # Kept ones first; a stable sort leaves the order within both groups.
+    # Kept positions first. A stable sort preserves the order within both groups.
     first = known[orders].sort(dim=1, descending=True, stable=True).indices
     return sequence, orders.gather(1, first), len(kept.positions)
 
@@ -173,21 +179,21 @@ def _orders(model: FAR, noise: Noise, config: SamplingConfig, batch: int) -> Ten
 
 
 class _Conditions:
-    """The backbone's part of one generation, and what is kept of it from step to step."""
+    """Passes of the backbone in one generation, with the state that later steps reuse."""
 
     def __init__(self, model: FAR, labels: Tensor, config: SamplingConfig, scales: list[float]) -> None:
         self.model, self.config, self.scales = model, config, scales
         self.labels = torch.cat([labels, torch.full_like(labels, model.null_label)])
-        # A causal model's cache is exact; a masked one is asked for where steps are to be skipped.
+        # A causal model's cache is exact. A masked model's cache is used only to skip work.
         self.exact = not model.backbone.any_order
         rows = 2 * len(labels) if any(scale != 1.0 for scale in scales) else len(labels)
         self.cache = model.backbone.new_cache(rows) if self.exact or config.refresh_every > 1 else None
         self.difference: Tensor | None = None
 
-    def of_step(
+    def at_step(
         self, step: int, sequence: Tensor, known: Tensor, query: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """``z [b, m, width]`` at ``query [b, m]``, and the same without the class where the step is guided."""
+        """Return ``z [b, m, width]`` at ``query [b, m]``, also without the class if the step is guided."""
         if self.cache is not None and not self.exact and step % self.config.refresh_every == 0:
             self.cache.clear()
         if self.config.guidance_every == 1:
@@ -195,7 +201,7 @@ class _Conditions:
         return self._with_kept_difference(step, sequence, known, query)
 
     def _wants_uncond(self, step: int) -> bool:
-        """Whether the unconditional half is needed at this step, or by one that finds it in the cache."""
+        """Return whether this step, or a later one through the cache, needs the unconditional half."""
         if self.cache is None:
             return self.scales[step] != 1.0
         every = self.config.refresh_every
@@ -205,7 +211,7 @@ class _Conditions:
     def _halves(
         self, sequence: Tensor, known: Tensor, query: Tensor, *, uncond: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The conditional half; with the unconditional one in the same pass of the backbone, or without it."""
+        """Return the conditional half and, if ``uncond``, the unconditional one from the same pass."""
         if not uncond:
             return self.model.backbone(sequence, known, query, self.labels[: len(sequence)], self.cache), None
         z, z_uncond = self._both(sequence, known, query)
@@ -219,7 +225,7 @@ class _Conditions:
     def _with_kept_difference(
         self, step: int, sequence: Tensor, known: Tensor, query: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Between the steps that compute both halves everywhere, the difference of each position stays."""
+        """Return both halves. Every N-th step computes both at all positions; others reuse the difference."""
         if step % self.config.guidance_every == 0:
             self.difference = None
         if self.scales[step] == 1.0:

@@ -1,8 +1,9 @@
 """Random number generators whose stream depends on every bit of their seed.
 
-torch seeds its CPU generator, a Mersenne Twister, with the lower 32 bits of a seed and ignores the others. Larger keys
-fill the twister's whole state here by ``init_by_array``, the initialization that its authors published for long keys and
-that Python's ``random`` uses. Keys below 2³² are torch's own seeding, so their streams are those of ``manual_seed``.
+torch seeds its CPU generator, a Mersenne Twister, with the lower 32 bits of a seed and ignores the others.
+Larger keys fill the twister's whole state here by ``init_by_array``, the initialization that its authors
+published for long keys and that Python's ``random`` uses. Keys below 2³² are torch's own seeding, so their
+streams are those of ``manual_seed``.
 """
 
 import contextlib
@@ -25,7 +26,8 @@ def seeded_generator(number: int, seed: int = 0) -> torch.Generator:
     words = np.array([number, seed], dtype="<u8").view("<u4")
     if not words[1:].any():
         return torch.Generator().manual_seed(int(words[0]))
-    # All four words always: init_by_array repeats its key, and keys of different lengths can repeat to the same one.
+    # All four words always: init_by_array repeats its key, and keys of different lengths can repeat to the
+    # same one.
     twister = np.random.RandomState(words).get_state(legacy=False)["state"]["key"]
     made = torch.Generator().manual_seed(int(twister[1]) << 31 | int(twister[2]) >> 1)
     state = made.get_state()
@@ -35,7 +37,7 @@ def seeded_generator(number: int, seed: int = 0) -> torch.Generator:
 
 
 def seed_all(number: int, seed: int = 0) -> None:
-    """Seed the default generators of all devices, for operations that accept no generator, such as dropout."""
+    """Seed the default generators of all devices, for operations that take no generator, such as dropout."""
     made = seeded_generator(number, seed)
     torch.manual_seed(made.initial_seed())
     torch.default_generator.set_state(made.get_state())
@@ -43,7 +45,7 @@ def seed_all(number: int, seed: int = 0) -> None:
 
 @contextlib.contextmanager
 def seeded(number: int) -> Iterator[None]:
-    """Seed the CPU's default generator within the block, as initializing weights needs, and restore it afterwards."""
+    """Seed the CPU's default generator within the block, to initialize weights, and restore it after."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.set_state(seeded_generator(number).get_state())
         yield

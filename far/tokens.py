@@ -1,4 +1,4 @@
-"""Pure functions of token sequences: latents ↔ tokens, generation orders, schedules of masks and tokens per AR step."""
+"""Pure functions of token sequences: latents ↔ tokens, generation orders, schedules of masks and AR steps."""
 
 import math
 from fractions import Fraction
@@ -42,9 +42,9 @@ def raster_orders(count: int, batch: int) -> Tensor:
 def halton_orders(rows: int, columns: int, first: Tensor) -> Tensor:
     """Return low-discrepancy orders ``[b, rows·columns]`` of a grid's positions that begin at ``first [b]``.
 
-    A cell's rank is that of its first point in the Halton sequence of bases 2 and 3, so any run of consecutive cells
-    is spread over the grid (arXiv 2503.17076). Each order is shifted, wrapping at the edges, to begin at its first
-    position.
+    A cell's rank is that of its first point in the Halton sequence of bases 2 and 3, so any run of
+    consecutive cells is spread over the grid (arXiv 2503.17076). Each order is shifted, wrapping at the
+    edges, to begin at its first position.
     """
     cells: dict[tuple[int, int], None] = {}
     index = 0
@@ -57,7 +57,7 @@ def halton_orders(rows: int, columns: int, first: Tensor) -> Tensor:
 
 
 def _radical_inverse(number: int, base: int) -> Fraction:
-    """Return ``number`` with its digits mirrored at the point, in [0, 1): the Halton sequence of one base, exactly."""
+    """Return ``number`` with its digits mirrored at the point, in [0, 1): the Halton sequence of one base."""
     result, scale = Fraction(0), Fraction(1)
     while number:
         number, digit = divmod(number, base)
@@ -67,7 +67,7 @@ def _radical_inverse(number: int, base: int) -> Fraction:
 
 
 def on_sphere(latents: Tensor, dim: int) -> Tensor:
-    """Scale latent vectors along ``dim`` to the norm √channels, the root mean square norm of unit-variance latents."""
+    """Scale vectors along ``dim`` to the norm √channels, the rms norm of unit-variance latents."""
     norm = latents.float().norm(dim=dim, keepdim=True).clamp(min=1e-6)  # squares overflow in float16
     return (latents / norm * latents.shape[dim] ** 0.5).to(latents.dtype)
 
@@ -75,8 +75,8 @@ def on_sphere(latents: Tensor, dim: int) -> Tensor:
 def cosine_token_counts(count: int, steps: int) -> list[int]:
     """Return the number of tokens that each of ``steps`` AR steps predicts (MAR's cosine schedule).
 
-    After step k of K (k = 0 …), ``floor(count · cos(π/2 · (k+1)/K))`` tokens stay masked. Each step predicts at least
-    one token, and the last step predicts all that remain.
+    After step k of K (k = 0 …), ``floor(count · cos(π/2 · (k+1)/K))`` tokens stay masked. Each step predicts
+    at least one token, and the last step predicts all that remain.
 
     Raises:
         ValueError: ``steps`` is not within 1 … ``count``.

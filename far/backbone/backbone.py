@@ -18,11 +18,11 @@ class Cache(Protocol):
 
 
 class Backbone(nn.Module, abc.ABC):
-    """Base class of all backbones. The label ``classes`` means "no class", for the unconditional half of guidance.
+    """Base class of all backbones. The label ``classes`` means "no class", as guidance needs it.
 
     Attributes:
-        any_order: tokens may become known in any order and several at once. Otherwise they are drawn one by one, row
-            by row.
+        any_order: tokens may become known in any order and several at once. Otherwise they are drawn one by
+            one, row by row.
         config: the dataclass that describes this backbone.
         tokens: length of the sequence.
     """
@@ -53,8 +53,7 @@ class Backbone(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def training_inputs(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Return one training step's arguments of :meth:`forward`: input tokens ``[b, n, channels]``, known and
-        query positions."""
+        """Return input tokens ``[b, n, channels]``, known and query positions of one training step."""
 
     @abc.abstractmethod
     def new_cache(self, rows: int) -> Cache:

@@ -1,7 +1,7 @@
-"""FAR-Causal's backbone: a decoder-only Transformer in the style of LLaMA over continuous tokens, in raster order.
+"""FAR-Causal's backbone: a decoder-only Transformer as LLaMA, over continuous tokens in raster order.
 
-Its input is the class (one or several copies) and the tokens so far. Its output at each position is the condition
-``z`` of the next token. Only the two-dimensional rotary positions are specific to images.
+Its input is the class (one or several copies) and the tokens so far. Its output at each position is the
+condition ``z`` of the next token. Only the two-dimensional rotary positions are specific to images.
 """
 
 import math
@@ -16,7 +16,7 @@ from far.layers import KeyValueCache, SwiGLU, as_input, attend, rotary_table, ro
 
 
 class CausalBackbone(Backbone):
-    """Class and first tokens → ``z [b, m, width]`` of the next ones, on a ``grid`` of (rows, columns) tokens."""
+    """Class and first tokens → ``z [b, m, width]`` of the next, on a ``grid`` of (rows, columns) tokens."""
 
     any_order = False
     rotary: Tensor
@@ -65,9 +65,9 @@ class CausalBackbone(Backbone):
     ) -> Tensor:
         """Return ``z`` at ``query``; see :meth:`Backbone.forward`.
 
-        The known tokens are the first ones in raster order. Query positions are among them, or the position after
-        them. With a cache, only tokens that it does not hold go through the network, so ``query`` must be
-        among these. If the cache has more rows than ``tokens``, the first rows are used.
+        The known tokens are the first ones in raster order. Query positions are among them, or the position
+        after them. With a cache, only tokens that it does not hold go through the network, so ``query`` must
+        be among these. If the cache has more rows than ``tokens``, the first rows are used.
         """
         start = 0 if cache is None else cache.length
         end = self.config.buffer + known.shape[1]
@@ -147,7 +147,7 @@ class CausalAttention(nn.Module):
 
 
 def _causal_mask(queries: int, keys: int, held: int, device: torch.device) -> Tensor:
-    """Return the mask ``[queries, keys]`` of queries that follow ``held`` keys. Keys after them are hidden."""
+    """Return the mask ``[queries, keys]`` of queries that follow ``held`` keys. Later keys are hidden."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(held)
 
 

@@ -21,9 +21,9 @@ class MaskedConfig:
         decoder_heads: attention heads of the decoder.
         buffer: copies of the class token before the sequence.
         dropout: probability of dropout in attention and feed-forward parts.
-        mask_ratio_min: smallest masking ratio. Each batch draws its ratio from a normal distribution of mean 1,
-            truncated to [``mask_ratio_min``, 1]. Models of few tokens need a low minimum, because each token that
-            becomes known changes the image a lot.
+        mask_ratio_min: smallest masking ratio. Each batch draws its ratio from a normal distribution of mean
+            1, truncated to [``mask_ratio_min``, 1]. Models of few tokens need a low minimum, because each
+            token that becomes known changes the image a lot.
         mask_ratio_std: standard deviation of the normal distribution.
         kind: selects this backbone, which is the default.
     """
@@ -49,7 +49,7 @@ class MaskedConfig:
             check_count(f"{part}_depth", getattr(self, f"{part}_depth"), 2**10)
         if self.buffer < 1:
             raise InputError(
-                f"buffer {self.buffer} must be positive. It is the encoder's only input while no token is known."
+                f"buffer {self.buffer} must be positive: it is the only input while no token is known"
             )
         check_count("buffer", self.buffer)
         if not 0 <= self.dropout < 1:
@@ -73,8 +73,8 @@ class CausalConfig:
         buffer: copies of the class token before the sequence.
         positions: rotary positions: ``grid`` is (row, column), ``sequence`` is the index in the sequence.
         dropout: probability of dropout in attention and feed-forward parts.
-        input_noise: standard deviation of noise on the input tokens in training. It prepares the backbone for the
-            head's errors in sampling.
+        input_noise: standard deviation of noise on the input tokens in training. It prepares the backbone for
+            the head's errors in sampling.
     """
 
     kind: Literal["causal"] = "causal"
@@ -105,5 +105,5 @@ class CausalConfig:
 
     @property
     def hidden_width(self) -> int:
-        """Hidden width of the feed-forward part: 8/3 of the width, rounded up to a multiple of 256, as in LLaMA."""
+        """Hidden width of the feed-forward part: 8/3 of the width, rounded up to 256s, as in LLaMA."""
         return -(-8 * self.width // (3 * 256)) * 256

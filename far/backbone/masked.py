@@ -1,7 +1,7 @@
 """MAR's masked encoder-decoder (arXiv 2406.11838, section 3.3).
 
-The encoder sees the class (several copies, the "buffer") and the known tokens. The decoder sees the encoder's output
-with mask tokens at the unknown positions, and returns ``z`` there.
+The encoder sees the class (several copies, the "buffer") and the known tokens. The decoder sees the encoder's
+output with mask tokens at the unknown positions, and returns ``z`` there.
 """
 
 import dataclasses
@@ -67,8 +67,8 @@ class MaskedBackbone(Backbone):
             tokens: ``[b, n, channels]``; only the known ones are read.
             known: positions ``[b, k]`` of the known tokens.
             labels: ``[b]``, 0 … classes.
-            cache: if it holds the buffer and the first tokens of ``known``, only the other tokens are computed and
-                returned.
+            cache: if it holds the buffer and the first tokens of ``known``, only the other tokens are
+                computed and returned.
         """
         buffer = self.config.buffer
         held = 0 if cache is None else cache.length
@@ -92,8 +92,9 @@ class MaskedBackbone(Backbone):
         """Return ``z [b, m, decoder_width]`` at the positions ``query [b, m]``.
 
         Args:
-            encoded: the encoder's output for the buffer and the tokens at ``known [b, k]``, or for the last ones of
-                these tokens if ``cache`` holds the others. Then only their positions and ``query`` are computed.
+            encoded: the encoder's output for the buffer and the tokens at ``known [b, k]``, or for the last
+                ones of these tokens if ``cache`` holds the others. Then only their positions and ``query``
+                are computed.
             known: positions ``[b, k]`` of the known tokens.
             query: positions ``[b, m]``.
             cache: keys and values of all positions, from the last call.
@@ -114,7 +115,7 @@ class MaskedBackbone(Backbone):
         return self.decoder_norm(x) + F.embedding(query, self.condition_positions[0])
 
     def _decoder_inputs(self, encoded: Tensor, known: Tensor) -> Tensor:
-        """Return buffer, known tokens and mask tokens in spatial order: ``[b, buffer + n, decoder_width]``."""
+        """Return buffer, known tokens and mask tokens in spatial order ``[b, buffer + n, decoder_width]``."""
         buffer = self.config.buffer
         x = self.decoder_projection(encoded)
         grid = self.mask_token.to(x.dtype).expand(len(x), self.tokens, -1)
@@ -123,7 +124,7 @@ class MaskedBackbone(Backbone):
         return torch.cat([x[:, :buffer], grid], dim=1) + self.decoder_positions
 
     def _new_decoder_inputs(self, encoded: Tensor, known: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Return new known tokens and mask tokens at ``query``, ``[b, k + m, decoder_width]``, and their positions."""
+        """Return new tokens and mask tokens at ``query``, ``[b, k + m, width]``, with their positions."""
         x = self.decoder_projection(encoded)
         positions = torch.cat([known[:, known.shape[1] - x.shape[1] :], query], dim=1) + self.config.buffer
         masks = self.mask_token.to(x.dtype).expand(len(x), query.shape[1], -1)
@@ -158,9 +159,10 @@ class MaskedBackbone(Backbone):
         )
 
     def training_inputs(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Mask a random fraction of the tokens: these are the query positions ``[b, m]``, the others are known.
+        """Mask a random fraction of the tokens: the query positions ``[b, m]``. The others are known.
 
-        The fraction is one draw of :func:`far.tokens.sample_mask_ratio` per batch. Positions differ per sample.
+        The fraction is one draw of :func:`far.tokens.sample_mask_ratio` per batch. Positions differ per
+        sample.
         """
         batch = len(tokens)
         ratio = sample_mask_ratio(generator, self.config.mask_ratio_min, self.config.mask_ratio_std)
