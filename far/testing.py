@@ -5,8 +5,8 @@
     def test_mixture_head():
         check_head(MixtureConfig(width=32, depth=1))
 
-Each function of :data:`HEAD_CHECKS` checks one rule and raises an ``AssertionError`` if the head breaks it. They say
-nothing about the distribution that a head learns: compare that with data whose answer is known.
+Each function of :data:`HEAD_CHECKS` checks one rule and raises an ``AssertionError`` if the head breaks it.
+They say nothing about the distribution that a head learns: compare that with data whose answer is known.
 """
 
 import copy
@@ -36,7 +36,7 @@ def check_head(config: HeadConfig) -> None:
 
 
 def untrained_head(config: HeadConfig, seed: int = 0) -> Head:
-    """Return a head for tokens of 3 channels and conditions of 5, with random weights (fresh heads may output zeros)."""
+    """Return a head with random weights, since those of a new head may output zeros."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -89,7 +89,7 @@ def check_gradients(config: HeadConfig) -> None:
 
 @torch.no_grad()
 def check_draws(config: HeadConfig) -> None:
-    """A draw is a function of its condition and noise, whatever the batch around it and the sampler's earlier draws."""
+    """A draw depends on its condition and noise, not on the batch around it or earlier draws."""
     head = untrained_head(config)
     z, like = _normal(IMAGES, TOKENS, WIDTH, seed=1), torch.zeros(1)
     for steps in {1, min(3, head.max_steps)}:
@@ -120,7 +120,7 @@ def check_temperature(config: HeadConfig) -> None:
 
 @torch.no_grad()
 def check_guidance(config: HeadConfig) -> None:
-    """Guidance of scale 1 is off and another scale counts. A velocity is guided linearly, if the head has one."""
+    """Guidance of scale 1 is off, and another scale counts. A velocity is guided linearly."""
     head = untrained_head(config)
     draw = head.sampler(min(2, head.max_steps), torch.zeros(1))
     z, uncond = _normal(IMAGES, TOKENS, WIDTH, seed=1), _normal(IMAGES, TOKENS, WIDTH, seed=2)

@@ -1,4 +1,4 @@
-"""Configurations of the heads, one dataclass per kind. This module needs no torch, so recipes are checked without it."""
+"""Configurations of the heads, one dataclass per kind. They need no torch, so recipes are checked quickly."""
 
 import dataclasses
 import math
@@ -37,7 +37,8 @@ class HeadConfig:
     def _check_two_samples(self) -> None:
         if self.samples_per_token < 2:
             raise InputError(
-                f"head samples_per_token {self.samples_per_token} is too small for kind {self.kind}. Give at least 2"
+                f"head samples_per_token {self.samples_per_token} is too small for kind {self.kind}. "
+                "Give at least 2"
             )
 
 
@@ -81,7 +82,7 @@ class DiffusionConfig(HeadConfig):
         super().__post_init__()
         if self.token_limit is not None and not self.token_limit > 0:
             raise InputError(
-                f"head token_limit {self.token_limit} is not positive. Give a positive number, or leave it out"
+                f"head token_limit {self.token_limit} is not positive. Give a positive number or null"
             )
 
 
@@ -108,7 +109,7 @@ class FlowMapConfig(HeadConfig):
             raise InputError(f"head flow_steps {self.flow_steps} is negative. Give at least 0")
         if self.max_guidance is not None and not (math.isfinite(self.max_guidance) and self.max_guidance > 1):
             raise InputError(
-                f"head max_guidance {self.max_guidance} is not above 1. Give a number above 1, or leave it out"
+                f"head max_guidance {self.max_guidance} is not above 1. Give a larger number or null"
             )
 
 

@@ -1,7 +1,7 @@
 """MAR's diffusion head (arXiv 2406.11838): a DDPM of one token, ε-prediction with learned-range variance.
 
-Its time runs as in the published code, 0 (data) … 999 (noise), inside this file only. The arithmetic
-is that of Nichol & Dhariwal (arXiv 2102.09672): loss = MSE of ε + variational bound of the variance.
+As in the published code, time runs from 0 (data) to 999 (noise), but only inside this file. The loss of
+Nichol & Dhariwal (arXiv 2102.09672) is the MSE of ε plus the variational bound of the variance.
 """
 
 import copy
@@ -22,7 +22,7 @@ TRAINING_STEPS = 1000
 
 
 class DiffusionHead(Head):
-    """The network predicts ε and, for each channel, where the log-variance lies between its bounds."""
+    """Diffusion head: predicts ε and each channel's log-variance, as a fraction between its bounds."""
 
     config_class = DiffusionConfig
     default_steps = 100
@@ -40,22 +40,21 @@ class DiffusionHead(Head):
         t = torch.randint(0, TRAINING_STEPS, (samples, len(x)), generator=generator).to(x.device)
         noise = torch.randn(samples, *x.shape, generator=generator).to(x.device)
         mse, bound = self.loss_terms(x, condition.z, t, noise)
-        rows = mse + bound
-        found = rows.detach().flatten()
-        parts = {"mse": mse.detach().flatten(), "bound": bound.detach().flatten()}
-        return TokenLoss(rows.mean(dim=0), found, 1 - t.flatten() / TRAINING_STEPS, parts)
+        return TokenLoss.mean_of(mse + bound, 1 - t / TRAINING_STEPS, mse=mse, bound=bound)
 
     def loss_terms(self, x: Tensor, z: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """The MSE of ε and the variational bound in bits per channel, each shaped as ``t``.
+        """Return the MSE of ε and the variational bound in bits per channel, each shaped as ``t``.
 
         Args:
-            x: tokens, broadcastable to ``noise […, channels]``.
-            t: training steps, integers 0 … 999, shaped as the leading axes.
+            x: tokens, broadcastable to ``noise``.
+            z: conditions ``[…, width]``.
+            t: diffusion times, integers 0 … 999, shaped as the leading axes.
+            noise: standard normal noise ``[…, channels]``.
         """
         schedule = Schedule.respaced(TRAINING_STEPS)
         x_t = schedule.noisy(x, noise, t)
         epsilon, fraction = self.network(x_t, z, t).float().chunk(2, dim=-1)
-        # The bound trains the variance only: through ε it would disturb the MSE.
+        # The bound trains only the variance: its gradient through ε would disturb the MSE.
         mean, logvar = schedule.model_posterior(x_t, epsilon.detach(), fraction, t)
         true_mean, true_logvar = schedule.true_posterior(x, x_t, t)
         kl = normal_kl(true_mean, true_logvar, mean, logvar).mean(dim=-1)
@@ -64,9 +63,10 @@ class DiffusionHead(Head):
         return (epsilon - noise).square().mean(dim=-1), bound
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """See :class:`Head`; the velocity of the deterministic (DDIM) trajectories, in the time of flow matching.
+        """Return the velocity of the deterministic (DDIM) trajectories; see :meth:`Head.velocity`.
 
-        ``x_t`` is the noisy token of the training step with the same share of noise, scaled to ``t x + (1 − t) ε``.
+        The network sees the noisy token of the diffusion time with the same fraction of noise, where ``x_t``
+        is that token scaled to ``t x + (1 − t) ε``. Times beyond the schedule's ends become its ends.
         """
         bounds = flow_times()
         t = t.clamp(float(bounds[-1]), float(bounds[0]))
@@ -97,7 +97,7 @@ class DiffusionHead(Head):
         return draw
 
     def _predict(self, x: Tensor, time: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """Return ε and the variance's fraction for an embedded time and condition; only ε is guided."""
+        """Return ε and the fraction of the variance for an embedded time and condition. Only ε is guided."""
         fraction = x
 
         def epsilon_of(c: Tensor) -> Tensor:
@@ -117,9 +117,10 @@ class DiffusionHead(Head):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The noise schedule over ``len(timesteps)`` steps; every table is ``[steps]``, in float64 on the CPU.
+    """Noise schedule with one step per entry of ``timesteps``.
 
-    Steps ``t`` are indices into the tables: integers shaped as the leading axes of a tensor, or one ``int`` for all of it.
+    Its tables ``[steps]`` are float64 on the CPU. A step ``t`` is an index into them: integers shaped as the
+    leading axes of a tensor, or one ``int`` for the whole tensor.
     """
 
     timesteps: list[int]
@@ -131,9 +132,10 @@ class Schedule:
     @staticmethod
     @functools.lru_cache(maxsize=64)
     def respaced(steps: int) -> "Schedule":
-        """The cosine schedule of 1000 steps, thinned to ``steps`` of them, evenly spaced with both ends."""
+        """Return ``steps`` evenly spaced steps of the cosine schedule of 1000 steps, with both ends."""
         stride = (TRAINING_STEPS - 1) / (steps - 1) if steps > 1 else 1
-        # Strides are added up, as in the published code; a product would round otherwise for every fourth step count.
+        # Add up the strides, as the published code does. A product rounds differently for one in four step
+        # counts.
         timesteps = [round(time) for time in itertools.accumulate([stride] * (steps - 1), initial=0.0)]
         kept = train_alphas_cumprod()[timesteps]
         previous = torch.cat([kept.new_ones(1), kept[:-1]])
@@ -149,15 +151,15 @@ class Schedule:
 
     @functools.cached_property
     def posterior_logvar(self) -> Tensor:
-        """Log-variance of ``q(x_{t−1} | x_t, x_0)``; its first entry, −∞, is replaced by the second."""
+        """Log-variance of ``q(x_{t−1} | x_t, x_0)``. Its second entry replaces the first, which is −∞."""
         variance = self.betas * (1 - self._previous) / (1 - self.alphas_cumprod)
         return torch.cat([variance[1:2], variance[1:]]).log() if len(variance) > 1 else self.betas.log()
 
     def tables(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """All coefficients by name, on a device and in a dtype.
+        """Return all coefficients by name, on a device and in a dtype.
 
-        They are computed in float64 on the CPU, since some devices have no float64, and moved once per device and dtype, in
-        one piece: a copy per step would stall a GPU.
+        They are computed in float64 on the CPU, because some devices have no float64, and moved once per
+        device and dtype in one piece, because a copy per step would stall a GPU.
         """
         if (device, dtype) not in self._moved:
             signal, previous = self.alphas_cumprod, self._previous
@@ -176,17 +178,17 @@ class Schedule:
         return self._moved[device, dtype]
 
     def _at(self, t: Tensor | int, like: Tensor, *names: str) -> Iterator[Tensor]:
-        """The named coefficients at the steps ``t``, with a last axis to broadcast over the channels of ``like``."""
+        """Return the named coefficients at the steps ``t``, broadcastable over the channels of ``like``."""
         tables = self.tables(like.device, like.dtype)
         return (tables[name][t].unsqueeze(-1) for name in names)
 
     def noisy(self, x: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
-        """``q(x_t | x_0)`` at the steps ``t``."""
+        """Return draws of ``q(x_t | x_0 = x)`` at the steps ``t``, made from ``noise``."""
         of_x, of_noise = self._at(t, noise, "signal", "noise")
         return of_x * x + of_noise * noise
 
     def true_posterior(self, x: Tensor, x_t: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of ``q(x_{t−1} | x_t, x_0 = x)``."""
+        """Return the mean and log-variance of ``q(x_{t−1} | x_t, x_0 = x)``."""
         of_x, of_x_t, logvar = self._at(t, x_t, "mean_of_x", "mean_of_x_t", "low")
         return of_x * x + of_x_t * x_t, logvar
 
@@ -198,22 +200,23 @@ class Schedule:
         t: Tensor | int,
         token_limit: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of ``p(x_{t−1} | x_t)`` from the network's two outputs.
+        """Return the mean and log-variance of ``p(x_{t−1} | x_t)`` from the network's two outputs.
 
-        At the noisy end the token follows from ε by a factor of up to 20,000: ``token_limit`` bounds it.
+        ``token_limit`` clips the predicted token: near pure noise, errors of ε are multiplied by up to
+        20,000.
         """
         of_x_t, of_epsilon, high = self._at(t, x_t, "x_of_x_t", "x_of_epsilon", "high")
         x = of_x_t * x_t - of_epsilon * epsilon
         if token_limit is not None:
             x = x.clamp(-token_limit, token_limit)
         mean, low = self.true_posterior(x, x_t, t)
-        share = (fraction + 1) / 2  # −1 … 1 spans the bounds
-        return mean, share * high + (1 - share) * low
+        weight = (fraction + 1) / 2  # −1 … 1 spans the bounds
+        return mean, weight * high + (1 - weight) * low
 
 
 @functools.lru_cache(maxsize=1)
 def train_alphas_cumprod() -> Tensor:
-    """The cosine schedule's signal levels ``[1000]``, with betas limited to 0.999."""
+    """Return the signal levels ``[1000]`` of the cosine schedule, with betas of at most 0.999."""
 
     def level(time: float) -> float:
         return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -227,40 +230,41 @@ def train_alphas_cumprod() -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def flow_times(device: torch.device = torch.device("cpu"), dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return the time of flow matching, 0 noise … 1 data, with the noise share of each training step: ``[1000]``, falling.
+    """Return the flow-matching times ``[1000]`` with the same fractions of noise as the diffusion times.
 
-    It is computed in float64 on the CPU and then moved, once per device and dtype.
+    They fall from 1 (data) to 0 (noise), and are computed in float64 on the CPU and moved once per device and
+    dtype.
     """
     signal = train_alphas_cumprod().sqrt()
     return (signal / (signal + (1 - train_alphas_cumprod()).sqrt())).to(dtype).to(device)
 
 
 def training_steps(t: Tensor, times: Tensor) -> Tensor:
-    """Where times ``t`` lie in the falling table ``times``, between its entries too."""
+    """Convert flow-matching times ``t`` to fractional diffusion times, by the table of :func:`flow_times`."""
     rising = times.flip(0).to(t.dtype)
     upper = torch.searchsorted(rising, t.contiguous()).clamp(1, len(rising) - 1)
-    share = (t - rising[upper - 1]) / (rising[upper] - rising[upper - 1])
-    return len(rising) - 1 - (upper - 1 + share)
+    fraction = (t - rising[upper - 1]) / (rising[upper] - rising[upper - 1])
+    return len(rising) - 1 - (upper - 1 + fraction)
 
 
 def normal_kl(mean: Tensor, logvar: Tensor, other_mean: Tensor, other_logvar: Tensor) -> Tensor:
-    """KL divergence between diagonal Gaussians, elementwise, in nats."""
+    """Return the elementwise KL divergence of diagonal Gaussians, in nats."""
     ratio = (logvar - other_logvar).exp() + (mean - other_mean).square() * (-other_logvar).exp()
     return 0.5 * (other_logvar - logvar - 1 + ratio)
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Log-probability of ``x`` under a Gaussian integrated over bins of 1/255, open at ±0.999; in nats.
+    """Return the log-probability of ``x`` in nats under a Gaussian in bins of 1/255, open beyond ±0.999.
 
-    The published code applies this rule, made for 8-bit pixels, to latents as well.
+    The rule is made for 8-bit pixels, but the published code applies it to latents too.
     """
-    centred, inverse = x - mean, (-log_scale).exp()
-    upper = approximate_normal_cdf(inverse * (centred + 1 / 255))
-    lower = approximate_normal_cdf(inverse * (centred - 1 / 255))
+    centered, inverse = x - mean, (-log_scale).exp()
+    upper = approximate_normal_cdf(inverse * (centered + 1 / 255))
+    lower = approximate_normal_cdf(inverse * (centered - 1 / 255))
     probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return probability.clamp(min=1e-12).log()
 
 
 def approximate_normal_cdf(x: Tensor) -> Tensor:
-    """The tanh approximation of the standard normal's distribution function that MAR's training used."""
+    """Return the tanh approximation of the standard normal distribution function that MAR's training used."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

@@ -1,8 +1,8 @@
-"""EAR's energy head (Shao et al., arXiv 2505.07812): one pass of the network from noise and condition to the token.
+"""EAR's energy head (Shao et al., arXiv 2505.07812): one pass from noise and condition to the token.
 
-It is trained by a strictly proper scoring rule, which no other distribution of draws than the data's minimises, and so
-needs neither times nor steps. EAR gives the head a quarter of the backbone's learning rate: ``training.head_learning_rate``.
-Its noise is uniform, here it is normal as for all heads.
+Its loss is a strictly proper scoring rule, which only the data's distribution minimizes, so it needs no times
+and no steps. EAR gives the head a quarter of the backbone's learning rate (``training.head_learning_rate``)
+and uniform noise; here the noise is normal, as for all heads.
 """
 
 import torch
@@ -14,10 +14,10 @@ from far.heads.network import HeadNetwork
 
 
 class EnergyHead(Head):
-    """The token itself as a function of condition and noise.
+    """Token as a function of condition and noise.
 
-    As in EAR, the condition goes in where other heads have the noisy token, and the noise modulates: layer norms would take
-    the noise's size away, and with it the temperature.
+    As in EAR, the condition is the network's input and the noise modulates the blocks. As an input, the noise
+    would lose its size, and with it the temperature, in the layer norms.
     """
 
     config_class = EnergyConfig
@@ -32,16 +32,14 @@ class EnergyHead(Head):
     def loss(
         self, x: Tensor, condition: Condition, generator: torch.Generator, teacher: Head, step: int = 0
     ) -> TokenLoss:
-        """The energy score of ``samples_per_token`` draws (half of EAR's loss, for two)."""
+        """Return the energy score of ``samples_per_token`` draws (for two, half of EAR's loss)."""
         noise = torch.randn(self.config.samples_per_token, *x.shape, generator=generator).to(x.device)
         distance, spread = distance_and_spread(self.network(condition.z, noise).to(x.dtype), x)
-        rows = distance - spread / 2
-        found = rows.detach().flatten()
-        parts = {"distance": distance.detach().flatten(), "spread": spread.detach().flatten()}
-        return TokenLoss(rows.mean(dim=0), found, torch.zeros_like(found), parts)
+        score = distance - spread / 2
+        return TokenLoss.mean_of(score, torch.zeros_like(score.detach()), distance=distance, spread=spread)
 
     def sampler(self, steps: int, like: Tensor) -> Draw:
-        """See :class:`Head`. Guidance mixes the conditions, ``uncond + scale · (z − uncond)``, in one pass."""
+        """Return a function that draws tokens; see :meth:`Head.sampler`. Guidance mixes the conditions."""
         self.check_steps(steps)
 
         def draw(condition: Condition, normal: Normal, temperature: float) -> Tensor:
@@ -52,12 +50,17 @@ class EnergyHead(Head):
 
 
 def distance_and_spread(drawn: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each of ``drawn [samples, n, channels]``, ``[samples, n]``: how far it is from ``x [n, channels]``, and on average from
-    the other draws of its token.
+    """Return each draw's distance to the target and its mean distance to the token's other draws.
 
-    The mean of ``distance − spread / 2`` is the unbiased energy score with exponent 1: ``E|X − x| − E|X − X'| / 2``.
+    Both are ``[samples, n]``. The mean of ``distance − spread / 2`` is the unbiased energy score with
+    exponent 1, ``E|X − x| − E|X − X'| / 2``.
+
+    Args:
+        drawn: draws ``[samples, n, channels]``.
+        x: targets ``[n, channels]``.
     """
-    # Draws may coincide, and in a fresh network all do: this norm's gradient is zero there, that of a plain root is not finite.
+    # Draws may coincide; those of an untrained network all do. There this norm's gradient is zero, a plain
+    # root's is NaN.
     distance = torch.linalg.vector_norm(drawn - x, dim=-1)
     between = torch.linalg.vector_norm(drawn.unsqueeze(1) - drawn, dim=-1)
     return distance, between.sum(dim=1) / (len(drawn) - 1)

@@ -1,4 +1,4 @@
-"""The flow-matching head: a velocity field from noise to token, integrated by Euler or Heun steps."""
+"""Flow-matching head: a velocity field from noise to token, integrated by Euler or Heun steps."""
 
 from collections.abc import Callable
 
@@ -9,13 +9,13 @@ from far.heads.config import FlowConfig
 from far.heads.head import Condition, Draw, Head, Normal, TokenLoss
 from far.heads.network import HeadNetwork
 
-# The network's time embedding was designed for 0 … 1000.
+# The network's time embedding is designed for 0 … 1000.
 TIME_UNIT = 1000.0
 Velocity = Callable[[Tensor, float], Tensor]
 
 
 class FlowHead(Head):
-    """Regresses ``v(x_t, t | z)`` on ``x − ε``, with ``x_t = (1 − t) ε + t x``."""
+    """Velocity ``v(x_t, t | z)``, trained by regression on ``x − ε`` with ``x_t = (1 − t) ε + t x``."""
 
     config_class = FlowConfig
     default_steps = 32
@@ -33,14 +33,9 @@ class FlowHead(Head):
         self, x: Tensor, condition: Condition, generator: torch.Generator, teacher: Head, step: int = 0
     ) -> TokenLoss:
         noise, t = draw_noise_and_time(x, self.config.samples_per_token, generator)
-        rows = (
-            (self.velocity(interpolate(noise, x, t), t, Condition(condition.z)) - (x - noise))
-            .square()
-            .mean(dim=-1)
-        )
-        return TokenLoss(
-            rows.mean(dim=0), rows.detach().flatten(), t.flatten(), {"flow": rows.detach().flatten()}
-        )
+        velocity = self.velocity(interpolate(noise, x, t), t, Condition(condition.z))
+        losses = (velocity - (x - noise)).square().mean(dim=-1)
+        return TokenLoss.mean_of(losses, t, flow=losses)
 
     def sampler(self, steps: int, like: Tensor) -> Draw:
         self.check_steps(steps)
@@ -62,13 +57,13 @@ class FlowHead(Head):
 
 
 def interpolate(noise: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """``x_t = (1 − t) ε + t x`` for ``t`` shaped as the leading axes."""
+    """Return ``x_t = (1 − t) ε + t x`` for ``t`` shaped as the leading axes."""
     t = t.unsqueeze(-1)
     return (1 - t) * noise + t * x
 
 
 def draw_noise_and_time(x: Tensor, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Standard normal noise ``[samples, n, channels]`` and uniform times ``[samples, n]`` for ``x [n, channels]``."""
+    """Draw normal noise ``[samples, n, channels]`` and uniform times ``[samples, n]`` for tokens ``x``."""
     noise = torch.randn(samples, *x.shape, generator=generator)
     t = torch.rand(samples, len(x), generator=generator)
     return noise.to(x.device), t.to(x.device)
@@ -82,7 +77,7 @@ def euler(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
 
 
 def heun(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
-    """The same by Heun's second-order steps: two evaluations a step."""
+    """Integrate ``dx/dt = velocity(x, t)`` from 0 to 1 by ``steps`` Heun steps of two evaluations each."""
     for step in range(steps):
         start = velocity(x, step / steps)
         end = velocity(x + start / steps, (step + 1) / steps)

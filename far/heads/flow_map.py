@@ -1,9 +1,10 @@
-"""The flow-map head: one network for the map between any two times of the flow, and with it tokens in one or two steps.
+"""Flow-map head: one network for the map between any two times of the flow; tokens in one or two steps.
 
-``X_{s,t}(x) = x + (t − s) · v_{s,t}(x | z)`` takes a point of the flow at time ``s`` to where it is at ``t``; on the
-diagonal, ``v_{t,t}`` is the flow-matching velocity. Two objectives teach the rest: Lagrangian self-distillation (Boffi et al.,
-arXiv 2505.18825) and MeanFlow (Geng et al., arXiv 2505.13447). Both differentiate this head alone, forwards. The head can
-learn the guided field as well, with the guidance scale as an input: guidance then needs no second pass of the backbone.
+``X_{s,t}(x) = x + (t − s) · v_{s,t}(x | z)`` moves a point of the flow from time ``s`` to ``t``. On the
+diagonal, ``v_{t,t}`` is the flow-matching velocity. One of two objectives trains the rest: Lagrangian
+self-distillation (Boffi et al., arXiv 2505.18825) or MeanFlow (Geng et al., arXiv 2505.13447). Both need
+forward-mode derivatives of this head only. With the guidance scale as an input, the head also learns the
+guided field, so guidance takes one pass of the backbone.
 """
 
 import dataclasses
@@ -16,19 +17,19 @@ from far.heads.flow import interpolate
 from far.heads.head import Condition, Draw, Head, Normal, TokenLoss
 from far.heads.network import HeadNetwork, TimeEmbedding
 
-# Derivatives in time enter the loss: times are embedded in a unit in which the fastest wave is slow.
+# Derivatives in time enter the loss, so times are embedded in a unit in which the fastest wave is slow.
 TIME_UNIT = 10.0
-# The share of a token's noise samples that is off the diagonal.
+# Fraction of a token's noise samples off the diagonal.
 OFF_DIAGONAL = 0.25
-# MeanFlow's times, a logistic normal with its mean on the side of the data, and the small number in its weights.
+# MeanFlow's times are logistic-normal with their mean on the data's side. The epsilon stabilizes its weights.
 LOGIT_MEAN, LOGIT_DEVIATION = 0.4, 1.0
 ADAPTIVE_EPSILON = 1e-3
-# Of Lagrangian rows; about what a row of flow matching has by its adaptive weight.
+# Weight of a Lagrangian loss, about that of a flow-matching loss by its adaptive weight.
 LAGRANGIAN_WEIGHT = 1.5
 
 
 class FlowMapHead(Head):
-    """The mean velocity ``v_{s,t}`` between any two times; guided too, if ``max_guidance`` is set."""
+    """Mean velocity ``v_{s,t}`` between any two times; guided too, if ``max_guidance`` is set."""
 
     config_class = FlowMapConfig
     default_steps = 2
@@ -42,40 +43,39 @@ class FlowMapHead(Head):
         self.guidance_embedding = None if config.max_guidance is None else TimeEmbedding(config.width)
 
     def embed_condition(self, z: Tensor, guidance: Tensor | float = 1.0) -> Tensor:
-        """``z […, condition]`` and scales that broadcast to its leading axes → ``[…, width]``."""
+        """Embed conditions ``z […, condition]`` and broadcastable guidance scales as ``[…, width]``."""
         embedded = self.network.embed_condition(z)
         if self.guidance_embedding is None:
             return embedded
         if isinstance(guidance, Tensor):
             scale = guidance.to(z.device, torch.float32)
-        else:  # filled in on the device: a copy from the host would stall a GPU at every AR step
+        else:  # fill on the device: a copy from the host would stall a GPU at every AR step
             scale = torch.full((), guidance, dtype=torch.float32, device=z.device)
         return embedded + self.guidance_embedding((scale - 1) * TIME_UNIT, self.network.dtype)
 
     def mean_velocity(
         self, x: Tensor, s: Tensor, t: Tensor, z: Tensor, guidance: Tensor | float = 1.0
     ) -> Tensor:
-        """``v_{s,t}(x | z)``, ``[…, channels]``; ``s``, ``t`` and ``guidance`` broadcast to the leading axes."""
+        """Return ``v_{s,t}(x | z)``, ``[…, channels]``. Times and scales broadcast to the leading axes."""
         time = self.network.embed_times(*_times(s, t))
         return self.network.conditioned(x, self.embed_condition(z, guidance), time).to(x.dtype)
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """See :class:`Head`: ``v_{t,t}(x | z)``, guided from both conditions."""
+        """Return ``v_{t,t}(x | z)``, guided by both conditions; see :meth:`Head.velocity`."""
         return condition.guide(lambda z: self.mean_velocity(x, t, t, z))
 
     def loss(
         self, x: Tensor, condition: Condition, generator: torch.Generator, teacher: Head, step: int = 0
     ) -> TokenLoss:
-        """Flow matching on the diagonal; from step ``flow_steps`` on, a quarter of a token's noise samples is off it.
+        """Return the flow-matching loss on the diagonal and the objective's loss off it.
 
-        The first tokens, those that ``uncond`` has, learn the guided field at scales drawn between 1 and ``max_guidance``.
+        From step ``flow_steps`` on, a quarter of each token's noise samples is off the diagonal. The tokens
+        in ``condition.uncond`` learn the guided field, at random scales between 1 and ``max_guidance``.
         """
         assert isinstance(teacher, FlowMapHead)
-        off = (
-            max(1, round(OFF_DIAGONAL * self.config.samples_per_token))
-            if step >= self.config.flow_steps
-            else 0
-        )
+        mean_flow = self.config.objective == "mean_flow"
+        started = step >= self.config.flow_steps
+        off = max(1, round(OFF_DIAGONAL * self.config.samples_per_token)) if started else 0
         noise, s, t = self._draw(x, off, generator)
         z, uncond = condition.z, condition.uncond
         field = _Field(teacher, z.detach(), uncond, self._draw_scales(s, uncond, generator))
@@ -83,37 +83,31 @@ class FlowMapHead(Head):
         velocity = x - noise + field.shift(point, s)
         predicted = self.mean_velocity(point[off:], s[off:], s[off:], z, field.scale[off:])
         flow = (predicted - velocity[off:]).square().mean(dim=-1)
-        rows, value, parts = flow, adaptive(flow), {"flow": flow.detach().flatten()}
+        losses, weighted, terms = flow, adaptive(flow), {"flow": flow.detach().flatten()}
         if off:
-            residual = self._mean_flow if self.config.objective == "mean_flow" else self._lagrangian
-            jump = (
-                residual(point[:off], velocity[:off], s[:off], t[:off], z, field.first(off))
-                .square()
-                .mean(dim=-1)
-            )
-            weighted = adaptive(jump) if self.config.objective == "mean_flow" else LAGRANGIAN_WEIGHT * jump
-            rows, value = torch.cat([jump, rows]), torch.cat([weighted, value])
-            parts[self.config.objective] = jump.detach().flatten()
-        return TokenLoss(value.mean(dim=0), rows.detach().flatten(), s.flatten(), parts)
+            residual = self._mean_flow if mean_flow else self._lagrangian
+            error = residual(point[:off], velocity[:off], s[:off], t[:off], z, field.first(off))
+            jump = error.square().mean(dim=-1)
+            losses = torch.cat([jump, losses])
+            weighted = torch.cat([adaptive(jump) if mean_flow else LAGRANGIAN_WEIGHT * jump, weighted])
+            terms[self.config.objective] = jump.detach().flatten()
+        return TokenLoss(weighted.mean(dim=0), losses.detach().flatten(), s.flatten(), terms)
 
     def _draw(self, x: Tensor, off: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise ``[samples, n, channels]`` and times ``s ≤ t [samples, n]``, which differ in the first ``off`` samples."""
+        """Draw noise ``[samples, n, channels]`` and times ``s ≤ t [samples, n]``.
+
+        The times differ in the first ``off`` samples, which are off the diagonal.
+        """
         samples = self.config.samples_per_token
         noise = torch.randn(samples, *x.shape, generator=generator)
-        s, other = (
-            torch.rand(samples, len(x), generator=generator),
-            torch.rand(off, len(x), generator=generator),
-        )
+        s, other = (torch.rand(count, len(x), generator=generator) for count in (samples, off))
         s, other = logistic_normal(s), logistic_normal(other)  # on the CPU: MPS has no kernel for it
         first, last = torch.minimum(s[:off], other), torch.maximum(s[:off], other)
-        return (
-            noise.to(x.device),
-            torch.cat([first, s[off:]]).to(x.device),
-            torch.cat([last, s[off:]]).to(x.device),
-        )
+        s, t = torch.cat([first, s[off:]]), torch.cat([last, s[off:]])
+        return noise.to(x.device), s.to(x.device), t.to(x.device)
 
     def _draw_scales(self, like: Tensor, uncond: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Guidance scales ``[samples, n]``: uniform for the tokens that learn guidance, 1 for the others."""
+        """Draw guidance scales ``[samples, n]``: uniform for tokens that learn guidance, 1 for the others."""
         scale = torch.ones_like(like)
         if uncond is not None:
             drawn = torch.rand(len(like), len(uncond), generator=generator).to(like.device)
@@ -123,7 +117,7 @@ class FlowMapHead(Head):
     def _lagrangian(
         self, point: Tensor, velocity: Tensor, s: Tensor, t: Tensor, z: Tensor, field: "_Field"
     ) -> Tensor:
-        """How far the map's end moves otherwise than the field there: ``∂_t X_{s,t} − v_{t,t}(X_{s,t})``."""
+        """Return ``∂_t X_{s,t} − v_{t,t}(X_{s,t})``: the motion of the map's end less the field there."""
         mean, change = torch.func.jvp(  # type: ignore[misc]
             lambda end: self.mean_velocity(point, s, end, z, field.scale), (t,), (torch.ones_like(t),)
         )
@@ -133,7 +127,7 @@ class FlowMapHead(Head):
     def _mean_flow(
         self, point: Tensor, velocity: Tensor, s: Tensor, t: Tensor, z: Tensor, field: "_Field"
     ) -> Tensor:
-        """How far the mean velocity is from ``v + (t − s) · dv_{s,t}/ds``, differentiated along the flow (the paper's equation 6)."""
+        """Return ``v_{s,t} − (v + (t − s) · dv_{s,t}/ds)``, differentiated along the flow (equation 6)."""
         mean, change = torch.func.jvp(  # type: ignore[misc]
             lambda x, start: self.mean_velocity(x, start, t, z, field.scale),
             (point, s),
@@ -142,9 +136,10 @@ class FlowMapHead(Head):
         return mean - (velocity + (t - s).unsqueeze(-1) * change).detach()
 
     def sampler(self, steps: int, like: Tensor) -> Draw:
-        """See :class:`Head`. Without ``uncond``, a head that has learned guidance applies ``condition.scale`` itself.
+        """Return a function that draws tokens; see :meth:`Head.sampler`.
 
-        That scale is a number, or one per token ``[…]``.
+        Without ``condition.uncond``, a head that has learned guidance takes ``condition.scale`` as an input,
+        a number or one per token ``[…]``.
         """
         self.check_steps(steps)
         starts = torch.arange(steps, device=like.device, dtype=like.dtype) / steps
@@ -163,7 +158,7 @@ class FlowMapHead(Head):
 
 @dataclasses.dataclass(frozen=True)
 class _Field:
-    """The velocity field that the map belongs to, from the teacher and without gradient: guided at each token's ``scale [samples, n]``."""
+    """The teacher's velocity field without gradient, guided at each token's ``scale [samples, n]``."""
 
     teacher: FlowMapHead
     z: Tensor
@@ -175,12 +170,12 @@ class _Field:
 
     @torch.no_grad()
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
-        """At points ``x [samples, n, channels]`` and times ``t [samples, n]``."""
+        """Return the guided velocity at points ``x [samples, n, channels]`` and times ``t [samples, n]``."""
         return self.teacher.velocity(x, t, Condition(self.z)) + self.shift(x, t)
 
     @torch.no_grad()
     def shift(self, x: Tensor, t: Tensor) -> Tensor:
-        """What guidance adds to the velocity: ``(scale − 1) · (cond − uncond)``, zero where there is no unconditional ``z``."""
+        """Return what guidance adds to the velocity: ``(scale − 1) · (cond − uncond)``, or 0."""
         shift = torch.zeros_like(x)
         if self.uncond is not None:
             count = len(self.uncond)
@@ -192,19 +187,20 @@ class _Field:
 
 
 def _times(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Beginning and length of a step as the network is given them."""
+    """Return the start and the length of a step in the network's unit."""
     return s * TIME_UNIT, (t - s) * TIME_UNIT
 
 
 def logistic_normal(uniform: Tensor) -> Tensor:
-    """Uniform numbers in (0, 1) → MeanFlow's times."""
+    """Map uniform numbers in (0, 1) to MeanFlow's times."""
     normal = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
     return (LOGIT_MEAN + LOGIT_DEVIATION * normal).sigmoid()
 
 
-def adaptive(rows: Tensor) -> Tensor:
-    """MeanFlow's weights: losses divided by their own size, which is not differentiated.
+def adaptive(losses: Tensor) -> Tensor:
+    """Divide losses by their own size, without gradient through it (MeanFlow's weights).
 
-    Large losses do not drown the small; and as the gradient is that of a logarithm, what is learnt leans from the mean to the mode.
+    Large losses then do not dominate small ones. The gradient is that of the loss's logarithm, so the head
+    learns to predict less of the mean and more of the mode.
     """
-    return rows / (rows.detach() + ADAPTIVE_EPSILON)
+    return losses / (losses.detach() + ADAPTIVE_EPSILON)

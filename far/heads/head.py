@@ -72,6 +72,12 @@ class TokenLoss:
     t: Tensor
     terms: dict[str, Tensor]
 
+    @classmethod
+    def mean_of(cls, losses: Tensor, t: Tensor, **terms: Tensor) -> "TokenLoss":
+        """Return the mean over samples of ``losses [samples, tokens]`` at times ``t``, with terms to log."""
+        logged = {name: term.detach().flatten() for name, term in terms.items()}
+        return cls(losses.mean(dim=0), losses.detach().flatten(), t.flatten(), logged)
+
 
 class Head(nn.Module, abc.ABC):
     """Base class of all heads.
@@ -82,7 +88,8 @@ class Head(nn.Module, abc.ABC):
         config_class: class of the head's configuration; its ``kind`` names the head.
         default_steps: steps per token that a preset takes.
         max_steps: largest number of steps per token.
-        max_guidance: largest guidance scale that the head applies without ``uncond``; 1 if it has learned none.
+        max_guidance: largest guidance scale that the head applies without ``uncond``; 1 if it has learned
+            none.
     """
 
     config_class: ClassVar[type[HeadConfig]]
@@ -102,7 +109,7 @@ class Head(nn.Module, abc.ABC):
         """Return the training loss of tokens ``x [tokens, channels]``.
 
         Args:
-            x: tokens, in random order or not; each is a sample of its own.
+            x: tokens, each a sample of its own.
             condition: ``z [tokens, width]``; for heads that learn guidance also ``uncond [m, width]`` of the
                 first ``m ≤ tokens`` tokens.
             generator: source of all noise, on the CPU.
@@ -112,13 +119,13 @@ class Head(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def sampler(self, steps: int, like: Tensor) -> Draw:
-        """Return a function that draws tokens in ``steps`` applications of the network.
+        """Return a function that draws tokens in ``steps`` steps.
 
-        It is called once per generation, and does all that does not depend on the tokens: embed the times of
-        the steps, move tables to the device. The function that it returns is called once per AR step:
-        ``draw(condition, normal, temperature)`` returns tokens ``[…, channels]`` for ``condition.z […, width]``,
-        where each call of ``normal()`` returns standard normal noise ``[…, channels]`` and ``temperature``
-        multiplies the noise. Draws of the function may not copy from or wait for the host.
+        Call it once per generation: it does everything that does not depend on the tokens, such as embedding
+        the times of the steps and moving tables to the device. Call the returned function once per AR step.
+        ``draw(condition, normal, temperature)`` returns tokens ``[…, channels]`` for ``condition.z […,
+        width]``. Each call of ``normal()`` must return new standard normal noise ``[…, channels]``, which
+        ``temperature`` multiplies. Drawing must not copy from or wait for the host, which would stall a GPU.
 
         Args:
             steps: within 1 … ``max_steps``.
@@ -140,7 +147,8 @@ class Head(nn.Module, abc.ABC):
             InputError: the head has no velocity, so it cannot be distilled.
         """
         raise InputError(
-            f"a head of kind {self.config.kind} has no velocity to distill. Use a teacher with a diffusion or flow head"
+            f"a head of kind {self.config.kind} has no velocity to distill. "
+            "Use a teacher with a diffusion or flow head"
         )
 
     def check_steps(self, steps: int) -> None:

@@ -1,7 +1,7 @@
-"""The residual MLP with adaptive layer norm that every head uses: MAR's, with any number of times.
+"""Network of all heads: MAR's residual MLP with adaptive layer norm, for any number of times.
 
-It maps (noisy token, condition, times) to an output of the token's shape or a multiple of it. What
-the output means (noise, velocity, mean velocity) and how it is trained is each head's own matter.
+It maps a noisy token, a condition and times to an output with a multiple of the token's channels. Each head
+defines what the output means (noise, velocity, mean velocity) and how it is trained.
 """
 
 import functools
@@ -17,9 +17,15 @@ _FREQUENCIES = 128
 
 
 class HeadNetwork(nn.Module):
-    """``depth`` residual blocks of ``width``; time and condition embeddings are summed and modulate each.
+    """Residual blocks, each modulated by the sum of the embeddings of condition and times.
 
-    ``times`` is how many scalars the network is conditioned on (none, time alone, or time and step size).
+    Args:
+        channels: channels of an input.
+        outputs: channels of an output.
+        condition: channels of a condition.
+        width: channels of the blocks.
+        depth: number of blocks.
+        times: number of scalars that condition the network: none, a time, or a time and a step size.
     """
 
     def __init__(
@@ -40,13 +46,13 @@ class HeadNetwork(nn.Module):
                     module.weight
                 )
                 nn.init.zeros_(module.bias)
-        # Zero modulation and output: every block starts as the identity, the network as zero.
+        # With zero modulation and output, every block starts as the identity and the network as zero.
         for name, parameter in self.named_parameters():
             if "modulation" in name or name.startswith("output."):
                 nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, z: Tensor, *times: Tensor) -> Tensor:
-        """Outputs ``[…, outputs]``.
+        """Return outputs ``[…, outputs]``.
 
         Args:
             x: noisy tokens ``[…, channels]``.
@@ -57,21 +63,24 @@ class HeadNetwork(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the network computes. A norm tells; linear layers may be of integers."""
+        """Dtype of the computation, read from a norm because linear layers may hold integers."""
         return self.blocks[0].norm.weight.dtype  # type: ignore[union-attr, return-value]
 
     def embed_condition(self, z: Tensor) -> Tensor:
-        """``z […, condition]`` → ``[…, width]``; the same at every step of a token."""
+        """Embed conditions ``z […, condition]`` as ``[…, width]``, the same for all steps of a token."""
         return self.condition_embedding(z.to(self.dtype))
 
     def embed_times(self, *times: Tensor) -> Tensor:
-        """Times ``[…]`` → the sum of their embeddings ``[…, width]``, 0 if there are none; the same for every token of a step."""
+        """Return the summed embeddings ``[…, width]`` of times ``[…]``, the same for all tokens of a step.
+
+        It is 0 without times.
+        """
         embedded = [embed(time, self.dtype) for embed, time in zip(self.time_embeddings, times, strict=True)]
-        nothing = self.blocks[0].norm.weight.new_zeros(())  # type: ignore[union-attr, operator]
-        return functools.reduce(torch.add, embedded) if embedded else nothing
+        zero = self.blocks[0].norm.weight.new_zeros(())  # type: ignore[union-attr, operator]
+        return functools.reduce(torch.add, embedded) if embedded else zero
 
     def conditioned(self, x: Tensor, condition: Tensor, time: Tensor) -> Tensor:
-        """Outputs ``[…, outputs]`` for both embeddings ``[…, width]``, broadcastable to the leading axes of ``x``."""
+        """Return outputs ``[…, outputs]`` for embeddings ``[…, width]`` that broadcast with ``x``."""
         embedding = F.silu(condition + time)
         x = self.input_projection(as_input(x, self.dtype))
         for block in self.blocks:
@@ -80,7 +89,7 @@ class HeadNetwork(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """A scalar → ``[…, width]``: cosines and sines of 128 frequencies from 1 down to 1e-4, then an MLP."""
+    """Embed a scalar as ``[…, width]``: an MLP of cosines and sines at 128 frequencies, 1 down to 1e-4."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -95,7 +104,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """``x + gate · MLP(norm(x) · (1 + scale) + shift)``."""
+    """Residual block ``x + gate · MLP(norm(x) · (1 + scale) + shift)``."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -111,7 +120,7 @@ class ResidualBlock(nn.Module):
 
 
 class OutputLayer(nn.Module):
-    """A modulated norm without weights of its own, then a linear layer."""
+    """Modulated norm without weights of its own, then a linear layer."""
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()

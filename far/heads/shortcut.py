@@ -1,7 +1,7 @@
 """FAR's shortcut head (arXiv 2504.18391; shortcut models: Frans et al., arXiv 2410.12557).
 
 ``s(x_t, t, d | z)`` is the mean velocity over the next step of size ``d``: ``x_{t+d} = x_t + d · s``.
-The smallest size, 1/128, is asked for as ``d = 0``, where ``s`` is the flow-matching velocity.
+The network gets the smallest size, 1/128, as ``d = 0``, where ``s`` is the flow-matching velocity.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ TARGET_LIMIT = 4.0
 
 
 class ShortcutHead(Head):
-    """One network for every step size 1, 1/2, … 1/128."""
+    """Mean velocity over steps of any size 1, 1/2, … 1/128, from one network."""
 
     config_class = ShortcutConfig
     default_steps = 8
@@ -33,7 +33,7 @@ class ShortcutHead(Head):
         self.network = HeadNetwork(channels, channels, condition, config.width, config.depth, times=2)
 
     def mean_velocity(self, x: Tensor, t: Tensor, d: Tensor, z: Tensor) -> Tensor:
-        """``s(x_t, t, d | z)``, ``[…, channels]``; ``t`` and ``d`` broadcast to the leading axes."""
+        """Return ``s(x_t, t, d | z)``, ``[…, channels]``. ``t`` and ``d`` broadcast to the leading axes."""
         return self.network(x, z, *_times(t, d)).to(x.dtype)
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -42,28 +42,30 @@ class ShortcutHead(Head):
     def loss(
         self, x: Tensor, condition: Condition, generator: torch.Generator, teacher: Head, step: int = 0
     ) -> TokenLoss:
-        """Flow matching at ``d = 0``, and for one noise sample in eight self-consistency over a whole step."""
+        """Return the flow-matching loss at ``d = 0``, and for one noise sample in eight self-consistency.
+
+        Self-consistency compares a step with two steps of half its size.
+        """
         assert isinstance(teacher, ShortcutHead)
         samples = self.config.samples_per_token
         noise, t = draw_noise_and_time(x, samples, generator)
         target = x - noise
-        rows = consistency_rows(samples * len(x), generator).to(x.device)
-        whole, start = draw_steps(len(rows), generator)
-        t.view(-1)[rows] = start.to(x.device)
+        chosen = draw_consistent(samples * len(x), generator).to(x.device)
+        whole, start = draw_steps(len(chosen), generator)
+        t.view(-1)[chosen] = start.to(x.device)
         d = torch.zeros_like(t)
-        d.view(-1)[rows] = whole.to(x.device)
+        d.view(-1)[chosen] = whole.to(x.device)
         x_t = interpolate(noise, x, t)
         with torch.no_grad():
-            z = condition.z.detach()[rows % len(x)]
-            target.view(-1, x.shape[-1])[rows] = consistency_target(
+            z = condition.z.detach()[chosen % len(x)]
+            target.view(-1, x.shape[-1])[chosen] = consistency_target(
                 lambda a, time, size: teacher.mean_velocity(a, time, size, z),
-                x_t.view(-1, x.shape[-1])[rows], t.view(-1)[rows], d.view(-1)[rows],
+                x_t.view(-1, x.shape[-1])[chosen], t.view(-1)[chosen], d.view(-1)[chosen],
             )  # fmt: skip
         losses = (self.mean_velocity(x_t, t, d, condition.z) - target).square().mean(dim=-1)
-        found = losses.detach().flatten()
-        consistent = torch.zeros_like(found, dtype=torch.bool).index_fill(0, rows, True)
-        parts = {"flow": found[~consistent], "consistency": found[consistent]}
-        return TokenLoss(losses.mean(dim=0), found, t.flatten(), parts)
+        flat = losses.detach().flatten()
+        consistent = torch.zeros_like(flat, dtype=torch.bool).index_fill(0, chosen, True)
+        return TokenLoss.mean_of(losses, t, flow=flat[~consistent], consistency=flat[consistent])
 
     def sampler(self, steps: int, like: Tensor) -> Draw:
         self.check_steps(steps)
@@ -82,31 +84,32 @@ class ShortcutHead(Head):
 
 
 def _times(t: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """Time and step size as the network is given them."""
+    """Return time and step size in the network's unit."""
     return t * TIME_UNIT, torch.where(d <= 1 / FINEST, torch.zeros_like(d), d) * TIME_UNIT
 
 
 def step_sizes(steps: int) -> list[float]:
-    """``steps`` sizes, powers of two, that sum to 1 and each divide the time they start from.
+    """Return ``steps`` sizes, powers of two that sum to 1, each of which divides the time at which it starts.
 
-    A power of two gives equal steps. Otherwise the equal steps of the next lower power are taken, and
-    as many of the last as needed are halved: near the data is where the field bends most.
+    If ``steps`` is a power of two, the sizes are equal. Otherwise they are those of the next lower power, the
+    last ones halved as needed, because the field bends most near the data.
     """
     coarse = 2 ** (steps.bit_length() - 1)
     halved = steps - coarse
     return [1 / coarse] * (coarse - halved) + [0.5 / coarse] * (2 * halved)
 
 
-def consistency_rows(count: int, generator: torch.Generator) -> Tensor:
-    """Which of ``count`` noise samples carry the self-consistency target.
+def draw_consistent(count: int, generator: torch.Generator) -> Tensor:
+    """Draw the indices, among ``count`` noise samples, of those with the self-consistency target.
 
-    Drawn anew each time: rows of tokens lie in the order of the sequence, and every eighth would be the same positions for ever.
+    They are random because tokens lie in the order of the sequence: every eighth would always be the same
+    positions.
     """
     return torch.randperm(count, generator=generator)[: -(-count // CONSISTENCY_EVERY)]
 
 
 def draw_steps(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Whole steps to be made consistent: sizes ``[count]`` in 1, 1/2 … 1/64, and starts, their multiples."""
+    """Draw sizes ``[count]`` of 1, 1/2 … 1/64 for self-consistency, and starts that are multiples of them."""
     divisions = 2 ** torch.randint(0, FINEST.bit_length() - 1, (count,), generator=generator)
     start = (torch.rand(count, generator=generator) * divisions).floor() / divisions
     return 1.0 / divisions, start
@@ -115,7 +118,7 @@ def draw_steps(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 def consistency_target(
     mean_velocity: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, t: Tensor, whole: Tensor
 ) -> Tensor:
-    """The mean velocity over ``whole [n]`` from ``x [n, channels]`` at ``t [n]``, by two half steps; clipped."""
+    """Return the clipped mean velocity of two half steps over ``whole [n]``, from ``x`` at ``t [n]``."""
     d = whole / 2
     first = mean_velocity(x, t, d)
     second = mean_velocity(x + d.unsqueeze(-1) * first, t + d, d)
