@@ -1,7 +1,7 @@
-"""The documents: every link, anchor, command, recipe key and block of code in them holds, and the site builds without a warning.
+"""Documents: links, anchors, commands, recipe keys and blocks of code are valid, and the site builds.
 
-Documents are found, not listed, so a new one is held to the same. What the comments before blocks of code do is told in
-CONTRIBUTING.md.
+Documents are found, not listed, so a new one is checked too. CONTRIBUTING.md explains the comments before
+blocks of code.
 """
 
 import dataclasses
@@ -35,17 +35,20 @@ DOCUMENTS = sorted(
 )
 RECIPES = sorted([*(ROOT / "far/recipes").glob("*.yaml"), *(ROOT / "recipes").rglob("*.yaml")])
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
-# A block of Python that is not run is a decision.
+# Every block of Python that is not run is counted here, so that none is skipped by accident.
 NOT_RUN = {"docs/hub.md": 3, "docs/tutorials/write-a-head.md": 1}
 
-BLOCK = r"(?:^<!-- ?(?P<comment>[^\n]*?) ?-->\n)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$"
+BLOCK = re.compile(
+    r"(?:^<!-- ?(?P<comment>[^\n]*?) ?-->\n)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
 
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A fenced block of code; ``comment`` is what an HTML comment on the line before it says."""
+    """A fenced block of code; ``comment`` is the text of an HTML comment on the line before it."""
 
     language: str
     code: str
@@ -54,7 +57,7 @@ class Block:
 
 
 def text_of(document: Path) -> str:
-    """A document's Markdown; of a notebook, that of its text, and of its code the shell commands as a block of them."""
+    """Return a document's Markdown. Shell commands in the code of a notebook become an ``sh`` block."""
     text = document.read_text(encoding="utf-8")
     if document.suffix != ".ipynb":
         return text
@@ -68,26 +71,21 @@ def text_of(document: Path) -> str:
 
 def blocks(document: Path, language: str) -> list[Block]:
     text = text_of(document)
-    found = re.finditer(
-        r"(?:^<!-- ?(?P<comment>[^\n]*?) ?-->\n)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$",
-        text,
-        re.MULTILINE | re.DOTALL,
-    )
     every = [
         Block(m["language"], m["code"], m["comment"] or "", text[: m.start("code")].count("\n"))
-        for m in found
+        for m in BLOCK.finditer(text)
     ]
     return [block for block in every if block.language == language]
 
 
 def prose(text: str) -> str:
-    """Without code, in which nothing is a link or a heading."""
+    """Return a text without code, in which nothing is a link or a heading."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)", "", text)
 
 
 def slug(heading: str) -> str:
-    """The anchor that GitHub gives a heading."""
+    """Return the anchor that GitHub gives a heading."""
     heading = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
     return re.sub(r"[^\w\- ]", "", heading).replace(" ", "-")
 
@@ -128,7 +126,7 @@ def test_links_and_anchors_lead_somewhere(document: Path) -> None:
     assert broken_links(document) == []
 
 
-def test_notebooks_are_read(tmp_path: Path) -> None:
+def test_links_and_commands_of_a_notebook_are_found(tmp_path: Path) -> None:
     cells = [
         {"cell_type": "markdown", "source": ["# A\n", "[b](c.md)"]},
         {"cell_type": "code", "source": ["!far generate --count 3\n", "x = 1"]},
@@ -139,14 +137,16 @@ def test_notebooks_are_read(tmp_path: Path) -> None:
 
 
 def test_broken_links_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test above is not blind."""
+    """Show that :func:`test_links_and_anchors_lead_somewhere` can fail."""
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     (tmp_path / "b.md").write_text(
         "# A title, with `code` & more\n\n## Twice\n\n## Twice\n\n```sh\n# no heading\n```\n"
     )
     (tmp_path / "a.md").write_text(
-        "[a](b.md#a-title-with-code--more) [b](b.md#twice-1) [c](#here) ![d](d.png) [e](c.md) [f](b.md#no-heading) [g](b.md#twice-2)\n"
-        '<img src="e.png"> [h](https://example.org/none) `[i](none.md)` [j](../outside.md)\n\n## Here\n\n```sh\n[k](none.md)\n```\n'
+        "[a](b.md#a-title-with-code--more) [b](b.md#twice-1) [c](#here) ![d](d.png) [e](c.md)\n"
+        "[f](b.md#no-heading) [g](b.md#twice-2)\n"
+        '<img src="e.png"> [h](https://example.org/none) `[i](none.md)` [j](../outside.md)\n\n'
+        "## Here\n\n```sh\n[k](none.md)\n```\n"
     )
     (tmp_path.parent / "outside.md").write_text("")
     assert broken_links(tmp_path / "a.md") == [
@@ -163,18 +163,18 @@ def test_broken_links_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def commands(document: Path) -> list[list[str]]:
-    """Every command of the sh blocks, in words."""
+    """Return every command of the sh blocks, in words."""
     lines = "".join(block.code for block in blocks(document, "sh")).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def check_far(words: list[str]) -> None:
-    """The parser takes the arguments, and a recipe's or a distillation's keys are right."""
+    """Check that the parser accepts the arguments, and that keys of recipes and distillations exist."""
     arguments = parse(words)
     if arguments.command == "distill":
         from_overrides(DistillationConfig(), arguments.overrides)
     elif hasattr(arguments, "recipe"):
-        # A recipe of the reader's own is written out in the document, and is held to be one there; its name is all that is known.
+        # A reader's own recipe is written out in the document and checked there; only its name is known here.
         own = arguments.recipe.suffix == ".yaml" and arguments.recipe.parts[0] != "recipes"
         load_recipe(
             "avatars-64" if own else ROOT / arguments.recipe if arguments.recipe.suffix else arguments.recipe,
@@ -251,7 +251,7 @@ def test_scripts_and_targets_named_in_the_text_exist(document: Path) -> None:
     for code in re.findall(r"(?<!`)`((?:python -m benchmarks\.|make |far )[^`\n]+)`", text_of(document)):
         words = [word for word in shlex.split(code.replace("[…]", "")) if word not in ("…", "[SET …]")]
         if words[0] == "far":
-            # Not always whole, but the command and its options must exist.
+            # The text does not always give the whole command, but it must exist.
             assert words[1] == "--help" or words[1].isupper() or words[1] in parse_commands(), code
         elif words[1] != "check":
             check_command(words)
@@ -270,7 +270,7 @@ def parse_commands() -> frozenset[str]:
      "python -m benchmarks.none", "python -m benchmarks.savings --none"],
 )  # fmt: skip
 def test_wrong_commands_are_found(words: str) -> None:
-    """The tests above are not blind."""
+    """Show that the tests of commands can fail."""
     with pytest.raises((ValueError, AssertionError)):
         check_command(words.split())
 
@@ -291,7 +291,7 @@ def test_recipes_are_valid(document: Path) -> None:
 
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder as the reader's, who works in the repository; heads that are registered there go again."""
+    """Provide a working folder like a reader's clone; heads that are registered there are removed again."""
     for name in ("recipes", "far", "docs", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -311,7 +311,7 @@ def runs_something(document: Path) -> bool:
     [pytest.param(path, id=name) for path, name in zip(DOCUMENTS, NAMES) if runs_something(path)],
 )
 def test_code_runs(document: Path, reader: Path) -> None:
-    """All blocks of a document in order, in one namespace."""
+    """Run all blocks of a document in order, in one namespace."""
     namespace: dict[str, object] = {"__name__": "document"}
     chosen = [block for language in ("python", "sh") for block in blocks(document, language)]
     skipped = 0
@@ -319,7 +319,7 @@ def test_code_runs(document: Path, reader: Path) -> None:
         if block.language == "python" and block.comment.startswith("not run: "):
             skipped += 1
         elif block.language == "python":
-            # Errors point to the document's own line.
+            # Empty lines first, so that errors name the line of the document.
             exec(compile("\n" * (block.line) + block.code, str(document), "exec"), namespace)
         elif block.comment == "run":
             for line in block.code.splitlines():
@@ -327,7 +327,7 @@ def test_code_runs(document: Path, reader: Path) -> None:
                 assert words[0] == "far"
                 assert main(words[1:]) == 0
     assert skipped == NOT_RUN.get(str(document.relative_to(ROOT)), 0), (
-        "how many blocks are not run is fixed in NOT_RUN"
+        "NOT_RUN has another number of blocks that are not run"
     )
 
 
@@ -396,14 +396,15 @@ def test_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path
 
 
 def check_pages(site: Path) -> None:
-    """Every document has one, and none loads a font, script, style or picture from elsewhere."""
+    """Check that every document has a page, and that no page loads anything from another site."""
     pages = {str(path.relative_to(site)) for path in site.rglob("*.html")}
     assert {"index.html", "contributing.html"} <= pages
     assert {
         str(path.relative_to(ROOT / "docs").with_suffix(".html")) for path in (ROOT / "docs").rglob("*.md")
     } <= pages
     outside = re.compile(
-        r"(?:<(?:script|img|link|iframe|source)\b[^>]*\b(?:src|href)=[\"']|url\([\"']?|@import [\"'])(?:https?:)?//"
+        r"(?:<(?:script|img|link|iframe|source)\b[^>]*\b(?:src|href)=[\"']|url\([\"']?|@import [\"'])"
+        r"(?:https?:)?//"
     )
     for path in [*site.rglob("*.html"), *site.rglob("*.css")]:
         found = outside.search(path.read_text(encoding="utf-8"))
@@ -411,7 +412,7 @@ def check_pages(site: Path) -> None:
 
 
 def check_reference(folder: Path) -> None:
-    """Commands and keys came from the code, and no mark-up of a docstring is left as it was written."""
+    """Check that commands and keys come from the code, and that no docstring markup is left unrendered."""
     commands = (folder / "command-line.html").read_text(encoding="utf-8")
     for option in ("far generate", "--guidance-passes", "--held-out-share", "--resume"):
         assert option in commands
@@ -426,7 +427,8 @@ def check_reference(folder: Path) -> None:
     for path in folder.glob("*.html"):
         text = re.sub(r"<pre.*?</pre>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
         left = re.search(
-            r":(?:class|meth|func|data|mod|attr):|``|<p>(?:Args|Returns|Raises|Attributes):|\[<code>[^<]*</code>\]\[",
+            r":(?:class|meth|func|data|mod|attr):|``|<p>(?:Args|Returns|Raises|Attributes):|"
+            r"\[<code>[^<]*</code>\]\[",
             text,
         )
         assert left is None, f"{path.name}: {text[left.start() - 100 : left.end() + 100]}"
