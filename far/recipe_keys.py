@@ -1,4 +1,4 @@
-"""Every key of a recipe: type and default from the dataclasses, meaning from their docstrings. Needs no torch."""
+"""All keys of a recipe with type, default and meaning, from the dataclasses. Needs no torch."""
 
 import dataclasses
 import textwrap
@@ -13,7 +13,14 @@ from far.training.config import DistillationConfig
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A key with its dotted name; ``default`` is YAML, or ``None`` if the key must be given."""
+    """A key of a recipe.
+
+    Attributes:
+        name: dotted name.
+        type: its values in words.
+        default: default in YAML, None if the key is required.
+        meaning: what it sets.
+    """
 
     name: str
     type: str
@@ -23,7 +30,15 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """The keys of one dataclass. ``name`` is empty for the keys that stand outside of all sections."""
+    """Keys of one dataclass.
+
+    Attributes:
+        command: what takes the keys: a recipe or a command.
+        name: dotted name of the section, empty at the top level.
+        kind: the kind that the keys belong to, empty if there is only one.
+        summary: first part of the dataclass's docstring.
+        keys: the keys.
+    """
 
     command: str
     name: str
@@ -33,7 +48,7 @@ class Section:
 
 
 def sections() -> list[Section]:
-    """Return the sections of a recipe, and then those of ``far distill``'s overrides."""
+    """Return the sections of a recipe, then those of ``far distill``."""
     return [
         *_sections("a recipe", Recipe, Recipe("", ""), ""),
         *_sections("far distill", DistillationConfig, DistillationConfig(), ""),
@@ -98,7 +113,7 @@ def as_text(width: int) -> str:
     for section in sections():
         lines += [_title(section), *textwrap.wrap(section.summary, width), ""]
         for key in section.keys:
-            default = "must be given" if key.default is None else f"default {key.default}"
+            default = "required" if key.default is None else f"default {key.default}"
             meaning = f"{key.type}; {default}. {key.meaning[:1].upper()}{key.meaning[1:]}"
             lines += [
                 f"  {key.name}",
@@ -117,7 +132,7 @@ def as_markdown() -> str:
         if section.keys:
             lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         for key in section.keys:
-            default = "must be given" if key.default is None else f"`{key.default}`"
+            default = "required" if key.default is None else f"`{key.default}`"
             lines.append(f"| `{key.name}` | {key.type} | {default} | {key.meaning} |")
         lines += [""] if section.keys else []
     return "\n".join(lines)

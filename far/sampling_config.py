@@ -20,12 +20,13 @@ def _masked_only(default: Any) -> Any:
 class SamplingConfig:
     """Sampling options, with MAR's names in parentheses.
 
-    The command line, the recipe's keys, the benchmark and the demo are derived from these fields: a field's type
-    gives the form of its option, and its entry below the help text.
+    The command line, the recipe's keys, the benchmark and the demo are derived from these fields: a field's
+    type gives the form of its option, and its entry below the help text.
 
     Attributes:
         ar_steps: autoregressive steps, 1 to the number of tokens (``num_iter``).
-        head_steps: steps of the head per token. Two values change linearly from the first to the last AR step.
+        head_steps: steps of the head per token. Two values change linearly from the first to the last AR
+            step.
         guidance: guidance scale (``cfg``). 1 turns guidance off.
         guidance_schedule: ``linear`` raises guidance with the fraction of known tokens up to ``guidance``
             (``cfg_schedule``), ``constant`` uses the same scale at every AR step.
@@ -33,8 +34,8 @@ class SamplingConfig:
         temperature: multiplies the head's noise.
         order: masked models: the order in which positions become known. ``halton`` spreads the positions of
             an AR step evenly over the image.
-        refresh_every: masked models: recompute all positions only every N AR steps. In between, only new tokens
-            and query positions are computed, and the rest keep their keys and values. 1 is exact.
+        refresh_every: masked models: recompute all positions only every N AR steps. In between, only new
+            tokens and query positions are computed, and the rest keep their keys and values. 1 is exact.
         guidance_every: masked models: recompute the unconditional half only every N AR steps. In between, its
             difference to the conditional half is reused. 1 is exact.
         guidance_passes: 2 runs the backbone with and without the class. 1 passes the scale to a head that has
@@ -74,7 +75,7 @@ class SamplingConfig:
             )
         if not 1 <= len(self._head_ends) <= 2:
             raise InputError(
-                f"head_steps {list(self._head_ends)} has the wrong length. Give one value, or the first and last"
+                f"head_steps {list(self._head_ends)} has the wrong length. Give one value or two"
             )
         for steps in self._head_ends:
             model.head.check_steps(steps)
@@ -87,7 +88,7 @@ class SamplingConfig:
             or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1
         ):
             raise InputError(
-                f"guidance_interval {list(self.guidance_interval)} is not valid. Give a start and an end within 0 … 1"
+                f"guidance_interval {list(self.guidance_interval)}: give a start and an end within 0 … 1"
             )
         self._check_masked_only(model)
         if self.guidance_passes not in (None, 1, 2):
@@ -96,8 +97,8 @@ class SamplingConfig:
             most = model.head.max_guidance
             learned = f"guidance up to {most:g} only" if most > 1 else "no guidance"
             raise InputError(
-                f"guidance_passes 1 does not support guidance {self.guidance:g}: this model's head has learned "
-                f"{learned}. Give 2"
+                f"guidance_passes 1 needs a head that has learned guidance {self.guidance:g}. This one learned "
+                f"{learned}: give 2"
             )
 
     def _head_knows_guidance(self, model: "FAR") -> bool:

@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic: what is skipped, what is counted, and how a part stands for the whole. No speed is asserted."""
+"""Arithmetic of the benchmark: skipped AR steps, counted operations and estimates. No speed is asserted."""
 
 import math
 from collections import Counter

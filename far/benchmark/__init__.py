@@ -1,7 +1,7 @@
 """Time, arithmetic and memory of a generation, by network.
 
-The sampler and the networks run as they are: :mod:`far.benchmark.watch` reads a clock around them. Image quality is
-measured in :mod:`far.evaluation`.
+The sampler and the networks run as they are: :mod:`far.benchmark.watch` reads a clock around them. Image
+quality is measured in :mod:`far.evaluation`.
 """
 
 from far.benchmark.hardware import machine, product_peak

@@ -1,4 +1,4 @@
-"""Arithmetic and weights of a generation: operations, bytes of weights, and bytes of weights that are read."""
+"""Operations of a generation, and bytes of weights that it holds and reads."""
 
 import itertools
 import math
@@ -46,8 +46,8 @@ def size(module: nn.Module) -> int:
 def weights_read(model: FAR, config: SamplingConfig) -> int:
     """Return the bytes of weights that one generation reads.
 
-    Each AR step reads the backbone and the head's embedding of the condition, each head step the rest of the head's
-    network, and each number of head steps the embeddings of times once.
+    Each AR step reads the backbone and the head's embedding of the condition, each head step the rest of the
+    head's network, and each number of head steps the embeddings of times once.
     """
     network: Any = model.head.network
     times, condition = size(network.time_embeddings), size(network.condition_embedding)

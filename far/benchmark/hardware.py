@@ -47,7 +47,7 @@ def product_peak(dtype: torch.dtype, device: str | torch.device = "cpu") -> floa
 
 
 def int8_product_peak() -> float:
-    """Return the operations per second of a large int8 linear layer on the CPU, with quantization of its inputs."""
+    """Return the operations per second of a large int8 linear layer, including quantization of its inputs."""
     layer = Int8Linear(nn.Linear(_PRODUCT_SIDE, _PRODUCT_SIDE, bias=False))
     a = torch.randn(_PRODUCT_SIDE, _PRODUCT_SIDE)
     return _product_speed(lambda: layer(a), a.device)
@@ -68,7 +68,7 @@ def _finished(call: Callable[[], object], device: torch.device) -> Callable[[], 
 
 
 def peak_memory(call: Callable[[], object]) -> int | None:
-    """Run ``call`` and return the bytes by which it raised this process's resident memory; None except on Linux."""
+    """Run ``call`` and return the bytes by which it raised this process's memory, None except on Linux."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # memory that earlier work freed must not hide this call's
     try:

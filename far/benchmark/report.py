@@ -1,4 +1,4 @@
-"""Present a benchmark's results: a table with its heading and notes, a record for a JSON file, a bar chart."""
+"""Presentation of a benchmark: a table with heading and notes, a record for JSON, a bar chart."""
 
 import dataclasses
 import platform
@@ -100,16 +100,18 @@ def notes(report: Report, left_out: dict[str, str], rounds: int | None) -> str:
     if estimated:
         how = f"Times are estimated from {steps} AR steps, spread evenly. --full times whole images."
     if rounds is None and len(report.results[0].rounds) == 1:
-        how += "\nThe second round is left out, since it would end after more than 10 minutes. --rounds 2 runs it."
+        how += "\nThe second round is left out: it would end after 10 minutes. --rounds 2 runs it."
     if left_out:
         reasons = ", ".join(f"{dtype} ({reason})" for dtype, reason in left_out.items())
         how += f"\nDefault rows in {reasons} are left out. --models and --dtypes choose others."
     return f"""
 {how}
-Seconds: median (lowest to highest round). Encoder … sampler: fractions of them. A causal backbone only decodes.
+Seconds: median (lowest to highest round).
+Encoder … sampler: fractions of the time. A causal backbone only decodes.
 Memory: peak while a batch is drawn and decoded, beyond what was resident before it.
-TFLOP: additions and multiplications per image. Of peak: fraction of the time that they would take at the speed of a
-large matrix product. Of reading: fraction of the time that reading each network's weights once per pass would take."""
+TFLOP: additions and multiplications per image.
+Of peak: fraction of the time that these operations take at the speed of a large matrix product.
+Of reading: fraction of the time that it takes to read each network's weights once per pass."""
 
 
 def record(report: Report, device: torch.device) -> dict[str, Any]:

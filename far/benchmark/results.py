@@ -30,13 +30,14 @@ class RowResult:
         row: the row.
         timed_steps: number of AR steps that were timed in each round.
         weights: bytes of the weights of model and autoencoder.
-        peak: bytes of memory beyond those resident before, while the batch was drawn and decoded. For a masked
-            model, during its last AR steps.
-        first_peak: ``peak`` of the first run. It includes what torch keeps for later rows, such as kernels for each
-            sequence length, so it depends on the rows before.
+        peak: bytes of memory beyond those resident before, while the batch was drawn and decoded. For a
+            masked model, during its last AR steps.
+        first_peak: ``peak`` of the first run. It includes what torch keeps for later rows, such as kernels
+            for each sequence length, so it depends on the rows before.
         flop: operations by part.
         fastest: seconds that ``flop`` would take at the measured peak of each network's dtype.
-        reading: seconds that reading each network's weights once per pass would take at the measured bandwidth.
+        reading: seconds that reading each network's weights once per pass would take at the measured
+        bandwidth.
         rounds: seconds by part of each round.
     """
 
@@ -90,7 +91,7 @@ class Report:
     peaks: dict[str, float]
 
     def times_faster(self, result: RowResult) -> float:
-        """Return how many times faster a row draws an image than the first row: the median ratio over rounds."""
+        """Return how many times faster than the first row a row draws an image: the median over rounds."""
         return median_ratio(self.results[0].image_seconds, result.image_seconds)
 
 
@@ -101,7 +102,8 @@ def measure(
 
     Args:
         rows: the rows to measure.
-        rounds: number of timed rounds. None is two, or one if a second would end more than 9.5 minutes after the start.
+        rounds: number of timed rounds. None is two, or one if a second would end more than 9.5 minutes after
+        the start.
         full: draw whole images. Otherwise the time is estimated from the AR steps of :func:`segments`.
         device: device to run on.
 
@@ -155,7 +157,7 @@ def _first_run(pipeline: Pipeline, row: Row, full: bool, report: Report) -> RowR
 
 
 def _host_peak(pipeline: Pipeline, call: Callable[[], object]) -> int | None:
-    """Run ``call`` and return its :func:`peak_memory`; None if the model is not in the process's own memory."""
+    """Run ``call`` and return its :func:`peak_memory`, None if the model is on another device."""
     peak = peak_memory(call)
     return peak if pipeline.device.type == "cpu" else None
 

@@ -45,7 +45,7 @@ _PRESET_AR_STEPS = 64
 _PRESET_GUIDANCE = 2.9
 # Used with half of the AR steps.
 FASTEST: dict[str, Any] = {"order": "halton", "refresh_every": 2, "guidance_every": 4}
-# Model, AR steps, head steps, dtype and other options. MAR as released comes first, as the base of all ratios.
+# Model, AR steps, head steps, dtype and other options. MAR as released comes first: it is the base of ratios.
 _DEFAULT_ROWS: tuple[tuple[str, int, int, str, dict[str, Any]], ...] = (
     ("mar-b", 64, 100, "float32", {}),
     ("mar-b", 64, 100, "bfloat16", {}),
@@ -110,7 +110,8 @@ def rows_of(
         ar_steps: numbers of AR steps. None is the folder's own, or 64 for a preset.
         head_steps: numbers of head steps. None is the folder's own, or the default of a preset's head.
         dtypes: dtypes of the weights.
-        options: further values of :class:`far.SamplingConfig`. None is the folder's own; a preset's guidance is 2.9.
+        options: further values of :class:`far.SamplingConfig`. None is the folder's own; a preset's
+            guidance is 2.9.
 
     Raises:
         InputError: a model is unknown or does not support a value.

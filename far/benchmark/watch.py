@@ -37,9 +37,9 @@ class Segment:
 def segments(sampling: SamplingConfig, *, full: bool = False) -> list[Segment]:
     """Return the AR steps of a generation to run: all of them if ``full`` or few, else four segments.
 
-    The timed steps lie in the middle of the quarter that they stand for, since an AR step's work grows with the
-    known tokens. If some AR steps compute what others reuse, a segment consists of whole periods. Otherwise an
-    untimed step before it lets a cache catch up with the skipped steps.
+    The timed steps lie in the middle of the quarter that they stand for, since an AR step's work grows with
+    the known tokens. If some AR steps compute what others reuse, a segment consists of whole periods.
+    Otherwise an untimed step before it lets a cache catch up with the skipped steps.
     """
     ar_steps, period = sampling.ar_steps, math.lcm(sampling.refresh_every, sampling.guidance_every)
     untimed = 1 if period == 1 else 0
@@ -104,7 +104,7 @@ class Watch:
 
     @contextlib.contextmanager
     def _encoder_watched(self, backbone: nn.Module, start: float) -> Iterator[None]:
-        """Add what the reading grows until the end of a masked backbone's encoder, whose last operation is its norm."""
+        """Add the growth from ``start`` to the end of a masked backbone's encoder, which is its norm."""
         if not isinstance(backbone, MaskedBackbone):
             yield
             return

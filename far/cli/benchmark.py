@@ -1,8 +1,8 @@
-"""Time, arithmetic and memory of generation on this machine, by network, against MAR as released, in one table.
+"""Measure time, arithmetic and memory of generation by network, in a table that starts with MAR as released.
 
-Without --models, the rows are MAR's base model at 64 × 100 steps in float32, the same in bfloat16, with the shortcut
-head, with approximations, and with the causal backbone. They take less than ten minutes: rows in a dtype that the
-device has no instructions for are left out, and so is a second round that would end later.
+Without --models, the rows are MAR's base model at 64 × 100 steps in float32, the same in bfloat16, with the
+shortcut head, with approximations, and with the causal backbone. They take less than ten minutes: rows in a
+dtype that the device has no instructions for are left out, and so is a second round that would end later.
 With --models, every combination of the given values is a row, and the first row is the base of ratios.
 Presets have random weights, 64 AR steps and guidance 2.9: they show time, not quality.
 """
@@ -107,7 +107,7 @@ def _check(arguments: argparse.Namespace) -> None:
         given += [name for name in _options(arguments) if name != "guidance"]
         if given:
             raise InputError(
-                f"--{given[0].replace('_', '-')} needs --models. Name the models, or omit it for the default rows"
+                f"--{given[0].replace('_', '-')} needs --models. Name the models, or omit it for default rows"
             )
     for path in (arguments.json, arguments.plot):
         if path is not None:

@@ -1,4 +1,4 @@
-"""Convert a published MAR checkpoint, MAR's KL-16 or an AutoencoderKL of diffusers into a folder that far.load reads.
+"""Convert a published MAR checkpoint, MAR's KL-16 or an AutoencoderKL of diffusers into a model folder.
 
 A MAR and an autoencoder in the same folder are a whole model. Nothing in a pickle is executed.
 to-diffusers converts the autoencoder of any model back.

@@ -37,7 +37,8 @@ def run(arguments: argparse.Namespace) -> None:
     for name in arguments.weights:
         find_folder(name)
     _check_address(arguments.host, arguments.port)
-    # gradio reads these when it is imported and served: no telemetry, and few remembered clicks (10,000 by default).
+    # gradio reads these when it is imported and served: no telemetry, and few remembered clicks (10,000 by
+    # default).
     os.environ.update(
         GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_ANALYTICS_MAX_EVENTS="100"
     )

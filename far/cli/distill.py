@@ -1,9 +1,9 @@
 """Distill a trained model, such as a converted MAR, into a head that draws a token in one or two steps.
 
-Computes the teacher's conditions and trajectories into OUT/trajectories, then trains a flow-map head on them. --resume
-continues an interrupted run. Ctrl-C saves a checkpoint and exits with status 130, SIGTERM with 143. far generate
---weights can load OUT at any time.
-torchrun --nproc-per-node N -m far distill … shares trajectories and the micro-batches of each step among processes.
+Computes the teacher's conditions and trajectories into OUT/trajectories, then trains a flow-map head on them.
+--resume continues an interrupted run. Ctrl-C saves a checkpoint and exits with status 130, SIGTERM with 143.
+far generate --weights can load OUT at any time. torchrun --nproc-per-node N -m far distill … shares
+trajectories and the micro-batches of each step among processes.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_unused(arguments.out, arguments.resume)
     if arguments.latents is not None and not (arguments.latents / "index.json").exists():
         raise InputError(
-            f"{arguments.latents} holds no latents. Give the folder that far cache RECIPE wrote, or omit --latents"
+            f"{arguments.latents} holds no latents. Give the folder that far cache wrote, or omit --latents"
         )
 
     from far.training.distillation import DistillationTask

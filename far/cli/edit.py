@@ -1,7 +1,7 @@
 """Redraw a part of an image: inside it (inpainting), around it (outpainting), or as another class.
 
-Redraws the white of --mask, the inside of --redraw, the outside of --keep, or everything around a smaller image at
---place. All tokens that this touches are drawn again, and the others stay exactly.
+Redraws the white of --mask, the inside of --redraw, the outside of --keep, or everything around a smaller
+image at --place. All tokens that this touches are drawn again, and the others stay exactly.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _image_and_mask(arguments: argparse.Namespace, size: tuple[int, int]) -> tuple[Image.Image, Tensor]:
-    """Return the image at the model's ``size`` (height, width) and a mask ``[height, width]``, above 0.5 where to redraw."""
+    """Return the image at ``size`` (height, width), and a mask of that size, above 0.5 where to redraw."""
     from far.data.images import decode_image
     from far.editing import box_mask, place
     from far.pictures import to_tensor

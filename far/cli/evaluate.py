@@ -1,9 +1,9 @@
-"""Evaluate a model, a folder or an .npz: Fréchet distance, KID, Inception Score, precision, recall, density, coverage.
+"""Evaluate images: Fréchet distance, KID, Inception Score, precision, recall, density and coverage.
 
-The default network is EfficientNet-Lite0, whose values are not comparable with published ones. --inception FILE
-loads FID's own weights for values that are. The same command continues an interrupted generation, and processes can
-share it: torchrun --nproc-per-node N -m far evaluate …
-result.json holds the values and all settings to repeat them.
+The default network is EfficientNet-Lite0, whose values are not comparable with published ones. --inception
+FILE loads FID's own weights for values that are. The same command continues an interrupted generation, and
+processes can share it: torchrun --nproc-per-node N -m far evaluate … result.json holds the values and all
+settings to repeat them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from far.pipeline import Pipeline
 
 _DEFAULT_COUNT = 10_000
-# Distance between the first images of consecutive --seed values. It exceeds any count, so no two share an image.
+# Distance between the first images of consecutive --seed values. It exceeds any count, so no two share an
+# image.
 _IMAGE_SEEDS = 2**32
 _CLASSES_SHOWN = 10
 
@@ -188,7 +189,7 @@ def _check(arguments: argparse.Namespace) -> None:
     check_seed("--seed", arguments.seed)
     if arguments.weights is not None and arguments.seed >= 2**63 // _IMAGE_SEEDS:
         raise InputError(
-            f"--seed {arguments.seed} is too large: the images' seeds must stay below 2⁶³. Give a number below 2³¹"
+            f"--seed {arguments.seed} is too large for images' seeds below 2⁶³. Give a number below 2³¹"
         )
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size} must be positive")
@@ -334,7 +335,7 @@ def _differences(source: Source, reference: Reference) -> Iterator[str]:
     """Yield one warning per difference that counts although it is not the model's."""
     if reference.size is not None and source.size is not None and reference.size != source.size:
         sizes = " and ".join(f"{width}×{height}" for height, width in (source.size, reference.size))
-        yield f"evaluated images and reference have {sizes} pixels, and the enlargement counts as a difference"
+        yield f"evaluated images and reference have {sizes} pixels. The enlargement counts as a difference"
     if unmatched := unmatched_classes(source.classes, reference.classes):
         names = ", ".join(unmatched[:_CLASSES_SHOWN]) + (" …" if len(unmatched) > _CLASSES_SHOWN else "")
         yield (

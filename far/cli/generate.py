@@ -1,8 +1,8 @@
-"""Generate images with a bundled model, a folder or a model of the hub: a contact sheet, a folder of PNGs, or an .npz.
+"""Generate images with a model: a contact sheet, a folder of PNGs, or an .npz.
 
-A contact sheet has one row per class. The pixels of small images are repeated, so that it is at least 1000 pixels
-wide. A single image, and those in a folder or .npz, are written at their own size.
-Image i has seed SEED + i, so an image does not depend on the batch around it.
+A contact sheet has one row per class. The pixels of small images are repeated, so that it is at least 1000
+pixels wide. A single image, and those in a folder or .npz, are written at their own size. Image i has seed
+SEED + i, so an image does not depend on the batch around it.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _check(arguments: argparse.Namespace) -> list[Path]:
         check_count("--count", arguments.count, MOST_IMAGES)
     if arguments.out.suffix.lower() in _OTHER_FORMATS:
         raise InputError(
-            f"--out {arguments.out} has an unsupported format. Give a name that ends in .png or .npz, or a folder"
+            f"--out {arguments.out} is not supported. Give a name that ends in .png or .npz, or a folder"
         )
     filled = _is_folder(arguments.out) and arguments.out.exists()
     earlier = _earlier_images(arguments.out, arguments.overwrite) if filled else []
@@ -161,7 +161,7 @@ def _draw(
     finish: Callable[[Tensor, int], None],
     frames: list[Tensor] | None,
 ) -> int:
-    """Draw images batch by batch, and return how many are finished: all, unless interrupted after the first batch.
+    """Draw images batch by batch, and return how many are finished. An interruption leaves whole batches.
 
     Args:
         pipeline: the model.
@@ -195,7 +195,7 @@ def _draw(
 
 
 def _remaining(arguments: argparse.Namespace, labels: list[str], done: int) -> str:
-    """Return what an interruption leaves: how many images are finished, and the commands that draw the others."""
+    """Return how many images an interruption leaves, and the commands that draw the others."""
     commands, outs, start = [], _free_names(arguments.out), done
     for names, count in _even_parts(labels[done:]):
         seed = arguments.seed + start
@@ -209,7 +209,8 @@ def _remaining(arguments: argparse.Namespace, labels: list[str], done: int) -> s
         }
         commands.append(_command(argparse.Namespace(**{**vars(arguments), **changed})))
         start += count
-    return f"{done} of {len(labels)} images are in {arguments.out}. Draw the others with: {' && '.join(commands)}"
+    rest = " && ".join(commands)
+    return f"{done} of {len(labels)} images are in {arguments.out}. Draw the others with: {rest}"
 
 
 def _even_parts(labels: Sequence[str]) -> Iterator[tuple[list[str], int]]:
@@ -249,7 +250,7 @@ def _earlier_images(folder: Path, overwrite: bool) -> list[Path]:
     """Return the numbered PNGs of an earlier run in ``folder``, which may be replaced.
 
     Raises:
-        InputError: the folder holds some and ``overwrite`` is false, or it holds other images, or is not a folder.
+        InputError: it holds some and ``overwrite`` is false, or it holds other images, or is not a folder.
     """
     if not folder.is_dir():
         raise InputError(f"--out {folder} is a file. Give a folder, or a name that ends in .png or .npz")
@@ -258,9 +259,7 @@ def _earlier_images(folder: Path, overwrite: bool) -> list[Path]:
     )
     for path in images:
         if not re.fullmatch(r"[0-9]{6,}\.png", path.name):
-            raise InputError(
-                f"--out {folder} holds another image ({path.name}). Choose a folder for generated images alone"
-            )
+            raise InputError(f"--out {folder} holds another image, {path.name}. Choose another folder")
     if images and not overwrite:
         remedy = "Add --overwrite to replace them, or choose another folder"
         raise InputError(f"--out {folder} already holds {len(images)} generated images. {remedy}")

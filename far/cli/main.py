@@ -92,7 +92,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """
     parsed, unknown = build_parser().parse_known_args(arguments)
     if hasattr(parsed, "overrides"):
-        # argparse takes overrides in one piece only, and leaves those after an option: RECIPE --resume KEY=VALUE.
+        # argparse takes overrides in one piece only, and leaves those after an option: RECIPE --resume
+        # KEY=VALUE.
         parsed.overrides = parsed.overrides + [text for text in unknown if not text.startswith("-")]
         unknown = [text for text in unknown if text.startswith("-")]
     if unknown:
@@ -103,7 +104,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``far`` and return its exit status: 0, 2 for a user error, 130 after Ctrl-C, 143 after SIGTERM in training."""
+    """Run ``far`` and return its exit status: 2 for a user error, 130 after Ctrl-C, 143 after SIGTERM."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: file names need not be text
     parsed = argparse.Namespace(command=None)
@@ -113,8 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if parsed.command not in SHARED:
                 shared = ", ".join(SHARED)
                 raise InputError(
-                    f"far {parsed.command} cannot run in several processes, unlike {shared}. Run it without torchrun "
-                    "(unset WORLD_SIZE)"
+                    f"far {parsed.command} cannot run in several processes, unlike {shared}. "
+                    "Run it without torchrun (unset WORLD_SIZE)"
                 )
             processes.local_rank()  # checks torchrun's variables before any file
         parsed.run(parsed)

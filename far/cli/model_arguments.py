@@ -30,7 +30,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_pipeline(name: str, folder: Path, dtype: str, device: torch.device) -> Pipeline:
-    """Return the pipeline in ``folder``. A line on stderr with the user's ``name`` appears if that takes long."""
+    """Return the pipeline in ``folder``, with a line on stderr that names it if loading takes long."""
     from far.pipeline import Pipeline
 
     with noticed(f"loading {name}"):

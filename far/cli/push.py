@@ -39,6 +39,9 @@ def run(arguments: argparse.Namespace) -> None:
     with noticed(f"loading {arguments.weights}"):
         pipeline = Pipeline.from_pretrained(folder, device="cpu")
     address = pipeline.push_to_hub(
-        arguments.name, license=arguments.license, private=arguments.private or None, dtype=getattr(torch, arguments.dtype)
-    )  # fmt: skip
+        arguments.name,
+        license=arguments.license,
+        private=arguments.private or None,
+        dtype=getattr(torch, arguments.dtype),
+    )
     print(f"{address}: published. Generate images with far generate --weights {arguments.name}")

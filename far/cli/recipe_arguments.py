@@ -45,8 +45,8 @@ def check_inputs(
     for part in ("train", "held-out"):
         if not (Path(recipe.data) / part / "index.json").exists():
             raise InputError(
-                f"{recipe.data} holds no image set. Make it first: far data folder IMAGES {shlex.quote(recipe.data)} "
-                "(or far data avatars, far data fashion-mnist)"
+                f"{recipe.data} holds no image set. Write it first: far data folder IMAGES "
+                f"{shlex.quote(recipe.data)} (or far data avatars, far data fashion-mnist)"
             )
     if tokenizer is not None and not (tokenizer / "config.json").exists():
         raise InputError(f"{tokenizer} holds no autoencoder. Train it first: far train-autoencoder {same}")

@@ -14,7 +14,7 @@ MOST_IMAGES = 10_000_000
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
-    """Add one option per field, except those in ``without``. None is the default, since each model has its own."""
+    """Add one option per field except those in ``without``. Defaults are None: each model has its own."""
     hints, texts = typing.get_type_hints(SamplingConfig), described(SamplingConfig)[1]
     group = parser.add_argument_group("sampling options", "The model's own values are the defaults.")
     for field in dataclasses.fields(SamplingConfig):

@@ -1,8 +1,8 @@
 """Train the generator of a recipe on its latent cache. --resume continues an interrupted run.
 
-torchrun --nproc-per-node N -m far train … shares the micro-batches of each step among processes. Ctrl-C saves a
-checkpoint and exits with status 130, SIGTERM with 143. The model folder in the run folder holds the EMA weights of the
-last checkpoint; far generate --weights can load it at any time.
+torchrun --nproc-per-node N -m far train … shares the micro-batches of each step among processes. Ctrl-C saves
+a checkpoint and exits with status 130, SIGTERM with 143. The model folder in the run folder holds the EMA
+weights of the last checkpoint; far generate --weights can load it at any time.
 """
 
 import argparse

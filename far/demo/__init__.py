@@ -1,1 +1,1 @@
-"""The web demo: a page on which images appear token by token, and two models draw the same one beside each other."""
+"""Web demo: images that appear token by token, and two models side by side on the same image."""

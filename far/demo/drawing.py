@@ -1,4 +1,4 @@
-"""What a click on the demo's page asks for, and the frames in which the answer appears; nothing here knows the page."""
+"""Requests of the demo's page, and the frames that answer them. This module does not depend on the page."""
 
 import dataclasses
 import time
@@ -21,7 +21,13 @@ Number = TypeVar("Number", int, float)
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A loaded pipeline, the name it was asked for by, and the dtype of its weights."""
+    """A loaded model.
+
+    Attributes:
+        name: the name that the user gave.
+        pipeline: the model.
+        dtype: dtype of its weights.
+    """
 
     name: str
     pipeline: Pipeline
@@ -29,12 +35,12 @@ class Model:
 
     @property
     def head(self) -> str:
-        """The kind of its head, in words."""
+        """Kind of the head in words."""
         return self.pipeline.model.config.network.head.kind.replace("_", " ")
 
 
 def load_models(names: Sequence[str], dtype: str, device: str | torch.device) -> list[Model]:
-    """The pipelines of ``names``, each of which has drawn a first token, so that the first click waits for nothing.
+    """Load models and draw a first token with each, so that the first click does not wait for a warm-up.
 
     Raises:
         InputError: one of them cannot be loaded, or has no autoencoder.
@@ -49,7 +55,7 @@ def load_models(names: Sequence[str], dtype: str, device: str | torch.device) ->
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """What one click asks of one model: an image a seed, all of one class."""
+    """Images that one click requests from one model: one image per seed, all of one class."""
 
     model: Model
     label: int
@@ -60,14 +66,15 @@ class Order:
     def of_entries(
         cls, model: Model, label: object, seed: object, count: object = 1, **sampling: object
     ) -> "Order":
-        """From what was entered in the fields of the page; sampling values that have no field are the model's.
+        """Return the order for the entries of the page's fields. Other sampling options are the model's.
 
         Raises:
-            InputError: an unknown class, something else than a number, or a value out of range (of seeds: where :func:`draw` begins).
+            InputError: the class is unknown, or an entry is not a number or out of range. Seeds that are too
+                large raise in :func:`draw`.
         """
         first, images = number("seed", seed, int), number("images", count, int)
         if not 1 <= images <= MOST_IMAGES:
-            raise InputError(f"images {images}: give 1 to {MOST_IMAGES}")
+            raise InputError(f"images {images} is out of range. Give 1 to {MOST_IMAGES}")
         usual = SamplingConfig()
         values = {
             name: number(name, entry, float if isinstance(getattr(usual, name), float) else int)
@@ -85,7 +92,7 @@ class Order:
         return self.model.pipeline.classes[self.label]
 
     def settings(self, seed: int) -> dict[str, object]:
-        """The text entries of the PNG of a seed, those that ``far generate`` writes."""
+        """Return the text entries of a seed's PNG, as ``far generate`` writes them."""
         return {
             "weights": self.model.name,
             **dataclasses.asdict(self.config),
@@ -97,21 +104,27 @@ class Order:
 
 
 def number(name: str, entry: object, kind: Callable[[str], Number]) -> Number:
-    """What was entered in a field, as an ``int`` or a ``float``.
+    """Return the entry of a field as an ``int`` or a ``float``.
 
     Raises:
-        InputError: it is nothing, or not such a number.
+        InputError: the entry is empty, or not such a number.
     """
     try:
         return kind(str(entry))
     except ValueError:
         shown = "empty" if entry in (None, "") else repr(str(entry)[:40])
-        raise InputError(f"{name} is {shown}; give a {'whole number' if kind is int else 'number'}") from None
+        raise InputError(f"{name} is {shown}. Give a {'whole number' if kind is int else 'number'}") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """Images ``[b, 3, h, w]`` as far as they are drawn, and the seconds that the model has taken so far."""
+    """Images after an AR step.
+
+    Attributes:
+        images: ``[b, 3, h, w]`` in [0, 1], mid-gray at tokens that are not drawn yet.
+        progress: the AR step.
+        seconds: seconds that the model has taken so far.
+    """
 
     images: Tensor
     progress: Progress
@@ -123,9 +136,10 @@ class Frame:
 
 
 def draw(order: Order) -> Iterator[Frame]:
-    """One frame an AR step; the last one has the finished images.
+    """Yield one frame per AR step. The last one has the finished images.
 
-    The seconds are those of :meth:`Pipeline.draw`: neither previews nor what the caller does between two frames are in them.
+    The seconds are those of :meth:`Pipeline.draw`. They include neither previews nor the caller's work
+    between frames.
 
     Raises:
         InputError: a seed is out of range.

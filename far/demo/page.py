@@ -1,7 +1,7 @@
-"""The page itself, built and served with gradio.
+"""The demo's page, built and served with gradio.
 
-Fonts, scripts and pictures come from this process alone. A picture is part of the page's text, as a PNG with its settings,
-so nothing is written to disk, and nothing is kept from click to click.
+Fonts, scripts and images come from this process alone. An image is part of the page's text, as a PNG with its
+settings: nothing is written to disk or kept between clicks.
 """
 
 import base64
@@ -18,14 +18,15 @@ from far.demo.drawing import MOST_IMAGES, Frame, Model, Order, draw
 from far.errors import InputError
 from far.pictures import encode_png, to_pictures
 
-# Clicks that wait for their turn; more are refused with a message.
+# Length of the queue of clicks. Further clicks are rejected with a message.
 MOST_WAITING = 16
-# Open pages of which the server remembers something.
+# Number of open pages whose state the server keeps.
 MOST_SESSIONS = 100
 
 TITLE = "FAR: fast autoregressive image generation"
 INTRODUCTION = f"""# {TITLE}
-An image is a grid of continuous tokens. At each step the backbone describes some of the missing ones, and the head draws them."""
+An image is a grid of continuous tokens. At each AR step, the backbone computes conditions for some missing
+tokens, and the head draws them."""
 WAITING = '<div class="empty">The image appears here.</div>'
 THEME = gr.themes.Base(
     primary_hue="indigo",
@@ -39,18 +40,22 @@ CSS = """
 .pictures { display: grid; gap: 10px; }
 .pictures figure { margin: 0; }
 .pictures img { width: 100%; border-radius: 6px; display: block; }
-.pictures figcaption { display: flex; justify-content: space-between; align-items: center; padding: 2px; font-size: 13px; }
+.pictures figcaption {
+  display: flex; justify-content: space-between; align-items: center; padding: 2px; font-size: 13px;
+}
 .status { margin-top: 8px; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
 .status b { color: var(--body-text-color); }
-.empty { aspect-ratio: 1; border-radius: 6px; background: var(--background-fill-secondary); display: grid; place-items: center;
-  color: var(--body-text-color-subdued); }
+.empty {
+  aspect-ratio: 1; border-radius: 6px; background: var(--background-fill-secondary);
+  display: grid; place-items: center; color: var(--body-text-color-subdued);
+}
 #left > *, #right > * { max-width: 400px; margin: 0 auto; }
 .verdict { text-align: center; font-size: 20px; min-height: 30px; }
 """
 
 
 class Demo:
-    """The page with its models, of which the first is what the page begins with."""
+    """The page and its models. The page starts with the first model."""
 
     def __init__(self, models: Sequence[Model]) -> None:
         self.models = {model.name: model for model in models}
@@ -62,7 +67,7 @@ class Demo:
                 self._compare_tab()
 
     def launch(self, host: str, port: int) -> str:
-        """Serve the page from a thread of its own, and return its address."""
+        """Serve the page from a new thread and return its address."""
         self.blocks.queue(max_size=MOST_WAITING, default_concurrency_limit=1, api_open=False)
         _, address, _ = self.blocks.launch(
             server_name=host,
@@ -85,7 +90,7 @@ class Demo:
         return address
 
     def generate(self, weights: str, label: str, seed: str, count: Any, *sampling: Any) -> Iterator[str]:
-        """Yield the images as HTML after each AR step; ``sampling`` are the entries of :func:`sampling_fields`."""
+        """Yield the images as HTML after each AR step. ``sampling`` are the values of the sampling fields."""
         values = dict(zip(SAMPLING_FIELDS, sampling, strict=True))
         order = Order.of_entries(self.models[weights], label, seed, count, **values)
         for frame in draw(order):
@@ -94,8 +99,8 @@ class Demo:
     def compare(
         self, label: str, seed: str, left: str, left_steps: Any, right: str, right_steps: Any
     ) -> Iterator[tuple[str, str, str]]:
-        """The left picture, then the right one, then what their seconds say; three pieces of HTML a step."""
-        # Both are looked through before either is drawn.
+        """Yield the left image, the right image and the verdict as HTML after each AR step."""
+        # Check both orders before drawing either.
         orders = [
             Order.of_entries(self.models[name], label, seed, head_steps=steps)
             for name, steps in ((left, left_steps), (right, right_steps))
@@ -124,7 +129,7 @@ class Demo:
         weights.input(self._chosen, [weights, label], [label, *sampling], **AT_ONCE)
         gr.on(
             [button.click, seed.submit],
-            tells_errors(self.generate),
+            shows_errors(self.generate),
             [weights, label, seed, count, *sampling],
             shown,
             **DRAWING,
@@ -161,10 +166,10 @@ class Demo:
             lambda name, chosen: class_field(self.models[name], chosen), [weights[0], label], label, **AT_ONCE
         )
         entries = [label, seed, weights[0], steps[0], weights[1], steps[1]]
-        gr.on([button.click, seed.submit], tells_errors(self.compare), entries, [*shown, said], **DRAWING)
+        gr.on([button.click, seed.submit], shows_errors(self.compare), entries, [*shown, said], **DRAWING)
 
 
-# One drawing at a time; a click while one's own drawing is not finished is heeded after it.
+# One drawing at a time. A click during the page's own drawing is handled after it.
 DRAWING: dict[str, Any] = {
     "concurrency_id": "drawing",
     "concurrency_limit": 1,
@@ -176,7 +181,7 @@ AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visib
 
 
 def class_field(model: Model, chosen: str | None = None) -> gr.Dropdown:
-    """The classes of a model; a number may be typed too. ``chosen`` stays if the model has it."""
+    """Return a field for the class, by name or number. ``chosen`` stays if the model has it."""
     classes = model.pipeline.classes
     return gr.Dropdown(
         classes,
@@ -188,7 +193,7 @@ def class_field(model: Model, chosen: str | None = None) -> gr.Dropdown:
 
 
 def seed_field() -> gr.Textbox:
-    """Text, since a browser's numbers are exact to 2⁵³ only; with a button that enters a random one."""
+    """Return a text field for a seed with a button for a random one; browsers round numbers over 2⁵³."""
     seed = gr.Textbox("0", label="Seed", info="0 to 2⁶³ − 1", max_lines=1, max_length=20, min_width=100)
     button = gr.Button("Random", size="sm", min_width=70, scale=0, elem_classes="beside")
     button.click(lambda: str(secrets.randbelow(10**6)), None, seed, **AT_ONCE)
@@ -202,8 +207,8 @@ SAMPLING_FIELDS = ("guidance", "ar_steps", "head_steps")
 def sampling_fields(model: Model) -> list[gr.Number]:
     """Return one field per name in :data:`SAMPLING_FIELDS`, with the model's value and range."""
     defaults, network = model.pipeline.defaults, model.pipeline.model
-    learnt = network.head.max_guidance
-    guidance = "1: off" + (f", ≤ {learnt:g}: fast" if learnt > 1 else "")
+    learned = network.head.max_guidance
+    guidance = "1: off" + (f", ≤ {learned:g}: fast" if learned > 1 else "")
     tokens = network.config.tokens
     any_order = network.backbone.any_order
     return [
@@ -211,7 +216,7 @@ def sampling_fields(model: Model) -> list[gr.Number]:
         gr.Number(
             defaults.ar_steps,
             label="AR steps",
-            info=f"1 to {tokens}" if any_order else f"{tokens}: one a token",
+            info=f"1 to {tokens}" if any_order else f"{tokens}: one per token",
             interactive=any_order,
             min_width=100,
         ),
@@ -220,57 +225,57 @@ def sampling_fields(model: Model) -> list[gr.Number]:
 
 
 def head_steps_field(model: Model) -> gr.Number:
-    """The steps of a model's head for a token."""
+    """Return a field for the head steps of a model."""
     most = model.pipeline.model.head.max_steps
     steps = model.pipeline.defaults.head_steps_at(0)
     return gr.Number(
         steps,
         label="Head steps",
-        info=f"1 to {most}" if most > 1 else "1 is all it takes",
+        info=f"1 to {most}" if most > 1 else "always 1",
         interactive=most > 1,
         min_width=100,
     )
 
 
 def pictures(order: Order, frame: Frame) -> str:
-    """The images of a frame, and how far they are; the finished ones carry their settings and can be saved."""
+    """Return a frame's images and status as HTML. Finished images contain their settings and can be saved."""
     name, figures = html.escape(order.class_name), []
     for picture, seed in zip(to_pictures(frame.images), order.seeds):
         data = encode_png(picture, order.settings(seed) if frame.finished else None)
         address = f"data:image/png;base64,{base64.b64encode(data).decode()}"
         save = f'<a download="{name}-{seed}.png" href="{address}">↓ PNG</a>' if frame.finished else ""
-        figures.append(
-            f'<figure><img src="{address}" alt="{name}"><figcaption><span>seed {seed}</span>{save}</figcaption></figure>'
-        )
-    columns = math.ceil(math.sqrt(len(figures)))
-    return f'<div class="pictures" style="grid-template-columns: repeat({columns}, 1fr)">{"".join(figures)}</div>{status(order, frame)}'
+        caption = f"<figcaption><span>seed {seed}</span>{save}</figcaption>"
+        figures.append(f'<figure><img src="{address}" alt="{name}">{caption}</figure>')
+    columns = f"grid-template-columns: repeat({math.ceil(math.sqrt(len(figures)))}, 1fr)"
+    return f'<div class="pictures" style="{columns}">{"".join(figures)}</div>{status(order, frame)}'
 
 
 def status(order: Order, frame: Frame) -> str:
-    """The seconds, how far the drawing is, and by what settings."""
+    """Return seconds, progress and settings of a drawing as HTML."""
     config, progress = order.config, frame.progress
     passes = "one pass" if config.guided_in_head(order.model.pipeline.model) else "two passes"
     parts = [
         f"<b>{frame.seconds:.2f} s</b>",
         f"AR step {progress.step + 1} of {progress.steps}",
-        f"{config.head_steps_at(progress.step)} {order.model.head} steps a token",
+        f"{config.head_steps_at(progress.step)} {order.model.head} steps per token",
         "no guidance" if config.guidance == 1 else f"guidance {config.guidance:g} in {passes}",
     ]
     return f'<div class="status">{" · ".join(parts)}</div>'
 
 
 def verdict(orders: Sequence[Order], seconds: Sequence[float]) -> str:
-    """Which of two orders was the faster one, by the seconds that they took."""
+    """Return which of two orders was faster, as HTML."""
     fast, slow = sorted(range(2), key=lambda side: seconds[side])
     times = [f"{html.escape(orders[side].model.name)} {seconds[side]:.2f} s" for side in (fast, slow)]
-    return f'<div class="verdict"><b>{seconds[slow] / seconds[fast]:.1f} × faster</b>: {" against ".join(times)}</div>'
+    ratio = f"<b>{seconds[slow] / seconds[fast]:.1f} × faster</b>"
+    return f'<div class="verdict">{ratio}: {" against ".join(times)}</div>'
 
 
-def tells_errors(handler: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """``handler``, a generator, with its :class:`InputError` as a message in the page."""
+def shows_errors(handler: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """Return the generator ``handler``, but with an :class:`InputError` as a message on the page."""
 
     @functools.wraps(handler)
-    def telling(*entries: Any) -> Iterator[Any]:
+    def showing(*entries: Any) -> Iterator[Any]:
         try:
             yield from handler(*entries)
         except InputError as error:
@@ -278,4 +283,4 @@ def tells_errors(handler: Callable[..., Iterator[Any]]) -> Callable[..., Iterato
                 html.escape(str(error), quote=False), title="Please change an entry", print_exception=False
             ) from None
 
-    return telling
+    return showing

@@ -226,6 +226,10 @@ class TrajectoryConfig:
         check_label_drop(self.label_drop)
         if not (math.isfinite(self.max_guidance) and self.max_guidance > 1):
             raise InputError(f"max_guidance {self.max_guidance} must be a number above 1")
+        if self.token_limit is not None and not self.token_limit > 0:
+            raise InputError(
+                f"token_limit {self.token_limit} is not positive. Give a positive number, or null"
+            )
         check_seed("seed", self.seed)
 
 

@@ -185,7 +185,7 @@ def test_a_misspelt_recipe_key_names_the_right_one(recipe: Path, capsys: pytest.
         ("generator.training.steps=many", "steps"),
         ("generator.training.steps=0", "steps 0"),
         ("generator.training.batch_size=-1", "batch_size -1"),
-        ("generator.network.head.kind=gan", "'diffusion', 'energy', 'flow'"),
+        ("generator.network.head.kind=gan", "'gan'"),
         ("generator.network.backbone.encoder_heads=3", "encoder_width 16"),
         ("generator.network.patch=3", "patch 3"),
         ("generator.label_drop=1.5", "label_drop 1.5"),

@@ -1,4 +1,4 @@
-"""The command line's options, frozen: a new one is a decision. And every recipe is valid; documents are in ``test_documents.py``."""
+"""The command line's options, which change only on purpose, and the recipes. Documents are in ``test_documents.py``."""
 
 import argparse
 import dataclasses

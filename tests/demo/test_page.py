@@ -1,4 +1,4 @@
-"""The page as a visitor meets it: `far demo` as a process of its own, in a real browser; and its queue, over HTTP."""
+"""The demo's page in a real browser, served by its own process, and its queue over HTTP."""
 
 import base64
 import contextlib
@@ -209,16 +209,16 @@ def test_other_weights_bring_their_classes_and_ranges_and_several_images(
     assert difference(third, saved(page, nth=1)) > 5
 
 
-def test_wrong_entries_are_told_in_the_page_and_the_server_goes_on(page: Page) -> None:
+def test_wrong_entries_are_messages_on_the_page_and_the_server_continues(page: Page) -> None:
     wrong = [
         ("Seed", "-1", "-1", "0"),
         ("Seed", str(2**63), str(2**63), "0"),
-        ("Seed", "", "seed is empty; give a whole number", "0"),
+        ("Seed", "", "seed is empty", "0"),
         ("Seed", "<b>7</b>", "seed is '<b>7</b>'", "0"),
-        ("Guidance", "", "guidance is empty; give a number", "2"),
+        ("Guidance", "", "guidance is empty", "2"),
         ("AR steps", "17", "ar_steps 17", "16"),
         ("Head steps", "0", "head_steps 0", "1"),
-        ("Images", "17", "images 17: give 1 to 16", "1"),
+        ("Images", "17", "images 17", "1"),
         ("Class", "hexagon", "'hexagon'", "clay"),
     ]
     for field, value, sentence, right in wrong:
