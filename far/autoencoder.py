@@ -220,7 +220,7 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, then a change of resolution where there is one."""
+    """The residual blocks of one resolution, then possibly a change of resolution."""
 
     def __init__(
         self, channels_in: int, channels_out: int, blocks: int, groups: int, *, attention: bool
@@ -256,7 +256,7 @@ class Middle(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, convolution, twice; a 1×1 convolution on the shortcut where the width changes."""
+    """Norm, SiLU, convolution, twice; a 1×1 convolution on the shortcut if the width changes."""
 
     def __init__(self, channels_in: int, channels_out: int, groups: int) -> None:
         super().__init__()

@@ -98,10 +98,10 @@ def convert_mar(source: Path, folder: Path, *, ema: bool = True) -> None:
     classes = tuple(str(number) for number in range(config.classes))
     described = _with(existing, folder, model=config, classes=classes, defaults=defaults)
     with torch.device("meta"):
-        wanted = FAR(config).state_dict()
+        expected = FAR(config).state_dict()
     embedding = _class_embedding(weights, config, source)
-    del wanted[_CLASS_EMBEDDING]
-    tensors = {_CLASS_EMBEDDING: embedding, **_renamed(wanted, weights, mar_name, source)}
+    del expected[_CLASS_EMBEDDING]
+    tensors = {_CLASS_EMBEDDING: embedding, **_renamed(expected, weights, mar_name, source)}
     add_part(folder, "model", tensors, described)
 
 
@@ -154,8 +154,8 @@ def add_autoencoder(
     """
     described = _with(config_without(folder, "autoencoder"), folder, autoencoder=config)
     with torch.device("meta"):
-        wanted = Autoencoder(config).state_dict()
-    add_part(folder, "autoencoder", _renamed(wanted, weights, published_name, source), described)
+        expected = Autoencoder(config).state_dict()
+    add_part(folder, "autoencoder", _renamed(expected, weights, published_name, source), described)
 
 
 def _with(existing: FolderConfig, folder: Path, **entries: Any) -> FolderConfig:
@@ -176,9 +176,9 @@ def _read_pickle(source: Path) -> Any:
     except OSError as error:
         raise InputError(f"cannot read {source}: {error.strerror or error}. Check the path.") from error
     except Exception as error:  # a damaged or hostile pickle can raise anything
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
+        if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise InputError(
-                f"{source} is refused: its pickle requires {found[1]!r}, and only tensors, plain values and "
+                f"{source} is refused: its pickle requires {named[1]!r}, and only tensors, plain values and "
                 "argparse.Namespace "
                 "are allowed. Give the published checkpoint."
             ) from error
@@ -310,24 +310,27 @@ def _class_embedding(weights: dict[str, Tensor], config: ModelConfig, source: Pa
 def mar_name(ours: str) -> str:
     """Return MAR's name of one of our tensors, except the class embedding, which is two tensors there."""
     for pattern, theirs in _MAR_NAMES:
-        name, found = re.subn(rf"^{pattern}(?=\.|$)", theirs, ours)
-        if found:
+        name, replaced = re.subn(rf"^{pattern}(?=\.|$)", theirs, ours)
+        if replaced:
             return name
     raise AssertionError(f"MAR has no name for {ours}")
 
 
 def _renamed(
-    wanted: dict[str, Tensor], weights: dict[str, Tensor], published_name: Callable[[str], str], source: Path
+    expected: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    published_name: Callable[[str], str],
+    source: Path,
 ) -> dict[str, Tensor]:
     """Return ``weights`` under our names after checking that none is missing, left over or misshapen."""
-    names = {ours: published_name(ours) for ours in wanted}
+    names = {ours: published_name(ours) for ours in expected}
     for ours, theirs in names.items():
         if theirs not in weights:
             raise InputError(f"{source} lacks the tensor {theirs}. Give the published checkpoint.")
-        if weights[theirs].shape != wanted[ours].shape:
-            shape, expected = list(weights[theirs].shape), list(wanted[ours].shape)
+        if weights[theirs].shape != expected[ours].shape:
+            shape, required = list(weights[theirs].shape), list(expected[ours].shape)
             raise InputError(
-                f"{source}: {theirs} has shape {shape}, but the file's other tensors require {expected}. "
+                f"{source}: {theirs} has shape {shape}, but the file's other tensors require {required}. "
                 "Give the published checkpoint."
             )
         if weights[theirs].dtype not in FLOATS:
