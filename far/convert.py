@@ -179,8 +179,7 @@ def _read_pickle(source: Path) -> Any:
         if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise InputError(
                 f"{source} is refused: its pickle requires {named[1]!r}, and only tensors, plain values and "
-                "argparse.Namespace "
-                "are allowed. Give the published checkpoint."
+                "argparse.Namespace are allowed. Give the published checkpoint."
             ) from error
         raise InputError(
             f"{source} is cut off, damaged or not a PyTorch checkpoint. Download or copy it again."
@@ -197,8 +196,8 @@ def _tensors(weights: Any, source: Path) -> dict[str, Tensor]:
         if not (isinstance(name, str) and is_held(tensor) and tensor.dtype in FLOATS):
             entry = reprlib.repr(name)
             raise InputError(
-                f"{source}: the entry {entry} of its weights is not a floating point tensor. Give the "
-                "published checkpoint."
+                f"{source}: the entry {entry} of its weights is not a floating point tensor. "
+                "Give the published checkpoint."
             )
     return dict(weights)
 
@@ -214,8 +213,7 @@ def _mar_config(weights: dict[str, Tensor], settings: dict[str, Any]) -> ModelCo
     if side**2 != tokens or latent_channels * patch**2 != channels:
         raise InputError(
             f"{tokens} tokens of {channels} values do not form a square grid of {patch}×{patch} patches of "
-            f"{latent_channels} "
-            "channels. Give the published checkpoint."
+            f"{latent_channels} channels. Give the published checkpoint."
         )
     backbone = MaskedConfig(
         encoder_width=encoder_width,
@@ -244,8 +242,8 @@ def _autoencoder_config(weights: dict[str, Tensor]) -> AutoencoderConfig:
     widths = [_shape(weights, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in range(levels)]
     if width < 1 or any(level % width for level in widths):
         raise InputError(
-            f"its levels have the widths {widths}, which are not multiples of the first convolution's "
-            f"{width}."
+            f"its levels have the widths {widths}, which are not multiples "
+            f"of the first convolution's {width}."
         )
     return AutoencoderConfig(
         width=width,
@@ -260,8 +258,8 @@ def _shape(weights: dict[str, Tensor], name: str, dimensions: int) -> torch.Size
         raise InputError(f"it lacks the tensor {name}. Give the published checkpoint.")
     if weights[name].dim() != dimensions:
         raise InputError(
-            f"{name} has shape {list(weights[name].shape)}, not {dimensions} dimensions. Give the published "
-            "checkpoint."
+            f"{name} has shape {list(weights[name].shape)}, not {dimensions} dimensions. "
+            "Give the published checkpoint."
         )
     return weights[name].shape
 
@@ -285,9 +283,8 @@ def _heads(settings: dict[str, Any], part: str, width: int) -> int:
     heads = _number(settings, f"{part}_num_heads", _MAR_HEADS.get(width, 0))
     if not heads:
         raise InputError(
-            f"the number of attention heads of its {part} (width {width}) is unknown. Set {part}_num_heads "
-            "in the "
-            "checkpoint's args."
+            f"the number of attention heads of its {part} (width {width}) is unknown. "
+            f"Set {part}_num_heads in the checkpoint's args."
         )
     return heads
 
@@ -301,8 +298,8 @@ def _class_embedding(weights: dict[str, Tensor], config: ModelConfig, source: Pa
     for name, tensor, rows in (("class_emb.weight", classes, len(classes)), ("fake_latent", null, 1)):
         if tensor.shape != (rows, width):
             raise InputError(
-                f"{source}: {name} is missing or its shape is not {[rows, width]}. Give the published "
-                "checkpoint."
+                f"{source}: {name} is missing or its shape is not {[rows, width]}. "
+                "Give the published checkpoint."
             )
     return torch.cat([classes[: config.classes], null])
 
@@ -335,12 +332,12 @@ def _renamed(
             )
         if weights[theirs].dtype not in FLOATS:
             raise InputError(
-                f"{source}: {theirs} is of {weights[theirs].dtype}, which weights cannot have. Give the "
-                "published checkpoint."
+                f"{source}: {theirs} is of {weights[theirs].dtype}, which weights cannot have. "
+                "Give the published checkpoint."
             )
     if left_over := sorted(weights.keys() - set(names.values())):
         raise InputError(
-            f"{source} holds the tensor {left_over[0]!r}, which the published model does not have. Give "
-            "another checkpoint."
+            f"{source} holds the tensor {left_over[0]!r}, which the published model does not have. "
+            "Give another checkpoint."
         )
     return {ours: weights[theirs] for ours, theirs in names.items()}
