@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class LinearClassifier:
-    """Multinomial logistic regression on standardized features, fitted to all of them at once, without randomness.
+    """Multinomial logistic regression on standardized features, fitted to all at once, without randomness.
 
     Args:
         features: ``[n, d]`` of the training images.

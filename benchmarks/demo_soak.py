@@ -1,10 +1,10 @@
-"""The memory of `far demo` while visitors click without a pause: flat, or growing?
+"""Memory of `far demo` while visitors click without a pause.
 
     python -m benchmarks.demo_soak
 
-Starts the demo as a process of its own, and speaks to it as its page does. A visitor draws one to four images, or the same one
-with two models, and now and then closes the page in the middle. Ends with status 1 if the memory of the last minute is more
-than 5 % above that of the second one, or if a drawing failed. Linux only.
+Starts the demo in a new process and sends the requests of its page. A visitor draws one to four images, or
+the same image with two models, and sometimes closes the page before the end. The exit status is 1 if the
+memory of the last minute is more than 5 % above that of the second one, or if a drawing failed. Linux only.
 """
 
 import argparse
@@ -31,7 +31,7 @@ LIMIT = 5  # percent
 
 @dataclasses.dataclass
 class Demo:
-    """A running demo: where, the number of each of its functions, and how often visitors met with what."""
+    """A running demo: its address, the ids of its functions by name, and counts of outcomes."""
 
     address: str
     functions: dict[str, int]
@@ -40,7 +40,7 @@ class Demo:
     over: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     def visit(self, number: int) -> None:
-        """One visitor after the other, until it is over."""
+        """Click as one visitor after the other until the test is over."""
         draw = random.Random(number)
         while not self.over.is_set():
             try:
@@ -49,7 +49,7 @@ class Demo:
                 self.seen[type(error).__name__] += 1
 
     def click(self, draw: random.Random, session: str) -> str:
-        """Ask for a drawing and look at it; what became of it, in a word."""
+        """Request a drawing, follow it, and return its outcome."""
         label, seed = str(draw.randrange(16)), str(draw.randrange(2**63 - 16))
         if draw.random() < 0.25:
             name, entries = "compare", [label, seed, self.weights[0], 2, self.weights[-1], 2]
@@ -71,7 +71,7 @@ class Demo:
 
 
 def memory(process: int) -> float:
-    """The resident memory of a process in MB."""
+    """Return the resident memory of a process in MB."""
     found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
     assert found is not None
     return int(found[1]) / 1000
@@ -85,9 +85,11 @@ def main() -> None:
         "--weights",
         nargs="+",
         default=["avatars-64", "avatars-64-causal"],
-        help="bundled names (default: two of them)",
+        help="bundled models (default: two of them)",
     )
-    parser.add_argument("--visitors", type=int, default=8, help="who click at the same time (default 8)")
+    parser.add_argument(
+        "--visitors", type=int, default=8, help="number of visitors at the same time (default 8)"
+    )
     parser.add_argument("--minutes", type=int, default=10, help="3 or more (default 10)")
     arguments = parser.parse_args()
     with socket.socket() as probe:
@@ -115,7 +117,7 @@ def main() -> None:
 
 
 def soak(demo: Demo, process: int, visitors: int, minutes: int) -> list[float]:
-    """The median memory of each minute in MB."""
+    """Return the median memory of each minute in MB."""
     threads = [threading.Thread(target=demo.visit, args=(number,)) for number in range(visitors)]
     for thread in threads:
         thread.start()

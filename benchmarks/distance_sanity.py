@@ -1,7 +1,7 @@
-"""Do the default figures tell damaged and empty images from real ones, and from how many images on?
+"""Figures of damaged and empty images, compared with those of real images, by number of images.
 
-Training images of a set, damaged or replaced, are compared with as many held-out ones. Prints one table with every
-kind of damage at the largest count, and one with a few kinds at every count. Features are kept in
+Training images of a set, damaged or replaced, are compared with as many held-out images. Prints one table
+with all kinds of damage at the largest count, and one with a few kinds at every count. Features are kept in
 runs/distance-sanity, so that an interrupted run continues.
 """
 
@@ -26,7 +26,7 @@ AT_EVERY_COUNT = ("real images", "blur, σ 1 pixels", "flat colors", "blurred no
 
 
 def blur(images: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of ``[n, 3, h, w]``, edges repeated."""
+    """Blur ``[n, 3, h, w]`` with a Gaussian and repeated edges."""
     reach = round(4 * sigma + 0.5)
     x = torch.arange(-reach, reach + 1, dtype=images.dtype)
     kernel = (-0.5 * (x / sigma) ** 2).exp()
@@ -36,7 +36,7 @@ def blur(images: Tensor, sigma: float) -> Tensor:
 
 
 def kinds(real: Callable[[range], Tensor], size: tuple[int, int]) -> dict[str, Callable[[range], Tensor]]:
-    """For each kind of images, a function from image numbers to ``[n, 3, h, w]`` in [0, 1]."""
+    """Return, for each kind of images, a function from image numbers to ``[n, 3, h, w]`` in [0, 1]."""
 
     def seeded(rows: range) -> torch.Generator:
         return torch.Generator().manual_seed(rows.start)
@@ -63,7 +63,7 @@ def kinds(real: Callable[[range], Tensor], size: tuple[int, int]) -> dict[str, C
 
 
 class Reference:
-    """Held-out features ``[m, d]``, and the figures of others against them."""
+    """Held-out features ``[m, d]``, to which other features are compared."""
 
     def __init__(self, features: Tensor) -> None:
         self.features, self.statistics, self.neighborhoods = (
@@ -73,7 +73,7 @@ class Reference:
         )
 
     def row(self, name: str, features: Tensor) -> str:
-        """One line of a table: all figures of ``features [n, d]``."""
+        """Return a table row with all figures of ``features [n, d]``."""
         distance = frechet_distance(FeatureStatistics.of(features), self.statistics)
         kernel = kernel_distance(features, self.features, torch.Generator().manual_seed(0), subsets=10).value
         found = self.neighborhoods.overlap(features)
@@ -109,7 +109,10 @@ def main() -> None:
         f"{kept} of {classes} classes": found["real images"][labels < kept]
         for kept in (classes * 3 // 4, classes // 2, 1)
     }
-    title = f"| images | number | {distance_name(network)} | KID × 1000 | precision | recall | density | coverage |\n{'|---' * 8}|"
+    title = (
+        f"| images | number | {distance_name(network)} | KID × 1000 |"
+        f" precision | recall | density | coverage |\n{'|---' * 8}|"
+    )
     print(f"{arguments.data}: training images against {most} held-out ones; float32, {machine()}\n\n{title}")
     whole = Reference(reference)
     rows = {}

@@ -1,8 +1,8 @@
-"""Images per second and peak memory of far evaluate: all held-out images of a set against as many training images.
+"""Images per second and peak memory of far evaluate: held-out images against as many training images.
 
-Both sides are images, so nothing is generated; the cache starts empty, and all metrics are computed.
-``--large`` measures precision, recall, density and coverage of 50,000 images against 10,000 instead, on random features
-of Inception's width.
+Both sides are images, so nothing is generated. The cache starts empty, and all metrics are computed.
+``--large`` instead measures precision, recall, density and coverage of 50,000 images against 10,000, on
+random features of Inception's width.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from far.evaluation.metrics import Neighborhoods
 
 
 def peak_memory(who: int) -> float:
-    """The largest memory so far in GB of this process or of its children."""
+    """Return the peak memory in GB of this process or of its children."""
     return resource.getrusage(who).ru_maxrss / 2**20
 
 
@@ -31,7 +31,8 @@ def large() -> None:
     start = time.perf_counter()
     Neighborhoods(real).overlap(fake)
     print(
-        f"precision, recall, density and coverage, 50,000 against 10,000 images of 2,048 features, {machine()}"
+        "precision, recall, density and coverage, 50,000 against 10,000 images of 2,048 features,"
+        f" {machine()}"
     )
     print(f"{time.perf_counter() - start:.0f} s, peak memory: {peak_memory(resource.RUSAGE_SELF):.2f} GB")
 
@@ -52,7 +53,8 @@ def whole(data: Path, count: int) -> None:
     judged = result["judged"]["count"]
     print(f"{data}: {judged} images against {result['reference']['count']}, float32, {machine()}")
     print(
-        f"reading and features: {judged / result['extraction seconds']:.0f} images/s; with all figures {result['seconds']:.0f} s in all"
+        f"reading and features: {judged / result['extraction seconds']:.0f} images/s;"
+        f" in total with all figures {result['seconds']:.0f} s"
     )
     print(f"peak memory: {peak_memory(resource.RUSAGE_CHILDREN):.2f} GB")
 

@@ -1,7 +1,7 @@
 """Seconds per image of a bundled model by head steps, against the same backbone with MAR's diffusion head.
 
-The diffusion head has the same width and depth and fresh weights: its time does not depend on them, so
-this says nothing about its quality. Batch 1 and a large batch are reported apart.
+The diffusion head has the same width and depth and untrained weights, which do not affect its time. So this
+says nothing about its quality. Batch 1 and a large batch are reported separately.
 """
 
 import argparse
@@ -36,10 +36,12 @@ def main() -> None:
     baseline = with_diffusion_head(pipeline)
     defaults = pipeline.defaults
     print(
-        f"{arguments.weights}, float32, seed 0, {defaults.ar_steps} AR steps, guidance {defaults.guidance}, {machine()}\n"
+        f"{arguments.weights}, float32, seed 0, {defaults.ar_steps} AR steps, guidance {defaults.guidance},"
+        f" {machine()}\n"
     )
     print(
-        "| batch | head | head steps | seconds per batch | ms per image | times faster |\n|---|---|---|---|---|---|"
+        "| batch | head | head steps | seconds per batch | ms per image | times faster |\n"
+        "|---|---|---|---|---|---|"
     )
     for batch in (1, 64):
         labels = [index % len(pipeline.classes) for index in range(batch)]
@@ -50,8 +52,9 @@ def main() -> None:
         seconds = paired(calls, arguments.rounds)
         for (kind, steps), times in seconds.items():
             ratio = median_ratio(seconds["diffusion", 100], times)
+            milliseconds = statistics.median(times) / batch * 1000
             print(
-                f"| {batch} | {kind} | {steps} | {summary(times)} | {statistics.median(times) / batch * 1000:.1f} | {ratio:.1f} |",
+                f"| {batch} | {kind} | {steps} | {summary(times)} | {milliseconds:.1f} | {ratio:.1f} |",
                 flush=True,
             )
 

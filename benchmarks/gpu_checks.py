@@ -1,6 +1,7 @@
-"""The checks of ``gpu.py``: what a device computes against the same on the CPU. Each entry says what was found and its limit.
+"""Checks of ``benchmarks.gpu``: results of a device against those of the CPU, each with its value and limit.
 
-Limits: float32 differs by the order of its sums alone. In a 16-bit format, ten roundings of the largest number, on average.
+In float32, results differ by the order of sums only. In 16-bit formats, the limit is ten roundings of the
+largest value, on average.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from far.seeds import seeded
 Calls = dict[str, Callable[[], dict[str, Any]]]
 CPU = torch.device("cpu")
 FLOAT32 = 1e-4
-# Half of the distance from 1 to the next number.
+# Half of the distance from 1 to the next representable value.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 CLASSES, CHANNELS, GRID, BATCH = 5, 3, (2, 4), 3
 BACKBONES = {
@@ -45,7 +46,7 @@ def check(found: float, limit: float) -> dict[str, Any]:
 
 
 def worst(ours: Tensor, reference: Tensor) -> float:
-    """The largest difference as a fraction of the reference's largest number."""
+    """Return the largest difference as a fraction of the reference's largest value."""
     return float(
         (ours.detach().float().cpu() - reference.detach().float()).abs().max()
         / reference.detach().abs().max().clamp(min=1e-12)
@@ -57,7 +58,7 @@ def title(head: dict[str, Any]) -> str:
 
 
 def tiny(backbone: str, kind: str, **head: Any) -> FAR:
-    """An untrained model whose weights are none of them zero."""
+    """Return an untrained model without zero weights."""
     with seeded(0):
         model = FAR(
             ModelConfig(
@@ -76,9 +77,10 @@ def tiny(backbone: str, kind: str, **head: Any) -> FAR:
 def drawn_tokens(
     model: FAR, config: SamplingConfig, kept: Kept | None, given: list[Tensor] | None = None
 ) -> list[Tensor]:
-    """The tokens of each AR step, kept ones first; with ``given``, each step continues from these instead of its own.
+    """Return the tokens after each AR step, those of ``kept`` first.
 
-    Untrained causal models that run freely differ by rounding alone, more at each token.
+    With ``given``, each step continues from these tokens instead of its own. Otherwise rounding differences
+    of untrained causal models grow with each token.
     """
     device, drawn, constrain = next(model.parameters()).device, [], model.constrain
 
@@ -109,7 +111,7 @@ def head_case(
     kept: int,
     dtypes: tuple[torch.dtype, ...],
 ) -> dict[str, Any]:
-    """Every AR step on the device from the CPU's sequence, in each number format."""
+    """Compare every AR step, continued from the CPU's tokens, in each number format."""
     model = tiny(backbone, **head)
     tokens = model.config.tokens - kept
     config = SamplingConfig(
@@ -145,7 +147,7 @@ def head_case(
 
 def heads(device: torch.device, small: bool) -> Calls:
     calls: Calls = {}
-    # Processors without the instructions take a second for a bfloat16 model that is this small.
+    # Processors without bfloat16 instructions take a second even for a model this small.
     dtypes = (torch.float32, torch.float16) if small else (torch.float32, torch.bfloat16, torch.float16)
     for backbone, head, guidance, kept in itertools.product(BACKBONES, HEAD_CASES, (1.0, 3.0), (0, 3)):
         if small and (guidance, kept) != (3.0, 3):
@@ -157,7 +159,7 @@ def heads(device: torch.device, small: bool) -> Calls:
 
 
 def plain_case(device: torch.device) -> dict[str, Any]:
-    """Whole images by MAR's arithmetic and by ours, from the same noise, both in float32 on the device."""
+    """Compare images of MAR's arithmetic and ours, from the same noise in float32 on the device."""
     found = {}
     for guidance in (1.0, 3.0):
         model = tiny("masked", kind="diffusion").to(device)
@@ -175,7 +177,7 @@ def plain_case(device: torch.device) -> dict[str, Any]:
     return found
 
 
-# The sampling of each bundled model, and one that takes no time.
+# Sampling of each bundled model, and a fast one.
 BUNDLED: dict[str, dict[str, Any]] = {
     "avatars-64": {},
     "avatars-64-causal": {},
@@ -197,9 +199,9 @@ def pixels(pipeline: Pipeline, count: int, first: int = 0, **sampling: Any) -> T
 
 
 def bundled_case(name: str, device: torch.device, count: int, small: bool) -> dict[str, Any]:
-    """Whole images of a trained model; the CPU's float32 ones are the reference of both formats.
+    """Compare images of a trained model in both formats with the CPU's in float32.
 
-    At its noisy end, the diffusion head multiplies errors: CPUs themselves differ by 0.012 between the formats.
+    The diffusion head amplifies errors at its noisy end: even CPUs differ by 0.012 between the formats.
     """
     sampling = SHORT if small else BUNDLED[name]
     reference = pixels(bundled(name, "float32", "cpu"), count, **sampling)
@@ -218,7 +220,7 @@ def bundled_case(name: str, device: torch.device, count: int, small: bool) -> di
 
 
 def batch_case(device: torch.device, sizes: tuple[int, ...], small: bool) -> dict[str, Any]:
-    """One seed gives one image, whatever the batch around it."""
+    """Compare an image drawn alone with the same image in larger batches."""
     pipeline = bundled("avatars-64", "float32", str(device))
     sampling = SHORT if small else {}
     alone = pixels(pipeline, 1, **sampling)
@@ -229,7 +231,7 @@ def batch_case(device: torch.device, sizes: tuple[int, ...], small: bool) -> dic
 
 
 def edit_case(device: torch.device, small: bool) -> dict[str, Any]:
-    """An edit keeps the pixels of untouched tokens, and its new ones are the CPU's."""
+    """Check that an edit keeps the pixels of kept tokens and draws the CPU's new pixels."""
     edited = {}
     for place in ("cpu", str(device)):
         pipeline = bundled("avatars-64", "float32", place)
@@ -268,7 +270,7 @@ def bundled_models(device: torch.device, small: bool) -> Calls:
 
 @functools.lru_cache(maxsize=1)
 def kl16(small: bool) -> tuple[Autoencoder, int]:
-    """An untrained autoencoder of the published size, and the side of its images; or a tiny one."""
+    """Return an untrained autoencoder of the published size, or a tiny one, and its image size in pixels."""
     config = (
         AutoencoderConfig(width=16, width_multipliers=(1, 1, 2), blocks=1, norm_groups=4)
         if small
@@ -293,7 +295,7 @@ def coding_case(device: torch.device, small: bool) -> dict[str, Any]:
 
 @torch.no_grad()
 def parts_case(device: torch.device, small: bool) -> dict[str, Any]:
-    """Decoding of a large batch in parts: its images are those of small batches; its memory is bounded."""
+    """Check that decoding a large batch gives the images of small batches in bounded memory."""
     autoencoder, side = kl16(small)
     count, found = 8 if small else 256, {}
     latents = torch.randn(
@@ -307,7 +309,7 @@ def parts_case(device: torch.device, small: bool) -> dict[str, Any]:
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         start = time.perf_counter()
         images = there.decode(latents.to(dtype))
-        last = images[-1:].float().cpu()  # waits for all of them
+        last = images[-1:].float().cpu()  # waits for all images
         entry: dict[str, Any] = {"images": count, "seconds": round(time.perf_counter() - start, 3)}
         alone = there.decode(latents[-1:].to(dtype))
         limit = FLOAT32 if dtype == torch.float32 else 10 * ROUNDING[dtype]
@@ -320,5 +322,6 @@ def parts_case(device: torch.device, small: bool) -> dict[str, Any]:
 
 def autoencoders(device: torch.device, small: bool) -> Calls:
     return {
-        "encode and decode": functools.partial(coding_case, device, small), "decode in parts": functools.partial(parts_case, device, small),
+        "encode and decode": functools.partial(coding_case, device, small),
+        "decode in parts": functools.partial(parts_case, device, small),
     }  # fmt: skip

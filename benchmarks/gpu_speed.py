@@ -1,6 +1,7 @@
-"""The timings of ``gpu.py``: the machine, whole images with their decoding, MAR's plain path, training steps.
+"""Timings of ``benchmarks.gpu``: the machine, images with their decoding, MAR's plain path, training steps.
 
-Weights are untrained: time does not depend on them. Without a GPU everything runs once at tiny sizes, and no figure is kept.
+Weights are untrained, because time does not depend on them. Without a GPU everything runs once at tiny sizes,
+and no figure is kept.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ from far.training.loop import Trainer
 Calls = dict[str, Callable[[], dict[str, Any]]]
 GUIDANCE = 2.9
 AR_STEPS = 64
-# AR steps of 64, each of which stands for a quarter of them.
+# Measured AR steps of 64, each representing a quarter of them.
 STAND_FOR = (8, 24, 40, 56)
 HEAD_STEPS = 100
 
@@ -45,7 +46,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds(device: torch.device, call: Callable[[], Any], *, enough: float = 2.0) -> float:
-    """The median time of a call: of one that takes long, its first; else of further ones, at most five, in ``enough`` seconds."""
+    """Return the time of a call: the first if long, else the median of up to five more."""
     found: list[float] = []
     while len(found) < 6 and sum(found) <= enough:
         synchronize(device)
@@ -57,7 +58,7 @@ def seconds(device: torch.device, call: Callable[[], Any], *, enough: float = 2.
 
 
 def entry(small: bool, figures: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What was measured, rounded; without a GPU only that it ran."""
+    """Return the rounded figures; without a GPU only that the entry ran."""
     measured = figures()
     return (
         {"ran": True}
@@ -70,7 +71,7 @@ def entry(small: bool, figures: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def peak(device: torch.device) -> float:
-    """The most memory in GiB since :func:`reset`."""
+    """Return the peak memory in GiB since :func:`reset`."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else math.nan
 
 
@@ -81,7 +82,7 @@ def reset(device: torch.device) -> None:
 
 
 def machine(device: torch.device, small: bool) -> Calls:
-    """What every other figure is made of."""
+    """Return timings of copies, products and launches, on which all other figures depend."""
 
     def copying() -> dict[str, Any]:
         source = torch.empty(2**16 if small else 2**30, dtype=torch.uint8, device=device)
@@ -111,7 +112,7 @@ def machine(device: torch.device, small: bool) -> Calls:
 
 
 def attention_kernels(device: torch.device) -> dict[str, Any]:
-    """Which kernel torch chooses, by shape: backbone, single query with a bias, autoencoder."""
+    """Return the attention kernels that torch selects for backbone, cached query, and autoencoder."""
     shapes = {
         "backbone": ((2, 12, 320, 64), 320, False),
         "cached": ((2, 12, 1, 64), 256, True),
@@ -127,7 +128,7 @@ def attention_kernels(device: torch.device) -> dict[str, Any]:
 
 
 def network_of(name: str, small: bool) -> NetworkConfig:
-    """The preset, or a tiny network of its kind; ``far-b flow_map`` is far-b with a head that learned guidance."""
+    """Return a preset or a tiny network like it; ``far-b flow_map`` has a head that learns guidance."""
     full = preset(name.removesuffix(" flow_map"))
     if name.endswith("flow_map"):
         full = dataclasses.replace(
@@ -151,7 +152,7 @@ def model_config(name: str, small: bool) -> ModelConfig:
 
 @functools.lru_cache(maxsize=1)
 def pipeline_of(name: str, device: torch.device, small: bool) -> Pipeline:
-    """An untrained model in bfloat16, with an autoencoder of the published size."""
+    """Return an untrained model in bfloat16 with an autoencoder of the published size."""
     config = model_config(name, small)
     sizes = (
         AutoencoderConfig(width=16, width_multipliers=(1, 1, 2), blocks=1, norm_groups=4, latent_channels=4)
@@ -170,7 +171,7 @@ def pipeline_of(name: str, device: torch.device, small: bool) -> Pipeline:
 def drawing_case(
     device: torch.device, small: bool, name: str, batch: int, sampling: dict[str, Any]
 ) -> dict[str, Any]:
-    """Whole images, from labels to pixels."""
+    """Time whole images, from labels to pixels."""
 
     def figures() -> dict[str, Any]:
         reset(device)
@@ -226,7 +227,7 @@ def mar_b(device: torch.device, small: bool, dtype: torch.dtype) -> FAR:
 def before_step(
     model: FAR, batch: int, step: int, ar_steps: int, device: torch.device
 ) -> tuple[Tensor, Tensor, int, int]:
-    """Random tokens and orders ``[b, n]``, and how many are known before an AR step and become known in it."""
+    """Return random tokens, orders ``[b, n]``, and the counts of tokens known before and drawn in a step."""
     generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
     counts = cosine_token_counts(model.config.tokens, ar_steps)
     orders = random_orders(model.config.tokens, generators).to(device)
@@ -239,19 +240,19 @@ def plain_step(device: torch.device, small: bool, batch: int, step: int, ar_step
     tokens, orders, known, _ = before_step(model, batch, step, ar_steps, device)
     mask = torch.ones(batch, model.config.tokens, device=device).scatter(1, orders[:, :known], 0.0)
     plain, labels = PlainMar(model), torch.zeros(batch, dtype=torch.long, device=device)
-    # Its order begins with what becomes known last.
-    arguments = tokens, mask, labels, orders.flip(1), step, ar_steps, 2 if small else HEAD_STEPS, GUIDANCE
+    # MAR's order starts with the tokens that are drawn last.
+    config = SamplingConfig(ar_steps=ar_steps, head_steps=2 if small else HEAD_STEPS, guidance=GUIDANCE)
 
     @torch.no_grad()
     def call() -> None:
         with contextlib.nullcontext() if small else torch.autocast(device.type, torch.float16):
-            plain.ar_step(*arguments)
+            plain.ar_step(tokens, mask, labels, orders.flip(1), step, config)
 
     return call
 
 
 def our_step(device: torch.device, small: bool, batch: int, step: int, ar_steps: int) -> Callable[[], Any]:
-    """The same of our sampler, in bfloat16: backbone of both halves, and the head."""
+    """Return one AR step of our sampler in bfloat16: the backbone on both guidance halves, and the head."""
     model = mar_b(device, small, torch.float32 if small else torch.bfloat16)
     tokens, orders, known, count = before_step(model, batch, step, ar_steps, device)
     head_steps = 2 if small else HEAD_STEPS
@@ -273,7 +274,7 @@ def our_step(device: torch.device, small: bool, batch: int, step: int, ar_steps:
 def mar_case(
     device: torch.device, small: bool, batch: int, make: Callable[..., Callable[[], Any]]
 ) -> dict[str, Any]:
-    """A generation of 64 × 100 without decoding, from four of its AR steps."""
+    """Extrapolate a generation of 64 × 100 steps, without decoding, from four of its AR steps."""
 
     def figures() -> dict[str, Any]:
         reset(device)
@@ -301,7 +302,7 @@ def mar_plain(device: torch.device, small: bool) -> Calls:
 
 
 class PlainLoss(RandomLatents):
-    """MAR's plain loss, with the mean of its masking ratio, 0.86."""
+    """Task with MAR's plain loss at its mean masking ratio, 0.86."""
 
     def loss(
         self, step: int, batch: tuple[Tensor, Tensor], ema: nn.Module, generator: torch.Generator
@@ -312,7 +313,7 @@ class PlainLoss(RandomLatents):
 
 
 def training_case(device: torch.device, small: bool, name: str, batch: int, plain: bool) -> dict[str, Any]:
-    """Whole training steps: batch, loss, gradients, AdamW, EMA."""
+    """Time whole training steps: batch, loss, gradients, AdamW, EMA."""
 
     def figures() -> dict[str, Any]:
         reset(device)
@@ -328,7 +329,8 @@ def training_case(device: torch.device, small: bool, name: str, batch: int, plai
             took = seconds(device, lambda: run.train_step(meter))
         operations = counter.get_total_flops()
         return {
-            "images/s": batch / took, "TFLOP/s": operations / took / 1e12, "GFLOP per image": operations / batch / 1e9,
+            "images/s": batch / took, "TFLOP/s": operations / took / 1e12,
+            "GFLOP per image": operations / batch / 1e9,
             "share of drawing and moving the batch": meter.loading / meter.seconds, "GiB": peak(device),
         }  # fmt: skip
 

@@ -1,10 +1,10 @@
-"""Training by one process and by two, a thread each: images a second, in turn.
+"""Images per second of training with one process and with two, one thread each, measured in turn.
 
     python -m benchmarks.processes [--batch-size N]
 
-Steps of the recipe avatars-64 (after far cache) in two micro-batches, seed 0, on the CPU; two cores must be free. What the
-processes tell each other is as much for any batch, so the larger it is the less it matters. The checkpoint and the judgement
-at the end are not in the time.
+Steps of the recipe avatars-64 (after far cache) in two micro-batches, seed 0, on the CPU. Two cores must be
+free. Communication does not depend on the batch size, so it matters less for large batches. The final
+checkpoint and evaluation are not timed.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
         "--batch-size",
         type=int,
         default=128,
-        help="images of a step, of all processes together (default 128)",
+        help="images per step of all processes together (default 128)",
     )
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
@@ -48,17 +48,17 @@ def main() -> None:
             rates[way].append(images_per_second(way, arguments.latents, arguments.batch_size))
     dtype = resolve_loop(load_recipe(Path("avatars-64")).generator.training).dtype
     print(
-        f"{machine()}; a thread a process, batch {arguments.batch_size}, {dtype}\n\n| way | images/s | times one process |\n|---|---|---|"
+        f"{machine()}; one thread per process, batch {arguments.batch_size}, {dtype}\n\n"
+        "| processes | images/s | relative to one process |\n|---|---|---|"
     )
     one = statistics.median(rates["1 process"])
     for way, found in rates.items():
-        print(
-            f"| {way} | {statistics.median(found):.0f} ({min(found):.0f} to {max(found):.0f}) | {statistics.median(found) / one:.2f} |"
-        )
+        middle = statistics.median(found)
+        print(f"| {way} | {middle:.0f} ({min(found):.0f} to {max(found):.0f}) | {middle / one:.2f} |")
 
 
 def images_per_second(way: str, latents: Path, batch_size: int) -> float:
-    """Of the second half of the steps, as logged."""
+    """Return the logged images per second of the second half of the steps."""
     launcher, parallel = WAYS[way]
     values = {
         "steps": STEPS,

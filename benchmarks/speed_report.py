@@ -1,4 +1,4 @@
-"""Run the default rows of ``far benchmark``; write its tables to docs/results.md and docs/speed.md, its plot too.
+"""Run the default rows of ``far benchmark``; write the tables and the plot of docs/results.md and speed.md.
 
     python -m benchmarks.speed_report
 
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def columns(lines: list[str]) -> list[str]:
-    """The table with the columns of docs/speed.md."""
+    """Return the table with the columns of docs/speed.md."""
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     places = [cells[0].index(name) for name in SPEED_COLUMNS]
     return [

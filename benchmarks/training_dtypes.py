@@ -1,7 +1,7 @@
-"""How long does a training step of a recipe take in auto, float32 and bfloat16, autoencoder and generator?
+"""Seconds of a recipe's training steps, autoencoder and generator, in auto, float32 and bfloat16.
 
-Real steps of the loop (loss, optimizer, EMA) on random images, all dtypes in turn. Prints a Markdown table. It can
-pretend a processor that has AVX2 and nothing newer, except in products of 8-bit integers, by two variables:
+Runs steps of the training loop (loss, optimizer, EMA) on random images, dtypes in turn. Prints a Markdown
+table. Two variables simulate a processor with AVX2 and nothing newer, except in products of 8-bit integers:
 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks.training_dtypes
 """
 
@@ -45,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe)
     print(f"{arguments.recipe}, seed 0, {arguments.rounds} rounds in turn, {machine()}\n")
-    print("| step of | batch | dtype | seconds | times the first |\n|---|---|---|---|---|")
+    print("| trained | batch | dtype | seconds per step | relative to the first |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         data = write_images(Path(name) / "data", arguments.size)
         for part in arguments.parts:
@@ -109,7 +109,7 @@ def steps(
     dtypes: Sequence[TrainingDtype],
     task: Callable[[LoopConfig], AutoencoderTask | GeneratorTask],
 ) -> dict[str, Callable[[], object]]:
-    """Return one training step by dtype, each of a trainer of its own."""
+    """Return one training step by dtype, each with its own trainer."""
     meter = Meter()
     calls: dict[str, Callable[[], object]] = {}
     for dtype in dtypes:
