@@ -68,7 +68,7 @@ class ModelFolder:
 
     @property
     def has_autoencoder(self) -> bool:
-        """Whether the folder or its base holds an autoencoder."""
+        """Return whether the folder or its base holds an autoencoder."""
         return self.config.autoencoder is not None or (self.base is not None and self.base.has_autoencoder)
 
     def load_model(self) -> "FAR":
