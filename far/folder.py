@@ -83,7 +83,9 @@ class ModelFolder:
 
         config = self.config.model
         if config is None:
-            raise InputError(f"{self.path} holds an autoencoder alone. Load it with far.load_autoencoder.")
+            raise InputError(
+                f"{self.path / _CONFIG} has no model. Load its autoencoder by far.load_autoencoder."
+            )
         fallback = None if self.base is None else lambda: self._base_tensors(_MODEL)
         return build_module(lambda: FAR(config), self._tensors(_MODEL), self.path / _MODEL, fallback).eval()
 

@@ -128,7 +128,7 @@ def load_recipe(name: Path | str, overrides: Sequence[str] = ()) -> Recipe:
             f"recipe {path} holds no keys; far recipe NAME prints an example ({', '.join(recipe_names())})"
         )
     for override in overrides:
-        _apply(values, override)
+        _apply(values, override, str(path))
     return from_dict(Recipe, values, str(path))
 
 
@@ -140,11 +140,11 @@ def from_overrides(default: T, overrides: Sequence[str]) -> T:
     """
     values = to_dict(default)
     for override in overrides:
-        _apply(values, override)
+        _apply(values, override, "the command line")
     return from_dict(type(default), values, "the command line")
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply(values: dict[str, Any], override: str, source: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise InputError(
@@ -154,7 +154,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
-            raise InputError(f"override {override!r}: {parent!r} is a value, not a section")
+            raise InputError(
+                f"override {override!r}: {parent!r} is a value in {source}, not a section. Give another key."
+            )
     try:
         values[last] = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
