@@ -1,11 +1,11 @@
-"""Comparison of heads on two image sets: measure missing rows, write the tables and plots of docs/results.md.
+"""Measure the matched comparison of heads on two image sets; write docs/results.md's tables and plots.
 
     python -m benchmarks.results [SET …] [--train] [--seeds 0 1 2]
 
-Every measured row is kept in docs/results/SET.json with the SHA-256 of its weights. So an interrupted
-measurement resumes, and a row is measured again only if its weights changed. Rows keep their recorded figures
-while their weights are missing. ``--train`` first trains every model by the recipes of recipes/comparison
-(hours) and writes the weights to runs/results/weights/.
+Every row is kept in docs/results/SET.json with the SHA-256 of its weights: an interrupted run continues, and
+a row is measured again only if its weights changed. Rows keep their recorded values while their weights are
+missing. ``--train`` first runs the recipes of recipes/comparison for every model (hours), and writes the
+weights to runs/results/weights/.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def train(images: ImageSet, models: list[str]) -> None:
-    """Make data, autoencoder and latents, then train the models, first the one whose backbone others use."""
+    """Write data, autoencoder and latents, then train the models. Models that others build on come first."""
     for command in images.preparation:
         run(*command)
     for name in models:
@@ -104,7 +104,7 @@ def train(images: ImageSet, models: list[str]) -> None:
 
 
 def publish(images: ImageSet, name: str) -> None:
-    """Save the trained folder in float16. The figures are measured with these weights."""
+    """Save the trained folder in float16. The results are of these weights."""
     Pipeline.from_pretrained(images.runs / name).save_pretrained(images.weights(name), torch.float16)
 
 
@@ -116,7 +116,7 @@ def run(*command: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A model and its sampling."""
+    """A model and how it is sampled."""
 
     name: str
     steps: int | tuple[int, ...]
@@ -135,7 +135,7 @@ def planned_rows(models: list[str], seeds: list[int]) -> list[Row]:
 
 
 def measure(images: ImageSet, models: list[str], seeds: list[int]) -> None:
-    """Measure the missing floors, guidance sweeps and rows of one image set."""
+    """Measure missing floors, guidance sweeps and rows of one image set."""
     store = current_rows(images)
     tell_missing(images.name, [images.weights(name) for name in models])
     swept_models = list(
@@ -143,17 +143,17 @@ def measure(images: ImageSet, models: list[str], seeds: list[int]) -> None:
     )
     if complete(images, store, models, swept_models, seeds):
         return
-    evaluator = measure_floors(images, store)
+    judge = measure_floors(images, store)
     for name in swept_models:
-        sweep(images, store, evaluator, name)
+        sweep(images, store, judge, name)
     if "diffusion" in models:
-        measure_unlimited(images, store, evaluator)
+        measure_unlimited(images, store, judge)
     for row in planned_rows(models, seeds):
-        measure_row(images, store, evaluator, row)
+        measure_row(images, store, judge, row)
 
 
 def current_rows(images: ImageSet) -> Measurements:
-    """Return the recorded rows of an image set, without those of other weights."""
+    """Return the recorded rows without those of other weights. All models share one autoencoder."""
     store = Measurements(RESULTS / f"{images.name}.json")
     autoencoders = {checksums(images.weights(name)).get("autoencoder.safetensors") for name in MODELS} - {
         None
@@ -169,7 +169,7 @@ def current_rows(images: ImageSet) -> Measurements:
 def complete(
     images: ImageSet, store: Measurements, models: list[str], swept_models: list[str], seeds: list[int]
 ) -> bool:
-    """Return whether all figures of the present weights are recorded, so that no image is needed."""
+    """Return whether all results of the present weights are recorded, so that no image is needed."""
     at_hand = [name for name in models if images.weights(name).is_dir()]
     sweeps = [
         current(store.values["sweeps"].get(f"{name} {scale}"), swept(images, name, scale))
@@ -184,8 +184,8 @@ def complete(
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluator:
-    """Feature network, reference and classifier that evaluate images."""
+class Judge:
+    """Network, reference and classifier that evaluate images."""
 
     network: FeatureNetwork
     reference: Reference
@@ -198,8 +198,8 @@ class Evaluator:
         }
 
 
-def measure_floors(images: ImageSet, store: Measurements) -> Evaluator:
-    """Measure training images and reconstructions against the held-out images, and return the evaluator."""
+def measure_floors(images: ImageSet, store: Measurements) -> Judge:
+    """Measure training images and their reconstructions, and return what evaluates all other images."""
     network = load_feature_network()
     held_out = open_images(images.data / "held-out")
     real = features_of(held_out, network, WORK)
@@ -208,16 +208,14 @@ def measure_floors(images: ImageSet, store: Measurements) -> Evaluator:
     labels = ShardReader(images.data / "train", "images").all("labels")[:COUNT]
     statistics = FeatureStatistics.of(real)
     reference = Reference(held_out.name, held_out.digest, statistics, real, held_out.count, held_out.size)
-    evaluator = Evaluator(network, reference, LinearClassifier(training, labels))
+    judge = Judge(network, reference, LinearClassifier(training, labels))
     setting = {"count": COUNT, "reference": held_out.count, "dtype": DTYPE, "batch size": BATCH}
     for key, value in {**setting, "distance": distance_name(network)}.items():
         store.keep("setting", key, value)
     if "reconstructions" in store.values["rows"] or not images.weights("diffusion").is_dir():
-        return evaluator
-    accuracy = evaluator.classifier.accuracy(
-        real, ShardReader(images.data / "held-out", "images").all("labels")
-    )
-    found = evaluator.figures(training, labels)
+        return judge
+    accuracy = judge.classifier.accuracy(real, ShardReader(images.data / "held-out", "images").all("labels"))
+    found = judge.figures(training, labels)
     store.keep("rows", "real", {"name": "real images", **found, "class accuracy": accuracy, **made()})
     autoencoder = Pipeline.from_pretrained(images.weights("diffusion"), device="cpu").autoencoder
     assert autoencoder is not None
@@ -228,23 +226,23 @@ def measure_floors(images: ImageSet, store: Measurements) -> Evaluator:
 
     folder = WORK / "features" / f"{source.digest}-reconstructions-{autoencoder.fingerprint()}"
     extract_parts(folder, COUNT, reconstruct, network, description="reconstructions")
-    found = evaluator.figures(read_parts(folder, COUNT), labels)
+    found = judge.figures(read_parts(folder, COUNT), labels)
     checksum = {"autoencoder.safetensors": checksums(images.weights("diffusion"))["autoencoder.safetensors"]}
     described = {"weights": str(images.weights("diffusion")), "sha256": checksum, **made()}
     store.keep("rows", "reconstructions", {"name": "reconstructions", **found, **described})
-    return evaluator
+    return judge
 
 
-def sweep(images: ImageSet, store: Measurements, evaluator: Evaluator, name: str) -> None:
-    """Measure the distance at each guidance scale over fewer images."""
+def sweep(images: ImageSet, store: Measurements, judge: Judge, name: str) -> None:
+    """Measure the distance at each guidance scale over fewer images. The smallest wins."""
     if not images.weights(name).is_dir() or not MODELS[name].sweep_steps:
         return
     for guidance in MODELS[name].guidances:
         generation = swept(images, name, guidance)
         if current(store.values["sweeps"].get(f"{name} {guidance}"), generation):
             continue
-        features, _ = generate(generation, evaluator.network, SWEEP_COUNT)
-        distance = frechet_distance(FeatureStatistics.of(features), evaluator.reference.statistics)
+        features, _ = generate(generation, judge.network, SWEEP_COUNT)
+        distance = frechet_distance(FeatureStatistics.of(features), judge.reference.statistics)
         store.keep(
             "sweeps",
             f"{name} {guidance}",
@@ -263,8 +261,8 @@ def swept(images: ImageSet, name: str, guidance: float) -> Generation:
     )
 
 
-def measure_unlimited(images: ImageSet, store: Measurements, evaluator: Evaluator) -> None:
-    """Measure the diffusion head as published, without a limit on the predicted token."""
+def measure_unlimited(images: ImageSet, store: Measurements, judge: Judge) -> None:
+    """Measure the diffusion head without a limit of the predicted token, as published."""
     if not images.weights("diffusion").is_dir():
         return
     folder = WORK / f"{images.name}-unlimited"
@@ -279,8 +277,8 @@ def measure_unlimited(images: ImageSet, store: Measurements, evaluator: Evaluato
         folder, head_steps=100, guidance=best_guidance(store, "diffusion"), seed=1_000_000
     )
     if not current(store.values["sweeps"].get(UNLIMITED), generation):
-        features, _ = generate(generation, evaluator.network, SWEEP_COUNT)
-        distance = frechet_distance(FeatureStatistics.of(features), evaluator.reference.statistics)
+        features, _ = generate(generation, judge.network, SWEEP_COUNT)
+        distance = frechet_distance(FeatureStatistics.of(features), judge.reference.statistics)
         store.keep(
             "sweeps",
             UNLIMITED,
@@ -292,26 +290,25 @@ def best_guidance(store: Measurements, name: str) -> float:
     name = MODELS[name].guidance_of or name
     if any(f"{name} {guidance}" not in store.values["sweeps"] for guidance in MODELS[name].guidances):
         raise SystemExit(
-            f"{store.path} has no guidance sweep of {name}."
-            f" After {TRAIN}, python -m benchmarks.results measures it."
+            f"{store.path} has no guidance sweep of {name}. Run python -m benchmarks.results, after {TRAIN}"
         )
     return min(
         MODELS[name].guidances, key=lambda guidance: store.values["sweeps"][f"{name} {guidance}"]["distance"]
     )
 
 
-def measure_row(images: ImageSet, store: Measurements, evaluator: Evaluator, row: Row) -> None:
+def measure_row(images: ImageSet, store: Measurements, judge: Judge, row: Row) -> None:
     if not images.weights(row.name).is_dir():
         return
     generation = planned(images, store, row)
     if current(store.values["rows"].get(row.key), generation):
         return
-    features, labels = generate(generation, evaluator.network, COUNT)
+    features, labels = generate(generation, judge.network, COUNT)
     figures = {
         "name": row.name,
         "steps": row.steps,
         "guidance": generation.sampling.guidance,
-        **evaluator.figures(features, labels),
+        **judge.figures(features, labels),
     }
     print(json.dumps({row.key: figures}), flush=True)
     store.keep("rows", row.key, {**figures, **made(), **generation.describe()})
@@ -335,7 +332,7 @@ def generation_of(weights: Path, *, seed: int, **sampling: Any) -> Generation:
 
 
 def current(row: dict[str, Any] | None, generation: Generation) -> bool:
-    """Return whether a recorded row has these weights and settings; missing settings have their defaults."""
+    """Return whether a recorded row comes from these weights and settings. Missing settings are defaults."""
     described = generation.describe()
     if row is None or any(row.get(key) != described[key] for key in ("sha256", "seed", "dtype")):
         return False

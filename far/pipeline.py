@@ -1,4 +1,4 @@
-"""``Pipeline``: class labels in, images out. ``far.sampling`` has the loop, ``far.folder`` the files."""
+"""``Pipeline``: class labels in, images out. ``far.sampling`` has the loop, ``far.folder`` the saved folder."""
 
 import dataclasses
 import tempfile

@@ -1,11 +1,11 @@
-"""Base class of networks in closed form, which replace a head's network."""
+"""A base for networks that are known in closed form and stand where a head's trained network would."""
 
 import torch
 from torch import Tensor, nn
 
 
 class ExactNetwork(nn.Module):
-    """Base class that embeds conditions and times as themselves. A subclass defines ``forward``."""
+    """``forward(x, z, *times)`` of a subclass, by the steps in which heads ask for it; conditions and times stay as they are."""
 
     def embed_condition(self, z: Tensor) -> Tensor:
         return z
