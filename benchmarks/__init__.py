@@ -1,1 +1,1 @@
-"""Scripts that measure the values in the documents: ``python -m benchmarks.NAME``, in a clone."""
+"""Scripts that measure and regenerate the documents' figures: ``python -m benchmarks.NAME``, in a clone."""

@@ -1,10 +1,10 @@
-"""Measure each way to keep a causal model's tokens from drifting, and write docs/results.md's table.
+"""Ablation of remedies against drift in causal models, on Fashion-MNIST; writes the table of docs/results.md.
 
     python -m benchmarks.causal_ablation [--train]
 
-On Fashion-MNIST. Results are kept in docs/results/causal-ablation.json and measured again if weights changed.
-``--train`` trains the models in runs/ (25 minutes each on one core, and 10 for an autoencoder). Until then
-they keep their recorded results.
+Figures are kept in docs/results/causal-ablation.json and measured again if their weights changed. ``--train``
+trains the models into runs/ (25 minutes each on one core, and 10 for an autoencoder). Until then, recorded
+figures are kept.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.comparison import RESULTS, SETS, SWEEP_COUNT, WORK
 from benchmarks.recorded import TRAIN, Measurements, made
-from benchmarks.results import Judge, current, current_rows, generate, generation_of, measure_floors, run
+from benchmarks.results import Evaluator, current, current_rows, generate, generation_of, measure_floors, run
 from benchmarks.results_report import replace_block
 from far.evaluation.extraction import extract_parts, read_parts
 from far.evaluation.generated import Generation
@@ -34,7 +34,7 @@ GUIDANCES = (2.0, 4.0, 8.0)
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A trained model and how it is sampled. ``spherical`` is None if it is sampled as it was trained."""
+    """A trained model and its sampling; ``spherical`` overrides the value of its training."""
 
     folder: Path
     overrides: tuple[str, ...] = ()
@@ -87,7 +87,10 @@ def main() -> None:
                 measure(name, store)
     missing = [name for name in arguments.variants if not (VARIANTS[name].folder / "config.json").exists()]
     if missing:
-        print(f"runs/ has no weights of {', '.join(missing)}. Recorded rows are kept; {TRAIN} trains them")
+        print(
+            f"{store.path}: no weights of {', '.join(missing)} in runs/. Recorded rows are kept."
+            f" {TRAIN} trains them."
+        )
     report = Path("docs/results.md")
     text = replace_block(report.read_text(encoding="utf-8"), "causal-ablation", table(store.values))
     with atomic_path(report) as temporary:
@@ -102,10 +105,10 @@ def train(folder: Path, overrides: tuple[str, ...]) -> None:
 
 
 def measure(name: str, store: Measurements) -> None:
-    """Measure the distance at each guidance scale, and how far the latents drift."""
+    """Measure the distance and the drift of the latents at each guidance scale."""
     variant = VARIANTS[name]
     folder = as_sampled(variant)
-    judge: Judge | None = None
+    evaluator: Evaluator | None = None
     for guidance in GUIDANCES:
         generation = generation_of(
             folder, head_steps=HEAD_STEPS, guidance=guidance, seed=1_000_000, **dict(variant.sampling)
@@ -113,12 +116,12 @@ def measure(name: str, store: Measurements) -> None:
         key = f"{name}, guidance {guidance:g}"
         if current(store.values["rows"].get(key), generation):
             continue
-        judge = judge or measure_floors(IMAGES, current_rows(IMAGES))
-        features, labels = generate(generation, judge.network, SWEEP_COUNT)
+        evaluator = evaluator or measure_floors(IMAGES, current_rows(IMAGES))
+        features, labels = generate(generation, evaluator.network, SWEEP_COUNT)
         found = {
-            "distance": frechet_distance(FeatureStatistics.of(features), judge.reference.statistics),
-            "class accuracy": judge.classifier.accuracy(features, labels),
-            "reconstructions": reconstruction_distance(folder, judge),
+            "distance": frechet_distance(FeatureStatistics.of(features), evaluator.reference.statistics),
+            "class accuracy": evaluator.classifier.accuracy(features, labels),
+            "reconstructions": reconstruction_distance(folder, evaluator),
             "deviations": deviations(folder, generation),
             "data deviations": data_deviations(folder),
             "count": SWEEP_COUNT,
@@ -128,7 +131,7 @@ def measure(name: str, store: Measurements) -> None:
 
 
 def as_sampled(variant: Variant) -> Path:
-    """Return the model's folder, or a copy that is sampled differently from its training."""
+    """Return the model's folder, or a copy whose sampling differs from its training."""
     if variant.spherical is None:
         return variant.folder
     pipeline = Pipeline.from_pretrained(variant.folder)
@@ -140,7 +143,7 @@ def as_sampled(variant: Variant) -> Path:
 
 
 def deviations(folder: Path, generation: Generation) -> list[float]:
-    """Return the root mean square of the first and of the last row of latents of 500 images."""
+    """Return the root mean square of the first and of the last row of latents, over 500 generated images."""
     pipeline = Pipeline.from_pretrained(folder, dtype=generation.dtype, device="cpu")
     labels = torch.arange(500) % len(pipeline.classes)
     latents = sample(
@@ -150,7 +153,7 @@ def deviations(folder: Path, generation: Generation) -> list[float]:
 
 
 def data_deviations(folder: Path) -> list[float]:
-    """Return the root mean square of the first and of the last row of latents of 2,000 training images."""
+    """Return the root mean square of the first and of the last row of latents, over 2,000 training images."""
     autoencoder = Pipeline.from_pretrained(folder, device="cpu").autoencoder
     assert autoencoder is not None
     images = open_images(IMAGES.data / "train").tensor(range(2000)) * 2 - 1
@@ -158,8 +161,8 @@ def data_deviations(folder: Path) -> list[float]:
     return [float(latents[:, :, row].square().mean().sqrt()) for row in (0, -1)]
 
 
-def reconstruction_distance(folder: Path, judge: Judge) -> float:
-    """Return a model's floor: the distance of its autoencoder's reconstructions of training images."""
+def reconstruction_distance(folder: Path, evaluator: Evaluator) -> float:
+    """Return the distance of the autoencoder's reconstructions of training images, a model's floor."""
     autoencoder = Pipeline.from_pretrained(folder, device="cpu").autoencoder
     assert autoencoder is not None
     source = open_images(IMAGES.data / "train")
@@ -173,8 +176,10 @@ def reconstruction_distance(folder: Path, judge: Judge) -> float:
         / "features"
         / f"{source.digest}-{SWEEP_COUNT}-reconstructions-{sha256(folder / 'autoencoder.safetensors')[:16]}"
     )
-    extract_parts(parts, SWEEP_COUNT, reconstruct, judge.network, description="reconstructions")
-    return frechet_distance(FeatureStatistics.of(read_parts(parts, SWEEP_COUNT)), judge.reference.statistics)
+    extract_parts(parts, SWEEP_COUNT, reconstruct, evaluator.network, description="reconstructions")
+    return frechet_distance(
+        FeatureStatistics.of(read_parts(parts, SWEEP_COUNT)), evaluator.reference.statistics
+    )
 
 
 def table(values: dict[str, Any]) -> str:

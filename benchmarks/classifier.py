@@ -6,13 +6,13 @@ from torch import Tensor
 
 
 class LinearClassifier:
-    """Multinomial logistic regression on standardized features, fitted to all of them without randomness.
+    """Multinomial logistic regression on standardized features, fitted to all at once, without randomness.
 
     Args:
         features: ``[n, d]`` of the training images.
         labels: ``[n]``.
         weight_decay: factor of the sum of squared weights in the loss.
-        iterations: most iterations of L-BFGS.
+        iterations: of L-BFGS, at most.
     """
 
     def __init__(

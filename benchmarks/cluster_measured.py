@@ -1,4 +1,4 @@
-"""Measured tables of docs/cluster.md: training steps on this CPU, beside their computed memory and time."""
+"""Measured tables of docs/cluster.md: training steps on this CPU, compared with the computed memory."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def measured_speed() -> str:
 def train(
     name: str, images: int, parallel: str, processes: int, micro_batches: int, steps: int, **variables: str
 ) -> dict:
-    """Return what ``cluster_process.py`` measures in fresh processes with these environment variables."""
+    """Return the measurements of ``benchmarks.cluster_process`` in new processes with these variables."""
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         if processes > 1

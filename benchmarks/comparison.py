@@ -18,20 +18,19 @@ GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.0)
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model of the comparison.
+    """A model of the comparison: its training and the head steps of its rows.
 
     Attributes:
-        head: kind of its head.
-        steps: head steps of its rows.
-        sweep_steps: head steps of its guidance sweep over ``guidances``. None takes the guidance of
-            ``guidance_of``.
-        guidances: guidance scales of the sweep.
-        guidance_of: model whose guidance it takes.
-        recipe: suffix of its recipe's name.
-        frozen: train only the head, on the diffusion model's backbone.
-        overrides: overrides of the recipe's head.
-        timed: also measure seconds.
-        weights_of: model that has the same weights.
+        head: kind of head.
+        steps: head steps of each row.
+        sweep_steps: head steps of the guidance sweep. Without them, the guidance of ``guidance_of`` is used.
+        guidances: scales of the guidance sweep.
+        guidance_of: model whose best guidance is used.
+        recipe: suffix of the recipe's name.
+        frozen: whether the head is trained on the diffusion model's backbone, without changing it.
+        overrides: of the recipe's head.
+        timed: whether seconds are measured.
+        weights_of: model with the same weights, sampled with other ``passes``.
         passes: passes of the backbone with guidance.
     """
 
@@ -48,8 +47,8 @@ class Model:
     passes: int | None = None
 
 
-# Heads that learn guidance up to 4 are trained as the others, after a quarter of plain flow matching.
-LEARNT = (1.0, 2.0, 3.0, 4.0)
+# Heads that learn guidance up to 4 train a quarter of their steps with plain flow matching.
+LEARNED = (1.0, 2.0, 3.0, 4.0)
 FLOW_MAP = ("flow_steps=400", "max_guidance=4.0")
 MODELS = {
     # Without the limit, a diffusion head trained this briefly draws tokens of hundreds of standard
@@ -58,12 +57,12 @@ MODELS = {
     "flow": Model("flow", (32, 8, 4, 2, 1), 8),
     "shortcut": Model("shortcut", (32, 8, 4, 2, 1), 8),
     "causal": Model("shortcut", (8, 4, 2, 1), 8, guidances=(1.0, 2.0, 4.0, 6.0, 8.0), recipe="-causal"),
-    # Heads trained on the diffusion model's backbone, which stays as it is.
+    # Heads trained on the frozen backbone of the diffusion model.
     "frozen-shortcut": Model("shortcut", (8, 4), guidance_of="shortcut", frozen=True, timed=False),
     "frozen-flow": Model("flow", (8,), guidance_of="flow", frozen=True, timed=False),
     # Heads for one or two steps, guided in two passes of the backbone and in one.
-    "mean-flow": Model("flow_map", (4, 2, 1), 2, LEARNT, passes=2, overrides=FLOW_MAP),
-    "mean-flow-1": Model("flow_map", (4, 2, 1), 2, LEARNT, passes=1, weights_of="mean-flow"),
+    "mean-flow": Model("flow_map", (4, 2, 1), 2, LEARNED, passes=2, overrides=FLOW_MAP),
+    "mean-flow-1": Model("flow_map", (4, 2, 1), 2, LEARNED, passes=1, weights_of="mean-flow"),
     "flow-map": Model(
         "flow_map",
         (4, 2, 1),
@@ -72,17 +71,17 @@ MODELS = {
         overrides=("objective=lagrangian", *FLOW_MAP),
     ),
     "flow-map-1": Model("flow_map", (4, 2, 1), guidance_of="mean-flow-1", passes=1, weights_of="flow-map"),
-    "energy": Model("energy", (1,), 1, LEARNT, overrides=("samples_per_token=4",)),
-    # The diffusion model, saved as MAR's checkpoints are, converted and distilled.
-    "distilled": Model("distilled", (4, 2, 1), 2, LEARNT, passes=1),
+    "energy": Model("energy", (1,), 1, LEARNED, overrides=("samples_per_token=4",)),
+    # The diffusion model, saved as a MAR checkpoint, converted and distilled.
+    "distilled": Model("distilled", (4, 2, 1), 2, LEARNED, passes=1),
 }
-# The row that all others are compared with is drawn from further sampling seeds.
+# The baseline row is also drawn from further sampling seeds.
 SPREAD = [("diffusion", 100)]
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """An image set of the comparison. ``preparation`` are the commands that write its files."""
+    """Files of an image set; ``preparation`` has the commands that make data, autoencoder and latents."""
 
     name: str
     data: Path

@@ -1,8 +1,8 @@
-"""Measure the milliseconds from a click to an image in a real browser, and write docs/images/demo.png.
+"""Milliseconds from a click on the demo's page to an image; and the screenshot docs/images/demo.png.
 
     python -m benchmarks.demo
 
-Needs Chromium. Starts ``far demo`` in its own process, and reports the first click separately.
+Needs Chromium. Starts `far demo` in a new process. The first click is reported separately.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from far.benchmark import machine
 
-# Clicks, and tells after how many milliseconds the first picture and the finished one were on the screen.
+# Clicks, and returns the milliseconds until the first and the finished image are on the screen.
 CLICK = """button => new Promise(done => {
     const place = document.querySelector("#generated");
     const before = place.querySelector("img")?.src;
@@ -56,8 +56,10 @@ def main() -> None:
         assert server.stdout is not None
         if not server.stdout.readline():
             raise SystemExit("the demo did not start")
-        print(f"{arguments.weights[0]}, one image, {machine()}")
-        print(f"ready {time.perf_counter() - started:.1f} s after the start\n")
+        print(
+            f"{arguments.weights[0]}, one image, {machine()}\n"
+            f"ready {time.perf_counter() - started:.1f} s after the start\n"
+        )
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
         try:
@@ -77,7 +79,7 @@ def measure(page: Page, clicks: int) -> None:
     for seed in range(1 + clicks):
         page.get_by_label("Seed").first.fill(str(seed))
         times.append(page.get_by_role("button", name="Generate").evaluate(CLICK))
-    print("| click | first tokens shown, ms | picture finished, ms |\n|---|---|---|")
+    print("| click | first tokens shown, ms | image finished, ms |\n|---|---|---|")
     print("| the first | {:.0f} | {:.0f} |".format(*times[0]))
     middle = [
         f"{statistics.median(column):.0f} ({min(column):.0f} to {max(column):.0f})"
@@ -87,7 +89,7 @@ def measure(page: Page, clicks: int) -> None:
 
 
 def compare(page: Page) -> None:
-    """Draw the same seeds with both heads, each with its model's own steps."""
+    """Draw the same seeds with both heads, each with its model's default steps."""
     page.get_by_role("tab", name="Compare").click()
     tab = page.get_by_role("tabpanel").filter(has=page.get_by_role("button", name="Compare"))
     tab.get_by_label("Class").click()

@@ -1,11 +1,10 @@
-"""Check that the memory of ``far demo`` does not grow while visitors click without a pause.
+"""Memory of `far demo` while visitors click without a pause.
 
     python -m benchmarks.demo_soak
 
-Starts the demo in its own process and sends the requests of its page. A visitor draws one to four images, or
-the same image with two models, and sometimes closes the page before the end. Exits with status 1 if the
-memory of the last minute is more than 5 % above that of the second minute, or if a drawing failed. Linux
-only.
+Starts the demo in a new process and sends the requests of its page. A visitor draws one to four images, or
+the same image with two models, and sometimes closes the page before the end. The exit status is 1 if the
+memory of the last minute is more than 5 % above that of the second one, or if a drawing failed. Linux only.
 """
 
 import argparse
@@ -32,7 +31,7 @@ LIMIT = 5  # percent
 
 @dataclasses.dataclass
 class Demo:
-    """A running demo: address, number of each of its functions, and counts of what visitors met."""
+    """A running demo: its address, the ids of its functions by name, and counts of outcomes."""
 
     address: str
     functions: dict[str, int]
@@ -41,7 +40,7 @@ class Demo:
     over: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     def visit(self, number: int) -> None:
-        """Visit again and again until the time is over."""
+        """Click as one visitor after the other until the test is over."""
         draw = random.Random(number)
         while not self.over.is_set():
             try:
@@ -50,7 +49,7 @@ class Demo:
                 self.seen[type(error).__name__] += 1
 
     def click(self, draw: random.Random, session: str) -> str:
-        """Request a drawing, read its events, and return the outcome in one word."""
+        """Request a drawing, follow it, and return its outcome."""
         label, seed = str(draw.randrange(16)), str(draw.randrange(2**63 - 16))
         if draw.random() < 0.25:
             name, entries = "compare", [label, seed, self.weights[0], 2, self.weights[-1], 2]
@@ -86,9 +85,11 @@ def main() -> None:
         "--weights",
         nargs="+",
         default=["avatars-64", "avatars-64-causal"],
-        help="bundled names (default: two of them)",
+        help="bundled models (default: two of them)",
     )
-    parser.add_argument("--visitors", type=int, default=8, help="who click at the same time (default 8)")
+    parser.add_argument(
+        "--visitors", type=int, default=8, help="number of visitors at the same time (default 8)"
+    )
     parser.add_argument("--minutes", type=int, default=10, help="3 or more (default 10)")
     arguments = parser.parse_args()
     with socket.socket() as probe:

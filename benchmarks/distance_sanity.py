@@ -1,8 +1,8 @@
-"""Check whether the default metrics separate damaged and empty images from real ones, and at how many images.
+"""Figures of damaged and empty images, compared with those of real images, by number of images.
 
-Compares training images, damaged or replaced, with as many held-out images. Prints a table with every kind of
-damage at the largest count, and a table with a few kinds at every count. Features are kept in
-runs/distance-sanity, so an interrupted run continues.
+Training images of a set, damaged or replaced, are compared with as many held-out images. Prints one table
+with all kinds of damage at the largest count, and one with a few kinds at every count. Features are kept in
+runs/distance-sanity, so that an interrupted run continues.
 """
 
 import argparse
@@ -26,7 +26,7 @@ AT_EVERY_COUNT = ("real images", "blur, σ 1 pixels", "flat colors", "blurred no
 
 
 def blur(images: Tensor, sigma: float) -> Tensor:
-    """Return a Gaussian blur of ``[n, 3, h, w]``, with edges repeated."""
+    """Blur ``[n, 3, h, w]`` with a Gaussian and repeated edges."""
     reach = round(4 * sigma + 0.5)
     x = torch.arange(-reach, reach + 1, dtype=images.dtype)
     kernel = (-0.5 * (x / sigma) ** 2).exp()
@@ -63,7 +63,7 @@ def kinds(real: Callable[[range], Tensor], size: tuple[int, int]) -> dict[str, C
 
 
 class Reference:
-    """Held-out features ``[m, d]``, and metrics of other features against them."""
+    """Held-out features ``[m, d]``, to which other features are compared."""
 
     def __init__(self, features: Tensor) -> None:
         self.features, self.statistics, self.neighborhoods = (
@@ -73,7 +73,7 @@ class Reference:
         )
 
     def row(self, name: str, features: Tensor) -> str:
-        """Return one line of a table: all metrics of ``features [n, d]``."""
+        """Return a table row with all figures of ``features [n, d]``."""
         distance = frechet_distance(FeatureStatistics.of(features), self.statistics)
         kernel = kernel_distance(features, self.features, torch.Generator().manual_seed(0), subsets=10).value
         found = self.neighborhoods.overlap(features)
@@ -109,17 +109,10 @@ def main() -> None:
         f"{kept} of {classes} classes": found["real images"][labels < kept]
         for kept in (classes * 3 // 4, classes // 2, 1)
     }
-    columns = [
-        "images",
-        "count",
-        distance_name(network),
-        "KID × 1000",
-        "precision",
-        "recall",
-        "density",
-        "coverage",
-    ]
-    title = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
+    title = (
+        f"| images | number | {distance_name(network)} | KID × 1000 |"
+        f" precision | recall | density | coverage |\n{'|---' * 8}|"
+    )
     print(f"{arguments.data}: training images against {most} held-out ones; float32, {machine()}\n\n{title}")
     whole = Reference(reference)
     rows = {}

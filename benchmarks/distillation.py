@@ -1,10 +1,10 @@
-"""Distill models with MAR's head, saved in MAR's format, into models that draw a token in one or two steps.
+"""Distill our own MAR-style models, saved as MAR checkpoints, to one or two head steps.
 
     python -m benchmarks.distillation [SET …]
 
-Writes the comparison's diffusion models as pickles under MAR's names, converts them with ``far convert mar``,
-and distills them with ``far distill`` over the latent cache. The result goes to ``WEIGHTS``/SET/distilled,
-and the seconds of each part to docs/results/distillation.json. ``benchmarks.results`` measures the distance.
+The comparison's diffusion models are written as pickles under MAR's names, converted with ``far convert
+mar``, and distilled with ``far distill`` over the latent cache. The result goes to ``WEIGHTS``/SET/distilled,
+the seconds of each part to docs/results/distillation.json. ``benchmarks.results`` measures the distance.
 """
 
 import argparse
@@ -41,7 +41,10 @@ def main() -> None:
 
 
 def distill(name: str) -> None:
-    """Publish, convert and distill unless it is done. A resumed distillation has no known seconds."""
+    """Convert and distill a diffusion model, unless it was done.
+
+    An interrupted distillation is resumed; its seconds are unknown.
+    """
     folder, result, start = (
         Path("runs/distillation") / name,
         WEIGHTS / name / "distilled",
@@ -51,7 +54,7 @@ def distill(name: str) -> None:
         return
     interrupted = (folder / "distilled").exists()
     if not (WEIGHTS / name / "diffusion").is_dir():
-        raise SystemExit(f"{WEIGHTS / name / 'diffusion'} is missing; train it with: {TRAIN}")
+        raise SystemExit(f"{WEIGHTS / name / 'diffusion'} is missing. Train it with: {TRAIN}")
     teacher = Pipeline.from_pretrained(WEIGHTS / name / "diffusion")
     assert teacher.autoencoder is not None
     if not (folder / "mar" / "model.safetensors").exists():
@@ -86,21 +89,17 @@ def run(*command: str) -> None:
 
 
 def write_published(model: FAR, path: Path) -> None:
-    """Write a checkpoint as MAR's training does: a pickle of raw and EMA weights and the arguments."""
+    """A checkpoint as MAR's training saves it: a pickle of both sets of weights and the arguments."""
     state, config = model.state_dict(), model.config
     classes = state.pop("backbone.class_embedding.weight")
     weights = {mar_name(name): tensor for name, tensor in state.items()}
     weights |= {"class_emb.weight": classes[:-1].clone(), "fake_latent": classes[-1:].clone()}
     backbone = config.network.backbone
     arguments = argparse.Namespace(
-        class_num=config.classes,
-        vae_embed_dim=config.latent_channels,
-        patch_size=config.network.patch,
-        num_iter=8,
-        encoder_num_heads=backbone.encoder_heads,
-        decoder_num_heads=backbone.decoder_heads,
+        class_num=config.classes, vae_embed_dim=config.latent_channels, patch_size=config.network.patch,
+        num_iter=8, encoder_num_heads=backbone.encoder_heads, decoder_num_heads=backbone.decoder_heads,
         num_sampling_steps="100",
-    )
+    )  # fmt: skip
     torch.save({"model": weights, "model_ema": weights, "args": arguments, "epoch": 0}, path)
 
 

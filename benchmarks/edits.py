@@ -1,10 +1,10 @@
-"""Draw the README's grid of edits, and measure how long an edit takes.
+"""Grid of edits for the documents, and the seconds of an edit.
 
     python -m benchmarks.edits
 
-Uses the bundled avatars-64, images of the held-out set (far data avatars data/avatars-64), seeds 0 to 3 and
-the model's default sampling. Times ``Pipeline.edit`` with one version (median and range over the rows), and
-the command ``far edit`` as a whole process.
+Uses the bundled avatars-64, held-out images (far data avatars data/avatars-64), seeds 0 to 3, and the model's
+default sampling. Measures ``Pipeline.edit`` with one version, median and range over the rows, and the whole
+``far edit``.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from far.pictures import grid, save_png, to_pictures
 
 SIZE = (64, 64)
 MIDDLE, LOWER_HALF = box_mask(SIZE, (16, 16, 48, 48)), box_mask(SIZE, (0, 32, 64, 64))
-# What is redrawn, of which held-out image of a class, as which class.
+# Redrawn region, class and number of the held-out image, and the class to draw.
 ROWS = [
     (MIDDLE, "planets", 5, "planets"),
     (LOWER_HALF, "critters", 5, "critters"),

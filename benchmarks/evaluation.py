@@ -1,4 +1,4 @@
-"""Measure images per second and peak memory of ``far evaluate`` on held-out and training images.
+"""Images per second and peak memory of far evaluate: held-out images against as many training images.
 
 Both sides are images, so nothing is generated. The cache starts empty, and all metrics are computed.
 ``--large`` instead measures precision, recall, density and coverage of 50,000 images against 10,000, on
@@ -30,7 +30,10 @@ def large() -> None:
     fake, real = (torch.randn(count, 2048, generator=generator) for count in (50_000, 10_000))
     start = time.perf_counter()
     Neighborhoods(real).overlap(fake)
-    print(f"precision, recall, density and coverage of 50,000 against 10,000 × 2,048 features, {machine()}")
+    print(
+        "precision, recall, density and coverage, 50,000 against 10,000 images of 2,048 features,"
+        f" {machine()}"
+    )
     print(f"{time.perf_counter() - start:.0f} s, peak memory: {peak_memory(resource.RUSAGE_SELF):.2f} GB")
 
 
@@ -47,10 +50,12 @@ def whole(data: Path, count: int) -> None:
             stderr=subprocess.DEVNULL,
         )
         result = json.loads(Path(name, "out", "result.json").read_text())
-    count = result["evaluated"]["count"]
-    print(f"{data}: {count} images against {result['reference']['count']}, float32, {machine()}")
-    print(f"reading and features: {count / result['extraction seconds']:.0f} images/s")
-    print(f"with all metrics: {result['seconds']:.0f} s")
+    judged = result["evaluated"]["count"]
+    print(f"{data}: {judged} images against {result['reference']['count']}, float32, {machine()}")
+    print(
+        f"reading and features: {judged / result['extraction seconds']:.0f} images/s;"
+        f" in total with all figures {result['seconds']:.0f} s"
+    )
     print(f"peak memory: {peak_memory(resource.RUSAGE_CHILDREN):.2f} GB")
 
 

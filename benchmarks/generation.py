@@ -1,7 +1,7 @@
-"""Measure seconds per image of a bundled model by head steps, against MAR's diffusion head.
+"""Seconds per image of a bundled model by head steps, against the same backbone with MAR's diffusion head.
 
-The diffusion head is on the same backbone and has the same width and depth and random weights: they show its
-time, not its quality. Batch 1 and a large batch are reported separately.
+The diffusion head has the same width and depth and untrained weights, which do not affect its time. So this
+says nothing about its quality. Batch 1 and a large batch are reported separately.
 """
 
 import argparse
@@ -35,10 +35,13 @@ def main() -> None:
     pipeline = far.load(arguments.weights)
     baseline = with_diffusion_head(pipeline)
     defaults = pipeline.defaults
-    sampling = f"{defaults.ar_steps} AR steps, guidance {defaults.guidance}"
-    print(f"{arguments.weights}, float32, seed 0, {sampling}, {machine()}\n")
     print(
-        "| batch | head | head steps | seconds per batch | ms per image | times faster |\n" + "|---" * 6 + "|"
+        f"{arguments.weights}, float32, seed 0, {defaults.ar_steps} AR steps, guidance {defaults.guidance},"
+        f" {machine()}\n"
+    )
+    print(
+        "| batch | head | head steps | seconds per batch | ms per image | times faster |\n"
+        "|---|---|---|---|---|---|"
     )
     for batch in (1, 64):
         labels = [index % len(pipeline.classes) for index in range(batch)]
@@ -49,8 +52,11 @@ def main() -> None:
         seconds = paired(calls, arguments.rounds)
         for (kind, steps), times in seconds.items():
             ratio = median_ratio(seconds["diffusion", 100], times)
-            image = f"{statistics.median(times) / batch * 1000:.1f}"
-            print(f"| {batch} | {kind} | {steps} | {summary(times)} | {image} | {ratio:.1f} |", flush=True)
+            milliseconds = statistics.median(times) / batch * 1000
+            print(
+                f"| {batch} | {kind} | {steps} | {summary(times)} | {milliseconds:.1f} | {ratio:.1f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Check far on a GPU against the CPU, and time it, in at most 8 minutes: ``python -m benchmarks.gpu``.
+"""Compare far on a GPU with the CPU, and time it: ``python -m benchmarks.gpu``, at most 8 minutes.
 
-Needs ``far/`` and ``benchmarks/`` of the repository, torch, numpy, safetensors, Pillow, PyYAML and tqdm. It
-needs no installation and no internet. The report (JSON) is written after every entry. Each part has a
-deadline; entries that do not fit are left out and listed. Without a GPU, the checks compare the CPU with
-itself at tiny sizes, and nothing is timed. The exit status is 1 if a check fails.
+Needs torch, numpy, safetensors, Pillow, PyYAML and tqdm, but no installation and no internet. The
+repository's folders ``far/`` and ``benchmarks/`` are enough. The report, a JSON file, is written after every
+entry. Each part has a deadline; entries that do not fit are skipped and listed. Without a GPU, the checks
+compare the CPU with itself at tiny sizes, and nothing is timed. The exit status is 1 if a check fails.
 """
 
 import argparse
@@ -29,23 +29,15 @@ from far.devices import device_title, resolve_device
 ROOT = Path(__file__).resolve().parents[1]
 CHECKS = {"heads": heads, "bundled models": bundled_models, "training": training, "autoencoder": autoencoders}
 
-# Seconds of each part. What one part does not need, the next ones may use.
+# Seconds of each part. Later parts may use what earlier ones leave.
 PARTS = {
-    "machine": 15,
-    "heads": 60,
-    "bundled models": 40,
-    "training": 30,
-    "autoencoder": 20,
-    "far-b": 75,
-    "far-causal-b": 60,
-    "approximations": 25,
-    "MAR's plain path": 80,
-    "training speed": 75,
-}
+    "machine": 15, "heads": 60, "bundled models": 40, "training": 30, "autoencoder": 20, "far-b": 75,
+    "far-causal-b": 60, "approximations": 25, "MAR's plain path": 80, "training speed": 75,
+}  # fmt: skip
 
 
 class Late(BaseException):
-    """Raised at the deadline of a part. It is no ``Exception``, so that no handler of errors catches it."""
+    """Raised at the deadline of a part. Handlers of ``Exception`` do not catch it."""
 
 
 @contextlib.contextmanager
@@ -67,7 +59,13 @@ def deadline(seconds: float) -> Iterator[None]:
 def run_part(
     calls: dict[str, Callable[[], dict[str, Any]]], until: float, write: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Compute the entries of a part until a time of ``time.monotonic``, and ``write`` the part after each."""
+    """Compute the entries of a part in order and ``write`` them after each.
+
+    Args:
+        calls: entry by name.
+        until: deadline, a value of ``time.monotonic``.
+        write: receives the part so far.
+    """
     start, entries, left_out = time.monotonic(), {}, []
     for name, call in calls.items():
         seconds = until - time.monotonic()
@@ -78,7 +76,7 @@ def run_part(
                 entries[name] = call()
         except Late:
             left_out.append(name)
-        except Exception as error:  # such as a full memory: the others may still work
+        except Exception as error:  # such as out of memory; the other entries may still work
             entries[name] = {"error": "".join(traceback.format_exception_only(error)).strip(), "holds": False}
             print("".join(traceback.format_exception(error)), file=sys.stderr)
         print(f"  {name}: {json.dumps(entries[name]) if name in entries else 'left out'}", flush=True)
@@ -95,7 +93,7 @@ def checks(value: Any, name: str = "") -> Iterator[tuple[str, bool]]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return what the results depend on: commit, device and versions."""
+    """Return the conditions of the figures."""
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -103,24 +101,20 @@ def machine(device: torch.device) -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     return {
-        "commit": commit,
-        "device": device_title(device),
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
+        "commit": commit, "device": device_title(device),
+        "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
-    }
+    }  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1 … or cpu (default: a GPU if present)")
     parser.add_argument(
-        "--device", default="auto", help="cuda, cuda:1 … or cpu (default: a GPU if there is one)"
+        "--out", type=Path, default=Path("gpu.json"), help="file of the report (default gpu.json)"
     )
-    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="the report (default gpu.json)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="run these parts only")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="run only these parts")
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -129,7 +123,7 @@ def main() -> int:
     if small:
         report["note"] = "no GPU: checks of the CPU against itself, at tiny sizes"
         print(report["note"])
-        torch.set_num_threads(1)  # at these sizes, several take longer
+        torch.set_num_threads(1)  # at these sizes, more threads are slower
     until = time.monotonic()
     for name in arguments.parts:
         print(name, flush=True)
@@ -146,8 +140,10 @@ def main() -> int:
             arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
         run_part(calls, until, write)
-    held, failed = report["checks"]["held"], len(report["checks"]["failed"])
-    print(f"{held} checks held, {failed} failed; see {arguments.out}")
+    print(
+        f"{report['checks']['held']} checks held, {len(report['checks']['failed'])} failed."
+        f" See {arguments.out}"
+    )
     return 1 if report["checks"]["failed"] else 0
 
 

@@ -1,7 +1,7 @@
-"""Checks of ``gpu.py``: results of a device against the CPU's. Each entry has the difference and its limit.
+"""Checks of ``benchmarks.gpu``: results of a device against those of the CPU, each with its value and limit.
 
-float32 may differ by the order of its sums. In a 16-bit format, the limit is ten roundings of the largest
-value, on average.
+In float32, results differ by the order of sums only. In 16-bit formats, the limit is ten roundings of the
+largest value, on average.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from far.seeds import seeded
 Calls = dict[str, Callable[[], dict[str, Any]]]
 CPU = torch.device("cpu")
 FLOAT32 = 1e-4
-# Half of the distance from 1 to the next number.
+# Half of the distance from 1 to the next representable value.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 CLASSES, CHANNELS, GRID, BATCH = 5, 3, (2, 4), 3
 BACKBONES = {
@@ -58,7 +58,7 @@ def title(head: dict[str, Any]) -> str:
 
 
 def tiny(backbone: str, kind: str, **head: Any) -> FAR:
-    """Return an untrained model without zeros in its weights."""
+    """Return an untrained model without zero weights."""
     with seeded(0):
         model = FAR(
             ModelConfig(
@@ -77,9 +77,10 @@ def tiny(backbone: str, kind: str, **head: Any) -> FAR:
 def drawn_tokens(
     model: FAR, config: SamplingConfig, kept: Kept | None, given: list[Tensor] | None = None
 ) -> list[Tensor]:
-    """Return the tokens of each AR step, kept ones first. With ``given``, steps continue from these tokens.
+    """Return the tokens after each AR step, those of ``kept`` first.
 
-    Otherwise untrained causal models would differ by rounding, more at each token.
+    With ``given``, each step continues from these tokens instead of its own. Otherwise rounding differences
+    of untrained causal models grow with each token.
     """
     device, drawn, constrain = next(model.parameters()).device, [], model.constrain
 
@@ -110,7 +111,7 @@ def head_case(
     kept: int,
     dtypes: tuple[torch.dtype, ...],
 ) -> dict[str, Any]:
-    """Check every AR step on the device from the CPU's sequence, in each dtype."""
+    """Compare every AR step, continued from the CPU's tokens, in each number format."""
     model = tiny(backbone, **head)
     tokens = model.config.tokens - kept
     config = SamplingConfig(
@@ -146,7 +147,7 @@ def head_case(
 
 def heads(device: torch.device, small: bool) -> Calls:
     calls: Calls = {}
-    # Processors without the instructions take a second for a bfloat16 model that is this small.
+    # Processors without bfloat16 instructions take a second even for a model this small.
     dtypes = (torch.float32, torch.float16) if small else (torch.float32, torch.bfloat16, torch.float16)
     for backbone, head, guidance, kept in itertools.product(BACKBONES, HEAD_CASES, (1.0, 3.0), (0, 3)):
         if small and (guidance, kept) != (3.0, 3):
@@ -158,7 +159,7 @@ def heads(device: torch.device, small: bool) -> Calls:
 
 
 def plain_case(device: torch.device) -> dict[str, Any]:
-    """Check whole images by MAR's arithmetic against ours, both in float32 on the device."""
+    """Compare images of MAR's arithmetic and ours, from the same noise in float32 on the device."""
     found = {}
     for guidance in (1.0, 3.0):
         model = tiny("masked", kind="diffusion").to(device)
@@ -176,7 +177,7 @@ def plain_case(device: torch.device) -> dict[str, Any]:
     return found
 
 
-# The sampling of each bundled model, and one that takes no time.
+# Sampling of each bundled model, and a fast one.
 BUNDLED: dict[str, dict[str, Any]] = {
     "avatars-64": {},
     "avatars-64-causal": {},
@@ -198,9 +199,9 @@ def pixels(pipeline: Pipeline, count: int, first: int = 0, **sampling: Any) -> T
 
 
 def bundled_case(name: str, device: torch.device, count: int, small: bool) -> dict[str, Any]:
-    """Check whole images of a trained model in float32 and bfloat16 against the CPU's in float32.
+    """Compare images of a trained model in both formats with the CPU's in float32.
 
-    At its noisy end, the diffusion head magnifies errors: even on a CPU, the dtypes differ by 0.012.
+    The diffusion head amplifies errors at its noisy end: even CPUs differ by 0.012 between the formats.
     """
     sampling = SHORT if small else BUNDLED[name]
     reference = pixels(bundled(name, "float32", "cpu"), count, **sampling)
@@ -219,7 +220,7 @@ def bundled_case(name: str, device: torch.device, count: int, small: bool) -> di
 
 
 def batch_case(device: torch.device, sizes: tuple[int, ...], small: bool) -> dict[str, Any]:
-    """Check that one seed gives one image in a batch of any size."""
+    """Compare an image drawn alone with the same image in larger batches."""
     pipeline = bundled("avatars-64", "float32", str(device))
     sampling = SHORT if small else {}
     alone = pixels(pipeline, 1, **sampling)
@@ -230,7 +231,7 @@ def batch_case(device: torch.device, sizes: tuple[int, ...], small: bool) -> dic
 
 
 def edit_case(device: torch.device, small: bool) -> dict[str, Any]:
-    """Check that an edit keeps the pixels of untouched tokens, and that its new pixels are the CPU's."""
+    """Check that an edit keeps the pixels of kept tokens and draws the CPU's new pixels."""
     edited = {}
     for place in ("cpu", str(device)):
         pipeline = bundled("avatars-64", "float32", place)
@@ -269,7 +270,7 @@ def bundled_models(device: torch.device, small: bool) -> Calls:
 
 @functools.lru_cache(maxsize=1)
 def kl16(small: bool) -> tuple[Autoencoder, int]:
-    """Return an untrained autoencoder of the published size, or a tiny one, and the side of its images."""
+    """Return an untrained autoencoder of the published size, or a tiny one, and its image size in pixels."""
     config = (
         AutoencoderConfig(width=16, width_multipliers=(1, 1, 2), blocks=1, norm_groups=4)
         if small
@@ -294,7 +295,7 @@ def coding_case(device: torch.device, small: bool) -> dict[str, Any]:
 
 @torch.no_grad()
 def parts_case(device: torch.device, small: bool) -> dict[str, Any]:
-    """Check that decoding a large batch in parts gives the images of small batches, in limited memory."""
+    """Check that decoding a large batch gives the images of small batches in bounded memory."""
     autoencoder, side = kl16(small)
     count, found = 8 if small else 256, {}
     latents = torch.randn(
@@ -308,7 +309,7 @@ def parts_case(device: torch.device, small: bool) -> dict[str, Any]:
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         start = time.perf_counter()
         images = there.decode(latents.to(dtype))
-        last = images[-1:].float().cpu()  # waits for all of them
+        last = images[-1:].float().cpu()  # waits for all images
         entry: dict[str, Any] = {"images": count, "seconds": round(time.perf_counter() - start, 3)}
         alone = there.decode(latents[-1:].to(dtype))
         limit = FLOAT32 if dtype == torch.float32 else 10 * ROUNDING[dtype]
@@ -323,4 +324,4 @@ def autoencoders(device: torch.device, small: bool) -> Calls:
     return {
         "encode and decode": functools.partial(coding_case, device, small),
         "decode in parts": functools.partial(parts_case, device, small),
-    }
+    }  # fmt: skip

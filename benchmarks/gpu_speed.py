@@ -1,7 +1,7 @@
-"""Timings of ``gpu.py``: the machine, whole images with decoding, MAR's plain path, training steps.
+"""Timings of ``benchmarks.gpu``: the machine, images with their decoding, MAR's plain path, training steps.
 
-Weights are untrained, since time does not depend on them. Without a GPU, everything runs once at tiny sizes
-and no time is kept.
+Weights are untrained, because time does not depend on them. Without a GPU everything runs once at tiny sizes,
+and no figure is kept.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from far.training.loop import Trainer
 Calls = dict[str, Callable[[], dict[str, Any]]]
 GUIDANCE = 2.9
 AR_STEPS = 64
-# AR steps of 64, each of which stands for a quarter of them.
+# Measured AR steps of 64, each representing a quarter of them.
 STAND_FOR = (8, 24, 40, 56)
 HEAD_STEPS = 100
 
@@ -46,7 +46,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds(device: torch.device, call: Callable[[], Any], *, enough: float = 2.0) -> float:
-    """Return the median time of up to five calls in ``enough`` seconds, or of the first if it is slow."""
+    """Return the time of a call: the first if long, else the median of up to five more."""
     found: list[float] = []
     while len(found) < 6 and sum(found) <= enough:
         synchronize(device)
@@ -58,7 +58,7 @@ def seconds(device: torch.device, call: Callable[[], Any], *, enough: float = 2.
 
 
 def entry(small: bool, figures: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return rounded measurements; without a GPU, only that the entry ran."""
+    """Return the rounded figures; without a GPU only that the entry ran."""
     measured = figures()
     return (
         {"ran": True}
@@ -82,7 +82,7 @@ def reset(device: torch.device) -> None:
 
 
 def machine(device: torch.device, small: bool) -> Calls:
-    """Return the machine's own speeds."""
+    """Return timings of copies, products and launches, on which all other figures depend."""
 
     def copying() -> dict[str, Any]:
         source = torch.empty(2**16 if small else 2**30, dtype=torch.uint8, device=device)
@@ -112,7 +112,7 @@ def machine(device: torch.device, small: bool) -> Calls:
 
 
 def attention_kernels(device: torch.device) -> dict[str, Any]:
-    """Return torch's attention kernel for the backbone, for one query with a bias, and for the autoencoder."""
+    """Return the attention kernels that torch selects for backbone, cached query, and autoencoder."""
     shapes = {
         "backbone": ((2, 12, 320, 64), 320, False),
         "cached": ((2, 12, 1, 64), 256, True),
@@ -128,7 +128,7 @@ def attention_kernels(device: torch.device) -> dict[str, Any]:
 
 
 def network_of(name: str, small: bool) -> NetworkConfig:
-    """Return the preset, or a tiny network of its kind. ``far-b flow_map``'s head has learned guidance."""
+    """Return a preset or a tiny network like it; ``far-b flow_map`` has a head that learns guidance."""
     full = preset(name.removesuffix(" flow_map"))
     if name.endswith("flow_map"):
         full = dataclasses.replace(
@@ -227,7 +227,7 @@ def mar_b(device: torch.device, small: bool, dtype: torch.dtype) -> FAR:
 def before_step(
     model: FAR, batch: int, step: int, ar_steps: int, device: torch.device
 ) -> tuple[Tensor, Tensor, int, int]:
-    """Return random tokens, orders ``[b, n]``, and the counts of known and of new tokens of an AR step."""
+    """Return random tokens, orders ``[b, n]``, and the counts of tokens known before and drawn in a step."""
     generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
     counts = cosine_token_counts(model.config.tokens, ar_steps)
     orders = random_orders(model.config.tokens, generators).to(device)
@@ -240,19 +240,19 @@ def plain_step(device: torch.device, small: bool, batch: int, step: int, ar_step
     tokens, orders, known, _ = before_step(model, batch, step, ar_steps, device)
     mask = torch.ones(batch, model.config.tokens, device=device).scatter(1, orders[:, :known], 0.0)
     plain, labels = PlainMar(model), torch.zeros(batch, dtype=torch.long, device=device)
-    # Its order begins with what becomes known last.
-    arguments = tokens, mask, labels, orders.flip(1), step, ar_steps, 2 if small else HEAD_STEPS, GUIDANCE
+    # MAR's order starts with the tokens that are drawn last.
+    config = SamplingConfig(ar_steps=ar_steps, head_steps=2 if small else HEAD_STEPS, guidance=GUIDANCE)
 
     @torch.no_grad()
     def call() -> None:
         with contextlib.nullcontext() if small else torch.autocast(device.type, torch.float16):
-            plain.ar_step(*arguments)
+            plain.ar_step(tokens, mask, labels, orders.flip(1), step, config)
 
     return call
 
 
 def our_step(device: torch.device, small: bool, batch: int, step: int, ar_steps: int) -> Callable[[], Any]:
-    """Return an AR step of our sampler in bfloat16: backbone of both halves, and head."""
+    """Return one AR step of our sampler in bfloat16: the backbone on both guidance halves, and the head."""
     model = mar_b(device, small, torch.float32 if small else torch.bfloat16)
     tokens, orders, known, count = before_step(model, batch, step, ar_steps, device)
     head_steps = 2 if small else HEAD_STEPS
@@ -274,7 +274,7 @@ def our_step(device: torch.device, small: bool, batch: int, step: int, ar_steps:
 def mar_case(
     device: torch.device, small: bool, batch: int, make: Callable[..., Callable[[], Any]]
 ) -> dict[str, Any]:
-    """Time a generation of 64 × 100 steps without decoding, from four of its AR steps."""
+    """Extrapolate a generation of 64 × 100 steps, without decoding, from four of its AR steps."""
 
     def figures() -> dict[str, Any]:
         reset(device)
@@ -302,7 +302,7 @@ def mar_plain(device: torch.device, small: bool) -> Calls:
 
 
 class PlainLoss(RandomLatents):
-    """MAR's plain loss with the mean of its mask ratio, 0.86."""
+    """Task with MAR's plain loss at its mean masking ratio, 0.86."""
 
     def loss(
         self, step: int, batch: tuple[Tensor, Tensor], ema: nn.Module, generator: torch.Generator
@@ -329,12 +329,10 @@ def training_case(device: torch.device, small: bool, name: str, batch: int, plai
             took = seconds(device, lambda: run.train_step(meter))
         operations = counter.get_total_flops()
         return {
-            "images/s": batch / took,
-            "TFLOP/s": operations / took / 1e12,
+            "images/s": batch / took, "TFLOP/s": operations / took / 1e12,
             "GFLOP per image": operations / batch / 1e9,
-            "share of drawing and moving the batch": meter.loading / meter.seconds,
-            "GiB": peak(device),
-        }
+            "share of drawing and moving the batch": meter.loading / meter.seconds, "GiB": peak(device),
+        }  # fmt: skip
 
     return entry(small, figures)
 

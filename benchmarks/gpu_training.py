@@ -1,4 +1,4 @@
-"""Checks of ``gpu.py`` on training: losses, gradients, optimizer steps and checkpoints against the CPU's."""
+"""Training checks of ``benchmarks.gpu``: losses, gradients, optimizer steps and checkpoints."""
 
 import copy
 import dataclasses
@@ -31,7 +31,7 @@ from far.training.loop import Trainer
 
 
 class RandomLatents:
-    """Task (:class:`far.training.loop.Task`) of random latents, whose loss is NaN on request."""
+    """Task with random latents from the host and, if ``poison`` is set, NaN losses."""
 
     def __init__(self, model: FAR, device: torch.device, batch: int = 4) -> None:
         self.module, self.device, self.batch_size, self.poison = model, device, batch, False
@@ -76,7 +76,7 @@ def trainer(
 def gradient_case(
     device: torch.device, backbone: str, head: dict[str, Any], all_masked: bool
 ) -> dict[str, Any]:
-    """Check loss and gradients of one batch with the same noise."""
+    """Compare loss and gradients of the same batch."""
     found = []
     for place in (CPU, device):
         model = tiny(backbone, **head)
@@ -98,7 +98,7 @@ def gradient_case(
 
 
 def steps_case(device: torch.device, steps: int) -> dict[str, Any]:
-    """Check the losses of many optimizer steps. Weights may differ: Adam starts with signs of gradients."""
+    """Compare the losses of many optimizer steps, not weights: Adam's first steps are signs of gradients."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for place in (CPU, device):
@@ -112,7 +112,7 @@ def steps_case(device: torch.device, steps: int) -> dict[str, Any]:
 
 
 def checkpoint_case(device: torch.device) -> dict[str, Any]:
-    """Check that a checkpoint of one device restores bit for bit on the other."""
+    """Check that a checkpoint of one device restores the same state on the other, bit for bit."""
     found = {}
     for source, target in ((CPU, device), (device, CPU)):
         with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +131,7 @@ def checkpoint_case(device: torch.device) -> dict[str, Any]:
 
 
 def nan_case(device: torch.device) -> dict[str, Any]:
-    """Check that a NaN loss changes no weight and halves float16's scale, and that later steps train."""
+    """Check that a NaN loss changes no weight, halves float16's scale, and lets later steps continue."""
     with tempfile.TemporaryDirectory() as folder:
         run = trainer(Path(folder), device, "float16")
         run.train_step(Meter())
@@ -146,7 +146,7 @@ def nan_case(device: torch.device) -> dict[str, Any]:
         ]
         halved = run.scaler.get_scale() / scale
         run.task.poison = False  # type: ignore[attr-defined]
-        for _ in range(20):  # the first scale may still be too large
+        for _ in range(20):  # the initial scale may still be too large
             run.train_step(Meter())
         moved = [
             name for name, tensor in run.module.state_dict().items() if not torch.equal(tensor, before[name])

@@ -1,9 +1,9 @@
-"""Time guidance in one pass of the backbone against two: far-b with a flow-map head and random weights.
+"""Time of guidance in one pass of the backbone against two: far-b with a flow-map head and random weights.
 
     python -m benchmarks.guidance_passes
 
-64 AR steps of 2 head steps, bfloat16, guidance 2.9, batch 1. Writes a folder of random weights to runs/ and
-runs ``far benchmark`` on it.
+64 AR steps of 2 head steps, bfloat16, guidance 2.9, batch 1. Writes random weights to runs/ and runs
+``far benchmark``.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
-"""Measure distance and draw images of a model by head steps: the same seeds with 1, 2, 4, 8 and 32 steps.
+"""Distance and images of a model by head steps: the same seeds drawn with 1, 2, 4, 8 and 32 steps.
 
-Prints a Markdown table of "FD (EfficientNet-Lite0)" against held-out images, with two floors: real images
-against real ones at the same counts, and the autoencoder's reconstructions. Needs the image set (``far data
-avatars data/avatars-64``). Writes a contact sheet with one row per step count and one column per class.
+Prints a Markdown table of "FD (EfficientNet-Lite0)" against held-out images, with two floors: other real
+images at the same counts, and the autoencoder's reconstructions. Needs the image set (``far data avatars
+data/avatars-64``). Writes an image with one row per step count and one column per class.
 """
 
 import argparse
@@ -68,8 +68,8 @@ def main() -> None:
         results[f"{steps} head steps"] = statistics(f"{steps} head steps", arguments.count, drawn)
     defaults = pipeline.defaults
     print(
-        f"{arguments.weights}: {arguments.count} images, seeds 0 …, against {arguments.references} held-out, "
-        f"{defaults.ar_steps} AR steps, guidance {defaults.guidance}, float32, {machine()}\n"
+        f"{arguments.weights}: {arguments.count} images of seeds 0 …, against {arguments.references} held-out"
+        f" ones; {defaults.ar_steps} AR steps, guidance {defaults.guidance}, float32, {machine()}\n"
     )
     print(f"| images | number | FD ({network.name}) |\n|---|---|---|")
     for name, found in results.items():

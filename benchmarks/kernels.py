@@ -1,7 +1,7 @@
-"""Measure error and speed of int8 products with each kernel, on each kind of processor.
+"""Error and speed of 8-bit products with each kernel, with fewer and fewer instructions of the processor.
 
-Runs itself with all instructions of this processor, and under the variables that disable some. Prints a
-Markdown table; about two minutes on one core.
+Runs itself with all instructions of this processor, and with environment variables that forbid some. Prints a
+Markdown table; takes about two minutes on one core.
 """
 
 import argparse
@@ -73,9 +73,11 @@ def report(instructions: str, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20, help="of which the fastest counts (default 20)")
     parser.add_argument(
-        "--only", choices=list(MASKS), help="print these rows alone, with the variables as they are"
+        "--rounds", type=int, default=20, help="rounds, of which the fastest counts (default 20)"
+    )
+    parser.add_argument(
+        "--only", choices=list(MASKS), help="print only these rows, without changing variables"
     )
     arguments = parser.parse_args()
     if arguments.only:
@@ -88,8 +90,8 @@ def main() -> None:
         "; ".join(f"{name}: {' '.join(map('='.join, mask.items()))}" for name, mask in MASKS.items() if mask)
     )
     columns = ["instructions", "weights", "products", "relative RMS error", "difference of pixels (of 255)"]
-    columns += [f"{rows} rows, µs" for rows in ROWS]
-    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    print(f"\n| {' | '.join([*columns, *(f'{rows} rows, µs' for rows in ROWS)])} |")
+    print(f"|{'---|' * (len(columns) + len(ROWS))}")
     sys.stdout.flush()
     for name, mask in MASKS.items():
         command = [

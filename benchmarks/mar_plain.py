@@ -1,9 +1,9 @@
-"""MAR's sampling and loss as MAR's released code computes them, for our weights: the base of FAR's speed.
+"""MAR's plain path, the baseline of FAR's speed: sampling and loss as in MAR's released code.
 
-Written from the paper (arXiv 2406.11838) and the published algorithm, at the same cost: guided batches are
-doubled through backbone, noise and head; the decoder runs over all tokens and returns ``z`` for each; tokens
-are selected by boolean masks; every denoising step moves the schedule's tables from the CPU; weights are
-float32 under float16 autocast. Attention is torch's fused one, as there.
+Written from the paper (arXiv 2406.11838) and the published algorithm, with the same costs: guided batches are
+doubled through backbone, noise and head; the decoder computes ``z`` for all tokens; boolean masks select
+tokens; every denoising step moves the schedule's tables from the CPU; weights are float32 under float16
+autocast. Nothing is slower than in MAR's code, and attention is torch's fused one.
 """
 
 import math
@@ -17,14 +17,18 @@ from far.backbone import MaskedBackbone
 from far.heads.diffusion import DiffusionHead, Schedule
 from far.layers import Block
 from far.model import FAR
+from far.sampling import SamplingConfig
 
 HEAD_STEPS = 100
 
 
 class PlainMar:
-    """A masked model with a diffusion head, computed as MAR does.
+    """A masked model with a diffusion head, computed as in MAR's code.
 
-    ``normal(rows, channels)`` returns standard normal noise for the tokens of an AR step, image by image.
+    Args:
+        model: masked backbone and diffusion head.
+        normal: (rows, channels) → standard normal noise of an AR step's tokens, image after image.
+        temperature: factor of the noise in denoising steps.
     """
 
     def __init__(
@@ -43,11 +47,12 @@ class PlainMar:
     def sample(
         self, labels: Tensor, orders: Tensor, ar_steps: int, head_steps: int, guidance: float
     ) -> Tensor:
-        """Return latents ``[b, c, h, w]`` of ``labels [b]``. ``orders [b, n]`` is in reverse."""
+        """Return latents ``[b, c, h, w]`` of ``labels [b]``; ``orders [b, n]`` start with the last tokens."""
+        config = SamplingConfig(ar_steps=ar_steps, head_steps=head_steps, guidance=guidance)
         tokens = torch.zeros(len(labels), self.tokens, self.channels, device=self.device)
         mask = torch.ones(len(labels), self.tokens, device=self.device)
         for step in range(ar_steps):
-            tokens, mask = self.ar_step(tokens, mask, labels, orders, step, ar_steps, head_steps, guidance)
+            tokens, mask = self.ar_step(tokens, mask, labels, orders, step, config)
         return self.model.latents(tokens)
 
     def ar_step(
@@ -57,12 +62,10 @@ class PlainMar:
         labels: Tensor,
         orders: Tensor,
         step: int,
-        ar_steps: int,
-        head_steps: int,
-        guidance: float,
+        config: SamplingConfig,
     ) -> tuple[Tensor, Tensor]:
         """Return tokens ``[b, n, c]`` and mask ``[b, n]`` (1 = unknown) after an AR step."""
-        batch, guided = len(labels), guidance != 1.0
+        batch, guided = len(labels), config.guidance != 1.0
         current = tokens.clone()
         embedding = self.backbone.class_embedding(labels)
         if guided:
@@ -74,7 +77,8 @@ class PlainMar:
             )
         z = self.decode(self.encode(tokens, mask, embedding), mask)
         left = torch.tensor(
-            [math.floor(self.tokens * math.cos(math.pi / 2 * (step + 1) / ar_steps))], device=self.device
+            [math.floor(self.tokens * math.cos(math.pi / 2 * (step + 1) / config.ar_steps))],
+            device=self.device,
         )
         left = torch.maximum(
             torch.tensor([1], device=self.device), torch.minimum(mask.sum(dim=-1, keepdim=True) - 1, left)
@@ -82,15 +86,16 @@ class PlainMar:
         count = int(left[0])
         later = torch.zeros(batch, self.tokens, device=self.device)
         later.scatter_(-1, orders[:, :count], torch.ones(batch, self.tokens, device=self.device))
-        wanted = (
+        query = (
             mask[:batch].bool()
-            if step >= ar_steps - 1
+            if step >= config.ar_steps - 1
             else torch.logical_xor(mask[:batch].bool(), later.bool())
         )
-        pairs = torch.cat([wanted, wanted]) if guided else wanted
-        scale = 1 + (guidance - 1) * (self.tokens - count) / self.tokens
-        drawn = self.draw(z[pairs.nonzero(as_tuple=True)], head_steps, scale, guided)
-        current[wanted.nonzero(as_tuple=True)] = drawn.chunk(2)[0] if guided else drawn
+        pairs = torch.cat([query, query]) if guided else query
+        scale = 1 + (config.guidance - 1) * (self.tokens - count) / self.tokens
+        assert isinstance(config.head_steps, int)
+        drawn = self.draw(z[pairs.nonzero(as_tuple=True)], config.head_steps, scale, guided)
+        current[query.nonzero(as_tuple=True)] = drawn.chunk(2)[0] if guided else drawn
         return current, later
 
     def encode(self, tokens: Tensor, mask: Tensor, embedding: Tensor) -> Tensor:
@@ -104,7 +109,7 @@ class PlainMar:
         return backbone.encoder_norm(_through(x, backbone.encoder_blocks))
 
     def decode(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Return ``z [b, n, width]`` at all tokens."""
+        """Return ``z [b, n, width]`` for all tokens."""
         backbone = self.backbone
         x = backbone.decoder_projection(x)
         padded = backbone.mask_token.to(x.dtype).repeat(len(x), self.buffer + self.tokens, 1)
@@ -116,7 +121,7 @@ class PlainMar:
         return torch.cat([torch.zeros(len(mask), self.buffer, device=mask.device), mask], dim=1)
 
     def draw(self, z: Tensor, steps: int, scale: float, guided: bool) -> Tensor:
-        """Return tokens ``[rows, c]`` by ancestral sampling; half of the guided rows repeat the others."""
+        """Return tokens ``[rows, c]`` by ancestral sampling; guided rows are twice the same."""
         rows = len(z) // 2 if guided else len(z)
 
         def noise() -> Tensor:
@@ -127,7 +132,7 @@ class PlainMar:
         for index in reversed(range(steps)):
             t = torch.tensor([index] * len(z), device=self.device)
             epsilon, fraction = self._predict(x, z, t, schedule, scale, guided)
-            # Each coefficient is a table on the CPU that is moved and indexed.
+            # Each coefficient is a table on the CPU, moved to the device and indexed.
             x = self._ancestral(x, epsilon, fraction, t, schedule, noise())
         return x
 
@@ -150,8 +155,8 @@ class PlainMar:
 
         signal, betas = schedule.alphas_cumprod, schedule.betas
         before = torch.cat([signal.new_ones(1), signal[:-1]])
-        share = (fraction + 1) / 2
-        logvar = share * at(betas.log()) + (1 - share) * at(schedule.posterior_logvar)
+        weight = (fraction + 1) / 2
+        logvar = weight * at(betas.log()) + (1 - weight) * at(schedule.posterior_logvar)
         token = at((1 / signal).sqrt()) * x - at((1 / signal - 1).sqrt()) * epsilon
         mean = (
             at(betas * before.sqrt() / (1 - signal)) * token
@@ -161,7 +166,7 @@ class PlainMar:
         return mean + moves * (0.5 * logvar).exp() * noise * self.temperature
 
     def loss(self, latents: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Return the training loss: the head runs on all tokens four times each, and masked ones count."""
+        """Return the training loss: the head computes all tokens, and the masked ones count."""
         tokens = self.model.tokens(latents)
         z = self.decode(self.encode(tokens, mask, self.backbone.class_embedding(labels)), mask)
         samples = self.head.config.samples_per_token
@@ -173,7 +178,7 @@ class PlainMar:
 
 
 def _through(x: Tensor, blocks: "torch.nn.ModuleList") -> Tensor:
-    """Return the output of pre-norm blocks over all positions, as timm computes it."""
+    """Apply pre-norm blocks to all positions, as timm's."""
     for block in blocks:
         assert isinstance(block, Block)
         batch, count, width = x.shape

@@ -1,10 +1,10 @@
-"""Measure training images per second with one process and with two, one thread each, in turn.
+"""Images per second of training with one process and with two, one thread each, measured in turn.
 
     python -m benchmarks.processes [--batch-size N]
 
 Steps of the recipe avatars-64 (after far cache) in two micro-batches, seed 0, on the CPU. Two cores must be
-idle. Communication is the same for any batch size, so it matters less for larger ones. The checkpoint and the
-evaluation at the end are not timed.
+free. Communication does not depend on the batch size, so it matters less for large batches. The final
+checkpoint and evaluation are not timed.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
         "--batch-size",
         type=int,
         default=128,
-        help="images of a step, of all processes together (default 128)",
+        help="images per step of all processes together (default 128)",
     )
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
@@ -47,12 +47,14 @@ def main() -> None:
         for way in WAYS:
             rates[way].append(images_per_second(way, arguments.latents, arguments.batch_size))
     dtype = resolve_loop(load_recipe(Path("avatars-64")).generator.training).dtype
-    print(f"{machine()}; one thread per process, batch {arguments.batch_size}, {dtype}\n")
-    print("| way | images/s | times one process |\n|---|---|---|")
+    print(
+        f"{machine()}; one thread per process, batch {arguments.batch_size}, {dtype}\n\n"
+        "| processes | images/s | relative to one process |\n|---|---|---|"
+    )
     one = statistics.median(rates["1 process"])
     for way, found in rates.items():
-        median = statistics.median(found)
-        print(f"| {way} | {median:.0f} ({min(found):.0f} to {max(found):.0f}) | {median / one:.2f} |")
+        middle = statistics.median(found)
+        print(f"| {way} | {middle:.0f} ({min(found):.0f} to {max(found):.0f}) | {middle / one:.2f} |")
 
 
 def images_per_second(way: str, latents: Path, batch_size: int) -> float:

@@ -1,6 +1,6 @@
 """Measured rows in docs/results/*.json, and the trained weights in runs/ that they come from.
 
-Every row keeps the SHA-256 of its weights, the machine and the commit. The repository does not hold the
+Every row records the SHA-256 of its weights, the machine and the commit. The repository does not contain the
 weights: ``make results TRAIN=1`` trains them again.
 """
 
@@ -17,7 +17,7 @@ TRAIN = "make results TRAIN=1"
 
 
 class Measurements:
-    """Rows of one JSON file. Each change reads and writes the whole file, so processes can share the work."""
+    """Rows of one JSON file, read and written at each change, so that several processes can use it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -34,11 +34,10 @@ class Measurements:
         write_json(self.path, self.values)
 
     def drop_other_weights(self, autoencoder: str | None = None) -> None:
-        """Drop the rows of models whose weights differ from the recorded ones, so that no table mixes both.
+        """Drop rows of models whose present weights differ from the recorded ones: tables mix no weights.
 
         Args:
-            autoencoder: SHA-256 of the autoencoder that all models share. Rows of another one are dropped
-                too.
+            autoencoder: SHA-256 of the models' common autoencoder. Rows with another one are dropped too.
         """
         self.load()
         at_hand: dict[str, dict[str, str]] = {}
@@ -57,7 +56,8 @@ class Measurements:
                     dropped += 1
         if dropped:
             print(
-                f"{self.path}: {dropped} rows come from other weights than those in {WEIGHTS}; measured again"
+                f"{self.path}: {dropped} rows come from other weights than those in {WEIGHTS}."
+                " They are measured again."
             )
             write_json(self.path, self.values)
 
@@ -72,7 +72,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def made() -> dict[str, str | None]:
-    """Return the machine and the checked-out commit (None outside a clone), as rows record them."""
+    """Return the machine and the current commit (``None`` outside a clone), as rows record them."""
     done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     return {"machine": machine(), "commit": done.stdout.strip() if done.returncode == 0 else None}
 
@@ -81,5 +81,7 @@ def tell_missing(images: str, folders: list[Path]) -> None:
     """Print one line with the models whose weights are missing and the command that trains them."""
     missing = list(dict.fromkeys(folder.name for folder in folders if not folder.is_dir()))
     if missing:
-        place = WEIGHTS / images
-        print(f"{place} has no weights of {', '.join(missing)}. Recorded rows are kept; {TRAIN} trains them")
+        print(
+            f"{images}: no weights of {', '.join(missing)} in {WEIGHTS / images}. Recorded rows are kept."
+            f" {TRAIN} trains them."
+        )

@@ -1,11 +1,11 @@
-"""Measure the matched comparison of heads on two image sets; write docs/results.md's tables and plots.
+"""Comparison of heads on two image sets: measure missing rows, write the tables and plots of docs/results.md.
 
     python -m benchmarks.results [SET …] [--train] [--seeds 0 1 2]
 
-Every row is kept in docs/results/SET.json with the SHA-256 of its weights: an interrupted run continues, and
-a row is measured again only if its weights changed. Rows keep their recorded values while their weights are
-missing. ``--train`` first runs the recipes of recipes/comparison for every model (hours), and writes the
-weights to runs/results/weights/.
+Every measured row is kept in docs/results/SET.json with the SHA-256 of its weights. So an interrupted
+measurement resumes, and a row is measured again only if its weights changed. Rows keep their recorded figures
+while their weights are missing. ``--train`` first trains every model by the recipes of recipes/comparison
+(hours) and writes the weights to runs/results/weights/.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def train(images: ImageSet, models: list[str]) -> None:
-    """Write data, autoencoder and latents, then train the models. Models that others build on come first."""
+    """Make data, autoencoder and latents, then train the models, first the one whose backbone others use."""
     for command in images.preparation:
         run(*command)
     for name in models:
@@ -104,7 +104,7 @@ def train(images: ImageSet, models: list[str]) -> None:
 
 
 def publish(images: ImageSet, name: str) -> None:
-    """Save the trained folder in float16. The results are of these weights."""
+    """Save the trained folder in float16. The figures are measured with these weights."""
     Pipeline.from_pretrained(images.runs / name).save_pretrained(images.weights(name), torch.float16)
 
 
@@ -116,7 +116,7 @@ def run(*command: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A model and how it is sampled."""
+    """A model and its sampling."""
 
     name: str
     steps: int | tuple[int, ...]
@@ -135,7 +135,7 @@ def planned_rows(models: list[str], seeds: list[int]) -> list[Row]:
 
 
 def measure(images: ImageSet, models: list[str], seeds: list[int]) -> None:
-    """Measure missing floors, guidance sweeps and rows of one image set."""
+    """Measure the missing floors, guidance sweeps and rows of one image set."""
     store = current_rows(images)
     tell_missing(images.name, [images.weights(name) for name in models])
     swept_models = list(
@@ -143,17 +143,17 @@ def measure(images: ImageSet, models: list[str], seeds: list[int]) -> None:
     )
     if complete(images, store, models, swept_models, seeds):
         return
-    judge = measure_floors(images, store)
+    evaluator = measure_floors(images, store)
     for name in swept_models:
-        sweep(images, store, judge, name)
+        sweep(images, store, evaluator, name)
     if "diffusion" in models:
-        measure_unlimited(images, store, judge)
+        measure_unlimited(images, store, evaluator)
     for row in planned_rows(models, seeds):
-        measure_row(images, store, judge, row)
+        measure_row(images, store, evaluator, row)
 
 
 def current_rows(images: ImageSet) -> Measurements:
-    """Return the recorded rows without those of other weights. All models share one autoencoder."""
+    """Return the recorded rows of an image set, without those of other weights."""
     store = Measurements(RESULTS / f"{images.name}.json")
     autoencoders = {checksums(images.weights(name)).get("autoencoder.safetensors") for name in MODELS} - {
         None
@@ -169,7 +169,7 @@ def current_rows(images: ImageSet) -> Measurements:
 def complete(
     images: ImageSet, store: Measurements, models: list[str], swept_models: list[str], seeds: list[int]
 ) -> bool:
-    """Return whether all results of the present weights are recorded, so that no image is needed."""
+    """Return whether all figures of the present weights are recorded, so that no image is needed."""
     at_hand = [name for name in models if images.weights(name).is_dir()]
     sweeps = [
         current(store.values["sweeps"].get(f"{name} {scale}"), swept(images, name, scale))
@@ -184,8 +184,8 @@ def complete(
 
 
 @dataclasses.dataclass(frozen=True)
-class Judge:
-    """Network, reference and classifier that evaluate images."""
+class Evaluator:
+    """Feature network, reference and classifier that evaluate images."""
 
     network: FeatureNetwork
     reference: Reference
@@ -198,8 +198,8 @@ class Judge:
         }
 
 
-def measure_floors(images: ImageSet, store: Measurements) -> Judge:
-    """Measure training images and their reconstructions, and return what evaluates all other images."""
+def measure_floors(images: ImageSet, store: Measurements) -> Evaluator:
+    """Measure training images and reconstructions against the held-out images, and return the evaluator."""
     network = load_feature_network()
     held_out = open_images(images.data / "held-out")
     real = features_of(held_out, network, WORK)
@@ -208,14 +208,16 @@ def measure_floors(images: ImageSet, store: Measurements) -> Judge:
     labels = ShardReader(images.data / "train", "images").all("labels")[:COUNT]
     statistics = FeatureStatistics.of(real)
     reference = Reference(held_out.name, held_out.digest, statistics, real, held_out.count, held_out.size)
-    judge = Judge(network, reference, LinearClassifier(training, labels))
+    evaluator = Evaluator(network, reference, LinearClassifier(training, labels))
     setting = {"count": COUNT, "reference": held_out.count, "dtype": DTYPE, "batch size": BATCH}
     for key, value in {**setting, "distance": distance_name(network)}.items():
         store.keep("setting", key, value)
     if "reconstructions" in store.values["rows"] or not images.weights("diffusion").is_dir():
-        return judge
-    accuracy = judge.classifier.accuracy(real, ShardReader(images.data / "held-out", "images").all("labels"))
-    found = judge.figures(training, labels)
+        return evaluator
+    accuracy = evaluator.classifier.accuracy(
+        real, ShardReader(images.data / "held-out", "images").all("labels")
+    )
+    found = evaluator.figures(training, labels)
     store.keep("rows", "real", {"name": "real images", **found, "class accuracy": accuracy, **made()})
     autoencoder = Pipeline.from_pretrained(images.weights("diffusion"), device="cpu").autoencoder
     assert autoencoder is not None
@@ -226,23 +228,23 @@ def measure_floors(images: ImageSet, store: Measurements) -> Judge:
 
     folder = WORK / "features" / f"{source.digest}-reconstructions-{autoencoder.fingerprint()}"
     extract_parts(folder, COUNT, reconstruct, network, description="reconstructions")
-    found = judge.figures(read_parts(folder, COUNT), labels)
+    found = evaluator.figures(read_parts(folder, COUNT), labels)
     checksum = {"autoencoder.safetensors": checksums(images.weights("diffusion"))["autoencoder.safetensors"]}
     described = {"weights": str(images.weights("diffusion")), "sha256": checksum, **made()}
     store.keep("rows", "reconstructions", {"name": "reconstructions", **found, **described})
-    return judge
+    return evaluator
 
 
-def sweep(images: ImageSet, store: Measurements, judge: Judge, name: str) -> None:
-    """Measure the distance at each guidance scale over fewer images. The smallest wins."""
+def sweep(images: ImageSet, store: Measurements, evaluator: Evaluator, name: str) -> None:
+    """Measure the distance at each guidance scale over fewer images."""
     if not images.weights(name).is_dir() or not MODELS[name].sweep_steps:
         return
     for guidance in MODELS[name].guidances:
         generation = swept(images, name, guidance)
         if current(store.values["sweeps"].get(f"{name} {guidance}"), generation):
             continue
-        features, _ = generate(generation, judge.network, SWEEP_COUNT)
-        distance = frechet_distance(FeatureStatistics.of(features), judge.reference.statistics)
+        features, _ = generate(generation, evaluator.network, SWEEP_COUNT)
+        distance = frechet_distance(FeatureStatistics.of(features), evaluator.reference.statistics)
         store.keep(
             "sweeps",
             f"{name} {guidance}",
@@ -261,8 +263,8 @@ def swept(images: ImageSet, name: str, guidance: float) -> Generation:
     )
 
 
-def measure_unlimited(images: ImageSet, store: Measurements, judge: Judge) -> None:
-    """Measure the diffusion head without a limit of the predicted token, as published."""
+def measure_unlimited(images: ImageSet, store: Measurements, evaluator: Evaluator) -> None:
+    """Measure the diffusion head as published, without a limit on the predicted token."""
     if not images.weights("diffusion").is_dir():
         return
     folder = WORK / f"{images.name}-unlimited"
@@ -277,8 +279,8 @@ def measure_unlimited(images: ImageSet, store: Measurements, judge: Judge) -> No
         folder, head_steps=100, guidance=best_guidance(store, "diffusion"), seed=1_000_000
     )
     if not current(store.values["sweeps"].get(UNLIMITED), generation):
-        features, _ = generate(generation, judge.network, SWEEP_COUNT)
-        distance = frechet_distance(FeatureStatistics.of(features), judge.reference.statistics)
+        features, _ = generate(generation, evaluator.network, SWEEP_COUNT)
+        distance = frechet_distance(FeatureStatistics.of(features), evaluator.reference.statistics)
         store.keep(
             "sweeps",
             UNLIMITED,
@@ -290,25 +292,26 @@ def best_guidance(store: Measurements, name: str) -> float:
     name = MODELS[name].guidance_of or name
     if any(f"{name} {guidance}" not in store.values["sweeps"] for guidance in MODELS[name].guidances):
         raise SystemExit(
-            f"{store.path} has no guidance sweep of {name}. Run python -m benchmarks.results, after {TRAIN}"
+            f"{store.path} has no guidance sweep of {name}."
+            f" After {TRAIN}, python -m benchmarks.results measures it."
         )
     return min(
         MODELS[name].guidances, key=lambda guidance: store.values["sweeps"][f"{name} {guidance}"]["distance"]
     )
 
 
-def measure_row(images: ImageSet, store: Measurements, judge: Judge, row: Row) -> None:
+def measure_row(images: ImageSet, store: Measurements, evaluator: Evaluator, row: Row) -> None:
     if not images.weights(row.name).is_dir():
         return
     generation = planned(images, store, row)
     if current(store.values["rows"].get(row.key), generation):
         return
-    features, labels = generate(generation, judge.network, COUNT)
+    features, labels = generate(generation, evaluator.network, COUNT)
     figures = {
         "name": row.name,
         "steps": row.steps,
         "guidance": generation.sampling.guidance,
-        **judge.figures(features, labels),
+        **evaluator.figures(features, labels),
     }
     print(json.dumps({row.key: figures}), flush=True)
     store.keep("rows", row.key, {**figures, **made(), **generation.describe()})
@@ -332,7 +335,7 @@ def generation_of(weights: Path, *, seed: int, **sampling: Any) -> Generation:
 
 
 def current(row: dict[str, Any] | None, generation: Generation) -> bool:
-    """Return whether a recorded row comes from these weights and settings. Missing settings are defaults."""
+    """Return whether a recorded row has these weights and settings; missing settings have their defaults."""
     described = generation.describe()
     if row is None or any(row.get(key) != described[key] for key in ("sha256", "seed", "dtype")):
         return False

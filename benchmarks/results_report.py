@@ -27,15 +27,10 @@ TITLES = {
     "distilled": "flow map, distilled from MAR, guided in one pass",
 }
 COLORS = {
-    "diffusion": "#c44e52",
-    "flow": "#dd8452",
-    "shortcut": "#4c72b0",
-    "causal": "#55a868",
+    "diffusion": "#c44e52", "flow": "#dd8452", "shortcut": "#4c72b0", "causal": "#55a868",
     "flow-map-1": "#8172b3",
-    "mean-flow-1": "#da8bc3",
-    "energy": "#937860",
-    "distilled": "#64b5cd",
-}
+    "mean-flow-1": "#da8bc3", "energy": "#937860", "distilled": "#64b5cd",
+}  # fmt: skip
 # Rows of the summary: a model and its head steps.
 SUMMARY = [
     ("diffusion", 100), ("diffusion", 10), ("flow", 8), ("shortcut", 8), ("shortcut", 4), ("shortcut", 1),

@@ -1,10 +1,10 @@
-"""Measure seconds per image of every row of the comparison, and the fractions of backbone and head.
+"""Seconds per image of every row of the comparison and of its backbone, and the head's fraction.
 
     python -m benchmarks.results_times [SET …] [--rounds 5]
 
-Run it on an idle machine. The weights are those that ``make results TRAIN=1`` trains. The rows of an image
-set take turns. Times are of the whole pipeline with decoding, in the dtype of the quality results, and are
-stored beside the rows in docs/results/SET.json.
+Run nothing else on the machine meanwhile. ``make results TRAIN=1`` trains the weights. The rows of an image
+set are measured in turn. Times are of the whole pipeline, pixels included, in the dtype of the quality
+figures, and are stored with the rows in docs/results/SET.json.
 """
 
 import argparse
@@ -42,8 +42,11 @@ def main() -> None:
                     f"head share {batch}": share
                 }
                 times.setdefault(key, {}).update(values)
-                parts = f"head {share:.0%}, backbone {backbone:.3f} s"
-                print(f"{name}, batch {batch}, {key}: {summary(seconds)}, {parts}", flush=True)
+                print(
+                    f"{name}, batch {batch}, {key}: {summary(seconds)}, head {share:.0%},"
+                    f" backbone {backbone:.3f} s",
+                    flush=True,
+                )
         if not times:
             continue
         store.keep("setting", "times", {**made(), "rounds": arguments.rounds})
@@ -52,7 +55,7 @@ def main() -> None:
 
 
 def measure(name: str, store: Measurements, batch: int, rounds: int) -> dict[str, list[dict[str, float]]]:
-    """Return the seconds by part of each round, one list per row, taken in turn after a warm-up round."""
+    """Return seconds by part for each round, one list per row, measured in turn after a warm-up round."""
     calls = {}
     for model in (model for model in MODELS if MODELS[model].timed and SETS[name].weights(model).is_dir()):
         pipeline = Pipeline.from_pretrained(SETS[name].weights(model), dtype=DTYPE)

@@ -1,11 +1,11 @@
-"""Measure what each way to draw faster saves and costs: seconds at ImageNet's size, FD on the small models.
+"""Savings and costs of each way to draw faster: seconds at ImageNet's size, distances on the small models.
 
     python -m benchmarks.savings [--sets SET …] [--seconds] [--rounds N] [--batch N --ways WAY …]
 
-Distances are kept in docs/results/savings.json and measured if they are missing or their weights changed;
-processes can share the work. Without the weights, which ``make results TRAIN=1`` trains, recorded values
-stay. ``--seconds`` times all rows in turn, on an idle machine. Then docs/results.md's table is written. Both
-sizes use the same options, but 64 AR steps for 256 tokens become 8 for 16 tokens.
+Distances are kept in docs/results/savings.json and measured if they are missing or their weights changed, by
+any number of processes. Without the weights, which ``make results TRAIN=1`` trains, recorded distances are
+kept. ``--seconds`` times every row in turn, which needs an idle machine. Then the table of docs/results.md is
+written. Both sizes use the same options except AR steps: 64 for 256 tokens there, 8 for 16 tokens here.
 """
 
 import argparse
@@ -35,7 +35,7 @@ BATCHES = (1, 16)
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """A model and how it is drawn, with a fraction ``ar_share`` of its default AR steps."""
+    """A row: a model and its sampling, with the fraction ``ar_share`` of the default AR steps."""
 
     model: str
     head_steps: int | tuple[int, ...]
@@ -44,7 +44,7 @@ class Way:
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def generation(self, images: ImageSet, compared: Measurements) -> Generation:
-        """Return the generation of its small model at the best guidance of the rows ``compared``."""
+        """Return the small model's generation, at the best guidance of the comparison's rows ``compared``."""
         guidance = best_guidance(compared, self.model)
         usual = generation_of(
             images.weights(self.model), seed=0, head_steps=self.head_steps, guidance=guidance, **self.sampling
@@ -94,11 +94,11 @@ def main() -> None:
         nargs="*",
         choices=list(SETS),
         default=list(SETS),
-        help="whose distances are measured (default: all)",
+        help="image sets whose distances are measured (default: all)",
     )
     parser.add_argument("--seconds", action="store_true", help="time all rows at ImageNet's size")
     parser.add_argument(
-        "--rounds", type=int, default=3, help="times that each row is timed, in turn (default 3)"
+        "--rounds", type=int, default=3, help="number of timings of each row, in turn (default 3)"
     )
     parser.add_argument(
         "--batch", type=int, choices=BATCHES, default=1, help="images drawn together when timed (default 1)"
@@ -108,7 +108,7 @@ def main() -> None:
         nargs="+",
         choices=list(WAYS),
         default=list(WAYS),
-        help="what is timed; the first is compared with",
+        help="timed rows; the first is the baseline",
     )
     arguments = parser.parse_args()
     store = Measurements(FILE)
@@ -136,11 +136,11 @@ def measure_distances(images: ImageSet, store: Measurements) -> None:
     }
     if not missing:
         return
-    judge = measure_floors(images, compared)
+    evaluator = measure_floors(images, compared)
     for name, generation in missing.items():
-        features, labels = generate(generation, judge.network, COUNT)
-        distance = frechet_distance(FeatureStatistics.of(features), judge.reference.statistics)
-        accuracy = judge.classifier.accuracy(features, labels)
+        features, labels = generate(generation, evaluator.network, COUNT)
+        distance = frechet_distance(FeatureStatistics.of(features), evaluator.reference.statistics)
+        accuracy = evaluator.classifier.accuracy(features, labels)
         print(images.name, name, f"{distance:.1f} {accuracy:.3f}", flush=True)
         row = {
             "distance": distance,

@@ -1,8 +1,8 @@
-"""Run the default rows of ``far benchmark``; write its tables to docs/results.md and docs/speed.md.
+"""Run the default rows of ``far benchmark``; write the tables and the plot of docs/results.md and speed.md.
 
     python -m benchmarks.speed_report
 
-Also writes the plot. Takes about seven minutes on two otherwise idle cores.
+Takes about seven minutes on two otherwise idle cores.
 """
 
 import subprocess

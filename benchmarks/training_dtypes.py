@@ -1,7 +1,7 @@
-"""Measure training steps of a recipe's autoencoder and generator in auto, float32 and bfloat16.
+"""Seconds of a recipe's training steps, autoencoder and generator, in auto, float32 and bfloat16.
 
-Runs real steps of the loop (loss, optimizer, EMA) on random images, all dtypes in turn. Prints a Markdown
-table. Two variables simulate a processor with nothing newer than AVX2, except in int8 products:
+Runs steps of the training loop (loss, optimizer, EMA) on random images, dtypes in turn. Prints a Markdown
+table. Two variables simulate a processor with AVX2 and nothing newer, except in products of 8-bit integers:
 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks.training_dtypes
 """
 
@@ -45,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe)
     print(f"{arguments.recipe}, seed 0, {arguments.rounds} rounds in turn, {machine()}\n")
-    print("| step of | batch | dtype | seconds | times the first |\n|---|---|---|---|---|")
+    print("| trained | batch | dtype | seconds per step | relative to the first |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         data = write_images(Path(name) / "data", arguments.size)
         for part in arguments.parts:

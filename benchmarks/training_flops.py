@@ -1,7 +1,7 @@
-"""Count parameters and operations of a training step of the comparison's models.
+"""Parameters of the comparison's models, and the arithmetic of their training steps.
 
-Operations are additions and multiplications of matrix products and attention, forward and backward, averaged
-over mask ratios.
+Counts multiplications and additions of matrix products and attention, forward and backward, averaged over
+mask ratios.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ STEPS = 200
 
 
 def flops(model: FAR) -> float:
-    """Return the operations per image, averaged over ``STEPS`` steps."""
+    """Return the mean FLOP per image over ``STEPS`` training steps."""
     config, generator = model.config, torch.Generator().manual_seed(0)
     total = 0
     for _ in range(STEPS):
@@ -26,8 +26,8 @@ def flops(model: FAR) -> float:
             torch.zeros(2, dtype=torch.long),
         )
         with FlopCounterMode(display=False) as counter:
-            # After the steps of flow matching alone. One of the two images teaches guidance, where the head
-            # learns it.
+            # A step after those of plain flow matching. One of two images trains guidance in heads that learn
+            # it.
             loss = model.loss(latents, labels, generator, label_drop=0.1, teacher=model, step=1600)
             loss.value.mean().backward()
         total += counter.get_total_flops()
@@ -35,7 +35,7 @@ def flops(model: FAR) -> float:
 
 
 def main() -> None:
-    print("| image set | model | parameters | GFLOP an image |\n|---|---|---|---|")
+    print("| image set | model | parameters | GFLOP per image |\n|---|---|---|---|")
     for images, channels, classes in ((SETS["avatars-64"], 8, 16), (SETS["fashion-mnist"], 4, 10)):
         for name, choice in MODELS.items():
             if choice.frozen or choice.weights_of or name == "distilled":

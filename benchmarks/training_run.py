@@ -1,7 +1,7 @@
-"""Measure images per second, loading time and peak memory of a recipe's generator training.
+"""Images per second, the loader's fraction of a step, and peak memory of a recipe's generator training.
 
-Runs ``far train`` for a few hundred steps into a temporary folder with the recipe's own latent cache (run
-``far cache`` first), and reads its log.
+Runs ``far train`` for a few hundred steps in a temporary folder, with the recipe's latent cache (run ``far
+cache`` first), and reads its log.
 """
 
 import argparse
@@ -27,26 +27,26 @@ def main() -> None:
         run = Path(name)
         (run / "latents").symlink_to(recipe.latents_folder.resolve())
         overrides = [
-            f"run={run}",
-            f"autoencoder_from={recipe.autoencoder_folder}",
-            f"generator.training.steps={arguments.steps}",
-            "generator.training.log_every=10",
-            "generator.evaluation.images=100",
-            "generator.evaluation.references=100",
-        ]
+            f"run={run}", f"autoencoder_from={recipe.autoencoder_folder}",
+            f"generator.training.steps={arguments.steps}", "generator.training.log_every=10",
+            "generator.evaluation.images=100", "generator.evaluation.references=100",
+        ]  # fmt: skip
         subprocess.run(
             [sys.executable, "-m", "far", "train", str(arguments.recipe), *overrides],
             check=True,
             stderr=subprocess.DEVNULL,
         )
         entries = [json.loads(line) for line in (run / "model" / "log.jsonl").read_text().splitlines()]
-    steps = [entry for entry in entries if "loss" in entry][1:]  # the first includes warming up
+    steps = [entry for entry in entries if "loss" in entry][1:]  # the first includes the warm-up
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     training = recipe.generator.training
-    dtype, rate = steps[-1]["dtype"], statistics.median(entry["images_per_second"] for entry in steps)
-    print(f"{arguments.recipe}: batch {training.batch_size}, {dtype}, seed {training.seed}, {machine()}")
+    print(
+        f"{arguments.recipe}: batch {training.batch_size}, {steps[-1]['dtype']}, seed {training.seed},"
+        f" {machine()}"
+    )
+    rate = statistics.median(entry["images_per_second"] for entry in steps)
     print(f"images/s: median {rate:.0f} over {arguments.steps} steps")
-    print(f"loader's share of a step: {statistics.median(entry['loader_share'] for entry in steps):.2%}")
+    print(f"loader's fraction of a step: {statistics.median(entry['loader_share'] for entry in steps):.2%}")
     print(f"peak memory: {peak:.2f} GB")
 
 

@@ -60,7 +60,7 @@ class Autoencoder(nn.Module):
         return Posterior(self.moments(images))
 
     def moments(self, images: Tensor) -> Tensor:
-        """Return mean and log-variance, stacked and unscaled: ``[b, 2c, h, w]``. A latent cache stores these."""
+        """Return mean and log-variance ``[b, 2c, h, w]``, unscaled, as a latent cache stores them."""
         height, width = images.shape[-2:]
         if height % self.config.stride or width % self.config.stride:
             raise InputError(
@@ -95,7 +95,7 @@ class Autoencoder(nn.Module):
     def _in_parts(self, network: Callable[[Tensor], Tensor], x: Tensor, height: int, width: int) -> Tensor:
         """Return ``network(x)``, computed for a few images at a time unless gradients are recorded.
 
-        A large batch would fill a GPU's memory, and its activations of 2³¹ values would overflow some kernels.
+        A large batch would fill a GPU's memory, and activations of 2³¹ values overflow some kernels.
         """
         if torch.is_grad_enabled():
             return network(x)
@@ -154,7 +154,7 @@ class Autoencoder(nn.Module):
         )
 
     def fingerprint(self) -> str:
-        """Return a digest of the encoder's weights: moments with another fingerprint are another autoencoder's."""
+        """Return a digest of the encoder's weights: other moments have another fingerprint."""
         digest = hashlib.sha256(b"spherical" if self.config.spherical else b"")
         for part in (self.encoder, self.quant_conv):
             for name, tensor in part.state_dict().items():
@@ -220,7 +220,7 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, then a change of resolution where there is one."""
+    """The residual blocks of one resolution, then possibly a change of resolution."""
 
     def __init__(
         self, channels_in: int, channels_out: int, blocks: int, groups: int, *, attention: bool
@@ -256,7 +256,7 @@ class Middle(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, convolution, twice; a 1×1 convolution on the shortcut where the width changes."""
+    """Norm, SiLU, convolution, twice; a 1×1 convolution on the shortcut if the width changes."""
 
     def __init__(self, channels_in: int, channels_out: int, groups: int) -> None:
         super().__init__()

@@ -27,9 +27,9 @@ _MARK = (
 _CLASSES_SHOWN = 20
 _CITATION = (
     "The method is Hang et al., *Fast Autoregressive Models for Continuous Latent Generation*, "
-    "[arXiv 2504.18391](https://arxiv.org/abs/2504.18391) (2025). It builds on Li et al., *Autoregressive "
-    "Image Generation "
-    "without Vector Quantization*, [arXiv 2406.11838](https://arxiv.org/abs/2406.11838) (2024)."
+    "[arXiv 2504.18391](https://arxiv.org/abs/2504.18391) (2025). It builds on Li et al., "
+    "*Autoregressive Image Generation without Vector Quantization*, "
+    "[arXiv 2406.11838](https://arxiv.org/abs/2406.11838) (2024)."
 )
 
 

@@ -28,8 +28,8 @@ def class_number(classes: Sequence[str], label: object) -> int:
         if label in classes:
             return _named(classes, label)
         raise InputError(
-            f"class {label[:80]!r} does not exist. Give a number 0 to {len(classes) - 1} or one of: "
-            f"{_shown(classes)}."
+            f"class {label[:80]!r} does not exist. "
+            f"Give a number 0 to {len(classes) - 1} or one of: {_shown(classes)}."
         )
     number = int(match[2])
     if match[1] is None and label in classes:
@@ -61,7 +61,7 @@ def label_text(classes: Sequence[str], number: int) -> str:
 def check_same_classes(
     ours: Sequence[str], source: str, theirs: Sequence[str], other: str, remedy: str
 ) -> None:
-    """Raise an :class:`InputError` that names the first difference and the remedy, unless the names are equal.
+    """Raise an :class:`InputError` that names the first difference and the remedy unless names are equal.
 
     Args:
         ours: class names of ``source``, in order.

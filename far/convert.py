@@ -98,10 +98,10 @@ def convert_mar(source: Path, folder: Path, *, ema: bool = True) -> None:
     classes = tuple(str(number) for number in range(config.classes))
     described = _with(existing, folder, model=config, classes=classes, defaults=defaults)
     with torch.device("meta"):
-        wanted = FAR(config).state_dict()
+        expected = FAR(config).state_dict()
     embedding = _class_embedding(weights, config, source)
-    del wanted[_CLASS_EMBEDDING]
-    tensors = {_CLASS_EMBEDDING: embedding, **_renamed(wanted, weights, mar_name, source)}
+    del expected[_CLASS_EMBEDDING]
+    tensors = {_CLASS_EMBEDDING: embedding, **_renamed(expected, weights, mar_name, source)}
     add_part(folder, "model", tensors, described)
 
 
@@ -154,8 +154,8 @@ def add_autoencoder(
     """
     described = _with(config_without(folder, "autoencoder"), folder, autoencoder=config)
     with torch.device("meta"):
-        wanted = Autoencoder(config).state_dict()
-    add_part(folder, "autoencoder", _renamed(wanted, weights, published_name, source), described)
+        expected = Autoencoder(config).state_dict()
+    add_part(folder, "autoencoder", _renamed(expected, weights, published_name, source), described)
 
 
 def _with(existing: FolderConfig, folder: Path, **entries: Any) -> FolderConfig:
@@ -176,11 +176,10 @@ def _read_pickle(source: Path) -> Any:
     except OSError as error:
         raise InputError(f"cannot read {source}: {error.strerror or error}. Check the path.") from error
     except Exception as error:  # a damaged or hostile pickle can raise anything
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
+        if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise InputError(
-                f"{source} is refused: its pickle requires {found[1]!r}, and only tensors, plain values and "
-                "argparse.Namespace "
-                "are allowed. Give the published checkpoint."
+                f"{source} is refused: its pickle requires {named[1]!r}, and only tensors, plain values and "
+                "argparse.Namespace are allowed. Give the published checkpoint."
             ) from error
         raise InputError(
             f"{source} is cut off, damaged or not a PyTorch checkpoint. Download or copy it again."
@@ -197,8 +196,8 @@ def _tensors(weights: Any, source: Path) -> dict[str, Tensor]:
         if not (isinstance(name, str) and is_held(tensor) and tensor.dtype in FLOATS):
             entry = reprlib.repr(name)
             raise InputError(
-                f"{source}: the entry {entry} of its weights is not a floating point tensor. Give the "
-                "published checkpoint."
+                f"{source}: the entry {entry} of its weights is not a floating point tensor. "
+                "Give the published checkpoint."
             )
     return dict(weights)
 
@@ -214,8 +213,7 @@ def _mar_config(weights: dict[str, Tensor], settings: dict[str, Any]) -> ModelCo
     if side**2 != tokens or latent_channels * patch**2 != channels:
         raise InputError(
             f"{tokens} tokens of {channels} values do not form a square grid of {patch}×{patch} patches of "
-            f"{latent_channels} "
-            "channels. Give the published checkpoint."
+            f"{latent_channels} channels. Give the published checkpoint."
         )
     backbone = MaskedConfig(
         encoder_width=encoder_width,
@@ -244,8 +242,8 @@ def _autoencoder_config(weights: dict[str, Tensor]) -> AutoencoderConfig:
     widths = [_shape(weights, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in range(levels)]
     if width < 1 or any(level % width for level in widths):
         raise InputError(
-            f"its levels have the widths {widths}, which are not multiples of the first convolution's "
-            f"{width}."
+            f"its levels have the widths {widths}, which are not multiples "
+            f"of the first convolution's {width}."
         )
     return AutoencoderConfig(
         width=width,
@@ -260,8 +258,8 @@ def _shape(weights: dict[str, Tensor], name: str, dimensions: int) -> torch.Size
         raise InputError(f"it lacks the tensor {name}. Give the published checkpoint.")
     if weights[name].dim() != dimensions:
         raise InputError(
-            f"{name} has shape {list(weights[name].shape)}, not {dimensions} dimensions. Give the published "
-            "checkpoint."
+            f"{name} has shape {list(weights[name].shape)}, not {dimensions} dimensions. "
+            "Give the published checkpoint."
         )
     return weights[name].shape
 
@@ -285,9 +283,8 @@ def _heads(settings: dict[str, Any], part: str, width: int) -> int:
     heads = _number(settings, f"{part}_num_heads", _MAR_HEADS.get(width, 0))
     if not heads:
         raise InputError(
-            f"the number of attention heads of its {part} (width {width}) is unknown. Set {part}_num_heads "
-            "in the "
-            "checkpoint's args."
+            f"the number of attention heads of its {part} (width {width}) is unknown. "
+            f"Set {part}_num_heads in the checkpoint's args."
         )
     return heads
 
@@ -301,8 +298,8 @@ def _class_embedding(weights: dict[str, Tensor], config: ModelConfig, source: Pa
     for name, tensor, rows in (("class_emb.weight", classes, len(classes)), ("fake_latent", null, 1)):
         if tensor.shape != (rows, width):
             raise InputError(
-                f"{source}: {name} is missing or its shape is not {[rows, width]}. Give the published "
-                "checkpoint."
+                f"{source}: {name} is missing or its shape is not {[rows, width]}. "
+                "Give the published checkpoint."
             )
     return torch.cat([classes[: config.classes], null])
 
@@ -310,34 +307,37 @@ def _class_embedding(weights: dict[str, Tensor], config: ModelConfig, source: Pa
 def mar_name(ours: str) -> str:
     """Return MAR's name of one of our tensors, except the class embedding, which is two tensors there."""
     for pattern, theirs in _MAR_NAMES:
-        name, found = re.subn(rf"^{pattern}(?=\.|$)", theirs, ours)
-        if found:
+        name, replaced = re.subn(rf"^{pattern}(?=\.|$)", theirs, ours)
+        if replaced:
             return name
     raise AssertionError(f"MAR has no name for {ours}")
 
 
 def _renamed(
-    wanted: dict[str, Tensor], weights: dict[str, Tensor], published_name: Callable[[str], str], source: Path
+    expected: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    published_name: Callable[[str], str],
+    source: Path,
 ) -> dict[str, Tensor]:
     """Return ``weights`` under our names after checking that none is missing, left over or misshapen."""
-    names = {ours: published_name(ours) for ours in wanted}
+    names = {ours: published_name(ours) for ours in expected}
     for ours, theirs in names.items():
         if theirs not in weights:
             raise InputError(f"{source} lacks the tensor {theirs}. Give the published checkpoint.")
-        if weights[theirs].shape != wanted[ours].shape:
-            shape, expected = list(weights[theirs].shape), list(wanted[ours].shape)
+        if weights[theirs].shape != expected[ours].shape:
+            shape, required = list(weights[theirs].shape), list(expected[ours].shape)
             raise InputError(
-                f"{source}: {theirs} has shape {shape}, but the file's other tensors require {expected}. "
+                f"{source}: {theirs} has shape {shape}, but the file's other tensors require {required}. "
                 "Give the published checkpoint."
             )
         if weights[theirs].dtype not in FLOATS:
             raise InputError(
-                f"{source}: {theirs} is of {weights[theirs].dtype}, which weights cannot have. Give the "
-                "published checkpoint."
+                f"{source}: {theirs} is of {weights[theirs].dtype}, which weights cannot have. "
+                "Give the published checkpoint."
             )
     if left_over := sorted(weights.keys() - set(names.values())):
         raise InputError(
-            f"{source} holds the tensor {left_over[0]!r}, which the published model does not have. Give "
-            "another checkpoint."
+            f"{source} holds the tensor {left_over[0]!r}, which the published model does not have. "
+            "Give another checkpoint."
         )
     return {ours: weights[theirs] for ours, theirs in names.items()}

@@ -95,14 +95,13 @@ def to_diffusers(autoencoder: Autoencoder, folder: Path) -> None:
     config = autoencoder.config
     if config.spherical:
         raise InputError(
-            "this autoencoder is spherical, which an AutoencoderKL of diffusers cannot be. Convert another "
-            "one."
+            "this autoencoder is spherical, which an AutoencoderKL of diffusers cannot be. "
+            "Convert another one."
         )
     if config.width_multipliers[0] != 1:
         raise InputError(
             f"width_multipliers {list(config.width_multipliers)} cannot be converted: those of an "
-            "AutoencoderKL begin "
-            "with 1. Convert another autoencoder."
+            "AutoencoderKL begin with 1. Convert another autoencoder."
         )
     if (folder / "config.json").exists():
         raise InputError(f"{folder} already holds a model, which is not overwritten. Choose another folder.")
@@ -116,7 +115,7 @@ def to_diffusers(autoencoder: Autoencoder, folder: Path) -> None:
 
 
 def from_diffusers(source: Path, folder: Path) -> str:
-    """Add the autoencoder of an ``AutoencoderKL`` folder to one of ours, and return the names of the files read.
+    """Add the autoencoder of an ``AutoencoderKL`` folder to one of ours, and return which files were read.
 
     A generator in the folder is kept. An autoencoder in the folder is never overwritten. Weights may be in
     one file or in shards, under the attention's older names, or a variant such as ``fp16``. If there are
@@ -135,8 +134,8 @@ def from_diffusers(source: Path, folder: Path) -> str:
     path = source / "config.json"
     if not path.exists():
         raise InputError(
-            f"{path} does not exist. Give the folder of an {_CLASS} (for a whole diffusers pipeline, its "
-            "vae)."
+            f"{path} does not exist. "
+            f"Give the folder of an {_CLASS} (for a whole diffusers pipeline, its vae)."
         )
     values = read_json(path)
     if not isinstance(values, dict) or values.get("_class_name") != _CLASS:
@@ -169,8 +168,8 @@ def _weights(source: Path) -> list[Path]:
                 ranked.append((match[1] or "", sharded, path))
     if not ranked:
         raise InputError(
-            f"{source / _WEIGHTS} does not exist, and pickles are not read. Let diffusers save it as "
-            "safetensors."
+            f"{source / _WEIGHTS} does not exist, and pickles are not read. "
+            "Let diffusers save it as safetensors."
         )
     return [path for _, _, path in sorted(ranked)]
 
@@ -189,14 +188,14 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     for file in sorted(set(files.values())):
         if not re.fullmatch(r"[\w.-]+\.safetensors", file, re.ASCII):
             raise InputError(
-                f"{index} lists {file[:80]!r}, which is not a safetensors file beside it. Copy or save the "
-                "weights again."
+                f"{index} lists {file[:80]!r}, which is not a safetensors file beside it. "
+                "Copy or save the weights again."
             )
         shard = read_tensors(index.parent / file)
         if shard.keys() != {name for name, place in files.items() if place == file}:
             raise InputError(
-                f"{index.parent / file} holds other tensors than {index.name} lists for it. Copy or save the "
-                "weights again."
+                f"{index.parent / file} holds other tensors than {index.name} lists for it. "
+                "Copy or save the weights again."
             )
         tensors |= shard
     return tensors
@@ -247,8 +246,8 @@ def _ours(theirs: AutoencoderKLConfig, path: Path) -> AutoencoderConfig:
     widths = theirs.block_out_channels
     if not widths or min(widths) < 1 or any(width % widths[0] for width in widths):
         raise InputError(
-            f"{path}: block_out_channels {list(widths)} are not multiples of the first. Convert another "
-            "autoencoder."
+            f"{path}: block_out_channels {list(widths)} are not multiples of the first. "
+            "Convert another autoencoder."
         )
     scale, shift = _scale_and_shift(theirs, path)
     try:
@@ -267,8 +266,8 @@ def _ours(theirs: AutoencoderKLConfig, path: Path) -> AutoencoderConfig:
         value = to_dict(theirs)[name]
         if name not in _NOT_COMPARED and value != expected:
             raise InputError(
-                f"{path}: {name} is {value!r}, but far's autoencoder requires {expected!r}. Convert another "
-                "autoencoder."
+                f"{path}: {name} is {value!r}, but far's autoencoder requires {expected!r}. "
+                "Convert another autoencoder."
             )
     return config
 

@@ -33,8 +33,8 @@ def image_pixels(image: Any, size: tuple[int, int]) -> Tensor:
     low, high = tensor.float().aminmax()  # NaN if any value is
     if not (tensor.is_floating_point() and low >= 0 and high <= 1):
         raise InputError(
-            f"image holds {tensor.dtype} from {low:g} to {high:g}. Give floats within 0 … 1, such as bytes / "
-            "255."
+            f"image holds {tensor.dtype} from {low:g} to {high:g}. "
+            "Give floats within 0 … 1, such as bytes / 255."
         )
     return tensor
 
@@ -84,8 +84,8 @@ def _pixels(name: str, given: Any, background: str) -> Tensor:
     if isinstance(given, Tensor) and not given.is_complex():
         return given
     raise InputError(
-        f"{name} is {type(given).__name__}. Give a picture of Pillow, an array of numpy or a tensor of real "
-        "numbers."
+        f"{name} is {type(given).__name__}. "
+        "Give a picture of Pillow, an array of numpy or a tensor of real numbers."
     )
 
 
@@ -106,9 +106,8 @@ def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
     left, top, right, bottom = sides
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise InputError(
-            f"box {left} {top} {right} {bottom} is empty or leaves the image. Give left, top, right and "
-            "bottom within "
-            f"0 0 {width} {height}."
+            f"box {left} {top} {right} {bottom} is empty or leaves the image. "
+            f"Give left, top, right and bottom within 0 0 {width} {height}."
         )
     mask = torch.zeros(size, dtype=torch.bool)
     mask[top:bottom, left:right] = True
@@ -138,8 +137,7 @@ def place(picture: Image.Image, size: tuple[int, int], left: int, top: int) -> t
     if not (left >= 0 and top >= 0 and right <= width and bottom <= height):
         raise InputError(
             f"an image of {picture.height}×{picture.width} pixels placed at {left} {top} leaves the canvas "
-            "of "
-            f"{height}×{width} pixels. Give another left and top pixel, or a smaller image."
+            f"of {height}×{width} pixels. Give another left and top pixel, or a smaller image."
         )
     margins = ((top, height - bottom), (left, width - right), (0, 0))
     canvas = np.pad(np.asarray(picture), margins, mode="edge")
@@ -163,8 +161,8 @@ def touched_tokens(mask: Tensor, grid: tuple[int, int]) -> Tensor:
         raise InputError("the mask marks nothing to redraw. Paint the part to redraw white.")
     if touched.all():
         raise InputError(
-            f"the mask touches all {rows}×{columns} tokens, so nothing is kept. Mark less, or generate a new "
-            "image."
+            f"the mask touches all {rows}×{columns} tokens, so nothing is kept. "
+            "Mark less, or generate a new image."
         )
     return touched
 

@@ -68,7 +68,7 @@ class ModelFolder:
 
     @property
     def has_autoencoder(self) -> bool:
-        """Whether the folder or its base holds an autoencoder."""
+        """Return whether the folder or its base holds an autoencoder."""
         return self.config.autoencoder is not None or (self.base is not None and self.base.has_autoencoder)
 
     def load_model(self) -> "FAR":
@@ -122,8 +122,7 @@ class ModelFolder:
         except InputError as error:
             raise InputError(
                 f"{self.path / _CONFIG}: the base {self.config.base.weights!r} is not the one that this "
-                "model was "
-                f"made from ({error}). Install the version of far that wrote this folder."
+                f"model was made from ({error}). Install the version of far that wrote this folder."
             ) from error
 
     @classmethod
@@ -181,7 +180,7 @@ class ModelFolder:
     def _on_base(
         self, name: str, tensors: "dict[str, dict[str, Tensor]]"
     ) -> "tuple[ModelFolder, dict[str, dict[str, Tensor]]]":
-        """Return this folder as one that builds on a bundled model, and the tensors that it must still hold."""
+        """Return this folder as one that builds on a bundled model, and the tensors that it must hold."""
         from far.weights import changed_tensors, digest
 
         base = _open_base(name)
@@ -282,8 +281,8 @@ def config_without(path: Path, part: Literal["model", "autoencoder"]) -> FolderC
     config = _read_config(path / _CONFIG) if (path / _CONFIG).exists() else FolderConfig()
     if getattr(config, part) is not None or (path / f"{part}.safetensors").exists():
         raise InputError(
-            f"{path} already holds the part {part!r}, which is not overwritten. Choose another folder, or "
-            "remove it."
+            f"{path} already holds the part {part!r}, which is not overwritten. "
+            "Choose another folder, or remove it."
         )
     return config
 

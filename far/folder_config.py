@@ -53,8 +53,8 @@ class FolderConfig:
             return
         if len(self.classes) != self.model.classes:
             raise InputError(
-                f"classes has {len(self.classes)} names for a model of {self.model.classes} classes. Name "
-                "them all."
+                f"classes has {len(self.classes)} names for a model of {self.model.classes} classes. "
+                "Name them all."
             )
         for name in self.classes:
             if not is_plain(name):

@@ -45,9 +45,8 @@ def download(name: str, revision: str | None = None, *, local_files_only: bool =
     if not ((Path(folder) / "config.json").is_file() and any(Path(folder).glob("*.safetensors"))):
         raise InputError(
             f"{repository} on the hub does not hold config.json and safetensors, and pickles (.bin, .pth, "
-            ".ckpt) are not "
-            "read from there. Download MAR's checkpoints and convert them with far convert mar and far "
-            "convert kl16."
+            ".ckpt) are not read from there. "
+            "Download MAR's checkpoints and convert them with far convert mar and far convert kl16."
         )
     return Path(folder)
 
@@ -130,14 +129,13 @@ def _refusals_in_one_line(repository: str, revision: str | None) -> Iterator[Non
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise InputError(
-            f"{repository!r} is neither a folder here nor a model on the hub that you may see. Check the "
-            "name, or log in "
-            "with: hf auth login"
+            f"{repository!r} is neither a folder here nor a model on the hub that you may see. "
+            "Check the name, or log in with: hf auth login"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise InputError(
-            f"{repository} has no revision {revision!r} on the hub. Give one of its branches, tags or "
-            "commits."
+            f"{repository} has no revision {revision!r} on the hub. "
+            "Give one of its branches, tags or commits."
         ) from error
     except (
         errors.OfflineModeIsEnabled
@@ -149,13 +147,11 @@ def _refusals_in_one_line(repository: str, revision: str | None) -> Iterator[Non
         if reason is None or isinstance(reason, errors.OfflineModeIsEnabled):
             raise InputError(
                 f"{repository!r}{pinned} is not a folder here and not complete in the local cache, and "
-                "offline mode is on. "
-                "Load it once without local_files_only and HF_HUB_OFFLINE."
+                "offline mode is on. Load it once without local_files_only and HF_HUB_OFFLINE."
             ) from error
         raise InputError(
             f"{repository!r}{pinned} is not a folder here and not complete in the local cache, and the hub "
-            "does not answer "
-            f"({_line(reason)}). Check the name and the connection."
+            f"does not answer ({_line(reason)}). Check the name and the connection."
         ) from error
     except errors.HfHubHTTPError as error:
         refused = error.response.status_code in (401, 403)

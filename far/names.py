@@ -20,15 +20,15 @@ def find_folder(name: Path | str, *, revision: str | None = None, local_files_on
     """
     if not isinstance(name, str | Path):
         raise InputError(
-            f"weights {name!r} is not a name. Give a folder, the name of a bundled model, or OWNER/NAME of "
-            "the hub."
+            f"weights {name!r} is not a name. "
+            "Give a folder, the name of a bundled model, or OWNER/NAME of the hub."
         )
     bundled = bundled_names()
     if (name != "" and Path(name).is_dir()) or (isinstance(name, str) and name in bundled):
         if revision is not None:
             raise InputError(
-                f"weights {str(name)!r} is a folder here, which has no revision {revision!r}. Leave the "
-                "revision out."
+                f"weights {str(name)!r} is a folder here, which has no revision {revision!r}. "
+                "Leave the revision out."
             )
         folder = Path(name) if Path(name).is_dir() else BUNDLED / name
         if not (folder / "config.json").exists():

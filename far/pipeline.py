@@ -1,4 +1,4 @@
-"""``Pipeline``: class labels in, images out. ``far.sampling`` has the loop, ``far.folder`` the saved folder."""
+"""``Pipeline``: class labels in, images out. ``far.sampling`` has the loop, ``far.folder`` the files."""
 
 import dataclasses
 import tempfile

@@ -137,14 +137,13 @@ def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path
     for name, like in expected.items():
         if name not in tensors:
             raise InputError(
-                f"{path} lacks the tensor {name}. Its config.json is that of another model: restore both "
-                "files."
+                f"{path} lacks the tensor {name}. "
+                "Its config.json is that of another model: restore both files."
             )
         if tensors[name].shape != like.shape:
             raise InputError(
                 f"{path}: {name} has shape {list(tensors[name].shape)}, but config.json requires "
-                f"{list(like.shape)}. "
-                "Restore both files."
+                f"{list(like.shape)}. Restore both files."
             )
         if tensors[name].dtype not in (FLOATS if like.is_floating_point() else (like.dtype,)):
             raise InputError(
@@ -153,8 +152,8 @@ def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path
     for name in tensors:
         if name not in expected:
             raise InputError(
-                f"{path} holds the tensor {name!r}, which the model does not have. Restore it and its "
-                "config.json."
+                f"{path} holds the tensor {name!r}, which the model does not have. "
+                "Restore it and its config.json."
             )
 
 

@@ -1,11 +1,11 @@
-"""A base for networks that are known in closed form and stand where a head's trained network would."""
+"""Base class of networks in closed form, which replace a head's network."""
 
 import torch
 from torch import Tensor, nn
 
 
 class ExactNetwork(nn.Module):
-    """``forward(x, z, *times)`` of a subclass, by the steps in which heads ask for it; conditions and times stay as they are."""
+    """Base class that embeds conditions and times as themselves. A subclass defines ``forward``."""
 
     def embed_condition(self, z: Tensor) -> Tensor:
         return z

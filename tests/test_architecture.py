@@ -172,7 +172,9 @@ def test_private_operators_of_torch_are_called_in_one_place() -> None:
 
 # --- Sizes ----------------------------------------------------------------------------------------------------
 
-MOST_LINES, MOST_PARAMETERS = 400, 8
+MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 400, 60, 8
+# A docstring stands alone: it begins with a verb or a noun.
+DEPENDENT = re.compile(r"(What|Where|How|Whether|Of|The same)\b")
 SOURCES = sorted(path for folder in ("far", "benchmarks") for path in (ROOT.parent / folder).rglob("*.py"))
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -192,6 +194,15 @@ def test_files_are_short() -> None:
     assert not {path: count for path, count in lines.items() if count > MOST_LINES}
 
 
+def test_functions_are_short() -> None:
+    lines = {
+        place: node.end_lineno - node.lineno + 1  # type: ignore[attr-defined]
+        for place, node in definitions(ast.FunctionDef, ast.AsyncFunctionDef)
+    }
+    assert len(lines) > 500, "functions are not found"
+    assert not {place: count for place, count in lines.items() if count > MOST_FUNCTION_LINES}
+
+
 def test_parameter_lists_are_short() -> None:
     long = {}
     for place, node in definitions(ast.FunctionDef, ast.AsyncFunctionDef):
@@ -201,3 +212,12 @@ def test_parameter_lists_are_short() -> None:
         if len(names) > MOST_PARAMETERS:
             long[place] = len(names)
     assert not long
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun() -> None:
+    found = []
+    for place, node in definitions(ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef):
+        text = ast.get_docstring(node) or ""  # type: ignore[arg-type]
+        if place.startswith("far") and DEPENDENT.match(text):
+            found.append(f"{place}: {text.splitlines()[0]}")
+    assert not found, "\n".join(found)

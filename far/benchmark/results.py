@@ -53,7 +53,7 @@ class RowResult:
 
     @property
     def estimated(self) -> bool:
-        """Whether the timed AR steps stand for others."""
+        """Return whether the timed AR steps represent others."""
         return self.timed_steps < self.row.sampling.ar_steps
 
     @property

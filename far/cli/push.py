@@ -1,6 +1,6 @@
 """Publish a model and its card on the hub. Log in first, with: hf auth login.
 
-A card that was written or edited on the hub is kept.
+A card on the hub is kept unless a comment in it marks it as generated.
 """
 
 import argparse

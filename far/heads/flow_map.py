@@ -8,6 +8,7 @@ guided field, so guidance takes one pass of the backbone.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ LOGIT_MEAN, LOGIT_DEVIATION = 0.4, 1.0
 ADAPTIVE_EPSILON = 1e-3
 # Weight of a Lagrangian loss, about that of a flow-matching loss by its adaptive weight.
 LAGRANGIAN_WEIGHT = 1.5
+MeanVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class FlowMapHead(Head):
@@ -74,66 +76,33 @@ class FlowMapHead(Head):
         """
         assert isinstance(teacher, FlowMapHead)
         mean_flow = self.config.objective == "mean_flow"
-        started = step >= self.config.flow_steps
-        off = max(1, round(OFF_DIAGONAL * self.config.samples_per_token)) if started else 0
-        noise, s, t = self._draw(x, off, generator)
+        samples, started = self.config.samples_per_token, step >= self.config.flow_steps
+        off = max(1, round(OFF_DIAGONAL * samples)) if started else 0
+        noise, s, t = draw_noise_and_times(x, samples, off, generator)
         z, uncond = condition.z, condition.uncond
-        field = _Field(teacher, z.detach(), uncond, self._draw_scales(s, uncond, generator))
+        scale = draw_scales(s, 0 if uncond is None else len(uncond), self.max_guidance, generator)
+        field = GuidedField(teacher, z.detach(), uncond, scale)
         point = interpolate(noise, x, s)
         velocity = x - noise + field.shift(point, s)
-        predicted = self.mean_velocity(point[off:], s[off:], s[off:], z, field.scale[off:])
+        predicted = self.mean_velocity(point[off:], s[off:], s[off:], z, scale[off:])
         flow = (predicted - velocity[off:]).square().mean(dim=-1)
         losses, weighted, terms = flow, adaptive(flow), {"flow": flow.detach().flatten()}
         if off:
-            residual = self._mean_flow if mean_flow else self._lagrangian
-            error = residual(point[:off], velocity[:off], s[:off], t[:off], z, field.first(off))
+            field = dataclasses.replace(field, scale=scale[:off])
+            point, velocity, s_off, t_off = point[:off], velocity[:off], s[:off], t[:off]
+
+            def mean_velocity(x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+                return self.mean_velocity(x, s, t, z, field.scale)
+
+            if mean_flow:
+                error = mean_flow_residual(mean_velocity, velocity, point, s_off, t_off)
+            else:
+                error = lagrangian_residual(mean_velocity, field.velocity, point, s_off, t_off)
             jump = error.square().mean(dim=-1)
             losses = torch.cat([jump, losses])
             weighted = torch.cat([adaptive(jump) if mean_flow else LAGRANGIAN_WEIGHT * jump, weighted])
             terms[self.config.objective] = jump.detach().flatten()
         return TokenLoss(weighted.mean(dim=0), losses.detach().flatten(), s.flatten(), terms)
-
-    def _draw(self, x: Tensor, off: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw noise ``[samples, n, channels]`` and times ``s ≤ t [samples, n]``.
-
-        The times differ in the first ``off`` samples, which are off the diagonal.
-        """
-        samples = self.config.samples_per_token
-        noise = torch.randn(samples, *x.shape, generator=generator)
-        s, other = (torch.rand(count, len(x), generator=generator) for count in (samples, off))
-        s, other = logistic_normal(s), logistic_normal(other)  # on the CPU: MPS has no kernel for it
-        first, last = torch.minimum(s[:off], other), torch.maximum(s[:off], other)
-        s, t = torch.cat([first, s[off:]]), torch.cat([last, s[off:]])
-        return noise.to(x.device), s.to(x.device), t.to(x.device)
-
-    def _draw_scales(self, like: Tensor, uncond: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Draw guidance scales ``[samples, n]``: uniform for tokens that learn guidance, 1 for the others."""
-        scale = torch.ones_like(like)
-        if uncond is not None:
-            drawn = torch.rand(len(like), len(uncond), generator=generator).to(like.device)
-            scale[:, : len(uncond)] += drawn * (self.max_guidance - 1)
-        return scale
-
-    def _lagrangian(
-        self, point: Tensor, velocity: Tensor, s: Tensor, t: Tensor, z: Tensor, field: "_Field"
-    ) -> Tensor:
-        """Return ``∂_t X_{s,t} − v_{t,t}(X_{s,t})``: the motion of the map's end less the field there."""
-        mean, change = torch.func.jvp(  # type: ignore[misc]
-            lambda end: self.mean_velocity(point, s, end, z, field.scale), (t,), (torch.ones_like(t),)
-        )
-        length = (t - s).unsqueeze(-1)
-        return mean + length * change - field.velocity((point + length * mean).detach(), t)
-
-    def _mean_flow(
-        self, point: Tensor, velocity: Tensor, s: Tensor, t: Tensor, z: Tensor, field: "_Field"
-    ) -> Tensor:
-        """Return ``v_{s,t} − (v + (t − s) · dv_{s,t}/ds)``, differentiated along the flow (equation 6)."""
-        mean, change = torch.func.jvp(  # type: ignore[misc]
-            lambda x, start: self.mean_velocity(x, start, t, z, field.scale),
-            (point, s),
-            (velocity, torch.ones_like(s)),
-        )
-        return mean - (velocity + (t - s).unsqueeze(-1) * change).detach()
 
     def sampler(self, steps: int, like: Tensor) -> Draw:
         """Return a function that draws tokens; see :meth:`Head.sampler`.
@@ -156,22 +125,87 @@ class FlowMapHead(Head):
         return draw
 
 
-@dataclasses.dataclass(frozen=True)
-class _Field:
-    """The teacher's velocity field without gradient, guided at each token's ``scale [samples, n]``."""
+def lagrangian_residual(
+    mean_velocity: MeanVelocity,
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    point: Tensor,
+    s: Tensor,
+    t: Tensor,
+) -> Tensor:
+    """Return ``∂_t X_{s,t} − v_{t,t}(X_{s,t})``: the motion of the map's end less the field there.
 
-    teacher: FlowMapHead
+    Args:
+        mean_velocity: ``v_{s,t}(x)``, a function of ``x``, ``s`` and ``t``.
+        velocity: the field, a function of points and times, without gradient.
+        point: points ``[samples, n, channels]`` of the flow at the times ``s``.
+        s: starts ``[samples, n]``.
+        t: ends ``[samples, n]``.
+    """
+    mean, change = torch.func.jvp(  # type: ignore[misc]
+        lambda end: mean_velocity(point, s, end), (t,), (torch.ones_like(t),)
+    )
+    length = (t - s).unsqueeze(-1)
+    return mean + length * change - velocity((point + length * mean).detach(), t)
+
+
+def mean_flow_residual(
+    mean_velocity: MeanVelocity, velocity: Tensor, point: Tensor, s: Tensor, t: Tensor
+) -> Tensor:
+    """Return ``v_{s,t} − (v + (t − s) · dv_{s,t}/ds)``, differentiated along ``velocity`` (equation 6).
+
+    See :func:`lagrangian_residual` for the other arguments. Only ``v_{s,t}`` itself has a gradient.
+    """
+    mean, change = torch.func.jvp(  # type: ignore[misc]
+        lambda x, start: mean_velocity(x, start, t), (point, s), (velocity, torch.ones_like(s))
+    )
+    return mean - (velocity + (t - s).unsqueeze(-1) * change).detach()
+
+
+def draw_noise_and_times(
+    x: Tensor, samples: int, off: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw noise ``[samples, n, channels]`` and times ``s ≤ t [samples, n]`` for tokens ``x [n, channels]``.
+
+    The times differ in the first ``off`` samples, which are off the diagonal.
+    """
+    noise = torch.randn(samples, *x.shape, generator=generator)
+    s, other = (torch.rand(count, len(x), generator=generator) for count in (samples, off))
+    s, other = logistic_normal(s), logistic_normal(other)  # on the CPU: MPS has no kernel for it
+    first, last = torch.minimum(s[:off], other), torch.maximum(s[:off], other)
+    s, t = torch.cat([first, s[off:]]), torch.cat([last, s[off:]])
+    return noise.to(x.device), s.to(x.device), t.to(x.device)
+
+
+def draw_scales(like: Tensor, count: int, max_guidance: float, generator: torch.Generator) -> Tensor:
+    """Draw scales ``[samples, n]`` shaped as ``like``: uniform for the first ``count`` tokens, else 1."""
+    scale = torch.ones_like(like)
+    if count:
+        drawn = torch.rand(len(like), count, generator=generator).to(like.device)
+        scale[:, :count] += drawn * (max_guidance - 1)
+    return scale
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidedField:
+    """Velocity field of a head, without gradient, guided at a scale of its own for each token.
+
+    Attributes:
+        head: head whose velocity is guided.
+        z: conditions ``[n, width]``.
+        uncond: conditions without the class ``[m, width]`` of the first ``m ≤ n`` tokens; the others are not
+            guided.
+        scale: guidance scales ``[samples, n]``.
+    """
+
+    head: FlowMapHead
     z: Tensor
     uncond: Tensor | None
     scale: Tensor
 
-    def first(self, samples: int) -> "_Field":
-        return dataclasses.replace(self, scale=self.scale[:samples])
-
     @torch.no_grad()
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the guided velocity at points ``x [samples, n, channels]`` and times ``t [samples, n]``."""
-        return self.teacher.velocity(x, t, Condition(self.z)) + self.shift(x, t)
+        return self.head.velocity(x, t, Condition(self.z)) + self.shift(x, t)
 
     @torch.no_grad()
     def shift(self, x: Tensor, t: Tensor) -> Tensor:
@@ -180,8 +214,8 @@ class _Field:
         if self.uncond is not None:
             count = len(self.uncond)
             x, t = x[:, :count], t[:, :count]
-            cond = self.teacher.velocity(x, t, Condition(self.z[:count]))
-            uncond = self.teacher.velocity(x, t, Condition(self.uncond))
+            cond = self.head.velocity(x, t, Condition(self.z[:count]))
+            uncond = self.head.velocity(x, t, Condition(self.uncond))
             shift[:, :count] = (self.scale[:, :count] - 1).unsqueeze(-1) * (cond - uncond)
         return shift
 

@@ -1,6 +1,7 @@
-"""How a module is trained by several processes, with torch's own engines: copied in each (DDP) or cut in shards (FSDP2).
+"""Training by several processes with torch's own engines: replicas (DDP) or shards (FSDP2) of a module.
 
-What is saved of either is read by both (``far.training.checkpoint``), so a run goes on with another, at any number of processes.
+A checkpoint does not depend on either (``far.training.checkpoint``), so a run resumes with the other engine
+and with any number of processes.
 """
 
 import contextlib
@@ -19,23 +20,23 @@ from far.model import FAR
 
 
 def replicate(losses: nn.Module) -> nn.Module:
-    """A module of losses that averages gradients over all processes."""
-    # Some heads leave parameters out in some steps.
+    """Return a module of losses that averages gradients over all processes."""
+    # Some heads do not use all parameters in every step.
     return DistributedDataParallel(losses, find_unused_parameters=True)
 
 
 def shard(losses: nn.Module, module: nn.Module, ema: nn.Module) -> nn.Module:
-    """The same, each process with its part of parameters, gradients, optimizer state and EMA.
+    """Return a module of losses whose parameters, gradients, optimizer state and EMA are sharded over processes.
 
-    A backbone's blocks are put together one by one when they are computed, all else of ``module`` for the whole of a step
-    (heads are small, and some are differentiated forwards, which shards do not allow). The EMA's head stays whole: it gives
-    targets in each step.
+    Blocks of the backbone are gathered one by one when they are computed, all other parameters for a whole
+    step: heads are small, and some need forward-mode derivatives, which shards do not support. The EMA's head
+    is not sharded, because it provides targets in every step.
 
     Raises:
-        InputError: the module is no generator.
+        InputError: the module is not a generator.
     """
     if not isinstance(module, FAR) or not isinstance(ema, FAR):
-        raise InputError("parallel fsdp is for generators; an autoencoder fits on one device, so take ddp")
+        raise InputError("parallel fsdp is for generators. An autoencoder fits on one device; use ddp")
     mesh = init_device_mesh(next(module.parameters()).device.type, (dist.get_world_size(),))
     for blocks in module.backbone.modules():
         if isinstance(blocks, nn.ModuleList):
@@ -48,9 +49,10 @@ def shard(losses: nn.Module, module: nn.Module, ema: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def gradients_together(losses: nn.Module, together: bool) -> Iterator[None]:
-    """Within it, a backward pass averages gradients over all processes, or leaves them to a later one.
+    """Average gradients over processes in backward passes within the block only if ``together``.
 
-    Shards always do: what is left to a later pass is whole, and would take the memory that they are to save.
+    Shards always average: gradients left for a later pass would be whole, and need the memory that shards
+    save.
     """
     with (
         losses.no_sync()
@@ -61,24 +63,24 @@ def gradients_together(losses: nn.Module, together: bool) -> Iterator[None]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor with its shards put together, in every process at once, or the tensor itself."""
+    """Return a tensor gathered from its shards, which all processes call at once, or the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def own(tensor: Tensor) -> Tensor:
-    """This process's shard of a tensor, or the tensor itself."""
+    """Return this process's shard of a tensor, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shards_like(like: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor as ``like`` is: this process's shard of it, or as it is."""
+    """Return a whole tensor in the layout of ``like``: as this process's shard, or unchanged."""
     return (
         distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
     )
 
 
 def _shard_as(module: nn.Module, like: nn.Module) -> None:
-    """Cut the parameters of ``module``, which are whole, as those of ``like`` are; they are not trained."""
+    """Shard the whole, frozen parameters of ``module`` as those of ``like``."""
     for name, parameter in like.named_parameters():
         owner, _, leaf = name.rpartition(".")
         cut = shards_like(parameter, module.get_parameter(name))
@@ -86,9 +88,10 @@ def _shard_as(module: nn.Module, like: nn.Module) -> None:
 
 
 def whole_copy(module: nn.Module, *, kept: bool) -> nn.Module:
-    """A module with its shards put together where it is ``kept``, for which all processes call this at once.
+    """Return a copy of a module gathered from its shards, which all processes call at once.
 
-    One that has no shards is returned as it is; so is what is not kept, which takes no more memory than a parameter at a time.
+    A module without shards is returned itself. So is one that is not ``kept``, which needs the memory of a
+    single whole parameter only.
     """
     wholes = {}
     for parameter in module.parameters():

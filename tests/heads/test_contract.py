@@ -163,7 +163,8 @@ def test_a_kind_without_a_registered_head_is_refused() -> None:
         from_dict(NetworkConfig, to_dict(NetworkConfig(head=GaussianConfig())), "config.json")
 
 
-# --- The checks themselves: each finds heads that break its rule ---------------------------------------------
+# --- The checks themselves: each finds heads that break its rule
+# ---------------------------------------------
 
 
 class GlobalNoise(GaussianHead):

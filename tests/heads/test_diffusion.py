@@ -1,4 +1,4 @@
-"""The diffusion head against Bayes' rule and torch.distributions. Its values are compared with MAR's in tests/reference."""
+"""Diffusion head against Bayes' rule and torch.distributions; tests/reference compares it with MAR's."""
 
 import math
 from typing import Any
@@ -22,8 +22,8 @@ from far.heads.diffusion import (
 )
 
 
-def test_training_schedule() -> None:
-    """A squared cosine of the time, signal to noise, with no step losing more than 99.9 % of the signal."""
+def test_training_schedule_is_a_squared_cosine() -> None:
+    """It falls from signal to noise, and no step loses more than 99.9 % of the signal."""
     levels = [math.cos((step / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for step in range(1001)]
     expected = torch.tensor([level / levels[0] for level in levels[1:]], dtype=torch.float64)
     # The limit touches the last step only, where it multiplies the level before by 0.001.
@@ -32,7 +32,7 @@ def test_training_schedule() -> None:
 
 
 def published_timesteps(steps: int) -> list[int]:
-    """The rule of the published code, whose sum of strides rounds otherwise than a product."""
+    """Return the timesteps of the published code, whose sum of strides rounds differently than a product."""
     if steps == 1:
         return [0]
     found, time = [], 0.0
@@ -43,7 +43,7 @@ def published_timesteps(steps: int) -> list[int]:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 21, 23, 100, 250, 999, 1000])
-def test_respaced_schedule(steps: int) -> None:
+def test_respaced_schedule_keeps_the_signal_levels_of_its_timesteps(steps: int) -> None:
     schedule = Schedule.respaced(steps)
     assert schedule.timesteps == published_timesteps(steps)
     torch.testing.assert_close(
@@ -56,14 +56,14 @@ def test_respaced_schedule(steps: int) -> None:
     assert schedule.posterior_logvar.isfinite().all()
 
 
-def test_edges_of_respacing() -> None:
+def test_one_two_and_all_steps_are_respaced() -> None:
     assert Schedule.respaced(1).timesteps == [0]
     assert Schedule.respaced(2).timesteps == [0, 999]
     assert Schedule.respaced(1000).timesteps == list(range(1000))
 
 
 def test_true_posterior_is_bayes_rule() -> None:
-    """``q(x_{t−1} | x_t, x_0)`` is the product of two Gaussians in ``x_{t−1}``; precisions add up."""
+    """``q(x_{t−1} | x_t, x_0)`` is a product of two Gaussians in ``x_{t−1}``, whose precisions add up."""
     schedule = Schedule.respaced(20)
     signal = schedule.alphas_cumprod
     for t in range(1, 20):
@@ -94,13 +94,13 @@ def test_model_posterior_recovers_the_true_one_from_the_true_noise() -> None:
     )
 
 
-def test_normal_kl() -> None:
+def test_kl_of_gaussians_agrees_with_torch() -> None:
     mean, other_mean, logvar, other_logvar = torch.randn(4, 1000, dtype=torch.float64)
     expected = kl_divergence(Normal(mean, (logvar / 2).exp()), Normal(other_mean, (other_logvar / 2).exp()))
     torch.testing.assert_close(normal_kl(mean, logvar, other_mean, other_logvar), expected)
 
 
-def test_likelihood_of_a_bin() -> None:
+def test_likelihood_of_a_bin_agrees_with_the_normal_distribution() -> None:
     x = torch.tensor([-1.5, -0.9, -0.3, 0.0, 0.4, 0.998, 1.2], dtype=torch.float64)
     mean, scale = torch.full_like(x, 0.1), torch.full_like(x, 0.2)
     normal = Normal(mean, scale)
@@ -117,7 +117,7 @@ def test_likelihood_of_a_bin() -> None:
 
 
 class ExactNoise(ExactNetwork):
-    """``E[noise | x_t]`` for data ``N(z, deviation²)``, and the variance fraction that makes every reverse step exact."""
+    """``E[noise | x_t]`` for data ``N(z, deviation²)``, with the variance of exact reverse steps."""
 
     def __init__(self, deviation: float, steps: int) -> None:
         super().__init__()
@@ -148,8 +148,8 @@ def exact_head(deviation: float, steps: int) -> DiffusionHead:
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [3, 20, 1000])
 @pytest.mark.parametrize("deviation", [0.3, 1.5])
-def test_sampling_with_the_exact_noise(steps: int, deviation: float) -> None:
-    """Each reverse step is then the true one, so that mean and deviation are right at any number of steps."""
+def test_exact_noise_gives_the_mean_and_deviation_of_the_data(steps: int, deviation: float) -> None:
+    """Each reverse step is then the true one, in any number of steps."""
     count = 20_000 if steps < 1000 else 4000
     generator = torch.Generator().manual_seed(steps)
     z = torch.full((count, 1), 0.7, dtype=torch.float64)
@@ -193,8 +193,8 @@ def random_head(samples: int = 4) -> DiffusionHead:
 
 
 @torch.no_grad()
-def test_guided_variance_is_the_conditional_one() -> None:
-    """Recomputed plainly for one step of two: guided ε, but the variance of the conditional half."""
+def test_guidance_leaves_the_variance_conditional() -> None:
+    """Two steps, recomputed plainly with guided ε and the variance of the conditional half."""
     head, steps = random_head(), 2
     z, z_uncond, start, noise = torch.randn(4, 5), torch.randn(4, 5), torch.randn(4, 3), torch.randn(4, 3)
     draws = iter([start, noise, torch.full((4, 3), 1e9)])  # the last step adds no noise
@@ -210,7 +210,7 @@ def test_guided_variance_is_the_conditional_one() -> None:
     torch.testing.assert_close(drawn, x)
 
 
-def test_loss() -> None:
+def test_loss_is_the_mean_of_its_terms_and_repeats_with_the_generator() -> None:
     head = random_head()
     x, z = torch.randn(6, 3), torch.randn(6, 5)
     loss = head.loss(x, Condition(z), torch.Generator().manual_seed(0), head)
@@ -224,7 +224,7 @@ def test_loss() -> None:
     assert torch.equal(repeated.value, loss.value)
 
 
-def test_bound_trains_the_variance_only() -> None:
+def test_bound_trains_only_the_variance() -> None:
     head = random_head()
     bound = head.loss_terms(
         torch.randn(6, 3), torch.randn(6, 5), torch.arange(0, 1000, 167), torch.randn(6, 3)
@@ -237,8 +237,8 @@ def test_bound_trains_the_variance_only() -> None:
 
 
 @torch.no_grad()
-def test_first_step_uses_the_likelihood() -> None:
-    """At t = 0 the bound is the likelihood of the token itself, which falls as the token is moved away."""
+def test_bound_at_time_zero_is_the_likelihood() -> None:
+    """It falls as the token moves away from the prediction."""
     head = random_head()
     z, t, noise = torch.randn(2, 5), torch.zeros(2, dtype=torch.long), torch.zeros(2, 3)
     schedule = Schedule.respaced(1000)
@@ -250,7 +250,7 @@ def test_first_step_uses_the_likelihood() -> None:
 
 
 @torch.no_grad()
-def test_network_calls() -> None:
+def test_network_is_called_once_per_step() -> None:
     head, calls = random_head(), []
     head.network.output.register_forward_hook(lambda *arguments: calls.append(1))
     for steps in (1, 2, 7):
@@ -260,7 +260,7 @@ def test_network_calls() -> None:
 
 
 class NearlyRight(ExactNetwork):
-    """The ε of data that are all zero, off by a little and, as of any network, only right for inputs like those of training."""
+    """ε of data that are all zero, with a small error, and right only for inputs like those of training."""
 
     def __init__(self, error: float) -> None:
         super().__init__()
@@ -281,14 +281,14 @@ def spread(error: float, limit: float | None) -> float:
     return float(drawn.abs().max())
 
 
-def test_a_token_limit_bounds_what_a_small_error_does() -> None:
-    """At the noisy end the token follows from ε by a factor of 20,000; an exact ε needs no limit."""
+def test_token_limit_bounds_the_effect_of_a_small_error() -> None:
+    """Near pure noise, errors of ε are multiplied by up to 20,000. An exact ε needs no limit."""
     assert spread(0.0, None) < 0.1
     assert spread(0.03, None) > 3
     assert spread(0.03, 1.0) < 0.5 * spread(0.03, None)
 
 
-def test_the_limit_clips_the_predicted_token_only() -> None:
+def test_token_limit_clips_only_the_predicted_token() -> None:
     schedule = Schedule.respaced(100)
     generator = torch.Generator().manual_seed(0)
     x_t, epsilon, fraction = torch.randn(3, 6, 4, generator=generator)

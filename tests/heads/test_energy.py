@@ -1,6 +1,6 @@
-"""The energy head against the closed-form score of Gaussian draws, a plain double loop, and data that a trained head must give.
+"""Energy head against the closed-form score of Gaussian draws, a plain double loop, and the data of a trained head.
 
-For draws ``N(a, s²)`` and data ``N(b, d²)`` the differences are Gaussian too, and the mean size of a Gaussian is known.
+Differences of draws ``N(a, s²)`` and data ``N(b, d²)`` are Gaussian, so their mean size is known.
 """
 
 import math
@@ -18,7 +18,7 @@ DEVIATION = 0.5
 
 
 class ExactDraw(ExactNetwork):
-    """Stands where the trained network would; ``z`` is the mean of the data. Or it is off by a shift and a factor."""
+    """Exact network for data with mean ``z``, or one that is wrong by a shift and a factor."""
 
     def __init__(self, shift: float = 0.0, factor: float = 1.0) -> None:
         super().__init__()
@@ -53,13 +53,13 @@ def random_head(samples: int = 2, channels: int = 3) -> EnergyHead:
 
 
 def mean_size(mean: float, deviation: float) -> float:
-    """``E|N(mean, deviation²)|``, of the folded normal distribution."""
+    """Return ``E|N(mean, deviation²)|``, the mean of a folded normal distribution."""
     scaled = mean / (deviation * math.sqrt(2))
     return deviation * math.sqrt(2 / math.pi) * math.exp(-(scaled**2)) + mean * math.erf(scaled)
 
 
 def expected_parts(shift: float, factor: float) -> tuple[float, float]:
-    """Mean distance from the data and mean distance of two draws, for draws ``N(shift, (factor · DEVIATION)²)`` and data of mean 0."""
+    """Return the mean distance of draws to data ``N(0, DEVIATION²)``, and to each other."""
     return mean_size(shift, DEVIATION * math.hypot(1, factor)), mean_size(
         0.0, DEVIATION * factor * math.sqrt(2)
     )
@@ -70,8 +70,8 @@ def expected_score(shift: float, factor: float) -> float:
     return distance - spread / 2
 
 
-def test_closed_form_is_lowest_at_the_distribution_of_the_data() -> None:
-    """The oracle of this file is a strictly proper score."""
+def test_closed_form_score_is_lowest_for_the_distribution_of_the_data() -> None:
+    """The reference of this file is a strictly proper score."""
     others = [
         (shift / 10, factor / 10)
         for shift in range(-10, 11)
@@ -87,7 +87,7 @@ def test_closed_form_is_lowest_at_the_distribution_of_the_data() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("samples", [2, 5])
 @pytest.mark.parametrize(("shift", "factor"), [(0.0, 1.0), (0.4, 1.0), (0.0, 2.0), (0.0, 0.2)])
-def test_loss_is_the_closed_form(samples: int, shift: float, factor: float) -> None:
+def test_loss_of_gaussian_draws_is_the_closed_form(samples: int, shift: float, factor: float) -> None:
     generator, head = torch.Generator().manual_seed(0), exact_head(samples, shift, factor)
     z = 2 * torch.rand(100_000, 1, generator=generator) - 1
     x = z + DEVIATION * torch.randn(100_000, 1, generator=generator)
@@ -104,7 +104,7 @@ def test_loss_is_the_closed_form(samples: int, shift: float, factor: float) -> N
 
 
 def double_loop(drawn: Tensor, x: Tensor) -> float:
-    """The score of one token's draws, ``[samples, channels]``, written out."""
+    """Return the score of one token's draws ``[samples, channels]``."""
     samples = len(drawn)
     total = 0.0
     for i in range(samples):
@@ -118,8 +118,8 @@ def double_loop(drawn: Tensor, x: Tensor) -> float:
 @torch.no_grad()
 @pytest.mark.parametrize("samples", [2, 3, 6])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_loss_is_that_of_a_double_loop(samples: int, autocast: bool) -> None:
-    """Of what the network gives, be it in bfloat16; the distances are in float32."""
+def test_loss_equals_a_plain_double_loop(samples: int, autocast: bool) -> None:
+    """Distances are in float32, also of draws in bfloat16."""
     head, x, z = random_head(samples), torch.randn(7, 3), torch.randn(7, 5)
     drawn: list[Tensor] = []
     head.network.register_forward_hook(lambda module, arguments, output: drawn.append(output.float()))
@@ -141,13 +141,13 @@ def test_loss_is_that_of_a_double_loop(samples: int, autocast: bool) -> None:
     assert torch.equal(loss.t, torch.zeros(samples * 7))
 
 
-def test_order_of_draws_does_not_count() -> None:
+def test_order_of_draws_does_not_change_the_loss() -> None:
     drawn, x, order = torch.randn(5, 7, 3), torch.randn(7, 3), torch.tensor([3, 0, 4, 1, 2])
     for found, other in zip(distance_and_spread(drawn, x), distance_and_spread(drawn[order], x), strict=True):
         torch.testing.assert_close(other, found[order])
 
 
-def test_draws_of_a_token_are_of_different_noise() -> None:
+def test_draws_of_a_token_have_different_noise() -> None:
     head = random_head(3)
     loss = head.loss(torch.zeros(4, 3), Condition(torch.zeros(4, 5)), torch.Generator().manual_seed(0), head)
     assert float(loss.terms["spread"].min()) > 1e-2
@@ -155,8 +155,8 @@ def test_draws_of_a_token_are_of_different_noise() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gradients_of_a_fresh_head_are_finite(dtype: str) -> None:
-    """All its draws are zero, and so is every distance between them; one token even lies there."""
+def test_gradients_of_an_untrained_head_are_finite(dtype: str) -> None:
+    """All its draws are zero, as are all distances between them, and one token is zero too."""
     head, x = fresh_head(), torch.cat([torch.zeros(1, 3), torch.randn(7, 3)])
     z = torch.randn(8, 5, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -188,8 +188,8 @@ def test_guidance_moves_the_mean_and_temperature_the_deviation() -> None:
 
 
 @torch.no_grad()
-def test_guidance_is_of_the_condition() -> None:
-    """One pass with the mixed condition, however curved the network; a scale of 1 is exactly none."""
+def test_guidance_mixes_the_conditions_in_one_pass() -> None:
+    """This holds for any network. A scale of 1 is exactly no guidance."""
     head = random_head()
     z, z_uncond, noise = torch.randn(4, 5), torch.randn(4, 5), torch.randn(4, 3)
     rows: list[int] = []
@@ -206,8 +206,8 @@ def test_guidance_is_of_the_condition() -> None:
 
 
 @torch.no_grad()
-def test_temperature_is_not_taken_away_by_norms() -> None:
-    """With many channels all noise is of about one length; where a layer norm follows, a factor would hardly act."""
+def test_norms_do_not_cancel_the_temperature() -> None:
+    """With many channels, noise has nearly constant length, so a layer norm would cancel a factor."""
     head, noise = random_head(channels=32), torch.randn(2000, 32, generator=torch.Generator().manual_seed(0))
     deviations = [
         float(draw(head, torch.ones(2000, 5), lambda: noise, steps=1, temperature=t).std(dim=0).mean())
@@ -221,7 +221,7 @@ def test_temperature_is_not_taken_away_by_norms() -> None:
 
 
 def two_modes(share: Tensor, generator: torch.Generator) -> Tensor:
-    """Two channels: 1 with probability ``share [n, 1]`` and else −1, give or take 0.2; and ``N(share, 0.5²)``."""
+    """Draw two channels: +1 with probability ``share``, else −1, plus noise of 0.2; and ``N(share, 0.5²)``."""
     mode = torch.where(torch.rand(share.shape, generator=generator) < share, 1.0, -1.0)
     noise = torch.randn(len(share), 2, generator=generator)
     return torch.cat([mode + 0.2 * noise[:, :1], share + 0.5 * noise[:, 1:]], dim=-1)

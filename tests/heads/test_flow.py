@@ -1,4 +1,4 @@
-"""Solvers on closed-form fields, and the flow head with the exact velocity of Gaussian data in place of its network."""
+"""Solvers on closed-form fields, and the flow head with the exact velocity of Gaussian data."""
 
 import math
 from collections.abc import Callable
@@ -16,14 +16,14 @@ DEVIATION = 0.5
 
 
 def exact_velocity(x: Tensor, t: Tensor, mean: Tensor) -> Tensor:
-    """``E[data − noise | x_t = x]`` for data ``N(mean, DEVIATION²)``, by the regression formula for Gaussians."""
+    """Return ``E[data − noise | x_t = x]`` for data ``N(mean, DEVIATION²)``, by regression of Gaussians."""
     variance = (1 - t) ** 2 + (t * DEVIATION) ** 2
     covariance = t * DEVIATION**2 - (1 - t)
     return mean + covariance / variance * (x - t * mean)
 
 
 class ExactVelocity(ExactNetwork):
-    """Stands where the trained network would; ``z`` is the mean of the data."""
+    """Exact network for data with mean ``z``."""
 
     def forward(self, x: Tensor, z: Tensor, time: Tensor) -> Tensor:
         return exact_velocity(x, time.unsqueeze(-1) / 1000, z)
@@ -59,7 +59,7 @@ def test_heun_is_exact_for_a_field_linear_in_time() -> None:
     assert error(heun, 3, lambda x, t: 2 * t + 0 * x, 0.0, 1.0) < 1e-12
 
 
-def test_solvers_leave_their_input() -> None:
+def test_solvers_do_not_change_their_input() -> None:
     x = torch.ones(3)
     for solve in (euler, heun):
         solve(lambda x, t: -x, x, 4)
@@ -92,7 +92,7 @@ def test_interpolate_runs_from_noise_to_data() -> None:
     )
 
 
-def test_noise_and_time() -> None:
+def test_noise_is_normal_and_times_are_uniform() -> None:
     noise, t = draw_noise_and_time(torch.zeros(2000, 2), 5, torch.Generator().manual_seed(0))
     assert noise.shape == (5, 2000, 2)
     assert t.shape == (5, 2000)
@@ -104,7 +104,7 @@ def test_noise_and_time() -> None:
 
 
 @torch.no_grad()
-def test_loss_of_the_exact_velocity_is_the_irreducible_one() -> None:
+def test_exact_velocity_has_the_irreducible_loss() -> None:
     """``E[Var(data − noise | x_t)]``: no other velocity has a lower loss."""
     generator = torch.Generator().manual_seed(0)
     head = exact_head()
@@ -125,10 +125,8 @@ def test_loss_of_the_exact_velocity_is_the_irreducible_one() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(("solver", "steps"), [("euler", 400), ("heun", 40)])
 @pytest.mark.parametrize(("guidance", "temperature"), [(1.0, 1.0), (2.5, 0.8)])
-def test_sampling_with_the_exact_velocity(
-    solver: str, steps: int, guidance: float, temperature: float
-) -> None:
-    """The flow of Gaussian data scales the noise by the deviation; guidance moves the mean only, temperature the deviation."""
+def test_exact_velocity_gives_the_data(solver: str, steps: int, guidance: float, temperature: float) -> None:
+    """The flow scales the noise. Guidance moves the mean and temperature the deviation."""
     noise = torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
     z, z_uncond = torch.full((500, 1), 0.7), torch.full((500, 1), -0.2)
     mean = -0.2 + guidance * 0.9
@@ -146,7 +144,7 @@ def test_sampling_with_the_exact_velocity(
 
 @torch.no_grad()
 @pytest.mark.parametrize(("solver", "calls_a_step"), [("euler", 1), ("heun", 2)])
-def test_network_calls(solver: str, calls_a_step: int) -> None:
+def test_network_is_called_once_per_evaluation(solver: str, calls_a_step: int) -> None:
     head = FlowHead(FlowConfig(8, 1, 4, solver=solver), 2, 3)  # type: ignore[arg-type]
     calls = []
     head.network.output.register_forward_hook(lambda *arguments: calls.append(1))

@@ -1,7 +1,8 @@
-"""The flow-map head against maps that are known in closed form, with exact and with trained networks.
+"""Flow-map head against maps that are known in closed form, with exact and with trained networks.
 
-Two kinds of data: Gaussian ones, whose flow keeps how many deviations a point is off the mean, and mixtures of two
-Gaussians on the line. There the flow keeps the order of points, so the map between two times is that of equal quantiles.
+The data are Gaussian, where the flow preserves a point's distance from the mean in standard deviations, or a
+mixture of two Gaussians on the line, where it preserves the order of points, so the map connects equal
+quantiles.
 """
 
 import copy
@@ -17,19 +18,29 @@ from exact import ExactNetwork
 from torch import Tensor, nn
 
 from far.errors import InputError
-from far.heads import Condition, FlowMapConfig, Head, TokenLoss
-from far.heads.flow_map import TIME_UNIT, FlowMapHead, _Field, adaptive, logistic_normal
+from far.heads import Condition, FlowMapConfig, Head
+from far.heads.flow_map import (
+    TIME_UNIT,
+    FlowMapHead,
+    GuidedField,
+    adaptive,
+    draw_noise_and_times,
+    draw_scales,
+    lagrangian_residual,
+    logistic_normal,
+    mean_flow_residual,
+)
 from far.training.ema import Ema
 
 OBJECTIVES = ["lagrangian", "mean_flow"]
 DEVIATION = 0.5
-WEIGHTS, CENTRES, DEVIATIONS = (
+WEIGHTS, CENTERS, DEVIATIONS = (
     torch.tensor([0.3, 0.7]).double(),
     torch.tensor([-1.0, 1.0]).double(),
     torch.tensor([0.3, 0.5]).double(),
 )
 UNCONDITIONAL = -0.3  # the mean of the data without a condition
-# Of the tokens of trained heads. MeanFlow's weights, by the size of a whole token, take the more noise away the more there are.
+# Channels of the tokens of trained heads. The more there are, the less noise MeanFlow's weights have.
 CHANNELS = 8
 
 
@@ -56,13 +67,13 @@ class Mixture:
 
     @staticmethod
     def components(x: Tensor, t: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each component at time ``t``, on a last axis: its centre, its deviation, and how many of them ``x`` is off."""
-        centres = mean + CENTRES
+        """Return each component's center, deviation, and distance to ``x`` in deviations at time ``t``."""
+        centers = mean + CENTERS
         spread = ((1 - t) ** 2 + (t * DEVIATIONS) ** 2).sqrt()
-        return centres, spread, (x - t * centres) / spread
+        return centers, spread, (x - t * centers) / spread
 
     def below(self, x: Tensor, t: Tensor, mean: Tensor) -> Tensor:
-        """The share of the points of time ``t`` below ``x``."""
+        """Return the fraction of points below ``x`` at time ``t``."""
         return (WEIGHTS * torch.special.ndtr(self.components(x, t, mean)[2])).sum(dim=-1, keepdim=True)
 
     def density(self, x: Tensor, t: Tensor, mean: Tensor) -> Tensor:
@@ -72,8 +83,8 @@ class Mixture:
         )
 
     def velocity(self, x: Tensor, t: Tensor, mean: Tensor) -> Tensor:
-        centres, spread, off = self.components(x, t, mean)
-        each = centres + (t * DEVIATIONS**2 - (1 - t)) / spread * off
+        centers, spread, off = self.components(x, t, mean)
+        each = centers + (t * DEVIATIONS**2 - (1 - t)) / spread * off
         posterior = torch.softmax(WEIGHTS.log() - spread.log() - off.square() / 2, dim=-1)
         return (posterior * each).sum(dim=-1, keepdim=True)
 
@@ -85,7 +96,7 @@ class Mixture:
             less = self.below(middle, t, mean) < share
             low, high = torch.where(less, middle, low), torch.where(less, high, middle)
         found = (low + high) / 2
-        # Bisection has no derivative; a step of Newton's leaves the point where it is and has the map's.
+        # Bisection has no derivative. A Newton step does not move the point and has the map's derivative.
         return found - (self.below(found, t, mean) - share) / self.density(found, t, mean)
 
     def points(self, noise: Tensor, t: Tensor, mean: Tensor) -> Tensor:
@@ -96,9 +107,9 @@ DATA = {"gaussian": Gaussian(), "mixture": Mixture()}
 
 
 class ExactMap(ExactNetwork):
-    """Stands where the trained network would; ``z`` is the mean of the data, and a length of 0 asks for the velocity.
+    """Exact network for data with mean ``z``. At length 0 it returns the velocity.
 
-    ``wrong`` multiplies the map's mean velocities; ``euler`` puts the velocity in their place.
+    ``wrong`` multiplies the map's mean velocities, and ``euler`` replaces them by the velocity.
     """
 
     dtype = torch.float64
@@ -119,7 +130,7 @@ class ExactMap(ExactNetwork):
 
 
 class ExactGuidedMap(ExactMap):
-    """Gaussian data of mean ``z``, and UNCONDITIONAL without a condition: guidance moves the mean, and so the map."""
+    """Exact network for Gaussian data of mean ``z``, or UNCONDITIONAL without a class."""
 
     def embed_condition(self, z: Tensor) -> Tensor:
         return torch.cat([z, torch.zeros_like(z)], dim=-1)
@@ -144,7 +155,8 @@ def exact_head(data: str, objective: str = "lagrangian", samples: int = 4, **opt
 
 
 def exact_guided_head(objective: str = "lagrangian", max_guidance: float = 4.0) -> FlowMapHead:
-    head = FlowMapHead(FlowMapConfig(8, 1, objective=objective, max_guidance=max_guidance), 1, 1)  # type: ignore[arg-type]
+    config = FlowMapConfig(8, 1, objective=objective, max_guidance=max_guidance)  # type: ignore[arg-type]
+    head = FlowMapHead(config, 1, 1)
     head.network = ExactGuidedMap(DATA["gaussian"])  # type: ignore[assignment]
     head.guidance_embedding = ExactScale()  # type: ignore[assignment]
     return head
@@ -173,7 +185,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def triples(data: Gaussian | Mixture, count: int = 400) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Points of the flow ``[1, n, 1]``, times ``s < t [1, n]``, and means ``[n, 1]``."""
+    """Return points of the flow ``[1, n, 1]``, times ``s < t [1, n]``, and means ``[n, 1]``."""
     mean = torch.linspace(-1, 1, count, dtype=torch.float64).unsqueeze(-1)
     s, t = torch.rand(2, 1, count, generator=generator(1), dtype=torch.float64).sort(dim=0).values
     return data.points(normal(1, count, 1), s.unsqueeze(-1), mean), s, t, mean
@@ -187,8 +199,8 @@ def rms(difference: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", DATA)
-def test_closed_forms_agree(name: str) -> None:
-    """Integrating the velocity by fine Runge-Kutta steps gives the map: the oracle of this file is sound."""
+def test_integrated_velocity_gives_the_closed_form_map(name: str) -> None:
+    """The integration takes fine Runge-Kutta steps. It validates the reference of this file."""
     data = DATA[name]
     x, s, t, mean = triples(data)
     x, s, t = x[0], s[0].unsqueeze(-1), t[0].unsqueeze(-1)
@@ -203,14 +215,14 @@ def test_closed_forms_agree(name: str) -> None:
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-7)
 
 
-def test_the_mixture_flows_to_its_data() -> None:
+def test_mixture_flows_to_its_data() -> None:
     noise, mean = normal(20_000, 1), torch.full((20_000, 1), 0.5).double()
     drawn = DATA["mixture"].flow_map(noise, torch.zeros_like(noise), torch.ones_like(noise), mean).squeeze(-1)
 
     def below(x: Tensor) -> Tensor:
         return sum(
             w * scipy.stats.norm.cdf(x, 0.5 + c, d)
-            for w, c, d in zip(WEIGHTS.tolist(), CENTRES.tolist(), DEVIATIONS.tolist())
+            for w, c, d in zip(WEIGHTS.tolist(), CENTERS.tolist(), DEVIATIONS.tolist())
         )
 
     assert scipy.stats.kstest(drawn.numpy(), below).pvalue > 0.01
@@ -231,8 +243,8 @@ def test_sampling_with_the_exact_map_is_exact(name: str, steps: int) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_learnt_guidance_is_that_of_two_passes(steps: int) -> None:
-    """Between Gaussians of one deviation guidance moves the mean only: here by 0.9 · scale."""
+def test_learned_guidance_equals_guidance_by_two_passes(steps: int) -> None:
+    """Between Gaussians of equal deviation, guidance moves only the mean, here by 0.9 · scale."""
     noise, z = normal(200, 1), torch.full((200, 1), 0.6).double()
     z_uncond = torch.full_like(z, UNCONDITIONAL)
     for scale in (1.0, 2.5):
@@ -248,7 +260,7 @@ def test_learnt_guidance_is_that_of_two_passes(steps: int) -> None:
 @pytest.mark.parametrize("max_guidance", [None, 3.0])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_sampling_takes_the_steps_of_the_mean_velocity(steps: int, max_guidance: float | None) -> None:
-    """With the trained kind of network, whose embeddings of times and conditions are made before the first step."""
+    """The network embeds times and conditions before the first step."""
     head = random_head(max_guidance=max_guidance).double()
     z, z_uncond, noise = normal(4, 5), normal(4, 5, seed=1), normal(4, 3, seed=2)
     two = one = noise
@@ -261,10 +273,10 @@ def test_sampling_takes_the_steps_of_the_mean_velocity(steps: int, max_guidance:
     drawn = draw(head, z, lambda: noise, steps=steps, uncond=z_uncond, scale=2.5)
     torch.testing.assert_close(drawn, two, rtol=0, atol=1e-6)
     same = torch.equal(head.mean_velocity(noise, s, t, z, 2.5), head.mean_velocity(noise, s, t, z))
-    assert same == (max_guidance is None), "the scale counts if it is learnt, and else not"
+    assert same == (max_guidance is None), "the scale counts only if it is learned"
 
 
-def test_velocity_is_the_diagonal() -> None:
+def test_velocity_is_the_mean_velocity_on_the_diagonal() -> None:
     head, (x, z, t) = random_head(max_guidance=3.0), (torch.randn(6, 3), torch.randn(6, 5), torch.rand(6))
     torch.testing.assert_close(head.velocity(x, t, Condition(z)), head.mean_velocity(x, t, t, z, 1.0))
     assert (head.velocity(x, t, Condition(z)) - head.mean_velocity(x, t, t + 0.1, z)).abs().max() > 1e-3
@@ -275,15 +287,28 @@ def test_velocity_is_the_diagonal() -> None:
     )
 
 
-# --- Residuals -------------------------------------------------------------------------------------------------
+# --- Residuals
+# -------------------------------------------------------------------------------------------------
+
+
+def residual_of(
+    head: FlowMapHead, objective: str, field: GuidedField, velocity: Tensor, *points: Tensor
+) -> Tensor:
+    """Return the residual of an objective at a point, a start and an end, for a conditional velocity."""
+
+    def mean_velocity(x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return head.mean_velocity(x, s, t, field.z, field.scale)
+
+    if objective == "mean_flow":
+        return mean_flow_residual(mean_velocity, velocity, *points)
+    return lagrangian_residual(mean_velocity, field.velocity, *points)
 
 
 def residual(head: FlowMapHead, data: Gaussian | Mixture, objective: str) -> Tensor:
-    """With the marginal velocity, of which the flow's targets are noisy draws."""
+    """Return the residual for the marginal velocity, of which the flow's targets are noisy draws."""
     point, s, t, mean = triples(data)
-    field = _Field(head, mean, None, torch.ones_like(s))
-    found = head._mean_flow if objective == "mean_flow" else head._lagrangian
-    return found(point, data.velocity(point, s.unsqueeze(-1), mean), s, t, mean, field)
+    field = GuidedField(head, mean, None, torch.ones_like(s))
+    return residual_of(head, objective, field, data.velocity(point, s.unsqueeze(-1), mean), point, s, t)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -296,14 +321,15 @@ def test_residual_of_the_exact_map_is_zero(name: str, objective: str) -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("name", DATA)
 @pytest.mark.parametrize("wrong", [{"wrong": 1.05}, {"euler": True}])
-def test_residual_of_a_wrong_map_is_not(name: str, objective: str, wrong: dict) -> None:
+def test_wrong_map_has_a_residual(name: str, objective: str, wrong: dict) -> None:
     assert rms(residual(exact_head(name, **wrong), DATA[name], objective)) > 0.03
 
 
 def irreducible(s: Tensor, t: Tensor) -> Tensor:
-    """What the objectives cannot get rid of with Gaussian data.
+    """Return the loss that no network avoids for Gaussian data.
 
-    On the diagonal it is ``Var(data − noise | x_s)``. MeanFlow's target has the same noise, and along it the map stretches.
+    On the diagonal it is ``Var(data − noise | x_s)``. MeanFlow's target has the same noise, stretched by the
+    map.
     """
     data = DATA["gaussian"]
     assert isinstance(data, Gaussian)
@@ -314,15 +340,15 @@ def irreducible(s: Tensor, t: Tensor) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("learns_guidance", [False, True])
-def test_loss_of_the_exact_map_is_the_irreducible_one(objective: str, learns_guidance: bool) -> None:
-    """Whatever the guidance: it moves what is to be learnt, which this network knows."""
+def test_exact_map_has_the_irreducible_loss(objective: str, learns_guidance: bool) -> None:
+    """This holds with guidance too, since the exact network contains the guided map."""
     head = exact_guided_head(objective) if learns_guidance else exact_head("gaussian", objective)
     count = 20_000
     z = 2 * torch.rand(count, 1, generator=generator(3), dtype=torch.float64) - 1
     x = z + DEVIATION * normal(count, 1, seed=4)
     z_uncond = torch.full((count // 2, 1), UNCONDITIONAL).double() if learns_guidance else None
     loss = head.loss(x, Condition(z, z_uncond), generator(), head)
-    _, s, t = head._draw(x, 1, generator())
+    _, s, t = draw_noise_and_times(x, 4, 1, generator())
     torch.testing.assert_close(loss.t, s.flatten())
     flow, jumps = loss.terms["flow"], loss.terms[objective]
     assert flow.shape == (3 * count,)
@@ -340,19 +366,19 @@ def test_loss_of_the_exact_map_is_the_irreducible_one(objective: str, learns_gui
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_residuals_are_those_of_finite_differences(objective: str) -> None:
-    """With the trained kind of network. Its waves are of float32, so these times are such as float32 holds exactly."""
+def test_residuals_agree_with_finite_differences(objective: str) -> None:
+    """The network embeds times in float32, so these times are exact in float32."""
     head = random_head(objective, max_guidance=3.0).double()
     grid = torch.randint(8, 248, (2, 1, 30), generator=generator()).double().sort(dim=0).values / 256
     (s, t), h = grid, 2.0**-9
     z, scale = normal(30, 5), 1 + 2 * torch.rand(1, 30, generator=generator(2), dtype=torch.float64)
     point, velocity = normal(1, 30, 3, seed=3), normal(1, 30, 3, seed=4)
     length = (t - s).unsqueeze(-1)
-    field = _Field(head, z, z[:20].flip(0), scale)
+    field = GuidedField(head, z, z[:20].flip(0), scale)
+    residual = residual_of(head, objective, field, velocity, point, s, t)
     with torch.no_grad():
         mean = head.mean_velocity(point, s, t, z, scale)
         if objective == "lagrangian":
-            found = head._lagrangian(point, velocity, s, t, z, field)
             after, before = (
                 point + (t + e - s).unsqueeze(-1) * head.mean_velocity(point, s, t + e, z, scale)
                 for e in (h, -h)
@@ -363,18 +389,18 @@ def test_residuals_are_those_of_finite_differences(objective: str) -> None:
             guided[:, :20] = uncond + scale[:, :20].unsqueeze(-1) * (guided[:, :20] - uncond)
             expected = (after - before) / (2 * h) - guided
         else:
-            found = head._mean_flow(point, velocity, s, t, z, field)
             after, before = (head.mean_velocity(point + e * velocity, s + e, t, z, scale) for e in (h, -h))
             expected = mean - velocity - length * (after - before) / (2 * h)
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
-    assert found.std() > 0.1
+    torch.testing.assert_close(residual, expected, rtol=0, atol=2e-3)
+    assert residual.std() > 0.1
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_loss_under_bfloat16(objective: str) -> None:
-    """The autocast of training: derivatives forwards and backwards exist, and are about the same."""
+def test_bfloat16_autocast_gives_nearly_the_same_loss_and_gradient(objective: str) -> None:
+    """Forward and backward derivatives exist under the autocast of training."""
     head = random_head(objective, max_guidance=3.0)
-    # Another module, as in training: torch 2.10's autocast keeps a weight that the teacher cast without gradient.
+    # Another module, as in training: torch 2.10's autocast keeps a weight that the teacher cast without
+    # gradient.
     teacher = copy.deepcopy(head)
     x, z, z_uncond = (normal(64, width, seed=width).float() for width in (3, 5, 5))
     losses, gradients = [], []
@@ -396,7 +422,8 @@ def test_loss_under_bfloat16(objective: str) -> None:
     assert rms(gradients[1] - gradients[0]) < 0.1 * rms(gradients[0])
 
 
-# --- Gradients ---------------------------------------------------------------------------------------------------
+# --- Gradients
+# ---------------------------------------------------------------------------------------------------
 
 
 def gradients(head: FlowMapHead, teacher: FlowMapHead, z: Tensor) -> list[Tensor]:
@@ -409,8 +436,8 @@ def gradients(head: FlowMapHead, teacher: FlowMapHead, z: Tensor) -> list[Tensor
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("max_guidance", [None, 3.0])
-def test_a_teachers_targets_carry_no_gradient(objective: str, max_guidance: float | None) -> None:
-    """A teacher that is the head itself teaches like a frozen copy of it."""
+def test_targets_of_the_teacher_have_no_gradient(objective: str, max_guidance: float | None) -> None:
+    """The head as its own teacher gives the same gradients as a frozen copy."""
     head = random_head(objective, max_guidance=max_guidance)
     frozen = copy.deepcopy(head).requires_grad_(False)
     z = [normal(16, 5).float().requires_grad_() for _ in range(2)]
@@ -430,8 +457,8 @@ def test_a_teachers_targets_carry_no_gradient(objective: str, max_guidance: floa
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_jumps_teach_the_backbone(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the flow alone: where its velocities know no gradient, ``z`` still has one."""
+def test_jumps_train_the_backbone(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``z`` has a gradient even if that of the flow-matching velocities is removed."""
     head, z = random_head(objective), torch.randn(6, 5, requires_grad=True)
     mean_velocity = head.mean_velocity
 
@@ -445,18 +472,19 @@ def test_jumps_teach_the_backbone(objective: str, monkeypatch: pytest.MonkeyPatc
     assert (gradient != 0).any(dim=-1).all()
 
 
-def test_only_the_mean_velocity_of_meanflow_is_differentiated() -> None:
+def test_gradient_of_mean_flow_is_that_of_its_mean_velocity() -> None:
     head = random_head("mean_flow")
     point, s, t, z = torch.randn(1, 6, 3), torch.full((1, 6), 0.2), torch.full((1, 6), 0.9), torch.randn(6, 5)
-    found = head._mean_flow(point, torch.randn(1, 6, 3), s, t, z, _Field(head, z, None, torch.ones_like(s)))
+    field = GuidedField(head, z, None, torch.ones_like(s))
+    found = residual_of(head, "mean_flow", field, torch.randn(1, 6, 3), point, s, t)
     expected = torch.autograd.grad(head.mean_velocity(point, s, t, z).sum(), list(head.parameters()))
     for one, two in zip(torch.autograd.grad(found.sum(), list(head.parameters())), expected, strict=True):
         torch.testing.assert_close(one, two)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_what_the_teacher_gives(objective: str) -> None:
-    """The field at the end of a Lagrangian jump, and what guidance adds; MeanFlow and the flow itself know no teacher."""
+def test_teacher_changes_lagrangian_jumps_and_guided_tokens_only(objective: str) -> None:
+    """Flow matching and MeanFlow of unguided tokens do not use the teacher."""
     head, other = random_head(objective, max_guidance=3.0), random_head(objective, max_guidance=3.0)
     with torch.no_grad():
         other.network.output.linear.weight.mul_(1.5)
@@ -472,12 +500,15 @@ def test_what_the_teacher_gives(objective: str) -> None:
     )
 
 
-# --- The parts of the loss ------------------------------------------------------------------------------------------
+# --- The parts of the loss
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(("samples", "off"), [(2, 1), (3, 1), (4, 1), (8, 2), (16, 4)])
-def test_a_quarter_is_off_the_diagonal_from_flow_steps_on(objective: str, samples: int, off: int) -> None:
+def test_a_quarter_of_samples_is_off_the_diagonal_from_flow_steps_on(
+    objective: str, samples: int, off: int
+) -> None:
     head, x, z = random_head(objective, samples, flow_steps=10), torch.randn(7, 3), torch.randn(7, 5)
     for step, expected in ((0, 0), (9, 0), (10, off), (11, off)):
         loss = head.loss(x, Condition(z), generator(), head, step=step)
@@ -490,23 +521,21 @@ def test_a_quarter_is_off_the_diagonal_from_flow_steps_on(objective: str, sample
         assert set(loss.terms) == ({"flow", objective} if expected else {"flow"})
 
 
-def test_plain_flow_matching_before_flow_steps() -> None:
-    """With the exact velocity and a map that is none, only the velocity counts, at every time."""
+def test_loss_before_flow_steps_is_flow_matching() -> None:
+    """With the exact velocity and a wrong map, only the velocity counts, at every time."""
     head = exact_head("gaussian", wrong=3.0)
     head.config = FlowMapConfig(objective="lagrangian", flow_steps=1)
     x, z = normal(100, 1), normal(100, 1, seed=1)
     loss = head.loss(x, Condition(z), generator(), head)
-    noise, s, t = head._draw(x, 0, generator())
+    noise, s, t = draw_noise_and_times(x, 4, 0, generator())
     assert torch.equal(s, t)
     s = s.unsqueeze(-1)
     off = DATA["gaussian"].velocity((1 - s) * noise + s * x, s, z) - (x - noise)
     torch.testing.assert_close(loss.samples.view(4, 100), off.square().squeeze(-1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_times(objective: str) -> None:
-    """Off the diagonal, the earlier and the later of two independent times; on it, one."""
-    noise, s, t = random_head(objective)._draw(torch.zeros(5000, 3), 1, generator())
+def test_times_are_two_ordered_draws_off_the_diagonal_and_one_on_it() -> None:
+    noise, s, t = draw_noise_and_times(torch.zeros(5000, 3), 4, 1, generator())
     assert noise.shape == (4, 5000, 3)
     assert s.shape == t.shape == (4, 5000)
     assert torch.equal(s[1:], t[1:])
@@ -525,14 +554,14 @@ def test_times(objective: str) -> None:
         assert scipy.stats.kstest(found.double().numpy(), expected).pvalue > 0.01
 
 
-def test_extreme_times_are_finite() -> None:
+def test_extreme_times_are_within_zero_and_one() -> None:
     assert ((t := logistic_normal(torch.tensor([0.0, 1.0]))) > 0).all()
     assert (t < 1).all()
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_which_losses_are_weighted(objective: str) -> None:
-    """Flow and MeanFlow by their own size; a Lagrangian one, which has no noise, as it is, times 1.5."""
+def test_losses_are_weighted_by_their_objective(objective: str) -> None:
+    """Flow-matching and MeanFlow losses are weighted by their size, Lagrangian losses by 1.5."""
     head = random_head(objective)
     loss = head.loss(torch.randn(7, 3), Condition(torch.randn(7, 5)), generator(), head)
     rows = loss.samples.view(4, 7)
@@ -542,7 +571,7 @@ def test_which_losses_are_weighted(objective: str) -> None:
     torch.testing.assert_close(loss.value.detach(), weighted.mean(dim=0))
 
 
-def test_adaptive_weights_by_hand() -> None:
+def test_adaptive_weights_agree_with_values_by_hand() -> None:
     rows = torch.tensor([0.0, 0.001, 0.5, 9.0], requires_grad=True)
     found = adaptive(rows)
     torch.testing.assert_close(found.detach(), torch.tensor([0.0, 0.5, 0.5 / 0.501, 9 / 9.001]))
@@ -551,17 +580,17 @@ def test_adaptive_weights_by_hand() -> None:
     torch.testing.assert_close(rows.grad, torch.tensor([1000.0, 500.0, 1 / 0.501, 1 / 9.001]))
 
 
-# --- Guidance ------------------------------------------------------------------------------------------------------------
+# --- Guidance
+# ------------------------------------------------------------------------------------------------------------
 
 
-def test_scales() -> None:
-    """Uniform for the tokens that have an unconditional half, and 1 for the rest."""
-    head, like = random_head(max_guidance=5.0), torch.zeros(4, 3000)
-    scale = head._draw_scales(like, torch.zeros(1000, 5), generator())
+def test_scales_are_uniform_for_guided_tokens_and_one_for_others() -> None:
+    like = torch.zeros(4, 3000)
+    scale = draw_scales(like, 1000, 5.0, generator())
     assert scale.shape == (4, 3000)
     assert torch.equal(scale[:, 1000:], torch.ones(4, 2000))
     assert scipy.stats.kstest(scale[:, :1000].flatten().numpy(), scipy.stats.uniform(1, 4).cdf).pvalue > 0.01
-    assert torch.equal(head._draw_scales(like, None, generator()), torch.ones(4, 3000))
+    assert torch.equal(draw_scales(like, 0, 5.0, generator()), torch.ones(4, 3000))
 
 
 @torch.no_grad()
@@ -569,7 +598,7 @@ def test_field_is_guided_token_by_token() -> None:
     head = random_head(max_guidance=3.0)
     x, z, z_uncond, t = torch.randn(2, 6, 3), torch.randn(6, 5), torch.randn(4, 5), torch.rand(2, 6)
     scale = torch.rand(2, 6) * 2 + 1
-    field = _Field(head, z, z_uncond, scale)
+    field = GuidedField(head, z, z_uncond, scale)
     shift, velocity = field.shift(x, t), field.velocity(x, t)
     for sample in range(2):
         for token in range(6):
@@ -580,14 +609,15 @@ def test_field_is_guided_token_by_token() -> None:
                 expected = uncond + scale[sample, token] * (cond - uncond)
             torch.testing.assert_close(velocity[sample, token], expected, rtol=0, atol=1e-5)
             torch.testing.assert_close(shift[sample, token], expected - cond, rtol=0, atol=1e-5)
-    assert torch.equal(_Field(head, z, None, scale).shift(x, t), torch.zeros_like(x))
+    assert torch.equal(GuidedField(head, z, None, scale).shift(x, t), torch.zeros_like(x))
 
 
-# --- Trained heads ------------------------------------------------------------------------------------------------------
+# --- Trained heads
+# ------------------------------------------------------------------------------------------------------
 
 
 def train(head: Head, steps: int, batch: int, z_uncond: Tensor | None = None) -> Head:
-    """With the head's own loss and an averaged teacher; ``z`` is the mean of the data."""
+    """Train a head with its own loss and an averaged teacher, on data with mean ``z``."""
     ema = Ema(head, 0.98)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -598,7 +628,7 @@ def train(head: Head, steps: int, batch: int, z_uncond: Tensor | None = None) ->
         z = 2 * torch.rand(batch, 1, generator=draws) - 1
         x = z + DEVIATION * torch.randn(batch, CHANNELS, generator=draws)
         optimizer.zero_grad()
-        loss: TokenLoss = head.loss(x, Condition(z, z_uncond), draws, ema.module, step=step)  # type: ignore[arg-type]
+        loss = head.loss(x, Condition(z, z_uncond), draws, ema.module, step=step)
         loss.value.mean().backward()
         optimizer.step()
         schedule.step()
@@ -614,8 +644,8 @@ def one_step_error(head: Head) -> float:
     return rms(draw(head, MEANS, lambda: NOISE, steps=1) - (MEANS + DEVIATION * NOISE))
 
 
-def test_a_trained_lagrangian_head_and_one_of_flow_only() -> None:
-    """In one step the first is at the data; the other, which knows the velocity only, is near their mean: DEVIATION off."""
+def test_trained_lagrangian_head_draws_in_one_step_and_flow_matching_alone_does_not() -> None:
+    """With the velocity alone, one step ends near the mean of the data, DEVIATION off."""
     torch.manual_seed(0)
     head = train(FlowMapHead(FlowMapConfig(32, 1, objective="lagrangian"), CHANNELS, 1), 300, 64)
     assert one_step_error(head) < 0.15
@@ -634,8 +664,8 @@ def test_a_trained_lagrangian_head_and_one_of_flow_only() -> None:
 
 
 @torch.no_grad()
-def test_a_trained_meanflow_head() -> None:
-    """It learns slowly, and its times are seldom near 0 and 1: the whole step is only rough so soon, those within are not."""
+def test_trained_mean_flow_head_approximates_the_map() -> None:
+    """It learns slowly and rarely sees times near 0 and 1, so the whole step remains rough."""
     torch.manual_seed(0)
     with torch.enable_grad():
         head = train(FlowMapHead(FlowMapConfig(32, 1), CHANNELS, 1), 300, 64)
@@ -651,8 +681,8 @@ def test_a_trained_meanflow_head() -> None:
 
 
 @torch.no_grad()
-def test_a_trained_head_knows_guidance() -> None:
-    """Its one pass gives what two passes give in many steps, and what is exact: the mean moved by the scale, the same deviation."""
+def test_trained_head_guides_in_one_pass() -> None:
+    """One pass agrees with two passes in many steps, and with the closed form."""
     torch.manual_seed(0)
     with torch.enable_grad():
         network = FlowMapHead(FlowMapConfig(32, 1, objective="lagrangian", max_guidance=3.0), CHANNELS, 1)
@@ -669,7 +699,8 @@ def test_a_trained_head_knows_guidance() -> None:
         assert scale == 1.0 or rms(plain - exact) > 0.5
 
 
-# --- Bad values -----------------------------------------------------------------------------------------------------------
+# --- Bad values
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -683,7 +714,7 @@ def test_a_trained_head_knows_guidance() -> None:
         ({"samples_per_token": 1}, "head samples_per_token 1"),
     ],
 )
-def test_bad_values(values: dict, message: str) -> None:
+def test_bad_values_are_refused(values: dict, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         FlowMapConfig(**{"width": 8, "depth": 1, **values})
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The network of all heads. Its values are compared with MAR's in tests/reference."""
+"""Network of all heads. tests/reference compares its values with MAR's."""
 
 import math
 
@@ -28,7 +28,7 @@ def inputs(network: HeadNetwork, *leading: int) -> tuple[Tensor, Tensor, list[Te
 
 
 @pytest.mark.parametrize("times", [0, 1, 2])
-def test_starts_as_zero_and_can_learn(times: int) -> None:
+def test_untrained_network_is_zero_and_has_gradients(times: int) -> None:
     torch.manual_seed(0)
     network = HeadNetwork(CHANNELS, OUTPUTS, CONDITION, WIDTH, 2, times)
     x, z, t = inputs(network, 4)
@@ -40,7 +40,7 @@ def test_starts_as_zero_and_can_learn(times: int) -> None:
 
 
 @torch.no_grad()
-def test_everything_counts(network: HeadNetwork) -> None:
+def test_every_input_changes_the_output(network: HeadNetwork) -> None:
     x, z, times = inputs(network, 4)
     y = network(x, z, *times)
     assert y.shape == (4, OUTPUTS)
@@ -52,8 +52,7 @@ def test_everything_counts(network: HeadNetwork) -> None:
 
 
 @torch.no_grad()
-def test_embeddings_are_summed(network: HeadNetwork) -> None:
-    """That of the condition and those of the times, of which there may be none."""
+def test_embeddings_of_condition_and_times_are_summed(network: HeadNetwork) -> None:
     x, z, times = inputs(network, 4)
     both = network.embed_condition(z)
     for embed, time in zip(network.time_embeddings, times, strict=True):
@@ -64,8 +63,8 @@ def test_embeddings_are_summed(network: HeadNetwork) -> None:
 
 
 @torch.no_grad()
-def test_inputs_broadcast(network: HeadNetwork) -> None:
-    """Noise samples ``[4, 6]`` share conditions ``[6]``; a time may be one number."""
+def test_conditions_and_times_broadcast_over_samples(network: HeadNetwork) -> None:
+    """Noise samples ``[4, 6]`` share conditions ``[6]``, and a time may be a single value."""
     x, z, times = inputs(network, 4, 6)
     shared, numbers = z[0], [time[0, 0] for time in times]
     y = network(x, shared, *numbers)
@@ -75,14 +74,14 @@ def test_inputs_broadcast(network: HeadNetwork) -> None:
     torch.testing.assert_close(network(x, z, *times).flatten(0, 1), rows, rtol=0, atol=1e-5)
 
 
-def test_number_of_times_is_checked(network: HeadNetwork) -> None:
+def test_wrong_number_of_times_is_refused(network: HeadNetwork) -> None:
     x, z, times = inputs(network, 4)
     with pytest.raises(ValueError):
         network(x, z, *times, torch.zeros(4))
 
 
 @torch.no_grad()
-def test_time_embedding_frequencies() -> None:
+def test_time_embedding_has_the_published_frequencies() -> None:
     """128 cosines, then 128 sines, of frequencies from 1 geometrically down to just above 1e-4."""
     embedding = TimeEmbedding(256)
     embedding.linear_in.weight.copy_(torch.eye(256))
@@ -97,11 +96,11 @@ def test_time_embedding_frequencies() -> None:
 
 
 @torch.no_grad()
-def test_low_precision_weights(network: HeadNetwork) -> None:
+def test_weights_in_bfloat16_give_nearly_the_same_output(network: HeadNetwork) -> None:
     x, z, times = inputs(network, 4)
     low = HeadNetwork(CHANNELS, OUTPUTS, CONDITION, WIDTH, 2, len(times)).bfloat16()
     low.load_state_dict(network.state_dict())
     y = low(x, z, *times)
     assert y.dtype == torch.bfloat16
-    # Times stay in float32 until they are waves: 1000 · 1/128 steps would vanish in bfloat16.
+    # Times stay in float32 until they are embedded: steps of 1000 · 1/128 would vanish in bfloat16.
     torch.testing.assert_close(y.float(), network(x, z, *times), rtol=0.1, atol=0.1)

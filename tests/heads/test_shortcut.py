@@ -1,8 +1,8 @@
-"""The shortcut head against closed forms for Gaussian data, with exact and with trained networks.
+"""Shortcut head against closed forms for Gaussian data, with exact and with trained networks.
 
-For data ``N(mean, DEVIATION²)`` the marginal at time t is Gaussian with mean ``t · mean`` and a deviation
-``spread(t)``, and the flow keeps how many deviations a point is off the mean. So the flow map, and with
-it the mean velocity over any step, are known.
+For data ``N(mean, DEVIATION²)`` the marginal at time t is Gaussian with mean ``t · mean`` and standard
+deviation ``spread(t)``. The flow preserves a point's distance from the mean in standard deviations, so the
+flow map and the mean velocity over any step are known.
 """
 
 import copy
@@ -40,7 +40,7 @@ def flow_map(x: Tensor, t: Tensor, d: Tensor, mean: Tensor) -> Tensor:
 
 
 def exact_velocity(x: Tensor, t: Tensor, mean: Tensor) -> Tensor:
-    """The derivative of the flow map; that is also ``E[data − noise | x_t = x]``."""
+    """Return the derivative of the flow map, which is also ``E[data − noise | x_t = x]``."""
     return mean + (t * DEVIATION**2 - (1 - t)) / spread(t) ** 2 * (x - t * mean)
 
 
@@ -49,7 +49,7 @@ def exact_mean_velocity(x: Tensor, t: Tensor, d: Tensor, mean: Tensor) -> Tensor
 
 
 class ExactMeanVelocity(ExactNetwork):
-    """Stands where the trained network would; ``z`` is the mean of the data, ``d = 0`` asks for the velocity."""
+    """Exact network for data with mean ``z``. At ``d = 0`` it returns the velocity."""
 
     def forward(self, x: Tensor, z: Tensor, time: Tensor, size: Tensor) -> Tensor:
         t, d = time.unsqueeze(-1) / 1000, size.unsqueeze(-1) / 1000
@@ -72,7 +72,7 @@ def random_head(channels: int = 3, condition: int = 5) -> ShortcutHead:
 
 
 def points(t: Tensor, mean: Tensor, seed: int) -> Tensor:
-    """Draws of ``x_t``."""
+    """Draw ``x_t``."""
     return t * mean + spread(t) * torch.randn(
         mean.shape, generator=torch.Generator().manual_seed(seed), dtype=mean.dtype
     )
@@ -81,8 +81,8 @@ def points(t: Tensor, mean: Tensor, seed: int) -> Tensor:
 # --- The closed forms themselves, and the target ---------------------------------------------------
 
 
-def test_closed_forms_agree() -> None:
-    """Small mean velocities become the velocity, and maps compose: the oracle of this file is sound."""
+def test_closed_forms_of_velocity_and_map_agree() -> None:
+    """Mean velocities of small steps become the velocity, and maps compose. This validates the reference."""
     mean = torch.full((100, 1), 0.7, dtype=torch.float64)
     for start in (0.0, 0.3, 0.9):
         t = torch.tensor(start, dtype=torch.float64)
@@ -120,7 +120,7 @@ def test_target_is_clipped() -> None:
     assert torch.equal(target, torch.tensor([[4.0], [-4.0]]))
 
 
-def test_drawn_steps() -> None:
+def test_drawn_steps_are_uniform_multiples_of_their_size() -> None:
     whole, start = draw_steps(70_000, torch.Generator().manual_seed(0))
     sizes, counts = whole.unique(return_counts=True)
     assert sizes.flip(0).tolist() == SIZES[:-1]  # 1 … 1/64, so that half of it is 1 … 1/128
@@ -138,7 +138,7 @@ def test_drawn_steps() -> None:
 # --- Steps of sampling ---------------------------------------------------------------------------
 
 
-def test_step_sizes() -> None:
+def test_step_sizes_sum_to_one_and_divide_their_starts() -> None:
     for steps in range(1, FINEST + 1):
         sizes = step_sizes(steps)
         assert len(sizes) == steps
@@ -154,8 +154,8 @@ def test_step_sizes() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 8, 13, 127, 128])
-def test_sampling_with_the_exact_mean_velocity_is_exact(steps: int) -> None:
-    """In any number of steps; only the finest size is an approximation, being the velocity itself."""
+def test_exact_mean_velocity_gives_the_data_in_any_number_of_steps(steps: int) -> None:
+    """Only the finest size is an approximation, because it is the velocity itself."""
     noise = torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
     z = torch.linspace(-1, 1, 500).unsqueeze(-1)
     drawn = draw(exact_head(), z, lambda: noise, steps=steps)
@@ -174,8 +174,8 @@ def test_guidance_moves_the_mean_and_temperature_the_deviation(steps: int) -> No
 
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [1, 3, 8, 128])
-def test_sampling_takes_the_steps_of_the_mean_velocity(steps: int) -> None:
-    """With the trained kind of network, whose embeddings of times and conditions are made before the first step."""
+def test_sampling_steps_with_the_mean_velocity(steps: int) -> None:
+    """The network embeds times and conditions before the first step."""
     head = random_head().double()
     z, z_uncond, noise = torch.randn(4, 5).double(), torch.randn(4, 5).double(), torch.randn(4, 3).double()
     x, t = noise, torch.tensor(0.0).double()
@@ -187,7 +187,7 @@ def test_sampling_takes_the_steps_of_the_mean_velocity(steps: int) -> None:
 
 
 @torch.no_grad()
-def test_network_calls() -> None:
+def test_network_is_called_once_per_step() -> None:
     head = random_head()
     rows: list[int] = []
     head.network.output.register_forward_hook(
@@ -203,7 +203,7 @@ def test_network_calls() -> None:
 
 
 @torch.no_grad()
-def test_finest_size_is_the_velocity() -> None:
+def test_mean_velocity_of_the_finest_size_is_the_velocity() -> None:
     head = random_head()
     x, z, t = torch.randn(6, 3), torch.randn(6, 5), torch.rand(6)
     finest, zero, coarser = (head.mean_velocity(x, t, torch.tensor(d), z) for d in (1 / 128, 0.0, 1 / 64))
@@ -215,8 +215,8 @@ def test_finest_size_is_the_velocity() -> None:
 
 
 @torch.no_grad()
-def test_loss_of_the_exact_mean_velocity() -> None:
-    """No consistency loss is left, and of the flow loss only ``E[Var(data − noise | x_t)]``."""
+def test_exact_mean_velocity_has_the_irreducible_loss() -> None:
+    """It has no consistency loss, and a flow-matching loss of ``E[Var(data − noise | x_t)]``."""
     generator, head = torch.Generator().manual_seed(0), exact_head()
     z = 2 * torch.rand(20_000, 1, generator=generator) - 1
     x = z + DEVIATION * torch.randn(20_000, 1, generator=generator)
@@ -233,8 +233,8 @@ def test_loss_of_the_exact_mean_velocity() -> None:
     torch.testing.assert_close(loss.samples.view(4, -1).mean(dim=0), loss.value)
 
 
-def test_every_place_of_the_sequence_learns_the_flow() -> None:
-    """Sequences whose length is a multiple of eight must not have the same places at consistency each time."""
+def test_every_position_learns_flow_matching() -> None:
+    """In sequences of a multiple of eight tokens, consistency must not always fall on the same positions."""
     generator, head, chosen = torch.Generator().manual_seed(0), random_head(), torch.zeros(64)
     for _ in range(400):
         starts = head.loss(torch.zeros(16, 3), Condition(torch.zeros(16, 5)), generator, head).t * FINEST / 2
@@ -246,7 +246,7 @@ def test_every_place_of_the_sequence_learns_the_flow() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 7, 8])
-def test_loss_of_few_tokens(tokens: int) -> None:
+def test_few_tokens_have_a_consistency_loss(tokens: int) -> None:
     head = random_head()
     loss = head.loss(
         torch.randn(tokens, 3), Condition(torch.randn(tokens, 5)), torch.Generator().manual_seed(0), head
@@ -268,8 +268,8 @@ def gradients(head: ShortcutHead, teacher: ShortcutHead, z: Tensor) -> list[Tens
     return [parameter.grad.clone() for parameter in head.parameters() if parameter.grad is not None]
 
 
-def test_targets_carry_no_gradient() -> None:
-    """A teacher that is the head itself teaches like a frozen copy of it."""
+def test_targets_have_no_gradient() -> None:
+    """The head as its own teacher gives the same gradients as a frozen copy."""
     head = random_head()
     frozen = copy.deepcopy(head).requires_grad_(False)
     z = [torch.randn(16, 5, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2)]
@@ -280,7 +280,7 @@ def test_targets_carry_no_gradient() -> None:
     torch.testing.assert_close(z[0].grad, z[1].grad)
 
 
-def test_teacher_gives_the_consistency_targets_only() -> None:
+def test_teacher_changes_only_the_consistency_loss() -> None:
     head, other = random_head(), random_head()
     with torch.no_grad():
         other.network.output.linear.bias.add_(1)
@@ -298,7 +298,7 @@ def test_teacher_gives_the_consistency_targets_only() -> None:
 
 @pytest.fixture(scope="module")
 def trained() -> ShortcutHead:
-    """A tiny head, trained with its own loss and an averaged teacher; ``z`` is the mean of the data."""
+    """Train a tiny head with its own loss and an averaged teacher, on data with mean ``z``."""
     torch.manual_seed(0)
     head = ShortcutHead(ShortcutConfig(64, 2), 1, 1)
     ema = Ema(head, 0.99)
@@ -329,7 +329,7 @@ MEANS = torch.linspace(-1, 1, 4000).unsqueeze(-1)
 def errors(
     head: ShortcutHead, d: float, exact: Callable[[Tensor, Tensor], Tensor], starts: list[float]
 ) -> float:
-    """The deviation of the head's mean velocities from the exact ones, over the marginals at ``starts``."""
+    """Return the RMS error of the head's mean velocities over the marginals at ``starts``."""
     found = []
     for start in starts:
         t = torch.tensor(start)
@@ -338,14 +338,14 @@ def errors(
     return rms(torch.stack(found))
 
 
-def test_trained_velocity(trained: ShortcutHead) -> None:
+def test_trained_velocity_approximates_the_closed_form(trained: ShortcutHead) -> None:
     assert (
         errors(trained, 0.0, lambda x, t: exact_velocity(x, t, MEANS), [0.0, 0.2, 0.4, 0.6, 0.8, 0.95]) < 0.12
     )
 
 
 @pytest.mark.parametrize("d", [1.0, 0.5, 0.25, 0.125])
-def test_trained_mean_velocity(trained: ShortcutHead, d: float) -> None:
+def test_trained_mean_velocity_approximates_the_closed_form(trained: ShortcutHead, d: float) -> None:
     starts = [step * d for step in range(int(1 / d))]
     assert errors(trained, d, lambda x, t: exact_mean_velocity(x, t, torch.tensor(d), MEANS), starts) < 0.12
     if d >= 0.25:  # the velocity at the start of so large a step is something else
@@ -353,8 +353,8 @@ def test_trained_mean_velocity(trained: ShortcutHead, d: float) -> None:
 
 
 @torch.no_grad()
-def test_trained_maps(trained: ShortcutHead) -> None:
-    """One step gives the data's mean and deviation, and two half steps the same points."""
+def test_trained_head_draws_the_data_in_one_step(trained: ShortcutHead) -> None:
+    """Two half steps give the same tokens."""
     noise = torch.randn(4000, 1, generator=torch.Generator().manual_seed(9))
     one, two, many = (draw(trained, MEANS, lambda: noise, steps=steps) for steps in (1, 2, 128))
     for drawn in (one, two, many):

@@ -1,4 +1,4 @@
-"""``Head.velocity`` of every kind of head: for Gaussian data the flow-matching velocity is known, and guidance is linear in it."""
+"""``Head.velocity`` of every kind of head, compared with the known velocity of Gaussian data."""
 
 import numpy as np
 import pytest
@@ -20,12 +20,12 @@ FIRST, LAST = float(flow_times()[-1]), float(flow_times()[0])
 
 
 def exact_velocity(x: Tensor, t: Tensor, mean: Tensor) -> Tensor:
-    """``E[data − noise | x_t = x]`` for data ``N(mean, DEVIATION²)``, by the regression formula for Gaussians."""
+    """Return ``E[data − noise | x_t = x]`` for data ``N(mean, DEVIATION²)``, by regression of Gaussians."""
     return mean + (t * DEVIATION**2 - (1 - t)) / ((1 - t) ** 2 + (t * DEVIATION) ** 2) * (x - t * mean)
 
 
 class ExactNoise(ExactNetwork):
-    """``E[ε | noisy token]`` at a training step, or between two; ``z`` is the mean of the data."""
+    """Exact network ``E[ε | noisy token]`` at a fractional diffusion time, for data with mean ``z``."""
 
     def forward(self, x: Tensor, z: Tensor, step: Tensor) -> Tensor:
         t = torch.as_tensor(np.interp(step.numpy(), np.arange(1000), flow_times().numpy()))
@@ -37,7 +37,7 @@ class ExactNoise(ExactNetwork):
 
 
 class ExactVelocity(ExactNetwork):
-    """The velocity in the units of time of the head that it stands in; a step size, where there is one, must be none."""
+    """Exact velocity in the time unit of its head. A step size, if there is one, must be 0."""
 
     def __init__(self, unit: float) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def random_head(kind: str) -> Head:
     return head
 
 
-def test_every_head_is_here() -> None:
+def test_every_head_with_a_velocity_is_tested() -> None:
     assert {*KINDS, "energy"} == set(HEADS), (
         "a head has a velocity, which is tested here, or is known to have none"
     )
@@ -77,7 +77,7 @@ def test_every_head_is_here() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("time", [0.0, FIRST, 1e-3, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.9, LAST, 1.0])
-def test_velocity_of_gaussian_data(kind: str, time: float) -> None:
+def test_velocity_of_gaussian_data_is_the_closed_form(kind: str, time: float) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(50, 1, generator=generator, dtype=torch.float64)
     t = torch.full((50,), time, dtype=torch.float64)
@@ -93,8 +93,8 @@ def test_velocity_of_gaussian_data(kind: str, time: float) -> None:
     assert float((expected - exact_velocity(x, t.unsqueeze(-1), MEANS)).abs().max()) < 0.1
 
 
-def test_a_diffusion_head_is_asked_at_the_noise_level_of_its_training() -> None:
-    """At a training step ``√ᾱ x + √(1 − ᾱ) ε`` is what the network sees, of whatever scale the flow's point is."""
+def test_diffusion_network_sees_the_tokens_and_times_of_its_training() -> None:
+    """The network sees ``√ᾱ x + √(1 − ᾱ) ε``, whatever the scale of the point of the flow."""
     head, seen = DiffusionHead(DiffusionConfig(8, 1), 1, 1), []
     head.network = ExactNoise()  # type: ignore[assignment]
     head.network.register_forward_pre_hook(lambda module, arguments: seen.append(arguments))
@@ -110,7 +110,7 @@ def test_a_diffusion_head_is_asked_at_the_noise_level_of_its_training() -> None:
     torch.testing.assert_close(asked, steps.double(), rtol=0, atol=1e-6)
 
 
-def test_flow_times_and_training_steps() -> None:
+def test_flow_times_fall_and_convert_back_to_diffusion_times() -> None:
     times = flow_times()
     assert times.shape == (1000,)
     assert bool((times.diff() < 0).all()), "training steps run from data to noise"
@@ -125,7 +125,7 @@ def test_flow_times_and_training_steps() -> None:
 
 
 @torch.no_grad()
-def test_a_token_limit_bounds_the_guided_token() -> None:
+def test_token_limit_clips_the_guided_token() -> None:
     head = random_head("diffusion")
     x, t = 2 * torch.randn(400, 3, dtype=torch.float64), 0.02 + 0.96 * torch.rand(400, 1, dtype=torch.float64)
     z, z_uncond = torch.randn(2, 400, 5, dtype=torch.float64)
@@ -140,7 +140,7 @@ def test_a_token_limit_bounds_the_guided_token() -> None:
 
 
 @torch.no_grad()
-def test_velocities_are_those_of_the_networks_at_no_step_size() -> None:
+def test_velocity_is_the_mean_velocity_of_an_empty_step() -> None:
     flow, flow_map, shortcut = random_head("flow"), random_head("flow_map"), random_head("shortcut")
     assert isinstance(flow, FlowHead)
     assert isinstance(flow_map, FlowMapHead)
