@@ -1,4 +1,4 @@
-"""A stand-in for a GPU or a Mac: torch's ``meta`` device, whose tensors have shapes and no values, under a watch."""
+"""Replacement of a GPU or a Mac: torch's ``meta`` device, whose tensors have no values, under a watch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +17,12 @@ DEVICE = torch.device("meta")
 
 
 class Watch(TorchDispatchMode):
-    """Notes what would stall a GPU, or what a Mac cannot do, and refuses to mix devices.
+    """Record operations that would stall a GPU or that a Mac lacks, and refuse to mix devices.
 
     Attributes:
         copies: operations that move a tensor from one device to another.
-        reads: operations that need a value of the device on the host: ``.item()``, ``bool(tensor)``, indexing by a mask.
-        float64: operations that give float64 on the device.
+        reads: operations that need a value on the host: ``.item()``, ``bool(tensor)``, indexing by a mask.
+        float64: operations with float64 results on the device.
         operations: all operations on the device, as torch's table of kernels names them.
     """
 
@@ -41,7 +41,7 @@ class Watch(TorchDispatchMode):
         self.numbers.__exit__(*error)
 
     def clear(self) -> None:
-        """Forget all that was noted."""
+        """Forget all records."""
         self.copies: list[str] = []
         self.reads: list[str] = []
         self.float64: list[str] = []
@@ -95,7 +95,7 @@ class Watch(TorchDispatchMode):
 
 
 def without_mps_kernel(operations: set[str]) -> list[str]:
-    """The operations that have no kernel for Apple's MPS, by the table that torch itself is generated from."""
+    """Return the operations without a kernel for Apple's MPS in the table that torch is generated from."""
     path = Path(torchgen.__file__).with_name("packaged") / "ATen/native/native_functions.yaml"
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     table = {entry["func"].partition("(")[0]: entry for entry in yaml.load(path.read_text(), loader)}
@@ -110,7 +110,7 @@ def without_mps_kernel(operations: set[str]) -> list[str]:
 
 
 class _Numbers(TorchFunctionMode):
-    """Notes tensors that are made of the host's numbers, which a GPU receives by a copy and ``meta`` does not."""
+    """Record tensors made of host values, which are copied to a GPU but not to ``meta``."""
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()

@@ -10,8 +10,8 @@ import far
 
 ROOT = Path(far.__file__).parent
 
-# From the ground up. The first matching pattern counts. A module may import modules of lower floors, and of its own
-# floor within its own package.
+# From the ground up. The first matching pattern counts. A module may import modules of lower floors, and of
+# its own floor within its own package.
 FLOORS = [
     (
         0,
@@ -170,7 +170,8 @@ def test_private_operators_of_torch_are_called_in_one_place() -> None:
     assert found == {"far.kernels"}
 
 
-# --- Sizes ----------------------------------------------------------------------------------------------------
+# --- Sizes
+# ----------------------------------------------------------------------------------------------------
 
 MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 400, 60, 8
 # A docstring stands alone: it begins with a verb or a noun.

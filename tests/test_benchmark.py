@@ -66,7 +66,7 @@ def test_segments_stand_for_every_step(ar_steps: int, full: bool) -> None:
         assert [step for segment in plan for step in segment.timed] == list(range(ar_steps))
 
 
-def test_segments_of_the_presets_are_short_and_in_the_middle_of_what_they_stand_for() -> None:
+def test_segments_of_the_presets_are_short_and_central() -> None:
     assert segments(SamplingConfig(64)) == [
         Segment(range(s + 6, s + 7), range(s + 7, s + 9), 16) for s in (0, 16, 32, 48)
     ]
@@ -77,7 +77,7 @@ def test_segments_of_the_presets_are_short_and_in_the_middle_of_what_they_stand_
 
 @pytest.mark.parametrize("ar_steps", [16, 24, 30, 32, 64])
 @pytest.mark.parametrize(("refresh", "guidance"), [(2, 1), (4, 1), (1, 4), (4, 4), (2, 3)])
-def test_segments_are_of_whole_periods(ar_steps: int, refresh: int, guidance: int) -> None:
+def test_segments_hold_whole_periods(ar_steps: int, refresh: int, guidance: int) -> None:
     plan = segments(SamplingConfig(ar_steps, refresh_every=refresh, guidance_every=guidance))
     assert sum(segment.stands_for for segment in plan) == ar_steps
     run = [step for segment in plan for step in segment.timed]
@@ -104,7 +104,7 @@ def test_eight_bit_weights_and_products_are_counted() -> None:
 
 @each_backbone
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_watched_generation_of_all_steps_draws_the_same_latents(backbone: str, dtype: str) -> None:
+def test_watched_generation_of_all_steps_draws_the_same_latents(backbone: str, dtype: str) -> None:
     watched_model = model(backbone, dtype)
     labels, config = torch.tensor([0, 2]), SamplingConfig(16, 2, 2.0)
 
@@ -114,10 +114,10 @@ def test_a_watched_generation_of_all_steps_draws_the_same_latents(backbone: str,
     plain = draw(watched_model)
     assert torch.equal(draw(Watch(watched_model, range(16), lambda: 0.0).model), plain)
     assert not torch.equal(draw(Watch(watched_model, range(8), lambda: 0.0).model), plain)
-    assert torch.equal(draw(watched_model), plain), "the model itself has changed"
+    assert torch.equal(draw(watched_model), plain), "the model has changed"
 
 
-def test_nothing_is_read_of_a_model_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_is_not_watched_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     broken, readings = pipeline("masked"), []
 
     def fail(self: MaskedBackbone, *values: object) -> None:
@@ -163,7 +163,7 @@ def test_skipped_steps_call_no_network(backbone: str) -> None:
 
 
 @each_backbone
-def test_a_skipped_step_answers_with_zeros_of_the_right_kind(backbone: str) -> None:
+def test_skipped_step_returns_zeros_of_the_right_dtype(backbone: str) -> None:
     skipping = model(backbone, "bfloat16")
     tokens, query = torch.zeros(2, 16, 8), torch.zeros(2, 3, dtype=torch.long)
     watch = Watch(skipping, range(0), lambda: 0.0)
@@ -174,7 +174,7 @@ def test_a_skipped_step_answers_with_zeros_of_the_right_kind(backbone: str) -> N
     assert torch.equal(z, torch.zeros(2, 3, 32, dtype=torch.bfloat16))
 
 
-def test_a_cache_catches_up_with_skipped_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_catches_up_with_skipped_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     causal = pipeline("causal")
     network = causal.model.backbone
     forward = type(network).forward
@@ -194,7 +194,7 @@ def test_a_cache_catches_up_with_skipped_steps(monkeypatch: pytest.MonkeyPatch) 
 
 
 class Ticks:
-    """A clock that only the networks move on: 3 an encoding, 5 a decoding, 7 more at each call of the head, 2 a noise."""
+    """A clock that only the networks advance: 3 per encoding, 5 per decoding, 7 per token of the head."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, masked: MaskedBackbone, head: Head) -> None:
         self.now, self.head_calls = 0.0, 0
@@ -232,7 +232,7 @@ def test_timed_steps_stand_for_the_others(full: bool, monkeypatch: pytest.Monkey
     assert tuple(found) == PARTS
 
 
-def test_what_no_network_takes_is_the_samplers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_outside_the_networks_is_the_samplers(monkeypatch: pytest.MonkeyPatch) -> None:
     masked = pipeline("masked")
     ticks = Ticks(monkeypatch, masked.model.backbone, masked.model.head)  # type: ignore[arg-type]
     constrain = FAR.constrain
@@ -249,8 +249,8 @@ def test_what_no_network_takes_is_the_samplers(monkeypatch: pytest.MonkeyPatch) 
     assert found["head"] == 16 * 7
 
 
-def test_the_estimate_follows_work_that_grows() -> None:
-    """Work of step k is k: the middles of the quarters give the exact sum."""
+def test_estimate_of_growing_work_is_exact() -> None:
+    """Step k takes k: the middles of the quarters give the exact sum."""
     watch = Watch(model("masked"), range(0), lambda: 64 * 63 / 2)
     watch.starts = [float(step * (step - 1) / 2) for step in range(64)]
     watch.begin = 0.0
@@ -317,7 +317,7 @@ def test_operations_by_part_add_up_to_those_of_a_plain_generation(
         ("energy", {}, (1,)),
     ],
 )
-def test_weights_read_are_those_of_the_passes(
+def test_weights_read_equal_those_of_the_passes(
     backbone: str, kind: str, options: dict[str, Any], steps: tuple[int, ...]
 ) -> None:
     watched_model = model(backbone, kind=kind, **options)
@@ -345,7 +345,7 @@ def test_size_is_in_bytes() -> None:
     assert size(nn.Linear(3, 5, dtype=torch.bfloat16)) == 2 * (15 + 5)
 
 
-def test_peak_memory_is_of_the_call_alone() -> None:
+def test_peak_memory_is_that_of_the_call_alone() -> None:
     def use(megabytes: int) -> None:
         torch.ones(megabytes * 2**18)
 
@@ -364,7 +364,7 @@ def result(batch: int, seconds: list[float]) -> RowResult:
     return RowResult(Row("x", SamplingConfig(16), "float32", batch), 8, 0, None, None, {}, 1.0, 2.0, rounds)
 
 
-def test_figures_of_a_row() -> None:
+def test_figures_of_a_row_are_medians_of_its_rounds() -> None:
     base, other = result(1, [10.0, 20.0, 60.0]), result(4, [20.0, 10.0, 40.0])
     assert other.image_seconds == [5.0, 2.5, 10.0]
     assert other.shares == {"encoder": 0.25, "decoder": 0, "head": 0.75, "autoencoder": 0, "sampler": 0}
@@ -374,7 +374,7 @@ def test_figures_of_a_row() -> None:
     assert Report([base, other], 1.0, {}).times_faster(other) == 6.0
 
 
-def test_rows_are_every_combination_and_a_causal_model_takes_its_number_of_tokens() -> None:
+def test_rows_are_all_combinations_and_causal_models_have_fixed_ar_steps() -> None:
     rows = rows_of(
         ["far-b", "far-causal-b"],
         batches=[1, 2],
@@ -388,12 +388,12 @@ def test_rows_are_every_combination_and_a_causal_model_takes_its_number_of_token
     assert rows_of(["mar-b"]) == [Row("mar-b", SamplingConfig(64, 100, 2.9), "float32", 1)]
 
 
-def test_a_folder_brings_its_own_sampling(pipeline_folder: Path) -> None:
+def test_folder_has_its_own_sampling(pipeline_folder: Path) -> None:
     (row,) = rows_of([str(pipeline_folder)], guidance=1.5)
     assert row == Row(str(pipeline_folder), SamplingConfig(4, 2, 1.5), "float32", 1)
 
 
-def test_the_default_rows_start_with_mar_as_released() -> None:
+def test_default_rows_start_with_mar_as_released() -> None:
     rows = default_rows(batches=[2], guidance=3.0)
     assert rows[0] == Row("mar-b", SamplingConfig(64, 100, 3.0), "float32", 2)
     assert [row.model for row in rows].count("far-causal-b") == 4
@@ -405,7 +405,7 @@ def test_the_default_rows_start_with_mar_as_released() -> None:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A preset and an autoencoder small enough for a test, and a small measurement of the machine."""
+    """Add a small preset and autoencoder, and shorten the measurement of the machine."""
     monkeypatch.setitem(
         PRESETS, "tiny", NetworkConfig(MaskedConfig(16, 1, 2, 16, 1, 2, 2), DiffusionConfig(16, 1))
     )
@@ -431,7 +431,7 @@ def test_presets_have_the_same_weights_each_time_and_disturb_no_random_state(tin
 
 
 @each_backbone
-def test_memory_is_of_the_last_steps_or_of_a_cache_that_grows_as_in_use(
+def test_memory_is_that_of_the_last_steps_or_of_a_cache_that_grows_as_in_use(
     backbone: str, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans = []
@@ -449,7 +449,7 @@ def test_memory_is_of_the_last_steps_or_of_a_cache_that_grows_as_in_use(
     assert found.timed_steps == 8
 
 
-def test_peak_memory_calls_once_where_the_system_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_calls_once_if_the_system_reports_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError
 

@@ -1,4 +1,4 @@
-"""What killed processes leave half-written, and folders that cannot be written to."""
+"""Leftovers of killed processes, and folders that cannot be written to."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ from far.training.runs import check_unused
 
 
 def die_within(work: Callable[[], None]) -> None:
-    """Do ``work`` in a process of its own, which is expected to end in the midst of it."""
+    """Do ``work`` in a child process that is expected to die in the middle of it."""
     if (child := os.fork()) == 0:
         work()
         os._exit(1)
@@ -40,7 +40,7 @@ def age(folder: Path, seconds: float) -> None:
 
 
 def leave(path: Path, seconds: float) -> Path:
-    """What a process leaves that died so long ago."""
+    """Create the leftovers of a process that died some time ago."""
     before = set(path.parent.iterdir())
 
     def work() -> None:
@@ -54,7 +54,7 @@ def leave(path: Path, seconds: float) -> Path:
     return left
 
 
-def test_leftovers_go_once_nobody_can_be_at_work_on_them(tmp_path: Path) -> None:
+def test_old_leftovers_are_removed_and_recent_ones_stay(tmp_path: Path) -> None:
     for name in ("config.json", "step-00000010.pt", "a.b.png"):
         leave(tmp_path / name, 7200)
     young = leave(tmp_path / "config.json", 60)
@@ -70,13 +70,13 @@ def test_leftovers_go_once_nobody_can_be_at_work_on_them(tmp_path: Path) -> None
     assert set(tmp_path.iterdir()) == set(others)
 
 
-def test_what_is_beside_a_path_goes_when_it_is_probed(tmp_path: Path) -> None:
+def test_check_of_a_path_removes_leftovers_beside_it(tmp_path: Path) -> None:
     leave(tmp_path / "samples.png", 7200)
     check_writable(tmp_path / "samples.png")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_each_way_to_write_leaves_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftovers_of_each_way_to_write_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def folder() -> None:
         with atomic_folder(tmp_path / "step-00000010") as temporary:
             (temporary / "index.json").write_text("{}")
@@ -106,10 +106,11 @@ def test_what_each_way_to_write_leaves_goes(tmp_path: Path, monkeypatch: pytest.
         assert list(tmp_path.iterdir()) == []
 
 
-def test_what_safetensors_leaves_goes(tmp_path: Path) -> None:
+def test_leftovers_of_safetensors_are_removed(tmp_path: Path) -> None:
     left = leave(tmp_path / "model.safetensors", 7200)
     (left / "model.safetensors").unlink()
-    # Its temporary file, as it is seen while safetensors writes: a process that is stopped there would leave it.
+    # Its temporary file, as it is seen while safetensors writes: a process that is stopped there would leave
+    # it.
     seen: set[str] = set()
     stop = threading.Event()
 
@@ -143,7 +144,7 @@ def test_what_safetensors_leaves_goes(tmp_path: Path) -> None:
         [".abcdefgh.far/abcdefgh"],
     ],
 )
-def test_folders_of_somebody_else_stay(files: list[str], tmp_path: Path) -> None:
+def test_similar_folders_of_other_programs_stay(files: list[str], tmp_path: Path) -> None:
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("of somebody else")
@@ -153,7 +154,7 @@ def test_folders_of_somebody_else_stay(files: list[str], tmp_path: Path) -> None
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == set(files)
 
 
-def test_folder_that_cannot_be_is_refused_before_work_and_nothing_is_made(tmp_path: Path) -> None:
+def test_impossible_folder_is_refused_before_work_and_nothing_is_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     check_folder(tmp_path)
     check_folder(tmp_path / "new" / "deeper")
@@ -177,7 +178,7 @@ def test_shards_and_runs_below_a_file_are_refused_before_work(below: str, tmp_pa
         assert str(tmp_path / "file") in str(error.value)
 
 
-def test_a_folder_in_use_is_refused_until_its_user_ends(tmp_path: Path) -> None:
+def test_folder_in_use_is_refused_until_the_other_command_ends(tmp_path: Path) -> None:
     used, other = tmp_path / "made" / "used", tmp_path / "other"
     with sole_use(used):
         with pytest.raises(InputError) as error, sole_use(used):
@@ -205,7 +206,7 @@ def test_a_folder_in_use_is_refused_until_its_user_ends(tmp_path: Path) -> None:
     assert not list(used.iterdir())
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_is_an_error_of_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError) as error, sole_use(tmp_path / "file" / "folder"):
         pass

@@ -1,4 +1,4 @@
-"""Ctrl-C as a request: the first is answered, the second stops at once, and what torchrun repeats counts as one."""
+"""Ctrl-C: the first is a request, the second stops at once, and repetitions by torchrun count as one."""
 
 import signal
 import subprocess
@@ -12,7 +12,7 @@ from far.cli.main import main
 from far.interrupt import DeferredInterrupt
 
 
-def test_the_first_signal_is_a_request_and_the_second_stops(capfd: pytest.CaptureFixture[str]) -> None:
+def test_first_signal_is_a_request_and_the_second_stops(capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with DeferredInterrupt("saving what there is") as request:
         assert not request.requested
@@ -30,7 +30,7 @@ def test_repeated_signals_to_several_processes_are_one_request(capfd: pytest.Cap
         for signum in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             signal.raise_signal(signum)
         assert request.requested
-    assert capfd.readouterr().err == "", "the first process answers"
+    assert capfd.readouterr().err == "", "only rank 0 prints"
 
 
 SCRIPT = """
@@ -47,14 +47,14 @@ with interrupt.DeferredInterrupt("saving", rank=int(sys.argv[1]), count=2):
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_later_ctrl_c_stops_several_processes_at_once(rank: str) -> None:
+def test_later_ctrl_c_stops_several_processes_at_once(rank: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, rank], capture_output=True, text=True, check=False, timeout=60
     )
     assert (done.returncode, done.stdout) == (130, "still here\n")
 
 
-def test_other_threads_leave_signals_alone() -> None:
+def test_other_threads_do_not_change_signal_handlers() -> None:
     handler = signal.getsignal(signal.SIGINT)
 
     def work() -> None:
@@ -68,7 +68,7 @@ def test_other_threads_leave_signals_alone() -> None:
     assert found == [(False, handler)]
 
 
-def test_an_interrupted_command_says_how_it_continues(
+def test_interrupted_command_names_how_to_resume(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(arguments: object) -> None:

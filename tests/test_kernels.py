@@ -1,4 +1,4 @@
-"""The private operators of torch are what far/kernels.py calls, and 8-bit products are exact, also on AVX2 alone."""
+"""torch still has the private operators of far/kernels.py, and 8-bit products are exact, even on AVX2."""
 
 import json
 import os
@@ -82,7 +82,8 @@ def test_paired_weights_stay_within_sixteen_bits(inputs: int) -> None:
     weight[40] = 0
     integers, scales = kernels.int8_weight(weight, "paired")
     padded = torch.nn.functional.pad(integers.int(), (0, inputs % 2)).unflatten(1, (-1, 2))
-    # Inputs are 0 to 255: the largest sum of two products takes the positive weights alone, the smallest the negative ones.
+    # Inputs are 0 to 255: the largest sum of two products has positive weights only, the smallest negative
+    # ones.
     assert (255 * padded.clamp(min=0).sum(dim=2)).max() < 2**15
     assert (255 * padded.clamp(max=0).sum(dim=2)).min() >= -(2**15)
     assert (integers * scales[:, None] - weight).abs().max() <= 0.5001 * scales.max()
@@ -110,7 +111,7 @@ def test_kernel_gives_the_product_of_the_integers(kernel: Int8Kernel, rows: int)
 
 
 def saturating(x: Tensor, weight: Tensor) -> Tensor:
-    """Product of bytes ``x`` (0 to 255) and 8-bit weights as AVX2 computes it: 16 bits hold two neighboring products."""
+    """Return the product of bytes ``x`` and 8-bit weights as AVX2: 16 bits hold two neighboring products."""
     pairs = x.unflatten(1, (-1, 2))[:, None] * weight.unflatten(1, (-1, 2))
     return pairs.sum(dim=3).clamp(-(2**15), 2**15 - 1).sum(dim=2)
 

@@ -21,7 +21,7 @@ def definition(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 @pytest.mark.parametrize("queries", [1, 3, 40])
 @pytest.mark.parametrize("hidden", [0, 15])
 @pytest.mark.parametrize("scores", [1, 2_500_000])
-def test_attention(
+def test_attention_equals_its_definition(
     monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype,
     tolerance: float,
@@ -29,7 +29,7 @@ def test_attention(
     hidden: int,
     scores: int,
 ) -> None:
-    """In one piece and row by row, with the last keys hidden and without."""
+    """It does in one piece and row by row, with and without hidden keys."""
     monkeypatch.setattr("far.layers._SCORES", scores)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, 2, count, 16, generator=generator).to(dtype) for count in (queries, 40, 40))
@@ -46,8 +46,8 @@ def test_attention(
         )
 
 
-def test_rotation() -> None:
-    """Pairs as complex numbers, turned by position times frequency; each axis turns its own."""
+def test_rotation_equals_complex_products() -> None:
+    """Pairs are complex numbers, rotated by position times frequency. Each axis rotates its own."""
     positions = torch.tensor([[0, 0], [3, 7], [11, 2]])
     x = torch.randn(2, 3, 8)
     angles = torch.stack(

@@ -1,4 +1,4 @@
-"""The quick-start notebook runs, what it says of the heads holds, and it is committed with its pictures."""
+"""The quick-start notebook runs, its statements about the heads hold, and its images are committed."""
 
 import json
 from pathlib import Path
@@ -40,8 +40,8 @@ def committed() -> nbformat.NotebookNode:
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
-def test_committed_as_it_ran(committed: nbformat.NotebookNode) -> None:
-    """Run from top to bottom without an error, with its pictures, and small."""
+def test_notebook_is_committed_as_it_ran(committed: nbformat.NotebookNode) -> None:
+    """It ran from top to bottom without errors, has its images and is small."""
     assert [cell.execution_count for cell in code_cells(committed)] == list(
         range(1, len(code_cells(committed)) + 1)
     )
@@ -52,7 +52,7 @@ def test_committed_as_it_ran(committed: nbformat.NotebookNode) -> None:
     assert NOTEBOOK.stat().st_size < 500_000
 
 
-def test_runs_and_holds(committed: nbformat.NotebookNode) -> None:
+def test_notebook_runs_and_its_statements_hold(committed: nbformat.NotebookNode) -> None:
     notebook = nbformat.v4.new_notebook(cells=[*committed.cells, nbformat.v4.new_code_cell(FINDINGS)])
     NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
     assert len(pictures(notebook)) == 6

@@ -1,4 +1,4 @@
-"""What runs on a GPU or a Mac, tried without one: no stalls between AR steps, no float64 on the device, no mixed devices."""
+"""GPUs and Macs, tested without one: no stalls between AR steps, no float64, no mixed devices."""
 
 import dataclasses
 import itertools
@@ -43,7 +43,7 @@ def model(backbone: str, kind: str, **head: object) -> FAR:
 
 
 class NoiseOnTheDevice:
-    """Draws made where they are needed, so that every copy that is left is the sampler's or the head's."""
+    """Noise drawn on the device, so that all remaining copies are the sampler's or the head's."""
 
     def orders(self, tokens: int) -> Tensor:
         return torch.empty(BATCH, tokens, dtype=torch.long, device=DEVICE)
@@ -53,7 +53,7 @@ class NoiseOnTheDevice:
 
 
 def draw(network: FAR, kept: bool, **sampling: object) -> tuple[Watch, Watch]:
-    """A whole generation on the device; what was noted in all of it, and in the AR steps after the first."""
+    """Generate on the device. Return the records of the whole, and of the AR steps after the first."""
     known = Kept(torch.zeros(BATCH, 3, *GRID), torch.arange(KEPT)) if kept else None
     tokens = network.config.tokens - (KEPT if kept else 0)
     config = SamplingConfig(ar_steps=4 if network.backbone.any_order else tokens, guidance=3.0, **sampling)
@@ -132,7 +132,7 @@ def test_velocities_make_no_float64(kind: str) -> None:
 
 
 @torch.no_grad()
-def test_figures_of_an_autoencoder_make_no_float64(image_set: Path) -> None:
+def test_evaluation_of_an_autoencoder_makes_no_float64(image_set: Path) -> None:
     config = AutoencoderConfig(
         width=8, width_multipliers=(1, 1, 2), blocks=1, latent_channels=2, norm_groups=4, scale=2.0
     )
@@ -149,11 +149,11 @@ def test_figures_of_an_autoencoder_make_no_float64(image_set: Path) -> None:
         assert watch.float64 == []
 
 
-def test_drawing_and_training_use_only_operations_that_a_mac_has() -> None:
+def test_generation_and_training_use_only_operations_of_mps() -> None:
     used: set[str] = set()
     latents = torch.empty(BATCH, 3, *GRID, device=DEVICE)
     labels = torch.zeros(BATCH, dtype=torch.long, device=DEVICE)
-    # Backbones and heads do not depend on each other: every head on one backbone, every backbone with one head.
+    # Backbones and heads are independent: test every head on one backbone, and every backbone with one head.
     first_backbone, first_head = next(iter(BACKBONES)), HEAD_CASES[0]
     for backbone, head in itertools.product(BACKBONES, HEAD_CASES):
         if backbone != first_backbone and head != first_head:
@@ -166,6 +166,6 @@ def test_drawing_and_training_use_only_operations_that_a_mac_has() -> None:
             )
             loss.value.mean().backward()
         used |= whole.operations | later.operations | watch.operations
-    assert {"addmm", "native_layer_norm_backward"} <= used, "the watch sees operations"
+    assert {"addmm", "native_layer_norm_backward"} <= used, "operations are not recorded"
     assert without_mps_kernel(used) == []
     assert without_mps_kernel({"special_ndtri", "addmm"}) == ["special_ndtri"]

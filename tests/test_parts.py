@@ -16,7 +16,7 @@ TINY_LARGEST = 16 * 32 * 16
 
 
 def largest_activation(module: nn.Module, call: Callable[[], Tensor]) -> tuple[int, int]:
-    """The most numbers that any submodule returned at once, and how often ``module``'s first convolution ran."""
+    """Return the largest output of any submodule, and the number of calls of the first convolution."""
     sizes: list[int] = []
     for part in module.modules():
         part.register_forward_hook(
@@ -78,13 +78,13 @@ def test_batch_of_256_at_the_published_size_stays_far_below_32_bits() -> None:
 
 
 @torch.no_grad()
-def test_an_image_above_the_bound_is_decoded_alone_and_an_empty_batch_stays_empty() -> None:
+def test_image_above_the_bound_is_decoded_alone_and_an_empty_batch_stays_empty() -> None:
     with torch.device("meta"):
         assert Autoencoder(AutoencoderConfig()).images_at_once(2048, 2048) == 1
     assert Autoencoder(TINY).decode(torch.empty(0, 2, 4, 4)).shape == (0, 3, 16, 16)
 
 
-def test_training_takes_its_batch_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_does_not_split_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(far.autoencoder, "_ACTIVATION", TINY_LARGEST)
     autoencoder = Autoencoder(TINY)
     assert (

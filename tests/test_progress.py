@@ -1,4 +1,4 @@
-"""Progress bars and notices: what stands on the screen while a command works."""
+"""Progress bars and notices."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ def steps(batch: int, count: int) -> list[Progress]:
 
 
 def state(bar: ImageBar) -> tuple[float, int, int]:
-    """Position, finished images and images in all, as they would be shown."""
+    """Return position, finished images and total images, as the bar shows them."""
     return bar.n, bar.format_dict["finished"], bar.format_dict["images"]
 
 
@@ -94,7 +94,7 @@ def test_every_command_that_draws_moves_its_bar_with_ar_steps(
     assert seen == [("generating", step) for step in (0, 1, 2)] * 2
 
 
-def test_training_shows_what_follows_the_last_step(
+def test_training_shows_the_work_after_the_last_step(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[tuple[str, int]] = []

@@ -1,4 +1,4 @@
-"""The autoregressive loop. Its numbers are compared with MAR's in tests/reference."""
+"""The autoregressive loop. tests/reference compares its values with MAR's."""
 
 import dataclasses
 import math
@@ -47,14 +47,14 @@ ALL = {**MODELS, **CAUSAL}
 FLOW, CAUSAL_FLOW = MODELS["flow"], CAUSAL["causal flow"]
 
 
-def ar_steps(name: str, wanted: int) -> int:
-    """The AR steps of a model of 24 tokens: a causal one takes no other number."""
-    return 24 if name in CAUSAL else wanted
+def ar_steps(name: str, steps: int) -> int:
+    """Return AR steps for a model of 24 tokens: a causal model always takes 24."""
+    return 24 if name in CAUSAL else steps
 
 
-def head_steps(name: str, *wanted: int) -> tuple[int, ...]:
-    """As many of the wanted head steps as the model's head takes."""
-    return tuple(min(steps, ALL[name].head.max_steps) for steps in wanted)
+def head_steps(name: str, *counts: int) -> tuple[int, ...]:
+    """Limit head steps to what the model's head supports."""
+    return tuple(min(steps, ALL[name].head.max_steps) for steps in counts)
 
 
 def draw(model: FAR, labels: list[int], seeds: list[int], config: SamplingConfig, **options: Any) -> Tensor:
@@ -66,14 +66,14 @@ def draw(model: FAR, labels: list[int], seeds: list[int], config: SamplingConfig
 
 @pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_an_image_does_not_depend_on_its_batch(kind: str, guidance: float) -> None:
+def test_image_does_not_depend_on_its_batch(kind: str, guidance: float) -> None:
     config = SamplingConfig(
         ar_steps=ar_steps(kind, 5), head_steps=head_steps(kind, 4, 2), guidance=guidance, temperature=0.9
     )
     labels, seeds = [0, 3, 3, 1], [11, 12, 13, 14]
     together = draw(ALL[kind], labels, seeds, config)
     assert together.shape == (4, 3, 4, 6)
-    # An untrained diffusion head draws numbers in the hundreds, of which 1e-4 is less than float32 tells apart.
+    # An untrained diffusion head draws values in the hundreds, for which 1e-4 is below float32's precision.
     tolerance = 1e-4 * max(1.0, float(together.abs().max()))
     order = [2, 0, 3, 1]
     permuted = draw(ALL[kind], [labels[place] for place in order], [seeds[place] for place in order], config)
@@ -84,7 +84,7 @@ def test_an_image_does_not_depend_on_its_batch(kind: str, guidance: float) -> No
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_seed_and_label_count(kind: str) -> None:
+def test_image_depends_on_seed_and_label(kind: str) -> None:
     images = draw(
         ALL[kind],
         [0, 1, 0, 0],
@@ -97,7 +97,7 @@ def test_seed_and_label_count(kind: str) -> None:
     assert (images[0] - images[2]).abs().max() > 0.02, "the seed does not count"
 
 
-def test_global_generator_is_left_alone() -> None:
+def test_global_generator_keeps_its_state() -> None:
     state = torch.get_rng_state()
     first = draw(FLOW, [0], [7], SamplingConfig(ar_steps=3, head_steps=2))
     assert torch.equal(torch.get_rng_state(), state)
@@ -105,7 +105,7 @@ def test_global_generator_is_left_alone() -> None:
     assert torch.equal(draw(FLOW, [0], [7], SamplingConfig(ar_steps=3, head_steps=2)), first)
 
 
-def test_seeded_noise_is_standard_normal_and_goes_on() -> None:
+def test_seeded_noise_is_standard_normal_and_does_not_repeat() -> None:
     noise = SeededNoise(list(range(50)), CPU)
     first, second = noise.normal(30, 4), noise.normal(30, 4)
     assert not torch.isclose(first, second).any(dim=-1).all()
@@ -113,8 +113,8 @@ def test_seeded_noise_is_standard_normal_and_goes_on() -> None:
     assert float(torch.stack([first, second]).std()) == pytest.approx(1, abs=0.03)
 
 
-def test_patches() -> None:
-    """With patches of 2, six tokens of 12 numbers fill the same grid."""
+def test_patches_of_several_latents_fill_the_grid() -> None:
+    """With patches of 2, six tokens of 12 channels do."""
     assert draw(tiny("flow", patch=2), [0], [7], SamplingConfig(ar_steps=6, head_steps=2)).shape == (
         1,
         3,
@@ -125,10 +125,10 @@ def test_patches() -> None:
 
 @pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_weights(kind: str, dtype: torch.dtype) -> None:
-    """Tokens and noise stay in float32; the image stays about the same."""
+def test_low_precision_weights_draw_nearly_the_same_latents(kind: str, dtype: torch.dtype) -> None:
+    """Tokens and noise stay in float32."""
     config = SamplingConfig(ar_steps=ar_steps(kind, 5), head_steps=head_steps(kind, 2), guidance=2.0)
-    # An untrained diffusion head draws numbers in the ten thousands; projected they would leave the range of float16.
+    # An untrained diffusion head draws values above 10,000, whose projections overflow in float16.
     model = tiny(kind.split()[-1], causal=kind in CAUSAL)
     exact = draw(model, [0, 1], [1, 2], config)
     low = draw(model.to(dtype), [0, 1], [1, 2], config)
@@ -189,7 +189,7 @@ def test_causal_order_is_row_by_row() -> None:
         {"guidance": 3.0, "guidance_interval": (0.9, 1.0)},
     ],
 )
-def test_generation_with_and_without_cache(
+def test_generation_does_not_depend_on_the_cache(
     kind: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = SamplingConfig(ar_steps=24, head_steps=head_steps(kind, 2), **values)
@@ -198,8 +198,10 @@ def test_generation_with_and_without_cache(
     torch.testing.assert_close(cached, draw(ALL[kind], [0, 3, 1], [1, 2, 3], config), rtol=1e-4, atol=1e-4)
 
 
-def test_rows_of_a_causal_generation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The class is read once; unconditional rows stay in the cache until the last guided step, and are dropped after it."""
+def test_causal_generation_drops_unconditional_rows_after_guidance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The class is embedded once, and until then the unconditional rows stay in the cache."""
     allocated: list[int] = []
     new_cache = CausalBackbone.new_cache
     monkeypatch.setattr(
@@ -232,14 +234,14 @@ def test_spherical_models_draw_on_the_sphere(causal: bool, patch: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 8, 23, 25])
-def test_a_causal_model_draws_one_token_a_step(steps: int) -> None:
+def test_causal_model_draws_one_token_per_step(steps: int) -> None:
     with pytest.raises(InputError, match=rf"ar_steps {steps}\b.*\b24\b") as caught:
         draw(CAUSAL_FLOW, [0], [1], SamplingConfig(ar_steps=steps, head_steps=1))
     assert "\n" not in str(caught.value)
 
 
 def count_rows(model: FAR, config: SamplingConfig) -> list[list[int]]:
-    """The labels of each backbone pass of a generation of classes 0 and 1."""
+    """Return the labels of each pass of the backbone in a generation of classes 0 and 1."""
     seen: list[list[int]] = []
     hook = model.backbone.class_embedding.register_forward_hook(
         lambda module, arguments, output: seen.append(arguments[0].tolist())
@@ -249,12 +251,12 @@ def count_rows(model: FAR, config: SamplingConfig) -> list[list[int]]:
     return seen
 
 
-def test_no_guidance_no_unconditional_rows() -> None:
+def test_generation_without_guidance_has_no_unconditional_rows() -> None:
     assert count_rows(FLOW, SamplingConfig(ar_steps=4, head_steps=1)) == [[0, 1]] * 4
     assert count_rows(FLOW, SamplingConfig(ar_steps=4, head_steps=1, guidance=2.0)) == [[0, 1, 5, 5]] * 4
 
 
-def test_unconditional_rows_only_within_the_interval() -> None:
+def test_generation_has_unconditional_rows_only_within_the_interval() -> None:
     known = [0, *torch.tensor(cosine_token_counts(24, 4)).cumsum(0).tolist()][:4]
     start, end = known[1] / 24, known[2] / 24
     config = SamplingConfig(ar_steps=4, head_steps=1, guidance=2.0, guidance_interval=(start, end))
@@ -277,10 +279,10 @@ def test_head_steps_follow_the_schedule() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_generation_builds_one_sampler_per_number_of_head_steps(
+def test_generation_builds_one_sampler_per_number_of_head_steps(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the first AR step, since a sampler copies its tables from the host."""
+    """It does so before the first AR step, because a sampler copies its tables from the host."""
     model, config = MODELS[kind], SamplingConfig(ar_steps=4, head_steps=head_steps(kind, 7, 2))
     events: list[object] = []
     sampler = model.head.sampler
@@ -293,7 +295,7 @@ def test_a_generation_builds_one_sampler_per_number_of_head_steps(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_guidance_and_temperature_act(kind: str) -> None:
+def test_guidance_and_temperature_change_the_image(kind: str) -> None:
     plain = SamplingConfig(ar_steps=4, head_steps=head_steps(kind, 4))
     images = [
         draw(MODELS[kind], [2], [3], config)
@@ -309,7 +311,7 @@ def test_guidance_and_temperature_act(kind: str) -> None:
             assert (images[a] - images[b]).abs().max() > 1e-3
 
 
-# --- Guidance that the head has learnt -----------------------------------------------------------------------
+# --- Guidance that the head has learned -----------------------------------------------------------------
 
 
 LEARNT = {name: tiny("flow_map", causal=name == "causal", max_guidance=3.0) for name in ("masked", "causal")}
@@ -318,13 +320,13 @@ LEARNT = {name: tiny("flow_map", causal=name == "causal", max_guidance=3.0) for 
 def record_scales(
     model: FAR, config: SamplingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> list[tuple[float, bool]]:
-    """Guidance scale of the head at each AR step, and whether an unconditional half came with it."""
+    """Return the head's guidance scale at each AR step, and whether it has an unconditional half."""
     conditions = record_conditions(model, config, monkeypatch, [0, 1])
     return [(condition.scale, condition.uncond is not None) for condition, _ in conditions]  # type: ignore[misc]
 
 
 def rows_of_passes(model: FAR, config: SamplingConfig) -> set[int]:
-    """How many rows the backbone is computed for."""
+    """Return the number of rows of each pass of the backbone."""
     rows: list[int] = []
     norm = model.backbone.norm if isinstance(model.backbone, CausalBackbone) else model.backbone.decoder_norm
     hook = norm.register_forward_hook(lambda module, arguments, output: rows.append(len(output)))  # type: ignore[union-attr, operator]
@@ -334,7 +336,7 @@ def rows_of_passes(model: FAR, config: SamplingConfig) -> set[int]:
 
 
 @pytest.mark.parametrize("name", LEARNT)
-def test_one_pass_where_the_head_has_learnt_the_scale(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learned_scale_takes_one_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = LEARNT[name], SamplingConfig(24, 2, 3.0, "constant")
     rows = {
         passes: rows_of_passes(model, dataclasses.replace(config, guidance_passes=passes))
@@ -356,7 +358,7 @@ def test_one_pass_where_the_head_has_learnt_the_scale(name: str, monkeypatch: py
 
 @pytest.mark.parametrize("name", LEARNT)
 @pytest.mark.parametrize("scale", [3.1, 0.5])
-def test_two_passes_for_a_scale_that_the_head_has_not_learnt(name: str, scale: float) -> None:
+def test_scale_that_the_head_has_not_learned_takes_two_passes(name: str, scale: float) -> None:
     config = SamplingConfig(24, 1, scale, "constant")
     assert rows_of_passes(LEARNT[name], config) == {4}
     with pytest.raises(InputError, match=rf"guidance_passes 1\b.*{scale}.*\b3\b") as caught:
@@ -365,7 +367,7 @@ def test_two_passes_for_a_scale_that_the_head_has_not_learnt(name: str, scale: f
 
 
 @pytest.mark.parametrize("model", [MODELS["shortcut"], MODELS["flow_map"], CAUSAL["causal shortcut"]])
-def test_one_pass_is_refused_where_the_head_has_learnt_no_guidance(model: FAR) -> None:
+def test_one_pass_is_refused_if_the_head_has_not_learned_guidance(model: FAR) -> None:
     config = SamplingConfig(24, 1, 2.0, guidance_passes=1)
     with pytest.raises(InputError, match=r"guidance_passes 1\b") as caught:
         draw(model, [0], [1], config)
@@ -377,7 +379,7 @@ def test_one_pass_is_refused_where_the_head_has_learnt_no_guidance(model: FAR) -
 
 
 @pytest.mark.parametrize("name", LEARNT)
-def test_learnt_guidance_keeps_schedule_and_interval(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learned_guidance_follows_schedule_and_interval(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SamplingConfig(24, 1, 3.0, guidance_interval=(0.25, 0.5))
     scales = config.guidance_scales([1] * 24 if name == "causal" else cosine_token_counts(24, 24))
     assert 1.0 in scales
@@ -385,8 +387,8 @@ def test_learnt_guidance_keeps_schedule_and_interval(name: str, monkeypatch: pyt
     assert record_scales(LEARNT[name], config, monkeypatch) == [(scale, False) for scale in scales]
 
 
-def test_learnt_guidance_with_approximations() -> None:
-    """Keys and values may be kept; of the unconditional half there is nothing to keep."""
+def test_learned_guidance_works_with_approximations() -> None:
+    """Keys and values can be reused. There is no unconditional half to reuse."""
     config = SamplingConfig(8, 1, 2.0, refresh_every=4, guidance_every=4)
     assert rows_of_passes(LEARNT["masked"], config) == {2}
     assert torch.equal(
@@ -401,7 +403,7 @@ def test_learnt_guidance_with_approximations() -> None:
 def record_conditions(
     model: FAR, config: SamplingConfig, monkeypatch: pytest.MonkeyPatch, labels: list[int]
 ) -> list[tuple[Condition, Progress]]:
-    """Condition of the head at each AR step, and the progress after it."""
+    """Return the head's condition at each AR step, and the progress after it."""
     found: list[Condition] = []
     after: list[Progress] = []
     sampler = model.head.sampler
@@ -419,7 +421,7 @@ def record_conditions(
 @pytest.mark.parametrize(
     "values", [{"refresh_every": 4}, {"refresh_every": 2, "guidance_every": 4}, {"guidance_every": 4}]
 )
-def test_whole_steps_are_exact_and_the_others_are_not(
+def test_recomputed_steps_are_exact_and_others_are_approximate(
     values: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = SamplingConfig(8, 2, 3.0, **values)  # type: ignore[arg-type]
@@ -467,7 +469,7 @@ def test_whole_steps_are_exact_and_the_others_are_not(
         ({"refresh_every": 4, "guidance_interval": (0.4, 0.65)}, [2, 2, 2, 2, 4, 4, 4, 2]),
     ],
 )
-def test_rows_of_approximate_generations(values: dict[str, Any], expected: list[int]) -> None:
+def test_approximate_generations_compute_fewer_rows(values: dict[str, Any], expected: list[int]) -> None:
     rows: list[int] = []
     hook = FLOW.backbone.decoder_norm.register_forward_hook(  # type: ignore[union-attr, operator]
         lambda module, arguments, output: rows.append(len(output))
@@ -486,14 +488,14 @@ def test_rows_of_approximate_generations(values: dict[str, Any], expected: list[
         {"order": "halton", "refresh_every": 2, "guidance_every": 3},
     ],
 )
-def test_an_approximate_image_does_not_depend_on_its_batch(values: dict[str, Any]) -> None:
+def test_approximate_image_does_not_depend_on_its_batch(values: dict[str, Any]) -> None:
     config = SamplingConfig(8, 2, 3.0, **values)
     together = draw(FLOW, [0, 3, 1], [11, 12, 13], config)
     for place, (label, seed) in enumerate(zip([0, 3, 1], [11, 12, 13])):
         torch.testing.assert_close(draw(FLOW, [label], [seed], config)[0], together[place], rtol=0, atol=1e-4)
 
 
-def test_halton_order_begins_where_the_seed_says() -> None:
+def test_halton_order_begins_at_the_first_position_of_the_seed() -> None:
     seen: list[Progress] = []
     draw(FLOW, [0, 0], [1, 2], SamplingConfig(24, 1, order="halton"), callback=seen.append)
     firsts = SeededNoise([1, 2], CPU).orders(24)[:, :1]
@@ -507,15 +509,15 @@ def test_halton_order_begins_where_the_seed_says() -> None:
 # --- Schedules -----------------------------------------------------------------------------------------
 
 
-def test_linear_guidance() -> None:
-    """MAR's: 1 + (scale − 1) · known / tokens, where the last step still counts one token as unknown."""
+def test_linear_guidance_equals_mars() -> None:
+    """It is 1 + (scale − 1) · known / tokens. The last step still counts one token as unknown."""
     config = SamplingConfig(guidance=3.0)
     assert config.guidance_at(0, 4, 16) == pytest.approx(1 + 2 * 4 / 16)
     assert config.guidance_at(4, 10, 16) == pytest.approx(1 + 2 * 10 / 16)
     assert config.guidance_at(10, 16, 16) == pytest.approx(1 + 2 * 15 / 16)
 
 
-def test_constant_guidance_and_interval() -> None:
+def test_constant_guidance_is_one_outside_the_interval() -> None:
     config = SamplingConfig(guidance=3.0, guidance_schedule="constant", guidance_interval=(0.25, 0.75))
     found = [config.guidance_at(known, known + 1, 16) for known in (0, 3, 4, 8, 12, 13, 15)]
     assert found == [1.0, 1.0, 3.0, 3.0, 3.0, 1.0, 1.0]
@@ -525,7 +527,7 @@ def test_constant_guidance_and_interval() -> None:
     assert linear.guidance_at(8, 10, 16) == pytest.approx(1 + 2 * 10 / 16)
 
 
-def test_annealed_head_steps() -> None:
+def test_annealed_head_steps_change_linearly() -> None:
     assert [SamplingConfig(ar_steps=5, head_steps=8).head_steps_at(step) for step in range(5)] == [8] * 5
     assert [SamplingConfig(ar_steps=5, head_steps=(50, 10)).head_steps_at(step) for step in range(5)] == [
         50,
@@ -578,7 +580,7 @@ def test_annealed_head_steps() -> None:
         ({"temperature": math.nan}, "temperature.* nan"),
     ],
 )
-def test_bad_values(values: dict[str, Any], message: str) -> None:
+def test_values_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:
     config = SamplingConfig(**{"ar_steps": 4, "head_steps": 2, **values})
     with pytest.raises(InputError, match=message) as caught:
         draw(FLOW, [0], [1], config)
@@ -586,14 +588,14 @@ def test_bad_values(values: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("values", [{"order": "halton"}, {"refresh_every": 2}, {"guidance_every": 2}])
-def test_causal_models_refuse_what_is_for_masked_ones(values: dict[str, Any]) -> None:
+def test_causal_models_refuse_options_of_masked_models(values: dict[str, Any]) -> None:
     name, value = next(iter(values.items()))
     with pytest.raises(InputError, match=f"{name} {value}") as caught:
         draw(CAUSAL_FLOW, [0], [1], SamplingConfig(24, 1, **values))
     assert "\n" not in str(caught.value)
 
 
-def test_shortcut_takes_at_most_128_steps() -> None:
+def test_shortcut_head_refuses_more_than_128_steps() -> None:
     with refused("head_steps 129", 128):
         draw(MODELS["shortcut"], [0], [1], SamplingConfig(ar_steps=1, head_steps=129))
 
@@ -602,7 +604,7 @@ def test_shortcut_takes_at_most_128_steps() -> None:
 
 
 class LaterNoise(SeededNoise):
-    """The noise of a generation that is taken up again after so many tokens drawn one by one."""
+    """Noise of a generation that continues after ``drawn`` tokens that were drawn one by one."""
 
     def __init__(self, seeds: list[int], drawn: int, *, ordered: bool) -> None:
         super().__init__(seeds, CPU)
@@ -613,14 +615,14 @@ class LaterNoise(SeededNoise):
             super().normal(1, 3)
 
     def orders(self, tokens: int) -> Tensor:
-        # Kept positions may stand anywhere in an order: here behind, where they must be moved to the front.
+        # Kept positions may be anywhere in an order. Here they are last and must move to the front.
         return torch.cat([self.order[:, self.drawn :], self.order[:, : self.drawn]], dim=1)
 
 
 @pytest.mark.parametrize("name", ["flow", "shortcut", "flow_map", "causal flow", "causal flow_map"])
 @pytest.mark.parametrize("count", [1, 9, 23])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_keeping_the_first_tokens_of_a_generation_gives_its_others(
+def test_generation_from_kept_first_tokens_gives_the_same_others(
     name: str, count: int, guidance: float
 ) -> None:
     config = SamplingConfig(24, 2, guidance)
@@ -639,7 +641,7 @@ def test_keeping_the_first_tokens_of_a_generation_gives_its_others(
 
 
 @pytest.mark.parametrize("values", [{}, {"order": "halton"}, {"refresh_every": 2, "guidance_every": 3}])
-def test_only_what_is_not_kept_is_drawn_and_each_version_by_its_own_order(values: dict[str, Any]) -> None:
+def test_kept_tokens_stay_and_each_version_has_its_own_order(values: dict[str, Any]) -> None:
     latents = torch.randn(1, 3, 4, 6, generator=torch.Generator().manual_seed(0)).expand(3, -1, -1, -1)
     positions = torch.tensor([20, 3, 8, 9, 10])
     seen: list[Progress] = []
@@ -661,7 +663,7 @@ def test_only_what_is_not_kept_is_drawn_and_each_version_by_its_own_order(values
         torch.testing.assert_close(alone[0], result[version], rtol=0, atol=1e-4)
 
 
-def test_kept_tokens_are_put_on_the_sphere_of_a_spherical_model() -> None:
+def test_kept_tokens_are_scaled_to_the_sphere_of_a_spherical_model() -> None:
     model = tiny("flow", spherical=True)
     latents = torch.randn(1, 3, 4, 6, generator=torch.Generator().manual_seed(0))
     result = draw(model, [1], [1], SamplingConfig(3, 2), kept=Kept(latents, torch.arange(10)))
@@ -669,7 +671,7 @@ def test_kept_tokens_are_put_on_the_sphere_of_a_spherical_model() -> None:
     assert torch.equal(model.tokens(result)[:, :10], model.constrain(model.tokens(latents))[:, :10])
 
 
-def test_guidance_grows_with_the_kept_tokens_too() -> None:
+def test_guidance_counts_kept_tokens_as_known() -> None:
     config = SamplingConfig(2, 1, 3.0)
     assert config.guidance_scales([6, 6], kept=12) == [1 + 2 * 18 / 24, 1 + 2 * 23 / 24]
 
@@ -680,12 +682,12 @@ def test_steps_are_limited_by_the_tokens_to_draw(steps: int) -> None:
         draw(FLOW, [0], [0], SamplingConfig(steps, 1), kept=Kept(torch.zeros(1, 3, 4, 6), torch.arange(5)))
 
 
-def test_a_causal_backbone_keeps_first_tokens_only() -> None:
+def test_causal_backbone_refuses_to_keep_other_than_first_tokens() -> None:
     kept = Kept(torch.zeros(1, 3, 4, 6), torch.tensor([0, 1, 3]))
     with refused("causal"):
         draw(CAUSAL_FLOW, [0], [0], SamplingConfig(21, 1), kept=kept)
 
 
-def test_bad_values_are_refused_before_the_first_step() -> None:
+def test_values_are_checked_before_the_first_step() -> None:
     with pytest.raises(InputError, match="ar_steps"):
         sampling_steps(FLOW, torch.tensor([0]), SeededNoise([0], CPU), SamplingConfig(25, 1))

@@ -43,7 +43,7 @@ def test_patchify_refuses_partial_patches() -> None:
 
 
 def mar_counts(tokens: int, steps: int) -> list[int]:
-    """Return MAR's counts as its sampler computes them: each step reduces the masked tokens, the last step to none."""
+    """Return the counts of MAR's sampler: each step reduces the masked tokens, the last step to none."""
     masked, counts = tokens, []
     for step in range(steps):
         remaining = int(np.floor(tokens * np.cos(np.pi / 2 * (step + 1) / steps)))
@@ -111,7 +111,7 @@ def test_raster_orders_count_up() -> None:
     assert raster_orders(4, 2).tolist() == [[0, 1, 2, 3]] * 2
 
 
-# --- Halton order ----------------------------------------------------------------------------------------------
+# --- Halton order -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (4, 4), (3, 7), (16, 16)])

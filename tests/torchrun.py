@@ -1,4 +1,4 @@
-"""Commands in several processes, which torchrun starts, of one thread each, so that sums are rounded alike."""
+"""Commands in several processes, started by torchrun, with one thread each, so that sums are equal."""
 
 import os
 import re
@@ -37,8 +37,8 @@ def start(processes: int, *program: object) -> subprocess.Popen:
 def run(processes: int, *program: object) -> str:
     """Return what it prints until its end; one process is without torchrun.
 
-    torch's own threads of FSDP2 and gloo rarely end a process with a memory fault (docs/reliability.md). One such end
-    is a warning and a second try.
+    torch's own threads of FSDP2 and gloo rarely end a process with a memory fault (docs/reliability.md). One
+    such end is a warning and a second try.
     """
     if processes == 1:
         done = subprocess.run(

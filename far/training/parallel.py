@@ -26,7 +26,7 @@ def replicate(losses: nn.Module) -> nn.Module:
 
 
 def shard(losses: nn.Module, module: nn.Module, ema: nn.Module) -> nn.Module:
-    """Return a module of losses whose parameters, gradients, optimizer state and EMA are sharded over processes.
+    """Return a module of losses with parameters, gradients, optimizer state and EMA sharded over processes.
 
     Blocks of the backbone are gathered one by one when they are computed, all other parameters for a whole
     step: heads are small, and some need forward-mode derivatives, which shards do not support. The EMA's head

@@ -66,7 +66,7 @@ def turned(vector: Tensor, angles: list[float]) -> Tensor:
 def plain(
     backbone: CausalBackbone, tokens: Tensor, label: int, places: list[tuple[float, ...]]
 ) -> list[Tensor]:
-    """``z`` of one image, computed position by position; ``places`` are the rotary positions of the sequence."""
+    """Compute ``z`` of one image position by position; ``places`` are its rotary positions."""
     config, state = backbone.config, backbone.state_dict()
     x = [state["class_embedding.weight"][label] + copy for copy in state["class_positions"][0]]
     x += [state["token_projection.weight"] @ token for token in tokens[:-1]]

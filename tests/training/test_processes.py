@@ -42,7 +42,7 @@ def train_alone(*arguments: object, command: str = "train") -> None:
 def trained_alone(
     tmp_path_factory: pytest.TempPathFactory, image_set: Path, autoencoder_folder: Path, latents_folder: Path
 ) -> Callable[..., Path]:
-    """A run of one process with four micro-batches per step, once per options. Two processes would have two each."""
+    """Runs of one process, trained once per options, with four micro-batches per step (two processes: two each)."""
 
     @functools.cache
     def trained(*options: str) -> Path:
@@ -104,8 +104,8 @@ def test_two_processes_train_as_one(case: str, recipe: Path, trained_alone: Call
         f"generator.training.parallel={parallel}",
     )
     alone, both = trained_alone(*options), recipe.parent / "run" / "both"
-    # Rounding to float16 between two layers may go either way, which changes the sign of small gradients. 2e-3 is a
-    # tenth of the distance that Adam can move in 20 steps of 1e-3.
+    # Rounding to float16 between two layers may go either way, which changes the sign of small gradients.
+    # 2e-3 is a tenth of the distance that Adam can move in 20 steps of 1e-3.
     assert_close(both, alone, tolerance=2e-3 if options is FLOAT16 else 1e-5)
     assert newest(both)["values"] == newest(alone)["values"]
 
@@ -190,7 +190,8 @@ def test_run_of_one_process_resumes_in_two_with_shards(recipe: Path, alone: Path
     run(2, "-m", "far", "train", recipe, "model=both", *STEPS, "generator.training.parallel=fsdp", "--resume")
     assert losses(both)[:10] == begun
     assert_close(both, alone)
-    # Each process writes about half, and one of them also the tensors without shards: the EMA's head and step numbers.
+    # Each process writes about half, and one of them also the tensors without shards: the EMA's head and step
+    # numbers.
     sizes = [path.stat().st_size for path in (both / "checkpoints" / "step-00000020").glob("*.safetensors")]
     [whole] = [
         path.stat().st_size for path in (alone / "checkpoints" / "step-00000020").glob("*.safetensors")
@@ -234,7 +235,7 @@ def test_signal_during_saving_ends_no_process_early(tmp_path: Path) -> None:
 
 
 def test_all_processes_skip_a_step_that_one_must_skip(tmp_path: Path) -> None:
-    """The second process's loss is NaN in one step, which halves float16's scale in both, and infinite in another."""
+    """The loss of the second process is NaN in one step, which halves the scale of both, and infinite in another."""
     script = Path(__file__).parent / "one_skips.py"
     for dtype, scale in (("float32", 1.0), ("float16", 65536.0 / 2)):
         run(2, script, tmp_path / dtype, dtype)
