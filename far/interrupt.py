@@ -30,8 +30,8 @@ class DeferredInterrupt:
     Args:
         finishing: what the work does before it ends, such as "finishing this step and saving".
         rank: of this process. Rank 0 acknowledges.
-        count: of processes. Several stop at once only at a later Ctrl-C, since torchrun repeats signals and clusters
-            repeat SIGTERM.
+        count: of processes. Several stop at once only at a later Ctrl-C, since torchrun repeats signals and
+            clusters repeat SIGTERM.
 
     Attributes:
         signum: the number of the first signal; ``None`` until it arrives.

@@ -1,7 +1,7 @@
 """The one place where pickles are read: files of ``torch.save``, with weights and plain values only.
 
-Nothing in a file is executed: ``torch.load`` runs with ``weights_only=True``. The callers check what the file holds:
-``far.convert``, ``far.evaluation.inception``, ``far.evaluation.features``.
+Nothing in a file is executed: ``torch.load`` runs with ``weights_only=True``. The callers check what the file
+holds: ``far.convert``, ``far.evaluation.inception``, ``far.evaluation.features``.
 """
 
 import warnings
@@ -25,8 +25,8 @@ def read_pickle(path: Path, *allowed: type, mapped: bool = False) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        Exception: it is damaged or hostile, which torch reports by many types. If the file holds another type, the
-            message names it after ``GLOBAL``.
+        Exception: it is damaged or hostile, which torch reports by many types. If the file holds another
+            type, the message names it after ``GLOBAL``.
     """
     if zipped := zipfile.is_zipfile(path):
         check_zip(path)

@@ -1,7 +1,8 @@
 """The processes that torchrun started together: rank, device, and collective operations.
 
-How work is divided among ranks is decided where the work is: ``far.data.shards``, ``far.evaluation.extraction``,
-``far.training.loop``. torch is imported only when several processes communicate.
+How work is divided among ranks is decided where the work is: ``far.data.shards``,
+``far.evaluation.extraction``, ``far.training.loop``. torch is imported only when several processes
+communicate.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Process ``rank`` of ``count``. Several can communicate within :func:`joined`; a single one needs nothing.
+    """Process ``rank`` of ``count``. Several communicate within :func:`joined`, a single one needs nothing.
 
     Every rank must call a collective method (:meth:`gather`, :meth:`collect`, :meth:`first`, :meth:`any`,
     :meth:`wait`, :meth:`check_shared`, :meth:`alone_in`).
@@ -36,11 +37,11 @@ class Processes:
     count: int = 1
 
     def device(self, name: "str | torch.device") -> "torch.device":
-        """Return the device of this process. With several, ``cuda`` and ``auto`` give each its own CUDA device.
+        """Return this process's device. With several, ``cuda`` and ``auto`` give each its own CUDA device.
 
         Raises:
-            InputError: the name is unknown, the device cannot be used on this machine, or torchrun did not start
-                this process.
+            InputError: the name is unknown, the device cannot be used on this machine, or torchrun did not
+                start this process.
         """
         import torch
 
@@ -51,8 +52,8 @@ class Processes:
         local, devices = self.local_rank(), torch.cuda.device_count()
         if 0 < devices <= local:
             raise InputError(
-                f"LOCAL_RANK {local} has no CUDA device. Start at most {devices} processes per machine, or choose "
-                "device cpu"
+                f"LOCAL_RANK {local} has no CUDA device. Start at most {devices} processes per machine, or "
+                "choose device cpu"
             )
         return resolve_device(f"cuda:{local}")
 
@@ -65,13 +66,13 @@ class Processes:
         local = os.environ.get("LOCAL_RANK", "missing")
         if not local.isdecimal():
             raise InputError(
-                f"WORLD_SIZE is {self.count}, but LOCAL_RANK is {local} in the environment. Start the command with "
-                "torchrun"
+                f"WORLD_SIZE is {self.count}, but LOCAL_RANK is {local} in the environment. Start the "
+                "command with torchrun"
             )
         return int(local)
 
     def check_parts(self, name: str, parts: int) -> None:
-        """Raise an :class:`InputError` unless the ranks can share ``parts`` evenly; ``name`` is the setting."""
+        """Raise an :class:`InputError` unless the ranks can share the setting ``name`` of ``parts`` evenly."""
         if parts % self.count:
             raise InputError(
                 f"{name} {parts} cannot be shared evenly. Give a multiple of the {self.count} processes"
@@ -90,8 +91,8 @@ class Processes:
         """Call on every rank, and return all results, in order, on every rank.
 
         Raises:
-            InputError: the call failed on some rank with an ``InputError``, or, with several processes, with an
-                ``OSError``. All ranks raise it.
+            InputError: the call failed on some rank with an ``InputError``, or, with several processes, with
+                an ``OSError``. All ranks raise it.
         """
         result: T | InputError
         try:
@@ -129,7 +130,7 @@ class Processes:
         return bool(flags)
 
     def check_shared(self, folder: Path) -> None:
-        """Raise an :class:`InputError` unless all ranks see the same ``folder``, which is created if missing."""
+        """Raise an :class:`InputError` unless all ranks see the same ``folder``. Creates it if missing."""
         if self.count == 1:
             return
         with contextlib.ExitStack() as stack:
@@ -190,8 +191,8 @@ def joined() -> Iterator[Processes]:
     local = processes.local_rank()
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise InputError(
-            f"WORLD_SIZE is {processes.count}, but {missing[0]} is missing in the environment. Start the command "
-            "with torchrun"
+            f"WORLD_SIZE is {processes.count}, but {missing[0]} is missing in the environment. Start the "
+            "command with torchrun"
         )
     import torch
     import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""A recipe: one YAML file that names the data and fixes both trainings, with ``key=value`` overrides."""
+"""Recipes: YAML files with the data and all settings of both trainings, and ``key=value`` overrides."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ class Recipe:
         generator: section of ``far train``.
         autoencoder_from: a finished autoencoder (folder, bundled name or ``OWNER/NAME``) to use instead of
             training one.
-        model: name of the model's folder within ``run``. Models of different names share a run's autoencoder and
-            latents.
+        model: name of the model's folder within ``run``. Models of different names share a run's autoencoder
+            and latents.
     """
 
     data: str
@@ -42,7 +42,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in (self.data, self.run, self.autoencoder_from or "", self.model):
             if "\0" in name:
-                raise InputError(f"the path {name!r} has a character that no path can have; write it without")
+                raise InputError(f"the path {name!r} contains a null character. Remove it")
         place = Path(self.model)
         if (
             not place.parts
@@ -51,15 +51,15 @@ class Recipe:
             or ".." in place.parts
         ):
             raise InputError(
-                f"model {self.model!r} is not the name of a new folder within the run's; give a name, such as wide"
+                f"model {self.model!r} is not the name of a new folder in the run folder. Give a plain name"
             )
 
     @property
     def autoencoder_folder(self) -> Path:
-        """Folder of the autoencoder. One of the hub is downloaded if the cache lacks it.
+        """Folder of the autoencoder. A model on the hub is downloaded unless it is cached.
 
         Raises:
-            InputError: ``autoencoder_from`` names no folder or model.
+            InputError: ``autoencoder_from`` does not name a folder or model.
         """
         return (
             Path(self.run) / "autoencoder"
@@ -77,25 +77,25 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with the library, in alphabetical order."""
+    """Return the names of the recipes that come with the library, in alphabetical order."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def find_recipe(name: Path | str) -> Path:
-    """Return the file of a packaged recipe's name. A path stays as it is, even to a file that has such a name."""
+    """Return the file of a packaged recipe. The path of an existing file is returned unchanged."""
     packaged = str(name) in recipe_names() and not Path(name).is_file()
     return RECIPES / f"{name}.yaml" if packaged else Path(name)
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Plain values only, as ``safe_load`` reads them; a key that a mapping has twice is an error."""
+    """YAML loader of plain values that rejects a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             line = key.start_mark.line + 1
             if key.value in lines:
-                raise yaml.YAMLError(f"the key {key.value!r} stands in lines {lines[key.value]} and {line}")
+                raise yaml.YAMLError(f"the key {key.value!r} is in lines {lines[key.value]} and {line}")
             lines[key.value] = line
         return super().construct_mapping(node, deep)
 
@@ -105,7 +105,7 @@ def load_recipe(name: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         name: the file or the name.
-        overrides: ``dotted.key=value`` with the value as YAML, applied in order.
+        overrides: ``dotted.key=value`` with the value in YAML, applied in order.
 
     Raises:
         InputError: the file is missing or not YAML, or a key or value is wrong.
@@ -121,11 +121,11 @@ def load_recipe(name: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         yaml.YAMLError,
         ValueError,
         RecursionError,
-    ) as error:  # no text, a date or number that is none, endless nesting
+    ) as error:  # not text, an invalid date or number, unlimited nesting
         raise InputError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(
-            f"recipe {path} holds no keys; far recipe NAME prints an example ({', '.join(recipe_names())})"
+            f"recipe {path} holds no keys. far recipe NAME prints an example ({', '.join(recipe_names())})"
         )
     for override in overrides:
         _apply(values, override, str(path))
@@ -133,7 +133,7 @@ def load_recipe(name: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def from_overrides(default: T, overrides: Sequence[str]) -> T:
-    """The dataclass ``default`` with values replaced, as a recipe's are.
+    """Return a copy of the dataclass ``default`` with values replaced by ``dotted.key=value`` overrides.
 
     Raises:
         InputError: a key or value is wrong.
@@ -148,7 +148,7 @@ def _apply(values: dict[str, Any], override: str, source: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise InputError(
-            f"override {override!r}: write dotted.key=value, such as generator.training.steps=1000"
+            f"override {override!r} is not dotted.key=value. Write generator.training.steps=1000, for example"
         )
     *parents, last = key.split(".")
     for parent in parents:
@@ -160,4 +160,4 @@ def _apply(values: dict[str, Any], override: str, source: str) -> None:
     try:
         values[last] = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"override {override!r}: {text!r} is not YAML") from error
+        raise InputError(f"override {override!r}: {text!r} is not valid YAML") from error

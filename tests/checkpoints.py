@@ -27,11 +27,11 @@ def newest(folder: Path) -> dict[str, Any]:
 def assert_close_checkpoints(
     found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5
 ) -> None:
-    """Assert the same step and names, and weights and averages within ``tolerance`` of each tensor's size (at least 1).
+    """Assert equal steps and names, and weights within ``tolerance`` of each tensor's size (≥ 1).
 
-    The bias of attention's keys is left out. It adds the same value to all scores of a query, so the loss does not
-    depend on it and its gradient is rounding noise. Adam divides noise by its own size: random steps of the learning
-    rate.
+    The bias of attention's keys is left out. It adds the same value to all scores of a query, so the loss
+    does not depend on it and its gradient is rounding noise. Adam divides noise by its own size: random steps
+    of the learning rate.
     """
     assert found["step"] == expected["step"]
     assert found["tensors"].keys() == expected["tensors"].keys()

@@ -1,4 +1,4 @@
-"""The smallest training, whose losses can be told to be wrong at a step."""
+"""The smallest task, whose losses can be made wrong at chosen steps."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,10 @@ from far.training.loop import Trainer
 
 
 class Slope:
-    """Lowers the outputs of a linear map, whose bias always has the gradient ``factor``; ``faults`` change the loss at their steps."""
+    """Task that lowers the outputs of a linear map, whose bias always has the gradient ``factor``.
+
+    ``faults`` change the loss at their steps.
+    """
 
     def __init__(
         self, faults: dict[int, Callable[[Tensor], Tensor]] | None = None, factor: float = 0.5

@@ -1,7 +1,7 @@
 """The latent cache: an image set's posterior moments, for both flips, encoded once.
 
-Moments are stored raw (unscaled, unsampled), so a new scale or shift needs no new cache, and every epoch draws new
-latents. ``far.data.shards`` describes the files.
+Moments are stored raw (unscaled, unsampled), so a new scale or shift needs no new cache, and every epoch
+draws new latents. ``far.data.shards`` describes the files.
 """
 
 from pathlib import Path
@@ -37,8 +37,8 @@ def write_latents(
     Rows hold ``moments [2, 2c, h, w]`` float16 (of the image and its mirror image) and ``labels`` int64.
 
     Raises:
-        InputError: the images are missing or of a size that the autoencoder cannot encode, the folder holds another
-            autoencoder's moments, or a moment is not finite in float16.
+        InputError: the images are missing or of a size that the autoencoder cannot encode, the folder holds
+            another autoencoder's moments, or a moment is not finite in float16.
     """
     source = open_image_set(images / "train")
     writer = ShardWriter(folder, _meta(source, autoencoder), processes)
@@ -48,8 +48,8 @@ def write_latents(
     device = resolve_device(device)
     autoencoder.to(device)
     bar = tqdm(
-        total=len(source), initial=writer.cursor, desc=f"encoding into {folder}", unit="img", mininterval=1, smoothing=0,
-        disable=processes.rank > 0,
+        total=len(source), initial=writer.cursor, desc=f"encoding into {folder}", unit="img", mininterval=1,
+        smoothing=0, disable=processes.rank > 0,
     )  # fmt: skip
 
     def pieces(numbers: range) -> Pieces:
@@ -67,7 +67,8 @@ def _meta(source: ShardReader, autoencoder: Autoencoder) -> dict[str, object]:
     return {
         "kind": "moments", "classes": source.meta["classes"], "size": source.meta["size"],
         "images_fingerprint": fingerprint(source),  # other images at the same path are not mixed with these
-        "fingerprint": autoencoder.fingerprint(), "latent_channels": config.latent_channels, "stride": config.stride,
+        "fingerprint": autoencoder.fingerprint(), "latent_channels": config.latent_channels,
+        "stride": config.stride,
     }  # fmt: skip
 
 
@@ -76,20 +77,21 @@ def _moments(autoencoder: Autoencoder, images: Tensor, source: ShardReader) -> T
     stored = both.to(torch.float16).cpu()
     if not torch.isfinite(stored).all():
         raise InputError(
-            f"the autoencoder gives moments of {source.folder} that float16 cannot hold. Train it longer or with more "
-            "KL weight"
+            f"the autoencoder gives moments of {source.folder} that float16 cannot hold. Train it longer or "
+            "with more KL weight"
         )
     return stored
 
 
 def _check_source(folder: Path, meta: dict[str, Any], images: ShardReader) -> None:
-    """Raise an :class:`InputError` unless the cache ``folder`` with this ``meta`` was made from ``images``."""
+    """Raise an :class:`InputError` unless the cache ``folder`` with ``meta`` was made from ``images``."""
     remedy = f"Remove {folder} and run far cache again"
     check_same_classes(meta["classes"], str(folder), images.meta["classes"], str(images.folder), remedy)
     made, given = meta.get("images_fingerprint"), fingerprint(images)
     if made != given:
         raise InputError(
-            f"{folder} was made from other images (fingerprint {made}) than {images.folder} holds ({given}). {remedy}"
+            f"{folder} was made from other images (fingerprint {made}) than {images.folder} holds ({given}). "
+            f"{remedy}"
         )
 
 
@@ -109,8 +111,8 @@ def open_latents(folder: Path, autoencoder: Autoencoder, images: ShardReader | N
     made, given = reader.meta["fingerprint"], autoencoder.fingerprint()
     if made != given:
         raise InputError(
-            f"{folder} was made by another autoencoder (fingerprint {made}, this one is {given}). Remove it and run far "
-            "cache again"
+            f"{folder} was made by another autoencoder (fingerprint {made}, this one is {given}). Remove it "
+            "and run far cache again"
         )
     if images is not None:
         _check_source(folder, reader.meta, images)
@@ -123,7 +125,7 @@ def open_latents(folder: Path, autoencoder: Autoencoder, images: ShardReader | N
 
 
 class LatentCache:
-    """Latents of a finished cache, drawn with the ``autoencoder`` that made it. Arguments as for :func:`open_latents`.
+    """Latents of a finished cache, drawn with its ``autoencoder``. Arguments as for :func:`open_latents`.
 
     Attributes:
         labels: class numbers ``[rows]``.

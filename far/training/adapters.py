@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): a trained module is tuned by a small addition to each of its linear layers."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685), small additions to the linear layers of a trained module."""
 
 import copy
 from typing import TypeVar
@@ -11,7 +11,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer whose weight is ``weight + up · down``; ``up`` starts at zero, so that at first nothing changes."""
+    """A frozen linear layer whose weight becomes ``weight + up · down``.
+
+    ``up`` starts at zero, so nothing changes at first.
+    """
 
     def __init__(self, base: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -27,7 +30,7 @@ class AdaptedLinear(nn.Module):
 
 
 def add_adapters(module: nn.Module, rank: int) -> None:
-    """Freeze ``module`` and adapt every linear layer in it; :func:`adapters` alone are trained."""
+    """Freeze ``module`` and adapt its linear layers, in place. Only its :func:`adapters` remain trainable."""
     module.requires_grad_(False)
     for parent in list(module.modules()):
         for name, layer in parent.named_children():
@@ -36,19 +39,14 @@ def add_adapters(module: nn.Module, rank: int) -> None:
 
 
 def adapters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a module's adapters; sharding replaces them, so they are asked for after it."""
-    adapted = [
-        layer
-        for parent in module.modules()
-        for layer in parent.children()
-        if isinstance(layer, AdaptedLinear)
-    ]
+    """Return the parameters of a module's adapters. Sharding replaces them, so call this afterwards."""
+    adapted = [layer for layer in module.modules() if isinstance(layer, AdaptedLinear)]
     return [parameter for layer in adapted for parameter in (layer.down, layer.up)]
 
 
 @torch.no_grad()
 def merged(module: M) -> M:
-    """A copy of ``module`` with plain linear layers, the adapters in their weights."""
+    """Return a copy of ``module`` with plain linear layers whose weights include the adapters."""
     module = copy.deepcopy(module)
     for parent in list(module.modules()):
         for name, layer in parent.named_children():

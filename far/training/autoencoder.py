@@ -45,7 +45,7 @@ class AutoencoderTask:
         size, stride = self.train_images.meta["size"], config.model.stride
         if size % stride:
             raise InputError(
-                f"{data}: the image size of {size} pixels is not a multiple of the autoencoder's stride {stride}"
+                f"{data}: the size of {size} pixels is not a multiple of the autoencoder's stride {stride}"
             )
         with seeded(self.loop.seed):
             self.module = Autoencoder(config.model)
@@ -107,7 +107,7 @@ class AutoencoderTask:
 def reconstruction_figures(
     autoencoder: Autoencoder, network: FeatureNetwork, images: ShardReader, count: int
 ) -> dict[str, float]:
-    """Return PSNR in dB and the Fréchet distance between originals and reconstructions from the posterior's mean.
+    """Return PSNR in dB and Fréchet distance between originals and reconstructions from the posterior's mean.
 
     Raises:
         InputError: fewer than two images.

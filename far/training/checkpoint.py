@@ -1,8 +1,8 @@
 """Training checkpoints: all state that resuming needs, written atomically. The newest two are kept.
 
-A checkpoint is a folder. Each rank writes its parts of the tensors as safetensors, through torch's distributed
-checkpoints; ``index.json`` holds the remaining values and the files' checksums. So a run can resume with any number of
-processes. Published models are separate folders (``far.weights``).
+A checkpoint is a folder. Each rank writes its parts of the tensors as safetensors, through torch's
+distributed checkpoints; ``index.json`` holds the remaining values and the files' checksums. So a run can
+resume with any number of processes. Published models are separate folders (``far.weights``).
 """
 
 import contextlib
@@ -33,7 +33,7 @@ _INDEX = "index.json"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose checksums were verified: its step, plain values, and the shapes of whole tensors by name."""
+    """A checkpoint with verified checksums: step, plain values, and the shapes of whole tensors by name."""
 
     path: Path
     step: int
@@ -51,8 +51,8 @@ class Checkpoint:
         for name, value in ours.items():
             if theirs.get(name) != value:
                 raise InputError(
-                    f"{self.path} was trained with other {name} ({theirs.get(name)}) than this run has ({value}). "
-                    f"{remedy}"
+                    f"{self.path} was trained with other {name} ({theirs.get(name)}) than this run has "
+                    f"({value}). {remedy}"
                 )
 
     def fill(self, targets: dict[str, Tensor], processes: Processes = Processes()) -> None:
@@ -110,8 +110,8 @@ def save_checkpoint(
         folder: of the run's checkpoints, on a disk that all ranks see.
         step: number of finished steps.
         tensors: the same names on every rank, whole or as shards.
-        values: JSON values: the task's ``identity``, ``dtype``, ``scaler``, and the numbers of ``skipped`` steps in all
-            and in a row.
+        values: JSON values: the task's ``identity``, ``dtype``, ``scaler``, and the numbers of ``skipped``
+            steps in all and in a row.
         processes: those that train.
     """
     path = folder / f"step-{step:08d}"
@@ -132,7 +132,7 @@ def save_checkpoint(
 
 
 def _write(path: Path, temporary: Path, tensors: dict[str, Tensor], processes: Processes) -> dict[str, str]:
-    """Write the tensors into ``temporary``, and return the SHA-256 of each file; ``path`` is named in errors."""
+    """Write the tensors into ``temporary``, and return the SHA-256 of each file. Errors name ``path``."""
     try:
         with _quiet(processes):
             numbers = _file_numbers(tensors, processes)
@@ -152,7 +152,7 @@ def _write(path: Path, temporary: Path, tensors: dict[str, Tensor], processes: P
 
 
 def _file_numbers(tensors: dict[str, Tensor], processes: Processes) -> dict[str, int]:
-    """Return the file number of each tensor within a rank. Files are limited, since torch builds them in memory."""
+    """Return each tensor's file number. Files are limited in size, since torch builds them in memory."""
     sizes = (tensor.numel() * tensor.element_size() // processes.count for tensor in tensors.values())
     return {
         name: 1 + before // _FILE_BYTES
@@ -169,7 +169,7 @@ def _digests(folder: Path, processes: Processes) -> dict[str, str]:
 
 
 def newest_values(folder: Path) -> dict[str, Any]:
-    """Return the plain values of the newest checkpoint in ``folder``, unverified; empty if they cannot be read."""
+    """Return the newest checkpoint's plain values, unverified; empty if they cannot be read."""
     try:
         values = read_json(list_checkpoints(folder)[-1][1] / _INDEX)["values"]
         return values if isinstance(values, dict) else {}
@@ -194,8 +194,8 @@ def open_checkpoint(path: Path, processes: Processes = Processes()) -> Checkpoin
         ) from error
     except (InputError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
-            f"checkpoint {path} is incomplete or damaged ({_reason(error)}). Remove it, then --resume continues from "
-            "the one before it"
+            f"checkpoint {path} is incomplete or damaged ({_reason(error)}). Remove it, then --resume "
+            "continues from the one before it"
         ) from error
 
 

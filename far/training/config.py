@@ -24,23 +24,24 @@ class LoopConfig:
         steps: optimizer steps.
         batch_size: images per step, at all processes together.
         micro_batches: equal parts of a step's images that go through the network one after the other, or on
-            several processes; their gradients are averaged. The result depends on this number, not on the number
-            of processes.
+            several processes; their gradients are averaged. The result depends on this number, not on the
+            number of processes.
         learning_rate: of AdamW, reached after the warmup.
         head_learning_rate: of the head; ``null`` takes ``learning_rate``.
-        schedule: learning rate after the warmup: ``constant``, or ``cosine``, which lowers it to zero along a half
-            cosine.
+        schedule: learning rate after the warmup: ``constant``, or ``cosine``, which lowers it to zero along a
+            half cosine.
         warmup_steps: steps over which the learning rate rises from zero.
         weight_decay: of AdamW, for the backbone's matrices; heads and autoencoders are trained without.
         gradient_clip: largest norm of the gradient; a larger gradient is scaled down to it.
         ema_decay: decay of the averaged weights, which are evaluated and saved; it warms up to this value.
-        max_skipped_steps: end the run after this many steps in a row whose loss or gradient is not finite; such
-            steps change nothing. The default exceeds the 16 halvings from float16's first loss factor, 65536, to 1.
-        dtype: autocast type of the forward pass; weights stay in float32. ``auto`` is bfloat16 if the device has
-            instructions that multiply it, else float32; a resumed run keeps its checkpoint's. In float16 the loss
-            is scaled by a factor that adapts to the gradients.
-        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, a ``torch.device``, or ``auto``: a GPU if there is one,
-            else the CPU.
+        max_skipped_steps: end the run after this many steps in a row whose loss or gradient is not finite;
+            such steps change nothing. The default exceeds the 16 halvings from float16's first loss factor,
+            65536, to 1.
+        dtype: autocast type of the forward pass; weights stay in float32. ``auto`` is bfloat16 if the device
+            has instructions that multiply it, else float32; a resumed run keeps its checkpoint's. In float16
+            the loss is scaled by a factor that adapts to the gradients.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, a ``torch.device``, or ``auto``: a GPU if there is
+            one, else the CPU.
         parallel: with several processes, ``ddp`` replicates the module; ``fsdp`` shards it, trading
             communication for memory.
         seed: fixes weights, batches and noise; each step depends on the seed and its number only.
@@ -133,7 +134,7 @@ class AutoencoderLossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Quick evaluation during training. Few images bias the distance upwards: compare figures of equal counts only.
+    """Quick evaluation during training. Few images bias the distance upwards: compare equal counts only.
 
     Attributes:
         images: generated images, at least 2.
@@ -182,8 +183,8 @@ class GeneratorRecipe:
         sampling: the trained model's defaults.
         evaluation: the quick evaluation during training.
         label_drop: fraction of images that are trained without their class; guidance needs some.
-        frozen_backbone: a trained model (folder, bundled name or ``OWNER/NAME``) whose backbone is copied and frozen,
-            so that only the head is trained.
+        frozen_backbone: a trained model (folder, bundled name or ``OWNER/NAME``) whose backbone is copied and
+            frozen, so that only the head is trained.
     """
 
     network: NetworkConfig = NetworkConfig()
@@ -203,10 +204,11 @@ class TrajectoryConfig:
 
     Attributes:
         images: number of images, rounded up to whole groups of 64.
-        tokens_per_image: tokens per image whose conditions and trajectories are kept, at most the model's tokens.
+        tokens_per_image: tokens per image whose conditions and trajectories are kept, at most the model's
+            tokens.
         max_guidance: largest guidance scale; scales are drawn between 1 and this.
-        label_drop: fraction of images without their class, so that the student keeps the unconditional half of
-            guidance.
+        label_drop: fraction of images without their class, so that the student keeps the unconditional half
+            of guidance.
         token_limit: clips the predictions of a diffusion teacher that has no limit of its own, see
             ``head.token_limit``; near the noise its errors are magnified. ``null`` is no limit.
         seed: fixes all random draws.
@@ -234,8 +236,8 @@ class TrajectoryConfig:
 
 
 _LOOP = LoopConfig(
-    steps=4000, batch_size=256, learning_rate=1e-3, schedule="cosine", weight_decay=0.0, gradient_clip=1.0, ema_decay=0.999,
-    checkpoint_every=500, evaluate_every=1000,
+    steps=4000, batch_size=256, learning_rate=1e-3, schedule="cosine", weight_decay=0.0, gradient_clip=1.0,
+    ema_decay=0.999, checkpoint_every=500, evaluate_every=1000,
 )  # fmt: skip
 
 
@@ -261,8 +263,8 @@ class DistillationConfig:
             raise InputError(f"training.batch_size / micro_batches is {size}. Make it a multiple of {GROUP}")
         if self.trajectories.images <= GROUP:
             raise InputError(
-                f"trajectories.images {self.trajectories.images} leaves nothing to train on, since {GROUP} are held "
-                "out. Give more"
+                f"trajectories.images {self.trajectories.images} leaves nothing to train on. Give more than "
+                f"{GROUP}, which are held out"
             )
         if self.samples_per_token < 1:
             raise InputError(f"samples_per_token {self.samples_per_token} must be positive")

@@ -1,6 +1,7 @@
-"""Distillation: a few-step head that learns the trajectories of a trained model's head (``far.training.trajectories``).
+"""Distillation: a few-step head learns the trajectories of a trained model's head (``trajectories.py``).
 
-The backbone stays frozen, and its conditions are read from disk; or low-rank adapters tune it, and it runs in training.
+The backbone stays frozen, and its conditions are read from disk; or low-rank adapters tune it, and it runs in
+training.
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ class DistillationTask:
         self.teacher, self.config = teacher, config
         self.rows = ShardReader(trajectories, "trajectories", verify=True)
         self.identity = {
-            "teacher": self.rows.meta["teacher"],
+            "teacher": self.rows.meta.get("teacher"),
             "classes": teacher.classes,
             "trajectories": self.rows.digest[:16],
         }
@@ -58,7 +59,7 @@ class DistillationTask:
                 add_adapters(self.module.backbone, config.adapter_rank)
 
     def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
-        """Return groups of the head, which may have its own learning rate, and of the adapters if there are any."""
+        """Return groups of the head, which may have its own learning rate, and of the adapters, if any."""
         head_rate = config.learning_rate if config.head_learning_rate is None else config.head_learning_rate
         rates = (
             (list(self.module.head.parameters()), head_rate),
@@ -117,9 +118,9 @@ class DistillationTask:
 
     @torch.no_grad()
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """Return the RMS distance of 1, 2 and 4 steps from the ends of held-out trajectories, and write a sample sheet.
+        """Return the errors of 1, 2 and 4 steps on held-out trajectories, and write a sample sheet.
 
-        Distances are in standard deviations of the latents.
+        Errors are RMS distances to the ends of trajectories, in standard deviations of the latents.
         """
         assert isinstance(ema, FAR)
         assert isinstance(ema.head, FlowMapHead)
@@ -145,8 +146,11 @@ class DistillationTask:
         pipeline = self._pipeline(ema)
         pipeline.results = results
         pipeline.training = {
-            "command": "far distill", "finished steps": step, "recipe": recipe, "teacher": self.teacher.training,
-        }  # fmt: skip
+            "command": "far distill",
+            "finished steps": step,
+            "recipe": recipe,
+            "teacher": self.teacher.training,
+        }
         pipeline.save_pretrained(folder)
 
     def _pipeline(self, ema: nn.Module) -> Pipeline:
@@ -181,7 +185,7 @@ def _student(teacher: FAR, config: DistillationConfig) -> FAR:
 
 
 def draw_spans(shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return first and last points of steps along trajectories: a uniform length, then a uniform start that fits it."""
+    """Return first and last points of steps along trajectories: a uniform length, then a uniform start."""
     length = torch.randint(1, POINTS, shape, generator=generator)
     start = (torch.rand(shape, generator=generator) * (POINTS - length)).long()
     return start, start + length

@@ -10,7 +10,7 @@ from far.training.parallel import own, whole
 
 
 class Ema:
-    """``module`` follows the trained one as ``ema ← decay · ema + (1 − decay) · trained``.
+    """Average ``module`` of a trained one: ``ema ← decay · ema + (1 − decay) · trained`` after each step.
 
     The decay warms up as ``(1 + step) / (10 + step)``, so that early averages forget the initial weights.
     """
@@ -20,20 +20,22 @@ class Ema:
         self.module = copy.deepcopy(trained).eval().requires_grad_(False)
 
     def decay_at(self, step: int) -> float:
-        """The decay used after optimizer step ``step`` (0, 1, …)."""
+        """Return the decay after optimizer step ``step`` (0, 1, …)."""
         return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
     def update(self, trained: nn.Module, step: int) -> None:
+        """Move the average towards ``trained`` after optimizer step ``step``."""
         weight = 1 - self.decay_at(step)
-        # What is frozen is its own average; of a backbone, reading it would take longer than training the head.
+        # Frozen parameters equal their average. Skip them: reading a whole backbone costs more than training
+        # the head.
         pairs = [
             pair
             for pair in zip(self.module.parameters(), trained.parameters(), strict=True)
             if pair[1].requires_grad
         ]
         averages = [own(average) for average, _ in pairs]
-        # Where the average is a shard, that of the same place; else all of what may be shards.
+        # A sharded average takes the matching shard of the parameter, a whole one the whole parameter.
         current = [
             own(parameter) if isinstance(average, DTensor) else whole(parameter)
             for average, parameter in pairs

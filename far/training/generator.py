@@ -1,4 +1,4 @@
-"""Training of the generator on cached latents: loss, optimizer groups, sample sheet and quick Fréchet distance."""
+"""Training of the generator on cached latents: loss, optimizer groups, sample sheet and quick distance."""
 
 import dataclasses
 from pathlib import Path
@@ -41,8 +41,8 @@ class GeneratorTask:
         autoencoder: the one that made the cache. Moved to the training's device.
 
     Raises:
-        InputError: images, latents, autoencoder and network do not fit together, or the frozen backbone is of another
-            network, other classes or another autoencoder.
+        InputError: images, latents, autoencoder and network do not fit together, or the frozen backbone is of
+            another network, other classes or another autoencoder.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class GeneratorTask:
         return module
 
     def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
-        """Return groups as in MAR: weight decay for the backbone's matrices only, and a learning rate for the head.
+        """Return groups as in MAR: weight decay for the backbone's matrices, a learning rate for the head.
 
         A frozen backbone has no group.
         """
@@ -132,7 +132,7 @@ class GeneratorTask:
         return loss.value.mean(), values
 
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """Write a sample sheet, one row per class, and return the quick Fréchet distance to held-out images."""
+        """Write a sample sheet, one row per class, and return the Fréchet distance to held-out images."""
         pipeline = self._pipeline(ema)
         self._write_sheet(pipeline, folder / "samples" / f"step-{step:08d}.png", step)
         network, classes, images = self.features, len(self.classes), self.config.evaluation.images
@@ -181,7 +181,7 @@ class GeneratorTask:
 
 
 def _recorded(config: GeneratorRecipe) -> dict[str, Any]:
-    """Return every value of the recipe section as the model stores it. Folders of this machine become their names."""
+    """Return every value of the recipe section as the model stores it. Local folders become their names."""
     backbone = config.frozen_backbone
     if backbone is not None and Path(backbone).is_dir():
         backbone = Path(backbone).resolve().name
@@ -191,7 +191,7 @@ def _recorded(config: GeneratorRecipe) -> dict[str, Any]:
 def _copy_backbone(
     module: FAR, weights: str, autoencoder: Autoencoder, classes: list[str], latents: Path
 ) -> dict[str, Any]:
-    """Copy the backbone of a trained model into ``module``, freeze it, and return that model's training facts.
+    """Copy a trained model's backbone into ``module``, freeze it, and return that model's training facts.
 
     Raises:
         InputError: the model has another network, other classes than ``latents``, or another autoencoder.

@@ -1,4 +1,4 @@
-"""Reports of a training: ``log.jsonl``, TensorBoard, the progress bar, and the means between two log lines."""
+"""Reports of a training: ``log.jsonl``, TensorBoard, progress bar, and the means between two log lines."""
 
 import contextlib
 import itertools
@@ -40,7 +40,7 @@ class Meter:
             self.values.setdefault(name, []).append(value.detach())
 
     def read(self, processes: Processes) -> dict[str, float]:
-        """Return the means over all ranks and restart. A value that some ranks lack is the mean of the others."""
+        """Return the means over all ranks and restart. A value may be missing on some ranks."""
         by_rank = processes.gather(
             {name: torch.stack(values).float().tolist() for name, values in self.values.items()}
         )
@@ -59,7 +59,7 @@ class Meter:
 
 
 class TrainingLog:
-    """Log file and progress bar of a run that starts, or resumes, after ``step``. Rank 0 writes; all ranks call.
+    """Log file and progress bar of a run that starts or resumes after ``step``. Only rank 0 writes.
 
     Entering removes lines after ``step`` from ``log.jsonl``: those steps were not saved and will be repeated.
     """

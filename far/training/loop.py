@@ -1,8 +1,9 @@
 """The training loop that autoencoder, generator and distilled head share.
 
-The loop owns the optimizer, the learning rate, the EMA and checkpoints. A :class:`Task` provides module, batches, loss
-and evaluation. A step consists of micro-batches. Every random draw of micro-batch p comes from a generator seeded
-by (seed, p), so a resumed run repeats an uninterrupted one, and several processes repeat a single one.
+The loop owns the optimizer, the learning rate, the EMA and checkpoints. A :class:`Task` provides module,
+batches, loss and evaluation. A step consists of micro-batches. Every random draw of micro-batch p comes from
+a generator seeded by (seed, p), so a resumed run repeats an uninterrupted one, and several processes repeat a
+single one.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ class Task(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Values that a checkpoint must share to be resumed: fingerprints, and class names under ``classes``."""
+        """Values that a resumed checkpoint must share: fingerprints, and class names under ``classes``."""
 
     @property
     def module(self) -> nn.Module:
@@ -47,7 +48,7 @@ class Task(Protocol):
         """Return groups for AdamW, each with ``lr`` and ``weight_decay``."""
 
     def batch(self, number: int, generator: torch.Generator) -> Any:
-        """Read micro-batch ``number``, counted from the start of the run. Its time is logged as the loader's."""
+        """Read micro-batch ``number``, counted from the run's start. Its time is logged as the loader's."""
 
     def loss(
         self, step: int, batch: Any, ema: nn.Module, generator: torch.Generator
@@ -64,7 +65,8 @@ class Task(Protocol):
     def publish(self, ema: nn.Module, folder: Path, step: int, results: dict[str, Any]) -> None:
         """Write the EMA weights after ``step`` steps in the form that other commands load.
 
-        ``results`` are the figures of the newest evaluation and its ``step``; empty before the first evaluation.
+        ``results`` are the figures of the newest evaluation and its ``step``; empty before the first
+        evaluation.
         """
 
 
@@ -73,13 +75,13 @@ def train(
 ) -> dict[str, Any]:
     """Train until ``config.steps``, and return the figures of the last evaluation with its ``step``.
 
-    ``folder`` receives ``checkpoints/``, ``log.jsonl``, the published model, and the task's pictures. With several
-    ``processes``, each has a task of its own, and rank 0 writes.
+    ``folder`` receives ``checkpoints/``, ``log.jsonl``, the published model, and the task's pictures. With
+    several ``processes``, each has a task of its own, and rank 0 writes.
 
     Raises:
-        InputError: the folder holds a run and ``resume`` is false, another command is writing to it, too many losses
-            in a row are not finite, the processes cannot share the micro-batches evenly, or they do not see the same
-            folder.
+        InputError: the folder holds a run and ``resume`` is false, another command is writing to it, too many
+            losses in a row are not finite, the processes cannot share the micro-batches evenly, or they do
+            not see the same folder.
         Interrupted: Ctrl-C or SIGTERM arrived. A checkpoint of the finished steps is saved.
     """
     trainer = Trainer(task, config, folder, processes)
@@ -92,7 +94,7 @@ def train(
 def resolve_loop(
     config: LoopConfig, folder: Path | None = None, processes: Processes = Processes()
 ) -> LoopConfig:
-    """Replace ``auto`` by this machine's device and the dtype that suits it. All ranks take the dtype of rank 0.
+    """Replace ``auto`` by this machine's device and the dtype that suits it. All ranks take rank 0's dtype.
 
     Args:
         config: of the training.
@@ -128,7 +130,7 @@ class Losses(nn.Module):
 
 
 class Trainer:
-    """State of a run: module, EMA, optimizer, float16's loss scale, finished and skipped steps, newest results."""
+    """State of a run: module, EMA, optimizer, float16's loss scale, step counts and the newest results."""
 
     def __init__(
         self, task: Task, config: LoopConfig, folder: Path, processes: Processes = Processes()
@@ -192,7 +194,7 @@ class Trainer:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _allocate_moments(self, shapes: dict[str, list[int]]) -> None:
-        """Create the optimizer state that a checkpoint holds. AdamW creates it only when a parameter is first used."""
+        """Create the optimizer state that a checkpoint holds. AdamW creates it when first used."""
         for number, parameter in enumerate(self._parameters()):
             if f"optimizer.{number}.step" in shapes:
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
@@ -247,15 +249,13 @@ class Trainer:
         interruption = DeferredInterrupt(finishing, rank=self.processes.rank, count=self.processes.count)
         with log, interruption as interrupt:
             evaluated = saved = self.step
-            while self.step < config.steps and not (
-                self._healthy and self.processes.any(interrupt.requested)
-            ):
+            while self.step < config.steps and not self._stopped(interrupt):
                 self.train_step(meter)
                 log.advance()
                 if self._due(config.log_every, self.step - 1):
                     self._report(meter, log)
                 # Skipped steps may mean divergence: keep the last good checkpoint until a step succeeds.
-                settled = self._healthy or self.step == config.steps
+                settled = self.skipped_in_a_row == 0 or self.step == config.steps
                 if settled and self._due(config.evaluate_every, evaluated):
                     with log.doing("evaluating"):
                         self.evaluate(log)
@@ -277,10 +277,9 @@ class Trainer:
             )
             raise Interrupted(signum)
 
-    @property
-    def _healthy(self) -> bool:
-        """True unless the newest step was skipped."""
-        return self.skipped_in_a_row == 0
+    def _stopped(self, interrupt: DeferredInterrupt) -> bool:
+        """Return whether a rank was interrupted. After a skipped step, a later step must succeed first."""
+        return self.skipped_in_a_row == 0 and self.processes.any(interrupt.requested)
 
     def _due(self, every: int, done: int) -> bool:
         """Return whether a multiple of ``every``, or the last step, was reached after step ``done``."""
@@ -362,13 +361,14 @@ class Trainer:
             raise InputError(self._diverged(scale))
 
     def _accumulate(self, number: int, parts: int, meter: Meter, *, together: bool) -> dict[str, Tensor]:
-        """Add the gradient of micro-batch ``number``, one of this rank's ``parts``, and return the values to log.
+        """Add the gradient of micro-batch ``number``, one of this rank's ``parts``; return the values to log.
 
         With the last one, ``together``, gradients are averaged over ranks.
         """
         config = self.config
         generator = seeded_generator(number, config.seed)
-        # Dropout can only draw from the device's default generator. Seeding it makes a step depend on its number only.
+        # Dropout can only draw from the device's default generator. Seeding it makes a step depend on its
+        # number only.
         seed_all(number, config.seed)
         start = time.perf_counter()
         batch = self.task.batch(number, generator)

@@ -72,19 +72,14 @@ def own(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def shards_like(like: Tensor, tensor: Tensor) -> Tensor:
-    """Return a whole tensor in the layout of ``like``: as this process's shard, or unchanged."""
-    return (
-        distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
-    )
-
-
 def _shard_as(module: nn.Module, like: nn.Module) -> None:
     """Shard the whole, frozen parameters of ``module`` as those of ``like``."""
     for name, parameter in like.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        cut = shards_like(parameter, module.get_parameter(name))
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(cut, requires_grad=False))
+        tensor: Tensor = module.get_parameter(name)
+        if isinstance(parameter, DTensor):
+            tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def whole_copy(module: nn.Module, *, kept: bool) -> nn.Module:

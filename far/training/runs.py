@@ -1,4 +1,4 @@
-"""The checkpoints in a training run's folder. Imports no torch, so that a folder in use is rejected without it."""
+"""Checkpoints in a training run's folder. Imports no torch, so that used folders are rejected without it."""
 
 import re
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Training data of distillation: conditions of a teacher's backbone, and deterministic trajectories of its head.
+"""Training data of distillation: conditions of a teacher's backbone, and trajectories of its head.
 
-The backbone runs once per image (twice for guidance), whatever the number of head steps, and the result is kept on
-disk. ``far.training.distillation`` trains a student on it.
+The backbone runs once per image (twice for guidance), whatever the number of head steps, and the result is
+kept on disk. ``far.training.distillation`` trains a student on it.
 """
 
 import dataclasses
@@ -34,7 +34,8 @@ from far.training.config import GROUP, TrajectoryConfig
 # Trajectories are kept at times 0, 1/8 … 1, with this many Heun steps from one point to the next.
 POINTS = 9
 SUBSTEPS = 2
-# Groups per shard, i.e. work lost on interruption, from a cache. If the teacher must draw the images, it is 1.
+# Groups per shard, i.e. work lost on interruption, from a cache. If the teacher must draw the images, it is
+# 1.
 _SHARD_GROUPS = 16
 
 
@@ -58,8 +59,9 @@ def write_trajectories(
 ) -> None:
     """Fill ``folder`` with trajectories, shared among ``processes``. Resumes an interrupted call.
 
-    Rows are images: ``tokens [n, channels]``, ``labels``, ``order [n]`` of positions, the first ``known`` of which are
-    known, ``query [m]`` positions, their ``z [m, width]``, guidance ``scale [m]`` and ``paths [m, 9, channels]``.
+    Rows are images: ``tokens [n, channels]``, ``labels``, ``order [n]`` of positions, the first ``known`` of
+    which are known, ``query [m]`` positions, their ``z [m, width]``, guidance ``scale [m]`` and ``paths [m,
+    9, channels]``.
 
     Args:
         teacher: the model to distill.
@@ -70,8 +72,8 @@ def write_trajectories(
         processes: those that share the work.
 
     Raises:
-        InputError: the teacher's head has no velocity, the latents are not the teacher's, or the folder holds other
-            trajectories.
+        InputError: the teacher's head has no velocity, the latents are not the teacher's, or the folder holds
+            other trajectories.
     """
     source = "drawn by the teacher" if latents is None else _of_its_classes(latents, teacher).digest
     meta = {
@@ -105,7 +107,8 @@ def write_trajectories(
         writer.fill(groups, 1 if latents is None else _SHARD_GROUPS, pieces, bar)
 
 
-# Group number, generator and a callback for each AR step, if there are any → latents [64, c, h, w] and labels [64].
+# Group number, generator and a callback for each AR step, if there are any → latents [64, c, h, w] and labels
+# [64].
 Images = Callable[[int, torch.Generator, Callable[[Progress], None]], tuple[Tensor, Tensor]]
 
 
@@ -144,8 +147,8 @@ def _cached(teacher: Pipeline, folder: Path, seed: int) -> Images:
     expected = [side * teacher.autoencoder.config.stride for side in teacher.model.config.grid]
     if [size, size] != expected:
         raise InputError(
-            f"{folder} holds images of {size}×{size} pixels, but the teacher's are {expected[0]}×{expected[1]}. Give "
-            "latents of that size"
+            f"{folder} holds images of {size}×{size} pixels, but the teacher draws "
+            f"{expected[0]}×{expected[1]}. Give latents of that size"
         )
     order = torch.randperm(len(cache), generator=seeded_generator(seed))
 
@@ -214,10 +217,10 @@ def group_rows(
 def draw_positions(
     model: FAR, batch: int, count: int, ar_steps: int, generator: torch.Generator
 ) -> tuple[Tensor, int, Tensor]:
-    """Draw orders ``[batch, n]``, how many of their first positions are known, and query positions ``[batch, count]``.
+    """Draw orders ``[batch, n]``, the number of known positions, and query positions ``[batch, count]``.
 
-    As in sampling, the known tokens precede the AR step that draws a random token. In causal models, all tokens
-    but the last are known.
+    As in sampling, the known tokens precede the AR step that draws a random token. In causal models, all
+    tokens but the last are known.
     """
     device, tokens = next(model.parameters()).device, model.config.tokens
     count = min(count, tokens)
@@ -235,12 +238,12 @@ def draw_positions(
 def trajectories(
     velocity: Callable[[Tensor, float], Tensor], noise: Tensor, points: int, substeps: int
 ) -> Tensor:
-    """Integrate ``velocity`` from ``noise […, channels]``, and return the path at equal times: ``[…, points, channels]``.
+    """Integrate ``velocity`` from ``noise […, channels]``, and return the path ``[…, points, channels]``.
 
     Args:
         velocity: of tokens and a time from 0 to 1.
         noise: the path's start.
-        points: number of times, including 0 and 1.
+        points: number of equally spaced times, including 0 and 1.
         substeps: Heun steps between two points.
     """
     step = 1 / (points - 1)

@@ -1,4 +1,4 @@
-"""Train in two processes. The second one's loss is not finite in two steps. Each writes its state at the end."""
+"""Train in two processes. The second one's loss is not finite in two steps. Each writes its state."""
 
 import json
 import sys

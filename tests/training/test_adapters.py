@@ -1,4 +1,4 @@
-"""Low-rank adapters: they start as nothing, are alone trained, and merge into plain layers."""
+"""Low-rank adapters change nothing at first, are the only trained weights, and merge into plain layers."""
 
 import copy
 
@@ -30,7 +30,7 @@ def stir(parameters: list[nn.Parameter]) -> None:
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
 
 
-def test_nothing_changes_at_first(backbone: Backbone) -> None:
+def test_new_adapters_change_no_output(backbone: Backbone) -> None:
     before = outputs(backbone)
     linear = [layer for layer in backbone.modules() if isinstance(layer, nn.Linear)]
     add_adapters(backbone, RANK)
@@ -44,10 +44,10 @@ def test_nothing_changes_at_first(backbone: Backbone) -> None:
     assert trained == {id(adapter) for adapter in added}
 
 
-def test_a_step_changes_the_adapters_only(backbone: Backbone) -> None:
+def test_training_step_changes_adapters_only(backbone: Backbone) -> None:
     add_adapters(backbone, RANK)
     before = copy.deepcopy(backbone.state_dict())
-    for _ in range(2):  # at the first, the gradient of ``down`` is still zero
+    for _ in range(2):  # in the first one, the gradient of ``down`` is zero
         backbone.zero_grad()
         outputs(backbone).square().sum().backward()
         torch.optim.SGD(adapters(backbone), lr=0.01).step()
@@ -55,25 +55,25 @@ def test_a_step_changes_the_adapters_only(backbone: Backbone) -> None:
         assert torch.equal(tensor, before[name]) != name.endswith((".up", ".down")), name
 
 
-def test_merged(backbone: Backbone) -> None:
+def test_merged_backbone_is_plain_with_equal_outputs(backbone: Backbone) -> None:
     plain = copy.deepcopy(backbone)
     add_adapters(backbone, RANK)
     stir(adapters(backbone))
     before, expected = copy.deepcopy(backbone.state_dict()), outputs(backbone)
-    found = merged(backbone)
-    assert not any(isinstance(layer, AdaptedLinear) for layer in found.modules())
-    assert list(found.state_dict()) == list(plain.state_dict())
-    torch.testing.assert_close(outputs(found), expected, rtol=1e-4, atol=1e-5)
+    plain_again = merged(backbone)
+    assert not any(isinstance(layer, AdaptedLinear) for layer in plain_again.modules())
+    assert list(plain_again.state_dict()) == list(plain.state_dict())
+    torch.testing.assert_close(outputs(plain_again), expected, rtol=1e-4, atol=1e-5)
     assert float((expected - outputs(plain)).detach().abs().max()) > 0.05
-    plain.load_state_dict(found.state_dict())
+    plain.load_state_dict(plain_again.state_dict())
     torch.testing.assert_close(outputs(plain), expected, rtol=1e-4, atol=1e-5)
-    # The original goes on in training as it was.
+    # The original is unchanged.
     assert list(backbone.state_dict()) == list(before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
     assert torch.equal(outputs(backbone), expected)
 
 
-def test_a_linear_layer_by_its_formula() -> None:
+def test_adapted_linear_layer_equals_its_formula() -> None:
     layer = nn.Linear(3, 2)
     adapted = AdaptedLinear(layer, 1)
     stir([adapted.up, adapted.down])

@@ -1,4 +1,4 @@
-"""Training the autoencoder: it learns, measures its latents, and reports honest figures."""
+"""Training of the autoencoder: losses fall, latents are normalized, figures equal a recomputation."""
 
 import dataclasses
 import json
@@ -33,7 +33,9 @@ autoencoder:
     return path
 
 
-def test_four_commands_make_a_generator(autoencoder_recipe: Path, tmp_path: Path, image_set: Path) -> None:
+def test_autoencoder_and_generator_are_trained_by_four_commands(
+    autoencoder_recipe: Path, tmp_path: Path, image_set: Path
+) -> None:
     assert main(["train-autoencoder", str(autoencoder_recipe)]) == 0
     run = tmp_path / "run"
     entries = [json.loads(line) for line in (run / "autoencoder/log.jsonl").read_text().splitlines()]
@@ -42,7 +44,7 @@ def test_four_commands_make_a_generator(autoencoder_recipe: Path, tmp_path: Path
     results = json.loads((run / "autoencoder/config.json").read_text())["results"]
     assert results["images"] == 12
 
-    # The reported PSNR, computed again in the plainest way.
+    # The reported PSNR equals a plain computation.
     autoencoder = load_autoencoder(run / "autoencoder")
     held_out = read_images(ShardReader(image_set / "held-out", "images"), torch.arange(12))
     with torch.no_grad():
@@ -50,7 +52,7 @@ def test_four_commands_make_a_generator(autoencoder_recipe: Path, tmp_path: Path
         errors = ((output - held_out) / 2).square().mean(dim=(1, 2, 3))
     assert results["psnr"] == pytest.approx(float((-10 * errors.log10()).mean()), abs=0.01)
 
-    # Scale and shift give the training images' latents mean 0 in every channel and deviation 1.
+    # Scale and shift give the training images' latents mean 0 in every channel and standard deviation 1.
     train = read_images(ShardReader(image_set / "train", "images"), torch.arange(60))
     with torch.no_grad():
         posterior = autoencoder.encode(train)
@@ -59,14 +61,14 @@ def test_four_commands_make_a_generator(autoencoder_recipe: Path, tmp_path: Path
         )
     assert latents.std() == pytest.approx(1, abs=0.1)
     assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.15
-    torch.testing.assert_close(
-        autoencoder.denormalize(latents), latents / autoencoder.config.scale + autoencoder._shift(latents)
-    )
+    torch.testing.assert_close(autoencoder.normalize(autoencoder.denormalize(latents)), latents)
 
-    # And on to a generator: cache, train, generate.
+    # Continue to a generator: cache, train, generate.
     small = [
-        "generator.network.patch=2", "generator.network.backbone={encoder_width: 16, encoder_depth: 1, encoder_heads: 2, "
-        "decoder_width: 16, decoder_depth: 1, decoder_heads: 2, buffer: 2}", "generator.network.head={width: 16, depth: 1}",
+        "generator.network.patch=2",
+        "generator.network.backbone={encoder_width: 16, encoder_depth: 1, encoder_heads: 2, "
+        "decoder_width: 16, decoder_depth: 1, decoder_heads: 2, buffer: 2}",
+        "generator.network.head={width: 16, depth: 1}",
         "generator.training.steps=10", "generator.sampling={ar_steps: 2, head_steps: 1}",
         "generator.evaluation={images: 6, references: 12}",
     ]  # fmt: skip
@@ -82,7 +84,7 @@ def test_four_commands_make_a_generator(autoencoder_recipe: Path, tmp_path: Path
     assert (tmp_path / "grid.png").stat().st_size > 100
 
 
-def test_figures_are_told_only_if_some_were_measured(
+def test_figures_are_printed_after_training_only(
     autoencoder_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     command = ["train-autoencoder", str(autoencoder_recipe), "autoencoder.training.steps=1"]
@@ -90,10 +92,10 @@ def test_figures_are_told_only_if_some_were_measured(
     assert "psnr" in capsys.readouterr().out.splitlines()[-1]
     assert main([*command, "--resume"]) == 0
     [line] = capsys.readouterr().out.splitlines()
-    assert "already trained" in line
+    assert "psnr" not in line
 
 
-def test_images_that_the_stride_does_not_divide_are_refused(
+def test_image_sizes_that_the_stride_does_not_divide_are_rejected(
     autoencoder_recipe: Path, capsys: pytest.CaptureFixture
 ) -> None:
     override = "autoencoder.model={width: 8, width_multipliers: [1, 1, 1, 1, 1], norm_groups: 2}"
@@ -107,7 +109,7 @@ def test_images_that_the_stride_does_not_divide_are_refused(
     capsys.readouterr()
 
 
-def test_kl_against_torch_distributions() -> None:
+def test_kl_equals_that_of_torch_distributions() -> None:
     moments = torch.randn(3, 8, 2, 2, generator=torch.Generator().manual_seed(0))
     posterior = Posterior(moments)
     exact = torch.distributions.kl_divergence(
@@ -126,17 +128,18 @@ def test_kl_against_torch_distributions() -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        {"width_multipliers": (1, 1)}, {"width_multipliers": (1,) * 6}, {"width_multipliers": (1, 0, 1)}, {"width": 0},
+        {"width_multipliers": (1, 1)}, {"width_multipliers": (1,) * 6}, {"width_multipliers": (1, 0, 1)},
+        {"width": 0},
         {"latent_channels": 0}, {"norm_groups": 7}, {"shift": (0.0, 1.0)}, {"scale": 0.0},
     ],
 )  # fmt: skip
-def test_impossible_sizes_are_refused(values: dict) -> None:
+def test_invalid_sizes_are_rejected(values: dict) -> None:
     with pytest.raises(InputError):
         AutoencoderConfig(**values)
 
 
 @pytest.mark.parametrize(("levels", "stride"), [(3, 4), (4, 8), (5, 16)])
-def test_strides(levels: int, stride: int) -> None:
+def test_stride_doubles_with_each_level(levels: int, stride: int) -> None:
     autoencoder = Autoencoder(
         AutoencoderConfig(
             width=4, width_multipliers=(1,) * levels, blocks=1, latent_channels=3, norm_groups=2
@@ -160,13 +163,13 @@ def test_spherical_autoencoders_encode_onto_the_sphere_and_decode_directions() -
     torch.testing.assert_close(found.mean.norm(dim=1), torch.full((2, 4, 4), 3**0.5))
     torch.testing.assert_close(found.mean / 3**0.5, expected.mean / expected.mean.norm(dim=1, keepdim=True))
     assert torch.equal(found.logvar, expected.logvar)
-    # A plain decoder given latents of that norm is what a spherical one does with latents of any.
+    # A spherical decoder first normalizes its latents.
     torch.testing.assert_close(
         spherical.decode(7 * found.mean), plain.decode(found.mean), rtol=1e-4, atol=1e-5
     )
 
 
-def test_a_spherical_autoencoder_leaves_the_sphere_where_it_is(image_set: Path) -> None:
+def test_spherical_latents_keep_scale_and_shift(image_set: Path) -> None:
     config = AutoencoderConfig(
         width=8, width_multipliers=(1, 1, 2), blocks=1, latent_channels=3, norm_groups=4, spherical=True
     )

@@ -85,10 +85,8 @@ def test_run_resumed_after_ten_steps_equals_an_uninterrupted_one(
 
 
 def test_training_lowers_the_logged_loss(recipe: Path, tmp_path: Path) -> None:
-    assert (
-        main(["train", str(recipe), "generator.training.steps=150", "generator.training.learning_rate=0.003"])
-        == 0
-    )
+    values = ["steps=150", "learning_rate=0.003", "checkpoint_every=150", "evaluate_every=75"]
+    assert main(["train", str(recipe), *(f"generator.training.{value}" for value in values)]) == 0
     entries = [json.loads(line) for line in (tmp_path / "run/model/log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in entries if "loss" in entry]
     assert losses[-1] < 0.9 * losses[0]

@@ -1,4 +1,4 @@
-"""Values that are not finite: skipped steps, float16's loss scale, and every backbone and head in every dtype."""
+"""Values that are not finite: skipped steps, float16's loss scale, all backbones and heads in all dtypes."""
 
 import copy
 import json
@@ -114,8 +114,9 @@ def test_checkpoint_is_written_after_publishing(tmp_path: Path) -> None:
 
 
 WRONG = [
-    "steps=0", "steps=1e400", "batch_size=1048577", "learning_rate=.nan", "learning_rate=.inf", "head_learning_rate=-1.0",
-    "weight_decay=-1.0", "weight_decay=.nan", "warmup_steps=-3", "gradient_clip=0.0", "max_skipped_steps=0", "log_every=-1",
+    "steps=0", "steps=1e400", "batch_size=1048577", "learning_rate=.nan", "learning_rate=.inf",
+    "head_learning_rate=-1.0", "weight_decay=-1.0", "weight_decay=.nan", "warmup_steps=-3", "gradient_clip=0.0",
+    "max_skipped_steps=0", "log_every=-1",
     "micro_batches=3", "seed=-1", "ema_decay=1.0",
 ]  # fmt: skip
 
@@ -244,7 +245,7 @@ HEADS = {
 
 
 class Shapes:
-    """Task that trains a tiny model on drawn shapes. Their colors, averaged over 4 × 4 pixels, are the latents."""
+    """Task that trains a tiny model on drawn shapes; colors averaged over 4 × 4 pixels are the latents."""
 
     def __init__(self, network: NetworkConfig, loop: LoopConfig) -> None:
         images, self.labels = draw_images(60, seed=0)
@@ -280,7 +281,7 @@ class Shapes:
 @pytest.mark.parametrize("size", [1.0, 2e3, 1e5])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_large_tokens_give_the_same_results_in_float16_as_in_float32(backbone: str, size: float) -> None:
-    """The square of 2000 exceeds float16's range, as does 100,000. Barely trained diffusion heads draw such tokens."""
+    """Squares of 2000 and 100,000 exceed float16, and barely trained diffusion heads draw such tokens."""
     torch.manual_seed(0)
     model = FAR(
         ModelConfig(NetworkConfig(BACKBONES[backbone], HEADS["diffusion"], patch=2), len(CLASSES), 3, (4, 4))

@@ -235,7 +235,7 @@ def test_signal_during_saving_ends_no_process_early(tmp_path: Path) -> None:
 
 
 def test_all_processes_skip_a_step_that_one_must_skip(tmp_path: Path) -> None:
-    """The loss of the second process is NaN in one step, which halves the scale of both, and infinite in another."""
+    """Process 2 has a NaN loss in one step, which halves the scale in both, and an infinite one in another."""
     script = Path(__file__).parent / "one_skips.py"
     for dtype, scale in (("float32", 1.0), ("float16", 65536.0 / 2)):
         run(2, script, tmp_path / dtype, dtype)

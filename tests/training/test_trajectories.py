@@ -1,4 +1,4 @@
-"""What heads are distilled from: trajectories against closed forms and finer integration, rows against a recomputation of each."""
+"""Trajectories against closed forms and finer integration; each row against a recomputation."""
 
 import json
 import math
@@ -54,12 +54,12 @@ def exact_velocity(x: Tensor, t: float) -> Tensor:
 
 
 def exact_path(noise: Tensor, points: int) -> Tensor:
-    """Of Gaussian data: a point keeps how many deviations it is off the mean."""
+    """Return the path for Gaussian data: a point keeps its distance to the mean in standard deviations."""
     t = torch.linspace(0, 1, points, dtype=torch.float64)
     return (t * MEANS + ((1 - t) ** 2 + (t * DEVIATION) ** 2).sqrt() * noise).unsqueeze(-1)
 
 
-def test_trajectories_of_gaussian_data() -> None:
+def test_trajectories_of_gaussian_data_follow_the_closed_form() -> None:
     noise = torch.randn(200, 1, generator=generator(), dtype=torch.float64)
     for points in (2, 5, POINTS):
         path = trajectories(exact_velocity, noise, points, 64)
@@ -82,7 +82,7 @@ def test_trajectories_converge_with_the_second_order() -> None:
 
 @pytest.fixture(scope="module")
 def trained() -> DiffusionHead:
-    """A small diffusion head after a short training on Gaussian tokens; ``z`` tells their mean."""
+    """Train a small diffusion head briefly on Gaussian tokens, whose mean is a multiple of ``z``."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         head = DiffusionHead(DiffusionConfig(32, 1, 4, token_limit=3.0), 2, 2)
@@ -98,8 +98,8 @@ def trained() -> DiffusionHead:
 
 
 @torch.no_grad()
-def test_targets_against_a_fine_integration_of_a_trained_teacher(trained: DiffusionHead) -> None:
-    """What is kept is within 5 % of a deviation of 32 Heun steps from each point to the next; the straight line is not."""
+def test_trajectories_of_a_trained_teacher_are_close_to_a_fine_integration(trained: DiffusionHead) -> None:
+    """They are within 0.05 standard deviations of 32 Heun steps per interval; a straight line is not."""
     z, noise = torch.randn(200, 2, generator=generator(1)), torch.randn(200, 2, generator=generator(2))
     scale = 1 + 3 * torch.rand(200, 1, generator=generator(3))
 
@@ -124,7 +124,7 @@ def small_model(causal: bool = False) -> FAR:
 
 
 @pytest.mark.parametrize("queries", [1, 5, 16, 40])
-def test_positions_of_a_masked_model(queries: int) -> None:
+def test_positions_of_a_masked_model_are_those_of_sampling(queries: int) -> None:
     model, draws, tokens, steps = small_model(), generator(queries), 16, 6
     kept = min(queries, tokens)
     counts = cosine_token_counts(tokens, steps)
@@ -153,12 +153,12 @@ def test_orders_of_a_masked_model_are_random() -> None:
     assert scipy.stats.chisquare(first.bincount(minlength=16).numpy()).pvalue > 0.01
 
 
-def test_more_ar_steps_than_tokens() -> None:
+def test_more_ar_steps_than_tokens_leave_tokens_to_draw() -> None:
     assert draw_positions(small_model(), 2, 2, 64, generator())[1] < 16
 
 
 @pytest.mark.parametrize("queries", [1, 5, 16, 40])
-def test_positions_of_a_causal_model(queries: int) -> None:
+def test_positions_of_a_causal_model_are_uniform(queries: int) -> None:
     model, draws, kept = small_model(causal=True), generator(queries), min(queries, 16)
     found = []
     for _ in range(400):
@@ -168,7 +168,7 @@ def test_positions_of_a_causal_model(queries: int) -> None:
         assert positions.shape == (3, kept)
         assert all(len(row.unique()) == kept for row in positions)
         found.append(positions)
-    # Each position as often as the others, the first and the last too.
+    # All positions are equally frequent, including the first and the last.
     assert scipy.stats.chisquare(torch.cat(found).flatten().bincount(minlength=16).numpy()).pvalue > 0.01
 
 
@@ -181,7 +181,7 @@ CONFIG = TrajectoryConfig(images=100, tokens_per_image=2, label_drop=0.3, seed=5
 def rows(
     request: pytest.FixtureRequest, tmp_path: Path, latents_folder: Path
 ) -> tuple[Pipeline, ShardReader]:
-    """A teacher (its fixture is the parameter), and what was written of it from the cache."""
+    """Return a teacher, whose fixture is the parameter, and its trajectories from the cache."""
     teacher_folder = request.getfixturevalue(request.param)
     teacher = load_teacher(teacher_folder, CONFIG, "cpu")
     write_trajectories(teacher, teacher_folder, CONFIG, tmp_path / "rows", latents_folder)
@@ -193,8 +193,8 @@ both = pytest.mark.parametrize("rows", ["diffusion_folder", "causal_diffusion_fo
 
 @torch.no_grad()
 @both
-def test_rows_are_the_teachers(rows: tuple[Pipeline, ShardReader]) -> None:
-    """Recomputed an image at a time: ``z`` of its tokens, class and positions, and where the flow goes at its own scales."""
+def test_rows_equal_a_recomputation_by_the_teacher(rows: tuple[Pipeline, ShardReader]) -> None:
+    """Each image alone: ``z`` of its tokens, class and positions, and the path at its guidance scales."""
     teacher, reader = rows
     model, null = teacher.model, teacher.model.null_label
     assert len(reader) == 2 * GROUP
@@ -223,7 +223,7 @@ def test_rows_are_the_teachers(rows: tuple[Pipeline, ShardReader]) -> None:
 
 
 @both
-def test_what_is_drawn_for_rows(rows: tuple[Pipeline, ShardReader]) -> None:
+def test_random_values_of_rows_have_their_distributions(rows: tuple[Pipeline, ShardReader]) -> None:
     teacher, reader = rows
     paths, scale, labels, known = (reader.all(name) for name in ("paths", "scale", "labels", "known"))
     assert paths.shape == (2 * GROUP, 2, POINTS, 8)
@@ -232,13 +232,16 @@ def test_what_is_drawn_for_rows(rows: tuple[Pipeline, ShardReader]) -> None:
     dropped = int((labels == teacher.model.null_label).sum())
     assert scipy.stats.binomtest(dropped, 2 * GROUP, 0.3).pvalue > 0.01
     assert set(labels.tolist()) == {0, 1, 2, 3}
-    assert all(len(group.unique()) == 1 for group in known.split(GROUP)), "a group knows equally many tokens"
+    assert all(len(group.unique()) == 1 for group in known.split(GROUP)), (
+        "the images of a group know equally many tokens"
+    )
     assert not torch.equal(paths[:GROUP], paths[GROUP:])
 
 
-def test_latents_of_a_cache(diffusion_folder: Path, latents_folder: Path, tmp_path: Path) -> None:
-    """Every image of the set comes once before one comes again, with its own label, in both flips."""
-    # Each image and flip has a mean of its own, and a deviation of 0.01.
+def test_images_of_a_cache_appear_once_per_epoch_with_label_and_random_flip(
+    diffusion_folder: Path, latents_folder: Path, tmp_path: Path
+) -> None:
+    # Each image and flip has a mean of its own and a standard deviation of 0.01.
     means = 3 * torch.randn(60, 2, 2, 4, 4, generator=generator())
     labels = torch.randint(0, 3, (60,), generator=generator())
     writer = ShardWriter(tmp_path / "cache", json.loads((latents_folder / "index.json").read_text())["meta"])
@@ -263,7 +266,7 @@ def test_latents_of_a_cache(diffusion_folder: Path, latents_folder: Path, tmp_pa
     assert 15 < int(flip.sum()) < GROUP - 15
 
 
-def test_without_a_cache_the_teacher_draws(diffusion_folder: Path, tmp_path: Path) -> None:
+def test_teacher_draws_the_images_without_a_cache(diffusion_folder: Path, tmp_path: Path) -> None:
     config = TrajectoryConfig(images=GROUP + 1, tokens_per_image=1, label_drop=0.0, seed=2)
     teacher = load_teacher(diffusion_folder, config, "cpu")
     write_trajectories(teacher, diffusion_folder, config, tmp_path / "rows", None)
@@ -282,7 +285,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_interrupted_writing_goes_on_to_the_same_files(
+def test_interrupted_writing_resumes_to_the_same_files(
     cached: bool,
     diffusion_folder: Path,
     latents_folder: Path,
@@ -305,22 +308,22 @@ def test_interrupted_writing_goes_on_to_the_same_files(
     monkeypatch.setattr(module, "group_rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_trajectories(teacher, diffusion_folder, config, cut, latents)
-    with pytest.raises(InputError, match="unfinished"):
+    with pytest.raises(InputError, match="cut"):
         ShardReader(cut, "trajectories")
     write_trajectories(teacher, diffusion_folder, config, cut, latents)
-    assert len(calls) == 5, "the two groups that were whole are not made again"
+    assert len(calls) == 5, "finished groups are not computed again"
     assert files(cut) == files(whole)
     assert len(files(whole)) == 5
     noise = ShardReader(whole, "trajectories").all("paths")[:, 0, 0].split(GROUP)
-    assert len({tuple(group.flatten().tolist()) for group in noise}) == 4, "every group draws anew"
+    assert len({tuple(group.flatten().tolist()) for group in noise}) == 4, "every group has noise of its own"
     monkeypatch.setattr(
-        module, "open_latents", lambda *arguments: pytest.fail("a finished folder needs no latents")
+        module, "LatentCache", lambda *arguments: pytest.fail("a finished folder needs no latents")
     )
     write_trajectories(teacher, diffusion_folder, config, cut, latents)
     assert len(calls) == 5
 
 
-def test_rows_of_another_teacher_or_config_are_refused(
+def test_folder_with_trajectories_of_another_teacher_or_config_is_rejected(
     diffusion_folder: Path, pipeline_folder: Path, tmp_path: Path
 ) -> None:
     config = TrajectoryConfig(images=GROUP, tokens_per_image=1)
@@ -333,15 +336,15 @@ def test_rows_of_another_teacher_or_config_are_refused(
         (diffusion_folder, TrajectoryConfig(images=GROUP, tokens_per_image=1, max_guidance=2.0)),
     ]
     for folder, other in others:
-        with pytest.raises(InputError, match=r"^\S*rows already holds data made with other settings"):
+        with pytest.raises(InputError, match=r"^\S*rows "):
             write_trajectories(load_teacher(folder, other, "cpu"), folder, other, tmp_path / "rows", None)
     assert files(tmp_path / "rows") == before
 
 
-def test_a_refusal_leaves_no_folder(
+def test_rejected_settings_leave_no_folder(
     diffusion_folder: Path, latents_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would hold settings that do not work, and so refuse those that do."""
+    """A folder with settings that do not work would reject those that do."""
     config = TrajectoryConfig(images=GROUP, tokens_per_image=1)
     teacher = load_teacher(diffusion_folder, config, "cpu")
 
@@ -352,7 +355,7 @@ def test_a_refusal_leaves_no_folder(
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "no moments" in refusal(tmp_path)
+    assert str(tmp_path) in refusal(tmp_path)
     other = json.loads((latents_folder / "index.json").read_text())["meta"]
     renamed = {**other, "classes": ["circle", "rings", "stripes"]}
     for name, meta, side in (
@@ -369,22 +372,22 @@ def test_a_refusal_leaves_no_folder(
             1,
         )
         writer.finish()
-    told = refusal(tmp_path / "renamed")
-    assert all(part in told for part in (str(tmp_path / "renamed"), "'square'", "'rings'"))
-    told = refusal(tmp_path / "other")
-    assert all(
-        part in told for part in (str(tmp_path / "other"), "2 classes (a, b)", "3 (circle, square, stripes)")
-    )
-    assert "large is of images of 32×32 pixels, the teacher's are 16×16" in refusal(tmp_path / "large")
+    for name, values in (
+        ("renamed", ("'square'", "'rings'")),
+        ("other", ("(a, b)", "(circle, square, stripes)")),
+        ("large", ("32×32", "16×16")),
+    ):
+        line = refusal(tmp_path / name)
+        assert all(value in line for value in (str(tmp_path / name), *values))
     autoencoder, teacher.autoencoder = teacher.autoencoder, None
-    assert "the teacher has no autoencoder" in refusal(latents_folder)
+    assert "autoencoder" in refusal(latents_folder)
     teacher.autoencoder = autoencoder
     monkeypatch.setattr(DiffusionHead, "velocity", Head.velocity)
     monkeypatch.setattr(module, "sample", lambda *arguments: pytest.fail("the teacher drew images first"))
-    assert "energy" in refusal(None)
+    assert "diffusion" in refusal(None)
 
 
-def test_latents_under_other_class_names_are_refused_beside_finished_trajectories(
+def test_latents_of_other_class_names_are_rejected_although_trajectories_are_finished(
     diffusion_folder: Path, latents_folder: Path, tmp_path: Path
 ) -> None:
     config = TrajectoryConfig(images=GROUP, tokens_per_image=1)
@@ -400,8 +403,8 @@ def test_latents_under_other_class_names_are_refused_beside_finished_trajectorie
     assert all(part in str(caught.value) for part in (str(tmp_path / "renamed"), "'square'", "'rings'"))
 
 
-def test_trajectories_that_explode_are_refused(diffusion_folder: Path, tmp_path: Path) -> None:
-    """Without its limit the untrained teacher's ε becomes a token of thousands at the noisy end."""
+def test_trajectories_beyond_float16_are_rejected(diffusion_folder: Path, tmp_path: Path) -> None:
+    """Without its limit, the untrained teacher predicts tokens in the thousands near the noise."""
     config = TrajectoryConfig(images=GROUP, tokens_per_image=1)
     teacher = load_teacher(diffusion_folder, config, "cpu")
     assert isinstance(teacher.model.head, DiffusionHead)
@@ -411,13 +414,14 @@ def test_trajectories_that_explode_are_refused(diffusion_folder: Path, tmp_path:
     latents = torch.randn(GROUP, 2, 4, 4, generator=generator())
     with (
         torch.no_grad(),
-        pytest.raises(InputError, match=r"trajectories leave the range .* trajectories.token_limit=5.0$"),
+        pytest.raises(InputError, match="token_limit"),
     ):
         group_rows(teacher.model, latents, torch.zeros(GROUP, dtype=torch.long), config, 4, generator())
 
 
-def test_the_token_limit_of_the_teacher(tmp_path: Path, diffusion_folder: Path) -> None:
-    """A teacher's own limit stays; one that has none, as published checkpoints have, is given one."""
+def test_only_a_teacher_without_a_token_limit_gets_the_configured_one(
+    tmp_path: Path, diffusion_folder: Path
+) -> None:
     assert (
         load_teacher(diffusion_folder, TrajectoryConfig(token_limit=1.5), "cpu").model.head.config.token_limit
         == 3.0
@@ -448,6 +452,6 @@ def test_the_token_limit_of_the_teacher(tmp_path: Path, diffusion_folder: Path) 
         ("max_guidance", math.nan),
     ],
 )
-def test_impossible_settings(name: str, value: float) -> None:
+def test_invalid_settings_are_rejected(name: str, value: float) -> None:
     with pytest.raises(InputError, match=name):
         TrajectoryConfig(**{name: value})
