@@ -97,7 +97,7 @@ class SamplingConfig:
             most = model.head.max_guidance
             learned = f"guidance up to {most:g} only" if most > 1 else "no guidance"
             raise InputError(
-                f"guidance_passes 1 needs a head that has learned guidance {self.guidance:g}. This one learned "
+                f"guidance_passes 1 needs a head that learned guidance {self.guidance:g}. This one learned "
                 f"{learned}: give 2"
             )
 

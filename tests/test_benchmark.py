@@ -223,7 +223,7 @@ class Ticks:
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_timed_steps_stand_for_the_others(full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timed_steps_give_the_time_of_all(full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     masked = pipeline("masked")
     ticks = Ticks(monkeypatch, masked.model.backbone, masked.model.head)  # type: ignore[arg-type]
     row = Row("x", SamplingConfig(16, 1), "float32", 1)  # one token a step
@@ -417,7 +417,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
     return "tiny"
 
 
-def test_presets_have_the_same_weights_each_time_and_disturb_no_random_state(tiny: str) -> None:
+def test_presets_have_the_same_weights_each_time_and_leave_random_states_alone(tiny: str) -> None:
     rows = rows_of([tiny], dtypes=["float32", "bfloat16"], head_steps=[1, 2])
     state = torch.get_rng_state()
     first = load_models(rows, "cpu")

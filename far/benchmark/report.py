@@ -123,8 +123,8 @@ def record(report: Report, device: torch.device) -> dict[str, Any]:
             "platform": platform.platform(),
             "device": device_title(device),
             "threads": torch.get_num_threads(),
-            "bytes read a second": report.bandwidth,
-            "peak flop a second": report.peaks,
+            "bytes read per second": report.bandwidth,
+            "peak flop per second": report.peaks,
         },
         "rows": [_row_record(result, report) for result in report.results],
     }

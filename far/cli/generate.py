@@ -214,7 +214,7 @@ def _remaining(arguments: argparse.Namespace, labels: list[str], done: int) -> s
 
 
 def _even_parts(labels: Sequence[str]) -> Iterator[tuple[list[str], int]]:
-    """Split labels into parts that :func:`_shared` restores; yield the labels and the count of each."""
+    """Split labels into parts that :func:`_shared` restores, and yield the labels and the count of each."""
     names: list[str] = []
     counts: list[int] = []
     for name, group in itertools.groupby(labels):
@@ -267,7 +267,7 @@ def _earlier_images(folder: Path, overwrite: bool) -> list[Path]:
 
 
 def _dtype(arguments: argparse.Namespace, device: torch.device) -> str:
-    """Return the requested dtype; ``--fast`` alone selects int8 if supported, and prints why if not."""
+    """Return the requested dtype. ``--fast`` alone selects int8 if supported, and prints why if not."""
     if not arguments.fast or arguments.dtype != "auto":
         return str(arguments.dtype)
 

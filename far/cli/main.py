@@ -49,8 +49,8 @@ COMMANDS = {
 SHARED = ("train-autoencoder", "cache", "train", "distill", "evaluate")
 
 # State after an interruption, and how to continue.
-_AGAIN = "finished parts are saved; run the same command to continue"
-_RESUME = "checkpoints are saved; run the same command with --resume to continue"
+_AGAIN = "finished parts are saved. Run the same command to continue"
+_RESUME = "checkpoints are saved. Run the same command with --resume to continue"
 _HOW_TO_RESUME = {
     "generate": "nothing was written",
     **dict.fromkeys(("cache", "data", "evaluate"), _AGAIN),

@@ -62,7 +62,7 @@ def refused(capsys: pytest.CaptureFixture, arguments: list, *expected: str) -> s
         (["--gudance", "2"], ["--gudance", "--guidance"]),
     ],
 )
-def test_generate_refuses(
+def test_generate_rejects_bad_values(
     options: list[str],
     expected: list[str],
     pipeline_folder: Path,
@@ -74,7 +74,7 @@ def test_generate_refuses(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_generate_refuses_unknown_weights(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_generate_rejects_unknown_weights(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     refused(
         capsys,
         ["generate", "--weights", "no-such-model", "--out", tmp_path / "a.png"],
@@ -85,7 +85,7 @@ def test_generate_refuses_unknown_weights(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.npz", "folder"])
-def test_generate_refuses_an_unwritable_path_before_it_starts(
+def test_generate_rejects_an_unwritable_path_before_it_starts(
     name: str, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     # A file where a folder is needed cannot be written into by anyone, root included.
@@ -99,7 +99,7 @@ def test_generate_refuses_an_unwritable_path_before_it_starts(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_generate_refuses_a_folder_named_as_a_picture(
+def test_generate_rejects_a_folder_with_the_name_of_an_image(
     pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "a.png").mkdir()
@@ -113,7 +113,7 @@ def test_generate_refuses_a_folder_named_as_a_picture(
 
 @pytest.mark.parametrize("file", ["model.safetensors", "autoencoder.safetensors", "config.json"])
 @pytest.mark.parametrize("damage", ["missing", "cut", "garbage"])
-def test_generate_refuses_damaged_weights(
+def test_generate_rejects_damaged_weights(
     file: str, damage: str, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     folder = tmp_path / "model"
@@ -147,7 +147,7 @@ def test_generate_refuses_damaged_weights(
         (["--json", "file/a.json"], ["file/a.json"]),
     ],
 )
-def test_benchmark_refuses_before_it_starts(
+def test_benchmark_rejects_bad_values_before_it_starts(
     options: list[str],
     expected: list[str],
     tmp_path: Path,
@@ -169,7 +169,9 @@ def test_benchmark_names_the_package_that_a_plot_needs(
     refused(capsys, ["benchmark", "--plot", "a.png"], "matplotlib", "pip install")
 
 
-def test_a_misspelt_recipe_key_names_the_right_one(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+def test_error_of_a_misspelled_recipe_key_names_the_right_key(
+    recipe: Path, capsys: pytest.CaptureFixture
+) -> None:
     refused(
         capsys, ["train", recipe, "generator.training.learning_rat=0.1"], "'learning_rat'", "'learning_rate'"
     )
@@ -193,14 +195,14 @@ def test_a_misspelt_recipe_key_names_the_right_one(recipe: Path, capsys: pytest.
         ("generator.training", "key=value"),
     ],
 )
-def test_train_refuses_wrong_values(
+def test_train_rejects_bad_values(
     override: str, expected: str, recipe: Path, capsys: pytest.CaptureFixture
 ) -> None:
     refused(capsys, ["train", recipe, override], expected)
     assert not (recipe.parent / "run" / "model").exists()
 
 
-def test_train_refuses_a_missing_recipe_or_one_that_is_no_yaml(
+def test_train_rejects_a_missing_recipe_and_one_that_is_not_yaml(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     refused(capsys, ["train", tmp_path / "none.yaml"], "none.yaml")
@@ -208,7 +210,7 @@ def test_train_refuses_a_missing_recipe_or_one_that_is_no_yaml(
     refused(capsys, ["train", tmp_path / "broken.yaml"], "broken.yaml", "YAML")
 
 
-def test_a_cache_of_another_autoencoder_is_refused(
+def test_train_rejects_the_cache_of_another_autoencoder(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     torch.manual_seed(1)
@@ -219,7 +221,7 @@ def test_a_cache_of_another_autoencoder_is_refused(
     refused(capsys, ["train", recipe, f"autoencoder_from={tmp_path / 'other'}"], "fingerprint", "far cache")
 
 
-def test_a_cache_that_does_not_exist_names_the_command(
+def test_error_of_a_missing_cache_names_the_command(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     refused(capsys, ["train", recipe, f"run={tmp_path / 'elsewhere'}"], "far cache")
@@ -243,7 +245,7 @@ def test_a_cache_that_does_not_exist_names_the_command(
         (["training.device=nonsense"], ["nonsense"]),
     ],
 )
-def test_distill_refuses_before_it_starts(
+def test_distill_rejects_bad_values_before_it_starts(
     options: list[str],
     expected: list[str],
     pipeline_folder: Path,
@@ -254,7 +256,7 @@ def test_distill_refuses_before_it_starts(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_distill_refuses_teachers_and_folders(
+def test_distill_rejects_unsuitable_teachers_and_folders(
     pipeline_folder: Path,
     latents_folder: Path,
     tmp_path: Path,
@@ -295,7 +297,7 @@ def image(path: Path, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> No
     Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels, mode).save(path)
 
 
-def test_data_refuses_a_folder_without_classes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_data_rejects_a_folder_without_classes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     image(tmp_path / "photos" / "a.png")
     refused(
         capsys,
@@ -307,14 +309,14 @@ def test_data_refuses_a_folder_without_classes(tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "set").exists()
 
 
-def test_data_refuses_a_class_with_one_image(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_data_rejects_a_class_with_one_image(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for name in ("cats/a.png", "cats/b.png", "dogs/a.png"):
         image(tmp_path / "photos" / name)
     refused(capsys, ["data", "folder", tmp_path / "photos", tmp_path / "set", "--size", "16"], "dogs")
     assert not (tmp_path / "set").exists()
 
 
-def test_data_takes_grey_cmyk_and_alpha_and_names_what_is_broken(
+def test_data_reads_gray_cmyk_and_alpha_and_names_unreadable_files(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     photos = tmp_path / "photos"
@@ -335,7 +337,7 @@ def test_data_takes_grey_cmyk_and_alpha_and_names_what_is_broken(
 
 
 @pytest.mark.parametrize("size", ["0", "-8", "13"])
-def test_data_refuses_impossible_sizes(size: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_data_rejects_impossible_sizes(size: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for name in ("a/x.png", "a/y.png"):
         image(tmp_path / "photos" / name)
     refused(capsys, ["data", "folder", tmp_path / "photos", tmp_path / "set", "--size", size], size)
@@ -343,12 +345,12 @@ def test_data_refuses_impossible_sizes(size: str, tmp_path: Path, capsys: pytest
     assert not (tmp_path / "set").exists()
 
 
-def test_no_command_and_unknown_commands_are_one_line(capsys: pytest.CaptureFixture) -> None:
+def test_missing_and_unknown_commands_are_one_line(capsys: pytest.CaptureFixture) -> None:
     refused(capsys, [], "COMMAND")
     refused(capsys, ["genrate"], "genrate")
 
 
-def test_the_whole_program_exits_with_2_and_no_traceback(tmp_path: Path) -> None:
+def test_program_exits_with_status_2_and_no_traceback(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "far", "generate", "--weights", str(tmp_path / "none")],
         capture_output=True,
@@ -360,7 +362,7 @@ def test_the_whole_program_exits_with_2_and_no_traceback(tmp_path: Path) -> None
     assert result.stdout == ""
 
 
-def test_demo_refuses(pipeline_folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_demo_rejects_bad_values(pipeline_folder: Path, capsys: pytest.CaptureFixture) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -380,7 +382,7 @@ def test_demo_refuses(pipeline_folder: Path, capsys: pytest.CaptureFixture) -> N
     refused(capsys, ["demo", "--weights", "no-such-model", "--port", port], "'no-such-model'", "bundled")
 
 
-def test_demo_without_gradio(
+def test_demo_without_gradio_names_the_package_to_install(
     pipeline_folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "far.demo.page", raising=False)
@@ -391,12 +393,14 @@ def test_demo_without_gradio(
 # --- Recipes by name ----------------------------------------------------------------------------------
 
 
-def test_unknown_recipe_names_the_packaged_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_of_an_unknown_recipe_names_the_packaged_recipes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     refused(capsys, ["train", tmp_path / "none.yaml"], "none.yaml", "avatars-32", "imagenet-256")
     refused(capsys, ["train", "avatars-46"], "avatars-46", "avatars-64")
 
 
-def test_file_of_a_packaged_recipes_name_is_read_instead(
+def test_file_with_the_name_of_a_packaged_recipe_is_read_instead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -404,7 +408,7 @@ def test_file_of_a_packaged_recipes_name_is_read_instead(
     refused(capsys, ["train", "avatars-64"], "avatars-64", "'run'")
 
 
-def test_autoencoder_taken_from_elsewhere_is_not_trained(
+def test_autoencoder_of_another_run_is_not_trained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused(
@@ -416,7 +420,7 @@ def test_autoencoder_taken_from_elsewhere_is_not_trained(
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_autoencoder_of_a_recipe_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_of_a_missing_autoencoder_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(
         capsys,
         ["cache", "avatars-64", "autoencoder_from=nowhere", f"run={tmp_path}"],

@@ -40,7 +40,7 @@ def table(text: str) -> list[dict[str, str]]:
     return [dict(zip(lines[0], line)) for line in lines[2:]]
 
 
-def test_table_figures_and_picture_agree(
+def test_table_json_and_plot_agree(
     pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     figures, picture = tmp_path / "a.json", tmp_path / "a.png"
@@ -85,7 +85,7 @@ def test_table_figures_and_picture_agree(
     assert rows[0]["batch"] == "2"
     assert found["settings"]["seed"] == 0
     assert found["machine"]["threads"] >= 1
-    assert found["machine"]["peak flop a second"].keys() == {"float32", "bfloat16"}
+    assert found["machine"]["peak flop per second"].keys() == {"float32", "bfloat16"}
     assert len(found["rows"]) == 4
     for row, record in zip(rows, found["rows"]):
         assert row["model"] == record["model"] == str(pipeline_folder)
@@ -117,11 +117,11 @@ def test_a_causal_preset_is_estimated_unless_full(capsys: pytest.CaptureFixture)
     assert "32 of 256" not in capsys.readouterr().out
 
 
-def test_without_models_the_usual_rows_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = {}
+def test_default_rows_run_without_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {}
 
     def stop(rows, **options):  # type: ignore[no-untyped-def]
-        asked.update(options, rows=rows)
+        given.update(options, rows=rows)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("far.benchmark.measure", stop)
@@ -134,8 +134,8 @@ def test_without_models_the_usual_rows_are_run(monkeypatch: pytest.MonkeyPatch) 
             == 130
         )
         usual = default_rows(batches=[2], guidance=1.0)
-        assert asked["rows"] == [row for row in usual if native or row.dtype != "bfloat16"]
-        assert {**asked, "rows": None} == {
+        assert given["rows"] == [row for row in usual if native or row.dtype != "bfloat16"]
+        assert {**given, "rows": None} == {
             "rows": None,
             "rounds": 5,
             "full": True,
@@ -143,7 +143,7 @@ def test_without_models_the_usual_rows_are_run(monkeypatch: pytest.MonkeyPatch) 
         }
 
 
-def test_rows_without_instructions_and_a_round_without_time_are_left_out_in_words(
+def test_unsupported_dtypes_and_a_late_second_round_are_left_out_with_a_note(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     usual = rows_of([str(pipeline_folder)], dtypes=["float32", "bfloat16"])
@@ -164,7 +164,9 @@ def test_rows_without_instructions_and_a_round_without_time_are_left_out_in_word
     assert "2 rounds" in capsys.readouterr().out
 
 
-def test_unusual_sampling_is_told_in_the_row(pipeline_folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_row_names_sampling_options_that_are_not_default(
+    pipeline_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
     folder = Path(pipeline_folder)
     config = json.loads((folder / "config.json").read_text())
     config["defaults"]["temperature"] = 0.9

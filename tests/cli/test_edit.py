@@ -46,9 +46,7 @@ def changed(before: np.ndarray, after: np.ndarray) -> list[list[bool]]:
     return cells.any(axis=(1, 3)).tolist()
 
 
-def test_inside_a_box_outside_a_box_and_by_a_mask(
-    pipeline_folder: Path, picture: Path, tmp_path: Path
-) -> None:
+def test_box_or_mask_selects_the_redrawn_region(pipeline_folder: Path, picture: Path, tmp_path: Path) -> None:
     before = np.asarray(Image.open(picture))
     redrawn, text = edit(pipeline_folder, picture, *BOX)
     assert changed(before, redrawn) == [[True, False], [False, False]]
@@ -68,7 +66,7 @@ def test_inside_a_box_outside_a_box_and_by_a_mask(
     assert (text["head_steps"], text["guidance"]) == ("1", "2.5")
 
 
-def test_what_is_transparent_in_a_mask_is_kept(pipeline_folder: Path, picture: Path, tmp_path: Path) -> None:
+def test_transparent_pixels_of_a_mask_are_kept(pipeline_folder: Path, picture: Path, tmp_path: Path) -> None:
     mask = Image.new("RGBA", (16, 16), (255, 255, 255, 0))
     mask.paste("white", (8, 0, 16, 8))
     mask.save(tmp_path / "mask.png")
@@ -76,7 +74,7 @@ def test_what_is_transparent_in_a_mask_is_kept(pipeline_folder: Path, picture: P
     assert changed(np.asarray(Image.open(picture)), edited) == [[False, True], [False, False]]
 
 
-def test_a_smaller_image_is_carried_on(pipeline_folder: Path, picture: Path) -> None:
+def test_surroundings_of_a_smaller_image_are_drawn(pipeline_folder: Path, picture: Path) -> None:
     small = np.asarray(Image.open(picture))[:8, :8]
     Image.fromarray(small).save(picture)
     edited, _ = edit(pipeline_folder, picture, "--place", 8, 0)
@@ -84,7 +82,7 @@ def test_a_smaller_image_is_carried_on(pipeline_folder: Path, picture: Path) -> 
     assert edited.shape == (16, 16, 3)
 
 
-def test_versions_have_seeds_of_their_own(pipeline_folder: Path, picture: Path) -> None:
+def test_each_version_has_its_own_seed(pipeline_folder: Path, picture: Path) -> None:
     sheet, _ = edit(pipeline_folder, picture, *BOX, "--count", 3, "--seed", 5)
     second, _ = edit(pipeline_folder, picture, *BOX, "--seed", 6)
     assert sheet.shape == (16 * 21, 3 * 16 * 21, 3)  # one row, every pixel 21 times
@@ -104,7 +102,7 @@ def test_a_larger_image_is_scaled_with_its_mask(pipeline_folder: Path, picture: 
 
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 96), (96, 64)])
-def test_a_thin_stroke_counts_in_a_mask_of_any_size(
+def test_thin_stroke_redraws_its_tokens_at_any_size_of_the_mask(
     size: tuple[int, int], pipeline_folder: Path, picture: Path, tmp_path: Path
 ) -> None:
     Image.open(picture).resize((size[1], size[0]), 0).save(picture)
@@ -116,7 +114,7 @@ def test_a_thin_stroke_counts_in_a_mask_of_any_size(
     assert changed(scaled, edited) == [[False, False], [True, False]]
 
 
-def test_kept_tokens_are_decoded_where_asked(pipeline_folder: Path, picture: Path) -> None:
+def test_kept_tokens_are_decoded_without_pasting(pipeline_folder: Path, picture: Path) -> None:
     edited, _ = edit(pipeline_folder, picture, *BOX, "--no-paste")
     assert changed(np.asarray(Image.open(picture)), edited) == [[True, True], [True, True]]
 
@@ -137,7 +135,7 @@ def test_kept_tokens_are_decoded_where_asked(pipeline_folder: Path, picture: Pat
         ([*BOX, "--label", "hexagon"], "hexagon"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(
+def test_bad_input_is_one_line(
     pipeline_folder: Path, picture: Path, options: list[str], expected: str, capsys: pytest.CaptureFixture
 ) -> None:
     out = picture.with_name("edited.png")
@@ -155,7 +153,7 @@ def one_line(capsys: pytest.CaptureFixture) -> str:
     return line
 
 
-def test_an_image_or_a_mask_of_another_size_is_an_error_that_names_it(
+def test_error_of_an_unsuitable_size_names_the_image_or_the_mask(
     pipeline_folder: Path, picture: Path, capsys: pytest.CaptureFixture
 ) -> None:
     mask = picture.with_name("mask.png")
@@ -168,7 +166,7 @@ def test_an_image_or_a_mask_of_another_size_is_an_error_that_names_it(
     assert str(picture) in one_line(capsys)
 
 
-def test_a_causal_model_that_cannot_edit_there_is_an_error(
+def test_causal_model_rejects_an_edit_in_the_middle(
     causal_diffusion_folder: Path, picture: Path, capsys: pytest.CaptureFixture
 ) -> None:
     arguments = ["edit", str(picture), "--weights", str(causal_diffusion_folder), "--label", "square", *BOX]

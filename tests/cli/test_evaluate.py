@@ -47,7 +47,7 @@ def evaluate(tmp_path: Path, *arguments: object) -> dict:
     return json.loads((tmp_path / "out" / "result.json").read_text())
 
 
-def test_a_model(
+def test_result_of_a_model_has_figures_settings_and_checksums(
     tmp_path: Path, pipeline_folder: Path, image_set: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = ["--reference", image_set, "--count", 9, "--head-steps", 1, "--seed", 5]
@@ -122,7 +122,7 @@ def test_evaluations_of_two_seeds_share_no_image(
         assert np.abs(drawn["arr_0"].astype(int) - found[1][:3]).max() <= 1
 
 
-def test_the_distance_is_that_of_the_features(tmp_path: Path, folder: Path, image_set: Path) -> None:
+def test_distance_equals_that_of_the_features(tmp_path: Path, folder: Path, image_set: Path) -> None:
     result = evaluate(tmp_path, "--images", folder, "--reference", image_set)
     network = load_feature_network()
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_saved_statistics_serve_as_a_reference(tmp_path: Path, folder: Path, ima
     assert saved["figures"] == pytest.approx(direct["figures"])
 
 
-def test_images_of_another_size_are_warned_of(
+def test_other_size_of_the_reference_is_a_warning(
     tmp_path: Path, image_set: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     np.savez(
@@ -178,7 +178,7 @@ def test_other_class_names_of_the_reference_are_a_warning(
     assert warning in capsys.readouterr().err
 
 
-def test_a_folder_is_judged_as_far_data_reads_it(tmp_path: Path) -> None:
+def test_evaluation_reads_a_folder_as_far_data_does(tmp_path: Path) -> None:
     """Transparent, 16-bit and rotated pictures of a folder are those of the image set made from it."""
     generator = np.random.default_rng(0)
     for index in range(4):
@@ -200,7 +200,7 @@ def test_a_folder_is_judged_as_far_data_reads_it(tmp_path: Path) -> None:
         )
 
 
-def test_generation_goes_on_after_an_interruption(
+def test_interrupted_generation_continues(
     tmp_path: Path,
     pipeline_folder: Path,
     image_set: Path,
@@ -240,7 +240,9 @@ def test_generation_goes_on_after_an_interruption(
     assert resumed["figures"] == pytest.approx(whole["figures"])
 
 
-def test_two_processes(tmp_path: Path, pipeline_folder: Path, image_set: Path) -> None:
+def test_two_processes_give_the_figures_of_one(
+    tmp_path: Path, pipeline_folder: Path, image_set: Path
+) -> None:
     settings = [
         "--weights",
         pipeline_folder,
@@ -282,7 +284,7 @@ def test_two_processes(tmp_path: Path, pipeline_folder: Path, image_set: Path) -
     assert result["figures"] == pytest.approx(single["figures"], rel=1e-3)
 
 
-def test_what_is_left_out_of_folders_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_files_that_are_not_images_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     generator = np.random.default_rng(0)
     for folder, others in (("judged", (".hidden.png", "a.gif")), ("reference", ("b.bmp",))):
         (tmp_path / folder).mkdir()

@@ -77,7 +77,7 @@ def test_the_written_settings_draw_the_image_again(pipeline_folder: Path, tmp_pa
     assert np.abs(np.asarray(again).astype(int) - np.asarray(picture)).max() <= 1
 
 
-def test_the_animation_shows_one_frame_a_step_and_ends_on_the_images(
+def test_animation_has_one_frame_per_step_and_ends_with_the_images(
     pipeline_folder: Path, tmp_path: Path
 ) -> None:
     generate(
@@ -96,20 +96,20 @@ def test_the_animation_shows_one_frame_a_step_and_ends_on_the_images(
     animation.seek(2)
     last = np.asarray(animation.convert("RGB")).astype(int)
     final = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
-    assert (np.abs(first - 128).max(axis=-1) <= 4).mean() > 0.4  # grey where nothing is known yet
+    assert (np.abs(first - 128).max(axis=-1) <= 4).mean() > 0.4  # gray where nothing is known yet
     assert np.abs(last - final).mean() < 6  # a GIF has 256 colours
     assert np.abs(first - final).mean() > 10
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dtypes(dtype: str, pipeline_folder: Path, tmp_path: Path) -> None:
+def test_every_dtype_draws_nearly_the_same_images(dtype: str, pipeline_folder: Path, tmp_path: Path) -> None:
     generate(pipeline_folder, tmp_path / "a.npz", "--count", "3", "--dtype", dtype)
     generate(pipeline_folder, tmp_path / "b.npz", "--count", "3")
     a, b = np.load(tmp_path / "a.npz")["arr_0"].astype(int), np.load(tmp_path / "b.npz")["arr_0"].astype(int)
     assert np.abs(a - b).mean() < 6
 
 
-def test_python_interface(pipeline_folder: Path) -> None:
+def test_python_interface_draws_the_images_of_the_command(pipeline_folder: Path) -> None:
     pipeline = far.load(pipeline_folder)
     pictures = pipeline.generate(labels=["square", 0], guidance=2.0, seed=0)
     tensor = pipeline.generate(labels=["square", 0], guidance=2.0, seed=[0, 1], output="tensor")
@@ -134,7 +134,7 @@ def test_saving_and_loading_again_gives_the_same_images(pipeline_folder: Path, t
 
 
 @integers
-def test_fast_is_the_options_that_it_stands_for(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_fast_equals_the_options_that_it_sets(pipeline_folder: Path, tmp_path: Path) -> None:
     options = ["--count", "2", "--guidance", "3"]
     generate(pipeline_folder, tmp_path / "fast.png", *options, "--fast")
     generate(
@@ -157,7 +157,7 @@ def test_fast_is_the_options_that_it_stands_for(pipeline_folder: Path, tmp_path:
 
 
 @integers
-def test_fast_leaves_a_causal_model_exact_but_for_its_weights(tmp_path: Path) -> None:
+def test_fast_changes_only_the_weights_of_a_causal_model(tmp_path: Path) -> None:
     assert (
         main(
             [
@@ -177,7 +177,7 @@ def test_fast_leaves_a_causal_model_exact_but_for_its_weights(tmp_path: Path) ->
     assert (text["refresh_every"], text["dtype"]) == ("1", "int8")
 
 
-def test_fast_says_in_one_line_why_it_leaves_the_weights(
+def test_fast_prints_one_line_if_int8_is_not_supported(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(kernels, "int8_fault", lambda kernel: "8-bit products saturate")
@@ -194,7 +194,7 @@ def refused(arguments: list[object], capsys: pytest.CaptureFixture[str]) -> str:
     return error
 
 
-def test_folder_of_an_earlier_run_is_refused_or_replaced_but_never_mixed(
+def test_folder_of_an_earlier_run_is_rejected_or_replaced_but_never_mixed(
     pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -213,7 +213,7 @@ def test_folder_of_an_earlier_run_is_refused_or_replaced_but_never_mixed(
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.webp", "a.gif", "a.tif"])
-def test_name_of_a_picture_in_another_format_does_not_become_a_folder(
+def test_name_of_another_image_format_does_not_become_a_folder(
     name: str, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert name in refused(["--weights", pipeline_folder, "--out", tmp_path / name], capsys)
@@ -221,7 +221,7 @@ def test_name_of_a_picture_in_another_format_does_not_become_a_folder(
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.mp4", "a"])
-def test_animation_is_written_under_a_gif_name_only(
+def test_animation_needs_a_name_that_ends_in_gif(
     name: str, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert name in refused(
@@ -230,7 +230,7 @@ def test_animation_is_written_under_a_gif_name_only(
     assert not list(tmp_path.iterdir())
 
 
-def test_run_that_fails_midway_leaves_the_folder_as_it_was(
+def test_failed_run_does_not_change_the_folder(
     pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decode, calls = Pipeline.decode, []
@@ -270,7 +270,7 @@ def test_label_of_a_png_draws_its_class_again(
         assert np.abs(np.asarray(first).astype(int) - np.asarray(again)).max() <= 1
 
 
-def test_class_that_is_named_all_can_be_drawn_alone(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_class_named_all_can_be_drawn_alone(pipeline_folder: Path, tmp_path: Path) -> None:
     pipeline = far.load(pipeline_folder)
     pipeline.classes = ["one", "all", "three"]
     pipeline.save_pretrained(tmp_path / "model")
@@ -281,7 +281,7 @@ def test_class_that_is_named_all_can_be_drawn_alone(pipeline_folder: Path, tmp_p
 
 
 @pytest.mark.parametrize("out", ["a.png", "a.npz", "a"])
-def test_an_interruption_leaves_the_finished_images_and_says_how_to_draw_the_others(
+def test_interruption_keeps_finished_images_and_prints_a_command_for_the_others(
     out: str,
     pipeline_folder: Path,
     tmp_path: Path,
@@ -321,7 +321,7 @@ def told_commands(line: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("labels", [[], ["1", "0", "0", "2"], ["2", "1", "2"]])
-def test_commands_after_an_interruption_draw_all_other_images_of_any_number(
+def test_printed_commands_draw_exactly_the_other_images(
     labels: list[str],
     pipeline_folder: Path,
     tmp_path: Path,
@@ -361,7 +361,7 @@ def spread(labels: list[str], count: int) -> list[int]:
     return [int(label) for label, part in zip(labels, parts) for _ in part]
 
 
-def test_an_interruption_while_images_are_written_leaves_those_of_whole_batches(
+def test_interruption_during_writing_keeps_whole_batches(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     save = far.pictures.save_png

@@ -26,7 +26,7 @@ def threads_are_kept() -> object:
 
 
 @pytest.mark.parametrize("command", COMPUTING)
-def test_every_computing_command_takes_a_device_and_threads(
+def test_every_command_that_computes_takes_device_and_threads(
     command: str, capsys: pytest.CaptureFixture
 ) -> None:
     arguments = parse([command, *COMPUTING[command], "--device", "cuda:1", "--threads", "3"])
@@ -47,7 +47,7 @@ def test_every_computing_command_takes_a_device_and_threads(
         assert value in error
 
 
-def test_what_is_chosen_automatically_is_said_in_one_line(
+def test_automatic_choices_are_printed_in_one_line(
     pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     generate = ["generate", "--weights", str(pipeline_folder), "--out", str(tmp_path / "a.png")]
@@ -64,7 +64,7 @@ def test_what_is_chosen_automatically_is_said_in_one_line(
         ] == said
 
 
-def test_edit_says_nothing_before_an_error(
+def test_edit_prints_nothing_before_an_error(
     pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert (
@@ -90,7 +90,7 @@ def test_edit_says_nothing_before_an_error(
     assert "device cpu" in capsys.readouterr().err
 
 
-def test_threads_of_the_command_line_are_those_that_compute(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_threads_option_sets_the_number_of_threads(pipeline_folder: Path, tmp_path: Path) -> None:
     for threads in (1, 2):
         assert (
             main(
@@ -109,7 +109,7 @@ def test_threads_of_the_command_line_are_those_that_compute(pipeline_folder: Pat
         assert torch.get_num_threads() == threads
 
 
-def test_options_replace_the_recipes_device_and_dtype() -> None:
+def test_options_override_the_recipes_device_and_dtype() -> None:
     parser = argparse.ArgumentParser()
     add_machine_arguments(parser, TRAINING_DTYPES, recipe=True)
     recipe = LoopConfig(device="cuda", dtype="bfloat16", steps=7)
@@ -121,7 +121,7 @@ def test_options_replace_the_recipes_device_and_dtype() -> None:
     assert torch.get_num_threads() == 1
 
 
-def test_processes_without_a_local_rank_are_refused_in_one_line(
+def test_processes_without_a_local_rank_are_an_error_in_one_line(
     pipeline_folder: Path,
     image_set: Path,
     tmp_path: Path,
@@ -147,7 +147,7 @@ def test_processes_without_a_local_rank_are_refused_in_one_line(
         assert "LOCAL_RANK" in error
 
 
-def test_full_memory_is_one_line_and_other_faults_are_not_hidden(
+def test_out_of_memory_is_one_line_and_other_errors_are_not_hidden(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     generate = ["generate", "--weights", str(pipeline_folder), "--out", str(tmp_path / "a.png")]

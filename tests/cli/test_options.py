@@ -31,7 +31,7 @@ def options(parser: argparse.ArgumentParser, name: str) -> list[str]:
     return lines
 
 
-def test_options_are_those_of_the_frozen_file() -> None:
+def test_options_equal_the_frozen_list() -> None:
     assert options(build_parser(), "far") == FROZEN.read_text().splitlines()
 
 
@@ -67,7 +67,7 @@ def test_a_new_field_of_sampling_becomes_an_option_of_every_command_that_draws(
 
 
 @pytest.mark.parametrize("path", [*recipe_names(), *sorted((ROOT / "recipes").rglob("*.yaml"))], ids=str)
-def test_recipes_load_and_their_samplers_fit(path: Path | str) -> None:
+def test_recipes_load_and_their_sampling_options_are_valid(path: Path | str) -> None:
     recipe = load_recipe(path)
     autoencoder = recipe.autoencoder.model  # the default is KL-16, which is nobody's here
     if recipe.autoencoder_from not in (None, "kl16"):
@@ -80,7 +80,7 @@ def test_recipes_load_and_their_samplers_fit(path: Path | str) -> None:
 
 
 @pytest.mark.parametrize("command", [["train", "recipe.yaml"], ["distill", "teacher", "out"]])
-def test_overrides_may_stand_before_and_after_options(command: list[str]) -> None:
+def test_overrides_are_read_before_and_after_options(command: list[str]) -> None:
     arguments = parse([*command, "a=1", "--resume", "b=2", "c=3"])
     assert arguments.resume
     assert arguments.overrides == ["a=1", "b=2", "c=3"]

@@ -62,7 +62,7 @@ def test_values_that_users_change_have_a_comment(name: str) -> None:
             assert "#" in line or before.strip().startswith("#"), line
 
 
-def test_unknown_recipe_and_a_name_beside_keys_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_recipe_and_a_name_with_keys_are_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, named in (
         (["avatars"], "'avatars'"),
         ([""], "''"),
@@ -77,7 +77,7 @@ def test_unknown_recipe_and_a_name_beside_keys_are_refused(capsys: pytest.Captur
 @pytest.mark.parametrize(
     "model", ["''", ".", "..", "../other", "a/../..", "/tmp/model", "latents", "autoencoder", "latents/a"]
 )
-def test_model_is_the_name_of_a_folder_of_its_own_within_the_run(model: str) -> None:
+def test_model_must_name_its_own_folder_within_the_run(model: str) -> None:
     with pytest.raises(InputError) as error:
         load_recipe("avatars-64", [f"model={model}"])
     assert repr(model.strip("'")) in str(error.value)
@@ -140,7 +140,7 @@ def test_every_key_has_a_meaning_in_a_sentence(section: Section) -> None:
         assert key.meaning.endswith("."), key.name
 
 
-def test_keys_that_the_program_needs_are_marked() -> None:
+def test_required_keys_have_no_default() -> None:
     required = {key.name for section in sections() for key in section.keys if key.default is None}
     assert required == {
         field.name for field in dataclasses.fields(Recipe) if field.default is dataclasses.MISSING

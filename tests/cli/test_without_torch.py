@@ -92,7 +92,7 @@ def test_versions_and_help_need_no_torch(tmp_path: Path) -> None:
         assert out, arguments
 
 
-def test_refusals_need_no_torch(tmp_path: Path) -> None:
+def test_errors_need_no_torch(tmp_path: Path) -> None:
     found = run(REFUSED, tmp_path)
     assert [arguments for arguments, *_ in found] == REFUSED
     for arguments, status, out, error, modules in found:
@@ -109,7 +109,7 @@ def made(folder: Path, *names: str) -> None:
         (folder / name).write_text("{}")
 
 
-def test_a_missing_file_is_told_with_the_command_that_makes_it(tmp_path: Path) -> None:
+def test_error_of_a_missing_file_names_the_command_that_writes_it(tmp_path: Path) -> None:
     same = f"{RECIPE} data=images run=my-run autoencoder_from=null"
     options = same.split()
 
@@ -138,7 +138,7 @@ def test_a_missing_file_is_told_with_the_command_that_makes_it(tmp_path: Path) -
     assert "--resume" in error
 
 
-def test_a_folder_without_a_model_names_the_commands_that_write_one(tmp_path: Path) -> None:
+def test_error_of_a_folder_without_a_model_names_the_commands_that_write_one(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     commands = [
         ["generate", "--weights", "empty"],
@@ -161,7 +161,7 @@ def test_keys_of_recipes_and_distillation_need_no_torch(tmp_path: Path) -> None:
     assert done.stdout == "False\n"
 
 
-def test_packages_offer_their_names_on_first_use() -> None:
+def test_packages_import_their_names_on_first_use() -> None:
     import far
     import far.backbone
     import far.heads

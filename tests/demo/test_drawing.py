@@ -26,7 +26,7 @@ def test_models_are_loaded_once_each(pipeline_folder: Path, diffusion_folder: Pa
     assert models[0].dtype in ("float32", "bfloat16")
 
 
-def test_an_order_is_what_was_entered(model: Model) -> None:
+def test_order_has_the_entered_values(model: Model) -> None:
     order = Order.of_entries(model, "stripes", str(2**63 - 2), 2, guidance=2.5, ar_steps=3, head_steps=1)
     assert (order.label, order.seeds) == (2, [2**63 - 2, 2**63 - 1])
     assert order.config == SamplingConfig(ar_steps=3, head_steps=1, guidance=2.5)
@@ -61,7 +61,7 @@ def test_options_without_a_field_are_the_models_own(model: Model) -> None:
         ({"label": None}, "class ''"),
     ],
 )
-def test_wrong_entries_are_refused_before_anything_is_drawn(
+def test_bad_entries_are_errors_before_anything_is_drawn(
     model: Model, entries: dict[str, object], sentence: str
 ) -> None:
     with pytest.raises(InputError, match=sentence.replace("(", r"\(")):
@@ -80,7 +80,7 @@ def test_frames_end_on_the_images_of_the_pipeline(model: Model) -> None:
     assert gray[-1] < 0.05
 
 
-def test_seconds_are_of_drawing_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seconds_include_drawing_only(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
 
     def passing(seconds: float, result: object) -> object:
@@ -101,7 +101,7 @@ def test_seconds_are_of_drawing_alone(model: Model, monkeypatch: pytest.MonkeyPa
     assert seconds == [1.0, 2.0, 3.0, 14.0]
 
 
-def test_settings_tell_the_seed_of_each_image(model: Model) -> None:
+def test_settings_have_the_seed_of_each_image(model: Model) -> None:
     order = Order.of_entries(model, "stripes", "8", 2, head_steps=1)
     settings = order.settings(9)
     assert (settings["seed"], settings["label"], settings["class"], settings["head_steps"]) == (

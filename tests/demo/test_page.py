@@ -169,15 +169,13 @@ def test_an_image_appears_step_by_step_and_is_the_one_that_generate_draws(page: 
         for address in page.evaluate("window.seen")
     ]
     assert len(seen) >= 4
-    grey = [float((np.asarray(image) == 128).all(axis=-1).mean()) for image in seen]
-    assert grey[0] > 0.5
-    assert grey == sorted(grey, reverse=True)
+    gray = [float((np.asarray(image) == 128).all(axis=-1).mean()) for image in seen]
+    assert gray[0] > 0.5
+    assert gray == sorted(gray, reverse=True)
     assert re.match(r"\d+\.\d\d s · AR step 16 of 16", page.locator("#generated .status").inner_text())
 
 
-def test_other_weights_bring_their_classes_and_ranges_and_several_images(
-    page: Page, pipeline_folder: Path, tmp_path: Path
-) -> None:
+def test_other_weights_set_classes_and_ranges(page: Page, pipeline_folder: Path, tmp_path: Path) -> None:
     expect(page.get_by_text("1 to 16", exact=True)).to_have_count(2)  # images and AR steps
     choose(page, "Weights", str(pipeline_folder))
     expect(page.get_by_text("1 to 4", exact=True)).to_be_visible()
@@ -262,8 +260,8 @@ def test_two_models_draw_side_by_side(page: Page, pipeline_folder: Path, diffusi
 
 
 def test_nothing_leaves_the_machine(page: Page, server: Server) -> None:
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
+    requested: list[str] = []
+    page.on("request", lambda request: requested.append(request.url))
     page.reload()
     click(page)
     expect(page.locator("#generated a[download]")).to_have_count(1, timeout=PATIENCE * 1000)
@@ -276,13 +274,13 @@ def test_nothing_leaves_the_machine(page: Page, server: Server) -> None:
     page.wait_for_load_state("networkidle")
     others = {
         url
-        for url in asked
+        for url in requested
         if urlsplit(url).scheme != "data" and urlsplit(url).netloc != urlsplit(server.address).netloc
     }
-    assert len(asked) > 10
+    assert len(requested) > 10
     assert not others
     told = server.audit.read_text().splitlines()
-    assert told  # gradio asks its own server whether it is there
+    assert told  # gradio checks that its own server responds
     assert not [line for line in told if "127.0.0.1" not in line and "localhost" not in line]
 
 
@@ -293,7 +291,7 @@ def test_only_this_machine_is_served(server: Server) -> None:
         socket.create_connection(("127.0.0.2", server.port), timeout=5)
 
 
-def test_files_are_neither_taken_nor_given(server: Server) -> None:
+def test_server_neither_accepts_nor_serves_files(server: Server) -> None:
     url = f"{server.address}/gradio_api"
     assert httpx.post(f"{url}/upload", files={"files": ("a.txt", b"a")}, timeout=PATIENCE).status_code == 413
     for path in (Path(__file__), Path("pyproject.toml").absolute()):
@@ -324,7 +322,7 @@ class Visitor:
 
 
 class Endless:
-    """A model's stream that goes on until it is closed."""
+    """A model's stream that continues until it is closed."""
 
     def __init__(self) -> None:
         self.running, self.most, self.closed = 0, 0, threading.Semaphore(0)
@@ -384,7 +382,7 @@ def test_one_drawing_at_a_time_and_a_closed_page_stops_its_own(endless: tuple) -
     assert stream.most == 1
 
 
-def test_a_full_queue_refuses(endless: tuple) -> None:
+def test_full_queue_rejects_a_click(endless: tuple) -> None:
     _, address, functions = endless
     with Visitor(address, *functions["generate"]).messages() as drawing:
         while next(drawing) != "process_generating":
