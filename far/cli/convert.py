@@ -25,9 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mar = kinds.add_parser("mar", help="a MAR checkpoint (.pth)", allow_abbrev=False)
     mar.add_argument("source", type=Path, help="checkpoint-last.pth")
     mar.add_argument("out", type=Path, help="folder to write")
-    mar.add_argument(
-        "--no-ema", action="store_true", help="convert the raw weights instead of the EMA weights"
-    )
+    mar.add_argument("--no-ema", action="store_true", help="convert the raw weights, not the EMA weights")
     kl16 = kinds.add_parser("kl16", help="MAR's KL-16 autoencoder (.ckpt)", allow_abbrev=False)
     kl16.add_argument("source", type=Path, help="kl16.ckpt")
     kl16.add_argument("out", type=Path, help="folder to write; may hold a converted MAR")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from far.classes import label_text
 from far.cli.machine_arguments import prepare_machine, print_chosen
-from far.cli.model_arguments import add_model_arguments, load_pipeline
+from far.cli.model_arguments import add_drawing_arguments, add_weights_argument, load_pipeline
 from far.cli.sampling_arguments import sampling_options
 from far.config import check_count, check_seed
 from far.devices import device_title
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "image", type=Path, help="image to edit; a larger one is cropped and scaled to the model's size"
     )
+    add_weights_argument(parser)
     parser.add_argument("--label", required=True, help="class number or name to draw")
     region = parser.add_mutually_exclusive_group(required=True)
     region.add_argument(
@@ -51,10 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--count", type=int, metavar="N", default=1, help="versions, with seeds SEED, SEED + 1, … (default 1)"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("edited.png"),
-        help="PNG; a contact sheet if there are several versions (default edited.png)",
-    )  # fmt: skip
-    parser.add_argument(
         "--seed", type=int, metavar="N", default=0, help="seed of the first version (default 0)"
     )
     parser.add_argument(
@@ -62,7 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="decode kept tokens instead of copying their pixels from the image",
     )
-    add_model_arguments(parser)
+    parser.add_argument(
+        "--out", type=Path, default=Path("edited.png"),
+        help="PNG; a contact sheet if there are several versions (default edited.png)",
+    )  # fmt: skip
+    add_drawing_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:

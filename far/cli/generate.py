@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from far.classes import label_text
 from far.cli.machine_arguments import prepare_machine, print_chosen
-from far.cli.model_arguments import add_model_arguments, load_pipeline
+from far.cli.model_arguments import add_drawing_arguments, add_weights_argument, load_pipeline
 from far.cli.sampling_arguments import MOST_IMAGES, sampling_options
 from far.config import check_count, check_seed
 from far.devices import device_title
@@ -41,6 +41,7 @@ _OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_weights_argument(parser)
     parser.add_argument(
         "--labels", nargs="+", metavar="LABEL", help="class numbers or names, or 'all' (default)"
     )
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, metavar="N", default=64, help="images drawn together (default 64)"
     )
     parser.add_argument("--gif", type=Path, help="also write an animation of the first batch, token by token")
-    add_model_arguments(parser)
+    add_drawing_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:

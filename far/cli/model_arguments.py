@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 NAMES = "bundled name, folder, or OWNER/NAME[@REVISION] of the hub"
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--weights``, the sampling options and the options of the machine."""
+def add_weights_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--weights``."""
     parser.add_argument(
         "--weights", metavar="MODEL", default="avatars-64", help=f"{NAMES} (default avatars-64)"
     )
+
+
+def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the sampling options and the options of the machine."""
     add_sampling_arguments(parser)
     add_machine_arguments(parser, DTYPES)
 
