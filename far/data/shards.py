@@ -76,8 +76,6 @@ class ShardWriter:
             return {"meta": meta, "complete": False, "cursor": 0, "shards": [], "report": {}}
         index = _read_index(self.folder / INDEX)
         wanted = json.loads(json.dumps(meta))
-        if index["complete"]:  # an older version, which told less, may have made it
-            wanted = {name: value for name, value in wanted.items() if name in index["meta"]}
         differ = [
             name
             for name in {**index["meta"], **wanted}
@@ -294,13 +292,12 @@ def _check_digests(folder: Path, shards: list[dict[str, Any]]) -> None:
 def _read_index(path: Path) -> dict[str, Any]:
     index = read_json(path)
     wanted = {"meta": dict, "complete": bool, "cursor": int, "shards": list, "report": dict}
-    # Older ones have no checksum.
     digest = index.pop("sha256", None) if isinstance(index, dict) else None
     if (
         not isinstance(index, dict)
         or index.keys() != wanted.keys()
         or any(not isinstance(index[key], kind) for key, kind in wanted.items())
-        or digest not in (None, json_digest(index))
+        or digest != json_digest(index)
         or not all(_is_shard(shard, number) for number, shard in enumerate(index["shards"]))
     ):
         raise InputError(f"{path} is damaged. Remove its folder and make it again.")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torchrun import run
 
 from far.data.shards import ShardReader, ShardWriter
+from far.files import json_digest
 from tests.refusals import refused
 
 META = {"kind": "images", "size": 3}
@@ -70,7 +71,7 @@ def test_folder_without_one_of_its_shards_is_not_continued(finished: bool, tmp_p
     if not finished:
         index = json.loads((tmp_path / "index.json").read_text()) | {"complete": False}
         del index["sha256"]
-        (tmp_path / "index.json").write_text(json.dumps(index))
+        (tmp_path / "index.json").write_text(json.dumps({**index, "sha256": json_digest(index)}))
     ShardWriter(tmp_path, META)
     (tmp_path / "shard-00000.safetensors").unlink()
     with refused("shard-00000"):

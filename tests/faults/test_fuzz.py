@@ -117,12 +117,6 @@ LOADERS = {
     "images' index": Loader(
         "images/index.json", lambda at: everything(open_image_set(at / "images")), True, "at/images"
     ),
-    "images' old index": Loader(
-        "old-images/index.json",
-        lambda at: everything(open_image_set(at / "old-images")),
-        False,
-        "at/old-images",
-    ),
     "continued": Loader("images/index.json", lambda at: ShardWriter(at / "images", META).index, True),
     "latents": Loader("latents/shard-00000.safetensors", lambda at: latents(at), True),
     "latents' index": Loader("latents/index.json", lambda at: latents(at), True, "at/latents"),
@@ -249,10 +243,6 @@ def valid(
     shutil.copytree(pipeline_folder, at / "pipeline")
     shutil.copytree(autoencoder_folder, at / "autoencoder")
     shutil.copytree(image_set / "train", at / "images")
-    shutil.copytree(image_set / "train", at / "old-images")
-    index = json.loads((at / "old-images/index.json").read_text())
-    del index["sha256"]
-    (at / "old-images/index.json").write_text(json.dumps(index))
     shutil.copytree(latents_folder, at / "latents")
     writer = ShardWriter(at / "rows", {"kind": "rows"})
     for start in (0, 3):

@@ -14,7 +14,7 @@ from far.backbone.causal import CausalConfig
 from far.backbone.masked import MaskedConfig
 from far.data.shards import ShardReader, ShardWriter
 from far.errors import InputError
-from far.files import read_json, write_json
+from far.files import json_digest, read_json, write_json
 from far.heads import Condition, DiffusionConfig, FlowConfig, Head
 from far.heads.diffusion import DiffusionHead
 from far.model import FAR, ModelConfig, NetworkConfig
@@ -397,6 +397,7 @@ def test_latents_of_other_class_names_are_rejected_although_trajectories_are_fin
     index = json.loads((latents_folder / "index.json").read_text())
     index["meta"]["classes"] = ["circle", "rings", "stripes"]
     del index["sha256"]
+    index["sha256"] = json_digest(index)
     (tmp_path / "renamed" / "index.json").write_text(json.dumps(index))
     with pytest.raises(InputError) as caught:
         write_trajectories(teacher, diffusion_folder, config, tmp_path / "rows", tmp_path / "renamed")
