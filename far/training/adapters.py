@@ -40,7 +40,13 @@ def add_adapters(module: nn.Module, rank: int) -> None:
 
 def adapters(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a module's adapters. Sharding replaces them, so call this afterwards."""
-    adapted = [layer for layer in module.modules() if isinstance(layer, AdaptedLinear)]
+    # Checkpoints number parameters in this order.
+    adapted = [
+        layer
+        for parent in module.modules()
+        for layer in parent.children()
+        if isinstance(layer, AdaptedLinear)
+    ]
     return [parameter for layer in adapted for parameter in (layer.down, layer.up)]
 
 
