@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -200,28 +201,25 @@ def test_evaluation_reads_a_folder_as_far_data_does(tmp_path: Path) -> None:
         )
 
 
+@pytest.fixture(scope="module")
+def whole_evaluation(
+    tmp_path_factory: pytest.TempPathFactory, pipeline_folder: Path, image_set: Path
+) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments of an evaluation in three parts, and its result from one process without an interruption."""
+    settings = ["--weights", pipeline_folder, "--reference", image_set, "--count", 230]
+    settings += ["--head-steps", 1, "--ar-steps", 1]
+    return settings, evaluate(tmp_path_factory.mktemp("whole"), *settings)
+
+
 def test_interrupted_generation_continues(
     tmp_path: Path,
-    pipeline_folder: Path,
-    image_set: Path,
+    whole_evaluation: tuple[list[Any], dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     from far.pipeline import Pipeline
 
-    settings = [
-        "--weights",
-        pipeline_folder,
-        "--reference",
-        image_set,
-        "--count",
-        230,
-        "--head-steps",
-        1,
-        "--ar-steps",
-        1,
-    ]
-    whole = evaluate(tmp_path / "whole", *settings)
+    settings, whole = whole_evaluation
     drawn: list[int] = []
     draw = Pipeline.draw
 
@@ -241,21 +239,9 @@ def test_interrupted_generation_continues(
 
 
 def test_two_processes_give_the_figures_of_one(
-    tmp_path: Path, pipeline_folder: Path, image_set: Path
+    tmp_path: Path, whole_evaluation: tuple[list[Any], dict[str, Any]]
 ) -> None:
-    settings = [
-        "--weights",
-        pipeline_folder,
-        "--reference",
-        image_set,
-        "--count",
-        230,
-        "--head-steps",
-        1,
-        "--ar-steps",
-        1,
-    ]
-    single = evaluate(tmp_path / "single", *settings)
+    settings, single = whole_evaluation
     command = [
         sys.executable,
         "-m",
