@@ -49,15 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="position of an image smaller than the model's; draw everything around it",
     )  # fmt: skip
     parser.add_argument(
+        "--no-paste",
+        action="store_true",
+        help="decode kept tokens instead of copying their pixels from the image",
+    )
+    parser.add_argument(
         "--count", type=int, metavar="N", default=1, help="versions, with seeds SEED, SEED + 1, … (default 1)"
     )
     parser.add_argument(
         "--seed", type=int, metavar="N", default=0, help="seed of the first version (default 0)"
-    )
-    parser.add_argument(
-        "--no-paste",
-        action="store_true",
-        help="decode kept tokens instead of copying their pixels from the image",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("edited.png"),
