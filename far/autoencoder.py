@@ -6,6 +6,7 @@ The arithmetic and the parameter names are those of the latent-diffusion autoenc
 
 import hashlib
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
@@ -46,8 +47,7 @@ class Autoencoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
@@ -86,7 +86,7 @@ class Autoencoder(nn.Module):
         Their largest activation, at one of the decoder's levels, has at most 2²⁷ values (0.5 GiB in float32),
         unless a single image has more.
         """
-        widths = [self.config.width * multiplier for multiplier in self.config.width_multipliers]
+        widths = self.config.widths
         # A level of the decoder begins with the width of the next coarser one.
         levels = enumerate(zip(widths, [*widths[1:], widths[-1]]))
         largest = max(max(pair) * (height >> level) * (width >> level) for level, pair in levels)
@@ -123,7 +123,7 @@ class Autoencoder(nn.Module):
             self.decode(part.contiguous(memory_format=torch.channels_last)).float() / 2 + 0.5
             for part in latents.split(chunk)
         ]
-        # Here all generated images leave a model, so NaN is found here: a picture would show it as black.
+        # All generated images leave a model here. A picture would show NaN as black.
         return check_finite(torch.cat(parts)).clamp(0, 1).contiguous()
 
     @torch.no_grad()
@@ -158,8 +158,7 @@ class Autoencoder(nn.Module):
         digest = hashlib.sha256(b"spherical" if self.config.spherical else b"")
         for part in (self.encoder, self.quant_conv):
             for name, tensor in part.state_dict().items():
-                digest.update(name.encode())
-                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+                digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -168,8 +167,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        widths = [config.width * multiplier for multiplier in config.width_multipliers]
-        groups = config.norm_groups
+        widths, groups = config.widths, config.norm_groups
         self.conv_in = nn.Conv2d(3, config.width, 3, padding=1)
         self.down = nn.ModuleList()
         channels = config.width
@@ -180,7 +178,7 @@ class Encoder(nn.Module):
                 level.downsample = Downsample(width)
             self.down.append(level)
             channels = width
-        self.mid = Middle(channels, groups)
+        self.mid = _middle(channels, groups)
         self.norm_out = nn.GroupNorm(groups, channels, eps=1e-6)
         self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
 
@@ -192,20 +190,19 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents → images; one block more a resolution than the encoder, no attention in the levels."""
+    """Latents → images; one more block per level than the encoder, no attention in the levels."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        widths = [config.width * multiplier for multiplier in config.width_multipliers]
-        groups = config.norm_groups
+        widths, groups = config.widths, config.norm_groups
         channels = widths[-1]
         self.conv_in = nn.Conv2d(config.latent_channels, channels, 3, padding=1)
-        self.mid = Middle(channels, groups)
+        self.mid = _middle(channels, groups)
         levels = []
         for index in reversed(range(len(widths))):
             level = Level(channels, widths[index], config.blocks + 1, groups, attention=False)
             if index:
-                level.upsample = Upsample(widths[index])
+                level.upsample = _upsample(widths[index])
             levels.append(level)
             channels = widths[index]
         self.up = nn.ModuleList(reversed(levels))  # the published names count from the finest level
@@ -228,9 +225,8 @@ class Level(nn.Module):
         super().__init__()
         widths = [channels_in] + [channels_out] * blocks
         self.block = nn.ModuleList(ResidualBlock(a, b, groups) for a, b in itertools.pairwise(widths))
-        self.attn = nn.ModuleList(
-            SpatialAttention(channels_out, groups) for _ in range(blocks if attention else 0)
-        )
+        attentions = blocks if attention else 0
+        self.attn = nn.ModuleList(SpatialAttention(channels_out, groups) for _ in range(attentions))
         self.downsample: nn.Module = nn.Identity()
         self.upsample: nn.Module = nn.Identity()
 
@@ -242,17 +238,14 @@ class Level(nn.Module):
         return self.upsample(self.downsample(x))
 
 
-class Middle(nn.Module):
-    """Block, attention, block, at the coarsest resolution."""
-
-    def __init__(self, channels: int, groups: int) -> None:
-        super().__init__()
-        self.block_1 = ResidualBlock(channels, channels, groups)
-        self.attn_1 = SpatialAttention(channels, groups)
-        self.block_2 = ResidualBlock(channels, channels, groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+def _middle(channels: int, groups: int) -> nn.Sequential:
+    """Return the layers at the coarsest resolution."""
+    parts: list[tuple[str, nn.Module]] = [
+        ("block_1", ResidualBlock(channels, channels, groups)),
+        ("attn_1", SpatialAttention(channels, groups)),
+        ("block_2", ResidualBlock(channels, channels, groups)),
+    ]
+    return nn.Sequential(OrderedDict(parts))
 
 
 class ResidualBlock(nn.Module):
@@ -264,9 +257,8 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, channels_out, eps=1e-6)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        self.nin_shortcut = (
-            nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
-        )
+        same = channels_in == channels_out
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
@@ -280,10 +272,7 @@ class SpatialAttention(nn.Module):
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
@@ -303,12 +292,7 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class Upsample(nn.Module):
-    """Double the resolution by repetition, then a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def _upsample(channels: int) -> nn.Sequential:
+    """Return layers that double the resolution by repetition."""
+    convolution = nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(repeat=nn.Upsample(scale_factor=2.0), conv=convolution))

@@ -12,12 +12,11 @@ class AutoencoderConfig:
 
     Attributes:
         width: channels at full resolution.
-        width_multipliers: factors of ``width``, one per resolution, 3 to 5 of them; the stride is ``2 ** (len −
-            1)``: 4 to 16.
+        width_multipliers: factors of ``width``, one per resolution. 3 to 5 of them give a stride of 4 to 16.
         blocks: residual blocks per resolution.
         latent_channels: channels of a latent.
-        norm_groups: groups of each normalization, a divisor of ``width``. Narrow autoencoders want few: a
-            group of one channel loses that channel's mean.
+        norm_groups: groups of each normalization, a divisor of ``width``. Narrow autoencoders need few,
+            because a group of one channel loses that channel's mean.
         scale: a latent leaves as ``(latent − shift) · scale``, with unit variance over the training images;
             measured at the end of training.
         shift: see ``scale``; one number, or one per channel.
@@ -35,30 +34,26 @@ class AutoencoderConfig:
     spherical: bool = False
 
     def __post_init__(self) -> None:
-        if not 3 <= len(self.width_multipliers) <= 5:
+        multipliers = list(self.width_multipliers)
+        if not 3 <= len(multipliers) <= 5 or not 1 <= min(multipliers) <= max(multipliers) <= 2**8:
             raise InputError(
-                f"width_multipliers: {len(self.width_multipliers)} of them give stride 2^{len(self.width_multipliers) - 1}; "
-                "use 3 to 5 entries, for stride 4 to 16"
+                f"width_multipliers {multipliers} must be 3 to 5 numbers of 1 to {2**8} (stride 4 to 16)"
             )
-        for name, most in (
-            ("width", 2**16),
-            ("blocks", 2**8),
-            ("latent_channels", 2**16),
-            ("norm_groups", 2**16),
-        ):
-            check_count(f"autoencoder {name}", getattr(self, name), most)
+        for name in ("width", "blocks", "latent_channels", "norm_groups"):
+            check_count(f"autoencoder {name}", getattr(self, name), 2**8 if name == "blocks" else 2**16)
         if self.scale <= 0:
             raise InputError(f"autoencoder scale {self.scale} must be positive")
-        if not 1 <= min(self.width_multipliers) <= max(self.width_multipliers) <= 2**8:
-            raise InputError(
-                f"width_multipliers {list(self.width_multipliers)} must be positive, and at most {2**8}"
-            )
         if self.width % self.norm_groups:
             raise InputError(f"norm_groups {self.norm_groups} must divide the width {self.width}")
         if isinstance(self.shift, tuple) and len(self.shift) != self.latent_channels:
             raise InputError(
-                f"shift has {len(self.shift)} entries for {self.latent_channels} latent channels; give one each"
+                f"shift has {len(self.shift)} entries for {self.latent_channels} latent channels"
             )
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels at each resolution, from the finest."""
+        return [self.width * multiplier for multiplier in self.width_multipliers]
 
     @property
     def stride(self) -> int:

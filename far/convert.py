@@ -5,11 +5,11 @@ Folders are written by ``far.folder``.
 """
 
 import argparse
-import dataclasses
+import contextlib
 import math
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.backbone.masked import MaskedConfig
 from far.errors import InputError
 from far.folder import add_part, config_without
-from far.folder_config import FolderConfig
 from far.heads import DiffusionConfig
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pickles import is_held, read_pickle
@@ -81,28 +80,23 @@ def convert_mar(source: Path, folder: Path, *, ema: bool = True) -> None:
     if not isinstance(checkpoint, Mapping) or checkpoint.get(part) is None:
         remedy = "take the raw weights (--no-ema, or ema=False)" if ema else "take the EMA weights (ema=True)"
         raise InputError(f"{source} holds no {part!r}. Give a MAR checkpoint, or {remedy}.")
-    weights = _tensors(checkpoint[part], source)
     arguments = checkpoint.get("args")
     settings = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
-    try:
-        config = _mar_config(weights, settings)
-    except InputError as error:
-        raise InputError(f"{source} cannot be converted: {error}") from error
-    backbone = config.network.backbone
-    assert isinstance(backbone, MaskedConfig)
+    with _converting(source):
+        weights = _state_dict(checkpoint[part])
+        backbone, config = _mar_config(weights, settings)
+        embedding = _class_embedding(weights, backbone.encoder_width, config.classes)
+        with torch.device("meta"):
+            expected = FAR(config).state_dict()
+        del expected[_CLASS_EMBEDDING]
+        tensors = {_CLASS_EMBEDDING: embedding, **_renamed(expected, weights, mar_name)}
     defaults = SamplingConfig(
         ar_steps=min(_number(settings, "num_iter", 64), config.tokens),
         head_steps=min(_number(settings, "num_sampling_steps", 100), 1000),
         guidance=_MAR_GUIDANCE.get(backbone.encoder_width, 3.0),
     )
-    classes = tuple(str(number) for number in range(config.classes))
-    described = _with(existing, folder, model=config, classes=classes, defaults=defaults)
-    with torch.device("meta"):
-        expected = FAR(config).state_dict()
-    embedding = _class_embedding(weights, config, source)
-    del expected[_CLASS_EMBEDDING]
-    tensors = {_CLASS_EMBEDDING: embedding, **_renamed(expected, weights, mar_name, source)}
-    add_part(folder, "model", tensors, described)
+    classes = tuple(map(str, range(config.classes)))
+    add_part(folder, existing, tensors, model=config, classes=classes, defaults=defaults)
 
 
 def convert_kl16(source: Path, folder: Path) -> None:
@@ -121,14 +115,10 @@ def convert_kl16(source: Path, folder: Path) -> None:
             autoencoder, a generator with other latent channels, or a ``config.json`` that is not ours.
     """
     checkpoint = _read_pickle(source)
-    weights = _tensors(
-        checkpoint["model"] if isinstance(checkpoint, Mapping) and "model" in checkpoint else checkpoint,
-        source,
-    )
-    try:
+    nested = isinstance(checkpoint, Mapping) and "model" in checkpoint
+    with _converting(source):
+        weights = _state_dict(checkpoint["model"] if nested else checkpoint)
         config = _autoencoder_config(weights)
-    except InputError as error:
-        raise InputError(f"{source} cannot be converted: {error}") from error
     add_autoencoder(folder, config, weights, str, source)
 
 
@@ -152,18 +142,22 @@ def add_autoencoder(
         InputError: a tensor is missing, left over or of another shape, or the folder holds an autoencoder, a
             generator with other latent channels, or a ``config.json`` that is not ours.
     """
-    described = _with(config_without(folder, "autoencoder"), folder, autoencoder=config)
+    existing = config_without(folder, "autoencoder")
     with torch.device("meta"):
         expected = Autoencoder(config).state_dict()
-    add_part(folder, "autoencoder", _renamed(expected, weights, published_name, source), described)
+    with _converting(source):
+        tensors = _renamed(expected, weights, published_name)
+    add_part(folder, existing, tensors, autoencoder=config)
 
 
-def _with(existing: FolderConfig, folder: Path, **entries: Any) -> FolderConfig:
-    """Return a folder's config with further entries."""
+@contextlib.contextmanager
+def _converting(source: Path) -> Iterator[None]:
+    """Name the file, and the remedy, in errors about its content."""
     try:
-        return dataclasses.replace(existing, **entries)
-    except InputError as error:  # the two parts do not fit together
-        raise InputError(f"{folder}: {error} Or choose another folder.") from error
+        yield
+    except InputError as error:
+        reason = str(error).rstrip(".")
+        raise InputError(f"{source} cannot be converted: {reason}. Give the published checkpoint.") from error
 
 
 def _read_pickle(source: Path) -> Any:
@@ -186,23 +180,25 @@ def _read_pickle(source: Path) -> Any:
         ) from error
 
 
-def _tensors(weights: Any, source: Path) -> dict[str, Tensor]:
+def _state_dict(weights: Any) -> dict[str, Tensor]:
     """Return the state dict after checking that it maps names to dense floating point tensors only."""
     if not isinstance(weights, Mapping):
-        raise InputError(
-            f"{source} holds no state dict in the place of its weights. Give the published checkpoint."
-        )
+        raise InputError("it holds no state dict in the place of its weights")
     for name, tensor in weights.items():
         if not (isinstance(name, str) and is_held(tensor) and tensor.dtype in FLOATS):
-            entry = reprlib.repr(name)
-            raise InputError(
-                f"{source}: the entry {entry} of its weights is not a floating point tensor. "
-                "Give the published checkpoint."
-            )
+            raise InputError(f"the entry {reprlib.repr(name)} of its weights is not a floating point tensor")
     return dict(weights)
 
 
-def _mar_config(weights: dict[str, Tensor], settings: dict[str, Any]) -> ModelConfig:
+def _mar_config(weights: dict[str, Tensor], settings: dict[str, Any]) -> tuple[MaskedConfig, ModelConfig]:
+    """Return the sizes of the backbone and of the whole model."""
+
+    def blocks(part: str, width: int) -> tuple[int, int, int]:
+        heads = _number(settings, f"{part}_num_heads", _MAR_HEADS.get(width, 0))
+        if not heads:
+            raise InputError(f"its args lack {part}_num_heads, which its {part} of width {width} requires")
+        return width, _count(weights, f"{part}_blocks"), heads
+
     buffer_and_tokens, encoder_width = _shape(weights, "encoder_pos_embed_learned", 3)[1:]
     tokens, decoder_width = _shape(weights, "diffusion_pos_embed_learned", 3)[1:]
     channels = _shape(weights, "z_proj.weight", 2)[1]
@@ -212,39 +208,25 @@ def _mar_config(weights: dict[str, Tensor], settings: dict[str, Any]) -> ModelCo
     patch = _number(settings, "patch_size", math.isqrt(channels // latent_channels) or 1)
     if side**2 != tokens or latent_channels * patch**2 != channels:
         raise InputError(
-            f"{tokens} tokens of {channels} values do not form a square grid of {patch}×{patch} patches of "
-            f"{latent_channels} channels. Give the published checkpoint."
+            f"{tokens} tokens of {channels} values are no square grid of {patch}×{patch} patches of "
+            f"{latent_channels} channels"
         )
-    backbone = MaskedConfig(
-        encoder_width=encoder_width,
-        encoder_depth=_count(weights, "encoder_blocks"),
-        encoder_heads=_heads(settings, "encoder", encoder_width),
-        decoder_width=decoder_width,
-        decoder_depth=_count(weights, "decoder_blocks"),
-        decoder_heads=_heads(settings, "decoder", decoder_width),
-        buffer=buffer_and_tokens - tokens,
-    )
-    head = DiffusionConfig(
-        head_width,
-        _count(weights, "diffloss.net.res_blocks"),
-        _number(settings, "diffusion_batch_mul", 4),
-    )
+    encoder, decoder = blocks("encoder", encoder_width), blocks("decoder", decoder_width)
+    backbone = MaskedConfig(*encoder, *decoder, buffer_and_tokens - tokens)
+    draws = _number(settings, "diffusion_batch_mul", 4)
+    head = DiffusionConfig(head_width, _count(weights, "diffloss.net.res_blocks"), draws)
     # Releases of MAR differ in whether the embedding has class_num rows or always 1000.
     classes = min(_number(settings, "class_num", rows), rows)
-    return ModelConfig(
-        NetworkConfig(backbone, head, patch), classes, latent_channels, (side * patch, side * patch)
-    )
+    network, latents = NetworkConfig(backbone, head, patch), (side * patch, side * patch)
+    return backbone, ModelConfig(network, classes, latent_channels, latents)
 
 
 def _autoencoder_config(weights: dict[str, Tensor]) -> AutoencoderConfig:
     width = _shape(weights, "encoder.conv_in.weight", 4)[0]
-    levels = _count(weights, "encoder.down")
-    widths = [_shape(weights, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in range(levels)]
+    levels = range(_count(weights, "encoder.down"))
+    widths = [_shape(weights, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in levels]
     if width < 1 or any(level % width for level in widths):
-        raise InputError(
-            f"its levels have the widths {widths}, which are not multiples "
-            f"of the first convolution's {width}."
-        )
+        raise InputError(f"the widths {widths} of its levels are not multiples of its first, {width}")
     return AutoencoderConfig(
         width=width,
         width_multipliers=tuple(level // width for level in widths),
@@ -255,12 +237,9 @@ def _autoencoder_config(weights: dict[str, Tensor]) -> AutoencoderConfig:
 
 def _shape(weights: dict[str, Tensor], name: str, dimensions: int) -> torch.Size:
     if name not in weights:
-        raise InputError(f"it lacks the tensor {name}. Give the published checkpoint.")
+        raise InputError(f"it lacks the tensor {name}")
     if weights[name].dim() != dimensions:
-        raise InputError(
-            f"{name} has shape {list(weights[name].shape)}, not {dimensions} dimensions. "
-            "Give the published checkpoint."
-        )
+        raise InputError(f"{name} has shape {list(weights[name].shape)}, not {dimensions} dimensions")
     return weights[name].shape
 
 
@@ -279,29 +258,14 @@ def _number(settings: dict[str, Any], name: str, default: int) -> int:
     return value if type(value) is int and 0 < value < 10**9 else default
 
 
-def _heads(settings: dict[str, Any], part: str, width: int) -> int:
-    heads = _number(settings, f"{part}_num_heads", _MAR_HEADS.get(width, 0))
-    if not heads:
-        raise InputError(
-            f"the number of attention heads of its {part} (width {width}) is unknown. "
-            f"Set {part}_num_heads in the checkpoint's args."
-        )
-    return heads
-
-
-def _class_embedding(weights: dict[str, Tensor], config: ModelConfig, source: Path) -> Tensor:
-    """Return MAR's class embedding with the vector for "no class" as its last row."""
-    assert isinstance(config.network.backbone, MaskedConfig)
-    width = config.network.backbone.encoder_width
-    null = weights.pop("fake_latent", torch.empty(0))
-    classes = weights.pop("class_emb.weight")
-    for name, tensor, rows in (("class_emb.weight", classes, len(classes)), ("fake_latent", null, 1)):
-        if tensor.shape != (rows, width):
-            raise InputError(
-                f"{source}: {name} is missing or its shape is not {[rows, width]}. "
-                "Give the published checkpoint."
-            )
-    return torch.cat([classes[: config.classes], null])
+def _class_embedding(weights: dict[str, Tensor], width: int, classes: int) -> Tensor:
+    """Take the class embedding out of ``weights``, with the vector for "no class" as its last row."""
+    embedding, null = weights.pop("class_emb.weight"), weights.pop("fake_latent", None)
+    if embedding.shape[1] != width:
+        raise InputError(f"class_emb.weight has shape {list(embedding.shape)}, not [classes, {width}]")
+    if null is None or null.shape != (1, width):
+        raise InputError(f"fake_latent is missing or its shape is not {[1, width]}")
+    return torch.cat([embedding[:classes], null])
 
 
 def mar_name(ours: str) -> str:
@@ -314,30 +278,18 @@ def mar_name(ours: str) -> str:
 
 
 def _renamed(
-    expected: dict[str, Tensor],
-    weights: dict[str, Tensor],
-    published_name: Callable[[str], str],
-    source: Path,
+    expected: dict[str, Tensor], weights: dict[str, Tensor], published_name: Callable[[str], str]
 ) -> dict[str, Tensor]:
     """Return ``weights`` under our names after checking that none is missing, left over or misshapen."""
     names = {ours: published_name(ours) for ours in expected}
     for ours, theirs in names.items():
-        if theirs not in weights:
-            raise InputError(f"{source} lacks the tensor {theirs}. Give the published checkpoint.")
-        if weights[theirs].shape != expected[ours].shape:
-            shape, required = list(weights[theirs].shape), list(expected[ours].shape)
+        shape = list(expected[ours].shape)
+        if list(_shape(weights, theirs, len(shape))) != shape:
             raise InputError(
-                f"{source}: {theirs} has shape {shape}, but the file's other tensors require {required}. "
-                "Give the published checkpoint."
+                f"{theirs} has shape {list(weights[theirs].shape)}, not {shape} as the others require"
             )
         if weights[theirs].dtype not in FLOATS:
-            raise InputError(
-                f"{source}: {theirs} is of {weights[theirs].dtype}, which weights cannot have. "
-                "Give the published checkpoint."
-            )
+            raise InputError(f"{theirs} is of {weights[theirs].dtype}, which weights cannot have")
     if left_over := sorted(weights.keys() - set(names.values())):
-        raise InputError(
-            f"{source} holds the tensor {left_over[0]!r}, which the published model does not have. "
-            "Give another checkpoint."
-        )
+        raise InputError(f"the published model does not have its tensor {left_over[0]!r}")
     return {ours: weights[theirs] for ours, theirs in names.items()}

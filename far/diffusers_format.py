@@ -68,14 +68,7 @@ class AutoencoderKLConfig:
 
 
 # Hints for tiling and float16, which change no value, and entries that are converted separately.
-_NOT_COMPARED = (
-    "sample_size",
-    "force_upcast",
-    "scaling_factor",
-    "shift_factor",
-    "latents_mean",
-    "latents_std",
-)
+_SKIPPED = {"sample_size", "force_upcast", "scaling_factor", "shift_factor", "latents_mean", "latents_std"}
 
 
 def to_diffusers(autoencoder: Autoencoder, folder: Path) -> None:
@@ -94,20 +87,16 @@ def to_diffusers(autoencoder: Autoencoder, folder: Path) -> None:
     """
     config = autoencoder.config
     if config.spherical:
+        raise InputError(f"a spherical autoencoder cannot become an {_CLASS}. Convert another one.")
+    multipliers = list(config.width_multipliers)
+    if multipliers[0] != 1:
         raise InputError(
-            "this autoencoder is spherical, which an AutoencoderKL of diffusers cannot be. "
-            "Convert another one."
-        )
-    if config.width_multipliers[0] != 1:
-        raise InputError(
-            f"width_multipliers {list(config.width_multipliers)} cannot be converted: those of an "
-            "AutoencoderKL begin with 1. Convert another autoencoder."
+            f"width_multipliers {multipliers} must begin with 1 in an {_CLASS}. Convert another autoencoder."
         )
     if (folder / "config.json").exists():
         raise InputError(f"{folder} already holds a model, which is not overwritten. Choose another folder.")
-    levels = len(config.width_multipliers)
     tensors = {
-        _name(ours, levels): tensor.flatten(1) if ".attn" in ours and tensor.dim() == 4 else tensor
+        _name(ours, len(multipliers)): tensor.flatten(1) if ".attn" in ours and tensor.dim() == 4 else tensor
         for ours, tensor in autoencoder.state_dict().items()
     }
     save_tensors(folder / _WEIGHTS, tensors)
@@ -134,28 +123,22 @@ def from_diffusers(source: Path, folder: Path) -> str:
     path = source / "config.json"
     if not path.exists():
         raise InputError(
-            f"{path} does not exist. "
-            f"Give the folder of an {_CLASS} (for a whole diffusers pipeline, its vae)."
+            f"{path} does not exist. Give an {_CLASS}'s folder (in a diffusers pipeline, its vae)."
         )
     values = read_json(path)
     if not isinstance(values, dict) or values.get("_class_name") != _CLASS:
         raise InputError(f"{path}: _class_name is not {_CLASS!r}. Give the folder of an {_CLASS}.")
-    theirs = from_dict(
-        AutoencoderKLConfig,
-        {key: value for key, value in values.items() if not key.startswith("_")},
-        str(path),
-    )
-    config = _ours(theirs, path)
+    entries = {key: value for key, value in values.items() if not key.startswith("_")}
+    config = _ours(from_dict(AutoencoderKLConfig, entries, str(path)), path)
     weights, *others = _weights(source)
-    tensors = _today(
-        read_tensors(weights) if weights.suffix == ".safetensors" else _read_shards(weights), weights
-    )
-    levels = len(config.width_multipliers)
+    found = read_tensors(weights) if weights.suffix == ".safetensors" else _read_shards(weights)
     # Their linear layers are 1 × 1 convolutions here.
-    shaped = {
-        name: tensor[:, :, None, None] if tensor.dim() == 2 else tensor for name, tensor in tensors.items()
+    tensors = {
+        name: tensor[:, :, None, None] if tensor.dim() == 2 else tensor
+        for name, tensor in _with_new_names(found, weights).items()
     }
-    add_autoencoder(folder, config, shaped, lambda ours: _name(ours, levels), weights)
+    levels = len(config.width_multipliers)
+    add_autoencoder(folder, config, tensors, lambda ours: _name(ours, levels), weights)
     return weights.name + (f", not {', '.join(path.name for path in others)}" if others else "")
 
 
@@ -168,18 +151,13 @@ def _weights(source: Path) -> list[Path]:
                 ranked.append((match[1] or "", sharded, path))
     if not ranked:
         raise InputError(
-            f"{source / _WEIGHTS} does not exist, and pickles are not read. "
-            "Let diffusers save it as safetensors."
+            f"{source / _WEIGHTS} does not exist. Save the model as safetensors, not as a pickle."
         )
     return [path for _, _, path in sorted(ranked)]
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """Return the tensors of all files that an index lists.
-
-    Raises:
-        InputError: the index or a file is missing or damaged, or they disagree on which tensors there are.
-    """
+    """Return the tensors of all files that an index lists."""
     listed = read_json(index)
     files = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
@@ -188,38 +166,32 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     for file in sorted(set(files.values())):
         if not re.fullmatch(r"[\w.-]+\.safetensors", file, re.ASCII):
             raise InputError(
-                f"{index} lists {file[:80]!r}, which is not a safetensors file beside it. "
-                "Copy or save the weights again."
+                f"{index} lists {file[:80]!r}, no safetensors file beside it. Save the weights again."
             )
         shard = read_tensors(index.parent / file)
         if shard.keys() != {name for name, place in files.items() if place == file}:
             raise InputError(
-                f"{index.parent / file} holds other tensors than {index.name} lists for it. "
-                "Copy or save the weights again."
+                f"{index.parent / file} and {index.name} differ in tensors. Save the weights again."
             )
         tensors |= shard
     return tensors
 
 
-def _today(tensors: dict[str, Tensor], weights: Path) -> dict[str, Tensor]:
+def _with_new_names(tensors: dict[str, Tensor], weights: Path) -> dict[str, Tensor]:
     """Return tensors under the names that diffusers uses today."""
-
-    def name(old: str) -> str:
-        pattern = rf"(\.attentions\.\d+)\.({'|'.join(_OLD_NAMES)})\."
-        return re.sub(pattern, lambda match: f"{match[1]}.{_OLD_NAMES[match[2]]}.", old)
-
-    renamed = {name(old): tensor for old, tensor in tensors.items()}
+    old = re.compile(rf"(?<=\.attentions\.)(\d+)\.({'|'.join(_OLD_NAMES)})(?=\.)")
+    renamed = {
+        old.sub(lambda match: f"{match[1]}.{_OLD_NAMES[match[2]]}", name): tensor
+        for name, tensor in tensors.items()
+    }
     if len(renamed) < len(tensors):
-        raise InputError(
-            f"{weights} holds attention tensors under both older and newer names. Save it again."
-        )
+        raise InputError(f"{weights} holds attention tensors under older and newer names. Save it again.")
     return renamed
 
 
 def _name(ours: str, levels: int) -> str:
-    name = re.sub(
-        r"\.up\.(\d+)\.", lambda match: f".up_blocks.{levels - 1 - int(match[1])}.", ours
-    )  # from the coarsest level there
+    # There, levels of the decoder count from the coarsest.
+    name = re.sub(r"\.up\.(\d+)\.", lambda match: f".up_blocks.{levels - 1 - int(match[1])}.", ours)
     for pattern, theirs in _NAMES:
         name = re.sub(pattern, theirs, name)
     return name
@@ -231,7 +203,7 @@ def _theirs(config: AutoencoderConfig) -> AutoencoderKLConfig:
     return AutoencoderKLConfig(
         down_block_types=("DownEncoderBlock2D",) * (levels - 1) + ("AttnDownEncoderBlock2D",),
         up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(config.width * multiplier for multiplier in config.width_multipliers),
+        block_out_channels=tuple(config.widths),
         layers_per_block=config.blocks,
         latent_channels=config.latent_channels,
         norm_num_groups=config.norm_groups,
@@ -245,10 +217,7 @@ def _theirs(config: AutoencoderConfig) -> AutoencoderKLConfig:
 def _ours(theirs: AutoencoderKLConfig, path: Path) -> AutoencoderConfig:
     widths = theirs.block_out_channels
     if not widths or min(widths) < 1 or any(width % widths[0] for width in widths):
-        raise InputError(
-            f"{path}: block_out_channels {list(widths)} are not multiples of the first. "
-            "Convert another autoencoder."
-        )
+        raise InputError(f"{path}: block_out_channels {list(widths)} must be multiples of the first.")
     scale, shift = _scale_and_shift(theirs, path)
     try:
         config = AutoencoderConfig(
@@ -262,12 +231,11 @@ def _ours(theirs: AutoencoderKLConfig, path: Path) -> AutoencoderConfig:
         )
     except InputError as error:
         raise InputError(f"{path} cannot be converted: {error}") from error
+    values = to_dict(theirs)
     for name, expected in to_dict(_theirs(config)).items():
-        value = to_dict(theirs)[name]
-        if name not in _NOT_COMPARED and value != expected:
+        if name not in _SKIPPED and values[name] != expected:
             raise InputError(
-                f"{path}: {name} is {value!r}, but far's autoencoder requires {expected!r}. "
-                "Convert another autoencoder."
+                f"{path}: {name} is {values[name]!r}, but far's autoencoder requires {expected!r}."
             )
     return config
 
@@ -279,8 +247,5 @@ def _scale_and_shift(theirs: AutoencoderKLConfig, path: Path) -> tuple[float, fl
     if mean is None or std is None or theirs.shift_factor:
         raise InputError(f"{path}: give both latents_mean and latents_std, without shift_factor, or neither.")
     if len(set(std)) != 1 or std[0] <= 0:
-        raise InputError(
-            f"{path}: latents_std is {list(std)}, but far's autoencoder has one scale for all channels. "
-            "Convert another."
-        )
+        raise InputError(f"{path}: latents_std {list(std)} must be one positive value for all channels.")
     return theirs.scaling_factor / std[0], mean

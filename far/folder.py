@@ -287,13 +287,25 @@ def config_without(path: Path, part: Literal["model", "autoencoder"]) -> FolderC
     return config
 
 
-def add_part(
-    path: Path, part: Literal["model", "autoencoder"], tensors: "dict[str, Tensor]", config: FolderConfig
-) -> None:
-    """Write one part's tensors into a folder, and then its new ``config.json``; if that fails, neither."""
+def add_part(path: Path, existing: FolderConfig, tensors: "dict[str, Tensor]", **entries: Any) -> None:
+    """Write one part's tensors into a folder, and then its new ``config.json``; if that fails, neither.
+
+    Args:
+        path: made if missing.
+        existing: the result of :func:`config_without`.
+        tensors: of the part, by name.
+        entries: further entries of the config, with ``model`` or ``autoencoder`` for the part.
+
+    Raises:
+        InputError: the part does not fit the one that the folder holds, or a file cannot be written.
+    """
     from far.weights import save_tensors
 
-    weights = path / f"{part}.safetensors"
+    try:
+        config = dataclasses.replace(existing, **entries)
+    except InputError as error:
+        raise InputError(f"{path}: {error} Or choose another folder.") from error
+    weights = path / (_MODEL if "model" in entries else _AUTOENCODER)
     save_tensors(weights, tensors)
     try:
         write_json(path / _CONFIG, config.to_dict())
