@@ -1,4 +1,4 @@
-"""What a clone weighs."""
+"""Size of a clone."""
 
 import subprocess
 from pathlib import Path
@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 LIMIT = 60 * 2**20
 
 
-def test_tracked_files_stay_within_the_limit() -> None:
-    """A shallow clone downloads them all."""
+def test_tracked_files_stay_below_60_mib() -> None:
+    """A shallow clone downloads all of them."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a clone")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)

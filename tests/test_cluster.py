@@ -1,4 +1,4 @@
-"""What ``docs/cluster.md`` computes and tells: memory at rest, presets by overrides of the recipe, the script for Slurm."""
+"""``docs/cluster.md``: computed memory, presets as overrides of the recipe, and the script for Slurm."""
 
 import contextlib
 import json
@@ -53,7 +53,7 @@ class Task:
 
 
 @pytest.mark.parametrize("network", SMALL, ids=["masked", "causal"])
-def test_memory_at_rest_is_what_a_trainer_holds(network: NetworkConfig, tmp_path: Path) -> None:
+def test_computed_memory_at_rest_is_what_a_trainer_holds(network: NetworkConfig, tmp_path: Path) -> None:
     config = ModelConfig(network, 3, 4, (2, 2))
     trainer = Trainer(Task(config), LoopConfig(steps=1, batch_size=2), tmp_path)  # type: ignore[arg-type]
     trainer.train_step(Meter())
@@ -67,16 +67,16 @@ def test_memory_at_rest_is_what_a_trainer_holds(network: NetworkConfig, tmp_path
     )
 
 
-def test_memory_at_rest_of_shards(tmp_path: Path) -> None:
+def test_computed_memory_at_rest_is_what_a_shard_holds(tmp_path: Path) -> None:
     program = tmp_path / "shards.py"
     program.write_text(SHARDS)
     found = json.loads(run(2, program).splitlines()[-1])
     config = ModelConfig(SMALL[0], 3, 4, (2, 2))
-    # What does not divide evenly is rounded up.
+    # Shards that do not divide evenly are rounded up.
     assert found == pytest.approx(cluster.at_rest(cluster.sizes_of(config), "fsdp", 2), rel=0.01)
 
 
-# Prints the bytes that the first of the processes holds between two steps.
+# Prints the bytes that rank 0 holds between two steps.
 SHARDS = """
 import json, sys
 from pathlib import Path
@@ -92,7 +92,8 @@ with joined() as processes:
     config = LoopConfig(steps=1, batch_size=4, micro_batches=2, parallel="fsdp")
     trainer = Trainer(Task(ModelConfig(SMALL[0], 3, 4, (2, 2))), config, Path("nowhere"), processes)
     trainer.train_step(Meter())
-    states = [tensor for state in trainer.optimizer.state.values() for tensor in state.values() if tensor.dim()]
+    states = [tensor for state in trainer.optimizer.state.values() for tensor in state.values()]
+    states = [tensor for tensor in states if tensor.dim()]
     gradients = [parameter.grad for parameter in trainer.module.parameters()]
     held = [*trainer.module.parameters(), *trainer.ema.module.parameters(), *gradients, *states]
     if processes.rank == 0:
@@ -102,8 +103,8 @@ leave()
 
 
 @pytest.mark.parametrize("network", SMALL, ids=["masked", "causal"])
-def test_what_is_kept_for_the_backward_pass(network: NetworkConfig) -> None:
-    """Computed without memory, it is what real tensors keep; and it grows evenly with the images."""
+def test_computed_activations_are_what_the_forward_pass_keeps(network: NetworkConfig) -> None:
+    """Fake tensors give the bytes that real tensors keep, and these grow linearly with the images."""
     config = ModelConfig(network, 3, 4, (4, 4))
     kept = cluster.kept_by(config, 1.0, gpu=False)
     torch.manual_seed(0)
@@ -128,7 +129,7 @@ def test_what_is_kept_for_the_backward_pass(network: NetworkConfig) -> None:
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     assert loss.isfinite()
     expected = sum(storage.nbytes() for key, storage in found.items() if key not in parameters)
-    # Without memory, norms over mixed formats keep two numbers a row in the shorter format.
+    # With fake tensors, norms of mixed dtypes keep two values per row in the shorter dtype.
     assert 0 <= expected - (kept.fixed + 6 * kept.image) <= 0.0012 * expected
 
 
@@ -139,8 +140,8 @@ def all_masked(
     return tokens, orders[:, tokens.shape[1] :], orders
 
 
-def test_the_arithmetic_of_a_step() -> None:
-    """Of a causal model: two operations a weight and token forward, as many for each gradient, and those of the attention."""
+def test_computed_arithmetic_of_a_causal_step_has_the_closed_form() -> None:
+    """Two operations per weight and token forward, as many for each gradient, and those of attention."""
     network = NetworkConfig(
         CausalConfig(width=64, depth=3, heads=2, dropout=0.0), FlowConfig(64, 2, samples_per_token=1)
     )
@@ -151,7 +152,7 @@ def test_the_arithmetic_of_a_step() -> None:
         for name, layer in model.named_modules()
         if isinstance(layer, torch.nn.Linear)
     }
-    # What is fed needs no gradient.
+    # Inputs need no gradient.
     fed = ("token_projection", "input_projection", "time_embeddings.0.linear_in")
     first = sum(count for name, count in weights.items() if name.endswith(fed))
     attention = 3 * (2 * 2 * tokens * tokens * 64)
@@ -159,7 +160,7 @@ def test_the_arithmetic_of_a_step() -> None:
     assert cluster.flops(config) == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_recipe_is_far_b() -> None:
+def test_recipe_has_the_sizes_of_far_b() -> None:
     recipe = load_recipe(RECIPE)
     training = recipe.generator.training
     assert recipe.generator.network == PRESETS["far-b"]
@@ -168,7 +169,7 @@ def test_the_recipe_is_far_b() -> None:
     assert training.warmup_steps * 4 == training.steps
 
 
-def test_each_preset_is_two_overrides_of_the_recipe() -> None:
+def test_each_preset_is_given_by_two_overrides_of_the_recipe() -> None:
     rows = re.findall(r"^\| `([\w-]+)` \| `(\{.*?\})` \| `(\{.*?\})` \|$", DOCUMENT, re.MULTILINE)
     overridden = {
         name: load_recipe(
@@ -181,7 +182,7 @@ def test_each_preset_is_two_overrides_of_the_recipe() -> None:
 
 # --- Slurm -------------------------------------------------------------------------------------------
 
-# Two tasks on this machine. As Slurm's, srun kills them at SIGTERM, and scancel sends a signal to those of a step.
+# Two tasks on this machine. As in Slurm, srun kills them at SIGTERM, and scancel signals the tasks of a step.
 SRUN = """#!/bin/bash
 [ "$1" = --kill-on-bad-exit=1 ] && shift
 trap 'kill -KILL $tasks' TERM
@@ -203,7 +204,7 @@ if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" > requeued; fi
 
 @pytest.fixture
 def job(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The document's script, for the tiny recipe, in a folder whose ``srun``, ``scontrol`` and ``far`` come first."""
+    """The document's script with a tiny recipe, in a folder with its own ``srun`` and ``scontrol``."""
     for name, text in {
         "srun": SRUN,
         "scancel": SCANCEL,
@@ -213,7 +214,8 @@ def job(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     text = re.search(r"```bash\n(.*?)```", DOCUMENT, re.DOTALL)[1]  # type: ignore[index]
-    overrides = "generator.training.micro_batches=2 generator.training.log_every=1 generator.training.checkpoint_every=100000"
+    values = {"micro_batches": 2, "log_every": 1, "checkpoint_every": 100000}
+    overrides = " ".join(f"generator.training.{name}={value}" for name, value in values.items())
     assert text.count("far train imagenet-256 ") == 1
     text = text.replace("far train imagenet-256 ", f"far train {recipe} {overrides} $MORE ").replace(
         "29500", str(free_port())
@@ -242,7 +244,7 @@ def logged_steps(job: Path) -> list[int]:
     )
 
 
-def test_a_job_saves_before_its_time_is_up_and_goes_on_when_it_is_requeued(
+def test_slurm_job_saves_before_its_time_limit_and_resumes_after_requeueing(
     job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MORE", "generator.training.steps=100000")

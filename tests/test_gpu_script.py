@@ -1,4 +1,4 @@
-"""``benchmarks/gpu.py`` on a machine without a GPU: its checks hold and can fail, its deadlines end parts, its path of MAR is MAR's."""
+"""``benchmarks.gpu`` without a GPU: checks hold and can fail, deadlines end parts, the plain path is exact."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_bundled_models_are_checked(tmp_path: Path) -> None:
     ].keys()
 
 
-def test_a_wrong_result_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_result_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
     case = torch.device("cpu"), "masked", {"kind": "shortcut"}, 3.0, 3, (torch.float32,)
     assert gpu_checks.head_case(*case)["float32"]["holds"]
     prepared = gpu_checks.copy.deepcopy
@@ -86,7 +86,7 @@ def test_a_wrong_result_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None
     assert not gpu_checks.head_case(*case)["float32"]["holds"]
 
 
-def test_16_bit_weights_would_fail_the_float32_limit() -> None:
+def test_16_bit_weights_fail_the_float32_limit() -> None:
     found = gpu_checks.head_case(torch.device("cpu"), "masked", {"kind": "flow"}, 3.0, 0, (torch.float16,))[
         "float16"
     ]
@@ -94,7 +94,7 @@ def test_16_bit_weights_would_fail_the_float32_limit() -> None:
 
 
 def test_steps_of_the_device_continue_from_the_given_tokens() -> None:
-    """So that an error of one step is not carried to the next."""
+    """An error of one step is not carried to the next."""
     model = gpu_checks.tiny("causal", kind="flow")
     config = gpu_checks.SamplingConfig(ar_steps=8, head_steps=2)
     reference = gpu_checks.drawn_tokens(model, config, None)
@@ -105,7 +105,7 @@ def test_steps_of_the_device_continue_from_the_given_tokens() -> None:
     assert not torch.equal(followed[2], reference[2])
 
 
-def test_deadline_leaves_out_what_does_not_fit_and_keeps_the_rest() -> None:
+def test_deadline_skips_entries_that_do_not_fit_and_keeps_the_others() -> None:
     def endless() -> dict:
         while True:
             time.sleep(0.01)
@@ -135,8 +135,8 @@ def test_parts_fit_into_eight_minutes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "guided"])
-def test_plain_path_of_mar_draws_what_the_original_drew(kind: str, tmp_path: Path) -> None:
-    """Recordings of MAR's own code: weights, orders, noise and latents."""
+def test_plain_path_of_mar_draws_the_recorded_images_of_the_original(kind: str, tmp_path: Path) -> None:
+    """The recordings of MAR's code have weights, orders, noise and latents."""
     fixtures = Path(__file__).parent / "reference/fixtures"
     convert_mar(fixtures / "mar_reference_checkpoint.pth", tmp_path, ema=False)
     with safe_open(fixtures / "mar_reference.safetensors", "pt") as file:
@@ -155,4 +155,4 @@ def test_plain_path_of_mar_draws_what_the_original_drew(kind: str, tmp_path: Pat
     latents = plain.sample(labels, recorded[f"sample.{kind}.orders"], int(settings["num_iter"]), 10, guidance)
     expected = recorded[f"sample.{kind}.latents"]
     assert float((latents - expected).abs().max() / expected.abs().max()) < 1e-3
-    assert next(noise, None) is None, "the original drew more"
+    assert next(noise, None) is None, "the original used more noise"

@@ -1,4 +1,4 @@
-"""What a release says of itself agrees: version, changelog, citation and locked requirements."""
+"""Release: version, changelog, citation and locked requirements agree."""
 
 import re
 from importlib import metadata
@@ -13,7 +13,7 @@ import far
 ROOT = Path(__file__).parent.parent
 
 
-def test_one_version() -> None:
+def test_version_is_the_same_in_package_changelog_and_citation() -> None:
     released = re.findall(
         r"^## \[(\d.*)\] - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
     )
@@ -33,7 +33,7 @@ def locked() -> list[Requirement]:
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
 @pytest.mark.parametrize("system", ["linux", "darwin", "win32"])
-def test_lock_is_what_the_package_asks_for(python: str, system: str) -> None:
+def test_lock_satisfies_the_requirements_of_the_package(python: str, system: str) -> None:
     environment = {
         "python_version": python,
         "python_full_version": f"{python}.1",
@@ -56,6 +56,6 @@ def test_lock_is_what_the_package_asks_for(python: str, system: str) -> None:
         assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")])
 
 
-def test_every_locked_file_has_its_hash() -> None:
+def test_every_locked_requirement_has_a_hash() -> None:
     text = (ROOT / "requirements.lock").read_text().replace("\\\n", " ")
     assert all("--hash=sha256:" in line for line in text.splitlines() if "==" in line.split("#")[0])

@@ -1,4 +1,4 @@
-"""The recorded rows of the comparison: each names its weights, and rows of other weights are never mixed."""
+"""Recorded rows of the comparison: each names its weights, and rows of different weights are never mixed."""
 
 import hashlib
 import json
@@ -49,7 +49,7 @@ def write_model(folder: Path, content: str) -> dict[str, str]:
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Rows of models a and b, whose weights are at hand, and c, whose weights are missing."""
+    """Rows of models a and b, whose weights are present, and of c, whose weights are missing."""
     monkeypatch.chdir(tmp_path)
     a, b = (write_model(Path("weights") / name, name) for name in "ab")
     c = {"autoencoder.safetensors": a["autoencoder.safetensors"], "model.safetensors": "0" * 64}
@@ -61,13 +61,13 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return store
 
 
-def test_rows_of_the_weights_at_hand_and_of_missing_weights_stay(store: Any) -> None:
+def test_rows_of_unchanged_and_of_missing_weights_are_kept(store: Any) -> None:
     before = store.path.read_bytes()
     store.drop_other_weights()
     assert store.path.read_bytes() == before
 
 
-def test_all_rows_of_a_model_with_other_weights_are_dropped_and_it_is_said(
+def test_rows_of_a_model_with_other_weights_are_dropped_with_a_message(
     store: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (Path("weights/b") / "model.safetensors").write_text("trained again")
@@ -80,20 +80,20 @@ def test_all_rows_of_a_model_with_other_weights_are_dropped_and_it_is_said(
     assert "rows.json" in output
 
 
-def test_another_shared_autoencoder_drops_the_rows_of_all_models(store: Any) -> None:
+def test_other_shared_autoencoder_drops_the_rows_of_all_models(store: Any) -> None:
     store.drop_other_weights("1" * 64)
     left = recorded.Measurements(store.path).values
     assert (set(left["rows"]), set(left["sweeps"])) == ({"real"}, set())
 
 
 @pytest.mark.parametrize("name", ["avatars-64", "fashion-mnist"])
-def test_without_weights_recorded_rows_stay_and_one_line_names_the_command(
+def test_without_weights_recorded_rows_are_kept_and_one_line_names_the_command(
     name: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Neither images nor weights are needed: the working folder holds the recorded rows alone."""
+    """Images and weights are not needed: the working folder has only the recorded rows."""
     monkeypatch.chdir(tmp_path)
     Path("docs/results").mkdir(parents=True)
     rows = ROOT / "docs/results" / f"{name}.json"
@@ -105,6 +105,6 @@ def test_without_weights_recorded_rows_stay_and_one_line_names_the_command(
     assert "make results TRAIN=1" in output
 
 
-def test_missing_guidance_sweep_ends_in_one_line_that_names_the_model(store: Any) -> None:
+def test_error_for_a_missing_guidance_sweep_names_the_model(store: Any) -> None:
     with pytest.raises(SystemExit, match=r"^rows\.json[^\n]*\bflow\b[^\n]*$"):
         results.best_guidance(store, "frozen-flow")
