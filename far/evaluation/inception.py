@@ -6,6 +6,7 @@ max pooling, and images are resized as in TensorFlow 1. Users supply the weights
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,16 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from far.errors import InputError
-from far.evaluation.features import FID_NETWORK
+from far.evaluation.features import FID_NETWORK, frozen, in_chunks
 from far.files import sha256
 from far.pickles import is_held, read_pickle
 
 INPUT_SIZE = 299
 CLASSES = 1008
-# Images per chunk on a CPU: few enough to stay in the caches.
-_CPU_CHUNK = 16
-# Images per chunk on other devices: bounds the memory for any batch size.
-_CHUNK = 64
+_ROW, _COLUMN = (1, 7), (7, 1)
 
 
 class InceptionV3(nn.Module):
@@ -36,7 +34,7 @@ class InceptionV3(nn.Module):
         super().__init__()
         self.Conv2d_1a_3x3 = NormedConv(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = NormedConv(32, 32, 3)
-        self.Conv2d_2b_3x3 = NormedConv(32, 64, 3, padding=1)
+        self.Conv2d_2b_3x3 = NormedConv(32, 64, 3, same=True)
         self.Conv2d_3b_1x1 = NormedConv(64, 80, 1)
         self.Conv2d_4a_3x3 = NormedConv(80, 192, 3)
         self.Mixed_5b = InceptionA(192, pool_width=32)
@@ -54,9 +52,7 @@ class InceptionV3(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return pooled features ``[n, 2048]`` of images ``[n, 3, h, w]`` in [0, 1], at 299 pixels."""
-        images = images.to(self.fc.weight.device)
-        chunk = _CPU_CHUNK if images.device.type == "cpu" else _CHUNK
-        return torch.cat([self._features(part) for part in images.split(chunk)])
+        return in_chunks(self._features, images.to(self.fc.weight.device))
 
     def logits(self, features: Tensor) -> Tensor:
         """Return class logits ``[n, 1008]`` without bias, as the Inception Score on this graph uses them."""
@@ -75,19 +71,16 @@ class InceptionV3(nn.Module):
 
 
 class NormedConv(nn.Module):
-    """Convolution without bias, then batch norm and ReLU."""
+    """Convolution without bias, then batch norm and ReLU. ``same`` padding keeps height and width."""
 
     def __init__(
-        self,
-        channels_in: int,
-        channels_out: int,
-        kernel: int | tuple[int, int],
-        stride: int = 1,
-        padding: int | tuple[int, int] = 0,
+        self, channels: int, width: int, kernel: int | tuple[int, int], stride: int = 1, *, same: bool = False
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels_in, channels_out, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(channels_out, eps=1e-3)
+        rows, columns = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+        padding = (rows // 2, columns // 2) if same else 0
+        self.conv = nn.Conv2d(channels, width, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(width, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)))
@@ -108,23 +101,16 @@ class InceptionA(nn.Module):
         super().__init__()
         self.branch1x1 = NormedConv(channels, 64, 1)
         self.branch5x5_1 = NormedConv(channels, 48, 1)
-        self.branch5x5_2 = NormedConv(48, 64, 5, padding=2)
+        self.branch5x5_2 = NormedConv(48, 64, 5, same=True)
         self.branch3x3dbl_1 = NormedConv(channels, 64, 1)
-        self.branch3x3dbl_2 = NormedConv(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = NormedConv(96, 96, 3, padding=1)
+        self.branch3x3dbl_2 = NormedConv(64, 96, 3, same=True)
+        self.branch3x3dbl_3 = NormedConv(96, 96, 3, same=True)
         self.branch_pool = NormedConv(channels, pool_width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat(
-            [
-                self.branch1x1(x),
-                self.branch5x5_2(self.branch5x5_1(x)),
-                double,
-                self.branch_pool(_average_pool(x)),
-            ],
-            dim=1,
-        )
+        single = self.branch5x5_2(self.branch5x5_1(x))
+        return torch.cat([self.branch1x1(x), single, double, self.branch_pool(_average_pool(x))], dim=1)
 
 
 class InceptionB(nn.Module):
@@ -134,7 +120,7 @@ class InceptionB(nn.Module):
         super().__init__()
         self.branch3x3 = NormedConv(channels, 384, 3, stride=2)
         self.branch3x3dbl_1 = NormedConv(channels, 64, 1)
-        self.branch3x3dbl_2 = NormedConv(64, 96, 3, padding=1)
+        self.branch3x3dbl_2 = NormedConv(64, 96, 3, same=True)
         self.branch3x3dbl_3 = NormedConv(96, 96, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,16 +133,15 @@ class InceptionC(nn.Module):
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        row, column = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
         self.branch1x1 = NormedConv(channels, 192, 1)
         self.branch7x7_1 = NormedConv(channels, width, 1)
-        self.branch7x7_2 = NormedConv(width, width, **row)  # type: ignore[arg-type]
-        self.branch7x7_3 = NormedConv(width, 192, **column)  # type: ignore[arg-type]
+        self.branch7x7_2 = NormedConv(width, width, _ROW, same=True)
+        self.branch7x7_3 = NormedConv(width, 192, _COLUMN, same=True)
         self.branch7x7dbl_1 = NormedConv(channels, width, 1)
-        self.branch7x7dbl_2 = NormedConv(width, width, **column)  # type: ignore[arg-type]
-        self.branch7x7dbl_3 = NormedConv(width, width, **row)  # type: ignore[arg-type]
-        self.branch7x7dbl_4 = NormedConv(width, width, **column)  # type: ignore[arg-type]
-        self.branch7x7dbl_5 = NormedConv(width, 192, **row)  # type: ignore[arg-type]
+        self.branch7x7dbl_2 = NormedConv(width, width, _COLUMN, same=True)
+        self.branch7x7dbl_3 = NormedConv(width, width, _ROW, same=True)
+        self.branch7x7dbl_4 = NormedConv(width, width, _COLUMN, same=True)
+        self.branch7x7dbl_5 = NormedConv(width, 192, _ROW, same=True)
         self.branch_pool = NormedConv(channels, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,8 +159,8 @@ class InceptionD(nn.Module):
         self.branch3x3_1 = NormedConv(channels, 192, 1)
         self.branch3x3_2 = NormedConv(192, 320, 3, stride=2)
         self.branch7x7x3_1 = NormedConv(channels, 192, 1)
-        self.branch7x7x3_2 = NormedConv(192, 192, (1, 7), padding=(0, 3))
-        self.branch7x7x3_3 = NormedConv(192, 192, (7, 1), padding=(3, 0))
+        self.branch7x7x3_2 = NormedConv(192, 192, _ROW, same=True)
+        self.branch7x7x3_3 = NormedConv(192, 192, _COLUMN, same=True)
         self.branch7x7x3_4 = NormedConv(192, 192, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -186,28 +171,24 @@ class InceptionD(nn.Module):
 class InceptionE(nn.Module):
     """Block at 8 × 8 with branches that end in a row and a column; its two uses differ in ``pool``."""
 
-    def __init__(self, channels: int, pool) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, channels: int, pool: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.pool = pool
         self.branch1x1 = NormedConv(channels, 320, 1)
         self.branch3x3_1 = NormedConv(channels, 384, 1)
-        self.branch3x3_2a = NormedConv(384, 384, (1, 3), padding=(0, 1))
-        self.branch3x3_2b = NormedConv(384, 384, (3, 1), padding=(1, 0))
+        self.branch3x3_2a = NormedConv(384, 384, (1, 3), same=True)
+        self.branch3x3_2b = NormedConv(384, 384, (3, 1), same=True)
         self.branch3x3dbl_1 = NormedConv(channels, 448, 1)
-        self.branch3x3dbl_2 = NormedConv(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = NormedConv(384, 384, (1, 3), padding=(0, 1))
-        self.branch3x3dbl_3b = NormedConv(384, 384, (3, 1), padding=(1, 0))
+        self.branch3x3dbl_2 = NormedConv(448, 384, 3, same=True)
+        self.branch3x3dbl_3a = NormedConv(384, 384, (1, 3), same=True)
+        self.branch3x3dbl_3b = NormedConv(384, 384, (3, 1), same=True)
         self.branch_pool = NormedConv(channels, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         single = self.branch3x3_1(x)
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        forks = [
-            self.branch3x3_2a(single),
-            self.branch3x3_2b(single),
-            self.branch3x3dbl_3a(double),
-            self.branch3x3dbl_3b(double),
-        ]
+        forks = [self.branch3x3_2a(single), self.branch3x3_2b(single)]
+        forks += [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)]
         return torch.cat([self.branch1x1(x), *forks, self.branch_pool(self.pool(x))], dim=1)
 
 
@@ -240,27 +221,21 @@ def load_inception(path: Path) -> InceptionV3:
         raise InputError(f"{path} does not exist. {remedy}") from error
     except Exception as error:  # torch.load raises almost anything on damaged files: IndexError, struct.error
         raise InputError(f"{path} is damaged or has more than tensors. {remedy}") from error
-    network = InceptionV3()
-    expected = network.state_dict()
     if not isinstance(weights, dict):
         raise InputError(f"{path} is not a state dict. {remedy}")
+    network = InceptionV3()
+    expected = network.state_dict()
     # The counters of the batch norms are unused, and may be missing in the file.
-    weights = {
-        **{name: tensor for name, tensor in expected.items() if name.endswith("num_batches_tracked")},
-        **weights,
-    }
+    weights = {name: expected[name] for name in expected if name.endswith("num_batches_tracked")} | weights
     differing = sorted(map(str, weights.keys() ^ expected.keys()))
     if differing:
         raise InputError(f"{path} has another network: {differing[0]} is in only one of the two. {remedy}")
     for name, tensor in expected.items():
         if not is_held(weights[name]) or weights[name].is_complex() or weights[name].shape != tensor.shape:
-            raise InputError(
-                f"{path} has another network: {name} is not of shape {list(tensor.shape)}. {remedy}"
-            )
+            raise InputError(f"{path} has another network: {name} is not {list(tensor.shape)}. {remedy}")
     network.load_state_dict(weights)
     network.digest = sha256(path)
     # The name of a published file ends with the first digits of its checksum. Its pickle has no other.
     if (named := re.search(r"-([0-9a-f]{8})\.pth$", path.name)) and not network.digest.startswith(named[1]):
         raise InputError(f"{path} is damaged (its checksum differs from the one in its name). {remedy}")
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network.eval().requires_grad_(False)
+    return frozen(network)
