@@ -9,59 +9,36 @@ from pathlib import Path
 from far.data.avatar_styles import HELD_OUT_SEED
 from far.files import check_exists
 
+_OUT = "folder of the image set"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
 
     folder = sources.add_parser("folder", help="your own images, one subfolder per class", allow_abbrev=False)
     folder.add_argument("images", type=Path, help="folder with one subfolder of images per class")
-    folder.add_argument("out", type=Path, help="folder of the image set")
+    folder.add_argument("out", type=Path, help=_OUT)
+    folder.add_argument("--size", type=int, default=256, help="side of the images in pixels (default 256)")
     folder.add_argument(
-        "--size", type=int, default=256, help="side of the square images in pixels (default 256)"
+        "--held-out-share", type=float, default=0.05, metavar="FRACTION", help="for evaluation (default 0.05)"
     )
+    folder.add_argument("--strict", action="store_true", help="stop at the first unreadable file")
     folder.add_argument(
-        "--held-out-share",
-        type=float,
-        default=0.05,
-        metavar="FRACTION",
-        help="fraction held out for evaluation (default 0.05)",
-    )
-    folder.add_argument(
-        "--strict", action="store_true", help="stop at the first unreadable file instead of skipping it"
-    )
-    folder.add_argument(
-        "--keep-colors",
-        action="store_true",
-        help="ignore color profiles instead of converting to sRGB, as ADM does for ImageNet",
+        "--keep-colors", action="store_true", help="ignore color profiles, as ADM does for ImageNet"
     )
 
-    fashion = sources.add_parser(
-        "fashion-mnist", help="Fashion-MNIST's gzipped IDX files", allow_abbrev=False
-    )
-    fashion.add_argument("out", type=Path, help="folder of the image set")
+    fashion = sources.add_parser("fashion-mnist", help="Fashion-MNIST's IDX files", allow_abbrev=False)
+    fashion.add_argument("out", type=Path, help=_OUT)
     fashion.add_argument(
-        "--from",
-        dest="files",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="folder with the four .gz files",
+        "--from", dest="files", type=Path, required=True, metavar="FOLDER", help="holds the four .gz files"
     )
 
-    avatars = sources.add_parser(
-        "avatars", help="rendered avatars in sixteen CC0 drawing styles", allow_abbrev=False
-    )
-    avatars.add_argument("out", type=Path, help="folder of the image set")
+    avatars = sources.add_parser("avatars", help="drawn avatars in sixteen CC0 styles", allow_abbrev=False)
+    avatars.add_argument("out", type=Path, help=_OUT)
     avatars.add_argument("--size", type=int, default=64, help="side in pixels, a divisor of 128 (default 64)")
-    avatars.add_argument(
-        "--per-class",
-        type=int,
-        default=HELD_OUT_SEED,
-        help=f"training images per style (default {HELD_OUT_SEED})",
-    )
-    avatars.add_argument(
-        "--held-out-per-class", type=int, default=625, help="held-out images per style (default 625)"
-    )
+    seeds = HELD_OUT_SEED
+    avatars.add_argument("--per-class", type=int, default=seeds, help=f"training images (default {seeds})")
+    avatars.add_argument("--held-out-per-class", type=int, default=625, help="held-out images (default 625)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -70,19 +47,10 @@ def run(arguments: argparse.Namespace) -> None:
 
         from far.data.folders import write_folder
 
-        summary = write_folder(
-            arguments.images,
-            arguments.out,
-            arguments.size,
-            arguments.held_out_share,
-            arguments.strict,
-            arguments.keep_colors,
-        )
+        options = (arguments.size, arguments.held_out_share, arguments.strict, arguments.keep_colors)
+        summary = write_folder(arguments.images, arguments.out, *options)
     elif arguments.source == "fashion-mnist":
-        check_exists(
-            arguments.files,
-            "Give the folder with the four .gz files, such as Debian's dataset-fashion-mnist installs",
-        )
+        check_exists(arguments.files, "Give a folder with the four .gz files of Fashion-MNIST")
 
         from far.data.fashion_mnist import write_fashion_mnist
 
@@ -90,9 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         from far.data.avatars import write_avatars
 
-        summary = write_avatars(
-            arguments.out, arguments.size, arguments.per_class, arguments.held_out_per_class
-        )
+        counts = (arguments.per_class, arguments.held_out_per_class)
+        summary = write_avatars(arguments.out, arguments.size, *counts)
     for hint in summary.hints:
         print(f"far: note: {hint}")
     print(f"{arguments.out}: {summary}")

@@ -58,49 +58,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--npz", type=Path, metavar="FILE", help="uint8 images [n, h, w, 3] as arr_0, ADM's format"
     )
     parser.add_argument(
-        "--reference", type=Path, metavar="PATH",
-        help="folder, image set, .npz of images, or statistics file (.npz with mu and sigma)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--count",
-        type=int,
-        metavar="N",
-        help="number of images (default: 10000 of a model, all of a folder or .npz)",
+        "--reference", type=Path, metavar="PATH", help="images as above, or statistics (.npz of mu and sigma)"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", default=Path("evaluation"),
-        help="folder for result.json (default evaluation)",
-    )  # fmt: skip
+        "--count", type=int, metavar="N", help="number of images (default: 10000 of a model, otherwise all)"
+    )
     parser.add_argument(
-        "--inception",
-        type=Path,
-        metavar="FILE",
-        help="state dict pt_inception-2015-12-05, for FID as published",
+        "--out", type=Path, metavar="FOLDER", default="evaluation", help="for results (default evaluation)"
+    )
+    parser.add_argument(
+        "--inception", type=Path, metavar="FILE", help="weights pt_inception-2015-12-05, for FID as published"
     )
     parser.add_argument(
         "--seed", type=int, metavar="N", default=0,
         help="image i has seed SEED · 2³² + i; also seeds subsets and splits (default 0)",
     )  # fmt: skip
     parser.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        default=64,
-        help="images drawn together, at most 100 (default 64)",
+        "--batch-size", type=int, metavar="N", default=64, help="drawn together, up to 100 (default 64)"
     )
     parser.add_argument(
         "--save-npz", type=Path, metavar="FILE", help="also write the model's images in ADM's format"
     )
     parser.add_argument(
-        "--save-statistics",
-        type=Path,
-        metavar="FILE",
-        help="write mu, sigma and features, for a later --reference",
+        "--save-statistics", type=Path, metavar="FILE", help="write mu, sigma and features as a --reference"
     )
     parser.add_argument(
-        "--cache", type=Path, metavar="FOLDER",
-        help="folder for features of real images (default: far in the user's cache folder)",
-    )  # fmt: skip
+        "--cache", type=Path, metavar="FOLDER", help="cached features (default far in the user's cache)"
+    )
     add_sampling_arguments(parser)
     add_machine_arguments(parser, DTYPES[1:], "float32")
 
@@ -137,9 +121,8 @@ def run(arguments: argparse.Namespace) -> None:
     from far.evaluation.report import check_counts
 
     device = prepare_machine(arguments, started_by_torchrun())
-    extractor: Extractor = (
-        load_inception(arguments.inception) if arguments.inception else load_feature_network()
-    ).to(device)
+    network = load_inception(arguments.inception) if arguments.inception else load_feature_network()
+    extractor: Extractor = network.to(device)
     cache = arguments.cache or default_cache()
     start = time.perf_counter()
     # Errors on either side should appear before hours of generation.
@@ -159,12 +142,13 @@ def run(arguments: argparse.Namespace) -> None:
                 print_chosen(device=(arguments.device, device_title(device)))
             extraction_start = time.perf_counter()
             features = source.extract()
-            seconds = {"extraction seconds": time.perf_counter() - extraction_start}
+            extraction = time.perf_counter() - extraction_start
         if processes.rank > 0:
             return
         if reference is not None:
             result = _compare(source, features, reference, extractor, arguments.seed)
-            _write(arguments, result, {**seconds, "seconds": time.perf_counter() - start})
+            seconds = {"extraction seconds": extraction, "seconds": time.perf_counter() - start}
+            _write(arguments, result | seconds)
         if arguments.save_statistics:
             write_statistics(arguments.save_statistics, extractor, features)
             left_out = _left_out(source.described.get("images"), source.described.get("left out"))
@@ -175,9 +159,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.reference is None and arguments.save_statistics is None:
-        raise InputError(
-            "--reference is missing. Give images to compare with, or --save-statistics to write statistics"
-        )
+        raise InputError("--reference is missing. Give images to compare with, or use --save-statistics")
     if arguments.weights is None:
         given = [*sampling_options(arguments), *(["save_npz"] if arguments.save_npz else [])]
         if given:
@@ -188,9 +170,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--count {arguments.count} is out of range. Give 2 to {MOST_IMAGES}")
     check_seed("--seed", arguments.seed)
     if arguments.weights is not None and arguments.seed >= 2**63 // _IMAGE_SEEDS:
-        raise InputError(
-            f"--seed {arguments.seed} is too large for images' seeds below 2⁶³. Give a number below 2³¹"
-        )
+        raise InputError(f"--seed {arguments.seed} is too large. Give a number below 2³¹")
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size} must be positive")
     outputs = {"--save-npz": arguments.save_npz, "--save-statistics": arguments.save_statistics}
@@ -198,18 +178,10 @@ def _check(arguments: argparse.Namespace) -> None:
         if path is not None and path.suffix != ".npz":
             raise InputError(f"{option} {path} is not an .npz. Give a name that ends in .npz")
     _check_apart({"--npz": arguments.npz, "--reference": arguments.reference, **outputs}, outputs)
-    check_exists(
-        arguments.images,
-        "Give a folder of images, such as far generate --out FOLDER writes, or an image set of far data",
-    )
+    check_exists(arguments.images, "Give a folder of images, or an image set of far data")
     check_exists(arguments.npz, "far generate --out FILE.npz writes one")
-    check_exists(
-        arguments.reference,
-        "Give a folder of images, an image set of far data, or statistics that --save-statistics wrote",
-    )
-    check_exists(
-        arguments.inception, "Get pt_inception-2015-12-05-6726825d.pth, as published for pytorch-fid"
-    )
+    check_exists(arguments.reference, "Give a folder or .npz of images, an image set, or saved statistics")
+    check_exists(arguments.inception, "Get pt_inception-2015-12-05-6726825d.pth from pytorch-fid's page")
     if arguments.weights is not None:
         find_folder(arguments.weights)
     for path in (arguments.out / "result.json", arguments.save_npz, arguments.save_statistics):
@@ -222,9 +194,7 @@ def _check_apart(files: Mapping[str, Path | None], outputs: Collection[str]) -> 
     seen: dict[Path, str] = {}
     for option, path in files.items():
         if path is not None and seen.setdefault(path.resolve(), option) != option and option in outputs:
-            raise InputError(
-                f"{option} {path} would overwrite the file of {seen[path.resolve()]}. Give another name"
-            )
+            raise InputError(f"{option} {path} is the file of {seen[path.resolve()]}. Give another name")
 
 
 def _open_images(arguments: argparse.Namespace, extractor: Extractor, cache: Path) -> Source:
@@ -236,18 +206,13 @@ def _open_images(arguments: argparse.Namespace, extractor: Extractor, cache: Pat
     if count > source.count:
         raise InputError(f"--count {count} is too large: {source.name} holds {source.count} images")
     described = {
-        "images": source.name,
-        "digest": source.digest,
-        "count": count,
-        "left out": dict(source.left_out),
-    }
-    return Source(
-        count,
-        source.size,
-        described,
-        lambda: features_of(source, extractor, cache, count=count),
-        classes=source.classes,
-    )
+        "images": source.name, "digest": source.digest, "count": count, "left out": dict(source.left_out)
+    }  # fmt: skip
+
+    def extract() -> torch.Tensor:
+        return features_of(source, extractor, cache, count=count)
+
+    return Source(count, source.size, described, extract, classes=source.classes)
 
 
 def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: torch.device) -> Source:
@@ -278,28 +243,24 @@ def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: tor
             return torch.empty(0)
         if keep:
             labels = [row % len(pipeline.classes) for row in range(count)]
-            write_npz(
-                arguments.save_npz,
-                (read_part(parts, rows, "images").numpy() for rows in part_ranges(count)),
-                count,
-                labels,
-            )
+            images = (read_part(parts, rows, "images").numpy() for rows in part_ranges(count))
+            write_npz(arguments.save_npz, images, count, labels)
             print(f"wrote {arguments.save_npz} ({count} images)")
         return read_parts(parts, count)
 
-    setting = {"count": count, "batch size": arguments.batch_size, "processes": processes.count}
-    setting["device"] = device_title(device) if processes.count == 1 else device.type
-    return Source(
-        count, _pixels(pipeline), {**generation.describe(), **setting}, extract, parts, pipeline.classes
-    )
+    described = {
+        **generation.describe(), "count": count, "batch size": arguments.batch_size,
+        "processes": processes.count, "device": device_title(device) if processes.count == 1 else device.type,
+    }  # fmt: skip
+    return Source(count, _pixels(pipeline), described, extract, parts, pipeline.classes)
 
 
 def _pixels(pipeline: Pipeline) -> tuple[int, int] | None:
     """Return (height, width) of a model's images, None without an autoencoder."""
     if pipeline.autoencoder is None:
         return None
-    rows, columns = pipeline.model.config.grid
-    return rows * pipeline.autoencoder.config.stride, columns * pipeline.autoencoder.config.stride
+    (rows, columns), stride = pipeline.model.config.grid, pipeline.autoencoder.config.stride
+    return rows * stride, columns * stride
 
 
 def _compare(
@@ -319,50 +280,41 @@ def _compare(
         "warnings": warnings,
         "evaluated": {**source.described, "size": source.size},
         "reference": {
-            "source": reference.source,
-            "digest": reference.digest,
-            "count": reference.count,
-            "size": reference.size,
-            "left out": dict(reference.left_out),
+            "source": reference.source, "digest": reference.digest, "count": reference.count,
+            "size": reference.size, "left out": dict(reference.left_out),
         },
         "extractor": extractor.name,
         "extractor sha256": extractor.digest,
         "seed": seed,
-    }
+    }  # fmt: skip
 
 
 def _differences(source: Source, reference: Reference) -> Iterator[str]:
-    """Yield one warning per difference that counts although it is not the model's."""
+    """Yield one warning per difference between the sides that raises the distance but is not the model's."""
     if reference.size is not None and source.size is not None and reference.size != source.size:
         sizes = " and ".join(f"{width}×{height}" for height, width in (source.size, reference.size))
         yield f"evaluated images and reference have {sizes} pixels. The enlargement counts as a difference"
     if unmatched := unmatched_classes(source.classes, reference.classes):
         names = ", ".join(unmatched[:_CLASSES_SHOWN]) + (" …" if len(unmatched) > _CLASSES_SHOWN else "")
-        yield (
-            f"evaluated images and reference have different classes ({names} on one side only), "
-            "which counts as a difference"
-        )
+        yield f"one side has no images of the classes {names}, which counts as a difference"
 
 
-def _write(arguments: argparse.Namespace, result: dict[str, Any], seconds: dict[str, float]) -> None:
+def _write(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     """Write ``result.json`` and print its figures."""
     import torch
 
     versions = {"far": far.__version__, "torch": torch.__version__, "python": platform.python_version()}
     made = {"command": ["far", *sys.argv[1:]], "threads": torch.get_num_threads(), "versions": versions}
-    write_json(arguments.out / "result.json", {**result, **seconds, **made})
+    write_json(arguments.out / "result.json", result | made)
     for name, value in result["figures"].items():
         key = name.partition(" ")[0]
-        controls = ", ".join(
+        controls = [
             f"{kind} {scores[key]:.4f}" for kind, scores in result["controls"].items() if key in scores
-        )
-        print(f"{name:40s} {value:.4f}" + (f"   ({controls})" if controls else ""))
+        ]
+        print(f"{name:40s} {value:.4f}" + (f"   ({', '.join(controls)})" if controls else ""))
     evaluated, reference = result["evaluated"], result["reference"]
-    against = (
-        reference["source"]
-        if reference["count"] is None
-        else f"{reference['count']} of {reference['source']}"
-    )
+    of = "" if reference["count"] is None else f"{reference['count']} of "
+    against = of + reference["source"]
     left_out = _left_out(evaluated.get("images"), evaluated.get("left out"))
     left_out += _left_out(reference["source"], reference["left out"])
     print(f"wrote {arguments.out / 'result.json'} ({evaluated['count']} images against {against}){left_out}")
