@@ -1,5 +1,5 @@
 # make generate: install, draw a grid of images    make check: lint, format, types
-# make test:     install, run the tests            make bench: the README's speed figures
+# make test:     install, run the tests            make bench: the documents' speed figures
 # make results:  rewrite docs/results.md's tables and plots; TRAIN=1 trains first (hours), TIMES=1 times again
 # make soak:     tests of many minutes: kills, damaged files, all heads in all formats, the demo under load
 # make wheel:    build dist/, which `pip install` takes

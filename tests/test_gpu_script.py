@@ -1,4 +1,4 @@
-"""``benchmarks.gpu`` without a GPU: checks hold and can fail, deadlines end parts, the plain path is exact."""
+"""``benchmarks.gpu`` without a GPU: checks hold and can fail, deadlines end parts, MAR's path is MAR's."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The latent cache: it holds what the autoencoder gives, for both flips, and knows its autoencoder."""
+"""Latent cache: moments of both flips, bound to one autoencoder and one image set."""
 
 import dataclasses
 import shutil
@@ -20,7 +20,9 @@ from far.files import json_digest, read_json, write_json
 from far.folder import load_autoencoder
 
 
-def test_moments_of_both_flips(image_set: Path, latents_folder: Path, autoencoder_folder: Path) -> None:
+def test_cache_has_the_moments_of_both_flips(
+    image_set: Path, latents_folder: Path, autoencoder_folder: Path
+) -> None:
     autoencoder = load_autoencoder(autoencoder_folder)
     reader = open_latents(latents_folder, autoencoder)
     source = ShardReader(image_set / "train", "images")
@@ -34,7 +36,7 @@ def test_moments_of_both_flips(image_set: Path, latents_folder: Path, autoencode
     assert reader.rows("labels", rows).tolist() == source.rows("labels", rows).tolist()
 
 
-def test_another_autoencoder_is_refused_but_not_another_scale(
+def test_other_autoencoder_is_refused_but_another_scale_is_not(
     latents_folder: Path, autoencoder_folder: Path
 ) -> None:
     autoencoder = load_autoencoder(autoencoder_folder)
@@ -47,7 +49,7 @@ def test_another_autoencoder_is_refused_but_not_another_scale(
         open_latents(latents_folder, autoencoder)
 
 
-def test_a_stopped_cache_goes_on(
+def test_interrupted_cache_resumes(
     image_set: Path, latents_folder: Path, autoencoder_folder: Path, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(latents, "SHARD_ROWS", 16)
@@ -73,7 +75,7 @@ def test_a_stopped_cache_goes_on(
     assert a.all("labels").tolist() == b.all("labels").tolist()
 
 
-def test_an_interrupted_cache_keeps_every_encoded_batch(
+def test_interrupted_cache_keeps_every_encoded_batch(
     image_set: Path,
     latents_folder: Path,
     autoencoder_folder: Path,
@@ -104,7 +106,7 @@ def test_an_interrupted_cache_keeps_every_encoded_batch(
     assert a.all("labels").tolist() == b.all("labels").tolist()
 
 
-def test_a_second_command_leaves_a_cache_that_another_fills_alone(
+def test_second_command_does_not_change_a_cache_that_another_fills(
     image_set: Path, autoencoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     autoencoder, original, refused = load_autoencoder(autoencoder_folder), latents._moments, []
@@ -121,11 +123,11 @@ def test_a_second_command_leaves_a_cache_that_another_fills_alone(
     write_latents(image_set, autoencoder, tmp_path / "latents")
     assert refused
     assert all(str(tmp_path / "latents") in line and "\n" not in line for line in refused)
-    write_latents(image_set, autoencoder, tmp_path / "latents")  # whole now, and free
+    write_latents(image_set, autoencoder, tmp_path / "latents")  # complete now, and not in use
 
 
 def set_of(images: Path, folder: Path, *, inverted: bool = False) -> Path:
-    """A copy of an image set, or of others of the same form."""
+    """Write a copy of an image set, or one of other images with the same shape."""
     shutil.copytree(images, folder)
     if inverted:
         rows, meta = (
@@ -140,7 +142,7 @@ def set_of(images: Path, folder: Path, *, inverted: bool = False) -> Path:
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_other_images_at_the_same_path_are_not_mixed_in(
+def test_cache_does_not_continue_with_other_images_at_the_same_path(
     finished: bool, image_set: Path, autoencoder_folder: Path, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(latents, "SHARD_ROWS", 16)
@@ -161,7 +163,7 @@ def test_other_images_at_the_same_path_are_not_mixed_in(
     assert len(open_latents(tmp_path / "cache", autoencoder)) == 60
 
 
-def test_finished_cache_that_does_not_say_of_which_images_is_refused(
+def test_finished_cache_without_the_checksum_of_its_images_is_refused(
     image_set: Path, autoencoder_folder: Path, tmp_path: Path
 ) -> None:
     autoencoder = load_autoencoder(autoencoder_folder)
@@ -175,7 +177,7 @@ def test_finished_cache_that_does_not_say_of_which_images_is_refused(
     assert files(tmp_path) == before
 
 
-def test_cache_belongs_to_the_content_of_its_images_wherever_these_lie(
+def test_cache_is_tied_to_the_content_of_its_images_not_to_their_path(
     image_set: Path, autoencoder_folder: Path, latents_folder: Path, tmp_path: Path
 ) -> None:
     autoencoder = load_autoencoder(autoencoder_folder)
@@ -185,7 +187,7 @@ def test_cache_belongs_to_the_content_of_its_images_wherever_these_lie(
     assert fingerprint(moved) == fingerprint(ShardReader(image_set / "train", "images"))
     open_latents(latents_folder, autoencoder, moved)
     write_latents(tmp_path / "moved", autoencoder, latents_folder)  # it is complete
-    # The index alone identifies them: the pixels of training images are not needed once they are encoded.
+    # The index identifies the images. Their pixels are not needed after encoding.
     for shard in (tmp_path / "moved/train").glob("*.safetensors"):
         shard.unlink()
     open_latents(
@@ -205,12 +207,12 @@ def test_cache_belongs_to_the_content_of_its_images_wherever_these_lie(
             assert part in str(error.value)
 
 
-def test_autoencoders_are_the_same_but_for_rounding(autoencoder_folder: Path) -> None:
+def test_fingerprint_of_an_autoencoder_ignores_rounding(autoencoder_folder: Path) -> None:
     autoencoder, other = load_autoencoder(autoencoder_folder), load_autoencoder(autoencoder_folder)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert autoencoder.same_latents(load_autoencoder(autoencoder_folder).to(dtype))
     with torch.no_grad():
-        other.decoder.conv_in.weight.add_(1)  # it is no part of the latents
+        other.decoder.conv_in.weight.add_(1)  # it does not affect the latents
         assert autoencoder.same_latents(other)
         other.encoder.conv_in.weight[0, 0, 0, 0] += 1e-2
     assert not autoencoder.same_latents(other)
@@ -226,7 +228,7 @@ def change_index(folder: Path, change: Callable[[dict], None]) -> None:
     write_json(folder / "index.json", index)
 
 
-def test_moments_that_float16_cannot_hold_are_refused(
+def test_moments_beyond_float16_are_refused(
     image_set: Path, autoencoder_folder: Path, tmp_path: Path
 ) -> None:
     autoencoder = load_autoencoder(autoencoder_folder)
@@ -236,7 +238,7 @@ def test_moments_that_float16_cannot_hold_are_refused(
         write_latents(image_set, autoencoder, tmp_path)
 
 
-# A shard an image, so that there are many to be killed between.
+# One shard per image, so that kills fall between many shards.
 SCRIPT = """
 import sys
 import far.data.latents
@@ -247,7 +249,7 @@ sys.exit(main())
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_two_processes_write_the_files_of_one_and_a_kill_loses_nothing(
+def test_two_processes_write_the_files_of_one_also_after_a_kill(
     recipe: Path, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(latents, "SHARD_ROWS", 1)
@@ -260,7 +262,7 @@ def test_two_processes_write_the_files_of_one_and_a_kill_loses_nothing(
     kill_one(process)
     done = read_json(index)["cursor"]
     assert done < 60
-    # What is not listed may be anything.
+    # Shards that are not listed may have any content.
     (killed / "latents" / f"shard-{done:05d}.safetensors").write_bytes(b"left")
     shutil.copytree(killed, tmp_path / "on")
     assert main(["cache", str(recipe), f"run={tmp_path / 'on'}"]) == 0
