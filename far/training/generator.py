@@ -76,22 +76,22 @@ class GeneratorTask:
     def _network(self, latents: Path) -> FAR:
         """Return the module to train, with the frozen backbone if there is one."""
         config, autoencoder = self.config, self.autoencoder
-        if config.network.spherical and not autoencoder.config.spherical:
-            raise InputError(
-                "network.spherical needs an autoencoder that decodes spherical latents. Train it with "
-                "model.spherical=true"
-            )
         side = self.latents.meta["size"] // autoencoder.config.stride
         sizes = ModelConfig(
             config.network, len(self.classes), autoencoder.config.latent_channels, (side, side)
         )
         with seeded(config.training.seed):
             module = FAR(sizes)
-        config.sampling.check(module)
         if config.frozen_backbone is not None:
             self.training["backbone"] = _copy_backbone(
                 module, config.frozen_backbone, autoencoder, self.classes, latents
             )
+        if config.network.spherical and not autoencoder.config.spherical:
+            raise InputError(
+                "network.spherical needs an autoencoder that decodes spherical latents. Train it with "
+                "model.spherical=true"
+            )
+        config.sampling.check(module)
         return module
 
     def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
