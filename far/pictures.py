@@ -99,7 +99,7 @@ def to_rgb(picture: Image.Image, background: str = "white", *, keep_colors: bool
         raise InputError(f"the picture cannot be decoded ({reason}). Replace it.") from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its class if it has none."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 

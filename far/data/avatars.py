@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import multiprocessing
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,20 +47,16 @@ def write_avatars(folder: Path, size: int, per_class: int, held_out_per_class: i
     if size < 8 or RENDER_SIZE % size:
         raise InputError(f"size {size} is not available for avatars. Use 8, 16, 32, 64 or 128 pixels.")
     if not 1 <= per_class <= HELD_OUT_SEED:
-        raise InputError(
-            f"per-class {per_class} is out of range, because the seeds from {HELD_OUT_SEED} on are held out."
-            f" Use 1 to {HELD_OUT_SEED}."
-        )
+        raise InputError(f"per-class {per_class} is out of range. Use 1 to {HELD_OUT_SEED}.")
     if held_out_per_class < 1:
         raise InputError(f"held-out-per-class {held_out_per_class} is too small. Use 1 or more.")
     check_packages()
     held_out = _render_split(folder / "held-out", size, HELD_OUT_SEED, held_out_per_class, exclude=None)
     train = _render_split(folder / "train", size, 0, per_class, exclude=frozenset(held_out.report["digests"]))
     duplicates = train.report.get("duplicates removed", 0)
-    return Summary(
-        train.count, held_out.count, STYLES, {"that are also held out": duplicates} if duplicates else {},
-        already_complete=train.found_complete and held_out.found_complete,
-    )  # fmt: skip
+    left_out = {"that are also held out": duplicates} if duplicates else {}
+    complete = train.found_complete and held_out.found_complete
+    return Summary(train.count, held_out.count, STYLES, left_out, already_complete=complete)
 
 
 def _render_split(
@@ -74,45 +69,26 @@ def _render_split(
         "held-out images": json_digest(sorted(exclude)) if exclude is not None else None,
     }  # fmt: skip
     writer = ShardWriter(folder, meta)
-    total = seeds * len(STYLES)
     if writer.complete:
         return writer
     # Classes alternate from row to row, so that a set of any length is balanced.
-    processes = min(os.cpu_count() or 1, (total - writer.cursor) // _CHUNK + 1)
-    jobs = ((row % len(STYLES), first_seed + row // len(STYLES)) for row in range(writer.cursor, total))
-    with (
-        multiprocessing.get_context("spawn").Pool(processes) as pool,
-        tqdm(
-            total=total, initial=writer.cursor, desc=f"rendering {folder.name}", unit="img", mininterval=1
-        ) as bar,
-    ):
+    done, total = writer.cursor, seeds * len(STYLES)
+    jobs = [(row % len(STYLES), first_seed + row // len(STYLES)) for row in range(done, total)]
+    processes = min(os.cpu_count() or 1, len(jobs) // _CHUNK + 1)
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
         rendered = pool.imap(functools.partial(render_avatar, size=size), jobs, chunksize=_CHUNK)
-        for batch in _batches(_counted(zip(_classes_from(writer.cursor), rendered), bar), SHARD_ROWS):
-            digests = [hashlib.sha256(picture.tobytes()).hexdigest()[:16] for _, picture in batch]
+        bar = tqdm(rendered, f"rendering {folder.name}", total, initial=done, unit="img", mininterval=1)
+        rows = zip(bar, jobs)
+        while batch := list(itertools.islice(rows, SHARD_ROWS)):
+            digests = [hashlib.sha256(picture.tobytes()).hexdigest()[:16] for picture, _ in batch]
             if exclude is None:
                 writer.report.setdefault("digests", []).extend(digests)
             kept = [row for row, digest in zip(batch, digests) if exclude is None or digest not in exclude]
             removed = writer.report.get("duplicates removed", 0) + len(batch) - len(kept)
             writer.report["duplicates removed"] = removed
-            images = np.array([picture for _, picture in kept], np.uint8).reshape(-1, size, size, 3)
-            labels = torch.tensor([label for label, _ in kept], dtype=torch.int64)
-            writer.write(
-                {"images": torch.from_numpy(images), "labels": labels}, cursor=writer.cursor + len(batch)
-            )
+            images = np.array([picture for picture, _ in kept], np.uint8).reshape(-1, size, size, 3)
+            labels = torch.tensor([label for _, (label, _) in kept], dtype=torch.int64)
+            tensors = {"images": torch.from_numpy(images), "labels": labels}
+            writer.write(tensors, cursor=writer.cursor + len(batch))
     writer.finish()
     return writer
-
-
-def _classes_from(row: int) -> Iterator[int]:
-    return (index % len(STYLES) for index in itertools.count(row))
-
-
-def _counted(rows: Iterator, bar: tqdm) -> Iterator:
-    for row in rows:
-        bar.update()
-        yield row
-
-
-def _batches(rows: Iterator, size: int) -> Iterator[list]:
-    while batch := list(itertools.islice(rows, size)):
-        yield batch

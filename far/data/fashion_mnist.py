@@ -14,17 +14,8 @@ from far.data.shards import ShardWriter
 from far.errors import InputError
 
 CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
 SIZE = 32
 _SHARD_ROWS = 10_000
 _PARTS = {"train": "train", "held-out": "t10k"}
@@ -43,52 +34,36 @@ def write_fashion_mnist(source: Path, folder: Path) -> Summary:
     Raises:
         InputError: a file is missing, truncated, or does not match its name.
     """
-    read = {name: _read_part(source, prefix) for name, prefix in _PARTS.items()}
+    read = {part: _read_part(source, prefix) for part, prefix in _PARTS.items()}
     meta = {"kind": "images", "size": SIZE, "classes": list(CLASSES), "source": "Fashion-MNIST, MIT license"}
-    writers = {
-        name: ShardWriter(folder / name, {**meta, "image files": _content(*arrays)})
-        for name, arrays in read.items()
-    }
-    for name, (images, labels) in read.items():
-        writer = writers[name]
-        while writer.cursor < len(images):
-            rows = slice(writer.cursor, writer.cursor + _SHARD_ROWS)
+    writers = {}
+    for part, (images, labels) in read.items():
+        content = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+        writers[part] = ShardWriter(folder / part, {**meta, "image files": content})
+    for part, writer in writers.items():
+        images, labels = read[part]
+        for start in range(writer.cursor, len(images), _SHARD_ROWS):
+            rows = slice(start, start + _SHARD_ROWS)
             padded = np.pad(images[rows], ((0, 0), (2, 2), (2, 2)))
             rgb = torch.from_numpy(np.repeat(padded[..., None], 3, axis=-1))
-            writer.write(
-                {"images": rgb, "labels": torch.from_numpy(labels[rows].astype(np.int64))},
-                cursor=writer.cursor + len(padded),
-            )
+            tensors = {"images": rgb, "labels": torch.from_numpy(labels[rows].astype(np.int64))}
+            writer.write(tensors, cursor=start + len(padded))
         if not writer.complete:
             writer.finish()
-    return Summary(
-        writers["train"].count,
-        writers["held-out"].count,
-        CLASSES,
-        already_complete=all(w.found_complete for w in writers.values()),
-    )
-
-
-def _content(images: np.ndarray, labels: np.ndarray) -> str:
-    return hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+    complete = all(writer.found_complete for writer in writers.values())
+    return Summary(writers["train"].count, writers["held-out"].count, CLASSES, already_complete=complete)
 
 
 def _read_part(source: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
     images = read_idx(_find(source, f"{prefix}-images-idx3-ubyte"))
     labels = read_idx(_find(source, f"{prefix}-labels-idx1-ubyte"))
-    if images.ndim != 3 or images.shape[1:] != (28, 28):
+    if labels.ndim != 1 or images.shape != (len(labels), 28, 28):
         raise InputError(
-            f"{source}: {prefix} images have shape {images.shape}, not [n, 28, 28]. Download the files again."
-        )
-    if labels.shape != images.shape[:1]:
-        raise InputError(
-            f"{source}: {len(images)} {prefix} images but {len(labels)} labels. Download the files again."
+            f"{source}: {prefix} has images {list(images.shape)} and labels {list(labels.shape)}, not"
+            " [n, 28, 28] and [n]. Download the files again."
         )
     if labels.max(initial=0) >= len(CLASSES):
-        raise InputError(
-            f"{source}: {prefix} has the label {labels.max()}, but the largest is {len(CLASSES) - 1}."
-            " Download the files again."
-        )
+        raise InputError(f"{source}: {prefix} has the label {labels.max()}, not 0 to 9. Download it again.")
     return images, labels
 
 
@@ -96,10 +71,7 @@ def _find(source: Path, name: str) -> Path:
     for path in (source / f"{name}.gz", source / name):
         if path.is_file():
             return path
-    raise InputError(
-        f"{source / name}.gz does not exist. Install Debian's package dataset-fashion-mnist, or download the"
-        " four files."
-    )
+    raise InputError(f"{source / name}.gz does not exist. Get it, or install Debian's dataset-fashion-mnist.")
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -84,34 +84,24 @@ def write_folder(
     for writer in writers.values():
         left_out.update(writer.report.get("left out", {}))
     ignored = sum(writer.report.get("profiles ignored", 0) for writer in writers.values())
-    hints = _hints(source, classes, files) + [
-        f"{ignored} color profiles cannot be used. Their colors are read as sRGB."
-    ] * bool(ignored)
-    return Summary(
-        writers["train"].count, writers["held-out"].count, classes, dict(left_out), hints, complete
-    )
+    hints = _hints(source, classes, files)
+    if ignored:
+        hints.append(f"{ignored} color profiles cannot be used. Their colors are read as sRGB.")
+    counts = (writers["train"].count, writers["held-out"].count)
+    return Summary(*counts, classes, dict(left_out), hints, complete)
 
 
 def _check(source: Path, folder: Path, size: int, held_out_share: float) -> None:
     if not 8 <= size <= 1024 or size % 4:
         raise InputError(f"size {size} is not valid. Use a multiple of 4 from 8 to 1024.")
     if not 0 < held_out_share <= 0.5:
-        raise InputError(
-            f"held-out-share {held_out_share} is out of range. Use a number above 0 and at most 0.5."
-        )
+        raise InputError(f"held-out-share {held_out_share} is not valid. Use a number above 0, at most 0.5.")
     if folder.resolve().is_relative_to(source.resolve()):
-        raise InputError(
-            f"{folder} is inside the folder of images {source}, where it would be a class."
-            " Choose a folder outside."
-        )
+        raise InputError(f"{folder} is inside the folder of images {source}. Choose a folder outside.")
 
 
 def _split(files: list[File], share: float) -> tuple[list[File], list[File]]:
-    """Return held-out and training files, spaced evenly within each class.
-
-    Args:
-        share: held-out fraction of each class, rounded to whole files.
-    """
+    """Return held-out and training files, spaced evenly; ``share`` of each class is rounded to files."""
     held_out: list[File] = []
     train: list[File] = []
     for members in _by_class(files):
@@ -170,10 +160,8 @@ def _with_both_parts(
     reasons: dict[File, str] = {}
     needed: set[File] = set()
     too_few = []
-    groups = zip(_by_class(held_out), _by_class(train))
-    for name, (held, trained) in zip(
-        tqdm(classes, desc="checking classes", unit="class", mininterval=1, delay=1), groups
-    ):
+    names = tqdm(classes, desc="checking classes", unit="class", mininterval=1, delay=1)
+    for name, held, trained in zip(names, _by_class(held_out), _by_class(train)):
         trains = next(readable(itertools.chain(reversed(trained), reversed(held))), None)
         stays = next((file for file in readable(itertools.chain(held, trained)) if file != trains), None)
         if trains is None or stays is None:
@@ -183,12 +171,9 @@ def _with_both_parts(
             needed.add(trains)
     if too_few:
         raise InputError(few_images(source, too_few))
-    moved = [file for file in held_out if file in needed]
-    return (
-        [file for file in held_out if file not in needed],
-        sorted([*train, *moved], key=lambda file: (file[1], file[0])),
-        needed,
-    )
+    stay = [file for file in held_out if file not in needed]
+    moved = needed.intersection(held_out)
+    return stay, sorted([*train, *moved], key=lambda file: (file[1], file[0])), needed
 
 
 def _by_class(files: list[File]) -> Iterator[list[File]]:
@@ -246,31 +231,25 @@ def _fill(
         reasons = report.setdefault("left out", {})
         reasons[_reason(error)] = reasons.get(_reason(error), 0) + 1
 
-    with (
-        ThreadPoolExecutor() as pool,
-        tqdm(
-            total=len(files),
-            initial=writer.cursor,
-            desc=f"packing {writer.folder.name}",
-            unit="img",
-            mininterval=1,
-        ) as bar,
-    ):
+    bar = tqdm(files, f"packing {writer.folder.name}", initial=writer.cursor, unit="img", mininterval=1)
+    with ThreadPoolExecutor() as pool, bar:
         while writer.cursor < len(files):
             chunk = files[writer.cursor : writer.cursor + rows]
             images, labels = [], []
             for file, found in zip(chunk, pool.map(read, [path for path, _ in chunk])):
                 bar.update()
-                usable = _first_usable(file, found, spare(file) if spare else (), read, skip)
-                if usable is None:
-                    continue
-                path, pixels, profile_ignored = usable
-                if path != file[0]:
-                    report.setdefault("taken instead", []).append(_name(path, source))
-                report["profiles ignored"] = report.get("profiles ignored", 0) + profile_ignored
-                images.append(pixels)
-                labels.append(file[1])
-            stacked = np.stack(images) if images else np.empty((0, size, size, 3), np.uint8)
+                others = ((other, read(other)) for other, _ in (spare(file) if spare else ()))
+                for path, result in itertools.chain([(file[0], found)], others):
+                    if isinstance(result, InputError):
+                        skip(path, result)
+                        continue
+                    if path != file[0]:
+                        report.setdefault("taken instead", []).append(_name(path, source))
+                    report["profiles ignored"] = report.get("profiles ignored", 0) + result[1]
+                    images.append(result[0])
+                    labels.append(file[1])
+                    break
+            stacked = np.array(images, np.uint8).reshape(-1, size, size, 3)
             tensors = {"images": torch.from_numpy(stacked), "labels": torch.tensor(labels, dtype=torch.int64)}
             writer.write(tensors, cursor=writer.cursor + len(chunk))
     writer.finish()
@@ -278,17 +257,6 @@ def _fill(
 
 def _reason(error: InputError) -> str:
     return "in other formats under names of images" if isinstance(error, OtherFormat) else "broken"
-
-
-def _first_usable(
-    file: File, found: Found, others: Iterable[File], read: Read, skip: Callable[[Path, InputError], None]
-) -> tuple[Path, np.ndarray, bool] | None:
-    """Return path, pixels and profile flag of ``file``, or of the first readable one of ``others``."""
-    for (path, _), result in itertools.chain([(file, found)], ((other, read(other[0])) for other in others)):
-        if not isinstance(result, InputError):
-            return path, *result
-        skip(path, result)
-    return None
 
 
 def _try_read(path: Path, size: int, keep_colors: bool) -> Found:
@@ -304,10 +272,7 @@ def _hints(source: Path, classes: list[str], files: list[File]) -> list[str]:
     parts = all(name.casefold().rstrip("0123456789-_ ") in _PART_NAMES for name in classes)
     if not parts and any(len(names) < 3 for names in within):
         return []
-    what = (
-        "have names of parts of a data set"
-        if parts
-        else f"are folders of folders, such as {printable('/'.join(within[0][:2]))}"
-    )
+    nested = f"are folders of folders, such as {printable('/'.join(within[0][:2]))}"
+    what = "have names of parts of a data set" if parts else nested
     command = f"far data folder {shlex.quote(str(source / classes[0]))} OUT"
     return [f"the classes {what}. If the folders in them are the classes, run: {command}"]

@@ -42,13 +42,9 @@ class Summary:
         """Return everything except the hints in one line."""
         names = ", ".join(self.classes[:_MOST_NAMES]) + (", …" if len(self.classes) > _MOST_NAMES else "")
         classes = f"{len(self.classes)} {'class' if len(self.classes) == 1 else 'classes'} ({names})"
-        line = f"{self.train} train, {self.held_out} held-out, {classes}"
-        left_out = describe(Counter(self.left_out))
-        return (
-            ("already complete: " if self.already_complete else "")
-            + line
-            + (f"; left out: {left_out}" if left_out else "")
-        )
+        start = "already complete: " if self.already_complete else ""
+        end = f"; left out: {describe(Counter(self.left_out))}" if self.left_out else ""
+        return f"{start}{self.train} train, {self.held_out} held-out, {classes}{end}"
 
 
 def open_image_set(folder: Path) -> ShardReader:
@@ -80,37 +76,29 @@ def open_held_out(data: Path, train: ShardReader) -> ShardReader:
     sides = (train.meta["classes"], str(train.folder), held_out.meta["classes"], str(held_out.folder))
     check_same_classes(*sides, "Make the image set again")
     if train.meta["size"] != held_out.meta["size"]:
-        sizes = (
-            f"{train.meta['size']} pixels in {train.folder} and {held_out.meta['size']} in {held_out.folder}"
-        )
-        raise InputError(f"Images have {sizes}. Make the image set again.")
+        sizes = f"{train.meta['size']} in {train.folder} and {held_out.meta['size']} in {held_out.folder}"
+        raise InputError(f"Images have sizes of {sizes}. Make the image set again.")
     return held_out
 
 
 def check_meta(reader: ShardReader, **kinds: type) -> None:
     """Raise an :class:`InputError` unless the index has size, classes and the entries ``kinds``, by type."""
     meta = reader.meta
-    for name, kind in {"size": int, "classes": list, **kinds}.items():
-        if not isinstance(meta.get(name), kind):
-            raise InputError(
-                f"{reader.folder / INDEX} has the {name} {meta.get(name)!r}."
-                " Remove its folder and make it again."
-            )
-    if not all(isinstance(name, str) and is_plain(name) for name in meta["classes"]):
-        raise InputError(
-            f"{reader.folder / INDEX} has the classes {meta['classes']!r}, not names without control"
-            " characters. Remove its folder and make it again."
-        )
+    kinds = {"size": int, "classes": list, **kinds}
+    wrong = [name for name, kind in kinds.items() if not isinstance(meta.get(name), kind)]
+    if not wrong and not all(isinstance(name, str) and is_plain(name) for name in meta["classes"]):
+        wrong = ["classes"]
+    if wrong:
+        value = f"the {wrong[0]} {meta.get(wrong[0])!r}"
+        raise InputError(f"{reader.folder / INDEX} has {value}. Remove its folder and make it again.")
 
 
 def check_labels(reader: ShardReader) -> None:
     """Raise an :class:`InputError` unless the label of every row is a class."""
-    labels = reader.all("labels")
-    if not 0 <= labels.min() <= labels.max() < len(reader.meta["classes"]):
-        raise InputError(
-            f"{reader.folder} has labels from {labels.min()} to {labels.max()} for"
-            f" {len(reader.meta['classes'])} classes. Remove it and make it again."
-        )
+    labels, count = reader.all("labels"), len(reader.meta["classes"])
+    if not 0 <= labels.min() <= labels.max() < count:
+        found = f"labels from {labels.min()} to {labels.max()} for {count} classes"
+        raise InputError(f"{reader.folder} has {found}. Remove it and make it again.")
 
 
 def read_images(reader: ShardReader, rows: Tensor) -> Tensor:

@@ -44,13 +44,9 @@ class OtherFormat(InputError):
 def find_images(
     folder: Path, left_out: Counter[str] | None = None
 ) -> tuple[list[str], list[tuple[Path, int]]]:
-    """Find the images of a folder with one subfolder per class.
+    """Return class names in natural order, and (path, label) of every image, sorted by label and path.
 
-    Args:
-        left_out: receives the number of skipped files by reason.
-
-    Returns:
-        Class names in natural order, and (path, label) of every image, sorted by label and path.
+    ``folder`` has one subfolder per class. ``left_out`` counts the skipped files by reason.
 
     Raises:
         InputError: ``folder`` is not a folder or has no class folders; or a class has fewer than two images,
@@ -76,10 +72,8 @@ def find_images(
         files += [(path, label) for path in images]
         left_out.update(others)
     if not subfolders:
-        raise InputError(
-            f"{folder} has no class folders."
-            f" Put the images ({', '.join(SUFFIXES)}) into one subfolder per class."
-        )
+        names = ", ".join(SUFFIXES)
+        raise InputError(f"{folder} has no class folders. Put images ({names}) into one subfolder per class.")
     if too_few:
         raise InputError(few_images(folder, too_few))
     return [path.name for path in subfolders], files
@@ -96,23 +90,17 @@ def few_images(folder: Path, classes: list[str]) -> str:
 
 
 def _check_names(subfolders: list[Path]) -> None:
-    seen: dict[str, Path] = {}
-    folders: dict[Path, Path] = {}
+    seen: dict[str | Path, Path] = {}
     for path in subfolders:
         if not is_plain(path.name):
             raise InputError(f"The name of the class {str(path)!r} cannot be printed. Rename the folder.")
-        other = seen.setdefault(unicodedata.normalize("NFC", path.name).strip().casefold(), path)
-        if other is not path:
-            raise InputError(
-                f"The classes {str(other)!r} and {path.name!r} differ only in case or spaces."
-                " Rename or merge the folders."
-            )
-        other = folders.setdefault(path.resolve(), path)
-        if other is not path:
-            raise InputError(
-                f"The classes {str(other)!r} and {path.name!r} are the same folder, because one is a link."
-                " Remove the link."
-            )
+        name = unicodedata.normalize("NFC", path.name).strip().casefold()
+        for key, problem in (
+            (name, "differ only in case or spaces. Rename or merge the folders."),
+            (path.resolve(), "are the same folder. Remove the link."),
+        ):
+            if (other := seen.setdefault(key, path)) is not path:
+                raise InputError(f"The classes {str(other)!r} and {path.name!r} {problem}")
 
 
 def _made_of(path: Path, make: Callable[[Image.Image], T]) -> T:
@@ -121,28 +109,18 @@ def _made_of(path: Path, make: Callable[[Image.Image], T]) -> T:
         with Image.open(path, formats=_FORMATS) as picture:
             pixels = picture.width * picture.height
             if pixels > _MOST_PIXELS:
-                raise ValueError(
-                    f"it has {picture.width}×{picture.height} pixels, more than {_MOST_PIXELS} in total"
-                )
+                raise ValueError(f"{picture.width}×{picture.height} is more than {_MOST_PIXELS} pixels")
             if pixels <= _MANY_PIXELS:
                 return make(picture)
             # Decode in a thread that ends, because a thread may keep the memory that it freed.
             with _one_at_a_time, ThreadPoolExecutor(1) as thread:
                 return thread.submit(make, picture).result()
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        cause = (
-            error.__cause__
-            if isinstance(error, InputError) and isinstance(error.__cause__, Exception)
-            else error
-        )
-        if isinstance(cause, UnidentifiedImageError) and (held := _other_format(path)):
-            raise OtherFormat(
-                f"{path} is not a readable image (it is {held})."
-                " Convert it to PNG, JPEG or WebP, or remove it."
-            ) from error
-        raise InputError(
-            f"{path} is not a readable image ({first_line(cause)}). Replace or remove it."
-        ) from error
+        cause = error.__cause__ if isinstance(error, InputError) and error.__cause__ else error
+        if isinstance(cause, UnidentifiedImageError) and (other := _other_format(path)):
+            raise OtherFormat(f"{path} is {other}. Convert it to PNG, JPEG or WebP, or remove it.") from error
+        reason = first_line(cause)
+        raise InputError(f"{path} is not a readable image ({reason}). Replace or remove it.") from error
 
 
 def _other_format(path: Path) -> str | None:
@@ -166,8 +144,7 @@ def decode_image(path: Path, background: str = "white") -> Image.Image:
 def read_image(path: Path, size: int, *, keep_colors: bool = False) -> np.ndarray:
     """Read an image file as ``[size, size, 3]`` uint8, center-cropped. See :func:`far.pictures.to_rgb`.
 
-    Args:
-        keep_colors: ignore embedded color profiles, as ADM prepares ImageNet.
+    ``keep_colors`` ignores embedded color profiles, as ADM prepares ImageNet.
 
     Raises:
         InputError: the file cannot be decoded, is not PNG, JPEG or WebP, is too large, or is one pixel thin.
@@ -191,14 +168,12 @@ def prepare_image(path: Path, size: int, *, keep_colors: bool = False) -> tuple[
 def center_crop(picture: Image.Image, size: int) -> Image.Image:
     """Return the central square scaled to ``size``, as ADM prepares ImageNet.
 
-    The image is halved by averaging while the short side is at least twice the size, then scaled bicubically,
-    then cropped.
+    The image is halved by averaging while the short side is at least twice the size, then scaled bicubically.
     """
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
-    picture = picture.resize(
-        (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC
-    )
+    scaled = round(picture.width * scale), round(picture.height * scale)
+    picture = picture.resize(scaled, Image.Resampling.BICUBIC)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return picture.crop((left, top, left + size, top + size))

@@ -38,8 +38,7 @@ def natural_order(name: str) -> tuple[list[str | int], str]:
 def class_folders(folder: Path, left_out: Counter[str]) -> list[Path]:
     """Return the subfolders of ``folder`` in natural order, without hidden ones; a subfolder may be a link.
 
-    Args:
-        left_out: receives the number of hidden files. Files directly in ``folder`` are not counted.
+    ``left_out`` counts the hidden files, but no files directly in ``folder``.
 
     Raises:
         InputError: ``folder`` cannot be read, or a subfolder is a dead link or a link to a parent folder.
@@ -50,46 +49,35 @@ def class_folders(folder: Path, left_out: Counter[str]) -> list[Path]:
             _count_hidden(path, left_out)
         elif os.path.isdir(path):
             if folder.resolve().is_relative_to(path.resolve()):
-                raise InputError(
-                    f"The class {path} is a link to a folder above it."
-                    " Remove it, or link to the class's images."
-                )
+                raise InputError(f"The class {path} is a link to a folder above it. Remove the link.")
             found.append(path)
         elif path.suffix.lower() not in SUFFIXES and not os.path.exists(path):
-            raise InputError(
-                f"The class {path} is a link to {os.readlink(path)}, which does not exist."
-                " Restore or remove it."
-            )
+            target = os.readlink(path)
+            raise InputError(f"The class {path} is a link to the missing {target}. Restore or remove it.")
     return sorted(found, key=lambda path: natural_order(path.name))
 
 
 def images_in(folder: Path, left_out: Counter[str]) -> list[Path]:
-    """Return the image files directly in ``folder``, sorted.
-
-    Args:
-        left_out: receives the number of other files by reason, without hidden ones.
+    """Return the image files directly in ``folder``, sorted; ``left_out`` counts others unless hidden.
 
     Raises:
         InputError: ``folder`` cannot be read.
     """
     found = []
     for path in _entries(folder):
-        if not is_hidden(path.name) and not os.path.isdir(path):
-            reason = _reason(path)
-            if reason:
-                left_out[reason] += 1
-            else:
-                found.append(path)
+        if is_hidden(path.name) or os.path.isdir(path):
+            continue
+        if reason := _reason(path):
+            left_out[reason] += 1
+        else:
+            found.append(path)
     return sorted(found)
 
 
 def images_within(folder: Path, left_out: Counter[str]) -> list[Path]:
-    """Return the image files in ``folder`` and its subfolders, sorted.
+    """Return the image files in ``folder`` and its subfolders, sorted; ``left_out`` counts all others.
 
     ``folder`` may be a link. Links to folders within it are not followed, because they may lead back.
-
-    Args:
-        left_out: receives the number of all other files by reason.
     """
     try:
         found = images_in(folder, left_out)
@@ -119,9 +107,7 @@ def _entries(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
     except OSError as error:
-        raise InputError(
-            f"The folder {folder} cannot be read: {error.strerror}. Change its permissions or remove it."
-        ) from error
+        raise InputError(f"{folder} cannot be read ({error.strerror}). Fix or remove it.") from error
 
 
 def _reason(path: Path) -> str | None:

@@ -2,9 +2,7 @@
 
 A folder has ``index.json`` and ``shard-00000.safetensors``, ``shard-00001.safetensors`` …; the first axis of
 every tensor is the row. A complete shard is written, then listed in the index with its SHA-256, so writing
-can stop at any time and resume; a shard that is not listed is written again. Several processes can write one
-folder together. Reading uses memory maps. The modules that write the rows (images, moments) define their
-meaning.
+can stop at any time and resume. Several processes can write one folder together. Reading uses memory maps.
 """
 
 import contextlib
@@ -48,7 +46,6 @@ class ShardWriter:
     """Writes shards one by one; a writer for an existing folder continues after its last complete shard.
 
     Attributes:
-        cursor: number of items that the caller has consumed from its source.
         found_complete: whether nothing was left to write when the folder was opened.
 
     Args:
@@ -75,23 +72,17 @@ class ShardWriter:
             check_folder(self.folder)
             return {"meta": meta, "complete": False, "cursor": 0, "shards": [], "report": {}}
         index = _read_index(self.folder / INDEX)
-        wanted = json.loads(json.dumps(meta))
-        differ = [
-            name
-            for name in {**index["meta"], **wanted}
-            if index["meta"].get(name) != wanted.get(name) and name != "source"
-        ]
-        if differ:
-            theirs, ours = (reprlib.repr(values.get(differ[0])) for values in (index["meta"], wanted))
-            raise InputError(
-                f"{self.folder} already has data made with other settings: {differ[0]} {theirs} there,"
-                f" {ours} now (differing: {', '.join(differ)}). Remove it or choose another folder."
-            )
-        for shard in index["shards"]:
-            if not (self.folder / shard["file"]).exists():
+        theirs, ours = index["meta"], json.loads(json.dumps(meta))
+        for name in {**theirs, **ours}:
+            if name != "source" and theirs.get(name) != ours.get(name):
+                there, here = reprlib.repr(theirs.get(name)), reprlib.repr(ours.get(name))
                 raise InputError(
-                    f"{self.folder / shard['file']} is missing. Remove {self.folder} and make it again."
+                    f"{self.folder} has data made with other settings ({name} was {there}, is now {here})."
+                    " Remove it or choose another folder."
                 )
+        for shard in index["shards"]:
+            if not (path := self.folder / shard["file"]).exists():
+                raise InputError(f"{path} is missing. Remove {self.folder} and make it again.")
         return index
 
     @property
@@ -115,10 +106,8 @@ class ShardWriter:
 
     def write(self, tensors: Mapping[str, torch.Tensor], cursor: int) -> None:
         """Append one shard with the same number of rows in each tensor; without rows only move the cursor."""
-        self._list(
-            [self._save(len(self.index["shards"]), tensors)] if len(next(iter(tensors.values()))) else [],
-            cursor,
-        )
+        empty = not len(next(iter(tensors.values())))
+        self._list([] if empty else [self._save(len(self.index["shards"]), tensors)], cursor)
 
     def fill(self, total: int, step: int, make: Callable[[range], Pieces], bar: tqdm) -> None:
         """Write the missing shards of a source and finish.
@@ -135,15 +124,9 @@ class ShardWriter:
         """
         with self.processes.alone_in(self.folder):
             while self.cursor < total:
-                parts = [
-                    range(start, min(start + step, total))
-                    for start in range(self.cursor, total, step)[: self.processes.count]
-                ]
-                shards = [
-                    shard
-                    for shard in self.processes.collect(self._save_own, parts, make)
-                    if shard is not None
-                ]
+                starts = range(self.cursor, total, step)[: self.processes.count]
+                parts = [range(start, min(start + step, total)) for start in starts]
+                shards = [shard for shard in self.processes.collect(self._save_own, parts, make) if shard]
                 self._list(shards, parts[-1].stop)
                 bar.update(self.cursor - bar.n)
             self.finish()
@@ -187,8 +170,8 @@ class ShardWriter:
         self._write_index()
 
     def _write_index(self) -> None:
-        told = {**self.index, "sha256": json_digest(self.index)}
-        self.processes.first(write_json, self.folder / INDEX, told)
+        index = {**self.index, "sha256": json_digest(self.index)}
+        self.processes.first(write_json, self.folder / INDEX, index)
 
 
 class ShardReader:
@@ -205,22 +188,16 @@ class ShardReader:
 
     def __init__(self, folder: Path, kind: str, *, verify: bool = False, index_only: bool = False) -> None:
         self.folder = folder
+        command = _MADE_BY.get(kind, "the command that writes it")
         if not (folder / INDEX).exists():
-            command = _MADE_BY.get(kind, "the command that writes it")
-            raise InputError(
-                f"{folder} has no {kind}: {folder / INDEX} does not exist. Make it first with {command}."
-            )
+            raise InputError(f"{folder} has no {kind}: {INDEX} does not exist. Make it first with {command}.")
         index = _read_index(folder / INDEX)
         self.meta: dict[str, Any] = index["meta"]
-        if self.meta.get("kind") != kind:
-            raise InputError(
-                f"{folder} has {self.meta.get('kind', 'no data')!r}, not {kind!r}. Give a folder of {kind}."
-            )
+        found = self.meta.get("kind", "no data")
+        if found != kind:
+            raise InputError(f"{folder} has {found!r}, not {kind!r}. Give a folder of {kind}.")
         if not index["complete"]:
-            command = _MADE_BY.get(kind, "the command that writes it")
-            raise InputError(
-                f"{folder} is unfinished. To complete it, run {command} again with the same arguments."
-            )
+            raise InputError(f"{folder} is unfinished. Run {command} again with the same arguments.")
         # Identifies the rows, independent of the folder's place.
         self.digest = json_digest([[shard["count"], shard["sha256"]] for shard in index["shards"]])
         self._shards = index["shards"]
@@ -233,16 +210,11 @@ class ShardReader:
     @functools.cached_property
     def _maps(self) -> list[dict[str, np.ndarray]]:
         """Tensors of each shard, mapped on first use."""
-        maps: list[dict[str, np.ndarray]] = []
-        for shard in self._shards:
-            path = self.folder / shard["file"]
-            maps.append(map_safetensors(path))
-            if any(len(rows) != shard["count"] for rows in maps[-1].values()) or _form(maps[-1]) != _form(
-                maps[0]
-            ):
-                raise InputError(
-                    f"{path} does not have the rows in the index. Remove {self.folder} and make it again."
-                )
+        paths = [self.folder / shard["file"] for shard in self._shards]
+        maps = list(map(map_safetensors, paths))
+        for path, shard, rows in zip(paths, self._shards, maps):
+            if {len(row) for row in rows.values()} - {shard["count"]} or _form(rows) != _form(maps[0]):
+                raise InputError(f"{path} and {INDEX} differ. Remove {self.folder} and make it again.")
         return maps
 
     def require(self, forms: Mapping[str, tuple[type, tuple[int, ...]]]) -> None:
@@ -250,10 +222,8 @@ class ShardReader:
         found = _form(self._maps[0]) if self._maps else {}
         for name, (dtype, shape) in forms.items():
             if found.get(name) != (np.dtype(dtype), shape):
-                raise InputError(
-                    f"{self.folder} has no {name} of {np.dtype(dtype)} {list(shape)}."
-                    " Remove it and make it again."
-                )
+                missing = f"{name} of {np.dtype(dtype)} {list(shape)}"
+                raise InputError(f"{self.folder} has no {missing}. Remove it and make it again.")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -284,19 +254,17 @@ def _check_digests(folder: Path, shards: list[dict[str, Any]]) -> None:
     for shard in tqdm(shards, f"checking {folder}", unit="shard", delay=2, leave=False, disable=hidden):
         path = folder / shard["file"]
         if not path.exists() or sha256(path) != shard["sha256"]:
-            raise InputError(
-                f"{path} is missing or damaged (its checksum differs). Remove {folder} and make it again."
-            )
+            raise InputError(f"{path} is missing or damaged. Remove {folder} and make it again.")
 
 
 def _read_index(path: Path) -> dict[str, Any]:
     index = read_json(path)
-    wanted = {"meta": dict, "complete": bool, "cursor": int, "shards": list, "report": dict}
+    kinds = {"meta": dict, "complete": bool, "cursor": int, "shards": list, "report": dict}
     digest = index.pop("sha256", None) if isinstance(index, dict) else None
     if (
         not isinstance(index, dict)
-        or index.keys() != wanted.keys()
-        or any(not isinstance(index[key], kind) for key, kind in wanted.items())
+        or index.keys() != kinds.keys()
+        or any(not isinstance(index[key], kind) for key, kind in kinds.items())
         or digest != json_digest(index)
         or not all(_is_shard(shard, number) for number, shard in enumerate(index["shards"]))
     ):
@@ -310,11 +278,11 @@ def _shard_name(number: int) -> str:
 
 def _is_shard(shard: Any, number: int) -> bool:
     """Return whether an index entry is one of :class:`ShardWriter`, and names no other file or folder."""
-    kinds = {"file": str, "count": int, "sha256": str}
     return (
         isinstance(shard, dict)
-        and all(isinstance(shard.get(key), kind) for key, kind in kinds.items())
-        and shard["file"] == _shard_name(number)
+        and shard.get("file") == _shard_name(number)
+        and isinstance(shard.get("sha256"), str)
+        and isinstance(shard.get("count"), int)
         and shard["count"] > 0
     )
 
@@ -336,18 +304,11 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        return {
-            name: np.memmap(
-                path,
-                dtype=_NUMPY_TYPES[entry["dtype"]],
-                mode="r",
-                offset=8 + length + entry["data_offsets"][0],
-                shape=tuple(entry["shape"]),
-            )
-            for name, entry in header.items()
-        }
+        maps: dict[str, np.ndarray] = {}
+        for name, entry in header.items():
+            start = 8 + length + entry["data_offsets"][0]
+            maps[name] = np.memmap(path, _NUMPY_TYPES[entry["dtype"]], "r", start, tuple(entry["shape"]))
+        return maps
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(
-            f"{path} is missing or damaged ({' '.join(str(error).split())})."
-            " Remove its folder and make it again."
-        ) from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} cannot be read ({reason}). Remove its folder and make it again.") from error

@@ -4,6 +4,7 @@ A part is a fixed range of image numbers in its own file, so several processes c
 part is computed twice.
 """
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,16 +45,12 @@ def extract_parts(
     """
     remove_leftovers(folder)
     rank, processes = share
-    parts = part_ranges(count)
-    mine = [
-        index for index in range(rank, len(parts), processes) if not part_path(folder, parts[index]).exists()
-    ]
-    total = sum(map(len, parts[rank::processes]))
-    missing = sum(len(parts[index]) for index in mine)
-    done = total - missing
+    own = part_ranges(count)[rank::processes]
+    missing = [rows for rows in own if not part_path(folder, rows).exists()]
+    total = sum(map(len, own))
+    done = total - sum(map(len, missing))
     with ImageBar(total, description, initial=done, disable=rank > 0) as bar:
-        for index in mine:
-            rows = parts[index]
+        for rows in missing:
             # Images are evaluated as they would be saved, with 8 bits.
             quantized = (images(rows, bar.ar_step) * 255).round().clamp(0, 255)
             tensors = {"features": _checked(extractor(quantized / 255).cpu(), rows)}
@@ -65,12 +62,9 @@ def extract_parts(
 
 
 def _checked(features: Tensor, rows: range) -> Tensor:
-    bad = ~features.isfinite().all(dim=1)
-    if bad.any():
-        raise InputError(
-            f"image {rows.start + int(bad.nonzero()[0])} gives features that are not finite."
-            " Check the weights and the image."
-        )
+    for row, finite in zip(rows, features.isfinite().all(dim=1)):
+        if not finite:
+            raise InputError(f"image {row} gives features that are not finite. Check it and the weights.")
     return features
 
 
@@ -96,13 +90,8 @@ def read_parts(folder: Path, count: int, name: str = "features") -> Tensor:
 def read_part(folder: Path, rows: range, name: str) -> Tensor:
     """Return ``features`` or ``images`` of one part. See :func:`read_parts`."""
     path = part_path(folder, rows)
-    try:
-        tensors = read_tensors(path)
-    except InputError as error:
-        raise InputError(f"{error}, or remove it and run the same command again") from error
-    if name not in tensors or len(tensors[name]) != len(rows):
-        raise InputError(
-            f"{path} is damaged (it lacks {name} of {len(rows)} images)."
-            " Remove it and run the same command again."
-        )
-    return tensors[name]
+    with contextlib.suppress(InputError):
+        tensor = read_tensors(path).get(name)
+        if tensor is not None and len(tensor) == len(rows):
+            return tensor
+    raise InputError(f"{path} is missing or damaged. Remove it and run the same command again.")

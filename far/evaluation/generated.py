@@ -1,8 +1,6 @@
 """Features of generated images: their labels, seeds and folder of parts, which any process can continue."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from far.config import to_dict
 from far.errors import InputError
 from far.evaluation.extraction import extract_parts
 from far.evaluation.features import Extractor
-from far.files import sha256
+from far.files import json_digest, sha256
 from far.names import find_folder
 from far.pipeline import Pipeline
 from far.sampling import Progress, SamplingConfig
@@ -33,32 +31,19 @@ class Generation:
 
     def describe(self) -> dict[str, Any]:
         """Return all settings with the SHA-256 of every file of the weights, as JSON values."""
-        folder = find_folder(self.weights)
-        files = {
-            path.name: sha256(path)
-            for path in sorted(folder.iterdir())
-            if path.suffix in (".json", ".safetensors")
-        }
-        return {
-            "weights": self.weights,
-            "sha256": files,
-            "sampling": to_dict(self.sampling),
-            "seed": self.seed,
-            "dtype": self.dtype,
-        }
+        paths = sorted(find_folder(self.weights).iterdir())
+        files = {path.name: sha256(path) for path in paths if path.suffix in (".json", ".safetensors")}
+        return {**to_dict(self), "sha256": files}
 
 
 def parts_folder(
     base: Path, generation: Generation, extractor: Extractor, *, keep_images: bool = False
 ) -> Path:
     """Return the folder for a generation's parts, unique to its weights, settings, network and content."""
-    described = {
-        **generation.describe(),
-        "extractor": [extractor.name, extractor.digest],
-        "images": keep_images,
-    }
+    network = [extractor.name, extractor.digest]
+    described = {**generation.describe(), "extractor": network, "images": keep_images}
     del described["weights"]  # equal files under another name are equal weights
-    return base / f"parts-{hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]}"
+    return base / f"parts-{json_digest(described)[:16]}"
 
 
 def check_class_balance(count: int, classes: int) -> None:

@@ -73,9 +73,7 @@ def open_images(path: Path) -> ImageSource:
         return _open_npz(path)
     if not path.is_dir():
         wrong = "is neither a folder nor an .npz" if path.exists() else "does not exist"
-        raise InputError(
-            f"{path} {wrong}. Give a folder of images, an .npz, or an image set that far data made."
-        )
+        raise InputError(f"{path} {wrong}. Give a folder or .npz of images, or an image set.")
     for folder in (path, path / "held-out"):
         if (folder / INDEX).exists():
             return _open_image_set(folder)
@@ -84,14 +82,12 @@ def open_images(path: Path) -> ImageSource:
 
 def _open_image_set(folder: Path) -> ImageSource:
     reader = open_image_set(folder)
-    return ImageSource(
-        str(folder),
-        len(reader),
-        (reader.meta["size"], reader.meta["size"]),
-        f"shards-{sha256(folder / INDEX)}",
-        lambda rows: reader.rows("images", torch.arange(rows.start, rows.stop)).numpy(),
-        classes=reader.meta["classes"],
-    )
+    size, digest = (reader.meta["size"],) * 2, f"shards-{sha256(folder / INDEX)}"
+
+    def read(rows: range) -> np.ndarray:
+        return reader.rows("images", torch.arange(rows.start, rows.stop)).numpy()
+
+    return ImageSource(str(folder), len(reader), size, digest, read, classes=reader.meta["classes"])
 
 
 def _open_folder(folder: Path) -> ImageSource:
@@ -103,23 +99,22 @@ def _open_folder(folder: Path) -> ImageSource:
     digest = hashlib.sha256(b"sRGB\n")
     for file in tqdm(files, f"checksums of {folder}", unit="file", delay=2, leave=False):
         digest.update(os.fsencode(f"{file.relative_to(folder)} {sha256(file)}\n"))
-    size = _decode(files[0]).shape
+    height, width, _ = _decode(files[0]).shape
 
     def read(rows: range) -> np.ndarray:
         chosen = files[rows.start : rows.stop]
         with ThreadPoolExecutor() as pool:
             images = list(pool.map(_decode, chosen))
         for file, image in zip(chosen, images):
-            if image.shape != size:
+            if image.shape[:2] != (height, width):
+                sizes = f"{image.shape[1]}×{image.shape[0]} pixels, {files[0].name} {width}×{height}"
                 raise InputError(
-                    f"{file} has {image.shape[1]}×{image.shape[0]} pixels, {files[0].name}"
-                    f" {size[1]}×{size[0]}. Scale all images to one size, as far data folder does."
+                    f"{file} has {sizes}. Scale all images to one size, as far data folder does."
                 )
         return np.stack(images)
 
-    return ImageSource(
-        str(folder), len(files), (size[0], size[1]), f"folder-{digest.hexdigest()}", read, left_out, classes
-    )
+    name = f"folder-{digest.hexdigest()}"
+    return ImageSource(str(folder), len(files), (height, width), name, read, left_out, classes)
 
 
 def _image_files(folder: Path, left_out: Counter[str]) -> tuple[list[Path], list[str]]:
@@ -130,10 +125,8 @@ def _image_files(folder: Path, left_out: Counter[str]) -> tuple[list[Path], list
         others: Counter[str] = Counter()
         classes.append(images_within(subfolder, others))
         if not classes[-1]:
-            raise InputError(
-                f"class {subfolder} has no images ({describe(others) or 'empty'})."
-                " Add PNG, JPEG or WebP files, or remove it."
-            )
+            held = describe(others) or "empty"
+            raise InputError(f"class {subfolder} has no images ({held}). Add some, or remove the folder.")
         left_out.update(others)
     files = [file for row in itertools.zip_longest(*classes) for file in row if file is not None]
     # Images outside the subfolders have no class.
@@ -147,23 +140,21 @@ def _decode(path: Path) -> np.ndarray:
 def _open_npz(path: Path) -> ImageSource:
     check_npz(path)
     images = map_npz_array(path, NPZ_IMAGES)
-    if images is None:
-        raise InputError(
-            f"{path} has no array {NPZ_IMAGES!r} of images. Write it with far generate --out FILE.npz."
-        )
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
-        raise InputError(
-            f"{path}: {NPZ_IMAGES} is {images.dtype} {list(images.shape)}, not uint8 [n, height, width, 3]."
-            " Write it with far generate --out FILE.npz."
-        )
-    size = (images.shape[1], images.shape[2])
-    return ImageSource(
-        str(path),
-        len(images),
-        size,
-        f"npz-{sha256(path)}",
-        lambda rows: np.array(images[rows.start : rows.stop]),
-    )
+    if (
+        images is None
+        or images.dtype != np.uint8
+        or images.ndim != 4
+        or images.shape[3] != 3
+        or not len(images)
+    ):
+        held = "missing" if images is None else f"{images.dtype} {list(images.shape)}"
+        raise InputError(f"{path}: {NPZ_IMAGES} is {held}. Make it uint8 [n, height, width, 3].")
+    size, digest = (images.shape[1], images.shape[2]), f"npz-{sha256(path)}"
+
+    def read(rows: range) -> np.ndarray:
+        return np.array(images[rows.start : rows.stop])
+
+    return ImageSource(str(path), len(images), size, digest, read)
 
 
 def npz_names(path: Path) -> set[str]:
@@ -172,7 +163,7 @@ def npz_names(path: Path) -> set[str]:
     Raises:
         InputError: the file is missing, truncated, or not an ``.npz``.
     """
-    with _archive(path) as archive:
+    with _readable(path), zipfile.ZipFile(path) as archive:
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
@@ -187,12 +178,6 @@ def check_npz(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
-    with _readable(path), zipfile.ZipFile(path) as archive:
-        yield archive
-
-
-@contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
     """Turn errors of reading a damaged archive into an :class:`InputError`."""
     try:
@@ -200,9 +185,8 @@ def _readable(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist. Give an existing .npz.") from error
     except Exception as error:  # zipfile and numpy raise almost anything on damaged archives
-        raise InputError(
-            f"{path} is damaged or not an .npz ({' '.join(str(error).split())}). Restore it or make it again."
-        ) from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is damaged or not an .npz ({reason}). Make it again.") from error
 
 
 def map_npz_array(path: Path, name: str) -> np.ndarray | None:
@@ -213,7 +197,7 @@ def map_npz_array(path: Path, name: str) -> np.ndarray | None:
     Raises:
         InputError: the file is missing, truncated or not an ``.npz``, or the array is pickled.
     """
-    with _archive(path) as archive:
+    with _readable(path), zipfile.ZipFile(path) as archive:
         if f"{name}.npy" not in archive.namelist():
             return None
         entry = archive.getinfo(f"{name}.npy")

@@ -25,11 +25,7 @@ class FeatureStatistics:
 
     @classmethod
     def empty(cls, features: int) -> "FeatureStatistics":
-        return cls(
-            0,
-            torch.zeros(features, dtype=torch.float64),
-            torch.zeros(features, features, dtype=torch.float64),
-        )
+        return cls(0, torch.zeros(features).double(), torch.zeros(features, features).double())
 
     def add(self, features: Tensor) -> None:
         """Add a batch ``[n, d]``."""
@@ -65,8 +61,7 @@ class FeatureStatistics:
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """Return ``|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½)``, also for rank-deficient covariances.
 
-    The trace of the root is the sum of the singular values of ``F₁ᵀ F₂`` with ``Σ = F Fᵀ``, so nothing is
-    inverted and no complex number appears.
+    The trace of the root is the sum of the singular values of ``F₁ᵀ F₂`` with ``Σ = F Fᵀ``.
 
     Raises:
         ValueError: a side has fewer than two rows, or the numbers of features differ.
@@ -77,7 +72,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     if len(a.total) != len(b.total):
         raise ValueError(f"features of {len(a.total)} and {len(b.total)} dimensions cannot be compared")
     if not all(torch.isfinite(side.total).all() and torch.isfinite(side.covariance).all() for side in (a, b)):
-        raise InputError("The features of the images are not finite. Check the weights that drew the images.")
+        raise InputError("The features of the images are not finite. Check the model and the images.")
     root_trace = torch.linalg.svdvals(_factor(a).T @ _factor(b)).sum()
     trace = a.covariance.trace() + b.covariance.trace() - 2 * root_trace
     return float((a.mean - b.mean).square().sum() + trace)
@@ -89,8 +84,7 @@ def _factor(statistics: FeatureStatistics) -> Tensor:
     features, rank = len(covariance), min(statistics.count - 1, len(covariance))
     basis = None
     if 4 * rank < features:
-        # For few images, products with random vectors span all columns, so a small decomposition is exact
-        # too.
+        # For few images, products with random vectors span all columns, so a small decomposition is exact.
         generator = torch.Generator().manual_seed(0)
         normal = torch.randn(features, rank, generator=generator, dtype=torch.float64)
         basis = torch.linalg.qr(covariance @ normal).Q
@@ -109,9 +103,8 @@ def frechet_bias(reference: FeatureStatistics, count: int, generator: torch.Gene
     scaled = vectors * values.clamp(min=0).sqrt()
     drawn = FeatureStatistics.empty(len(reference.total))
     for start in range(0, count, _CHUNK):
-        normal = torch.randn(
-            min(_CHUNK, count - start), len(values), generator=generator, dtype=torch.float64
-        )
+        shape = (min(_CHUNK, count - start), len(values))
+        normal = torch.randn(shape, generator=generator, dtype=torch.float64)
         drawn.add(reference.mean + normal @ scaled.T)
     return frechet_distance(drawn, reference)
 
@@ -121,11 +114,8 @@ def frechet_floor(real: Tensor, count: int, reference_count: float, generator: t
 
     The rows of ``real [m, d]`` are split at random, ``count`` of them or half against the rest. The bias
     falls with 1 / count on either side, so the distance is scaled to the requested counts. With fewer images
-    than features it falls more slowly, and the estimate is too low.
-
-    Args:
-        count: number of images compared with the reference.
-        reference_count: number of images of the reference, ``math.inf`` for exact statistics.
+    than features it falls more slowly, and the estimate is too low. A ``reference_count`` of ``math.inf`` is
+    for exact statistics.
 
     Raises:
         ValueError: there are fewer than four rows.
@@ -151,16 +141,12 @@ class Estimate:
 def kernel_distance(
     a: Tensor, b: Tensor, generator: torch.Generator, *, subsets: int = 100, subset_size: int = 1000
 ) -> Estimate:
-    """Return KID (Bińkowski et al., arXiv 1801.01401): unbiased squared MMD, mean over random subsets.
+    """Return KID (Bińkowski et al., arXiv 1801.01401) of features ``a [n, d]`` and ``b [m, d]``.
 
-    ``error`` is the standard error of the mean, from the standard deviation over the subsets. It needs twice
-    ``subset_size`` images per side, because subsets that share most of their images vary too little.
-
-    Args:
-        a: features ``[n, d]``.
-        b: features ``[m, d]``.
-        subsets: number of subsets. One is used if it contains all images.
-        subset_size: images per side and subset, at most all images of the smaller side.
+    KID is the unbiased squared MMD, here the mean over random subsets of ``subset_size`` images per side, or
+    of all images if they are fewer. ``error`` is the standard error of the mean, from the standard deviation
+    over the subsets. It needs twice ``subset_size`` images per side, because subsets that share most of their
+    images vary too little.
 
     Raises:
         ValueError: a side has fewer than two rows.
@@ -188,22 +174,15 @@ def squared_mmd(a: Tensor, b: Tensor) -> float:
     """Return the unbiased squared MMD of ``a [n, d]`` and ``b [m, d]`` with the kernel ``(x·y / d + 1)³``."""
     a, b = a.double(), b.double()
     within_a, within_b, between = ((x @ y.T / a.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
-    n, m = len(a), len(b)
-    same = (within_a.sum() - within_a.trace()) / (n * (n - 1)) + (within_b.sum() - within_b.trace()) / (
-        m * (m - 1)
-    )
+    same = sum((x.sum() - x.trace()) / (len(x) * (len(x) - 1)) for x in (within_a, within_b))
     return float(same - 2 * between.mean())
 
 
 def inception_score(logits: Tensor, generator: torch.Generator, *, splits: int = 10) -> Estimate:
     """Return the Inception Score ``exp E KL(p(y|x) ‖ p(y))`` (Salimans et al., arXiv 1606.03498).
 
-    The value is the mean over random splits. ``error`` is the standard deviation over the splits, as
-    published, and ``None`` with one split.
-
-    Args:
-        logits: class logits ``[n, classes]``.
-        splits: number of splits.
+    The value is the mean over random splits of the class logits ``[n, classes]``. ``error`` is the standard
+    deviation over the splits, as published, and ``None`` with one split.
 
     Raises:
         ValueError: there are fewer rows than splits.
@@ -239,12 +218,9 @@ class Overlap:
 
 
 class Neighborhoods:
-    """Balls around real images, each reaching to the k-th nearest neighbor among the real images.
+    """Balls around real images, with features ``[m, d]``, to the k-th nearest neighbor among them.
 
-    Args:
-        real: features ``[m, d]``.
-        neighbors: k of precision and recall.
-        density_neighbors: k of density and coverage.
+    Precision and recall have k = ``neighbors``, density and coverage ``density_neighbors``.
 
     Raises:
         ValueError: ``real`` has no more rows than the larger k.

@@ -32,7 +32,6 @@ class Reference:
     Attributes:
         source: path of the images or statistics.
         digest: identifies the content.
-        statistics: mean and covariance of the features.
         features: ``[n, d]``, or ``None`` if a file has none.
         count: number of images, or ``None`` if a file has none.
         size: (height, width) of the images, or ``None`` if unknown.
@@ -70,19 +69,10 @@ def open_reference(path: Path, extractor: Extractor, cache: Path) -> Reference:
     source = open_images(path)
     features = features_of(source, extractor, cache)
     if extractor.name == FID_NETWORK and {"mu", "sigma"} <= names:
-        return dataclasses.replace(
-            _read_statistics(path, extractor), features=features, size=source.size, classes=source.classes
-        )
-    return Reference(
-        source.name,
-        source.digest,
-        FeatureStatistics.of(features),
-        features,
-        source.count,
-        source.size,
-        source.left_out,
-        source.classes,
-    )
+        return dataclasses.replace(_read_statistics(path, extractor), features=features, size=source.size)
+    statistics = FeatureStatistics.of(features)
+    described = (source.count, source.size, source.left_out, source.classes)
+    return Reference(source.name, source.digest, statistics, features, *described)
 
 
 def features_of(
@@ -90,55 +80,34 @@ def features_of(
 ) -> Tensor:
     """Return features of the first ``count`` images (default all), from ``cache`` if available."""
     count = source.count if count is None else count
-    folder = (
-        cache
-        / "features"
-        / f"{source.digest}-{''.join(filter(str.isalnum, extractor.name))}-{extractor.digest[:16]}"
-    )
-    extract_parts(
-        folder,
-        count,
-        lambda rows, _: source.tensor(rows),
-        extractor,
-        description=f"features of {source.name}",
-    )
+    network = "".join(filter(str.isalnum, extractor.name))
+    folder = cache / "features" / f"{source.digest}-{network}-{extractor.digest[:16]}"
+
+    def images(rows: range, step: object) -> Tensor:
+        return source.tensor(rows)
+
+    extract_parts(folder, count, images, extractor, description=f"features of {source.name}")
     return read_parts(folder, count)
 
 
 def _read_statistics(path: Path, extractor: Extractor) -> Reference:
     check_npz(path)
-    arrays = {
-        name: map_npz_array(path, name)
-        for name in ("mu", "sigma", "extractor", "extractor_digest", "count", "features")
-    }
-    mean, covariance, features = arrays["mu"], arrays["sigma"], arrays["features"]
+    names = ("mu", "sigma", "extractor", "extractor_digest", "count", "features")
+    mean, covariance, network, weights, count, features = (map_npz_array(path, name) for name in names)
     if mean is None or covariance is None:
-        raise InputError(
-            f"{path} has neither images ({NPZ_IMAGES}) nor statistics (mu and sigma). Give a file that has."
-        )
-    recorded = FID_NETWORK if arrays["extractor"] is None else _read_name(path, arrays["extractor"])
-    if recorded != extractor.name:
-        raise InputError(
-            f"{path} has statistics of {recorded}, not of {extractor.name}."
-            " Give images as the reference, or use that network."
-        )
-    if (
-        arrays["extractor_digest"] is not None
-        and _read_name(path, arrays["extractor_digest"]) != extractor.digest
-    ):
-        raise InputError(
-            f"{path} has statistics of {recorded} with other weights."
-            " Give images as the reference, or use those weights."
-        )
-    _check_moments(path, mean, covariance, extractor.dimensions)
-    count = None if arrays["count"] is None else _read_count(path, arrays["count"])
-    if features is not None:
-        _check_features(path, features, count, extractor.dimensions)
-    statistics = FeatureStatistics.known(
-        count or _UNKNOWN_COUNT, torch.tensor(np.array(mean)), torch.tensor(np.array(covariance))
-    )
+        raise InputError(f"{path} has neither images ({NPZ_IMAGES}) nor mu and sigma. Give another file.")
+    made_by = FID_NETWORK if network is None else _read_name(path, network)
+    if made_by != extractor.name:
+        raise InputError(f"{path} is of {made_by}, not of {extractor.name}. Give images as the reference.")
+    if weights is not None and _read_name(path, weights) != extractor.digest:
+        raise InputError(f"{path} is of other weights of {made_by}. Give images as the reference.")
+    if problem := _problem(mean, covariance, count, features, extractor.dimensions):
+        raise InputError(f"{path} is damaged: {problem}. Make the file again.")
+    rows = None if count is None else int(count)
+    moments = (torch.tensor(np.array(array)) for array in (mean, covariance))
+    statistics = FeatureStatistics.known(rows or _UNKNOWN_COUNT, *moments)
     kept = None if features is None else torch.tensor(np.array(features))
-    return Reference(str(path), f"npz-{sha256(path)}", statistics, kept, count, None)
+    return Reference(str(path), f"npz-{sha256(path)}", statistics, kept, rows, None)
 
 
 def _read_name(path: Path, array: np.ndarray) -> str:
@@ -150,46 +119,33 @@ def _read_name(path: Path, array: np.ndarray) -> str:
     raise InputError(f"{path}: the name of its network is damaged. Make the file again.")
 
 
-def _check_moments(path: Path, mean: np.ndarray, covariance: np.ndarray, dimensions: int) -> None:
+def _problem(
+    mean: np.ndarray,
+    covariance: np.ndarray,
+    count: np.ndarray | None,
+    features: np.ndarray | None,
+    dimensions: int,
+) -> str | None:
+    """Return a description of the first damaged array of a statistics file."""
     if mean.shape != (dimensions,) or covariance.shape != (dimensions, dimensions):
-        raise InputError(
-            f"{path}: mu {list(mean.shape)} and sigma {list(covariance.shape)} do not fit {dimensions}"
-            " features. Make the file again."
-        )
+        return f"mu {list(mean.shape)} and sigma {list(covariance.shape)} do not fit {dimensions} features"
     for name, array in (("mu", mean), ("sigma", covariance)):
         if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
-            raise InputError(f"{path}: {name} has values that are not finite numbers. Make the file again.")
+            return f"{name} has values that are not finite numbers"
     scale = np.abs(covariance).max()
     if not np.allclose(covariance, covariance.T, rtol=0, atol=1e-5 * scale):
-        raise InputError(f"{path}: sigma is not symmetric, so not a covariance. Make the file again.")
+        return "sigma is not symmetric"
     lowest = float(torch.linalg.eigvalsh(torch.tensor(np.array(covariance)).double())[0])
     if lowest < -1e-3 * scale:
-        raise InputError(
-            f"{path}: sigma has the negative eigenvalue {lowest:.3g}, so it is not a covariance."
-            " Make the file again."
-        )
-
-
-def _read_count(path: Path, array: np.ndarray) -> int:
-    if array.shape != () or array.dtype.kind not in "iu" or array < 2:
-        raise InputError(
-            f"{path}: count is {array.tolist()!r}, not the number of images (2 or more). Make the file again."
-        )
-    return int(array)
-
-
-def _check_features(path: Path, features: np.ndarray, count: int | None, dimensions: int) -> None:
-    if (
-        features.ndim != 2
-        or features.shape[1] != dimensions
-        or (count is not None and len(features) != count)
-    ):
-        raise InputError(
-            f"{path}: features {list(features.shape)} are not [{count or 'count'}, {dimensions}]."
-            " Make the file again."
-        )
-    if features.dtype.kind != "f" or not np.isfinite(features).all():
-        raise InputError(f"{path}: features has values that are not finite numbers. Make the file again.")
+        return f"sigma has the negative eigenvalue {lowest:.3g}"
+    if count is not None and (count.shape or count.dtype.kind not in "iu" or count < 2):
+        return f"count is {count.tolist()!r}, not a number of images"
+    if features is None:
+        return None
+    if features.ndim != 2 or features.shape[1] != dimensions or count not in (None, len(features)):
+        return f"features {list(features.shape)} are not [{count or 'count'}, {dimensions}]"
+    finite = features.dtype.kind == "f" and np.isfinite(features).all()
+    return None if finite else "features has values that are not finite numbers"
 
 
 def write_statistics(path: Path, extractor: Extractor, features: Tensor) -> None:
@@ -198,11 +154,7 @@ def write_statistics(path: Path, extractor: Extractor, features: Tensor) -> None
     # Pass an open file, because numpy adds a suffix to a name.
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez(
-            file,
-            mu=statistics.mean.numpy(),
-            sigma=statistics.covariance.numpy(),
-            extractor=np.array(extractor.name),
-            extractor_digest=np.array(extractor.digest),
-            count=np.array(len(features)),
+            file, mu=statistics.mean.numpy(), sigma=statistics.covariance.numpy(), count=np.array(len(features)),
+            extractor=np.array(extractor.name), extractor_digest=np.array(extractor.digest),
             features=features.numpy(),
-        )
+        )  # fmt: skip

@@ -10,17 +10,9 @@ import torch
 from torch import Tensor
 
 from far.errors import InputError
+from far.evaluation import metrics
 from far.evaluation.features import FID_NETWORK, Extractor
-from far.evaluation.metrics import (
-    FeatureStatistics,
-    Neighborhoods,
-    Overlap,
-    frechet_bias,
-    frechet_distance,
-    frechet_floor,
-    inception_score,
-    kernel_distance,
-)  # fmt: skip
+from far.evaluation.metrics import FeatureStatistics, Overlap
 from far.evaluation.references import Reference
 from far.seeds import seeded_generator
 
@@ -66,25 +58,22 @@ def report(features: Tensor, reference: Reference, extractor: Extractor, *, seed
     generator = seeded_generator(seed)
     name = distance_name(extractor)
     suffix = "" if name == "FID" else f" ({extractor.name})"
-    distance = frechet_distance(FeatureStatistics.of(features), reference.statistics)
+    distance = metrics.frechet_distance(FeatureStatistics.of(features), reference.statistics)
     found = {name: distance, **_biases(name, features, reference, seed)}
     warnings = _bias_warnings(name, found, len(features), reference, features.shape[1])
     enough = len(features) >= _SPLITS * _SPLIT_IMAGES
-    score = inception_score(extractor.logits(features), generator, splits=_SPLITS if enough else 1)
+    score = metrics.inception_score(extractor.logits(features), generator, splits=_SPLITS if enough else 1)
     found[f"IS{suffix}"] = score.value
     if score.error is not None:
         found[f"IS std over splits{suffix}"] = score.error
     if reference.features is None:
-        warnings.append(
-            f"{reference.source} has no features, so there are no KID, precision, recall, density and"
-            " coverage"
-        )
-        return Report(found, {}, warnings)
-    kernel = kernel_distance(features, reference.features, generator)
+        missing = "KID, precision, recall, density and coverage"
+        return Report(found, {}, [*warnings, f"{reference.source} has no features, so there is no {missing}"])
+    kernel = metrics.kernel_distance(features, reference.features, generator)
     found[f"KID{suffix}"] = kernel.value
     if kernel.error is not None:
         found[f"KID standard error{suffix}"] = kernel.error
-    neighborhoods = Neighborhoods(reference.features)
+    neighborhoods = metrics.Neighborhoods(reference.features)
     overlap = neighborhoods.overlap(features)
     found |= {f"{key}{suffix}": value for key, value in dataclasses.asdict(overlap).items()}
     controls = {
@@ -101,48 +90,41 @@ def check_counts(count: int, reference: Reference) -> None:
         if count < 2:
             raise InputError(f"A Fréchet distance needs two images or more, got {count}. Give more images.")
     elif count < _LEAST or len(reference.features) < _LEAST_REFERENCE:
-        raise InputError(
-            f"Precision and coverage need at least {_LEAST} images and {_LEAST_REFERENCE} of the reference,"
-            f" got {count} and {len(reference.features)}. Give more images."
-        )
+        few = f"{count} images and {len(reference.features)} of the reference are too few"
+        raise InputError(f"{few}. Give at least {_LEAST} images and {_LEAST_REFERENCE} of the reference.")
 
 
 def _biases(name: str, features: Tensor, reference: Reference, seed: int) -> dict[str, float]:
     """Return the distance of real images at these counts, and the bias of a small reference."""
     generator = seeded_generator(seed, 1)
     if reference.features is None:
-        floor = frechet_bias(reference.statistics, len(features), generator)
+        floor = metrics.frechet_bias(reference.statistics, len(features), generator)
     else:
-        floor = frechet_floor(reference.features, len(features), reference.count or math.inf, generator)
+        references = reference.count or math.inf
+        floor = metrics.frechet_floor(reference.features, len(features), references, generator)
     found = {f"floor of {name}": floor}
     if reference.count is not None and reference.count < features.shape[1]:
         # So few real images do not show their spread, so the spread of the compared images is used.
-        found[f"bias of {name} by the reference"] = frechet_bias(
-            FeatureStatistics.of(features), reference.count, generator
-        )
+        bias = metrics.frechet_bias(FeatureStatistics.of(features), reference.count, generator)
+        found[f"bias of {name} by the reference"] = bias
     return found
 
 
 def _bias_warnings(
     name: str, found: dict[str, float], count: int, reference: Reference, dimensions: int
 ) -> list[str]:
-    def part(bias: str) -> str:
-        return f"{min(found[bias], found[name]):.1f}"  # an estimate can exceed the distance
+    def part(bias: str) -> str:  # an estimate can exceed the distance
+        return f"{min(found[bias], found[name]):.1f} of the distance {found[name]:.1f} is bias"
 
     warnings = []
+    fewer = f"fewer than the {dimensions} features"
     if count < dimensions:
-        warnings.append(
-            f"{count} images are fewer than the {dimensions} features: at least {part(f'floor of {name}')}"
-            f" of the distance {found[name]:.1f} is bias, which real images have too."
-            " Compare equal numbers only."
-        )
-    if f"bias of {name} by the reference" in found:
-        about = "at least" if count < dimensions else "about"
-        warnings.append(
-            f"the reference's {reference.count} images are fewer than the {dimensions} features: {about}"
-            f" {part(f'bias of {name} by the reference')} of the distance {found[name]:.1f} is bias for that"
-            " reason. Use a larger reference."
-        )
+        least = part(f"floor of {name}")
+        warnings.append(f"{count} images are {fewer}: at least {least}. Compare equal numbers only.")
+    if (bias := f"bias of {name} by the reference") in found:
+        about = ("at least " if count < dimensions else "about ") + part(bias)
+        start = f"the reference's {reference.count} images are {fewer}"
+        warnings.append(f"{start}: {about} for that reason. Use a larger reference.")
     return warnings
 
 
@@ -152,10 +134,8 @@ def _control_images(count: int, seed: int) -> dict[str, Tensor]:
     flat = torch.rand(count, 3, 1, 1, generator=generator).expand(-1, -1, 8, 8)
     # Noise of every pixel is this faint after so wide a blur.
     noise = 0.5 + 0.1 * (torch.rand(count, 3, 8, 8, generator=generator) - 0.5)
-    return {
-        kind: (images * 255).round() / 255
-        for kind, images in (("flat colors", flat), ("blurred noise", noise))
-    }
+    images = {"flat colors": flat, "blurred noise": noise}
+    return {kind: (pixels * 255).round() / 255 for kind, pixels in images.items()}
 
 
 def _control_warnings(overlap: Overlap, controls: dict[str, dict[str, float]], count: int) -> list[str]:
@@ -165,9 +145,5 @@ def _control_warnings(overlap: Overlap, controls: dict[str, dict[str, float]], c
         kind = max(controls, key=lambda kind: controls[kind][key])
         if controls[kind][key] > _MEANINGLESS:
             shown.append(f"{key} {value:.2f} ({kind}: {controls[kind][key]:.2f})")
-    if not shown:
-        return []
-    return [
-        f"images without content score too, so against {count} images these figures say little:"
-        f" {', '.join(shown)}"
-    ]
+    start = f"images without content score too, so against {count} images these figures say little"
+    return [f"{start}: {', '.join(shown)}"] if shown else []
