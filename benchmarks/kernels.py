@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import far
 from far import kernels
 from far.benchmark import machine, paired
-from far.packing import Int8Linear, PackedLinear, can_pack, quantize_linear_layers
+from far.packing import Int8Linear, PackedLinear, quantize_linear_layers
 
 ROWS = (1, 16, 64, 256)
 INPUTS, OUTPUTS = 768, 3072  # far-b's widest layers
@@ -57,7 +57,7 @@ def report(instructions: str, rounds: int) -> None:
         "float32": linear,
         **{f"int8, {kernel}": Int8Linear(linear, kernel) for kernel in kernels.INT8_KERNELS},
     }
-    layers["bfloat16"] = PackedLinear(low) if can_pack() else low
+    layers["bfloat16"] = PackedLinear(low) if kernels.bfloat16_fault() is None else low
     for name, layer in layers.items():
         inputs = x.to(torch.bfloat16) if name == "bfloat16" else x
         seconds = paired({str(rows): lambda part=inputs[:rows]: layer(part) for rows in ROWS}, rounds)

@@ -1,7 +1,6 @@
 """The KL autoencoder: image ↔ latent, its posterior, and the latents' scale and shift.
 
-The arithmetic and the parameter names are those of the latent-diffusion autoencoder that MAR uses as KL-16
-(66,456,019 parameters at its published size), in any width, depth and stride.
+Arithmetic and parameter names are those of the latent-diffusion autoencoder that MAR uses as KL-16.
 """
 
 import hashlib
@@ -52,15 +51,15 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, images: Tensor) -> Posterior:
-        """Return the posterior of images ``[b, 3, H, W]`` in [−1, 1].
-
-        Raises:
-            InputError: H or W is not a multiple of the stride.
-        """
+        """Return the posterior of images ``[b, 3, H, W]`` in [−1, 1]; see :meth:`moments`."""
         return Posterior(self.moments(images))
 
     def moments(self, images: Tensor) -> Tensor:
-        """Return mean and log-variance ``[b, 2c, h, w]``, unscaled, as a latent cache stores them."""
+        """Return mean and log-variance ``[b, 2c, h, w]``, unscaled, as a latent cache stores them.
+
+        Raises:
+            InputError: the images' height or width is not a multiple of the stride.
+        """
         height, width = images.shape[-2:]
         if height % self.config.stride or width % self.config.stride:
             raise InputError(
@@ -83,8 +82,7 @@ class Autoencoder(nn.Module):
     def images_at_once(self, height: int, width: int) -> int:
         """Return how many images of ``height × width`` pixels the networks take at once without gradients.
 
-        Their largest activation, at one of the decoder's levels, has at most 2²⁷ values (0.5 GiB in float32),
-        unless a single image has more.
+        Their largest activation, in the decoder, has at most 2²⁷ values, unless a single image has more.
         """
         widths = self.config.widths
         # A level of the decoder begins with the width of the next coarser one.
@@ -128,11 +126,7 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def to_latents(self, images: Tensor) -> Tensor:
-        """Return unit-variance latents ``[b, c, h, w]``, the posteriors' means, from images in [0, 1].
-
-        Raises:
-            InputError: the images' height or width is not a multiple of the stride.
-        """
+        """Return unit-variance latents ``[b, c, h, w]``, the posteriors' means, from images in [0, 1]."""
         weight = self.quant_conv.weight
         images = (images * 2 - 1).to(weight.device, weight.dtype, memory_format=torch.channels_last)
         return self.normalize(self.encode(images).mean.float())
@@ -143,11 +137,7 @@ class Autoencoder(nn.Module):
 
     def same_latents(self, other: "Autoencoder") -> bool:
         """Return whether both give the same latents, up to the rounding of weights when one was saved."""
-        pairs = [
-            (ours.detach().float().cpu(), theirs.detach().float().cpu())
-            for part, twin in ((self.encoder, other.encoder), (self.quant_conv, other.quant_conv))
-            for ours, theirs in zip(part.state_dict().values(), twin.state_dict().values())
-        ]
+        pairs = list(zip(self._encoding().values(), other._encoding().values()))
         return self.config == other.config and any(
             all(torch.equal(ours.to(dtype), theirs.to(dtype)) for ours, theirs in pairs)
             for dtype in (torch.float32, torch.float16, torch.bfloat16)
@@ -156,10 +146,14 @@ class Autoencoder(nn.Module):
     def fingerprint(self) -> str:
         """Return a digest of the encoder's weights: other moments have another fingerprint."""
         digest = hashlib.sha256(b"spherical" if self.config.spherical else b"")
-        for part in (self.encoder, self.quant_conv):
-            for name, tensor in part.state_dict().items():
-                digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        for name, tensor in self._encoding().items():
+            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def _encoding(self) -> dict[str, Tensor]:
+        """Return the weights that latents depend on, in float32 on the CPU."""
+        weights = self.encoder.state_dict() | self.quant_conv.state_dict()
+        return {name: tensor.float().cpu() for name, tensor in weights.items()}
 
 
 class Encoder(nn.Module):

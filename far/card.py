@@ -36,19 +36,14 @@ _CITATION = (
 def write_card(folder: Path, config: FolderConfig) -> None:
     """Write ``README.md`` into a generator's folder, unless somebody wrote one (see :func:`may_replace`).
 
-    Args:
-        folder: holds the weights.
-        config: the content of its ``config.json``.
-
     Raises:
         InputError: the card cannot be written.
     """
     path = folder / "README.md"
     if path.is_file() and not may_replace(path.read_text(encoding="utf-8", errors="replace")):
         return
-    text = model_card(folder, config)
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(model_card(folder, config), encoding="utf-8")
 
 
 def may_replace(card: str) -> bool:
@@ -72,18 +67,13 @@ def model_card(
 
     assert config.model is not None
     network, classes = config.model.network, config.classes
+    kinds = network.backbone.kind, network.head.kind
     entries = ModelCardData(
         license=license,
         library_name="far",
         # The hub has no task for images from class labels. It files such models here.
         pipeline_tag="unconditional-image-generation",
-        tags=[
-            "image-generation",
-            "class-conditional",
-            "autoregressive",
-            network.backbone.kind,
-            network.head.kind,
-        ],
+        tags=["image-generation", "class-conditional", "autoregressive", *kinds],
     )
     defaults = [(name, value) for name, value in to_dict(config.defaults).items() if value is not None]
     shown = ", ".join(classes[:_CLASSES_SHOWN])
@@ -109,7 +99,7 @@ def model_card(
 def _use(config: FolderConfig, name: str | None) -> str:
     if config.autoencoder is None:
         return (
-            "It has no autoencoder. `far convert kl16 kl16.ckpt FOLDER` adds MAR's to a copy of this folder."
+            "It has no autoencoder. Add MAR's to a copy of this folder: `far convert kl16 kl16.ckpt FOLDER`."
         )
     load = 'far.load(".")  # this folder' if name is None else f'far.load("{name}")'
     return (
@@ -144,8 +134,7 @@ def _sizes(config: FolderConfig, folder: Path) -> Iterable[tuple[str, object]]:
 def _parameters(path: Path) -> int:
     """Return the number of values in a safetensors file, from its header alone."""
     with safe_open(path, "numpy") as file:
-        names = file.keys()
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def _training(facts: dict[str, Any], heading: str = "## Training") -> str:

@@ -14,12 +14,11 @@ _SHOWN = 20
 def class_number(classes: Sequence[str], label: object) -> int:
     """Return the number of the class that a label means.
 
-    Integers are numbers. A text is the name of a class, or a number in digits, if these do not mean different
-    classes; ``"number=3"`` is always class 3.
+    Integers are numbers. A text is a class's name, or a number in digits, if these do not mean different
+    classes. ``"number=3"`` is always class 3.
 
     Raises:
-        InputError: no such class, a name that several classes have, or digits that a class of another number
-            is named.
+        InputError: there is no such class, or the text could mean several.
     """
     if not isinstance(label, str):
         return _within(classes, whole_number("label", label))
@@ -27,10 +26,8 @@ def class_number(classes: Sequence[str], label: object) -> int:
     if match is None:
         if label in classes:
             return _named(classes, label)
-        raise InputError(
-            f"class {label[:80]!r} does not exist. "
-            f"Give a number 0 to {len(classes) - 1} or one of: {_shown(classes)}."
-        )
+        choices = f"a number 0 to {len(classes) - 1} or one of: {_shown(classes)}"
+        raise InputError(f"class {label[:80]!r} does not exist. Give {choices}.")
     number = int(match[2])
     if match[1] is None and label in classes:
         named = _named(classes, label)
@@ -61,27 +58,19 @@ def label_text(classes: Sequence[str], number: int) -> str:
 def check_same_classes(
     ours: Sequence[str], source: str, theirs: Sequence[str], other: str, remedy: str
 ) -> None:
-    """Raise an :class:`InputError` that names the first difference and the remedy unless names are equal.
+    """Raise an :class:`InputError` that names the first difference unless names are equal and in order.
 
-    Args:
-        ours: class names of ``source``, in order.
-        source: where they come from, for the message.
-        theirs: class names of ``other``, in order.
-        other: where they come from, for the message.
-        remedy: what to do, in words; the message ends with it.
+    The message names where the names come from, ``source`` and ``other``, and ends with the ``remedy``.
     """
     if list(ours) == list(theirs):
         return
-    if len(ours) != len(theirs):
-        raise InputError(
-            f"{source} has {len(ours)} classes ({_shown(ours)}) and {other} {len(theirs)} "
-            f"({_shown(theirs)}). {remedy[0].upper()}{remedy[1:]}."
-        )
-    number = next(index for index, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
-    raise InputError(
-        f"class {number} is {ours[number]!r} in {source} and {theirs[number]!r} in {other}. "
-        f"{remedy[0].upper()}{remedy[1:]}."
-    )
+    if len(ours) == len(theirs):
+        number = next(index for index, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
+        difference = f"class {number} is {ours[number]!r} in {source} and {theirs[number]!r} in {other}"
+    else:
+        ours_listed, theirs_listed = (f"{len(names)} classes ({_shown(names)})" for names in (ours, theirs))
+        difference = f"{source} has {ours_listed} and {other} {theirs_listed}"
+    raise InputError(f"{difference}. {remedy[0].upper()}{remedy[1:]}.")
 
 
 def unmatched_classes(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:

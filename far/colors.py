@@ -22,7 +22,8 @@ def to_srgb(picture: Image.Image) -> Image.Image:
     A picture without a profile, or with one that cannot be used (:func:`has_unusable_profile`), is assumed to
     be sRGB. Such pictures, and those whose profile is sRGB, are returned as they are.
     """
-    channels, transform = _transform(picture) if picture.info.get("icc_profile") else ("", None)
+    profile = picture.info.get("icc_profile")
+    channels, transform = _transform(profile, picture.mode) if profile else _UNUSABLE
     if transform is None:
         return picture
     if picture.has_transparency_data and picture.mode not in ("LA", "RGBA"):
@@ -36,18 +37,14 @@ def to_srgb(picture: Image.Image) -> Image.Image:
 
 def has_unusable_profile(picture: Image.Image) -> bool:
     """Return whether a picture embeds a profile that is damaged or describes other channels."""
-    # Pillow stores None for a profile whose parts it could not all collect.
-    return "icc_profile" in picture.info and (
-        not picture.info["icc_profile"] or _transform(picture) == _UNUSABLE
-    )
-
-
-def _transform(picture: Image.Image) -> tuple[str, ImageCms.ImageCmsTransform | None]:
-    return _build_transform(picture.info["icc_profile"], picture.mode)
+    if "icc_profile" not in picture.info:
+        return False
+    profile = picture.info["icc_profile"]  # Pillow stores None if it could not collect all of its parts
+    return not profile or _transform(profile, picture.mode) == _UNUSABLE
 
 
 @functools.lru_cache(maxsize=32)
-def _build_transform(data: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransform | None]:
+def _transform(data: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransform | None]:
     """Return the mode to convert from, and the transform to sRGB, or ``None`` if it changes nothing.
 
     The mode is empty if the profile cannot be used for a picture of ``mode``.

@@ -61,8 +61,8 @@ def convert_mar(source: Path, folder: Path, *, ema: bool = True) -> None:
     values are ``num_iter`` and ``num_sampling_steps`` of the ``args`` (else 64 and 100), and linear guidance
     with the scale of the published evaluation (2.9, 3.0 and 3.2 for MAR-B, -L and -H, else 3.0).
 
-    An autoencoder in the folder is kept, so that this and :func:`convert_kl16`, in either order, make a
-    complete model. A generator in the folder is never overwritten.
+    An autoencoder in the folder is kept, and a generator is never overwritten: this and
+    :func:`convert_kl16`, in either order, make a complete model.
 
     Args:
         source: the ``.pth`` file. Nothing in it is executed: only tensors, plain values and
@@ -72,7 +72,7 @@ def convert_mar(source: Path, folder: Path, *, ema: bool = True) -> None:
 
     Raises:
         InputError: the file is missing, damaged, hostile or of another model, or the folder holds a
-            generator, an autoencoder with other latent channels, or a ``config.json`` that is not ours.
+            generator, an autoencoder with other latent channels, or a foreign ``config.json``.
     """
     existing = config_without(folder, "model")
     checkpoint = _read_pickle(source)
@@ -102,17 +102,14 @@ def convert_mar(source: Path, folder: Path, *, ema: bool = True) -> None:
 def convert_kl16(source: Path, folder: Path) -> None:
     """Write MAR's autoencoder (``kl16.ckpt``) into a folder, with MAR's latent scale of 0.2325.
 
-    Sizes come from the tensors. A generator in the folder (:func:`convert_mar`) is kept. An autoencoder in
-    the folder is never overwritten.
+    Sizes come from the tensors. A generator in the folder is kept, and an autoencoder is never overwritten.
 
     Args:
-        source: the ``.ckpt`` file: a state dict, or one under the key ``model``; read as in
-            :func:`convert_mar`.
+        source: the ``.ckpt`` file: a state dict, or one under the key ``model``.
         folder: made if missing. Nothing is written unless the whole conversion succeeds.
 
     Raises:
-        InputError: the file is missing, damaged, hostile or of another model, or the folder holds an
-            autoencoder, a generator with other latent channels, or a ``config.json`` that is not ours.
+        InputError: as in :func:`convert_mar`.
     """
     checkpoint = _read_pickle(source)
     nested = isinstance(checkpoint, Mapping) and "model" in checkpoint
@@ -140,7 +137,7 @@ def add_autoencoder(
 
     Raises:
         InputError: a tensor is missing, left over or of another shape, or the folder holds an autoencoder, a
-            generator with other latent channels, or a ``config.json`` that is not ours.
+            generator with other latent channels, or a foreign ``config.json``.
     """
     existing = config_without(folder, "autoencoder")
     with torch.device("meta"):
@@ -208,7 +205,7 @@ def _mar_config(weights: dict[str, Tensor], settings: dict[str, Any]) -> tuple[M
     patch = _number(settings, "patch_size", math.isqrt(channels // latent_channels) or 1)
     if side**2 != tokens or latent_channels * patch**2 != channels:
         raise InputError(
-            f"{tokens} tokens of {channels} values are no square grid of {patch}×{patch} patches of "
+            f"{tokens} tokens of {channels} values do not form a square grid of {patch}×{patch} patches of "
             f"{latent_channels} channels"
         )
     encoder, decoder = blocks("encoder", encoder_width), blocks("decoder", decoder_width)

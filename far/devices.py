@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     import torch
 
 _NAME = re.compile(r"auto|cpu(:0)?|(cuda|mps|xpu)(:(0|[1-9]\d{0,3}))?")
-_MOST_THREADS = 1024
 # Dtype of the forward pass in training. Weights are float32.
 TrainingDtype = Literal["auto", "float32", "bfloat16", "float16"]
 TRAINING_DTYPES: tuple[TrainingDtype, ...] = ("auto", "float32", "bfloat16", "float16")
@@ -25,12 +24,10 @@ def check_device_name(name: str) -> None:
 
 
 def resolve_device(device: "str | torch.device" = "auto") -> "torch.device":
-    """Return the device of a name after a trial of a model's operations on it.
+    """Return a device after a trial of a model's operations on it.
 
-    The first CUDA device of a process turns TF32 off in convolutions, as it is in matrix products.
-
-    Args:
-        device: ``"auto"`` takes CUDA if torch finds a CUDA device, else MPS if it works, else the CPU.
+    ``"auto"`` takes CUDA if torch finds a CUDA device, else MPS if it works, else the CPU. The first CUDA
+    device of a process turns TF32 off in convolutions, as it is in matrix products.
 
     Raises:
         InputError: the name is unknown, or the device cannot be used on this machine.
@@ -51,10 +48,9 @@ def resolve_device(device: "str | torch.device" = "auto") -> "torch.device":
 
 @functools.cache
 def _turn_tf32_off() -> None:
-    """Turn off the TF32 of cuDNN, which rounds the inputs of float32 convolutions to 11 bits.
+    """Turn off the TF32 of cuDNN, which changes features and pixels by about 1e-3.
 
-    Features, Fréchet distances and pixels would differ from a CPU's by about 1e-3. This happens once per
-    process, so that a user can turn TF32 on again.
+    This happens once per process, so that a user can turn TF32 on again.
     """
     import torch
 
@@ -136,15 +132,11 @@ def resolve_training_dtype(name: TrainingDtype, device: "torch.device") -> Train
 
 def check_threads(count: int) -> None:
     """Raise an :class:`InputError` unless ``count`` is within 1 to 1024."""
-    check_count("threads", count, _MOST_THREADS)
+    check_count("threads", count, 1024)
 
 
 def set_threads(count: int) -> None:
-    """Set the number of torch's threads, 1 to 1024.
-
-    Raises:
-        InputError: the count is out of range.
-    """
+    """Set the number of torch's threads after :func:`check_threads`."""
     check_threads(count)
 
     import torch

@@ -74,8 +74,8 @@ _SKIPPED = {"sample_size", "force_upcast", "scaling_factor", "shift_factor", "la
 def to_diffusers(autoencoder: Autoencoder, folder: Path) -> None:
     """Write an autoencoder as a folder for ``diffusers.AutoencoderKL.from_pretrained``.
 
-    Its latents become ours by ``(latent − mean) · scaling_factor / std``, where mean and std are
-    ``latents_mean`` and ``latents_std`` if there is one shift per channel, else ``shift_factor`` and 1.
+    Its latents become ours by ``(latent − mean) · scaling_factor / std``, with ``latents_mean`` and
+    ``latents_std`` if there is one shift per channel, else with ``shift_factor`` and 1.
 
     Args:
         autoencoder: in float32 on any device.
@@ -106,9 +106,8 @@ def to_diffusers(autoencoder: Autoencoder, folder: Path) -> None:
 def from_diffusers(source: Path, folder: Path) -> str:
     """Add the autoencoder of an ``AutoencoderKL`` folder to one of ours, and return which files were read.
 
-    A generator in the folder is kept. An autoencoder in the folder is never overwritten. Weights may be in
-    one file or in shards, under the attention's older names, or a variant such as ``fp16``. If there are
-    several, the plain ones are read.
+    A generator in the folder is kept, and an autoencoder is never overwritten. Weights may be in one file or
+    in shards, under the attention's older names, or a variant such as ``fp16``; plain ones come first.
 
     Args:
         source: holds ``config.json`` and ``diffusion_pytorch_model.safetensors``; for a whole diffusers
@@ -116,9 +115,8 @@ def from_diffusers(source: Path, folder: Path) -> str:
         folder: made if missing. Nothing is written unless the whole conversion succeeds.
 
     Raises:
-        InputError: a file is missing or damaged, an entry of the config requires arithmetic that ours lacks
-            (the entry is named), a tensor is missing, left over or of another shape, or the folder holds an
-            autoencoder, or a generator with other latent channels.
+        InputError: a file is missing or damaged, an entry of the config requires arithmetic that ours lacks,
+            a tensor does not fit, or the folder holds an autoencoder or a generator with other channels.
     """
     path = source / "config.json"
     if not path.exists():
@@ -165,9 +163,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
         if not re.fullmatch(r"[\w.-]+\.safetensors", file, re.ASCII):
-            raise InputError(
-                f"{index} lists {file[:80]!r}, no safetensors file beside it. Save the weights again."
-            )
+            raise InputError(f"{index} lists {file[:80]!r}, not a safetensors file. Save the weights again.")
         shard = read_tensors(index.parent / file)
         if shard.keys() != {name for name, place in files.items() if place == file}:
             raise InputError(

@@ -17,12 +17,11 @@ from far.pictures import to_rgb, to_tensor
 
 
 def image_pixels(image: Any, size: tuple[int, int]) -> Tensor:
-    """Return an image as ``[3, height, width]`` floats in [0, 1].
+    """Return an image of ``size`` (height, width) as ``[3, height, width]`` floats in [0, 1].
 
     Args:
-        image: a picture of Pillow, uint8 pixels ``[height, width, 3 or 4]``, or floats ``[3, height, width]``
-            in [0, 1].
-        size: the expected (height, width) in pixels.
+        image: a picture of Pillow, uint8 ``[height, width, 3 or 4]``, or floats ``[3, height, width]``.
+        size: in pixels.
 
     Raises:
         InputError: the image is of another type, size or range.
@@ -32,10 +31,7 @@ def image_pixels(image: Any, size: tuple[int, int]) -> Tensor:
         raise InputError(f"image has shape {list(tensor.shape)}, not {[3, *size]}. Crop or resize it.")
     low, high = tensor.float().aminmax()  # NaN if any value is
     if not (tensor.is_floating_point() and low >= 0 and high <= 1):
-        raise InputError(
-            f"image holds {tensor.dtype} from {low:g} to {high:g}. "
-            "Give floats within 0 … 1, such as bytes / 255."
-        )
+        raise InputError(f"image holds {tensor.dtype} from {low:g} to {high:g}. Give floats within 0 … 1.")
     return tensor
 
 
@@ -43,8 +39,7 @@ def mask_pixels(mask: Any, size: tuple[int, int]) -> Tensor:
     """Return a mask as bool ``[height, width]``, true where to redraw.
 
     Args:
-        mask: a picture of Pillow, white where to redraw, or numbers ``[height, width]``, above 0.5 where to
-            redraw.
+        mask: a picture of Pillow, or numbers ``[height, width]``, above 0.5 where to redraw.
         size: the expected (height, width) in pixels.
 
     Raises:
@@ -55,38 +50,27 @@ def mask_pixels(mask: Any, size: tuple[int, int]) -> Tensor:
         # The channels of a picture or array come first or, if there is one only, possibly last.
         tensor = tensor[..., 0] if tensor.shape[-1] == 1 else tensor.float().mean(dim=0)
     if tensor.shape != size:
-        raise InputError(
-            f"mask has shape {list(tensor.shape)}, not {list(size)} as the image. Crop or resize it."
-        )
+        raise InputError(f"mask has shape {list(tensor.shape)}, not {list(size)}. Crop or resize it.")
     if not tensor.isfinite().all():
-        raise InputError("mask holds values that are not finite. Give 1 where to redraw and 0 elsewhere.")
+        raise InputError("mask holds values that are not finite. Give 1 to redraw and 0 to keep.")
     return tensor > 0.5
 
 
 def _pixels(name: str, given: Any, background: str) -> Tensor:
     """Return a picture, or its 8-bit pixels, as ``[3, H, W]`` in [0, 1]; other values as they are."""
-    if (
-        isinstance(given, np.ndarray)
-        and given.dtype == np.uint8
-        and given.ndim == 3
-        and given.shape[-1] in (3, 4)
-    ):
-        given = Image.fromarray(given)
-    if isinstance(given, Image.Image):
-        return to_tensor(given, background)
     if isinstance(given, np.ndarray):
+        if given.dtype == np.uint8 and given.ndim == 3 and given.shape[-1] in (3, 4):
+            return to_tensor(Image.fromarray(given), background)
         try:
             given = torch.from_numpy(given.copy())
         except (TypeError, ValueError) as error:
-            raise InputError(
-                f"{name} has dtype {given.dtype}, which torch lacks. Give another, such as uint8 or float32."
-            ) from error
+            raise InputError(f"{name} has dtype {given.dtype}. Give uint8 or float32.") from error
+    if isinstance(given, Image.Image):
+        return to_tensor(given, background)
     if isinstance(given, Tensor) and not given.is_complex():
         return given
-    raise InputError(
-        f"{name} is {type(given).__name__}. "
-        "Give a picture of Pillow, an array of numpy or a tensor of real numbers."
-    )
+    kind = type(given).__name__
+    raise InputError(f"{name} is a {kind}. Give a picture of Pillow, or an array or tensor of real numbers.")
 
 
 def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
@@ -120,15 +104,14 @@ def place(picture: Image.Image, size: tuple[int, int], left: int, top: int) -> t
     Args:
         picture: a picture of any mode, converted by :func:`far.pictures.to_rgb`.
         size: (height, width) of the canvas in pixels.
-        left: column of the picture's left side on the canvas, in pixels.
+        left: column of the picture's left side on the canvas.
         top: row of its upper side.
 
     Returns:
         The canvas, and a bool mask ``[height, width]``, true around the picture.
 
     Raises:
-        InputError: the picture is damaged, ``left`` or ``top`` is not a whole number, or it leaves the
-            canvas.
+        InputError: the picture is damaged or leaves the canvas.
     """
     height, width = size
     left, top = whole_number("left", left), whole_number("top", top)
@@ -145,11 +128,7 @@ def place(picture: Image.Image, size: tuple[int, int], left: int, top: int) -> t
 
 
 def touched_tokens(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return which tokens a mask touches with at least one pixel, as bool ``[tokens]``, row by row.
-
-    Args:
-        mask: ``[H, W]``.
-        grid: (rows, columns) of tokens.
+    """Return which tokens ``mask [H, W]`` touches with at least one pixel: bool ``[rows · columns]``.
 
     Raises:
         InputError: the mask touches no token, or every token.
@@ -160,22 +139,15 @@ def touched_tokens(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     if not touched.any():
         raise InputError("the mask marks nothing to redraw. Paint the part to redraw white.")
     if touched.all():
-        raise InputError(
-            f"the mask touches all {rows}×{columns} tokens, so nothing is kept. "
-            "Mark less, or generate a new image."
-        )
+        raise InputError(f"the mask touches all {rows}×{columns} tokens. Mark less, or generate a new image.")
     return touched
 
 
 def paste_kept(drawn: Tensor, image: Tensor, redrawn: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return drawn images with the pixels of the original in all kept tokens.
+    """Return drawn images ``[b, 3, H, W]`` with the pixels of ``image [3, H, W]`` in all kept tokens.
 
-    Args:
-        drawn: ``[b, 3, H, W]``.
-        image: ``[3, H, W]``.
-        redrawn: bool ``[tokens]``.
-        grid: (rows, columns) of tokens.
+    ``redrawn`` is a bool ``[tokens]`` or ``[b, tokens]``, and ``grid`` the (rows, columns) of tokens.
     """
-    cells = redrawn.view(1, 1, *grid).float()
+    cells = redrawn.view(-1, 1, *grid).float()
     mask = F.interpolate(cells, size=image.shape[-2:], mode="nearest").bool()
     return torch.where(mask.to(drawn.device), drawn, image.to(drawn))

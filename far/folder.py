@@ -1,7 +1,6 @@
-"""A model's folder: ``config.json`` and safetensors, opened once, checked once, and turned into modules.
+"""A model's folder: ``config.json``, and safetensors of a generator, an autoencoder or both.
 
-A folder holds a generator (``model.safetensors``), an autoencoder (``autoencoder.safetensors``) or both. This
-module is the only one that reads or writes ``config.json``. Opening a folder needs no torch.
+No other module reads or writes ``config.json``. Opening a folder needs no torch.
 """
 
 import dataclasses
@@ -47,22 +46,15 @@ class ModelFolder:
     def open(
         cls, name: Path | str, *, revision: str | None = None, local_files_only: bool = False
     ) -> "ModelFolder":
-        """Find a folder and read its ``config.json``.
-
-        Args:
-            name: a folder, the name of a bundled model, or ``OWNER/NAME[@REVISION]`` of the hub.
-            revision: a branch, tag or commit on the hub.
-            local_files_only: take a model of the hub from the local cache alone.
+        """Find a folder and read its ``config.json``. The parameters are those of :func:`far.load`.
 
         Raises:
             InputError: there is no such model, or its ``config.json`` is damaged or describes no model.
         """
         path = find_folder(name, revision=revision, local_files_only=local_files_only)
         config = _read_config(path / _CONFIG)
-        if config.base is None:
-            return cls(path, config)
         try:
-            return cls(path, config, _open_base(config.base.weights))
+            return cls(path, config, None if config.base is None else _open_base(config.base.weights))
         except InputError as error:
             raise InputError(f"{path / _CONFIG}: {error}") from error
 
@@ -75,8 +67,7 @@ class ModelFolder:
         """Load the generator, in float32 on the CPU, in evaluation mode.
 
         Raises:
-            InputError: the folder holds no generator, or its files are damaged or do not fit together. The
-                message names the file and the first tensor that differs.
+            InputError: there is no generator, or its files are damaged or do not fit together.
         """
         from far.model import FAR
         from far.weights import build_module
@@ -84,7 +75,7 @@ class ModelFolder:
         config = self.config.model
         if config is None:
             raise InputError(
-                f"{self.path / _CONFIG} has no model. Load its autoencoder by far.load_autoencoder."
+                f"{self.path / _CONFIG} has no model. Load its autoencoder: far.load_autoencoder."
             )
         fallback = None if self.base is None else lambda: self._base_tensors(_MODEL)
         return build_module(lambda: FAR(config), self._tensors(_MODEL), self.path / _MODEL, fallback).eval()
@@ -98,14 +89,12 @@ class ModelFolder:
         from far.autoencoder import Autoencoder
         from far.weights import build_module
 
-        config, path = self.config.autoencoder, self.path
-        if config is None and self.base is not None:
-            config, path = self.base.config.autoencoder, self.base.path
+        owner = self if self.config.autoencoder is not None or self.base is None else self.base
+        config = owner.config.autoencoder
         if config is None:
             raise InputError(f"{self.path / _CONFIG} describes no autoencoder. Give a folder that holds one.")
-        sizes = config
-        tensors = self._tensors(_AUTOENCODER) if path is self.path else self._base_tensors(_AUTOENCODER)
-        return build_module(lambda: Autoencoder(sizes), tensors, path / _AUTOENCODER).eval()
+        tensors = self._tensors(_AUTOENCODER) if owner is self else self._base_tensors(_AUTOENCODER)
+        return build_module(lambda: Autoencoder(config), tensors, owner.path / _AUTOENCODER).eval()
 
     def _tensors(self, file: str) -> "dict[str, Tensor]":
         from far.weights import read_tensors
@@ -141,27 +130,21 @@ class ModelFolder:
         Args:
             path: the folder, made if missing.
             config: classes, defaults, results and training. The sizes are taken from the modules.
-            model: the generator.
-            autoencoder: the autoencoder.
-            dtype: dtype of the written weights; None keeps theirs.
-            base: name of a bundled model. Tensors that are equal in it are not written.
+            model: the generator, if any.
+            autoencoder: the autoencoder, if any.
+            dtype: as in :meth:`far.Pipeline.save_pretrained`.
+            base: as there.
 
         Raises:
-            InputError: ``dtype`` is not a floating point dtype, the weights are int8, ``base`` is not a whole
-                bundled model, or a file cannot be written.
+            InputError: ``dtype`` or ``base`` is not valid, weights are int8, or a file cannot be written.
         """
         from far.packing import has_int8
         from far.weights import save_tensors
 
         if model is not None and has_int8(model):
-            raise InputError(
-                f"{path}: int8 weights cannot be saved. Load the model in another dtype to save it."
-            )
-        tensors = {
-            file: module.state_dict()
-            for file, module in ((_MODEL, model), (_AUTOENCODER, autoencoder))
-            if module is not None
-        }
+            raise InputError(f"{path}: int8 weights cannot be saved. Load the model in another dtype.")
+        modules = {_MODEL: model, _AUTOENCODER: autoencoder}
+        tensors = {file: module.state_dict() for file, module in modules.items() if module is not None}
         config = dataclasses.replace(
             config,
             model=None if model is None else model.config,
@@ -188,34 +171,20 @@ class ModelFolder:
         described = Base(name, {file: digest(entries) for file, entries in theirs.items()})
         left = {file: changed_tensors(entries, theirs[file]) for file, entries in tensors.items()}
         config = dataclasses.replace(self.config, base=described)
-        if _AUTOENCODER in left and not left[_AUTOENCODER]:  # the base's own
-            config = dataclasses.replace(config, autoencoder=None)
-            del left[_AUTOENCODER]
-        elif _AUTOENCODER in left:  # an autoencoder is written whole
+        if left.get(_AUTOENCODER):  # an autoencoder is written whole
             left[_AUTOENCODER] = tensors[_AUTOENCODER]
+        elif left.pop(_AUTOENCODER, None) is not None:  # the base's own
+            config = dataclasses.replace(config, autoencoder=None)
         return ModelFolder(self.path, config, base), left
 
-    def push(
-        self,
-        name: str,
-        *,
-        license: str,
-        private: bool | None = None,
-        revision: str | None = None,
-        message: str = "Upload a model of far",
-        token: str | None = None,
-    ) -> str:
+    def push(self, name: str, *, license: str, **upload_options: Any) -> str:
         """Publish the folder's files and a model card in one commit, and return the repository's address.
 
-        The parameters are those of :meth:`far.Pipeline.push_to_hub`.
-
-        Raises:
-            InputError: nobody is logged in, writing there is not allowed, the hub cannot be reached, or it
-                refuses the license.
+        The other parameters are those of :func:`far.hub.upload`, and so are the errors.
         """
         files = [path for file in (_CONFIG, _MODEL, _AUTOENCODER) if (path := self.path / file).exists()]
         card = model_card(self.path, self.config, name, license)
-        return upload(files, card, name, revision, private=private, message=message, token=token)
+        return upload(files, card, name, **upload_options)
 
 
 def _read_config(path: Path) -> FolderConfig:
@@ -243,15 +212,9 @@ def load_autoencoder(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> "Autoencoder":
-    """Load an autoencoder, alone or from a whole model's folder.
+    """Load an autoencoder, alone or from a whole model's folder, in evaluation mode.
 
-    Args:
-        name: a folder, the name of a bundled model, or ``OWNER/NAME[@REVISION]`` of the hub.
-        dtype: float32, bfloat16, float16, or auto: bfloat16 if the device has instructions for it, else
-            float32.
-        device: such as ``"cpu"``, ``"cuda:1"`` or a ``torch.device``; ``"auto"`` takes a GPU if there is one.
-        revision: a branch, tag or commit on the hub.
-        local_files_only: take a model of the hub from the local cache alone.
+    The parameters are those of :meth:`far.Pipeline.from_pretrained`. The dtype cannot be int8.
 
     Raises:
         InputError: there is no such model, device or dtype, the model has no autoencoder, or a file is
@@ -280,21 +243,14 @@ def config_without(path: Path, part: Literal["model", "autoencoder"]) -> FolderC
         raise InputError(f"{path} is a file. Give a folder.")
     config = _read_config(path / _CONFIG) if (path / _CONFIG).exists() else FolderConfig()
     if getattr(config, part) is not None or (path / f"{part}.safetensors").exists():
-        raise InputError(
-            f"{path} already holds the part {part!r}, which is not overwritten. "
-            "Choose another folder, or remove it."
-        )
+        raise InputError(f"{path} already holds the part {part!r}. Choose another folder, or remove it.")
     return config
 
 
 def add_part(path: Path, existing: FolderConfig, tensors: "dict[str, Tensor]", **entries: Any) -> None:
-    """Write one part's tensors into a folder, and then its new ``config.json``; if that fails, neither.
+    """Write a part's tensors, and then ``config.json`` with further ``entries``; if that fails, neither.
 
-    Args:
-        path: made if missing.
-        existing: the result of :func:`config_without`.
-        tensors: of the part, by name.
-        entries: further entries of the config, with ``model`` or ``autoencoder`` for the part.
+    The entries hold ``model`` or ``autoencoder``. ``existing`` is the result of :func:`config_without`.
 
     Raises:
         InputError: the part does not fit the one that the folder holds, or a file cannot be written.

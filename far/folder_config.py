@@ -53,12 +53,10 @@ class FolderConfig:
             return
         if len(self.classes) != self.model.classes:
             raise InputError(
-                f"classes has {len(self.classes)} names for a model of {self.model.classes} classes. "
-                "Name them all."
+                f"classes has {len(self.classes)} names. Give {self.model.classes}, as the model."
             )
-        for name in self.classes:
-            if not is_plain(name):
-                raise InputError(f"classes holds {name!r}. Give names without control characters.")
+        if odd := [name for name in self.classes if not is_plain(name)]:
+            raise InputError(f"classes holds {odd[0]!r}. Give names without control characters.")
         if self.autoencoder is not None and self.autoencoder.latent_channels != self.model.latent_channels:
             raise InputError(
                 f"the model has {self.model.latent_channels} latent channels and the autoencoder "
@@ -68,8 +66,8 @@ class FolderConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the entries to write, ready for JSON: without those that do not apply."""
         values = {name: value for name, value in to_dict(self).items() if value is not None}
+        if self.model is None:
+            return {name: values[name] for name in ("autoencoder", "results")}
         if not self.sha256:
             del values["sha256"]
-        return (
-            values if self.model is not None else {name: values[name] for name in ("autoencoder", "results")}
-        )
+        return values

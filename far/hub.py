@@ -26,12 +26,11 @@ def download(name: str, revision: str | None = None, *, local_files_only: bool =
 
     Args:
         name: ``OWNER/NAME`` or ``OWNER/NAME@REVISION``.
-        revision: a branch, tag or commit; ``None`` is the one in the name, else the repository's main branch.
+        revision: a branch, tag or commit; ``None`` is the one in the name, else the main branch.
         local_files_only: use the cache alone, without any request, as HF_HUB_OFFLINE=1 does.
 
     Raises:
-        InputError: the repository or revision does not exist, is gated or private, cannot be reached and is
-            not in the cache, or holds no model of far.
+        InputError: the repository or revision is missing, private, unreachable or not a model of far.
     """
     from huggingface_hub import snapshot_download
 
@@ -44,9 +43,8 @@ def download(name: str, revision: str | None = None, *, local_files_only: bool =
         )  # fmt: skip
     if not ((Path(folder) / "config.json").is_file() and any(Path(folder).glob("*.safetensors"))):
         raise InputError(
-            f"{repository} on the hub does not hold config.json and safetensors, and pickles (.bin, .pth, "
-            ".ckpt) are not read from there. "
-            "Download MAR's checkpoints and convert them with far convert mar and far convert kl16."
+            f"{repository} on the hub does not hold config.json and safetensors. Pickles are not read from "
+            "there: download MAR's checkpoints and use far convert mar and far convert kl16."
         )
     return Path(folder)
 
@@ -63,20 +61,16 @@ def upload(
 ) -> str:
     """Publish files and a model card in one commit, and return the repository's address.
 
-    The repository's ``README.md`` stays if somebody wrote it (:func:`far.card.may_replace`).
+    The repository's ``README.md`` stays if somebody wrote it (:func:`far.card.may_replace`). The other
+    parameters are those of :meth:`far.Pipeline.push_to_hub`.
 
     Args:
         files: the files, published under their names.
         card: the text of ``README.md``.
-        name: ``OWNER/NAME`` or ``OWNER/NAME@BRANCH``. A missing repository is created.
-        revision: the branch, created if missing; ``None`` is the one in the name, else main.
-        private: visibility of a new repository; ``None`` is the owner's default, usually public.
-        message: the commit's message.
-        token: an access token; ``None`` takes that of huggingface_hub.
 
     Raises:
-        InputError: the name does not have this form, nobody is logged in, writing there is not allowed, the
-            hub cannot be reached, or it refuses the card (such as its license).
+        InputError: the name is not valid, nobody is logged in, writing there is not allowed, the hub cannot
+            be reached, or it refuses the card (such as its license).
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import RemoteEntryNotFoundError
@@ -96,13 +90,9 @@ def upload(
                 published = Path(path).read_text(encoding="utf-8", errors="replace")
         except RemoteEntryNotFoundError:  # the hub answers that there is none; no answer raises another error
             published = ""
-        contents: dict[str, Path | bytes] = {file.name: file for file in files}
+        operations = [CommitOperationAdd(file.name, file) for file in files]
         if may_replace(published):
-            contents["README.md"] = card.encode()
-        operations = [
-            CommitOperationAdd(path_in_repo=file, path_or_fileobj=content)
-            for file, content in contents.items()
-        ]
+            operations.append(CommitOperationAdd("README.md", card.encode()))
         api.create_commit(repository, operations, commit_message=message, revision=revision)
     return str(address)
 
@@ -118,59 +108,44 @@ def _split(name: str, revision: str | None) -> tuple[str, str | None]:
 @contextlib.contextmanager
 def _refusals_in_one_line(repository: str, revision: str | None) -> Iterator[None]:
     """Turn whatever huggingface_hub raises into an :class:`InputError`."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub.errors import HTTPError
 
     try:
         yield
-    except errors.GatedRepoError as error:
+    except (HTTPError, OSError, ValueError) as error:
+        name = repr(repository) if revision is None else f"{repository!r} at revision {revision!r}"
+        raise InputError(f"{name}: {_reason(error, repository)}") from error
+
+
+def _reason(error: Exception, repository: str) -> str:
+    """Return what is wrong and what to do."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
         address = f"{constants.ENDPOINT}/{repository}"
-        raise InputError(
-            f"{repository} is gated. Accept its terms at {address} and log in with: hf auth login"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise InputError(
-            f"{repository!r} is neither a folder here nor a model on the hub that you may see. "
-            "Check the name, or log in with: hf auth login"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise InputError(
-            f"{repository} has no revision {revision!r} on the hub. "
-            "Give one of its branches, tags or commits."
-        ) from error
-    except (
-        errors.OfflineModeIsEnabled
-    ) as error:  # raised by publishing; a download reports what the cache lacks
-        raise InputError(f"{repository}: offline mode is on. Unset HF_HUB_OFFLINE to publish.") from error
-    except errors.LocalEntryNotFoundError as error:
-        reason = error.__cause__
-        pinned = "" if revision is None else f" at revision {revision!r}"
-        if reason is None or isinstance(reason, errors.OfflineModeIsEnabled):
-            raise InputError(
-                f"{repository!r}{pinned} is not a folder here and not complete in the local cache, and "
-                "offline mode is on. Load it once without local_files_only and HF_HUB_OFFLINE."
-            ) from error
-        raise InputError(
-            f"{repository!r}{pinned} is not a folder here and not complete in the local cache, and the hub "
-            f"does not answer ({_line(reason)}). Check the name and the connection."
-        ) from error
-    except errors.HfHubHTTPError as error:
+        return f"the model is gated. Accept its terms at {address} and log in with: hf auth login"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "not a model that you may see. Check the name, or log in with: hf auth login"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the hub has no such revision. Give a branch, tag or commit."
+    if isinstance(error, errors.OfflineModeIsEnabled):  # a download reports what the cache lacks
+        return "offline mode is on. Unset HF_HUB_OFFLINE to publish."
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        cause = error.__cause__
+        if cause is None or isinstance(cause, errors.OfflineModeIsEnabled):
+            remedy = "offline mode is on. Load it once without local_files_only and HF_HUB_OFFLINE."
+        else:
+            remedy = f"the hub does not answer ({_line(cause)}). Check the name and the connection."
+        return f"its copy in the cache is not complete, and {remedy}"
+    if isinstance(error, errors.HfHubHTTPError):
         refused = error.response.status_code in (401, 403)
-        remedy = (
-            "Log in with hf auth login as somebody who may do this."
-            if refused
-            else "Check the name, or try again later."
-        )
-        raise InputError(f"{repository}: the hub answers {_line(error)!r}. {remedy}") from error
-    except errors.HFValidationError as error:
-        raise InputError(
-            f"{repository!r} is not a folder here and not a valid name on the hub: {_line(error)}"
-        ) from error
-    except (errors.HTTPError, OSError) as error:
-        raise InputError(
-            f"{repository}: {_line(error)}. Check the connection, and the free space of the cache."
-        ) from error
-    except ValueError as error:  # the hub's check refuses the card
-        raise InputError(f"{repository}: the hub refuses the model card: {_line(error)}") from error
+        remedy = "Log in with: hf auth login" if refused else "Check the name, or try again later."
+        return f"the hub answers {_line(error)!r}. {remedy}"
+    if isinstance(error, errors.HFValidationError):
+        return f"not a valid name on the hub: {_line(error)}"
+    if isinstance(error, (errors.HTTPError, OSError)):
+        return f"{_line(error)}. Check the connection, and the free space of the cache."
+    return f"the hub refuses the model card: {_line(error)}"
 
 
 def _line(error: BaseException) -> str:

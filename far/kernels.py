@@ -1,14 +1,13 @@
 """Matrix products of CPUs that torch has as private operators only. No other module calls these operators.
 
-Each way is tried on a small product before it is used: a release of torch may change an operator, and a
-processor may compute it wrong. `tests/test_kernels.py` names what a release has changed.
+Each is tried on a small product before it is used: a release of torch may change an operator, and a processor
+may compute it wrong. `tests/test_kernels.py` names what a release has changed.
 
 Processors without VNNI multiply 8-bit integers by an instruction (vpmaddubsw) that adds two neighboring
 products into 16 bits and saturates: 255 × 127 twice is 64770, and 32767 is what remains. So there are two
 kernels. ``"whole"`` uses all of a weight's 8 bits and is exact with VNNI. ``"paired"`` limits the sum of two
 neighboring weights to 128, so that no sum leaves 16 bits (255 × 128 = 32640), and is exact on all x86
-processors. `benchmarks/kernels.py` measures both. The 8-bit product of oneDNN saturates as well, and is
-slower for the few rows of a generation, so it is not used.
+processors. `benchmarks/kernels.py` measures both. oneDNN's 8-bit product saturates too, and is slower here.
 """
 
 import functools
@@ -59,8 +58,7 @@ def bfloat16_fault() -> str | None:
         if not torch.equal(packed.to_dense(), weight):
             return "the packed weight's to_dense() differs from the weight"
         expected = torch.nn.functional.linear(x, weight).float()
-        # Both round a float32 sum to the 8 bits of bfloat16; a wrong layout is wrong by about the sums' own
-        # size.
+        # Both round float32 sums to 8 bits. With a wrong layout, errors are about as large as the sums.
         if not torch.allclose(bfloat16_linear(x, packed, None).float(), expected, rtol=2**-7, atol=2**-7):
             return "the packed product differs from the plain one"
     except _BREAKAGE as error:
@@ -135,14 +133,12 @@ def int8_fault(kernel: Int8Kernel) -> str | None:
         error = int8_error(kernel)
     except _BREAKAGE as breakage:
         return _first_line(breakage)
+    # Rounding to float32 is about 1e-7, and one unit of the inputs 2e-3.
     return None if error < 1e-5 else f"8-bit matrix products are wrong by up to {error:.0%} on this processor"
 
 
 def int8_error(kernel: Int8Kernel) -> float:
-    """Return the largest error of worst-case products as a fraction of the largest product.
-
-    Rounding to float32 is about 1e-7, and one unit of the inputs 2e-3.
-    """
+    """Return the largest error of worst-case products as a fraction of the largest product."""
     worst = 0.0
     # Were other weights neighbors than those that "paired" limits, one of the rows would saturate.
     patterns = [[1, 1, 1, 1], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [1, -1, 0, 1], [-1, -1, -1, -1]]

@@ -1,9 +1,11 @@
 """Linear layers for inference on a CPU, with weights in the layout of its instructions: bfloat16 or 8-bit.
 
-In torch's own layout, a bfloat16 weight is reordered in every call. For the few rows of a generation, this
-costs as much as the product itself. Packing changes only the order in memory, and results are equal bit for
-bit. 8-bit weights are an approximation and cannot be saved.
+Without packing, every call reorders a bfloat16 weight. For the few rows of a generation, this costs as much
+as the product itself. Packed results are equal bit for bit. 8-bit weights are an approximation.
 """
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from far.kernels import Int8Kernel
 # Narrower layers (the projections of tokens) have few weights to read, and they carry the image's values
 # themselves.
 _INT8_WIDTH = 64
+
+L = TypeVar("L", bound=nn.Module)
 
 
 class PackedLinear(nn.Module):
@@ -36,8 +40,8 @@ class PackedLinear(nn.Module):
 class Int8Linear(nn.Module):
     """Linear layer ``[…, in] → […, out]`` that approximates ``linear`` with 8-bit weights and inputs.
 
-    Each row of the weight and each row of the input has its own scale, so rows do not influence each other.
-    Inputs are rounded to 127ths of their largest absolute value. Everything else is float32.
+    Each row of the weight and of the input has its own scale, so rows do not influence each other. Inputs are
+    rounded to 127ths of their largest absolute value. Everything else is float32.
 
     Args:
         linear: a layer in float32 on the CPU.
@@ -74,17 +78,13 @@ class Int8Linear(nn.Module):
 
 def pack_linear_layers(module: nn.Module) -> None:
     """Replace bfloat16 linear layers on the CPU within ``module`` by packed ones, in place, if faster."""
-    if not can_pack():
-        return
-    for name, child in module.named_children():
-        if (
-            type(child) is nn.Linear
-            and child.weight.device.type == "cpu"
-            and child.weight.dtype == torch.bfloat16
-        ):
-            setattr(module, name, PackedLinear(child))
-        else:
-            pack_linear_layers(child)
+
+    def packed(linear: nn.Linear) -> nn.Module:
+        fits = linear.weight.device.type == "cpu" and linear.weight.dtype == torch.bfloat16
+        return PackedLinear(linear) if fits else linear
+
+    if kernels.bfloat16_fault() is None:
+        _replace(module, nn.Linear, packed)
 
 
 def quantize_linear_layers(module: nn.Module, kernel: Int8Kernel | None = None) -> None:
@@ -97,23 +97,32 @@ def quantize_linear_layers(module: nn.Module, kernel: Int8Kernel | None = None) 
     Raises:
         InputError: no kernel is exact on this machine.
     """
-    for name, child in module.named_children():
-        if type(child) is nn.Linear and min(child.in_features, child.out_features) >= _INT8_WIDTH:
-            setattr(module, name, Int8Linear(child, kernel))
-        else:
-            quantize_linear_layers(child, kernel)
+
+    def rounded(linear: nn.Linear) -> nn.Module:
+        wide = min(linear.in_features, linear.out_features) >= _INT8_WIDTH
+        return Int8Linear(linear, kernel) if wide else linear
+
+    _replace(module, nn.Linear, rounded)
 
 
 def unpack_linear_layers(module: nn.Module) -> None:
     """Replace the packed linear layers within ``module`` by plain ones, in place; 8-bit ones stay."""
+
+    def plain(packed: PackedLinear) -> nn.Module:
+        linear = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None, device="meta")
+        linear.weight, linear.bias = nn.Parameter(packed.weight.detach().to_dense()), packed.bias
+        return linear
+
+    _replace(module, PackedLinear, plain)
+
+
+def _replace(module: nn.Module, kind: type[L], replacement: Callable[[L], nn.Module]) -> None:
+    """Replace all layers within a module that are exactly of a class, in place."""
     for name, child in module.named_children():
-        if isinstance(child, PackedLinear):
-            linear = nn.Linear(child.in_features, child.out_features, child.bias is not None, device="meta")
-            linear.weight = nn.Parameter(child.weight.detach().to_dense())
-            linear.bias = child.bias
-            setattr(module, name, linear)
+        if type(child) is kind:
+            setattr(module, name, replacement(child))
         else:
-            unpack_linear_layers(child)
+            _replace(child, kind, replacement)
 
 
 def has_int8(module: nn.Module) -> bool:
@@ -127,13 +136,3 @@ def parameter_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters()) + sum(
         part.out_features * (part.in_features + (part.bias is not None)) for part in packed
     )
-
-
-def can_pack() -> bool:
-    """Return whether this processor and this build of torch multiply packed bfloat16 weights."""
-    return kernels.bfloat16_fault() is None
-
-
-def can_quantize() -> bool:
-    """Return whether this processor and this build of torch multiply 8-bit integers exactly."""
-    return kernels.int8_kernel() is not None

@@ -1,7 +1,6 @@
 """The one place where pickles are read: files of ``torch.save``, with weights and plain values only.
 
-Nothing in a file is executed: ``torch.load`` runs with ``weights_only=True``. The callers check what the file
-holds: ``far.convert``, ``far.evaluation.inception``, ``far.evaluation.features``.
+Nothing in a file is executed: ``torch.load`` runs with ``weights_only=True``. Callers check the content.
 """
 
 import warnings
@@ -18,10 +17,7 @@ from far.files import check_zip
 def read_pickle(path: Path, *allowed: type, mapped: bool = False) -> Any:
     """Read a file of ``torch.save`` onto the CPU: tensors, plain values and the types ``allowed``.
 
-    Args:
-        path: the file.
-        allowed: further types that it may hold.
-        mapped: leave tensors in the file until they are used, if its format allows.
+    With ``mapped``, tensors stay in the file until they are used, if its format allows.
 
     Raises:
         OSError: the file cannot be read.

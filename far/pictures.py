@@ -80,8 +80,7 @@ def to_rgb(picture: Image.Image, background: str = "white", *, keep_colors: bool
         keep_colors: ignore color profiles, as ADM's preparation of ImageNet does.
 
     Raises:
-        InputError: the picture's file is damaged, which Pillow finds only when pixels are needed, or a pixel
-            is not finite.
+        InputError: the picture's file is damaged, or a pixel is not finite.
     """
     try:
         picture.load()
@@ -140,14 +139,9 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
 def contact_sheet(images: Tensor, labels: Sequence[int]) -> Image.Image:
     """Return all images in one picture with one row per class, and enlarge small ones.
 
-    Classes are in order of appearance, their images in the given order. A class of more than eight images
-    takes several rows of equal length. If the sheet would be more than twice as high as wide, the rows are
-    arranged in several columns with a gap between them, so that the sheet is about square. A single image is
-    returned as it is.
-
-    Args:
-        images: ``[n, 3, h, w]`` in [0, 1].
-        labels: the class of each image.
+    Classes are in order of appearance, their ``images [n, 3, h, w]`` in the given order. A class of more than
+    eight images takes several rows of equal length. If the sheet would be more than twice as high as wide,
+    the rows are arranged in several columns, so that it is about square. A single image stays as it is.
     """
     height, width = images.shape[-2:]
     rows = _class_rows(labels)

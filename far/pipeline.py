@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -57,16 +56,13 @@ class Pipeline:
         self.results, self.training = results or {}, training or {}
 
     def __repr__(self) -> str:
-        network, (rows, columns) = self.model.config.network, self.model.config.grid
-        stride = None if self.autoencoder is None else self.autoencoder.config.stride
-        size = "no autoencoder" if stride is None else f"{columns * stride}×{rows * stride} pixels"
-        parts = (
-            f"{network.backbone.kind} backbone",
-            f"{network.head.kind} head",
-            f"{len(self.classes)} classes",
+        network = self.model.config.network
+        size = "no autoencoder" if self.autoencoder is None else "{1}×{0} pixels".format(*self.image_size)
+        return (
+            f"Pipeline({network.backbone.kind} backbone, {network.head.kind} head, "
+            f"{len(self.classes)} classes, {size}, "
+            f"{parameter_count(self.model):,} parameters, {self.dtype}, {self.device})"
         )
-        weights = (f"{parameter_count(self.model):,} parameters", self.dtype, str(self.device))
-        return f"Pipeline({', '.join((*parts, size, *weights))})"
 
     @property
     def device(self) -> torch.device:
@@ -93,11 +89,8 @@ class Pipeline:
     def to(self, device: str | torch.device | None = None, dtype: str | None = None) -> "Pipeline":
         """Move the pipeline to a device and a dtype, in place, and return it.
 
-        A lower precision is not undone by a higher one: load the model again for its original weights.
-
-        Args:
-            device: as in :meth:`from_pretrained`; None keeps it.
-            dtype: as in :meth:`from_pretrained`; None keeps it.
+        None keeps a value, others are as in :meth:`from_pretrained`. A lower precision is not undone by a
+        higher one: load the model again for its original weights.
 
         Raises:
             InputError: there is no such device or dtype here, or int8 weights had to be converted back.
@@ -114,11 +107,7 @@ class Pipeline:
         return self
 
     def label(self, name: int | str) -> int:
-        """Return the number of a class from its number or name; see :func:`far.classes.class_number`.
-
-        Raises:
-            InputError: there is no such class, or a text is the name of one class and the number of another.
-        """
+        """Return the number of a class from its number or name; see :func:`far.classes.class_number`."""
         return class_number(self.classes, name)
 
     # fmt: off
@@ -187,11 +176,7 @@ class Pipeline:
     ) -> Iterator[Progress]:
         """Draw one batch, one AR step at a time; :meth:`decode` turns the last latents into images.
 
-        Args:
-            labels: class numbers or names, one per image.
-            seeds: one per image.
-            config: ``None`` takes the model's default.
-            kept: tokens that are given, not drawn.
+        Labels and seeds are one per image. Tokens that are ``kept`` are given, not drawn.
 
         Raises:
             InputError: an unknown class, or a value out of range; raised by the call itself, before any step.
@@ -212,9 +197,8 @@ class Pipeline:
     def preview(self, progress: Progress) -> Tensor:
         """Return the images so far, ``[b, 3, H, W]`` in [0, 1], mid-gray at unknown tokens."""
         images = self.decode(progress.latents)
-        mask = progress.known.view(-1, 1, *self.model.config.token_grid).float()
-        mask = F.interpolate(mask, size=images.shape[-2:], mode="nearest")
-        return images * mask + 0.5 * (1 - mask)
+        gray = images.new_full(images.shape[1:], 0.5)
+        return paste_kept(images, gray, progress.known, self.model.config.token_grid)
 
     # fmt: off
     @overload
@@ -247,9 +231,8 @@ class Pipeline:
                 of redrawn tokens.
 
         Raises:
-            InputError: image or mask has another size, the image is not within [0, 1], the mask touches no
-                token or every token, the class is unknown, a value is out of range, or a causal backbone
-                cannot redraw there.
+            InputError: image or mask has another size or range, the mask touches no token or every token, the
+                class is unknown, a value is out of range, or a causal backbone cannot redraw there.
         """
         check_output(output)
         seeds = counted_seeds(seed)
@@ -293,25 +276,20 @@ class Pipeline:
     ) -> None:
         """Write a folder that :func:`far.load` reads, with a model card in ``README.md``.
 
-        The card lists classes, sizes, sampling values, results and, for models trained here, data and recipe.
         A ``README.md`` that somebody wrote is kept.
 
         Args:
             folder: made if missing.
-            dtype: dtype of the written weights; None keeps theirs.
+            dtype: floating point dtype of the written weights; None keeps theirs.
             base: name of a bundled model. Tensors that are equal in it, such as the backbone under another
                 head, are not written but taken from there when loading. Such a folder gets no model card.
 
         Raises:
-            InputError: the weights are int8, which cannot be converted back, or no whole model ``base`` is
-                bundled.
+            InputError: the weights are int8, or ``base`` is not a whole bundled model.
         """
-        config = FolderConfig(
-            self.model.config, None, tuple(self.classes), self.defaults, self.results, self.training
-        )
-        ModelFolder.save(
-            Path(folder), config, model=self.model, autoencoder=self.autoencoder, dtype=dtype, base=base
-        )
+        model, autoencoder, classes = self.model, self.autoencoder, tuple(self.classes)
+        config = FolderConfig(model.config, None, classes, self.defaults, self.results, self.training)
+        ModelFolder.save(Path(folder), config, model=model, autoencoder=autoencoder, dtype=dtype, base=base)
 
     def push_to_hub(
         self,
@@ -337,8 +315,7 @@ class Pipeline:
             token: an access token; ``None`` takes that of ``hf auth login`` or HF_TOKEN.
 
         Raises:
-            InputError: the weights are int8, nobody is logged in, writing there is not allowed, the hub
-                cannot be reached, or it refuses the license.
+            InputError: weights are int8, the hub cannot be reached, or it refuses the license or the user.
         """
         with tempfile.TemporaryDirectory() as temporary:
             self.save_pretrained(temporary, dtype)
@@ -371,17 +348,16 @@ class Pipeline:
 
         Raises:
             InputError: there is no such folder, name, revision, device or dtype, the hub cannot be reached,
-                the folder holds an autoencoder alone, or the files are damaged or do not fit together. The
-                message names the file and the first tensor or key that differs.
+                there is no generator, or files are damaged (the first wrong tensor or key is named).
         """
         device = resolve_device(device)  # refused before anything is read, and so is the dtype
         dtype = resolve_dtype(dtype, device)
         folder = ModelFolder.open(name, revision=revision, local_files_only=local_files_only)
         config = folder.config
         model = prepare(folder.load_model(), dtype, device)
-        autoencoder = (
-            prepare_autoencoder(folder.load_autoencoder(), dtype, device) if folder.has_autoencoder else None
-        )
+        autoencoder = folder.load_autoencoder() if folder.has_autoencoder else None
+        if autoencoder is not None:
+            autoencoder = prepare_autoencoder(autoencoder, dtype, device)
         return cls(model, autoencoder, config.classes, config.defaults, config.results, config.training)
 
 

@@ -16,9 +16,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 
 def resolve_dtype(name: str, device: "str | torch.device") -> str:
-    """Return the dtype that ``auto`` stands for on a device; any other name is returned as it is.
-
-    It is bfloat16 if the device has instructions for it, else float32.
+    """Return ``name``, or for ``auto`` bfloat16 if the device has instructions for it, else float32.
 
     Raises:
         InputError: there is no such dtype or device, or the dtype cannot be used on this device.
@@ -40,8 +38,7 @@ def torch_dtype(name: str) -> "torch.dtype":
     """Return the dtype of a model's plain tensors; those of an int8 model are float32."""
     import torch
 
-    dtype = getattr(torch, "float32" if name == "int8" else name)
-    assert isinstance(dtype, torch.dtype)
+    dtype: torch.dtype = getattr(torch, "float32" if name == "int8" else name)
     return dtype
 
 

@@ -18,8 +18,7 @@ from torch.overrides import TorchFunctionMode
 from far.errors import InputError
 from far.files import atomic_path
 
-# Dtypes that weights can have. Others cannot be converted, such as float4, which packs two values into one
-# element.
+# Dtypes that weights can have. Others cannot be converted: float4 packs two values into one element.
 FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 M = TypeVar("M", bound=nn.Module)
@@ -37,9 +36,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | No
         InputError: ``dtype`` is not a floating point dtype, or the file cannot be written.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise InputError(
-            f"dtype {dtype!r} is not a floating point dtype of torch. Give one, such as torch.float16."
-        )
+        raise InputError(f"dtype {dtype!r} is not a floating point dtype of torch, such as torch.float16.")
 
     def plain(tensor: Tensor) -> Tensor:
         return _dense(tensor).to("cpu", dtype if tensor.is_floating_point() else None).contiguous().clone()
@@ -67,10 +64,7 @@ def _dense(tensor: Tensor) -> Tensor:
 def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     """Read a safetensors file and verify its checksum, if there is one.
 
-    Args:
-        path: the file.
-        sha256: the expected :func:`digest`; None takes the one that :func:`save_tensors` wrote into the file.
-            Files of other programs hold none.
+    The expected :func:`digest` is ``sha256``, else the one that :func:`save_tensors` wrote into the file.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -83,14 +77,9 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
             sha256 = metadata.get("sha256", "")
         if sha256 is not None and sha256 != digest(tensors):
             raise ValueError("its checksum differs")
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{path} does not exist. Copy or download the folder again, or run the command that wrote it."
-        ) from error
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(
-            f"{path} is missing or damaged ({' '.join(str(error).split())}). Restore or remake it."
-        ) from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is missing or damaged ({reason}). Restore or remake it.") from error
     return tensors
 
 
@@ -102,12 +91,13 @@ def build_module(
 ) -> M:
     """Build a module and load its weights, in the module's dtype.
 
+    Memory is allocated only after all tensors fit, so no configuration can demand more than its weights do.
+
     Args:
-        build: makes the module. It allocates memory only after the tensors are known to fit, so that no
-            configuration can demand more memory than its weights.
+        build: makes the module.
         tensors: the weights.
         path: the file that they are from, for errors.
-        fallback: returns tensors for the names that ``tensors`` lacks; it is called only if there are any.
+        fallback: returns tensors for the names that ``tensors`` lacks; called only if there are any.
 
     Raises:
         InputError: a name, shape or dtype differs; the message names the first.
@@ -136,35 +126,23 @@ class _NoInitialization(TorchFunctionMode):
 def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
     for name, like in expected.items():
         if name not in tensors:
+            raise InputError(f"{path} lacks the tensor {name} of its config.json. Restore both files.")
+        shape, dtype = list(tensors[name].shape), tensors[name].dtype
+        if shape != list(like.shape):
             raise InputError(
-                f"{path} lacks the tensor {name}. "
-                "Its config.json is that of another model: restore both files."
+                f"{path}: {name} has shape {shape}, but config.json requires {list(like.shape)}. "
+                "Restore both files."
             )
-        if tensors[name].shape != like.shape:
-            raise InputError(
-                f"{path}: {name} has shape {list(tensors[name].shape)}, but config.json requires "
-                f"{list(like.shape)}. Restore both files."
-            )
-        if tensors[name].dtype not in (FLOATS if like.is_floating_point() else (like.dtype,)):
-            raise InputError(
-                f"{path}: {name} is of {tensors[name].dtype}, but {like.dtype} is required. Save it again."
-            )
-    for name in tensors:
-        if name not in expected:
-            raise InputError(
-                f"{path} holds the tensor {name!r}, which the model does not have. "
-                "Restore it and its config.json."
-            )
+        if dtype not in (FLOATS if like.is_floating_point() else (like.dtype,)):
+            raise InputError(f"{path}: {name} is of {dtype}, but {like.dtype} is required. Save it again.")
+    if left_over := [name for name in tensors if name not in expected]:
+        raise InputError(f"{path}: config.json describes no tensor {left_over[0]!r}. Restore both files.")
 
 
 def changed_tensors(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return those of ``tensors`` that ``others`` lacks or holds with other values, whatever the dtypes."""
-
-    def equal(one: Tensor, other: Tensor) -> bool:
-        return torch.equal(_dense(one).cpu().double(), other.double())
-
     return {
         name: tensor
         for name, tensor in tensors.items()
-        if name not in others or not equal(tensor, others[name])
+        if name not in others or not torch.equal(_dense(tensor).cpu().double(), others[name].double())
     }

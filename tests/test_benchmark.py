@@ -18,9 +18,10 @@ from far.benchmark.rows import Row, default_rows, load_models, rows_of
 from far.benchmark.watch import PARTS, Segment, Watch, generate, segments
 from far.errors import InputError
 from far.heads import Condition, DiffusionConfig, Head, HeadConfig
+from far.kernels import no_int8
 from far.layers import Block
 from far.model import FAR, PRESETS, ModelConfig, NetworkConfig
-from far.packing import Int8Linear, can_quantize
+from far.packing import Int8Linear
 from far.pipeline import Pipeline
 from far.precision import prepare
 from far.sampling import SamplingConfig, SeededNoise, sample
@@ -93,7 +94,7 @@ def test_segments_hold_whole_periods(ar_steps: int, refresh: int, guidance: int)
     assert run[-1] < ar_steps
 
 
-@pytest.mark.skipif(not can_quantize(), reason="this build of torch has no 8-bit matrix products")
+@pytest.mark.skipif(no_int8() is not None, reason="this build of torch has no 8-bit matrix products")
 def test_eight_bit_weights_and_products_are_counted() -> None:
     layer = Int8Linear(torch.nn.Linear(96, 80))
     assert size(torch.nn.Sequential(layer)) == 96 * 80 + 4 * 80 + 4 * 80

@@ -146,7 +146,7 @@ def test_hub_that_does_not_answer_leaves_the_cache_usable(
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # discard; nobody listens
     far.load("ann/shapes")  # from the cache
     refused("ann/other", "'ann/other'")
-    with pytest.raises(InputError, match=r"^ann/shapes: ") as caught:
+    with pytest.raises(InputError, match="ann/shapes") as caught:
         Pipeline.from_pretrained(pipeline_folder).push_to_hub("ann/shapes", license="mit")
     assert "\n" not in str(caught.value)
 

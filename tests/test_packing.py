@@ -13,14 +13,12 @@ from far.backbone.causal import CausalConfig
 from far.backbone.masked import MaskedConfig
 from far.errors import InputError
 from far.heads import ShortcutConfig
-from far.kernels import INT8_KERNELS, Int8Kernel, int8_fault, int8_weight
+from far.kernels import INT8_KERNELS, Int8Kernel, bfloat16_fault, int8_fault, int8_weight, no_int8
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.names import BUNDLED
 from far.packing import (
     Int8Linear,
     PackedLinear,
-    can_pack,
-    can_quantize,
     pack_linear_layers,
     quantize_linear_layers,
 )
@@ -29,8 +27,12 @@ from far.sampling import SamplingConfig, SeededNoise, sample
 from far.weights import save_tensors
 
 BACKBONES = [MaskedConfig(32, 1, 2, 32, 1, 2, 2), CausalConfig(width=32, depth=2, heads=2)]
-packing = pytest.mark.skipif(not can_pack(), reason="the processor has no bfloat16 matrix instructions")
-integers = pytest.mark.skipif(not can_quantize(), reason="this build of torch has no 8-bit matrix products")
+packing = pytest.mark.skipif(
+    bfloat16_fault() is not None, reason="the processor has no bfloat16 matrix instructions"
+)
+integers = pytest.mark.skipif(
+    no_int8() is not None, reason="this build of torch has no 8-bit matrix products"
+)
 
 
 @packing

@@ -11,11 +11,13 @@ from PIL import Image
 import far
 from far import kernels
 from far.cli.main import main
-from far.packing import can_quantize
+from far.kernels import no_int8
 from far.pipeline import Pipeline
 from far.precision import resolve_dtype
 
-integers = pytest.mark.skipif(not can_quantize(), reason="this build of torch has no 8-bit matrix products")
+integers = pytest.mark.skipif(
+    no_int8() is not None, reason="this build of torch has no 8-bit matrix products"
+)
 
 
 def generate(pipeline_folder: Path, out: Path, *options: str) -> None:
