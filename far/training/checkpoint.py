@@ -24,7 +24,7 @@ from far.errors import InputError
 from far.files import atomic_folder, json_digest, read_json, remove_folder, sha256, write_json
 from far.notices import noticed
 from far.processes import Processes
-from far.training.runs import checkpoint_step, list_checkpoints
+from far.training.runs import list_checkpoints
 
 KEPT = 2
 _FILE_BYTES = 2**28
@@ -213,7 +213,7 @@ def _open(path: Path, processes: Processes) -> Checkpoint:
 
 
 def _check_values(checkpoint: Checkpoint) -> None:
-    if checkpoint.step != checkpoint_step(checkpoint.path):
+    if checkpoint.path.name != f"step-{checkpoint.step:08d}":
         raise ValueError(f"its step is {checkpoint.step}")
     identity, dtype, skipped, scaler = (
         checkpoint.values[name] for name in ("identity", "dtype", "skipped", "scaler")

@@ -14,22 +14,21 @@ def checkpoints_folder(folder: Path) -> Path:
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Return (step, path) of every checkpoint in ``folder``, oldest first."""
-    return sorted(
-        (step, path) for path in folder.glob("step-*") if (step := checkpoint_step(path)) is not None
-    )
-
-
-def checkpoint_step(path: Path) -> int | None:
-    """Return the number of steps in a checkpoint's name; ``None`` if it is not a checkpoint's name."""
-    match = re.fullmatch(r"step-(\d+)", path.name)
-    return int(match[1]) if match else None
+    matches = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*"))
+    return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def check_unused(folder: Path, resume: bool) -> None:
-    """Raise an :class:`InputError` if ``folder`` holds a run without ``resume``, or cannot be written to."""
+    """Raise an :class:`InputError` if ``folder`` holds a run without ``resume``, or cannot be written to.
+
+    Checkpoints of version 0.1 cannot be resumed: they raise it too, unless there are newer ones.
+    """
     check_folder(folder)
     existing = list_checkpoints(checkpoints_folder(folder))
     if existing and not resume:
         raise InputError(
             f"{folder} already holds a run at step {existing[-1][0]}. Add --resume, or choose another folder"
         )
+    old = sorted(checkpoints_folder(folder).glob("step-*.pt"))
+    if old and not existing:
+        raise InputError(f"{old[-1]} is of far 0.1. Choose another folder, or continue the run with far 0.1")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
 from torchrun import kill_one, run, start, wait_for
 
@@ -13,7 +14,7 @@ from far.autoencoder import Autoencoder
 from far.cli.main import main
 from far.data import latents
 from far.data.image_sets import fingerprint, read_images
-from far.data.latents import open_latents, write_latents
+from far.data.latents import LatentCache, open_latents, write_latents
 from far.data.shards import ShardReader, ShardWriter
 from far.errors import InputError
 from far.files import json_digest, read_json, write_json
@@ -34,6 +35,37 @@ def test_cache_has_the_moments_of_both_flips(
         for flip, variant in enumerate((images, images.flip(-1))):
             torch.testing.assert_close(moments[:, flip], autoencoder.moments(variant), atol=2e-3, rtol=2e-3)
     assert reader.rows("labels", rows).tolist() == source.rows("labels", rows).tolist()
+
+
+def test_latents_are_drawn_from_the_posterior_of_a_random_flip_and_normalized(
+    latents_folder: Path, autoencoder_folder: Path, tmp_path: Path
+) -> None:
+    """The posteriors are narrow and far apart, so that each latent shows its row and flip."""
+    autoencoder, generator = load_autoencoder(autoencoder_folder), torch.Generator().manual_seed(0)
+    shift = (0.5, -2.0)
+    autoencoder.config = dataclasses.replace(autoencoder.config, scale=4.0, shift=shift)
+    means = 3 * torch.randn(60, 2, 2, 4, 4, generator=generator)
+    deviations = 0.01 + 0.04 * torch.rand(60, 2, 2, 4, 4, generator=generator)
+    moments = torch.cat([means, 2 * deviations.log()], dim=2)
+    writer = ShardWriter(tmp_path / "cache", read_json(latents_folder / "index.json")["meta"])
+    writer.write({"moments": moments.half(), "labels": torch.arange(60) % 3}, cursor=60)
+    writer.finish()
+    cache = LatentCache(tmp_path / "cache", autoencoder)
+    assert len(cache) == 60
+    assert cache.labels.tolist() == [0, 1, 2] * 20
+
+    rows = torch.tensor([41, 3, 3, 17])
+    drawn = torch.stack([cache.draw(rows, generator) for _ in range(400)])
+    latents = drawn / 4.0 + torch.tensor(shift).view(2, 1, 1)
+    scores = (latents.unsqueeze(2) - means[rows]) / deviations[rows]  # [draws, rows, flips, channels, h, w]
+    flips = scores.square().mean(dim=(3, 4, 5)).argmin(dim=2)
+    for row in range(4):
+        assert scipy.stats.binomtest(int(flips[:, row].sum()), 400).pvalue > 0.01
+    assert not torch.equal(flips[:, 1], flips[:, 2]), "each occurrence of a row has a flip of its own"
+    noise = torch.take_along_dim(scores, flips.view(400, 4, 1, 1, 1, 1), dim=2).flatten()
+    assert scipy.stats.kstest(noise[::10].numpy(), "norm").pvalue > 0.01
+    first, again = (cache.draw(rows, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, again)
 
 
 def test_other_autoencoder_is_refused_but_another_scale_is_not(

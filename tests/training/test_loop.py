@@ -118,6 +118,20 @@ def test_run_is_neither_overwritten_nor_continued_after_its_last_step(
     assert_same(newest(recipe.parent / "run" / "model"), before)
 
 
+@pytest.mark.parametrize("options", [[], ["--resume"]], ids=["new", "resumed"])
+def test_run_of_version_01_is_not_started_again(
+    options: list[str], recipe: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = recipe.parent / "run" / "model"
+    (folder / "checkpoints").mkdir(parents=True)
+    old = folder / "checkpoints" / "step-00000010.pt"
+    old.write_bytes(b"saved by torch")
+    assert main(["train", str(recipe), *options]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert str(old) in line
+    assert [path for path in folder.rglob("*") if path.is_file()] == [old]
+
+
 def test_second_training_in_a_folder_is_rejected_and_changes_nothing(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
