@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import platform
 import shutil
 import sys
@@ -57,34 +58,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--npz", type=Path, metavar="FILE", help="uint8 images [n, h, w, 3] as arr_0, ADM's format"
     )
-    parser.add_argument(
-        "--reference", type=Path, metavar="PATH", help="images as above, or statistics (.npz of mu and sigma)"
+    number = functools.partial(parser.add_argument, type=int, metavar="N")
+    path = functools.partial(parser.add_argument, type=Path)
+    path("--reference", metavar="PATH", help="images as above, or a statistics file (.npz with mu and sigma)")
+    number("--count", help="number of images (default: 10000 of a model, all of a folder or .npz)")
+    path("--out", metavar="FOLDER", default="evaluation", help="folder for result.json (default evaluation)")
+    path("--inception", metavar="FILE", help="state dict pt_inception-2015-12-05, for FID as published")
+    number(
+        "--seed", default=0, help="image i has seed SEED · 2³² + i; also seeds subsets and splits (default 0)"
     )
-    parser.add_argument(
-        "--count", type=int, metavar="N", help="number of images (default: 10000 of a model, otherwise all)"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", default="evaluation", help="for results (default evaluation)"
-    )
-    parser.add_argument(
-        "--inception", type=Path, metavar="FILE", help="weights pt_inception-2015-12-05, for FID as published"
-    )
-    parser.add_argument(
-        "--seed", type=int, metavar="N", default=0,
-        help="image i has seed SEED · 2³² + i; also seeds subsets and splits (default 0)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--batch-size", type=int, metavar="N", default=64, help="drawn together, up to 100 (default 64)"
-    )
-    parser.add_argument(
-        "--save-npz", type=Path, metavar="FILE", help="also write the model's images in ADM's format"
-    )
-    parser.add_argument(
-        "--save-statistics", type=Path, metavar="FILE", help="write mu, sigma and features as a --reference"
-    )
-    parser.add_argument(
-        "--cache", type=Path, metavar="FOLDER", help="cached features (default far in the user's cache)"
-    )
+    number("--batch-size", default=64, help="images drawn together, at most 100 (default 64)")
+    path("--save-npz", metavar="FILE", help="also write the model's images in ADM's format")
+    path("--save-statistics", metavar="FILE", help="write mu, sigma and features, for a later --reference")
+    path("--cache", metavar="FOLDER", help="folder for features (default: far in the user's cache folder)")
     add_sampling_arguments(parser)
     add_machine_arguments(parser, DTYPES[1:], "float32")
 
@@ -93,13 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Source:
     """Images to evaluate, opened and checked.
 
-    Attributes:
-        count: number of images.
-        size: (height, width) in pixels, None if unknown.
-        described: entries of ``result.json``.
-        extract: computes missing features, and returns all features on rank 0.
-        parts: folder of generated images, removed when ``result.json`` is written.
-        classes: names of the classes, empty if the images have none.
+    ``size`` is (height, width) in pixels. ``described`` goes into ``result.json``. ``extract`` computes missing
+    features, and returns all on rank 0. ``parts`` is the folder of generated images, removed at the end.
     """
 
     count: int

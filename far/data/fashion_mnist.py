@@ -27,9 +27,7 @@ _MOST_BYTES = 16 + 60_000 * 28 * 28
 def write_fashion_mnist(source: Path, folder: Path) -> Summary:
     """Write ``folder/train`` and ``folder/held-out``: 32×32 (28 padded with black), gray as RGB.
 
-    Args:
-        source: folder with the four files under their published names, gzipped or not.
-        folder: destination of the image set.
+    ``source`` has the four files under their published names, gzipped or not.
 
     Raises:
         InputError: a file is missing, truncated, or does not match its name.

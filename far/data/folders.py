@@ -45,15 +45,11 @@ def write_folder(
     """Pack ``source`` into ``folder/train`` and ``folder/held-out``, or continue an interrupted packing.
 
     Held-out images are spread evenly over each class's sorted files. Unreadable files are reported on
-    standard error and skipped, or raise if ``strict``. The next readable file of the class replaces an
-    unreadable held-out one.
-
-    An image set is tied to the file names and contents of ``source``: a copy of ``source`` can continue it, a
-    changed one cannot.
+    standard error and skipped. The next readable file of the class replaces an unreadable held-out one. A
+    copy of ``source`` can continue an image set, a changed ``source`` cannot.
 
     Args:
-        source: folder with one subfolder of images per class.
-        folder: destination of the image set, outside ``source``.
+        source: folder with one subfolder of images per class. ``folder`` is outside.
         size: side of the square images in pixels, a multiple of 4 from 8 to 1024.
         held_out_share: fraction of each class to hold out, above 0 and at most 0.5. Each part gets at least
             one image.
@@ -101,7 +97,7 @@ def _check(source: Path, folder: Path, size: int, held_out_share: float) -> None
 
 
 def _split(files: list[File], share: float) -> tuple[list[File], list[File]]:
-    """Return held-out and training files, spaced evenly; ``share`` of each class is rounded to files."""
+    """Return held-out and training files, spaced evenly in each class; ``share`` is rounded to whole files."""
     held_out: list[File] = []
     train: list[File] = []
     for members in _by_class(files):

@@ -23,9 +23,6 @@ class Summary:
     """Contents of an image set and the skipped files of its source.
 
     Attributes:
-        train: number of training images.
-        held_out: number of held-out images.
-        classes: names of the classes.
         left_out: number of files or images of the source that are in neither part, by reason.
         hints: sentences about what may be a mistake.
         already_complete: whether nothing was left to do.

@@ -1,7 +1,4 @@
-"""Find image files (PNG, JPEG, WebP) and decode them into square RGB arrays.
-
-``far.data.folders`` packs the arrays into shards.
-"""
+"""Find image files (PNG, JPEG, WebP) and decode them into square RGB arrays."""
 
 import threading
 import unicodedata

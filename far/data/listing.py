@@ -1,7 +1,4 @@
-"""Find the image files and class folders of a folder, and count everything else by reason.
-
-``far.data.images`` reads the files.
-"""
+"""Find the image files and class folders of a folder, and count everything else by reason."""
 
 import os
 import re

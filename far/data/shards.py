@@ -110,15 +110,13 @@ class ShardWriter:
         self._list([] if empty else [self._save(len(self.index["shards"]), tensors)], cursor)
 
     def fill(self, total: int, step: int, make: Callable[[range], Pieces], bar: tqdm) -> None:
-        """Write the missing shards of a source and finish.
+        """Write the missing shards of a source of ``total`` items, ``step`` items per shard, and finish.
 
         In each round every process makes one shard from its own items, and then rank 0 lists them. So the
         files are the same at any number of processes, and a kill loses one round. Ctrl-C with one process
         loses only the current piece: the finished pieces become a shorter shard.
 
         Args:
-            total: number of items in the source.
-            step: number of items per shard.
             make: items → pieces of their rows, each with its number of items. It may move ``bar``.
             bar: moved to the cursor after each round.
         """

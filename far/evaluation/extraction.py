@@ -38,7 +38,7 @@ def extract_parts(
         images: image numbers → ``[n, 3, h, w]`` in [0, 1]. A function that draws them calls its second
             argument after each AR step.
         keep_images: also keep the images as uint8.
-        share: (rank, processes): this process computes every ``processes``-th missing part.
+        share: (rank, processes): this process computes the missing ones of every ``processes``-th part.
 
     Raises:
         InputError: a feature is not finite.
@@ -64,7 +64,9 @@ def extract_parts(
 def _checked(features: Tensor, rows: range) -> Tensor:
     for row, finite in zip(rows, features.isfinite().all(dim=1)):
         if not finite:
-            raise InputError(f"image {row} gives features that are not finite. Check it and the weights.")
+            raise InputError(
+                f"image {row} gives features that are not finite. Check the image and the weights."
+            )
     return features
 
 
@@ -74,7 +76,7 @@ def part_ranges(count: int) -> list[range]:
 
 
 def part_path(folder: Path, rows: range) -> Path:
-    """Return the file of a part. The length in its name tells a shorter last part from a full one."""
+    """Return the file of a part. The length in its name distinguishes a shorter last part."""
     return folder / f"part-{rows.start:08d}-{len(rows)}.safetensors"
 
 
@@ -88,7 +90,7 @@ def read_parts(folder: Path, count: int, name: str = "features") -> Tensor:
 
 
 def read_part(folder: Path, rows: range, name: str) -> Tensor:
-    """Return ``features`` or ``images`` of one part. See :func:`read_parts`."""
+    """Return ``features`` or ``images`` of one part, as :func:`read_parts` of all."""
     path = part_path(folder, rows)
     with contextlib.suppress(InputError):
         tensor = read_tensors(path).get(name)

@@ -211,4 +211,5 @@ def frozen(network: Network) -> Network:
 
 def in_chunks(features: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """Return ``features`` of ``images``, computed in chunks that suit their device."""
-    return torch.cat(list(map(features, images.split(_CPU_CHUNK if images.device.type == "cpu" else _CHUNK))))
+    chunk = _CPU_CHUNK if images.device.type == "cpu" else _CHUNK
+    return torch.cat([features(part) for part in images.split(chunk)])

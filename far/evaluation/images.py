@@ -1,7 +1,6 @@
 """Images to evaluate, from folders, ``.npz`` files and image sets; and writing ADM's ``.npz``.
 
-Images are read by row range, so no set has to fit in memory. ``far.evaluation.extraction`` computes their
-features.
+Images are read by row range, so no set has to fit in memory.
 """
 
 import contextlib
@@ -40,7 +39,6 @@ class ImageSource:
 
     Attributes:
         name: path given by the user.
-        count: number of images.
         size: (height, width) in pixels.
         digest: digest of the content, equal for equal images in the same order.
         read: rows ``range`` → ``[n, h, w, 3]`` uint8.
@@ -108,13 +106,11 @@ def _open_folder(folder: Path) -> ImageSource:
         for file, image in zip(chosen, images):
             if image.shape[:2] != (height, width):
                 sizes = f"{image.shape[1]}×{image.shape[0]} pixels, {files[0].name} {width}×{height}"
-                raise InputError(
-                    f"{file} has {sizes}. Scale all images to one size, as far data folder does."
-                )
+                raise InputError(f"{file} has {sizes}. Scale all images to one size with far data folder.")
         return np.stack(images)
 
-    name = f"folder-{digest.hexdigest()}"
-    return ImageSource(str(folder), len(files), (height, width), name, read, left_out, classes)
+    content = f"folder-{digest.hexdigest()}"
+    return ImageSource(str(folder), len(files), (height, width), content, read, left_out, classes)
 
 
 def _image_files(folder: Path, left_out: Counter[str]) -> tuple[list[Path], list[str]]:
@@ -140,15 +136,11 @@ def _decode(path: Path) -> np.ndarray:
 def _open_npz(path: Path) -> ImageSource:
     check_npz(path)
     images = map_npz_array(path, NPZ_IMAGES)
-    if (
-        images is None
-        or images.dtype != np.uint8
-        or images.ndim != 4
-        or images.shape[3] != 3
-        or not len(images)
-    ):
-        held = "missing" if images is None else f"{images.dtype} {list(images.shape)}"
-        raise InputError(f"{path}: {NPZ_IMAGES} is {held}. Make it uint8 [n, height, width, 3].")
+    if images is None:
+        raise InputError(f"{path} has no array {NPZ_IMAGES!r} of images. Give another file.")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+        form = f"{images.dtype} {list(images.shape)}"
+        raise InputError(f"{path}: {NPZ_IMAGES} is {form}. Make it uint8 [n, height, width, 3].")
     size, digest = (images.shape[1], images.shape[2]), f"npz-{sha256(path)}"
 
     def read(rows: range) -> np.ndarray:

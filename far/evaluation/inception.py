@@ -108,8 +108,8 @@ class InceptionA(nn.Module):
         self.branch_pool = NormedConv(channels, pool_width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
         single = self.branch5x5_2(self.branch5x5_1(x))
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
         return torch.cat([self.branch1x1(x), single, double, self.branch_pool(_average_pool(x))], dim=1)
 
 

@@ -1,7 +1,4 @@
-"""Distances between sets of features ``[n, d]``: pure functions, in float64.
-
-Callers choose the network that computes the features. See ``far.evaluation.features``.
-"""
+"""Distances between sets of features ``[n, d]``: pure functions, in float64."""
 
 import math
 from dataclasses import dataclass
@@ -161,13 +158,13 @@ def kernel_distance(
     for _ in range(subsets):
         chosen = (features[torch.randperm(len(features), generator=generator)[:size]] for features in (a, b))
         values.append(squared_mmd(*chosen))
-    found = torch.tensor(values, dtype=torch.float64)
+    distances = torch.tensor(values, dtype=torch.float64)
     if smaller < 2 * subset_size:
-        return Estimate(float(found.mean()), None)
+        return Estimate(float(distances.mean()), None)
     # Subsets drawn without replacement from n images vary less than independent ones, by 1 − size / n.
     # n images are n / size independent subsets.
     fraction = size / smaller
-    return Estimate(float(found.mean()), float(found.std() * math.sqrt(fraction / (1 - fraction))))
+    return Estimate(float(distances.mean()), float(distances.std() * math.sqrt(fraction / (1 - fraction))))
 
 
 def squared_mmd(a: Tensor, b: Tensor) -> float:
@@ -195,8 +192,8 @@ def inception_score(logits: Tensor, generator: torch.Generator, *, splits: int =
         logs = logits[rows].double().log_softmax(dim=1)
         marginal = (logs.logsumexp(dim=0) - math.log(len(rows))).unsqueeze(0)
         scores.append((logs.exp() * (logs - marginal)).sum(dim=1).mean().exp())
-    found = torch.stack(scores)
-    return Estimate(float(found.mean()), float(found.std(correction=0)) if splits > 1 else None)
+    values = torch.stack(scores)
+    return Estimate(float(values.mean()), float(values.std(correction=0)) if splits > 1 else None)
 
 
 @dataclass(frozen=True)
@@ -268,9 +265,9 @@ def _squared_radii(rows: Tensor, *neighbors: int) -> list[Tensor]:
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
     squares = a.square().sum(dim=1).unsqueeze(1) + b.square().sum(dim=1)
-    found = torch.addmm(squares, a, b.T, alpha=-2)
+    distances = torch.addmm(squares, a, b.T, alpha=-2)
     # The distance of equal rows is rounding, which differs from chunk to chunk, so it is set to zero.
-    return found.masked_fill_(found < squares.mul_(1e-12), 0.0)
+    return distances.masked_fill_(distances < squares.mul_(1e-12), 0.0)
 
 
 def psnr(images: Tensor, references: Tensor) -> Tensor:

@@ -27,16 +27,9 @@ _UNKNOWN_COUNT = 1_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Statistics of real images, with their features if available.
+    """Statistics of real images and their origin, as in :class:`~far.evaluation.images.ImageSource`.
 
-    Attributes:
-        source: path of the images or statistics.
-        digest: identifies the content.
-        features: ``[n, d]``, or ``None`` if a file has none.
-        count: number of images, or ``None`` if a file has none.
-        size: (height, width) of the images, or ``None`` if unknown.
-        left_out: number of a folder's other files by reason.
-        classes: names of the images' classes, empty if they have none.
+    ``features [n, d]``, ``count`` and ``size`` are ``None`` if a statistics file lacks them.
     """
 
     source: str
@@ -154,7 +147,7 @@ def write_statistics(path: Path, extractor: Extractor, features: Tensor) -> None
     # Pass an open file, because numpy adds a suffix to a name.
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez(
-            file, mu=statistics.mean.numpy(), sigma=statistics.covariance.numpy(), count=np.array(len(features)),
+            file, mu=statistics.mean.numpy(), sigma=statistics.covariance.numpy(),
             extractor=np.array(extractor.name), extractor_digest=np.array(extractor.digest),
-            features=features.numpy(),
+            count=np.array(len(features)), features=features.numpy(),
         )  # fmt: skip

@@ -1,7 +1,4 @@
-"""Figures of one evaluation: features → a dictionary whose keys name the network.
-
-Only the distance of FID's Inception network is called FID.
-"""
+"""Figures of one evaluation: features → a dictionary whose keys name the network."""
 
 import dataclasses
 import math
@@ -59,29 +56,31 @@ def report(features: Tensor, reference: Reference, extractor: Extractor, *, seed
     name = distance_name(extractor)
     suffix = "" if name == "FID" else f" ({extractor.name})"
     distance = metrics.frechet_distance(FeatureStatistics.of(features), reference.statistics)
-    found = {name: distance, **_biases(name, features, reference, seed)}
-    warnings = _bias_warnings(name, found, len(features), reference, features.shape[1])
+    figures = {name: distance, **_biases(name, features, reference, seed)}
+    warnings = _bias_warnings(name, figures, len(features), reference, features.shape[1])
     enough = len(features) >= _SPLITS * _SPLIT_IMAGES
     score = metrics.inception_score(extractor.logits(features), generator, splits=_SPLITS if enough else 1)
-    found[f"IS{suffix}"] = score.value
+    figures[f"IS{suffix}"] = score.value
     if score.error is not None:
-        found[f"IS std over splits{suffix}"] = score.error
+        figures[f"IS std over splits{suffix}"] = score.error
     if reference.features is None:
         missing = "KID, precision, recall, density and coverage"
-        return Report(found, {}, [*warnings, f"{reference.source} has no features, so there is no {missing}"])
+        return Report(
+            figures, {}, [*warnings, f"{reference.source} has no features, so there is no {missing}"]
+        )
     kernel = metrics.kernel_distance(features, reference.features, generator)
-    found[f"KID{suffix}"] = kernel.value
+    figures[f"KID{suffix}"] = kernel.value
     if kernel.error is not None:
-        found[f"KID standard error{suffix}"] = kernel.error
+        figures[f"KID standard error{suffix}"] = kernel.error
     neighborhoods = metrics.Neighborhoods(reference.features)
     overlap = neighborhoods.overlap(features)
-    found |= {f"{key}{suffix}": value for key, value in dataclasses.asdict(overlap).items()}
+    figures |= {f"{key}{suffix}": value for key, value in dataclasses.asdict(overlap).items()}
     controls = {
         kind: dataclasses.asdict(neighborhoods.overlap(extractor(images).cpu()))
         for kind, images in _control_images(min(_CONTROLS, len(features)), seed).items()
     }
     warnings += _control_warnings(overlap, controls, len(reference.features))
-    return Report(found, controls, warnings)
+    return Report(figures, controls, warnings)
 
 
 def check_counts(count: int, reference: Reference) -> None:
@@ -102,26 +101,26 @@ def _biases(name: str, features: Tensor, reference: Reference, seed: int) -> dic
     else:
         references = reference.count or math.inf
         floor = metrics.frechet_floor(reference.features, len(features), references, generator)
-    found = {f"floor of {name}": floor}
+    biases = {f"floor of {name}": floor}
     if reference.count is not None and reference.count < features.shape[1]:
         # So few real images do not show their spread, so the spread of the compared images is used.
         bias = metrics.frechet_bias(FeatureStatistics.of(features), reference.count, generator)
-        found[f"bias of {name} by the reference"] = bias
-    return found
+        biases[f"bias of {name} by the reference"] = bias
+    return biases
 
 
 def _bias_warnings(
-    name: str, found: dict[str, float], count: int, reference: Reference, dimensions: int
+    name: str, figures: dict[str, float], count: int, reference: Reference, dimensions: int
 ) -> list[str]:
     def part(bias: str) -> str:  # an estimate can exceed the distance
-        return f"{min(found[bias], found[name]):.1f} of the distance {found[name]:.1f} is bias"
+        return f"{min(figures[bias], figures[name]):.1f} of the distance {figures[name]:.1f} is bias"
 
     warnings = []
     fewer = f"fewer than the {dimensions} features"
     if count < dimensions:
         least = part(f"floor of {name}")
         warnings.append(f"{count} images are {fewer}: at least {least}. Compare equal numbers only.")
-    if (bias := f"bias of {name} by the reference") in found:
+    if (bias := f"bias of {name} by the reference") in figures:
         about = ("at least " if count < dimensions else "about ") + part(bias)
         start = f"the reference's {reference.count} images are {fewer}"
         warnings.append(f"{start}: {about} for that reason. Use a larger reference.")

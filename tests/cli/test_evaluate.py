@@ -304,24 +304,12 @@ def test_files_that_are_not_images_are_counted(tmp_path: Path, capsys: pytest.Ca
         (["--weights", "{model}"], "--reference"),
         (["--reference", "{images}"], "--images"),
         (["--weights", "{model}", "--npz", "a.npz", "--reference", "{images}"], "--npz"),
-        (
-            ["--images", "{images}", "--reference", "{images}", "--guidance", "2"],
-            "--guidance",
-        ),
-        (
-            ["--images", "{images}", "--reference", "{images}", "--save-npz", "x.npz"],
-            "--save-npz",
-        ),
+        (["--images", "{images}", "--reference", "{images}", "--guidance", "2"], "--guidance"),
+        (["--images", "{images}", "--reference", "{images}", "--save-npz", "x.npz"], "--save-npz"),
         (["--images", "{images}", "--reference", "{images}", "--count", "99"], "12"),
-        (
-            ["--weights", "{model}", "--reference", "{images}", "--count", "2"],
-            "count 2",
-        ),
+        (["--weights", "{model}", "--reference", "{images}", "--count", "2"], "count 2"),
         (["--weights", "{model}", "--reference", "{images}", "--count", "0"], "--count 0"),
-        (
-            ["--weights", "{model}", "--reference", "{images}", "--batch-size", "0"],
-            "--batch-size 0",
-        ),
+        (["--weights", "{model}", "--reference", "{images}", "--batch-size", "0"], "--batch-size 0"),
         (["--weights", "{model}", "--reference", "none"], "none"),
         (["--weights", "none", "--reference", "{images}"], "'none'"),
         (["--weights", "{model}", "--reference", "{images}", "--inception", "none.pth"], "none.pth"),
@@ -338,36 +326,18 @@ def test_files_that_are_not_images_are_counted(tmp_path: Path, capsys: pytest.Ca
         ),
         (["--weights", "{model}", "--reference", "{images}", "--seed", str(2**31)], f"--seed {2**31}"),
         (["--weights", "{model}", "--reference", "{images}", "--device", "nowhere"], "device 'nowhere'"),
-        (
-            ["--images", "{images}", "--save-statistics", "statistics"],
-            "statistics",
-        ),
-        (
-            ["--weights", "{model}", "--reference", "{images}", "--save-npz", "x.NPZ"],
-            "x.NPZ",
-        ),
-        (
-            ["--weights", "{model}", "--save-npz", "x.npz", "--save-statistics", "./x.npz"],
-            "x.npz",
-        ),
+        (["--images", "{images}", "--save-statistics", "statistics"], "statistics"),
+        (["--weights", "{model}", "--reference", "{images}", "--save-npz", "x.NPZ"], "x.NPZ"),
+        (["--weights", "{model}", "--save-npz", "x.npz", "--save-statistics", "./x.npz"], "x.npz"),
         (["--npz", "{three}", "--save-statistics", "{three}"], "three.npz"),
-        (
-            ["--weights", "{model}", "--reference", "{three}", "--save-npz", "{three}"],
-            "three.npz",
-        ),
+        (["--weights", "{model}", "--reference", "{three}", "--save-npz", "{three}"], "three.npz"),
         (["--images", "{images}", "--reference", "{file}"], "1.png"),
         (["--npz", "{cut}", "--reference", "{images}"], "cut.npz"),
         (["--npz", "{flipped}", "--reference", "{images}"], "flipped.npz"),
         (["--npz", "{packed}", "--reference", "{images}"], "packed.npz"),
         (["--npz", "{pickled}", "--reference", "{images}"], "pickled.npz"),
-        (
-            ["--images", "{images}", "--reference", "{nan}"],
-            "nan.npz",
-        ),
-        (
-            ["--images", "{images}", "--reference", "{foreign}"],
-            "foreign.npz",
-        ),
+        (["--images", "{images}", "--reference", "{nan}"], "nan.npz"),
+        (["--images", "{images}", "--reference", "{foreign}"], "foreign.npz"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -408,7 +378,7 @@ def test_bad_input_is_one_line(
     places = {
         "model": pipeline_folder, "images": image_set, "mixed": folder, "corrupt": folder, "empty": folder,
         "file": folder / "b" / "1.png",
-        **{name: tmp_path / f"{name}.npz" for name in ("three", "foreign", "nan", "cut", "flipped", "packed", "pickled")},
+        **{path.stem: path for path in tmp_path.glob("*.npz")},
     }  # fmt: skip
     given = [argument.format(**places) for argument in arguments]
     assert main(["evaluate", *given, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]) == 2

@@ -238,22 +238,13 @@ def test_invalid_network_names_are_refused(name: str, value: np.ndarray, tmp_pat
         ({"mu": np.zeros(24), "sigma": np.eye(24), "count": np.array([5, 6])}, "[5, 6]"),
         ({"mu": np.zeros(24), "sigma": np.eye(24), "count": np.array("many")}, "'many'"),
         ({"mu": np.zeros(24), "sigma": np.eye(24), "count": np.array(1)}, "count"),
-        (
-            {"mu": np.zeros(24), "sigma": np.eye(24), "features": np.zeros((50, 7))},
-            "[50, 7]",
-        ),
+        ({"mu": np.zeros(24), "sigma": np.eye(24), "features": np.zeros((50, 7))}, "[50, 7]"),
         (
             {"mu": np.zeros(24), "sigma": np.eye(24), "count": np.array(9), "features": np.zeros((8, 24))},
             "[8, 24]",
         ),
-        (
-            {"mu": np.zeros(24), "sigma": np.eye(24), "features": np.full((9, 24), np.nan)},
-            "features",
-        ),
-        (
-            {"mu": np.zeros(24), "sigma": np.eye(24), "features": np.zeros((9, 24), int)},
-            "features",
-        ),
+        ({"mu": np.zeros(24), "sigma": np.eye(24), "features": np.full((9, 24), np.nan)}, "features"),
+        ({"mu": np.zeros(24), "sigma": np.eye(24), "features": np.zeros((9, 24), int)}, "features"),
     ],
 )
 def test_invalid_statistics_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray], named: str) -> None:
