@@ -75,7 +75,7 @@ def model_card(
         pipeline_tag="unconditional-image-generation",
         tags=["image-generation", "class-conditional", "autoregressive", *kinds],
     )
-    defaults = [(name, value) for name, value in to_dict(config.defaults).items() if value is not None]
+    defaults = [(key, value) for key, value in to_dict(config.defaults).items() if value is not None]
     shown = ", ".join(classes[:_CLASSES_SHOWN])
     if len(classes) > _CLASSES_SHOWN:
         shown += " … (all in `config.json`)"
@@ -98,9 +98,7 @@ def model_card(
 
 def _use(config: FolderConfig, name: str | None) -> str:
     if config.autoencoder is None:
-        return (
-            "It has no autoencoder. Add MAR's to a copy of this folder: `far convert kl16 kl16.ckpt FOLDER`."
-        )
+        return "It has no autoencoder. `far convert kl16 kl16.ckpt FOLDER` adds MAR's to a copy of it."
     load = 'far.load(".")  # this folder' if name is None else f'far.load("{name}")'
     return (
         "## Use\n\nWith the Python package `far-image` installed:\n\n```python\nimport far\n\n"

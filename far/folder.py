@@ -74,9 +74,7 @@ class ModelFolder:
 
         config = self.config.model
         if config is None:
-            raise InputError(
-                f"{self.path / _CONFIG} has no model. Load its autoencoder: far.load_autoencoder."
-            )
+            raise InputError(f"{self.path / _CONFIG} has no model. Use far.load_autoencoder instead.")
         fallback = None if self.base is None else lambda: self._base_tensors(_MODEL)
         return build_module(lambda: FAR(config), self._tensors(_MODEL), self.path / _MODEL, fallback).eval()
 
@@ -171,9 +169,10 @@ class ModelFolder:
         described = Base(name, {file: digest(entries) for file, entries in theirs.items()})
         left = {file: changed_tensors(entries, theirs[file]) for file, entries in tensors.items()}
         config = dataclasses.replace(self.config, base=described)
-        if left.get(_AUTOENCODER):  # an autoencoder is written whole
-            left[_AUTOENCODER] = tensors[_AUTOENCODER]
-        elif left.pop(_AUTOENCODER, None) is not None:  # the base's own
+        if left.get(_AUTOENCODER) or config.autoencoder not in (None, base.config.autoencoder):
+            left[_AUTOENCODER] = tensors[_AUTOENCODER]  # an autoencoder is written whole
+        else:  # it is the base's own
+            left.pop(_AUTOENCODER, None)
             config = dataclasses.replace(config, autoencoder=None)
         return ModelFolder(self.path, config, base), left
 

@@ -62,7 +62,7 @@ def upload(
     """Publish files and a model card in one commit, and return the repository's address.
 
     The repository's ``README.md`` stays if somebody wrote it (:func:`far.card.may_replace`). The other
-    parameters are those of :meth:`far.Pipeline.push_to_hub`.
+    parameters are those of :meth:`far.Pipeline.push_to_hub`; ``message`` is its ``commit_message``.
 
     Args:
         files: the files, published under their names.

@@ -77,7 +77,7 @@ class Int8Linear(nn.Module):
 
 
 def pack_linear_layers(module: nn.Module) -> None:
-    """Replace bfloat16 linear layers on the CPU within ``module`` by packed ones, in place, if faster."""
+    """Replace bfloat16 linear layers on the CPU within ``module`` by packed ones, in place, if supported."""
 
     def packed(linear: nn.Linear) -> nn.Module:
         fits = linear.weight.device.type == "cpu" and linear.weight.dtype == torch.bfloat16
@@ -92,10 +92,7 @@ def quantize_linear_layers(module: nn.Module, kernel: Int8Kernel | None = None) 
 
     Args:
         module: in float32 on the CPU.
-        kernel: as in :class:`Int8Linear`.
-
-    Raises:
-        InputError: no kernel is exact on this machine.
+        kernel: as in :class:`Int8Linear`, and so are the errors.
     """
 
     def rounded(linear: nn.Linear) -> nn.Module:

@@ -160,11 +160,15 @@ class Pipeline:
         parts = []
         for start in range(0, len(numbers), batch_size):
             chunk = slice(start, start + batch_size)
-            for progress in self.stream(numbers[chunk], seeds[chunk], config):
-                if callback is not None:
-                    callback(progress)
-            parts.append(self.decode(progress.latents))
+            parts.append(self._finish(self.stream(numbers[chunk], seeds[chunk], config), callback))
         return torch.cat(parts)
+
+    def _finish(self, stream: Iterator[Progress], callback: Callback) -> Tensor:
+        """Return the images at the end of a :meth:`stream`."""
+        for progress in stream:
+            if callback is not None:
+                callback(progress)
+        return self.decode(progress.latents)
 
     def stream(
         self,
@@ -245,10 +249,7 @@ class Pipeline:
         config = self.sampling_config(**sampling)
         latents = self.encode(pixels.unsqueeze(0)).expand(len(seeds), -1, -1, -1)
         kept = Kept(latents, (~redrawn).nonzero().flatten())
-        for progress in self.stream([label] * len(seeds), seeds, config, kept=kept):
-            if callback is not None:
-                callback(progress)
-        images = self.decode(progress.latents)
+        images = self._finish(self.stream([label] * len(seeds), seeds, config, kept=kept), callback)
         return convert_output(paste_kept(images, pixels, redrawn, grid) if paste else images, output)
 
     def sampling_config(self, **given: Any) -> SamplingConfig:

@@ -27,10 +27,7 @@ M = TypeVar("M", bound=nn.Module)
 def save_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
     """Write tensors as safetensors with their checksum, atomically.
 
-    Args:
-        path: the file.
-        tensors: by name; packed weights are written as plain ones.
-        dtype: dtype of the written floating point tensors; None keeps theirs.
+    Floating point tensors are converted to ``dtype``, if given, and packed weights to plain ones.
 
     Raises:
         InputError: ``dtype`` is not a floating point dtype, or the file cannot be written.

@@ -123,6 +123,14 @@ def test_autoencoder_that_differs_from_the_base_is_written(tmp_path: Path) -> No
     assert torch.equal(again.autoencoder.decoder.conv_out.bias, pipeline.autoencoder.decoder.conv_out.bias)  # type: ignore[union-attr]
 
 
+def test_autoencoder_with_another_scale_than_the_base_is_written(tmp_path: Path) -> None:
+    pipeline = with_other_head()
+    assert pipeline.autoencoder is not None
+    pipeline.autoencoder.config = dataclasses.replace(pipeline.autoencoder.config, scale=0.5)
+    pipeline.save_pretrained(tmp_path, base="avatars-64")
+    assert load_autoencoder(tmp_path).config == pipeline.autoencoder.config
+
+
 @pytest.mark.parametrize(
     "base",
     [
