@@ -94,7 +94,7 @@ def to_diffusers(autoencoder: Autoencoder, folder: Path) -> None:
             f"width_multipliers {multipliers} must begin with 1 in an {_CLASS}. Convert another autoencoder."
         )
     if (folder / "config.json").exists():
-        raise InputError(f"{folder} already holds a model, which is not overwritten. Choose another folder.")
+        raise InputError(f"{folder} already holds a model. Choose another folder.")
     tensors = {
         _name(ours, len(multipliers)): tensor.flatten(1) if ".attn" in ours and tensor.dim() == 4 else tensor
         for ours, tensor in autoencoder.state_dict().items()

@@ -126,12 +126,12 @@ def test_figures_of_a_trained_autoencoder_are_kept(tmp_path: Path, kl16: Path) -
 def test_nothing_is_overwritten(tmp_path: Path, kl16: Path) -> None:
     out = tmp_path / "out"
     convert_mar(MAR, out)
-    assert f"{out} already holds" in refusal(convert_mar, MAR, out, ema=False)
+    assert str(out) in refusal(convert_mar, MAR, out, ema=False)
     convert_kl16(kl16, out)
-    assert f"{out} already holds" in refusal(convert_kl16, kl16, out)
+    assert str(out) in refusal(convert_kl16, kl16, out)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "config.json").write_text('{"architectures": ["Bert"]}')
-    assert "config.json: unknown key 'architectures'" in refusal(convert_mar, MAR, tmp_path / "foreign")
+    assert "'architectures'" in refusal(convert_mar, MAR, tmp_path / "foreign")
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "model.safetensors").write_bytes(b"precious")
     assert str(tmp_path / "half") in refusal(convert_mar, MAR, tmp_path / "half")
@@ -331,9 +331,7 @@ def test_any_damaged_byte_is_an_input_error_or_harmless(tmp_path: Path) -> None:
         changed = bytearray(content)
         changed[position] = int(torch.randint(256, (), generator=generator))
         source.write_bytes(changed)
-        refusal(
-            convert_mar, source, tmp_path / "out"
-        )  # its one tensor is no MAR, so no conversion can succeed
+        refusal(convert_mar, source, tmp_path / "out")  # its one tensor is not enough for any model
 
 
 def test_files_that_are_not_checkpoints_are_named(tmp_path: Path) -> None:
@@ -397,14 +395,8 @@ def with_args(**values: Any) -> Callable[[dict[str, Any]], None]:
         (without("fake_latent"), "fake_latent"),
         (without("class_emb.weight"), "class_emb.weight"),
         (without("encoder_blocks.0.attn.qkv.weight"), "encoder_blocks.0.attn.qkv.weight"),
-        (
-            set_tensor("extra.weight", torch.zeros(1)),
-            "'extra.weight'",
-        ),
-        (
-            set_tensor("encoder_blocks.7.norm1.weight", torch.zeros(32)),
-            "encoder_blocks.2.norm1.weight",
-        ),
+        (set_tensor("extra.weight", torch.zeros(1)), "'extra.weight'"),
+        (set_tensor("encoder_blocks.7.norm1.weight", torch.zeros(32)), "encoder_blocks.2.norm1.weight"),
         (set_tensor("encoder_blocks.0.mlp.fc1.weight", torch.zeros(64, 32)), "[64, 32]"),
         (set_tensor("fake_latent", torch.zeros(1, 31)), "fake_latent"),
         (set_tensor("class_emb.weight", torch.zeros(0, 32)), "classes 0"),
@@ -418,10 +410,7 @@ def with_args(**values: Any) -> Callable[[dict[str, Any]], None]:
         (lambda checkpoint: checkpoint["model_ema"].update({3: torch.zeros(1)}), " 3 "),
         (lambda checkpoint: checkpoint["model_ema"].update({"epoch": 3}), "'epoch'"),
         (lambda checkpoint: checkpoint.update(model_ema=[torch.zeros(1)]), ""),
-        (
-            lambda checkpoint: checkpoint.update(args={}),
-            "encoder_num_heads",
-        ),
+        (lambda checkpoint: checkpoint.update(args={}), "encoder_num_heads"),
         (with_args(encoder_num_heads=None), "encoder_num_heads"),
         (with_args(decoder_num_heads="9" * 5000), "decoder_num_heads"),
         (with_args(decoder_num_heads=True), "decoder_num_heads"),
