@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import platform
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,53 +19,42 @@ _PRODUCT_SIDE = 2048
 
 def machine() -> str:
     """Return one line that names versions, threads and processor."""
-    software = (
+    versions = (
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
     )
-    return f"{software}, {processor()} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{versions}, {processor()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def processor() -> str:
     """Return the processor's name on Linux, elsewhere its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    with contextlib.suppress(OSError):
+        if match := re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return match[1].strip()
+    return platform.machine()
 
 
 def read_bandwidth(device: str | torch.device = "cpu") -> float:
     """Return the bytes per second at which one gigabyte is read, the best of five."""
     block = torch.ones(_BANDWIDTH_BYTES // 4, device=device)
-    return block.nbytes / min(paired({"read": _finished(block.sum, block.device)}, 5)["read"])
+    return block.nbytes / _best_seconds(block.sum, block.device)
 
 
 def product_peak(dtype: torch.dtype, device: str | torch.device = "cpu") -> float:
-    """Return the operations per second of a large matrix product, the best of five."""
-    a = torch.randn(_PRODUCT_SIDE, _PRODUCT_SIDE, device=device).to(dtype)
-    return _product_speed(lambda: a @ a, a.device)
+    """Return the operations per second of a large matrix product, the best of five.
+
+    For ``torch.int8``, the product is a linear layer and includes the quantization of its inputs.
+    """
+    a = torch.randn(_PRODUCT_SIDE, _PRODUCT_SIDE, device=device)
+    if dtype == torch.int8:
+        layer = Int8Linear(nn.Linear(_PRODUCT_SIDE, _PRODUCT_SIDE, bias=False))
+        return 2 * _PRODUCT_SIDE**3 / _best_seconds(lambda: layer(a), a.device)
+    a = a.to(dtype)
+    return 2 * _PRODUCT_SIDE**3 / _best_seconds(lambda: a @ a, a.device)
 
 
-def int8_product_peak() -> float:
-    """Return the operations per second of a large int8 linear layer, including quantization of its inputs."""
-    layer = Int8Linear(nn.Linear(_PRODUCT_SIDE, _PRODUCT_SIDE, bias=False))
-    a = torch.randn(_PRODUCT_SIDE, _PRODUCT_SIDE)
-    return _product_speed(lambda: layer(a), a.device)
-
-
-def _product_speed(call: Callable[[], object], device: torch.device) -> float:
-    return 2 * _PRODUCT_SIDE**3 / min(paired({"product": _finished(call, device)}, 5)["product"])
-
-
-def _finished(call: Callable[[], object], device: torch.device) -> Callable[[], None]:
+def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
     reading = clock(device)
-
-    def finished() -> None:
-        call()
-        reading()
-
-    return finished
+    return min(paired({"call": lambda: (call(), reading())}, 5)["call"])
 
 
 def peak_memory(call: Callable[[], object]) -> int | None:
@@ -82,5 +72,5 @@ def peak_memory(call: Callable[[], object]) -> int | None:
 
 
 def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    """Return an entry of the process's status in bytes."""
+    return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0]) * 1024

@@ -22,13 +22,10 @@ def heading(report: Report, device: torch.device) -> str:
     """Return one line with the settings that all rows share, the machine and its measured limits."""
     scales = " or ".join(dict.fromkeys(f"{result.row.sampling.guidance:g}" for result in report.results))
     count = len(report.results[0].rounds)
-    rounds = f"{count} round{'s' if count > 1 else ''}"
-    peaks = ", ".join(f"{peak / 1e12:.3g} TFLOP/s in {name}" for name, peak in report.peaks.items())
     where = "" if device.type == "cpu" else f"device {device_title(device)}, "
-    return (
-        f"Guidance {scales}, seed {SEED}, {rounds} in turn, {where}{machine()}; "
-        f"measured: {report.bandwidth / 1e9:.3g} GB/s of reading, {peaks}.\n"
-    )
+    settings = f"Guidance {scales}, seed {SEED}, {count} round{'s' * (count > 1)} in turn, {where}{machine()}"
+    peaks = "".join(f", {peak / 1e12:.3g} TFLOP/s in {name}" for name, peak in report.peaks.items())
+    return f"{settings}. Measured: {report.bandwidth / 1e9:.3g} GB/s of reading{peaks}.\n"
 
 
 def table(report: Report) -> str:
@@ -39,10 +36,8 @@ def table(report: Report) -> str:
     )  # fmt: skip
     lines = [columns, *(_cells(result, report) for result in report.results)]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    padded = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines
-    ]
-    return "\n".join([padded[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *padded[1:]])
+    padded = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
+    return "\n".join([padded[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *padded[1:]])
 
 
 def _cells(result: RowResult, report: Report) -> tuple[str, ...]:
@@ -66,16 +61,13 @@ def _cells(result: RowResult, report: Report) -> tuple[str, ...]:
 def _steps(result: RowResult) -> str:
     """Return AR steps × head steps, and the other sampling options that differ from their defaults."""
     config = result.row.sampling
-    others = [
-        f", {field.name} {value}"
-        for field in dataclasses.fields(config)
-        if field.name not in ("ar_steps", "head_steps", "guidance")
-        and (value := getattr(config, field.name)) != field.default
-    ]
-    head = (
-        config.head_steps if isinstance(config.head_steps, int) else " to ".join(map(str, config.head_steps))
-    )
-    return f"{config.ar_steps} × {head}{''.join(others)}"
+    head = dict.fromkeys((config.head_steps_at(0), config.head_steps_at(config.ar_steps - 1)))
+    text = f"{config.ar_steps} × {' to '.join(map(str, head))}"
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in ("ar_steps", "head_steps", "guidance") and value != field.default:
+            text += f", {field.name} {value}"
+    return text
 
 
 def _gigabytes(count: int | None) -> str:
@@ -89,16 +81,14 @@ def notes(report: Report, left_out: dict[str, str], rounds: int | None) -> str:
 
     Args:
         report: the results.
-        left_out: reasons for the dtypes of default rows that do not run here.
+        left_out: dtypes of default rows that do not run here, with the reason.
         rounds: number of rounds that the user gave.
     """
     estimated = [result for result in report.results if result.estimated]
-    steps = ", ".join(
-        dict.fromkeys(f"{result.timed_steps} of {result.row.sampling.ar_steps}" for result in estimated)
-    )
+    steps = dict.fromkeys(f"{result.timed_steps} of {result.row.sampling.ar_steps}" for result in estimated)
     how = "Times are of whole images."
     if estimated:
-        how = f"Times are estimated from {steps} AR steps, spread evenly. --full times whole images."
+        how = f"Times are estimated from {', '.join(steps)} AR steps. --full times whole images."
     if rounds is None and len(report.results[0].rounds) == 1:
         how += "\nThe second round is left out: it would end after 10 minutes. --rounds 2 runs it."
     if left_out:
@@ -132,15 +122,12 @@ def record(report: Report, device: torch.device) -> dict[str, Any]:
 
 def _row_record(result: RowResult, report: Report) -> dict[str, Any]:
     row, seconds = result.row, result.image_seconds
+    median, minimum, maximum = statistics.median(seconds), min(seconds), max(seconds)
     return {
         **dataclasses.asdict(row),
         "estimated": result.estimated,
         "timed ar steps": result.timed_steps,
-        "seconds per image": {
-            "median": statistics.median(seconds),
-            "minimum": min(seconds),
-            "maximum": max(seconds),
-        },
+        "seconds per image": {"median": median, "minimum": minimum, "maximum": maximum},
         "rounds": [{part: value / row.batch for part, value in parts.items()} for parts in result.rounds],
         "shares": result.shares,
         "weights bytes": result.weights,
@@ -160,24 +147,22 @@ def plot(report: Report, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = [
-        f"{result.row.model}, {_steps(result)}\n{result.row.dtype}, batch {result.row.batch}"
-        for result in report.results
-    ]
-    totals = [statistics.median(result.image_seconds) for result in report.results]
-    figure, panel = plt.subplots(figsize=(9, 1 + 0.6 * len(names)))
-    places, left = range(len(names)), [0.0] * len(names)
-    for part, color in zip(PARTS, _COLORS):
-        widths = [total * result.shares[part] for total, result in zip(totals, report.results)]
-        panel.barh(places, widths, left=left, color=color, label=part)
-        left = [start + width for start, width in zip(left, widths)]
-    for place, total, result in zip(places, totals, report.results):
+    figure, panel = plt.subplots(figsize=(9, 1 + 0.6 * len(report.results)))
+    for place, result in enumerate(report.results):
+        total, end = statistics.median(result.image_seconds), 0.0
+        for part, color in zip(PARTS, _COLORS):
+            width = total * result.shares[part]
+            panel.barh(place, width, left=end, color=color)
+            end += width
         text = f" {total:.3g} s, {report.times_faster(result):.1f}×"
         panel.text(total, place, text, va="center", fontsize=8)
-    panel.set_yticks(places, names, fontsize=8)
+    rows = [(result.row, _steps(result)) for result in report.results]
+    names = [f"{row.model}, {steps}\n{row.dtype}, batch {row.batch}" for row, steps in rows]
+    panel.set_yticks(range(len(names)), names, fontsize=8)
     panel.invert_yaxis()
-    panel.set(xlabel="seconds per image", xlim=(0, 1.2 * max(totals)))
-    panel.legend(fontsize=8)
+    panel.margins(x=0.2)  # for the texts
+    panel.set_xlabel("seconds per image")
+    panel.legend(PARTS, fontsize=8)
     figure.tight_layout()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")

@@ -3,14 +3,14 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from far.benchmark.cost import flop_counter, size, weights_read
-from far.benchmark.hardware import int8_product_peak, peak_memory, product_peak, read_bandwidth
+from far.benchmark.hardware import peak_memory, product_peak, read_bandwidth
 from far.benchmark.rows import Row, load_models
 from far.benchmark.timing import clock, median_ratio
 from far.benchmark.watch import PARTS, generate, segments
@@ -30,14 +30,11 @@ class RowResult:
         row: the row.
         timed_steps: number of AR steps that were timed in each round.
         weights: bytes of the weights of model and autoencoder.
-        peak: bytes of memory beyond those resident before, while the batch was drawn and decoded. For a
-            masked model, during its last AR steps.
-        first_peak: ``peak`` of the first run. It includes what torch keeps for later rows, such as kernels
-            for each sequence length, so it depends on the rows before.
+        peak: bytes of memory that drawing and decoding the batch added; for a masked model, its last AR steps.
+        first_peak: ``peak`` of the first run. It includes what torch keeps for later rows.
         flop: operations by part.
         fastest: seconds that ``flop`` would take at the measured peak of each network's dtype.
-        reading: seconds that reading each network's weights once per pass would take at the measured
-        bandwidth.
+        reading: seconds that it would take to read each network's weights once per pass.
         rounds: seconds by part of each round.
     """
 
@@ -102,8 +99,7 @@ def measure(
 
     Args:
         rows: the rows to measure.
-        rounds: number of timed rounds. None is two, or one if a second would end more than 9.5 minutes after
-        the start.
+        rounds: number of timed rounds. None is two, or one if a second would end after more than 9.5 minutes.
         full: draw whole images. Otherwise the time is estimated from the AR steps of :func:`segments`.
         device: device to run on.
 
@@ -123,9 +119,8 @@ def measure(
             for result in report.results:
                 row = result.row
                 bar.set_postfix_str(f"round {turn + 1}, {row.model}")
-                pipeline = pipelines[row.model, row.dtype]
                 plan = segments(row.sampling, full=full)
-                result.rounds.append(generate(pipeline, row, plan, clock(pipeline.device)))
+                result.rounds.append(generate(pipelines[row.model, row.dtype], row, plan, clock(device)))
                 bar.update()
             now = time.perf_counter()
             if rounds is None and now - begin + now - start > _MOST_SECONDS:
@@ -145,31 +140,23 @@ def _first_run(pipeline: Pipeline, row: Row, full: bool, report: Report) -> RowR
     plan = segments(row.sampling, full=full or not pipeline.model.backbone.any_order)
     flop: dict[str, float] = {}
     with flop_counter() as counter:
-        first_peak = _host_peak(
-            pipeline, lambda: flop.update(generate(pipeline, row, plan, counter.get_total_flops))
-        )
+        first_peak = peak_memory(lambda: flop.update(generate(pipeline, row, plan, counter.get_total_flops)))
     # A masked model takes the most memory in its last AR steps, when most tokens are known.
     last = segments(row.sampling)[-1:] if pipeline.model.backbone.any_order else plan
-    peak = _host_peak(pipeline, lambda: generate(pipeline, row, last, time.perf_counter))
+    peak = peak_memory(lambda: generate(pipeline, row, last, time.perf_counter))
+    if pipeline.device.type != "cpu":  # its memory is not this process's
+        first_peak = peak = None
     timed = sum(len(segment.timed) for segment in segments(row.sampling, full=full))
     fastest = sum(flop[part] / speeds[part] for part in PARTS)
     return RowResult(row, timed, weights, peak, first_peak, flop, fastest, read / report.bandwidth)
 
 
-def _host_peak(pipeline: Pipeline, call: Callable[[], object]) -> int | None:
-    """Run ``call`` and return its :func:`peak_memory`, None if the model is on another device."""
-    peak = peak_memory(call)
-    return peak if pipeline.device.type == "cpu" else None
-
-
 def _peak_of(module: nn.Module, report: Report) -> float:
     """Return the measured operations per second in the dtype of a network's weights."""
-    if any(isinstance(part, Int8Linear) for part in module.modules()):
-        if "int8" not in report.peaks:
-            report.peaks["int8"] = int8_product_peak()
-        return report.peaks["int8"]
     like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
-    name = str(like.dtype).removeprefix("torch.")
+    int8 = any(isinstance(part, Int8Linear) for part in module.modules())
+    dtype = torch.int8 if int8 else like.dtype
+    name = str(dtype).removeprefix("torch.")
     if name not in report.peaks:
-        report.peaks[name] = product_peak(like.dtype, like.device)
+        report.peaks[name] = product_peak(dtype, like.device)
     return report.peaks[name]

@@ -25,14 +25,7 @@ SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table: a batch of images of one model.
-
-    Attributes:
-        model: a preset, or a name that :func:`far.names.find_folder` takes.
-        sampling: sampling options.
-        dtype: dtype of the weights.
-        batch: number of images drawn together.
-    """
+    """One line of the table: a batch of images of one model, a preset or a name for :func:`find_folder`."""
 
     model: str
     sampling: SamplingConfig
@@ -61,24 +54,20 @@ _DEFAULT_ROWS: tuple[tuple[str, int, int, str, dict[str, Any]], ...] = (
 
 
 def default_rows(*, batches: Sequence[int] = (1,), guidance: float | None = None) -> list[Row]:
-    """Return the rows of ``far benchmark``: MAR as released, and what makes it faster, one change at a time.
+    """Return the rows of ``far benchmark``: MAR as released, and faster variants, one change at a time.
 
     Raises:
         InputError: a batch or the guidance is out of range.
     """
     rows = []
     for batch, (model, ar, head, dtype, others) in itertools.product(batches, _DEFAULT_ROWS):
-        options = {**others, "guidance": guidance}
-        rows += rows_of([model], batches=[batch], ar_steps=[ar], head_steps=[head], dtypes=[dtype], **options)
+        values = {"ar_steps": [ar], "head_steps": [head], "dtypes": [dtype], "guidance": guidance, **others}
+        rows += rows_of([model], batches=[batch], **values)
     return rows
 
 
 def usable_rows(rows: Sequence[Row], device: str | torch.device = "auto") -> tuple[list[Row], dict[str, str]]:
-    """Return the rows whose dtypes the device has instructions for, and the reason for each dtype it lacks.
-
-    Raises:
-        InputError: the device does not exist on this machine.
-    """
+    """Return the rows whose dtypes the device has instructions for, and the reason for each dtype it lacks."""
     device = resolve_device(device)
     reasons = {}
     for dtype in dict.fromkeys(row.dtype for row in rows):
@@ -102,16 +91,16 @@ def rows_of(
 ) -> list[Row]:
     """Return every combination of the given values, models outermost.
 
-    A causal model always takes its number of tokens as AR steps, and no option of masked models.
+    None is a folder's own value. A preset has 64 AR steps, its head's number of steps and guidance 2.9. A
+    causal model always takes its number of tokens as AR steps, and no option of masked models.
 
     Args:
         models: presets, or names that :func:`far.names.find_folder` takes.
         batches: numbers of images drawn together.
-        ar_steps: numbers of AR steps. None is the folder's own, or 64 for a preset.
-        head_steps: numbers of head steps. None is the folder's own, or the default of a preset's head.
+        ar_steps: numbers of AR steps.
+        head_steps: numbers of head steps.
         dtypes: dtypes of the weights.
-        options: further values of :class:`far.SamplingConfig`. None is the folder's own; a preset's
-            guidance is 2.9.
+        options: further values of :class:`far.SamplingConfig`.
 
     Raises:
         InputError: a model is unknown or does not support a value.
@@ -120,20 +109,17 @@ def rows_of(
         if batch < 1:
             raise InputError(f"batch {batch} must be positive")
     rows = []
-    for name in models:
-        model, defaults = _outline(name)
+    for model_name in models:
+        model, defaults = _outline(model_name)
         any_order = model.backbone.any_order
         ar_choices = (ar_steps or [defaults.ar_steps]) if any_order else [model.config.tokens]
-        given = {
-            option: value
-            for option, value in options.items()
-            if value is not None and (any_order or option not in MASKED_ONLY)
-        }
+        left_out = () if any_order else MASKED_ONLY
+        given = {name: value for name, value in options.items() if value is not None and name not in left_out}
         head_choices: Sequence[int | tuple[int, ...]] = head_steps or [defaults.head_steps]
         for batch, ar, head, dtype in itertools.product(batches, ar_choices, head_choices, dtypes):
             config = dataclasses.replace(defaults, ar_steps=ar, head_steps=head, **given)
             config.check(model)
-            rows.append(Row(name, config, dtype, batch))
+            rows.append(Row(model_name, config, dtype, batch))
     return rows
 
 
@@ -158,9 +144,6 @@ def load_models(rows: Sequence[Row], device: str | torch.device) -> dict[tuple[s
     """Return the pipeline of each model and dtype of ``rows``.
 
     Presets get random weights of a fixed seed, which suffice for timing, and an autoencoder of KL-16's size.
-
-    Raises:
-        InputError: the device does not exist on this machine, or a folder's files are damaged.
     """
     device = resolve_device(device)
     pipelines = {}

@@ -21,13 +21,7 @@ def clock(device: torch.device) -> Callable[[], float]:
 def paired(
     alternatives: dict[str, Callable[[], object]], rounds: int, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Call the alternatives in turn, and return the seconds of each call.
-
-    Args:
-        alternatives: calls by name.
-        rounds: timed calls per name.
-        warmup: rounds before them that are not timed.
-    """
+    """Call the alternatives in turn, and return the seconds of each call after ``warmup`` untimed rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
     for turn in range(warmup + rounds):
         for name, call in alternatives.items():

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, cast
 
 import torch
@@ -80,9 +80,8 @@ class Watch:
         self.step = 0
         self.starts: list[float] = []
         self.inside: list[dict[str, float]] = []
-        self.dtype = next(
-            parameter.dtype for parameter in model.backbone.parameters() if parameter.is_floating_point()
-        )
+        floating = filter(Tensor.is_floating_point, model.backbone.parameters())
+        self.dtype = next(floating).dtype
         backbone = _StandIn(model.backbone, forward=self._backbone)
         head = _StandIn(model.head, sampler=self._sampler)
         self.model = cast(FAR, _StandIn(model, backbone=backbone, head=head))
@@ -97,22 +96,14 @@ class Watch:
         if self.step not in self.run:
             return torch.zeros(*query.shape, backbone.width, dtype=self.dtype, device=query.device)
         start = self.reading()
-        with self._encoder_watched(backbone.module, start):
-            z: Tensor = backbone.module(tokens, known, query, *rest)
+        module = backbone.module
+        hook: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if isinstance(module, MaskedBackbone):  # the encoder ends with its norm
+            hook = module.encoder_norm.register_forward_hook(lambda *_: self._add("encoder", start))
+        with hook:
+            z: Tensor = module(tokens, known, query, *rest)
         self._add("backbone", start)
         return z
-
-    @contextlib.contextmanager
-    def _encoder_watched(self, backbone: nn.Module, start: float) -> Iterator[None]:
-        """Add the growth from ``start`` to the end of a masked backbone's encoder, which is its norm."""
-        if not isinstance(backbone, MaskedBackbone):
-            yield
-            return
-        hook = backbone.encoder_norm.register_forward_hook(lambda *_: self._add("encoder", start))
-        try:
-            yield
-        finally:
-            hook.remove()
 
     def _add(self, network: str, start: float) -> None:
         self.inside[-1][network] += self.reading() - start
@@ -144,14 +135,11 @@ class Watch:
         for segment in plan:
             weight = segment.stands_for / len(segment.timed)
             for step in segment.timed:
-                inside = self.inside[step]
-                totals["encoder"] += weight * inside["encoder"]
-                # All of the backbone but encoding. A causal backbone only decodes.
-                totals["decoder"] += weight * (inside["backbone"] - inside["encoder"])
-                totals["head"] += weight * inside["head"]
-                totals["sampler"] += weight * (
-                    starts[step + 1] - starts[step] - inside["backbone"] - inside["head"]
-                )
+                encoder, backbone, head = self.inside[step].values()
+                totals["encoder"] += weight * encoder
+                totals["decoder"] += weight * (backbone - encoder)  # a causal backbone only decodes
+                totals["head"] += weight * head
+                totals["sampler"] += weight * (starts[step + 1] - starts[step] - backbone - head)
         return totals
 
 

@@ -31,38 +31,31 @@ if TYPE_CHECKING:
 
 # Sampling options with one row per value, and those that do not change how long a generation takes.
 _ROWS = ("ar_steps", "head_steps")
-_SAME_TIME = ("guidance_schedule", "guidance_interval", "temperature")
+_NO_OPTIONS = (*_ROWS, "guidance_schedule", "guidance_interval", "temperature")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     several: dict[str, Any] = {"type": int, "nargs": "+", "metavar": "N"}
-    parser.add_argument(
-        "--models", nargs="+", metavar="MODEL", help="presets (far-b …), bundled names, folders or hub names"
-    )
-    parser.add_argument("--batch", **several, default=[1], help="images drawn together (default 1)")
-    parser.add_argument("--ar-steps", **several, help="AR steps of masked models (default: the model's)")
-    parser.add_argument("--head-steps", **several, help="head steps (default: the model's)")
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES[1:], help="dtypes of the weights (default float32)"
-    )
-    add_sampling_arguments(parser, without=(*_ROWS, *_SAME_TIME))
-    parser.add_argument(
-        "--rounds", type=int, metavar="N", help="timed rounds (default 2, or 1 if 2 take over 10 minutes)"
-    )
-    parser.add_argument(
-        "--full", action="store_true", help="time all AR steps instead of some that stand for all"
-    )
+    add("--models", nargs="+", metavar="MODEL", help="presets (far-b …), bundled names, folders or hub names")
+    add("--batch", **several, default=[1], help="images drawn together (default 1)")
+    add("--ar-steps", **several, help="AR steps of masked models (default: the model's)")
+    add("--head-steps", **several, help="head steps (default: the model's)")
+    add("--dtypes", nargs="+", choices=DTYPES[1:], help="dtypes of the weights (default float32)")
+    add_sampling_arguments(parser, without=_NO_OPTIONS)
+    add("--rounds", type=int, metavar="N", help="timed rounds (default 2, or 1 if 2 take over 10 minutes)")
+    add("--full", action="store_true", help="time all AR steps instead of some that stand for all")
     add_machine_arguments(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all results and settings")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="also write a PNG of the seconds by network"
-    )
+    add("--json", type=Path, metavar="FILE", help="also write all results and settings")
+    add("--plot", type=Path, metavar="FILE", help="also write a PNG of the seconds by network")
 
 
 def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
 
-    from far.benchmark import measure, report
+    import torch
+
+    from far.benchmark import SEED, measure, report
 
     device = prepare_machine(arguments)
     rows, left_out = _rows(arguments, device)
@@ -72,27 +65,21 @@ def run(arguments: argparse.Namespace) -> None:
     print(report.table(results))
     print(report.notes(results, left_out, arguments.rounds))
     if arguments.json is not None:
-        write_json(arguments.json, {**_settings(arguments, left_out), **report.record(results, device)})
+        options = {name: value for name, value in vars(arguments).items() if name != "run"}
+        options |= {name: str(value) for name, value in options.items() if isinstance(value, Path)}
+        versions = {"far": far.__version__, "torch": torch.__version__, "python": platform.python_version()}
+        record = {
+            "settings": {**options, "seed": SEED},
+            "versions": versions,
+            "command": ["far", *sys.argv[1:]],
+            "left out": left_out,
+            **report.record(results, device),
+        }
+        write_json(arguments.json, record)
         print(f"wrote {arguments.json}")
     if arguments.plot is not None:
         report.plot(results, arguments.plot)
         print(f"wrote {arguments.plot}")
-
-
-def _settings(arguments: argparse.Namespace, left_out: dict[str, str]) -> dict[str, Any]:
-    """Return options, command and versions, ready for JSON."""
-    import torch
-
-    from far.benchmark import SEED
-
-    options = {name: value for name, value in vars(arguments).items() if name != "run"}
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-    return {
-        "settings": {**options, "seed": SEED},
-        "versions": {"far": far.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "command": ["far", *sys.argv[1:]],
-        "left out": left_out,
-    }
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -104,18 +91,12 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("--plot needs matplotlib, which is not installed: pip install matplotlib")
     if arguments.models is None:
         given = [name for name in ("dtypes", *_ROWS) if getattr(arguments, name) is not None]
-        given += [name for name in _options(arguments) if name != "guidance"]
+        given += sampling_options(arguments, without=(*_NO_OPTIONS, "guidance"))
         if given:
-            raise InputError(
-                f"--{given[0].replace('_', '-')} needs --models. Name the models, or omit it for default rows"
-            )
-    for path in (arguments.json, arguments.plot):
-        if path is not None:
-            check_writable(path)
-
-
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    return sampling_options(arguments, without=(*_ROWS, *_SAME_TIME))
+            option = f"--{given[0].replace('_', '-')}"
+            raise InputError(f"{option} needs --models. Name the models, or omit it for default rows")
+    for path in filter(None, (arguments.json, arguments.plot)):
+        check_writable(path)
 
 
 def _rows(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Row], dict[str, str]]:
@@ -124,17 +105,11 @@ def _rows(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Row
     from far.precision import resolve_dtype
 
     if arguments.models is None:
-        return rows.usable_rows(
-            rows.default_rows(batches=arguments.batch, guidance=arguments.guidance), device
-        )
-    chosen = rows.rows_of(
-        arguments.models,
-        batches=arguments.batch,
-        ar_steps=arguments.ar_steps,
-        head_steps=arguments.head_steps,
-        dtypes=arguments.dtypes or ["float32"],
-        **_options(arguments),
-    )
-    for row in chosen:
-        resolve_dtype(row.dtype, device)  # raises before anything is loaded
-    return chosen, {}
+        usual = rows.default_rows(batches=arguments.batch, guidance=arguments.guidance)
+        return rows.usable_rows(usual, device)
+    options = sampling_options(arguments, without=_NO_OPTIONS)
+    options |= {"ar_steps": arguments.ar_steps, "head_steps": arguments.head_steps}
+    dtypes = arguments.dtypes or ["float32"]
+    for dtype in dtypes:
+        resolve_dtype(dtype, device)  # raises before anything is loaded
+    return rows.rows_of(arguments.models, batches=arguments.batch, dtypes=dtypes, **options), {}

@@ -277,11 +277,7 @@ def test_distill_rejects_unsuitable_teachers_and_folders(
     )
     with monkeypatch.context() as patch:
         patch.setattr(ShortcutHead, "velocity", Head.velocity)
-        refused(
-            capsys,
-            ["distill", pipeline_folder, tmp_path / "out"],
-            "shortcut",
-        )
+        refused(capsys, ["distill", pipeline_folder, tmp_path / "out"], "shortcut")
     assert not (tmp_path / "out").exists()
     save_checkpoint(tmp_path / "out" / "checkpoints", 7, {}, {})
     refused(capsys, ["distill", pipeline_folder, tmp_path / "out"], "7", "--resume")
@@ -367,17 +363,10 @@ def test_demo_rejects_bad_values(pipeline_folder: Path, capsys: pytest.CaptureFi
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        refused(
-            capsys,
-            ["demo", "--weights", pipeline_folder, "--port", port],
-            "127.0.0.1",
-            str(port),
-        )
+        refused(capsys, ["demo", "--weights", pipeline_folder, "--port", port], "127.0.0.1", str(port))
     refused(capsys, ["demo", "--weights", pipeline_folder, "--port", "0"], "--port 0")
     refused(
-        capsys,
-        ["demo", "--weights", pipeline_folder, "--host", "192.0.2.1", "--port", port],
-        "192.0.2.1",
+        capsys, ["demo", "--weights", pipeline_folder, "--host", "192.0.2.1", "--port", port], "192.0.2.1"
     )
     refused(capsys, ["demo", "--weights", "no-such-model", "--port", port], "'no-such-model'", "bundled")
 

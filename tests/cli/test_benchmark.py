@@ -18,9 +18,7 @@ from far.model import PRESETS, NetworkConfig
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
-        PRESETS,
-        "tiny",
-        NetworkConfig(CausalConfig(width=16, depth=1, heads=2), ShortcutConfig(16, 1)),
+        PRESETS, "tiny", NetworkConfig(CausalConfig(width=16, depth=1, heads=2), ShortcutConfig(16, 1))
     )
     monkeypatch.setattr(
         "far.benchmark.rows.AutoencoderConfig", lambda: AutoencoderConfig(width=8, blocks=1, norm_groups=4)
