@@ -13,9 +13,9 @@ import dataclasses
 import itertools
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from far.classes import label_text
 from far.cli.machine_arguments import prepare_machine, print_chosen
@@ -42,33 +42,18 @@ _OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_weights_argument(parser)
-    parser.add_argument(
-        "--labels", nargs="+", metavar="LABEL", help="class numbers or names, or 'all' (default)"
-    )
-    parser.add_argument(
-        "--count",
-        type=int,
-        metavar="N",
-        help="number of images, shared evenly by the labels (default: one per label)",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("samples.png"),
-        help=".png (a contact sheet), .npz, or a folder of PNGs (default samples.png)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--seed", type=int, metavar="N", default=0, help="seed of the first image (default 0)"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the generated images that the folder --out holds"
-    )
-    parser.add_argument(
-        "--fast", action="store_true",
-        help="approximate: int8 weights on a CPU; masked models reuse parts of every 4th AR step",
-    )  # fmt: skip
-    parser.add_argument(
-        "--batch-size", type=int, metavar="N", default=64, help="images drawn together (default 64)"
-    )
-    parser.add_argument("--gif", type=Path, help="also write an animation of the first batch, token by token")
+    add = parser.add_argument
+    add("--labels", nargs="+", metavar="LABEL", help="class numbers or names, or 'all' (default)")
+    count_help = "number of images, shared evenly by the labels (default: one per label)"
+    add("--count", type=int, metavar="N", help=count_help)
+    out_help = ".png (a contact sheet), .npz, or a folder of PNGs (default samples.png)"
+    add("--out", type=Path, default=Path("samples.png"), help=out_help)
+    add("--seed", type=int, metavar="N", default=0, help="seed of the first image (default 0)")
+    add("--overwrite", action="store_true", help="replace the generated images that the folder --out holds")
+    fast_help = "approximate: int8 weights on a CPU; masked models reuse parts of every 4th AR step"
+    add("--fast", action="store_true", help=fast_help)
+    add("--batch-size", type=int, metavar="N", default=64, help="images drawn together (default 64)")
+    add("--gif", type=Path, help="also write an animation of the first batch, token by token")
     add_drawing_arguments(parser)
 
 
@@ -78,15 +63,20 @@ def run(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from far.pictures import contact_sheet, save_gif, save_png, to_pictures
+    from far.evaluation.images import write_npz
+    from far.pictures import contact_sheet, save_gif, save_png, to_pictures, to_uint8
     from far.precision import resolve_dtype
 
     device = prepare_machine(arguments)
     dtype = resolve_dtype(_dtype(arguments, device), device)
     pipeline = load_pipeline(arguments.weights, weights, dtype, device)
-    labels = _labels(pipeline, arguments)
+    chosen, places = _labels(pipeline, arguments)
+    labels = [chosen[place] for place in places]
     texts = [label_text(pipeline.classes, label) for label in labels]
-    config = _sampling(pipeline, arguments)
+    options = sampling_options(arguments)
+    if arguments.fast and pipeline.model.backbone.any_order:
+        options = {**FAST, **options}
+    config = pipeline.sampling_config(**options)
     config.check(pipeline.model)  # before the bar appears
     settings = {"weights": arguments.weights, **dataclasses.asdict(config), "dtype": dtype}
     print_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, dtype))
@@ -101,23 +91,23 @@ def run(arguments: argparse.Namespace) -> None:
                 parts.append(images.cpu())
                 return
             for number, picture in enumerate(to_pictures(images), start):
-                made = {
-                    "label": texts[number],
-                    "class": pipeline.classes[labels[number]],
-                    "seed": arguments.seed + number,
-                }
-                save_png(picture, out / f"{number:06d}.png", {**settings, **made})
+                label = {"label": texts[number], "class": pipeline.classes[labels[number]]}
+                made = {**settings, **label, "seed": arguments.seed + number}
+                save_png(picture, out / f"{number:06d}.png", made)
 
-        done = _draw(
-            pipeline, labels, config, arguments, finish, frames if arguments.gif is not None else None
-        )
+        first = frames if arguments.gif is not None else None
+        done = _draw(pipeline, labels, config, arguments, finish, first)
         for number in range(done, len(labels)) if folder else ():  # a batch whose writing was interrupted
             (out / f"{number:06d}.png").unlink(missing_ok=True)
     if not folder:
         described = {**settings, "labels": " ".join(texts[:done]), "seed": arguments.seed}
-        _write_together(torch.cat(parts)[:done], labels[:done], arguments, described)
+        images = torch.cat(parts)[:done]
+        if arguments.out.suffix.lower() == ".png":
+            save_png(contact_sheet(images, labels[:done]), arguments.out, described)
+        else:
+            write_npz(arguments.out, [to_uint8(images)], done, labels[:done])
     if done < len(labels):
-        raise KeyboardInterrupt(_remaining(arguments, texts, done))
+        raise KeyboardInterrupt(_remaining(arguments, texts, places, done))
     if arguments.gif is not None:
         with noticed(f"writing {arguments.gif}"):
             save_gif([contact_sheet(frame, labels[: len(frame)]) for frame in frames], arguments.gif)
@@ -137,9 +127,7 @@ def _check(arguments: argparse.Namespace) -> list[Path]:
     if arguments.count is not None:
         check_count("--count", arguments.count, MOST_IMAGES)
     if arguments.out.suffix.lower() in _OTHER_FORMATS:
-        raise InputError(
-            f"--out {arguments.out} is not supported. Give a name that ends in .png or .npz, or a folder"
-        )
+        raise InputError(f"--out {arguments.out} is not supported. Give a name in .png or .npz, or a folder")
     filled = _is_folder(arguments.out) and arguments.out.exists()
     earlier = _earlier_images(arguments.out, arguments.overwrite) if filled else []
     check_writable(arguments.out / "000000.png" if filled else arguments.out)
@@ -195,56 +183,38 @@ def _draw(
     return done
 
 
-def _remaining(arguments: argparse.Namespace, labels: list[str], done: int) -> str:
-    """Return how many images an interruption leaves, and the commands that draw the others."""
-    commands, outs, start = [], _free_names(arguments.out), done
-    for names, count in _even_parts(labels[done:]):
-        seed = arguments.seed + start
-        changed = {
-            "labels": names,
-            "count": count,
-            "seed": seed,
-            "out": next(outs),
-            "overwrite": False,
-            "gif": None,
-        }
-        commands.append(_command(argparse.Namespace(**{**vars(arguments), **changed})))
-        start += count
-    rest = " && ".join(commands)
-    return f"{done} of {len(labels)} images are in {arguments.out}. Draw the others with: {rest}"
+def _remaining(arguments: argparse.Namespace, texts: list[str], places: list[int], done: int) -> str:
+    """Return how many images an interruption leaves, and the commands that draw the others.
+
+    One command draws the rest of the label at which the drawing ended, and one the labels after it.
+    """
+    rest = places[done:]
+    names = list(dict(zip(rest, texts[done:])).values())
+    partial = rest.count(rest[0]) if rest[0] == places[done - 1] else 0
+    parts = [(names[:1], partial), (names[1:], len(rest) - partial)] if partial else [(names, len(rest))]
+    numbered = (f"{arguments.out.stem}-{number}{arguments.out.suffix}" for number in itertools.count(2))
+    outs = (out for name in numbered if not (out := arguments.out.with_name(name)).exists())
+    commands, seed = [], arguments.seed + done
+    for labels, count in parts:
+        if count:
+            changed = {"labels": labels, "count": count, "seed": seed, "out": next(outs), "gif": None}
+            commands.append(_command({**vars(arguments), "overwrite": False, **changed}))
+            seed += count
+    said = f"{done} of {len(places)} images are in {arguments.out}"
+    return f"{said}. Draw the others with: {' && '.join(commands)}"
 
 
-def _even_parts(labels: Sequence[str]) -> Iterator[tuple[list[str], int]]:
-    """Split labels into parts that :func:`_shared` restores, and yield the labels and the count of each."""
-    names: list[str] = []
-    counts: list[int] = []
-    for name, group in itertools.groupby(labels):
-        count = sum(1 for _ in group)
-        if counts and not counts[0] - 1 <= count <= counts[-1]:
-            yield names, sum(counts)
-            names, counts = [], []
-        names.append(name)
-        counts.append(count)
-    yield names, sum(counts)
-
-
-def _command(arguments: argparse.Namespace) -> str:
+def _command(arguments: dict[str, Any]) -> str:
     """Return the command line that gives these arguments."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     words = ["far", "generate"]
     for action in parser._actions:
-        value = getattr(arguments, action.dest, action.default)
+        value = arguments.get(action.dest, action.default)
         if value != action.default:
             values = value if isinstance(value, list) else [] if value is True else [value]
             words += [action.option_strings[-1], *map(str, values)]
     return shlex.join(words)
-
-
-def _free_names(out: Path) -> Iterator[Path]:
-    """Yield names like ``out`` at which nothing exists."""
-    numbered = (out.with_name(f"{out.stem}-{number}{out.suffix}") for number in itertools.count(2))
-    return (path for path in numbered if not path.exists())
 
 
 def _earlier_images(folder: Path, overwrite: bool) -> list[Path]:
@@ -255,9 +225,8 @@ def _earlier_images(folder: Path, overwrite: bool) -> list[Path]:
     """
     if not folder.is_dir():
         raise InputError(f"--out {folder} is a file. Give a folder, or a name that ends in .png or .npz")
-    images = sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
-    )
+    suffixes = (".png", ".jpg", ".jpeg", ".webp")
+    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
     for path in images:
         if not re.fullmatch(r"[0-9]{6,}\.png", path.name):
             raise InputError(f"--out {folder} holds another image, {path.name}. Choose another folder")
@@ -281,36 +250,13 @@ def _dtype(arguments: argparse.Namespace, device: torch.device) -> str:
     return "auto"
 
 
-def _sampling(pipeline: Pipeline, arguments: argparse.Namespace) -> SamplingConfig:
-    options = sampling_options(arguments)
-    if arguments.fast and pipeline.model.backbone.any_order:
-        options = {**FAST, **options}
-    return pipeline.sampling_config(**options)
+def _labels(pipeline: Pipeline, arguments: argparse.Namespace) -> tuple[list[int], list[int]]:
+    """Return the chosen classes, and for each image the index of its class among them.
 
-
-def _labels(pipeline: Pipeline, arguments: argparse.Namespace) -> list[int]:
-    """Return the class of each image: equally many of each label, in the order of the labels."""
+    Each class has equally many images, or the first ones have one more.
+    """
     every = arguments.labels is None or (arguments.labels == ["all"] and "all" not in pipeline.classes)
-    names = list(range(len(pipeline.classes))) if every else arguments.labels
-    chosen = [pipeline.label(name) for name in names]
+    chosen = [pipeline.label(name) for name in (range(len(pipeline.classes)) if every else arguments.labels)]
     count = len(chosen) if arguments.count is None else arguments.count
     check_count("--count", count, MOST_IMAGES)  # the default is the number of labels
-    return _shared(chosen, count)
-
-
-def _shared(labels: list[int], count: int) -> list[int]:
-    """Return ``count`` labels in order, each equally often, or once more for the first ones."""
-    share, extra = divmod(count, len(labels))
-    return [label for index, label in enumerate(labels) for _ in range(share + (index < extra))]
-
-
-def _write_together(
-    images: Tensor, labels: list[int], arguments: argparse.Namespace, settings: dict[str, object]
-) -> None:
-    from far.evaluation.images import write_npz
-    from far.pictures import contact_sheet, save_png, to_uint8
-
-    if arguments.out.suffix.lower() == ".png":
-        save_png(contact_sheet(images, labels), arguments.out, settings)
-        return
-    write_npz(arguments.out, [to_uint8(images)], len(images), labels)
+    return chosen, sorted(number % len(chosen) for number in range(count))
