@@ -3,6 +3,7 @@
 The dataclasses are defined beside what they configure.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -51,6 +52,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], source: str) -> T:
 
 def _convert(hint: Any, value: Any, source: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    is_bool = isinstance(value, bool)
     if hint is Any:
         return value
     if isinstance(value, Mapping) and (kinds := kinds_of(hint)):
@@ -66,21 +68,16 @@ def _convert(hint: Any, value: Any, source: str) -> Any:
     elif origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(arguments[0], item, source) for item in value)
     elif origin is dict and isinstance(value, Mapping):
-        return {
-            _convert(arguments[0], k, source): _convert(arguments[1], v, source) for k, v in value.items()
-        }
+        pairs = value.items()
+        return {_convert(arguments[0], k, source): _convert(arguments[1], v, source) for k, v in pairs}
     elif origin is typing.Literal and value in arguments:
         return value
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if math.isfinite(number := _as_float(value)):
-            return number
+    elif hint is float and isinstance(value, int | float) and not is_bool:
+        with contextlib.suppress(OverflowError):
+            if math.isfinite(number := float(value)):
+                return number
     # In Python 3.10, a generic hint such as list[int] is an instance of type.
-    elif (
-        origin is None
-        and isinstance(hint, type)
-        and isinstance(value, hint)
-        and not (hint is int and isinstance(value, bool))
-    ):
+    elif origin is None and isinstance(hint, type) and isinstance(value, hint) and is_bool == (hint is bool):
         return value
     if origin is typing.Literal:
         expected = " or ".join(map(repr, arguments))
@@ -88,13 +85,6 @@ def _convert(hint: Any, value: Any, source: str) -> Any:
         expected = "a finite number" if hint is float else getattr(hint, "__name__", str(hint))
     exponents = ". In YAML, write 1.0e-4, not 1e-4" if hint is float and isinstance(value, str) else ""
     raise InputError(f"{source} is {_shown(value)}, expected {expected}{exponents}")
-
-
-def _as_float(value: int | float) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
 
 
 def _shown(value: Any) -> str:
@@ -107,31 +97,24 @@ def check_count(name: str, value: int, most: int = 2**16) -> None:
 
     Loaded files may come from anyone, and one absurd size could use up all memory or time.
     """
-    if not 1 <= value <= most:
-        raise InputError(
-            f"{name} {value} must be positive"
-            if value < 1
-            else f"{name} {value} is too large; give at most {most}"
-        )
+    if value < 1:
+        raise InputError(f"{name} {value} must be positive")
+    if value > most:
+        raise InputError(f"{name} {value} is too large. Give at most {most}")
 
 
 def whole_number(name: str, value: Any) -> int:
     """Return a Python, numpy or zero-dimensional tensor integer as an ``int``.
 
     Raises:
-        InputError: the value is anything else, such as a float or a bool. ``name`` begins the message.
+        InputError: the value is anything else, such as a float or a bool.
     """
-    try:
-        # operator.index also accepts tensors of one element and of bools.
-        if (
-            not isinstance(value, bool)
-            and not getattr(value, "ndim", 0)
-            and "bool" not in str(getattr(value, "dtype", ""))
-        ):
+    # operator.index also accepts tensors of one element and of bools.
+    is_bool = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
+    if not is_bool and not getattr(value, "ndim", 0):
+        with contextlib.suppress(TypeError):
             return operator.index(value)
-    except TypeError:
-        pass
-    raise InputError(f"{name} {_shown(value)[:80]} is not a whole number; give one") from None
+    raise InputError(f"{name} {_shown(value)[:80]} is not a whole number")
 
 
 def plain_number(value: Any) -> Any:
@@ -158,21 +141,19 @@ def listed(name: str, values: Any) -> list[Any]:
     """Return the items of a list, tuple, range, array or tensor.
 
     Raises:
-        InputError: the value is not a collection, or is a string. ``name`` begins the message.
+        InputError: the value is not a collection, or is a string.
     """
-    try:
-        if not isinstance(values, str | bytes):
+    if not isinstance(values, str | bytes):
+        with contextlib.suppress(TypeError):
             return list(values)
-    except TypeError:
-        pass
     text = _shown(values)[:80]
-    raise InputError(f"{name} {text} is not a list; give a list, such as [{text}]") from None
+    raise InputError(f"{name} {text} is not a list. Give a list, such as [{text}]")
 
 
 def check_seed(name: str, seed: int) -> None:
     """Raise an :class:`InputError` that starts with ``name`` unless ``seed`` is within 0 … 2⁶³ − 1."""
     if not 0 <= seed < 2**63:
-        raise InputError(f"{name} {seed} is out of range; give a whole number within 0 … 2⁶³ − 1")
+        raise InputError(f"{name} {seed} is out of range. Give a whole number within 0 … 2⁶³ − 1")
 
 
 def check_types(config: Any) -> None:
@@ -185,8 +166,7 @@ def check_types(config: Any) -> None:
 def kinds_of(hint: Any) -> dict[str, Any]:
     """Return the dataclasses that a field may hold, by their ``kind``; the default comes first.
 
-    They are the dataclasses in a union, or those registered in ``kinds`` of a base class. Otherwise there are
-    none.
+    They are the dataclasses in a union, or those registered in ``kinds`` of a base class.
     """
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         options = [option for option in typing.get_args(hint) if dataclasses.is_dataclass(option)]

@@ -14,6 +14,9 @@ from far.training.config import AutoencoderRecipe, GeneratorRecipe
 
 RECIPES = Path(__file__).parent / "recipes"
 
+# What yaml raises: for wrong syntax; for bytes that are not text and invalid dates; for unlimited nesting.
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+
 T = TypeVar("T")
 
 
@@ -44,15 +47,9 @@ class Recipe:
             if "\0" in name:
                 raise InputError(f"the path {name!r} contains a null character. Remove it")
         place = Path(self.model)
-        if (
-            not place.parts
-            or place.parts[0] in ("autoencoder", "latents")
-            or place.is_absolute()
-            or ".." in place.parts
-        ):
-            raise InputError(
-                f"model {self.model!r} is not the name of a new folder in the run folder. Give a plain name"
-            )
+        taken = place.parts[:1] in ((), ("autoencoder",), ("latents",))
+        if taken or place.is_absolute() or ".." in place.parts:
+            raise InputError(f"model {self.model!r} is not a new folder in the run folder. Give a plain name")
 
     @property
     def autoencoder_folder(self) -> Path:
@@ -61,11 +58,8 @@ class Recipe:
         Raises:
             InputError: ``autoencoder_from`` does not name a folder or model.
         """
-        return (
-            Path(self.run) / "autoencoder"
-            if self.autoencoder_from is None
-            else find_folder(self.autoencoder_from)
-        )
+        own, other = Path(self.run) / "autoencoder", self.autoencoder_from
+        return own if other is None else find_folder(other)
 
     @property
     def latents_folder(self) -> Path:
@@ -114,19 +108,13 @@ def load_recipe(name: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
-        raise InputError(
-            f"recipe {path}: {error.strerror}. Give a YAML file, or one of: {', '.join(recipe_names())}"
-        ) from error
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # not text, an invalid date or number, unlimited nesting
+        names = ", ".join(recipe_names())
+        raise InputError(f"recipe {path}: {error.strerror}. Give a YAML file, or one of: {names}") from error
+    except _NOT_YAML as error:
         raise InputError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise InputError(
-            f"recipe {path} holds no keys. far recipe NAME prints an example ({', '.join(recipe_names())})"
-        )
+        names = ", ".join(recipe_names())
+        raise InputError(f"recipe {path} holds no keys. far recipe NAME prints an example ({names})")
     for override in overrides:
         _apply(values, override, str(path))
     return from_dict(Recipe, values, str(path))
@@ -147,17 +135,15 @@ def from_overrides(default: T, overrides: Sequence[str]) -> T:
 def _apply(values: dict[str, Any], override: str, source: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise InputError(
-            f"override {override!r} is not dotted.key=value. Write generator.training.steps=1000, for example"
-        )
+        example = "Write generator.training.steps=1000, for example"
+        raise InputError(f"override {override!r} is not dotted.key=value. {example}")
     *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
-            raise InputError(
-                f"override {override!r}: {parent!r} is a value in {source}, not a section. Give another key."
-            )
+            wrong = f"{parent!r} is a value in {source}, not a section"
+            raise InputError(f"override {override!r}: {wrong}. Give another key.")
     try:
         values[last] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except _NOT_YAML as error:
         raise InputError(f"override {override!r}: {text!r} is not valid YAML") from error

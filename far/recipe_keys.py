@@ -1,6 +1,7 @@
 """All keys of a recipe with type, default and meaning, from the dataclasses. Needs no torch."""
 
 import dataclasses
+import json
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -13,14 +14,7 @@ from far.training.config import DistillationConfig
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A key of a recipe.
-
-    Attributes:
-        name: dotted name.
-        type: its values in words.
-        default: default in YAML, None if the key is required.
-        meaning: what it sets.
-    """
+    """A key of a recipe by its dotted name, with its type in words and its default in YAML, None if required."""
 
     name: str
     type: str
@@ -30,14 +24,10 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Keys of one dataclass.
+    """Keys of one dataclass and the first part of its docstring.
 
-    Attributes:
-        command: what takes the keys: a recipe or a command.
-        name: dotted name of the section, empty at the top level.
-        kind: the kind that the keys belong to, empty if there is only one.
-        summary: first part of the dataclass's docstring.
-        keys: the keys.
+    ``command`` is "a recipe" or a command. The dotted name is empty at the top level, and the kind is empty if
+    there is only one.
     """
 
     command: str
@@ -64,17 +54,15 @@ def _sections(command: str, kind: type, default: Any, prefix: str) -> Iterator[S
         hint, value = hints[field.name], getattr(default, field.name)
         options = [*kinds_of(hint).values()] or ([hint] if dataclasses.is_dataclass(hint) else [])
         if options:
-            inner += [
-                (f"{prefix}{field.name}", option, value if isinstance(value, option) else option())
-                for option in options
-            ]
+            defaults = [value if isinstance(value, option) else option() for option in options]
+            inner += [(f"{prefix}{field.name}.", *pair) for pair in zip(options, defaults)]
             continue
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        shown = None if required else _yaml(value)
+        shown = None if required else value if isinstance(value, str) else json.dumps(value)
         keys.append(Key(f"{prefix}{field.name}", _type(hint), shown, meanings.get(field.name, "")))
     yield Section(command, prefix.rstrip("."), getattr(kind, "kind", ""), summary, keys)
     for name, option, value in inner:
-        yield from _sections(command, option, value, f"{name}.")
+        yield from _sections(command, option, value, name)
 
 
 def _type(hint: Any) -> str:
@@ -86,20 +74,6 @@ def _type(hint: Any) -> str:
     if arguments:
         return " or ".join(_type(option) for option in arguments if option is not type(None))
     return {"str": "text", "int": "whole number", "float": "number", "bool": "true, false"}[hint.__name__]
-
-
-def _yaml(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return (
-        str(list(value))
-        if isinstance(value, tuple)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
 
 
 def _title(section: Section) -> str:
@@ -115,10 +89,7 @@ def as_text(width: int) -> str:
         for key in section.keys:
             default = "required" if key.default is None else f"default {key.default}"
             meaning = f"{key.type}; {default}. {key.meaning[:1].upper()}{key.meaning[1:]}"
-            lines += [
-                f"  {key.name}",
-                *textwrap.wrap(meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6),
-            ]
+            lines += [f"  {key.name}", textwrap.indent(textwrap.fill(meaning, width - 6), " " * 6)]
         lines += [""] if section.keys else []
     return "\n".join(lines).replace("`", "")
 

@@ -20,8 +20,8 @@ def _masked_only(default: Any) -> Any:
 class SamplingConfig:
     """Sampling options, with MAR's names in parentheses.
 
-    The command line, the recipe's keys, the benchmark and the demo are derived from these fields: a field's
-    type gives the form of its option, and its entry below the help text.
+    Commands and recipes derive their options from these fields: the type gives the form of an option, and the
+    entry below its help text.
 
     Attributes:
         ar_steps: autoregressive steps, 1 to the number of tokens (``num_iter``).
@@ -58,20 +58,16 @@ class SamplingConfig:
     def check(self, model: "FAR", kept: int = 0) -> None:
         """Raise an :class:`InputError` that names the first value that ``model`` cannot be sampled with.
 
-        Args:
-            model: the model to sample.
-            kept: number of tokens that are given, not drawn.
+        ``kept`` is the number of tokens that are given, not drawn.
         """
         check_types(self)
         tokens = model.config.tokens - kept
         if not model.backbone.any_order and self.ar_steps != tokens:
-            raise InputError(
-                f"ar_steps {self.ar_steps}: a causal backbone draws its {tokens} tokens one by one. "
-                f"Give {tokens}, or choose a masked model; fewer head_steps save time too"
-            )
+            draws = f"a causal backbone draws its {tokens} tokens one by one"
+            raise InputError(f"ar_steps {self.ar_steps}: {draws}. Give {tokens}, or choose a masked model")
         if not 1 <= self.ar_steps <= tokens:
             raise InputError(
-                f"ar_steps {self.ar_steps} is out of range. Give 1 to {tokens}, the number of tokens to draw"
+                f"ar_steps {self.ar_steps} is out of range. Give 1 to {tokens}, the tokens to draw"
             )
         if not 1 <= len(self._head_ends) <= 2:
             raise InputError(
@@ -83,23 +79,22 @@ class SamplingConfig:
             raise InputError(f"guidance {self.guidance} must be a number of at least 0. 1 turns it off")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise InputError(f"temperature {self.temperature} must be a positive number")
-        if (
-            len(self.guidance_interval) != 2
-            or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1
-        ):
-            raise InputError(
-                f"guidance_interval {list(self.guidance_interval)}: give a start and an end within 0 … 1"
-            )
-        self._check_masked_only(model)
+        interval = self.guidance_interval
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+            raise InputError(f"guidance_interval {list(interval)}: give a start and an end within 0 … 1")
+        for name in () if model.backbone.any_order else MASKED_ONLY:
+            if (value := getattr(self, name)) != getattr(type(self), name):
+                raise InputError(f"{name} {value} is for masked models. Omit {name}: this model is causal")
+        for name in ("refresh_every", "guidance_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} must be positive. 1 is exact")
         if self.guidance_passes not in (None, 1, 2):
             raise InputError(f"guidance_passes {self.guidance_passes} is not valid. Give 1 or 2, or omit it")
         if self.guidance_passes == 1 and not self._head_knows_guidance(model):
             most = model.head.max_guidance
             learned = f"guidance up to {most:g} only" if most > 1 else "no guidance"
-            raise InputError(
-                f"guidance_passes 1 needs a head that learned guidance {self.guidance:g}. This one learned "
-                f"{learned}: give 2"
-            )
+            needs = f"guidance_passes 1 needs a head that learned guidance {self.guidance:g}"
+            raise InputError(f"{needs}. This one learned {learned}: give 2")
 
     def _head_knows_guidance(self, model: "FAR") -> bool:
         return self.guidance == 1.0 or 1 < self.guidance <= model.head.max_guidance
@@ -107,17 +102,6 @@ class SamplingConfig:
     def guided_in_head(self, model: "FAR") -> bool:
         """Return whether the head applies guidance, so that the backbone runs with the class only."""
         return self.guidance_passes != 2 and self._head_knows_guidance(model)
-
-    def _check_masked_only(self, model: "FAR") -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not model.backbone.any_order and field.name in MASKED_ONLY and value != field.default:
-                raise InputError(
-                    f"{field.name} {value} is for masked models, and this model is causal. Omit {field.name}"
-                )
-        for name in ("refresh_every", "guidance_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)} must be positive. 1 is exact")
 
     @property
     def _head_ends(self) -> tuple[int, ...]:
@@ -130,13 +114,7 @@ class SamplingConfig:
         return round(first + (last - first) * fraction)
 
     def guidance_at(self, known_before: int, known_after: int, tokens: int) -> float:
-        """Return the guidance scale of one AR step of a generation of ``tokens`` tokens.
-
-        Args:
-            known_before: number of known tokens before the step.
-            known_after: number of known tokens after it.
-            tokens: number of tokens of the image.
-        """
+        """Return the guidance scale of an AR step from the numbers of known and of all tokens."""
         start, end = self.guidance_interval
         if not start <= known_before / tokens <= end:
             return 1.0
@@ -146,12 +124,7 @@ class SamplingConfig:
         return 1.0 + (self.guidance - 1.0) * min(known_after, tokens - 1) / tokens
 
     def guidance_scales(self, counts: list[int], kept: int = 0) -> list[float]:
-        """Return the guidance scale of each AR step.
-
-        Args:
-            counts: number of tokens that each AR step draws.
-            kept: number of tokens known before the first.
-        """
+        """Return the guidance scale of each AR step, of which ``counts`` has the number of tokens it draws."""
         known = list(itertools.accumulate(counts, initial=kept))
         return [self.guidance_at(before, after, known[-1]) for before, after in itertools.pairwise(known)]
 

@@ -52,9 +52,8 @@ def check_configuration(config: HeadConfig) -> None:
     assert HEADS[config.kind].config_class is type(config), f"register the head of kind {config.kind!r}"
     network = NetworkConfig(head=config)
     assert from_dict(NetworkConfig, to_dict(network), "config.json") == network
-    message = _refused(
-        lambda: from_dict(NetworkConfig, {"head": {"kind": config.kind, "no_such_key": 1}}, "a recipe")
-    )
+    wrong = {"head": {"kind": config.kind, "no_such_key": 1}}
+    message = _refused(lambda: from_dict(NetworkConfig, wrong, "a recipe"))
     assert "no_such_key" in message
     assert "samples_per_token" in message
 
@@ -122,12 +121,11 @@ def check_temperature(config: HeadConfig) -> None:
 def check_guidance(config: HeadConfig) -> None:
     """Guidance of scale 1 is off, and another scale counts. A velocity is guided linearly."""
     head = untrained_head(config)
-    draw = head.sampler(min(2, head.max_steps), torch.zeros(1))
-    z, uncond = _normal(IMAGES, TOKENS, WIDTH, seed=1), _normal(IMAGES, TOKENS, WIDTH, seed=2)
-    plain = draw(Condition(z), _Noise(), 1.0)
-    torch.testing.assert_close(draw(Condition(z, uncond, 1.0), _Noise(), 1.0), plain)
-    assert not torch.isclose(draw(Condition(z, uncond, 2.5), _Noise(), 1.0), plain).all()
-    learned = torch.isclose(draw(Condition(z, scale=1.5), _Noise(), 1.0), plain).all()
+    z, uncond = (_normal(IMAGES, TOKENS, WIDTH, seed=seed) for seed in (1, 2))
+    plain = _draw(head, Condition(z))
+    torch.testing.assert_close(_draw(head, Condition(z, uncond, 1.0)), plain)
+    assert not torch.isclose(_draw(head, Condition(z, uncond, 2.5)), plain).all()
+    learned = torch.isclose(_draw(head, Condition(z, scale=1.5)), plain).all()
     assert bool(learned) == (head.max_guidance == 1), "the scale counts without uncond only if it was learned"
     x, t = _normal(IMAGES, TOKENS, CHANNELS, seed=3), torch.linspace(0.1, 0.9, TOKENS).expand(IMAGES, -1)
     if type(head).velocity is Head.velocity:
@@ -136,7 +134,7 @@ def check_guidance(config: HeadConfig) -> None:
     conditional, unconditional = (head.velocity(x, t, Condition(c)) for c in (z, uncond))
     assert conditional.shape == x.shape
     torch.testing.assert_close(head.velocity(x, t, Condition(z, uncond, 1.0)), conditional)
-    for scale in (2.5, 1 + torch.rand(IMAGES, TOKENS, 1, generator=torch.Generator().manual_seed(0))):
+    for scale in (2.5, 1 + _normal(IMAGES, TOKENS, 1, seed=0).abs()):
         expected = unconditional + scale * (conditional - unconditional)
         found = head.velocity(x, t, Condition(z, uncond, scale))
         if getattr(config, "token_limit", None) is None:  # a limit clips the guided prediction
@@ -160,7 +158,7 @@ def check_dtypes(config: HeadConfig) -> None:
     head = untrained_head(config).to(torch.bfloat16)
     z = _normal(IMAGES, TOKENS, WIDTH, seed=1).to(torch.bfloat16)
     for condition in (Condition(z), Condition(z, -z, 2.0)):
-        drawn = head.sampler(min(2, head.max_steps), torch.zeros(1))(condition, _Noise(), 1.0)
+        drawn = _draw(head, condition)
         assert drawn.dtype == torch.float32
         assert drawn.isfinite().all()
     with torch.device("meta"):
@@ -175,27 +173,16 @@ def check_weights(config: HeadConfig) -> None:
     head, other = untrained_head(config), untrained_head(config, seed=1)
     weights = copy.deepcopy(head.state_dict())
     condition = Condition(_normal(IMAGES, TOKENS, WIDTH, seed=1))
-    drawn, _ = (
-        each.sampler(min(2, each.max_steps), torch.zeros(1))(condition, _Noise(), 1.0)
-        for each in (head, other)
-    )
+    drawn, _ = _draw(head, condition), _draw(other, condition)
     other.load_state_dict(head.state_dict())
-    again = other.sampler(min(2, other.max_steps), torch.zeros(1))(condition, _Noise(), 1.0)
-    assert torch.equal(again, drawn)
+    assert torch.equal(_draw(other, condition), drawn)
     assert all(torch.equal(weights[name], tensor) for name, tensor in head.state_dict().items())
 
 
 HEAD_CHECKS: tuple[Callable[[HeadConfig], None], ...] = (
-    check_configuration,
-    check_loss,
-    check_gradients,
-    check_draws,
-    check_temperature,
-    check_guidance,
-    check_steps,
-    check_dtypes,
-    check_weights,
-)
+    check_configuration, check_loss, check_gradients, check_draws, check_temperature, check_guidance,
+    check_steps, check_dtypes, check_weights,
+)  # fmt: skip
 
 
 class _Noise:
@@ -211,6 +198,10 @@ class _Noise:
 
 def _normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _draw(head: Head, condition: Condition) -> Tensor:
+    return head.sampler(min(2, head.max_steps), torch.zeros(1))(condition, _Noise(), 1.0)
 
 
 def _loss(head: Head, teacher: Head, z: Tensor | None = None) -> TokenLoss:

@@ -74,7 +74,7 @@ def test_any_round_trip(config: Outer) -> None:
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), 10**400])
 def test_numbers_that_no_float_can_hold_are_refused(number: float) -> None:
-    with pytest.raises(InputError, match=r"rate is .*, expected a finite number"):
+    with refused("test: rate"):
         from_dict(Outer, {"path": "x", "rate": number, "inner": {"size": 4}}, "test")
 
 

@@ -79,10 +79,7 @@ def _gigabytes(count: int | None) -> str:
 def notes(report: Report, left_out: dict[str, str], rounds: int | None) -> str:
     """Return the text below the table: how its values were measured and what they mean.
 
-    Args:
-        report: the results.
-        left_out: dtypes of default rows that do not run here, with the reason.
-        rounds: number of rounds that the user gave.
+    ``left_out`` has the reasons for the dtypes of default rows that do not run here.
     """
     estimated = [result for result in report.results if result.estimated]
     steps = dict.fromkeys(f"{result.timed_steps} of {result.row.sampling.ar_steps}" for result in estimated)

@@ -75,12 +75,10 @@ class RowResult:
 
 @dataclasses.dataclass
 class Report:
-    """Results of all rows, and the machine's limits.
+    """Results of all rows, of which the first is the base of ratios, and the machine's limits.
 
-    Attributes:
-        results: one per row. The first is the base of ratios.
-        bandwidth: bytes per second of reading.
-        peaks: operations per second of a large matrix product, by dtype.
+    ``bandwidth`` is the bytes per second of reading, and ``peaks`` are the operations per second of a large
+    matrix product, by dtype.
     """
 
     results: list[RowResult]

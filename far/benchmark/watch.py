@@ -37,9 +37,8 @@ class Segment:
 def segments(sampling: SamplingConfig, *, full: bool = False) -> list[Segment]:
     """Return the AR steps of a generation to run: all of them if ``full`` or few, else four segments.
 
-    The timed steps lie in the middle of the quarter that they stand for, since an AR step's work grows with
-    the known tokens. If some AR steps compute what others reuse, a segment consists of whole periods.
-    Otherwise an untimed step before it lets a cache catch up with the skipped steps.
+    Timed steps lie in the middle of their quarter, since work grows with the known tokens. A segment has whole
+    periods of reuse; without reuse, an untimed step before it lets a cache catch up with the skipped steps.
     """
     ar_steps, period = sampling.ar_steps, math.lcm(sampling.refresh_every, sampling.guidance_every)
     untimed = 1 if period == 1 else 0
@@ -125,10 +124,7 @@ class Watch:
         return watched_draw
 
     def parts(self, plan: Sequence[Segment]) -> dict[str, float]:
-        """Return the growth in a whole generation by part, estimated from the timed steps of ``plan``.
-
-        Call it when the generation ends.
-        """
+        """Return the growth in a generation that has just ended, estimated from the timed steps of ``plan``."""
         starts = [*self.starts, self.reading()]
         totals = dict.fromkeys(PARTS, 0.0)
         totals["sampler"] = starts[0] - self.begin

@@ -12,42 +12,31 @@ from far.files import check_exists
 from far.names import find_folder
 from far.notices import noticed
 
-_SOURCES = {
-    "mar": "Get checkpoint-last.pth from MAR's page, github.com/LTH14/mar",
-    "kl16": "Get kl16.ckpt from MAR's page, github.com/LTH14/mar",
-    "from-diffusers": "Give the folder of an AutoencoderKL, such as vae in a diffusers pipeline",
-    "to-diffusers": "Give a folder with an autoencoder, such as far train-autoencoder writes",
+# Kind → help, and its source.
+_KINDS = {
+    "mar": ("a MAR checkpoint (.pth)", "checkpoint-last.pth of MAR's page, github.com/LTH14/mar"),
+    "kl16": ("MAR's KL-16 autoencoder (.ckpt)", "kl16.ckpt of MAR's page, github.com/LTH14/mar"),
+    "from-diffusers": (
+        "an AutoencoderKL of diffusers (folder)",
+        "folder with config.json and diffusion_pytorch_model….safetensors, such as vae in a pipeline",
+    ),
+    "to-diffusers": ("any model's autoencoder, into an AutoencoderKL of diffusers", NAMES),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    mar = kinds.add_parser("mar", help="a MAR checkpoint (.pth)", allow_abbrev=False)
-    mar.add_argument("source", type=Path, help="checkpoint-last.pth")
-    mar.add_argument("out", type=Path, help="folder to write")
-    mar.add_argument("--no-ema", action="store_true", help="convert the raw weights, not the EMA weights")
-    kl16 = kinds.add_parser("kl16", help="MAR's KL-16 autoencoder (.ckpt)", allow_abbrev=False)
-    kl16.add_argument("source", type=Path, help="kl16.ckpt")
-    kl16.add_argument("out", type=Path, help="folder to write; may hold a converted MAR")
-    inward = kinds.add_parser(
-        "from-diffusers", help="an AutoencoderKL of diffusers (folder)", allow_abbrev=False
-    )
-    inward.add_argument(
-        "source",
-        type=Path,
-        help="folder with config.json and diffusion_pytorch_model….safetensors, whole or in shards",
-    )
-    inward.add_argument("out", type=Path, help="folder to write; may hold a converted MAR")
-    outward = kinds.add_parser(
-        "to-diffusers", help="any model's autoencoder, into an AutoencoderKL of diffusers", allow_abbrev=False
-    )
-    outward.add_argument("source", metavar="weights", help=NAMES)
-    outward.add_argument("out", type=Path, help="folder to write")
+    for kind, (summary, source) in _KINDS.items():
+        command = kinds.add_parser(kind, help=summary, allow_abbrev=False)
+        command.add_argument("source", type=str if kind == "to-diffusers" else Path, help=source)
+        command.add_argument("out", type=Path, help="folder to write; may hold the other part of a model")
+        if kind == "mar":
+            command.add_argument("--no-ema", action="store_true", help="convert the raw, not the EMA weights")
 
 
 def run(arguments: argparse.Namespace) -> None:
     source = find_folder(arguments.source) if arguments.kind == "to-diffusers" else arguments.source
-    check_exists(source, _SOURCES[arguments.kind])
+    check_exists(source, f"Give the {_KINDS[arguments.kind][1]}")
 
     from far.convert import convert_kl16, convert_mar
     from far.diffusers_format import from_diffusers, to_diffusers

@@ -17,17 +17,11 @@ from far.precision import DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--weights",
-        nargs="+",
-        default=bundled_names(),
-        metavar="MODEL",
-        help="bundled names, folders or hub names (default: all bundled models)",
-    )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)"
-    )
-    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default 7860)")
+    add = parser.add_argument
+    names = "bundled names, folders or hub names (default: all bundled models)"
+    add("--weights", nargs="+", default=bundled_names(), metavar="MODEL", help=names)
+    add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
+    add("--port", type=int, default=7860, help="port to listen on (default 7860)")
     add_machine_arguments(parser, DTYPES)
 
 
@@ -37,24 +31,20 @@ def run(arguments: argparse.Namespace) -> None:
     for name in arguments.weights:
         find_folder(name)
     _check_address(arguments.host, arguments.port)
-    # gradio reads these when it is imported and served: no telemetry, and few remembered clicks (10,000 by
-    # default).
-    os.environ.update(
-        GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_ANALYTICS_MAX_EVENTS="100"
-    )
+    # gradio reads these when it is imported: no telemetry, and few remembered clicks (10,000 by default).
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"
     try:
         from far.demo.drawing import load_models
         from far.demo.page import Demo
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"the demo needs the package {error.name}. Install it with: pip install 'far-image[demo]'"
-        ) from error
+        remedy = "Install it with: pip install 'far-image[demo]'"
+        raise InputError(f"the demo needs the package {error.name}. {remedy}") from error
     device = prepare_machine(arguments)
     with noticed(f"loading {', '.join(arguments.weights)}"):
         models = load_models(arguments.weights, arguments.dtype, device)
     print_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, models[0].dtype))
-    demo = Demo(models)
-    address = demo.launch(arguments.host, arguments.port)
+    address = Demo(models).launch(arguments.host, arguments.port)
     print(f"far demo: {address} (Ctrl-C ends it)", flush=True)
     threading.Event().wait()
 
@@ -66,6 +56,5 @@ def _check_address(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as error:
-        raise InputError(
-            f"cannot listen on {host}, port {port}: {error.strerror}. Give another --host or --port"
-        ) from error
+        wrong = f"cannot listen on {host}, port {port}: {error.strerror}"
+        raise InputError(f"{wrong}. Give another --host or --port") from error

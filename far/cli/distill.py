@@ -22,40 +22,29 @@ from far.training.runs import check_unused
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "teacher",
-        help="folder, bundled name or OWNER/NAME[@REVISION] of a model with a diffusion or flow head",
-    )
-    parser.add_argument("out", type=Path, help="folder of the distilled model, created if missing")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="settings, such as training.steps=2000 or trajectories.images=50000",
-    )
-    parser.add_argument(
-        "--latents",
-        type=Path,
-        help="latent cache of the teacher's data (default: the teacher generates the images)",
-    )
+    add = parser.add_argument
+    teacher = "folder, bundled name or OWNER/NAME[@REVISION] of a model with a diffusion or flow head"
+    add("teacher", help=teacher)
+    add("out", type=Path, help="folder of the distilled model, created if missing")
+    example = "settings, such as training.steps=2000 or trajectories.images=50000"
+    add("overrides", nargs="*", metavar="KEY=VALUE", help=example)
+    latents = "latent cache of the teacher's data (default: the teacher generates the images)"
+    add("--latents", type=Path, help=latents)
     add_training_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     config = from_overrides(DistillationConfig(), arguments.overrides)
     folder = find_folder(arguments.teacher)
+    out, latents = arguments.out, arguments.latents
     # Check before the trajectories, which take long.
-    if arguments.out.resolve() == folder.resolve():
-        raise InputError(f"{arguments.out} is the teacher and would be overwritten. Choose another folder")
-    if (arguments.out / "config.json").exists() and not (arguments.out / "trajectories").exists():
-        raise InputError(
-            f"{arguments.out} holds another model, which would be overwritten. Choose another folder"
-        )
-    check_unused(arguments.out, arguments.resume)
-    if arguments.latents is not None and not (arguments.latents / "index.json").exists():
-        raise InputError(
-            f"{arguments.latents} holds no latents. Give the folder that far cache wrote, or omit --latents"
-        )
+    if out.resolve() == folder.resolve():
+        raise InputError(f"{out} is the teacher and would be overwritten. Choose another folder")
+    if (out / "config.json").exists() and not (out / "trajectories").exists():
+        raise InputError(f"{out} holds another model, which would be overwritten. Choose another folder")
+    check_unused(out, arguments.resume)
+    if latents is not None and not (latents / "index.json").exists():
+        raise InputError(f"{latents} holds no latents. Give the folder of far cache, or omit --latents")
 
     from far.training.distillation import DistillationTask
     from far.training.loop import resolve_loop, train
@@ -63,14 +52,13 @@ def run(arguments: argparse.Namespace) -> None:
 
     with joined() as processes:
         processes.check_parts("training.micro_batches", config.training.micro_batches)
-        training = resolve_loop(with_machine(config.training, arguments), arguments.out, processes)
+        training = resolve_loop(with_machine(config.training, arguments), out, processes)
         config = dataclasses.replace(config, training=training)
         with noticed(f"loading {arguments.teacher}"):
             teacher = load_teacher(folder, config.trajectories, training.device)
-        write_trajectories(
-            teacher, folder, config.trajectories, arguments.out / "trajectories", arguments.latents, processes
-        )
-        task = DistillationTask(teacher, config, arguments.out / "trajectories")
-        train(task, training, arguments.out, resume=arguments.resume, processes=processes)
+        trajectories = out / "trajectories"
+        write_trajectories(teacher, folder, config.trajectories, trajectories, latents, processes)
+        task = DistillationTask(teacher, config, trajectories)
+        train(task, training, out, resume=arguments.resume, processes=processes)
         if processes.rank == 0:
-            print(f"{arguments.out}: generate images with far generate --weights {arguments.out}")
+            print(f"{out}: generate images with far generate --weights {out}")

@@ -32,37 +32,24 @@ _MOST_VERSIONS = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "image", type=Path, help="image to edit; a larger one is cropped and scaled to the model's size"
-    )
+    add = parser.add_argument
+    add("image", type=Path, help="image to edit; a larger one is cropped and scaled to the model's size")
     add_weights_argument(parser)
-    parser.add_argument("--label", required=True, help="class number or name to draw")
-    region = parser.add_mutually_exclusive_group(required=True)
-    region.add_argument(
-        "--mask", type=Path, metavar="IMAGE", help="image of the same size, white where to redraw"
-    )
+    add("--label", required=True, help="class number or name to draw")
+    region = parser.add_mutually_exclusive_group(required=True).add_argument
+    region("--mask", type=Path, metavar="IMAGE", help="image of the same size, white where to redraw")
     box: dict[str, Any] = {"type": int, "nargs": 4, "metavar": ("LEFT", "TOP", "RIGHT", "BOTTOM")}
-    region.add_argument("--redraw", **box, help="box to redraw, in pixels of the model's size")
-    region.add_argument("--keep", **box, help="box to keep, in pixels; redraw everything around it")
-    region.add_argument(
-        "--place", type=int, nargs=2, metavar=("LEFT", "TOP"),
-        help="position of an image smaller than the model's; draw everything around it",
-    )  # fmt: skip
-    parser.add_argument(
-        "--no-paste",
-        action="store_true",
-        help="decode kept tokens instead of copying their pixels from the image",
-    )
-    parser.add_argument(
-        "--count", type=int, metavar="N", default=1, help="versions, with seeds SEED, SEED + 1, … (default 1)"
-    )
-    parser.add_argument(
-        "--seed", type=int, metavar="N", default=0, help="seed of the first version (default 0)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("edited.png"),
-        help="PNG; a contact sheet if there are several versions (default edited.png)",
-    )  # fmt: skip
+    region("--redraw", **box, help="box to redraw, in pixels of the model's size")
+    region("--keep", **box, help="box to keep, in pixels; redraw everything around it")
+    place_help = "position of an image smaller than the model's; draw everything around it"
+    region("--place", type=int, nargs=2, metavar=("LEFT", "TOP"), help=place_help)
+    paste_help = "decode kept tokens instead of copying their pixels from the image"
+    add("--no-paste", action="store_true", help=paste_help)
+    count_help = "versions, with seeds SEED, SEED + 1, … (default 1)"
+    add("--count", type=int, metavar="N", default=1, help=count_help)
+    add("--seed", type=int, metavar="N", default=0, help="seed of the first version (default 0)")
+    out_help = "PNG; a contact sheet if there are several versions (default edited.png)"
+    add("--out", type=Path, default=Path("edited.png"), help=out_help)
     add_drawing_arguments(parser)
 
 
@@ -91,17 +78,8 @@ def run(arguments: argparse.Namespace) -> None:
             steps = progress.steps
             bar.ar_step(progress)
 
-        paste = not arguments.no_paste
-        images = pipeline.edit(
-            picture,
-            mask,
-            arguments.label,
-            seed=seeds,
-            paste=paste,
-            output="tensor",
-            callback=report,
-            **sampling,
-        )
+        options = {**sampling, "seed": seeds, "paste": not arguments.no_paste, "callback": report}
+        images = pipeline.edit(picture, mask, arguments.label, output="tensor", **options)
     label = pipeline.label(arguments.label)
     settings = {
         "weights": arguments.weights,
@@ -143,10 +121,8 @@ def _image_and_mask(arguments: argparse.Namespace, size: tuple[int, int]) -> tup
         return fitted, 1 - box_mask(size, tuple(arguments.keep)).float()
     painted = decode_image(arguments.mask, "black")  # unpainted regions are kept
     if painted.size != picture.size:
-        raise InputError(
-            f"{arguments.mask} has {painted.height}×{painted.width} pixels and {arguments.image} "
-            f"{picture.height}×{picture.width}. Give a mask of the image's size"
-        )
+        ours = f"{arguments.image} {picture.height}×{picture.width}. Give a mask of the image's size"
+        raise InputError(f"{arguments.mask} has {painted.height}×{painted.width} pixels and {ours}")
     return fitted, _fitted_mask(to_tensor(painted).mean(dim=0), size)
 
 
@@ -154,13 +130,11 @@ def _fitted_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """Return a mask cropped as :func:`_fit` crops images, and scaled by maxima so that thin strokes stay."""
     import torch.nn.functional as F
 
+    if mask.shape == size:
+        return mask
     side = min(mask.shape)
     top, left = (mask.shape[0] - side) // 2, (mask.shape[1] - side) // 2
-    return (
-        mask
-        if mask.shape == size
-        else F.adaptive_max_pool2d(mask[None, top : top + side, left : left + side], size)[0]
-    )
+    return F.adaptive_max_pool2d(mask[None, top : top + side, left : left + side], size)[0]
 
 
 def _fit(picture: Image.Image, size: tuple[int, int], path: Path) -> Image.Image:
@@ -171,8 +145,6 @@ def _fit(picture: Image.Image, size: tuple[int, int], path: Path) -> Image.Image
     if picture.size == (width, height):
         return picture
     if min(picture.size) < max(size) or height != width:
-        raise InputError(
-            f"{path} has {picture.height}×{picture.width} pixels and the model's images {height}×{width}. "
-            "Resize it, or give --place LEFT TOP to draw around it"
-        )
+        ours = f"the model's images {height}×{width}. Resize it, or give --place LEFT TOP to draw around it"
+        raise InputError(f"{path} has {picture.height}×{picture.width} pixels and {ours}")
     return center_crop(picture, height)

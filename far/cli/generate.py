@@ -116,11 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> list[Path]:
-    """Check all arguments that need no model, and return the images of an earlier run that will be replaced.
-
-    Raises:
-        InputError: an argument cannot be used.
-    """
+    """Check all arguments that need no model, and return the images of an earlier run to replace."""
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size} must be positive")
     check_seed("--seed", arguments.seed)
@@ -152,13 +148,8 @@ def _draw(
 ) -> int:
     """Draw images batch by batch, and return how many are finished. An interruption leaves whole batches.
 
-    Args:
-        pipeline: the model.
-        labels: one per image.
-        config: sampling options.
-        arguments: the command's, with the first seed and the batch size.
-        finish: takes each batch ``[b, 3, h, w]`` and the number of its first image.
-        frames: receives a preview of the first batch after each AR step, unless None.
+    ``finish`` takes each batch ``[b, 3, h, w]`` and the number of its first image. ``frames`` receives a preview
+    of the first batch after each AR step.
     """
     from far.progress import ImageBar
 
@@ -218,11 +209,7 @@ def _command(arguments: dict[str, Any]) -> str:
 
 
 def _earlier_images(folder: Path, overwrite: bool) -> list[Path]:
-    """Return the numbered PNGs of an earlier run in ``folder``, which may be replaced.
-
-    Raises:
-        InputError: it holds some and ``overwrite`` is false, or it holds other images, or is not a folder.
-    """
+    """Return the numbered PNGs of an earlier run in ``folder``, which ``overwrite`` allows to replace."""
     if not folder.is_dir():
         raise InputError(f"--out {folder} is a file. Give a folder, or a name that ends in .png or .npz")
     suffixes = (".png", ".jpg", ".jpeg", ".webp")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from far.devices import check_device_name, check_threads, set_threads
@@ -15,8 +16,6 @@ from far.training.config import LoopConfig
 
 if TYPE_CHECKING:
     import torch
-
-DEVICE_HELP = "auto, cpu, cuda, cuda:1 …, mps or xpu"
 
 
 def add_machine_arguments(
@@ -28,37 +27,24 @@ def add_machine_arguments(
 ) -> None:
     """Add ``--device`` and ``--threads``, and ``--dtype`` if there are ``dtypes`` to choose from.
 
-    Args:
-        parser: receives the options.
-        dtypes: names to choose from.
-        dtype: the default.
-        recipe: take the defaults of device and dtype from the recipe.
+    With ``recipe``, the recipe has the defaults of device and dtype.
     """
+    add = parser.add_argument
     device, default = (None, "the recipe's") if recipe else ("auto", "auto: a GPU if there is one")
-    parser.add_argument(
-        "--device", type=_device, metavar="NAME", default=device, help=f"{DEVICE_HELP} (default {default})"
-    )
+    names = "auto, cpu, cuda, cuda:1 …, mps or xpu"
+    add("--device", type=_device, metavar="NAME", default=device, help=f"{names} (default {default})")
+    auto = ": bfloat16 if the device supports it natively, else float32" if dtype == "auto" else ""
+    meaning = f"dtype of the weights (default {dtype}{auto})"
+    if recipe:
+        dtype, meaning = None, "dtype of training (default the recipe's)"
     if dtypes:
-        if recipe:
-            dtype, meaning = None, "dtype of training (default the recipe's)"
-        else:
-            auto = ": bfloat16 if the device supports it natively, else float32" if dtype == "auto" else ""
-            meaning = f"dtype of the weights (default {dtype}{auto})"
-        parser.add_argument("--dtype", choices=dtypes, default=dtype, help=meaning)
-    parser.add_argument(
-        "--threads",
-        type=_threads,
-        metavar="N",
-        help="CPU threads (default: OMP_NUM_THREADS, or one per core)",
-    )
+        add("--dtype", choices=dtypes, default=dtype, help=meaning)
+    meaning = "CPU threads (default: OMP_NUM_THREADS, or one per core)"
+    add("--threads", type=threads, metavar="N", help=meaning)
 
 
 def prepare_machine(arguments: argparse.Namespace, processes: Processes = Processes()) -> torch.device:
-    """Set the number of threads and return the device of this process.
-
-    Raises:
-        InputError: the device does not work on this machine.
-    """
+    """Set the number of threads and return the device of this process, after a trial of it."""
     if arguments.threads is not None:
         set_threads(arguments.threads)
     return processes.device(arguments.device)
@@ -78,19 +64,22 @@ def with_machine(config: LoopConfig, arguments: argparse.Namespace) -> LoopConfi
     return dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
 
 
-def _device(text: str) -> str:
+@contextlib.contextmanager
+def _as_argument_error() -> Iterator[None]:
     try:
-        check_device_name(text)
+        yield
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _device(text: str) -> str:
+    with _as_argument_error():
+        check_device_name(text)
     return text
 
 
-def _threads(text: str) -> int:
-    if not text.lstrip("-").isdecimal():
-        raise argparse.ArgumentTypeError(f"threads {text!r} is not a whole number")
-    try:
-        check_threads(int(text))
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return int(text)
+def threads(text: str) -> int:
+    """Return a number of threads. Argparse shows this name in its message for a text that is not a number."""
+    with _as_argument_error():
+        check_threads(number := int(text))
+    return number

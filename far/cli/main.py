@@ -30,20 +30,12 @@ from far.interrupt import Interrupted
 from far.processes import leave, started_by_torchrun
 
 COMMANDS = {
-    "generate": generate,
-    "edit": edit,
-    "evaluate": evaluate,
-    "data": data,
-    "recipe": recipe,
-    "train-autoencoder": train_autoencoder,
-    "cache": cache,
-    "train": train,
-    "distill": distill,
-    "convert": convert,
-    "benchmark": benchmark,
-    "demo": demo,
-    "push": push,
-}
+    module.__name__.rpartition(".")[2].replace("_", "-"): module
+    for module in (
+        generate, edit, evaluate, data, recipe, train_autoencoder, cache, train, distill, convert, benchmark,
+        demo, push,
+    )
+}  # fmt: skip
 
 # Commands that several processes can share.
 SHARED = ("train-autoencoder", "cache", "train", "distill", "evaluate")
@@ -72,12 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").splitlines()[0]
+        form = argparse.RawDescriptionHelpFormatter
         command = commands.add_parser(
-            name,
-            help=summary,
-            description=module.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
+            name, help=summary, description=module.__doc__, formatter_class=form, allow_abbrev=False
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
@@ -112,25 +101,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = parse(sys.argv[1:] if arguments is None else arguments)
         if (processes := started_by_torchrun()).count > 1:
             if parsed.command not in SHARED:
-                shared = ", ".join(SHARED)
-                raise InputError(
-                    f"far {parsed.command} cannot run in several processes, unlike {shared}. "
-                    "Run it without torchrun (unset WORLD_SIZE)"
-                )
+                wrong = f"far {parsed.command} cannot run in several processes, unlike {', '.join(SHARED)}"
+                raise InputError(f"{wrong}. Run it without torchrun (unset WORLD_SIZE)")
             processes.local_rank()  # checks torchrun's variables before any file
         parsed.run(parsed)
     except (InputError, OSError) as error:
-        print(f"far: error: {printable(str(error))}", file=sys.stderr)
-        return 2
+        return _refused(str(error))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        reason = printable(" ".join(str(error).split())[:200])
-        print(
-            f"far: error: out of memory ({reason}). Use smaller batches or more micro_batches",
-            file=sys.stderr,
-        )
-        return 2
+        reason = " ".join(str(error).split())[:200]
+        return _refused(f"out of memory ({reason}). Use smaller batches or more micro_batches")
     except Interrupted as interruption:  # the command has reported what it saved
         return interruption.status
     except KeyboardInterrupt as interruption:
@@ -138,6 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"far: interrupted; {how}" if how else "far: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _refused(error: str) -> int:
+    print(f"far: error: {printable(error)}", file=sys.stderr)
+    return 2
 
 
 def program() -> NoReturn:

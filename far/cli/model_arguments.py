@@ -22,9 +22,8 @@ NAMES = "bundled name, folder, or OWNER/NAME[@REVISION] of the hub"
 
 def add_weights_argument(parser: argparse.ArgumentParser) -> None:
     """Add ``--weights``."""
-    parser.add_argument(
-        "--weights", metavar="MODEL", default="avatars-64", help=f"{NAMES} (default avatars-64)"
-    )
+    meaning = f"{NAMES} (default avatars-64)"
+    parser.add_argument("--weights", metavar="MODEL", default="avatars-64", help=meaning)
 
 
 def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,28 +5,19 @@ A card on the hub is kept unless a comment in it marks it as generated.
 
 import argparse
 
-from far.cli.model_arguments import NAMES
+from far.cli.model_arguments import NAMES, load_pipeline
 from far.names import find_folder
-from far.notices import noticed
-
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("weights", help=NAMES)
-    parser.add_argument("name", metavar="OWNER/NAME[@BRANCH]", help="repository, created if missing")
-    parser.add_argument(
-        "--license",
-        required=True,
-        metavar="NAME",
-        help="license of the weights in the hub's spelling: mit, cc-by-nc-4.0, other …",
-    )
-    parser.add_argument(
-        "--private", action="store_true", help="create a private repository (default: the owner's setting)"
-    )
-    parser.add_argument(
-        "--dtype", choices=_DTYPES, default="float32", help="dtype of the published weights (default float32)"
-    )
+    add = parser.add_argument
+    add("weights", help=NAMES)
+    add("name", metavar="OWNER/NAME[@BRANCH]", help="repository, created if missing")
+    license_help = "license of the weights in the hub's spelling: mit, cc-by-nc-4.0, other …"
+    add("--license", required=True, metavar="NAME", help=license_help)
+    add("--private", action="store_true", help="create a private repository (default: the owner's setting)")
+    dtype_help = "dtype of the published weights (default float32)"
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help=dtype_help)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -34,14 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from far.pipeline import Pipeline
-
-    with noticed(f"loading {arguments.weights}"):
-        pipeline = Pipeline.from_pretrained(folder, device="cpu")
-    address = pipeline.push_to_hub(
-        arguments.name,
-        license=arguments.license,
-        private=arguments.private or None,
-        dtype=getattr(torch, arguments.dtype),
-    )
+    pipeline = load_pipeline(arguments.weights, folder, "float32", torch.device("cpu"))
+    dtype, private = getattr(torch, arguments.dtype), arguments.private or None
+    address = pipeline.push_to_hub(arguments.name, license=arguments.license, private=private, dtype=dtype)
     print(f"{address}: published. Generate images with far generate --weights {arguments.name}")

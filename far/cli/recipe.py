@@ -21,18 +21,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"--keys explains the keys of all recipes. Omit {arguments.name!r}")
     if arguments.keys:
         print(as_text(min(shutil.get_terminal_size().columns, 110)), end="")
-    elif arguments.name is not None:
-        if arguments.name not in recipe_names():
-            raise InputError(
-                f"recipe {arguments.name!r} does not exist. Choose one of: {', '.join(recipe_names())}"
-            )
-        print(packaged(arguments.name), end="")
+        return
+    texts = {name: (RECIPES / f"{name}.yaml").read_text(encoding="utf-8") for name in recipe_names()}
+    if arguments.name is None:
+        for name, text in texts.items():
+            print(f"{name:{max(map(len, texts))}}  {text.splitlines()[0].removeprefix('# ')}")
+    elif arguments.name in texts:
+        print(texts[arguments.name], end="")
     else:
-        width = max(map(len, recipe_names()))
-        for name in recipe_names():
-            print(f"{name:{width}}  {packaged(name).splitlines()[0].removeprefix('# ')}")
-
-
-def packaged(name: str) -> str:
-    """Return the text of a packaged recipe."""
-    return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+        raise InputError(f"recipe {arguments.name!r} does not exist. Choose one of: {', '.join(texts)}")

@@ -12,15 +12,10 @@ from far.recipe import Recipe, load_recipe
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``recipe`` and ``overrides``."""
-    parser.add_argument(
-        "recipe", type=Path, help="YAML file, or name of a packaged recipe such as avatars-64"
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="values to change, such as generator.training.steps=1000",
-    )
+    add = parser.add_argument
+    add("recipe", type=Path, help="YAML file, or name of a packaged recipe such as avatars-64")
+    example = "values to change, such as generator.training.steps=1000"
+    add("overrides", nargs="*", metavar="KEY=VALUE", help=example)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,10 +39,9 @@ def check_inputs(
     tokenizer = recipe.autoencoder_folder if autoencoder else None
     for part in ("train", "held-out"):
         if not (Path(recipe.data) / part / "index.json").exists():
-            raise InputError(
-                f"{recipe.data} holds no image set. Write it first: far data folder IMAGES "
-                f"{shlex.quote(recipe.data)} (or far data avatars, far data fashion-mnist)"
-            )
+            command = f"far data folder IMAGES {shlex.quote(recipe.data)}"
+            others = "or far data avatars, far data fashion-mnist"
+            raise InputError(f"{recipe.data} holds no image set. Write it first: {command} ({others})")
     if tokenizer is not None and not (tokenizer / "config.json").exists():
         raise InputError(f"{tokenizer} holds no autoencoder. Train it first: far train-autoencoder {same}")
     if latents and not (recipe.latents_folder / "index.json").exists():

@@ -23,10 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     recipe = read_recipe(arguments)
     if recipe.autoencoder_from is not None:
-        raise InputError(
-            f"{arguments.recipe} takes its autoencoder from {recipe.autoencoder_from}. To train one, add "
-            "autoencoder_from=null"
-        )
+        taken = f"{arguments.recipe} takes its autoencoder from {recipe.autoencoder_from}"
+        raise InputError(f"{taken}. To train one, add autoencoder_from=null")
     folder = recipe.autoencoder_folder
     check_inputs(recipe, arguments)
     check_unused(folder, arguments.resume)
@@ -40,8 +38,5 @@ def run(arguments: argparse.Namespace) -> None:
         task = AutoencoderTask(config, Path(recipe.data))
         results = train(task, training, folder, resume=arguments.resume, processes=processes)
         if processes.rank == 0 and results:  # empty if the run was already finished
-            figures = (
-                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                for name, value in results.items()
-            )
-            print(f"{folder}: {', '.join(figures)}")
+            shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in results.items()}
+            print(f"{folder}: {', '.join(f'{name} {value}' for name, value in shown.items())}")

@@ -21,13 +21,7 @@ Number = TypeVar("Number", int, float)
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A loaded model.
-
-    Attributes:
-        name: the name that the user gave.
-        pipeline: the model.
-        dtype: dtype of its weights.
-    """
+    """A loaded model, with the name that the user gave and the dtype of its weights."""
 
     name: str
     pipeline: Pipeline
@@ -83,9 +77,9 @@ class Order:
         config = model.pipeline.sampling_config(**values)
         config.check(model.pipeline.model)
         # The page offers names, so a name wins over a number here.
-        classes, chosen = model.pipeline.classes, str("" if label is None else label)
-        number_ = classes.index(chosen) if chosen in classes else model.pipeline.label(chosen)
-        return cls(model, number_, list(range(first, first + images)), config)
+        classes, name = model.pipeline.classes, str("" if label is None else label)
+        chosen = classes.index(name) if name in classes else model.pipeline.label(name)
+        return cls(model, chosen, list(range(first, first + images)), config)
 
     @property
     def class_name(self) -> str:
@@ -138,8 +132,7 @@ class Frame:
 def draw(order: Order) -> Iterator[Frame]:
     """Yield one frame per AR step. The last one has the finished images.
 
-    The seconds are those of :meth:`Pipeline.draw`. They include neither previews nor the caller's work
-    between frames.
+    Seconds include neither previews nor the caller's work between frames.
 
     Raises:
         InputError: a seed is out of range.

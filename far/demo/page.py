@@ -69,23 +69,11 @@ class Demo:
     def launch(self, host: str, port: int) -> str:
         """Serve the page from a new thread and return its address."""
         self.blocks.queue(max_size=MOST_WAITING, default_concurrency_limit=1, api_open=False)
+        names = ("inline", "share", "run_history", "enable_monitoring", "ssr_mode", "pwa", "mcp_server")
+        options: dict[str, Any] = {"quiet": True, "prevent_thread_lock": True, **dict.fromkeys(names, False)}
+        options |= {"footer_links": [], "max_file_size": 0, "state_session_capacity": MOST_SESSIONS}
         _, address, _ = self.blocks.launch(
-            server_name=host,
-            server_port=port,
-            prevent_thread_lock=True,
-            inline=False,
-            quiet=True,
-            share=False,
-            theme=THEME,
-            css=CSS,
-            footer_links=[],
-            run_history=False,
-            enable_monitoring=False,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            max_file_size=0,
-            state_session_capacity=MOST_SESSIONS,
+            server_name=host, server_port=port, theme=THEME, css=CSS, **options
         )
         return address
 
@@ -101,10 +89,8 @@ class Demo:
     ) -> Iterator[tuple[str, str, str]]:
         """Yield the left image, the right image and the verdict as HTML after each AR step."""
         # Check both orders before drawing either.
-        orders = [
-            Order.of_entries(self.models[name], label, seed, head_steps=steps)
-            for name, steps in ((left, left_steps), (right, right_steps))
-        ]
+        sides = ((left, left_steps), (right, right_steps))
+        orders = [Order.of_entries(self.models[name], label, seed, head_steps=n) for name, n in sides]
         shown = [WAITING, WAITING]
         seconds = [0.0, 0.0]
         for side, order in enumerate(orders):
@@ -112,11 +98,14 @@ class Demo:
                 shown[side], seconds[side] = pictures(order, frame), frame.seconds
                 yield shown[0], shown[1], verdict(orders, seconds) if side == 1 and frame.finished else ""
 
+    def _weights_field(self, model: Model, **options: Any) -> gr.Dropdown:
+        return gr.Dropdown(list(self.models), value=model.name, label="Weights", **options)
+
     def _generate_tab(self) -> None:
         model = next(iter(self.models.values()))
         with gr.Row():
             with gr.Column(scale=2):
-                weights = gr.Dropdown(list(self.models), value=model.name, label="Weights")
+                weights = self._weights_field(model)
                 label = class_field(model)
                 with gr.Row():
                     seed = seed_field()
@@ -127,13 +116,8 @@ class Demo:
             with gr.Column(scale=3):
                 shown = gr.HTML(WAITING, elem_id="generated")
         weights.input(self._chosen, [weights, label], [label, *sampling], **AT_ONCE)
-        gr.on(
-            [button.click, seed.submit],
-            shows_errors(self.generate),
-            [weights, label, seed, count, *sampling],
-            shown,
-            **DRAWING,
-        )
+        entries = [weights, label, seed, count, *sampling]
+        gr.on([button.click, seed.submit], shows_errors(self.generate), entries, shown, **DRAWING)
 
     def _chosen(self, weights: str, label: str) -> list[gr.components.Component]:
         model = self.models[weights]
@@ -153,11 +137,7 @@ class Demo:
             for side, model in (("left", left), ("right", right)):
                 with gr.Column():
                     with gr.Row():
-                        weights.append(
-                            gr.Dropdown(
-                                list(self.models), value=model.name, label="Weights", scale=2, min_width=100
-                            )
-                        )
+                        weights.append(self._weights_field(model, scale=2, min_width=100))
                         steps.append(head_steps_field(model))
                     shown.append(gr.HTML(WAITING, elem_id=side))
         for names, field in zip(weights, steps):
@@ -183,13 +163,8 @@ AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visib
 def class_field(model: Model, chosen: str | None = None) -> gr.Dropdown:
     """Return a field for the class, by name or number. ``chosen`` stays if the model has it."""
     classes = model.pipeline.classes
-    return gr.Dropdown(
-        classes,
-        value=chosen if chosen in classes else classes[0],
-        label="Class",
-        allow_custom_value=True,
-        min_width=100,
-    )
+    value = chosen if chosen in classes else classes[0]
+    return gr.Dropdown(classes, value=value, label="Class", allow_custom_value=True, min_width=100)
 
 
 def seed_field() -> gr.Textbox:
@@ -208,33 +183,19 @@ def sampling_fields(model: Model) -> list[gr.Number]:
     """Return one field per name in :data:`SAMPLING_FIELDS`, with the model's value and range."""
     defaults, network = model.pipeline.defaults, model.pipeline.model
     learned = network.head.max_guidance
-    guidance = "1: off" + (f", ≤ {learned:g}: fast" if learned > 1 else "")
-    tokens = network.config.tokens
-    any_order = network.backbone.any_order
-    return [
-        gr.Number(defaults.guidance, label="Guidance", info=guidance, step=0.5, min_width=100),
-        gr.Number(
-            defaults.ar_steps,
-            label="AR steps",
-            info=f"1 to {tokens}" if any_order else f"{tokens}: one per token",
-            interactive=any_order,
-            min_width=100,
-        ),
-        head_steps_field(model),
-    ]
+    scales = "1: off" + (f", ≤ {learned:g}: fast" if learned > 1 else "")
+    guidance = gr.Number(defaults.guidance, label="Guidance", info=scales, step=0.5, min_width=100)
+    tokens, free = network.config.tokens, network.backbone.any_order
+    info = f"1 to {tokens}" if free else f"{tokens}: one per token"
+    ar_steps = gr.Number(defaults.ar_steps, label="AR steps", info=info, interactive=free, min_width=100)
+    return [guidance, ar_steps, head_steps_field(model)]
 
 
 def head_steps_field(model: Model) -> gr.Number:
     """Return a field for the head steps of a model."""
     most = model.pipeline.model.head.max_steps
-    steps = model.pipeline.defaults.head_steps_at(0)
-    return gr.Number(
-        steps,
-        label="Head steps",
-        info=f"1 to {most}" if most > 1 else "always 1",
-        interactive=most > 1,
-        min_width=100,
-    )
+    steps, info = model.pipeline.defaults.head_steps_at(0), f"1 to {most}" if most > 1 else "always 1"
+    return gr.Number(steps, label="Head steps", info=info, interactive=most > 1, min_width=100)
 
 
 def pictures(order: Order, frame: Frame) -> str:
@@ -279,8 +240,7 @@ def shows_errors(handler: Callable[..., Iterator[Any]]) -> Callable[..., Iterato
         try:
             yield from handler(*entries)
         except InputError as error:
-            raise gr.Error(
-                html.escape(str(error), quote=False), title="Please change an entry", print_exception=False
-            ) from None
+            said, title = html.escape(str(error), quote=False), "Please change an entry"
+            raise gr.Error(said, title=title, print_exception=False) from None
 
     return showing
