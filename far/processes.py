@@ -72,7 +72,7 @@ class Processes:
         return int(local)
 
     def check_parts(self, name: str, parts: int) -> None:
-        """Raise an :class:`InputError` unless the ranks can share the setting ``name`` of ``parts`` evenly."""
+        """Raise an :class:`InputError` unless the ranks can share ``parts``, the setting ``name``, evenly."""
         if parts % self.count:
             raise InputError(
                 f"{name} {parts} cannot be shared evenly. Give a multiple of the {self.count} processes"

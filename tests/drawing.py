@@ -1,4 +1,4 @@
-"""Tokens from one call: what a generation does with a head in two."""
+"""Draw tokens by one call instead of the two calls of a generation."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""A hub on this machine: as much of its protocol as huggingface_hub needs to download, and to publish in one commit."""
+"""Local hub with the part of the protocol that huggingface_hub needs to download and to publish a commit."""
 
 import base64
 import hashlib
@@ -17,7 +17,7 @@ LICENSES = ("mit", "other")
 
 
 class Hub:
-    """Repositories as ``{name: {branch: commit}}``, the files of each commit, and the requests that came in."""
+    """Repositories as ``{name: {branch: commit}}``, the files of each commit, and the received requests."""
 
     def __init__(self) -> None:
         self.branches: dict[str, dict[str, str]] = {}
@@ -29,7 +29,7 @@ class Hub:
         self.url = ""
 
     def commit(self, repository: str, files: Files, branch: str = "main") -> str:
-        """Add files on top of a branch; returns the commit's name."""
+        """Add files to a branch. Return the commit's name."""
         branches = self.branches.setdefault(repository, {})
         whole = {**self.files.get(branches.get(branch, ""), {}), **files}
         commit = hashlib.sha1(repr((repository, branch, sorted(whole.items()))).encode()).hexdigest()
@@ -37,7 +37,7 @@ class Hub:
         return commit
 
     def downloaded(self) -> list[str]:
-        """Names of the files that were fetched."""
+        """Return the names of the fetched files."""
         return sorted(
             path.split("/resolve/")[1].split("/", 1)[1]
             for path in self.requests
@@ -90,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def chunks(self) -> bytes:
-        """A body of unknown length, which is how commits are sent."""
+        """Read a body of unknown length, the form of commits."""
         parts = []
         while self.headers.get("Transfer-Encoding") == "chunked" and (size := int(self.rfile.readline(), 16)):
             parts.append(self.rfile.read(size))
@@ -195,7 +195,7 @@ def serve() -> Iterator[Hub]:
 
 
 def use(hub: Hub, monkeypatch: pytest.MonkeyPatch, cache: object) -> None:
-    """Have huggingface_hub, in this process, talk to ``hub`` and keep what it gets in ``cache``."""
+    """Make huggingface_hub in this process use ``hub`` and store downloads in ``cache``."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)

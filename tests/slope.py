@@ -1,4 +1,4 @@
-"""The smallest task, whose losses can be made wrong at chosen steps."""
+"""The smallest task. Its losses can be made invalid at chosen steps."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +58,7 @@ def infinite_loss(loss: Tensor) -> Tensor:
 
 
 def infinite_gradient(loss: Tensor) -> Tensor:
-    """The same value; the root's slope at zero is infinite."""
+    """Return the value itself, by a square root whose slope at zero is infinite."""
     return loss.detach() + (loss - loss.detach()).sqrt()
 
 

@@ -116,7 +116,7 @@ def imports(module: str) -> Iterator[tuple[str, int]]:
             start = package(module).split(".")
             parts = start[: len(start) - node.level + 1] if node.level else []
             base = ".".join([*parts, *([node.module] if node.module else [])])
-            # What is imported from a package may be one of its modules.
+            # A name imported from a package may be one of its modules.
             names = [name if (name := f"{base}.{alias.name}") in MODULES else base for alias in node.names]
         else:
             continue
@@ -148,7 +148,7 @@ def test_imports_point_down() -> None:
     assert not wrong, "imports must point to a lower floor:\n" + "\n".join(wrong)
 
 
-def test_every_module_tells_what_lives_in_it() -> None:
+def test_every_module_has_a_docstring() -> None:
     silent = [
         module
         for module, path in MODULES.items()

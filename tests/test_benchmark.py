@@ -54,7 +54,7 @@ def count_calls(counts: Counter, name: str, module: nn.Module) -> None:
 
 @pytest.mark.parametrize("ar_steps", [*range(1, 70), 100, 128, 255, 256])
 @pytest.mark.parametrize("full", [False, True])
-def test_segments_stand_for_every_step(ar_steps: int, full: bool) -> None:
+def test_segments_represent_every_step(ar_steps: int, full: bool) -> None:
     plan = segments(SamplingConfig(ar_steps), full=full)
     assert sum(segment.stands_for for segment in plan) == ar_steps
     run = [step for segment in plan for step in (*segment.untimed, *segment.timed)]
@@ -354,7 +354,7 @@ def test_peak_memory_is_that_of_the_call_alone() -> None:
     use(400)
     found = peak_memory(lambda: use(100))
     if found is None:
-        pytest.skip("the system does not tell")
+        pytest.skip("the system reports no peak")
     assert 95 * 2**20 <= found <= 130 * 2**20
     assert (peak_memory(lambda: None) or 0) < 20 * 2**20
     assert len(kept)

@@ -61,7 +61,7 @@ def test_bundled_models_share_the_autoencoder_of_the_first(name: str) -> None:
     assert all(torch.equal(tensor, theirs.state_dict()[key]) for key, tensor in ours.state_dict().items())
 
 
-# --- A model that takes from a bundled one what is equal in both ------------------------------------------
+# --- A model that shares tensors with a bundled one -------------------------------------------------------
 
 
 def with_other_head() -> Pipeline:

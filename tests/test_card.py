@@ -1,4 +1,4 @@
-"""The model card states what the folder holds, and a card that somebody wrote is kept."""
+"""The model card states what the folder holds, and a handwritten card is kept."""
 
 import dataclasses
 import re

@@ -35,7 +35,7 @@ def read_mar() -> dict[str, Any]:
 
 @pytest.fixture
 def kl16(tmp_path: Path) -> Path:
-    """The reference autoencoder in the published file's form, with the 16 latent channels of the MAR fixture."""
+    """Write the reference autoencoder as a published file, with the 16 latent channels of the MAR fixture."""
     tensors = load_file(FIXTURES / "kl16_reference.safetensors")
     weights = {
         name.removeprefix("weights."): tensor
@@ -164,7 +164,7 @@ def test_other_latent_channels_are_refused(tmp_path: Path, kl16: Path) -> None:
     convert_kl16(tmp_path / "four.ckpt", tmp_path / "alone")  # it is wrong for that model only
 
 
-# --- What a checkpoint may vary in ---------------------------------------------------------------
+# --- Variants of checkpoints ---------------------------------------------------------------
 
 
 def saved(tmp_path: Path, checkpoint: Any, **options: Any) -> Path:
@@ -246,7 +246,7 @@ def thin_mar(width: int) -> dict[str, torch.Tensor]:
     return weights
 
 
-# --- What is refused -----------------------------------------------------------------------------
+# --- Refusals -----------------------------------------------------------------------------
 
 
 class RunsACommand:
@@ -461,7 +461,7 @@ def test_wrong_kl16_names_file_and_entry(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on file sizes")
 def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
-    """A limit on file sizes stands for a full disk: the weights (490 kB) do not fit."""
+    """A limit on file sizes simulates a full disk: the weights (490 kB) do not fit."""
     script = (
         "import resource, signal; from pathlib import Path; from far.convert import convert_mar; from "
         "far.errors import InputError\n"

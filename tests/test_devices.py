@@ -190,7 +190,7 @@ def test_dtypes_that_training_does_not_have_are_refused() -> None:
         one_line(error, repr(dtype))
 
 
-def test_training_in_auto_is_training_in_the_dtype_it_stands_for(
+def test_training_in_auto_equals_training_in_the_chosen_dtype(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(devices, "has_bfloat16_products", lambda device: False)
@@ -218,7 +218,7 @@ def test_resumed_run_in_auto_keeps_the_dtype_of_its_checkpoint(dtype: str, tmp_p
     assert torch.equal(first.module.weight, second.module.weight)
 
 
-def test_resumed_run_says_that_its_dtype_changes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_resumed_run_reports_that_its_dtype_changes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     first = Trainer(Slope(), loop(dtype="bfloat16"), tmp_path)
     run_steps(first, 2)
     first.save()
@@ -232,7 +232,7 @@ def test_resumed_run_says_that_its_dtype_changes(tmp_path: Path, capsys: pytest.
         assert (before in line.replace(dtype, "", 1)) == (before != dtype)
 
 
-def test_missing_instructions_are_said_if_bfloat16_is_given(
+def test_missing_instructions_are_reported_if_bfloat16_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     for native in (True, False):

@@ -1,4 +1,4 @@
-"""Masks, and what an edit changes and leaves; the loop itself is tested in test_sampling.py."""
+"""Masks, and the pixels that an edit changes or keeps; the loop itself is tested in test_sampling.py."""
 
 from collections.abc import Sequence
 
@@ -175,7 +175,7 @@ def test_redrawn_part_fits_the_kept_part(pipeline: Pipeline) -> None:
     assert sum(errors) < 0.5 * sum(errors_of_others)
 
 
-def test_the_label_decides_what_is_drawn(pipeline: Pipeline, planet: Image.Image) -> None:
+def test_label_decides_what_is_drawn(pipeline: Pipeline, planet: Image.Image) -> None:
     one, other = (
         pipeline.edit(planet, MASK, label, seed=5, output="tensor") for label in ("planets", "moods")
     )

@@ -1,6 +1,6 @@
-"""What a long command meets with and goes on after, to what a run that was left alone gives: ``kill -9``, and a full disk.
+"""Long commands resume after ``kill -9`` or a full disk and end with the files of an undisturbed run.
 
-`make test` kills each command once at a random moment, `make soak` each often enough for more than fifty kills in all.
+`make test` kills each command once at a random moment, `make soak` more than fifty times in all.
 """
 
 import json
@@ -21,8 +21,8 @@ from conftest import CLASSES, draw_images, write_recipe
 from PIL import Image
 from safetensors.torch import load_file
 
-# Runs each command in a process of its own, forked when all is imported, so that kills hit work. Until the process is waited
-# for nobody else has its number. Shards and parts of few rows are many to be killed between.
+# Runs each command in its own process, forked after all imports, so that kills hit work. No other process gets
+# its number until it is waited for. Small shards and parts give many moments between them.
 SERVER = f"""
 import json, os, resource, subprocess, sys, time
 import torch._dynamo
@@ -32,9 +32,9 @@ far.data.folders._SHARD_BYTES = 2 * 3 * 16 * 16
 far.data.latents.SHARD_ROWS = far.evaluation.extraction.PART = 2
 for line in sys.stdin:
     folder, arguments, seconds, largest = json.loads(line)
-    # What the command says does not count among the files that it may write.
-    with open(folder + "/../said", "w") as said:
-        keeper = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=said)
+    # The output goes through another process, which the limit on file sizes does not affect.
+    with open(folder + "/../output", "w") as output:
+        keeper = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=output)
     child = os.fork()
     if child == 0:
         os.chdir(folder)
@@ -65,8 +65,8 @@ LOOP = [
 AUTOENCODER = ["width=8", "width_multipliers=[1,1,2]", "blocks=1", "latent_channels=2", "norm_groups=4"]
 
 
-class Alone(NamedTuple):
-    """What a run gives that is left alone: its files, their sizes, and the seconds that it takes."""
+class Undisturbed(NamedTuple):
+    """Files, their sizes, and the seconds of a run that is not disturbed."""
 
     files: dict[str, Any]
     sizes: list[int]
@@ -74,11 +74,11 @@ class Alone(NamedTuple):
 
 
 class Work:
-    """Every command that goes on where it stopped, run each in a folder of its own."""
+    """All commands that can resume, each in its own folder."""
 
     def __init__(self, folder: Path, latents: Path, commands: dict[str, list[object]]) -> None:
         self.folder, self.latents, self.commands = folder, latents, commands
-        self._alone: dict[str, Alone] = {}
+        self._undisturbed: dict[str, Undisturbed] = {}
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.server = subprocess.Popen(
             [sys.executable, "-c", SERVER],
@@ -89,7 +89,7 @@ class Work:
         )
 
     def prepare(self, name: str, folder: Path) -> Path:
-        """What a command reads in the folder it runs in."""
+        """Create the folder in which a command runs, with the files that it reads there."""
         folder.mkdir(parents=True, exist_ok=True)
         if name == "train":
             (folder / "run").mkdir()
@@ -99,24 +99,25 @@ class Work:
     def run(
         self, name: str, folder: Path, *, seconds: float | None = None, largest: int | None = None
     ) -> tuple[int, str]:
-        """Status and output of a command that is killed after so many seconds, or cannot write files larger than so many bytes."""
+        """Return status and output of a command, killed after ``seconds`` or limited to files of ``largest`` bytes."""
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         job = [str(folder), list(map(str, self.commands[name])), seconds, largest]
         print(json.dumps(job), file=self.server.stdin, flush=True)
         status = int(self.server.stdout.readline())
-        return status, (folder.parent / "said").read_text()
+        return status, (folder.parent / "output").read_text()
 
-    def alone(self, name: str) -> Alone:
-        if name not in self._alone:
+    def undisturbed(self, name: str) -> Undisturbed:
+        """Return the results of an undisturbed run, which happens once."""
+        if name not in self._undisturbed:
             folder = self.prepare(name, self.folder / name)
             start = time.perf_counter()
-            status, said = self.run(name, folder)
+            status, output = self.run(name, folder)
             seconds = time.perf_counter() - start
-            assert status == 0, said
+            assert status == 0, output
             sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-            self._alone[name] = Alone(contents(folder), sizes, seconds)
-        return self._alone[name]
+            self._undisturbed[name] = Undisturbed(contents(folder), sizes, seconds)
+        return self._undisturbed[name]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def work(
     folder = tmp_path_factory.mktemp("work")
     pixels, labels = draw_images(60, 2)
     for index, (image, label) in enumerate(zip(pixels, labels)):
-        path = folder / "pictures" / CLASSES[label] / f"{index}.png"
+        path = folder / "images-to-read" / CLASSES[label] / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.numpy()).save(path)
     recipe = write_recipe(folder / "recipe.yaml", image_set, Path("run"), autoencoder_folder)
@@ -147,7 +148,7 @@ def work(
         folder,
         latents_folder,
         {
-            "data": ["data", "folder", folder / "pictures", "set", "--size", 16],
+            "data": ["data", "folder", folder / "images-to-read", "set", "--size", 16],
             "train-autoencoder": ["train-autoencoder", recipe, *whole, *autoencoder_loop, "--resume"],
             "cache": ["cache", recipe],
             "train": ["train", recipe, *loop, "--resume"],
@@ -177,7 +178,7 @@ NAMES = ["data", "train-autoencoder", "cache", "train", "distill", "evaluate", "
 
 
 def plain(checkpoint: dict[str, Any]) -> Any:
-    """What a checkpoint holds, as what can be compared bit by bit."""
+    """Return a checkpoint with its tensors as bytes, for comparison bit by bit."""
     tensors = {
         name: (tensor.dtype, tensor.shape, tensor.numpy().tobytes())
         for name, tensor in checkpoint["tensors"].items()
@@ -186,7 +187,7 @@ def plain(checkpoint: dict[str, Any]) -> Any:
 
 
 def read(path: Path) -> Any:
-    """What a file holds, but for times; a file that is not whole is an error."""
+    """Return the content of a file without times. An incomplete file is an error."""
     if path.name == "log.jsonl":
         varying = ("time", "images_per_second", "loader_share")
         return [
@@ -197,8 +198,8 @@ def read(path: Path) -> Any:
         found = json.loads(path.read_text())
         return {name: found[name] for name in ("figures", "evaluated", "reference")}
     if path.parent.parent.name == "checkpoints":
-        # Its files' metadata stand in any order.
-        return plain(read_checkpoint(path.parent)) if path.name == "index.json" else "a part of it"
+        # The metadata of the files have no fixed order.
+        return plain(read_checkpoint(path.parent)) if path.name == "index.json" else "compared with the index"
     if path.suffix == ".npz":
         with np.load(path) as arrays:
             return {name: arrays[name].tolist() for name in arrays.files}
@@ -213,44 +214,46 @@ def read(path: Path) -> Any:
 
 
 def contents(folder: Path, *, hidden: bool = True) -> dict[str, Any]:
-    """Every file of a folder, also those in hidden folders."""
+    """Return the content of every file of a folder, with ``hidden`` also of those in hidden folders."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     return {name: read(path) for name, path in files.items() if hidden or "/." not in f"/{name}"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.soak)])
-def test_a_killed_command_goes_on(kills: int, name: str, work: Work, tmp_path: Path) -> None:
-    expected, _, seconds = work.alone(name)
+def test_killed_command_resumes_to_the_same_files(kills: int, name: str, work: Work, tmp_path: Path) -> None:
+    expected, _, seconds = work.undisturbed(name)
     draw = random.Random(f"{name} {kills}")
-    done, begun, finished = 0, 0, True
-    while done < kills or not finished:
+    killed, started, finished = 0, 0, True
+    while killed < kills or not finished:
         fresh = finished
         if fresh:
-            begun += 1
-            folder = work.prepare(name, tmp_path / f"killed-{begun}")
-        moment = draw.uniform(0, seconds) if done < kills else None
-        status, said = work.run(name, folder, seconds=moment)
-        assert status == 0 or (status == KILLED and moment is not None), said
+            started += 1
+            folder = work.prepare(name, tmp_path / f"killed-{started}")
+        moment = draw.uniform(0, seconds) if killed < kills else None
+        status, output = work.run(name, folder, seconds=moment)
+        assert status == 0 or (status == KILLED and moment is not None), output
         finished = status == 0
         if finished:
             assert contents(folder) == expected
             if fresh and moment is not None:
-                seconds = moment  # the machine is faster now: later would be too late
+                seconds = moment  # the machine is faster now, so kill earlier
         else:
-            done += 1
+            killed += 1
             contents(folder, hidden=False)
-            for path in folder.rglob("*"):  # somebody comes back the next day
+            for path in folder.rglob("*"):  # the run is resumed a day later
                 os.utime(path, (time.time() - 86400,) * 2)
-    print(f"far {name}: {done} kills in {begun} runs, each with the same {len(expected)} files at its end")
+    print(
+        f"far {name}: {killed} kills in {started} runs, each with the same {len(expected)} files at its end"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("disk", ["limited", pytest.param("small", marks=pytest.mark.soak)])
-def test_a_full_disk_is_one_line_and_with_more_space_the_command_goes_on(
+def test_full_disk_is_one_line_and_the_command_resumes_with_more_space(
     disk: str, name: str, work: Work, tmp_path: Path
 ) -> None:
-    expected, sizes, _ = work.alone(name)
+    expected, sizes, _ = work.undisturbed(name)
     folder = tmp_path / "disk" / "full"
     folder.mkdir(parents=True)
     if disk == "small":
@@ -262,18 +265,18 @@ def test_a_full_disk_is_one_line_and_with_more_space_the_command_goes_on(
             pytest.skip("only root can mount a small disk")
     try:
         work.prepare(name, folder)
-        # Without a disk of one's own: nothing can become as large as the largest file will be.
-        status, said = work.run(name, folder, largest=max(sizes) - 1 if disk == "limited" else None)
-        assert status == 2, said
-        assert "Traceback" not in said
-        (line,) = [line for line in said.splitlines() if line.startswith("far: error")]
+        # Without a small disk, a limit on file sizes stops the largest file.
+        status, output = work.run(name, folder, largest=max(sizes) - 1 if disk == "limited" else None)
+        assert status == 2, output
+        assert "Traceback" not in output
+        (line,) = [line for line in output.splitlines() if line.startswith("far: error")]
         assert "cannot write" in line
         assert "space" in line
         assert not [path for path in contents(folder) if "/." in f"/{path}"]
         if disk == "small":
             subprocess.run(["mount", "-o", "remount,size=64m", folder], check=True)
-        status, said = work.run(name, folder)
-        assert status == 0, said
+        status, output = work.run(name, folder)
+        assert status == 0, output
         assert contents(folder) == expected
     finally:
         if disk == "small":

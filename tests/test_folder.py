@@ -31,7 +31,7 @@ sys.addaudithook(_watch)
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[str]:
-    """How often each file of a model has been opened, by Python or by safetensors."""
+    """Number of times that Python or safetensors opened each file of a model."""
 
     def counted(path: Path, *arguments: Any) -> Any:
         _OPENED[str(path)] += 1

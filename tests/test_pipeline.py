@@ -1,4 +1,4 @@
-"""The pipeline's own surface: what it says of itself, where it moves, and the forms of its output."""
+"""Interface of the pipeline: its repr, moving to devices and dtypes, and the forms of its output."""
 
 from pathlib import Path
 

@@ -110,7 +110,7 @@ def test_training_shows_the_work_after_the_last_step(
     shown = capsys.readouterr().err
     after = shown[shown.index("20/20") :]
     assert after.index("evaluating") < after.index("features of held-out images") < after.index("saving")
-    assert re.search(r"20/20 \[[^]]*loss \d[^]]*\]\s*$", shown)  # the figures stand there at the end
+    assert re.search(r"20/20 \[[^]]*loss \d[^]]*\]\s*$", shown)  # the final figures
 
 
 def test_notice_appears_only_if_the_block_is_slow(

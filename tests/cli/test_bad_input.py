@@ -88,7 +88,7 @@ def test_generate_rejects_unknown_weights(tmp_path: Path, capsys: pytest.Capture
 def test_generate_rejects_an_unwritable_path_before_it_starts(
     name: str, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    # A file where a folder is needed cannot be written into by anyone, root included.
+    # Nobody can write into a file instead of a folder, not even root included.
     (tmp_path / "file").write_text("kept")
     refused(
         capsys,

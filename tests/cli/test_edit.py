@@ -1,4 +1,4 @@
-"""`far edit`: each way to say what is redrawn, and what is refused."""
+"""`far edit`: each way to choose the redrawn region, and invalid input."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def edit(folder: Path, picture: Path, *options: object) -> tuple[np.ndarray, dic
 
 
 def changed(before: np.ndarray, after: np.ndarray) -> list[list[bool]]:
-    """Of which of the 2 × 2 tokens' cells some pixel differs."""
+    """Return in which cells of the 2 × 2 tokens a pixel differs."""
     cells = (before != after).any(axis=2).reshape(2, 8, 2, 8)
     return cells.any(axis=(1, 3)).tolist()
 

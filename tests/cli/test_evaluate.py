@@ -1,4 +1,4 @@
-"""``far evaluate`` end to end: models, folders and .npz files against references, and what it refuses."""
+"""``far evaluate`` end to end: models, folders and .npz files against references, and invalid input."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def test_result_of_a_model_has_figures_settings_and_checksums(
     output = capsys.readouterr()
     assert "FD (EfficientNet-Lite0)" in output.out
     assert result["figures"]["floor of FD (EfficientNet-Lite0)"] > 0
-    # The control's score stands beside the model's.
+    # The control's score is next to the model's.
     (line,) = (line for line in output.out.splitlines() if line.startswith("coverage"))
     assert f"flat colors {result['controls']['flat colors']['coverage']:.4f}" in line
     assert "far: warning: 9 images are fewer than the 1280 features" in output.err
@@ -75,7 +75,7 @@ def test_result_of_a_model_has_figures_settings_and_checksums(
     assert len(result["extractor sha256"]) == 64
     assert result["evaluated"]["size"] == result["reference"]["size"] == [16, 16]
     assert not list((tmp_path / "out").glob("parts-*")), "parts are left behind"
-    # The saved images, judged as a file, give the same figures.
+    # The saved images, evaluated as a file, give the same figures.
     with np.load(tmp_path / "samples.npz") as saved:
         assert saved["arr_0"].shape == (9, 16, 16, 3)
         assert saved["arr_1"].tolist() == [0, 1, 2] * 3

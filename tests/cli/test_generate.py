@@ -1,4 +1,4 @@
-"""`far generate`: what it writes, and that images depend on seed and label alone."""
+"""`far generate`: the files it writes, and that images depend on seed and label alone."""
 
 import shlex
 from pathlib import Path
@@ -98,8 +98,8 @@ def test_animation_has_one_frame_per_step_and_ends_with_the_images(
     animation.seek(2)
     last = np.asarray(animation.convert("RGB")).astype(int)
     final = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
-    assert (np.abs(first - 128).max(axis=-1) <= 4).mean() > 0.4  # gray where nothing is known yet
-    assert np.abs(last - final).mean() < 6  # a GIF has 256 colours
+    assert (np.abs(first - 128).max(axis=-1) <= 4).mean() > 0.4  # gray before any token is known
+    assert np.abs(last - final).mean() < 6  # a GIF has 256 colors
     assert np.abs(first - final).mean() > 10
 
 

@@ -1,4 +1,4 @@
-"""The command line's options, which change only on purpose, and the recipes. Documents are in ``test_documents.py``."""
+"""Options of the command line, which change only on purpose, and recipes (documents: ``test_documents.py``)."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""What needs no tensors starts without torch, whose import alone takes seconds."""
+"""Help texts, errors and recipes need no torch, whose import alone takes seconds."""
 
 import json
 import subprocess
@@ -71,7 +71,7 @@ REFUSED = [
 
 
 def run(commands: list[list[str]], folder: Path) -> list[list[Any]]:
-    """Run commands one after the other in one new process: arguments, status, stdout, stderr and loaded modules of each."""
+    """Run commands in one new process; yield each one's arguments, status, stdout, stderr and loaded modules."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         input=json.dumps(commands),

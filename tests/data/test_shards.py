@@ -143,16 +143,16 @@ def attempt(folder, meta):
 
 
 with joined() as processes:
-    said = []
+    messages = []
     for wrong in (0, 1, None):
-        said.append(attempt("rows", {"kind": "rows"}))
-    said.append(attempt("rows", {"kind": "others"}))
+        messages.append(attempt("rows", {"kind": "rows"}))
+    messages.append(attempt("rows", {"kind": "others"}))
     # The same path is another folder for each process, as on the disks of two machines.
     Path(f"disk-{processes.rank}").mkdir()
     os.chdir(f"disk-{processes.rank}")
-    said.append(attempt("own", {"kind": "rows"}))
+    messages.append(attempt("own", {"kind": "rows"}))
     os.chdir("..")
-Path(f"said-{processes.rank}").write_text("\\n".join(said))
+Path(f"messages-{processes.rank}").write_text("\\n".join(messages))
 """
 
 
@@ -161,7 +161,7 @@ def test_error_of_one_process_is_raised_by_all(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     run(2, "script.py")
     for rank in (0, 1):
-        first, second, third, other, unshared = (tmp_path / f"said-{rank}").read_text().splitlines()
+        first, second, third, other, unshared = (tmp_path / f"messages-{rank}").read_text().splitlines()
         assert (first, second, third) == ("no rows range(4, 6)", "no rows range(6, 8)", "written")
         assert other.startswith("rows ")
         assert unshared.startswith("own ")

@@ -304,7 +304,7 @@ def test_server_neither_accepts_nor_serves_files(server: Server) -> None:
 
 
 class Visitor:
-    """What the page does when a button is clicked, without the page: a place in the queue, and a stream of messages."""
+    """Do what the page does when a button is clicked: join the queue and read the stream of messages."""
 
     def __init__(self, address: str, function: int, entries: list[object]) -> None:
         self.session = f"visitor-{id(self)}"
@@ -348,7 +348,7 @@ STREAM = load_models.__globals__["Pipeline"].stream
 def endless(
     pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Endless, str, dict[str, tuple[int, list[object]]]]]:
-    """A page served from this process whose drawings do not end, and how to ask for one on each tab."""
+    """Serve a page whose drawings do not end, and return how to request one on each tab."""
     (model,) = load_models([str(pipeline_folder)], "float32", "cpu")
     demo, stream = Demo([model]), Endless()
     monkeypatch.setattr(type(model.pipeline), "stream", lambda *arguments: stream(*arguments))

@@ -1,6 +1,6 @@
-"""Whatever is read from disk, damaged at random: one line that names it, or the same as if it were whole; no crash, no hang.
+"""Files damaged at random give an error of one line that names the file, or the undamaged content.
 
-Every loader of far has a row in ``LOADERS``; a new one gets a row too. ``make soak`` runs the long form.
+Nothing crashes or hangs. Every loader of far needs a row in ``LOADERS``. ``make soak`` runs the long form.
 """
 
 import contextlib
@@ -52,13 +52,13 @@ from far.training.checkpoint import named_tensors, save_checkpoint
 from far.weights import save_tensors
 
 SECONDS = 10
-# What one damaged file may take: far more than any whole one here, far less than a machine has.
+# Limit for one damaged file: far more than any undamaged one here needs, far less than a machine has.
 MEGABYTES = 500
 Load = Callable[[Path], Any]
 
 
 class Extractor(FeatureNetwork):
-    """Of few dimensions, so that a statistics file is small."""
+    """Feature network with few dimensions, so that a statistics file is small."""
 
     dimensions = 4
 
@@ -67,17 +67,20 @@ class Extractor(FeatureNetwork):
 
 
 def network() -> nn.Module:
-    """Stands for the Inception network, whose file is too large to be damaged thousands of times."""
+    """Replacement of the Inception network, whose file is too large to be damaged thousands of times."""
     return nn.Linear(3, 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """``load`` reads ``folder``, in which ``file`` is damaged.
+    """A function that reads a file, and the rules for damage to it.
 
-    A refusal names it, or ``else_named`` where the damage is that both do not fit together. What ``checked`` ones accept must be
-    what was written. The others hold text or pictures that people may change, or have no checksum where they come from: what they
-    accept is only used, which must not crash either.
+    Attributes:
+        file: path of the file within the folder that ``load`` gets.
+        load: reads the file.
+        checked: accepted content must equal what was written. Otherwise people may change the file, or its format
+            has no checksum: accepted content is only used, which must not crash.
+        else_named: what an error may name instead of the file, if the damage is that two files do not match.
     """
 
     file: str
@@ -182,7 +185,7 @@ LOADERS = {
     "IDX": Loader("idx", lambda at: read_idx(at / "idx"), False),
     "gzipped IDX": Loader("idx.gz", lambda at: read_idx(at / "idx.gz"), True),
 }
-# Those that CRC-32 tells of damage.
+# Formats with a CRC-32.
 ZIPS = ("MAR", "KL-16", "Inception", "images .npz", "compressed .npz", "statistics")
 META = {
     "kind": "images",
@@ -211,7 +214,7 @@ def statistics(path: Path, at: Path) -> list[Any]:
 
 
 def split_weights(whole: Path, folder: Path) -> None:
-    """An ``AutoencoderKL`` folder again, its weights in two files."""
+    """Copy an ``AutoencoderKL`` folder with its weights split into two files."""
     folder.mkdir()
     shutil.copy(whole / "config.json", folder)
     tensors = load_file(whole / "diffusion_pytorch_model.safetensors")
@@ -238,7 +241,7 @@ def valid(
     image_set: Path,
     latents_folder: Path,
 ):  # type: ignore[no-untyped-def]
-    """A folder with one real file, or folder, of every kind."""
+    """Return a folder with one undamaged file or folder of every kind."""
     at = tmp_path_factory.mktemp("valid")
     shutil.copytree(pipeline_folder, at / "pipeline")
     shutil.copytree(autoencoder_folder, at / "autoencoder")
@@ -292,12 +295,12 @@ def flip(data: bytearray, rng: random.Random) -> None:
 
 
 def flip_early(data: bytearray, rng: random.Random) -> None:
-    """Where the headers of most formats are."""
+    """Change a byte near the start, which holds the header of most formats."""
     data[rng.randrange(min(len(data), 200))] = rng.randrange(256)
 
 
 def flip_late(data: bytearray, rng: random.Random) -> None:
-    """Where the directory of a zip archive is."""
+    """Change a byte near the end, which holds the directory of a zip archive."""
     data[-1 - rng.randrange(min(len(data), 400))] = rng.randrange(256)
 
 
@@ -316,14 +319,14 @@ def insert(data: bytearray, rng: random.Random) -> None:
 
 
 def blank(data: bytearray, rng: random.Random) -> None:
-    """A block that was never written, as after a power cut."""
+    """Zero a block, as if it was never written before a power cut."""
     start = rng.randrange(len(data))
     end = min(len(data), start + rng.choice((16, 512, 4096)))
     data[start:end] = bytes(end - start)
 
 
 def number(data: bytearray, rng: random.Random) -> None:
-    """A length or an offset becomes an extreme one."""
+    """Replace eight bytes, possibly a length or an offset, by an extreme number."""
     value = rng.choice((0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1))
     start = rng.randrange(min(len(data), 64)) if rng.random() < 0.5 else rng.randrange(len(data))
     data[start : start + 8] = struct.pack(rng.choice("<>") + "Q", value)
@@ -331,13 +334,13 @@ def number(data: bytearray, rng: random.Random) -> None:
 
 BYTES = (flip, flip, flip_early, flip_late, cut, remove, insert, blank, number)
 STRANGE = (
-    None, True, 0, 1, -1, 3, 2**31, 2**60, 2**64, 10**400, 0.5, 1e300, float("nan"), float("inf"), "", "a\nb", "\ud800", "../../x", "/",
-    "x" * 5000,    [], [[]], [1, 2], {}, {"kind": "masked"}, [0.0] * 3,
+    None, True, 0, 1, -1, 3, 2**31, 2**60, 2**64, 10**400, 0.5, 1e300, float("nan"), float("inf"),
+    "", "a\nb", "\ud800", "../../x", "/", "x" * 5000, [], [[]], [1, 2], {}, {"kind": "masked"}, [0.0] * 3,
 )  # fmt: skip
 
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every (container, key) within a JSON value."""
+    """Yield every (container, key) within a JSON value."""
     for key in (
         list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     ):
@@ -346,7 +349,7 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def damage_json(text: bytes, rng: random.Random) -> bytes:
-    """One value becomes another, of its own file or a strange one, or moves to another name, or goes."""
+    """Replace, rename or remove a value; replacements are other values of the file or strange ones."""
     value = json.loads(text)
     for _ in range(rng.choice((1, 1, 2))):
         found = list(places(value))
@@ -380,12 +383,12 @@ def damaged(data: bytes, name: str, rng: random.Random) -> bytes:
 
 
 def repaired(data: bytes, rng: random.Random) -> bytes:
-    """A zip archive of which a member is damaged, and written anew: its checksum is right, so that what is behind is reached."""
+    """Damage a member of a zip archive and write it with a valid checksum, so that later code reads the damage."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = [(entry, archive.read(entry)) for entry in archive.infolist()]
-    # Half of the time what tells of the others: the pickle of torch's files.
-    telling = [number for number, (entry, _) in enumerate(members) if entry.filename.endswith("data.pkl")]
-    chosen = rng.choice(telling if telling and rng.random() < 0.5 else range(len(members)))
+    # Damage the pickle of torch's files, which describes the other members, half of the time.
+    pickles = [number for number, (entry, _) in enumerate(members) if entry.filename.endswith("data.pkl")]
+    chosen = rng.choice(pickles if pickles and rng.random() < 0.5 else range(len(members)))
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         for number, (entry, content) in enumerate(members):
@@ -395,7 +398,7 @@ def repaired(data: bytes, rng: random.Random) -> bytes:
     return out.getvalue()
 
 
-# --- The judge ---------------------------------------------------------------------------------------------
+# --- Verdicts ----------------------------------------------------------------------------------------------
 
 
 def same(a: Any, b: Any) -> bool:
@@ -430,12 +433,12 @@ def time_limit() -> Iterator[None]:
 
 
 class Memory:
-    """What the process has taken at most since this was made, and before, in megabytes; on Linux, elsewhere 0."""
+    """Peak memory of the process since creation in MB (on Linux, otherwise 0)."""
 
     def __init__(self) -> None:
         self.known = sys.platform == "linux"
         if self.known:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         self.before = self._read("VmRSS")
 
     def _read(self, name: str) -> int:
@@ -444,13 +447,14 @@ class Memory:
         )
         return int(found[1]) // 1024 if found else 0
 
-    def taken(self) -> int:
+    def growth(self) -> int:
+        """Return the difference of the peak and the memory at creation."""
         return self._read("VmHWM") - self.before
 
 
 @contextlib.contextmanager
 def memory_limit() -> Iterator[None]:
-    """So that what takes without end is stopped, not the machine."""
+    """Stop unlimited allocation before the machine runs out of memory."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     if sys.platform == "linux":
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -461,12 +465,12 @@ def memory_limit() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def judge(loader: Loader, at: Path, wanted: Any) -> str:
-    """What became of a damaged file: an empty string if all is well."""
+def problem(loader: Loader, at: Path, expected: Any) -> str:
+    """Return what went wrong with a damaged file; empty if nothing."""
     memory = Memory()
     try:
         with time_limit(), memory_limit(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow and torch tell of damage before they fail
+            warnings.simplefilter("ignore")  # Pillow and torch warn of damage before they fail
             found = loader.load(at)
     except InputError as error:
         line, name = str(error), Path(loader.file).name
@@ -479,13 +483,15 @@ def judge(loader: Loader, at: Path, wanted: Any) -> str:
     except BaseException as error:
         return f"{type(error).__name__}: {str(error)[:500]}"
     return too_much(memory) or (
-        "" if not loader.checked or same(found, wanted) else "accepted, though it is not what was written"
+        ""
+        if not loader.checked or same(found, expected)
+        else "accepted, although it differs from the written content"
     )
 
 
 def too_much(memory: Memory) -> str:
-    taken = memory.taken()
-    return "" if taken < MEGABYTES else f"took {taken} MB"
+    growth = memory.growth()
+    return "" if growth < MEGABYTES else f"took {growth} MB"
 
 
 @pytest.fixture(autouse=True)
@@ -493,21 +499,21 @@ def _small_inception(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inception, "InceptionV3", network)
 
 
-def fuzz(name: str, valid: Path, folder: Path, count: int, *, behind: bool = False) -> None:
-    """Judge ``count`` damaged files, or such whose damage is ``behind`` a right checksum, which may be accepted."""
+def fuzz(name: str, valid: Path, folder: Path, count: int, *, valid_checksum: bool = False) -> None:
+    """Check ``count`` damaged files. Damage with a ``valid_checksum`` may be accepted."""
     loader, failures = LOADERS[name], []
-    if behind:
+    if valid_checksum:
         loader = dataclasses.replace(loader, checked=False)
     at = folder / "at"
     shutil.copytree(valid, at)
     original = (at / loader.file).read_bytes()
-    wanted = loader.load(at)
+    expected = loader.load(at)
     for seed in range(count):
         rng = random.Random(f"{name} {seed}")
-        data = repaired(original, rng) if behind else damaged(original, loader.file, rng)
+        data = repaired(original, rng) if valid_checksum else damaged(original, loader.file, rng)
         (at / loader.file).write_bytes(data)
-        if data != original and (verdict := judge(loader, at, wanted)):
-            failures.append(f"seed {seed}: {verdict}")
+        if data != original and (wrong := problem(loader, at, expected)):
+            failures.append(f"seed {seed}: {wrong}")
     assert not failures, f"{len(failures)} of {count} damaged files of {name!r}:\n" + "\n".join(failures[:20])
 
 
@@ -516,21 +522,21 @@ def refuse(message: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory from /proc")
-def test_the_judge_sees_what_is_wrong(tmp_path: Path) -> None:
+def test_every_kind_of_problem_is_found(tmp_path: Path) -> None:
     def verdict(load: Load, *, checked: bool = True) -> str:
-        return judge(Loader("folder/a.json", load, checked), tmp_path, 3)
+        return problem(Loader("folder/a.json", load, checked), tmp_path, 3)
 
     assert verdict(lambda at: 3) == ""
     assert verdict(lambda at: 4, checked=False) == ""
     assert verdict(lambda at: refuse("folder/a.json is damaged")) == ""
-    assert "not what was written" in verdict(lambda at: 4)
+    assert "differs" in verdict(lambda at: 4)
     assert "names a.json" in verdict(lambda at: refuse("folder is damaged"))
     assert "not one line" in verdict(lambda at: refuse("a.json\nis damaged"))
     assert "KeyError" in verdict(lambda at: {}["a"])
     taken = 2**20 * (MEGABYTES + 100)
     assert "took" in verdict(lambda at: bytearray(taken) and refuse("a.json is damaged"))
     assert "took" in verdict(lambda at: bytearray(taken) and 3)
-    assert verdict(lambda at: 3) == "", "what was taken before does not count"
+    assert verdict(lambda at: 3) == "", "memory taken before does not count"
     assert "MemoryError" in verdict(lambda at: bytearray(20 * taken))
 
 
@@ -542,16 +548,18 @@ def test_damage_is_found(name: str, valid: Path, tmp_path: Path) -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", LOADERS)
-def test_damage_is_found_in_many_more(name: str, valid: Path, tmp_path: Path) -> None:
+def test_damage_is_found_in_many_more_files(name: str, valid: Path, tmp_path: Path) -> None:
     fuzz(name, valid, tmp_path, 500)
 
 
 @pytest.mark.parametrize("name", ZIPS)
-def test_damage_behind_a_right_checksum_does_no_harm(name: str, valid: Path, tmp_path: Path) -> None:
-    fuzz(name, valid, tmp_path, 40, behind=True)
+def test_damage_with_a_valid_checksum_does_no_harm(name: str, valid: Path, tmp_path: Path) -> None:
+    fuzz(name, valid, tmp_path, 40, valid_checksum=True)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", ZIPS)
-def test_damage_behind_many_more_right_checksums_does_no_harm(name: str, valid: Path, tmp_path: Path) -> None:
-    fuzz(name, valid, tmp_path, 500, behind=True)
+def test_damage_with_a_valid_checksum_does_no_harm_in_many_more_files(
+    name: str, valid: Path, tmp_path: Path
+) -> None:
+    fuzz(name, valid, tmp_path, 500, valid_checksum=True)

@@ -1,4 +1,4 @@
-"""Energy head against the closed-form score of Gaussian draws, a plain double loop, and the data of a trained head.
+"""Energy head against the closed-form score of Gaussian draws, a double loop, and the data it was trained on.
 
 Differences of draws ``N(a, s²)`` and data ``N(b, d²)`` are Gaussian, so their mean size is known.
 """
@@ -221,7 +221,7 @@ def test_norms_do_not_cancel_the_temperature() -> None:
 
 
 def two_modes(share: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw two channels: +1 with probability ``share``, else −1, plus noise of 0.2; and ``N(share, 0.5²)``."""
+    """Draw two channels: ±1 (+1 with probability ``share``) plus noise of 0.2, and ``N(share, 0.5²)``."""
     mode = torch.where(torch.rand(share.shape, generator=generator) < share, 1.0, -1.0)
     noise = torch.randn(len(share), 2, generator=generator)
     return torch.cat([mode + 0.2 * noise[:, :1], share + 0.5 * noise[:, 1:]], dim=-1)

@@ -252,7 +252,7 @@ def test_learned_guidance_equals_guidance_by_two_passes(steps: int) -> None:
         one = draw(exact_guided_head(), z, lambda: noise, steps=steps, scale=scale)
         two = draw(exact_guided_head(), z, lambda: noise, steps=steps, uncond=z_uncond, scale=scale)
         torch.testing.assert_close(one, expected, rtol=0, atol=1e-6)
-        # The scale must not count twice where both halves are there.
+        # The scale must not count twice if both halves are given.
         torch.testing.assert_close(two, expected, rtol=0, atol=1e-6)
 
 

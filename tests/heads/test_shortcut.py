@@ -362,6 +362,6 @@ def test_trained_head_draws_the_data_in_one_step(trained: ShortcutHead) -> None:
         assert float((drawn - MEANS).std()) == pytest.approx(DEVIATION, abs=0.06)
     assert rms(one - two) < 0.06
     assert rms(one - (MEANS + DEVIATION * noise)) < 0.1
-    # Against what one Euler step of the velocity gives: every sample at its mean.
+    # Against one Euler step of the velocity: every sample at its mean.
     euler = noise + trained.mean_velocity(noise, torch.tensor(0.0), torch.tensor(0.0), MEANS)
     assert float((euler - MEANS).std()) < 0.15

@@ -15,7 +15,7 @@ from far.heads.shortcut import ShortcutHead
 DEVIATION = 0.5
 KINDS = ["diffusion", "flow", "flow_map", "shortcut"]
 MEANS = torch.linspace(-1, 1, 50, dtype=torch.float64).unsqueeze(-1)
-# The first and last times that a diffusion head knows.
+# First and last times of a diffusion head.
 FIRST, LAST = float(flow_times()[-1]), float(flow_times()[0])
 
 
@@ -81,7 +81,7 @@ def test_velocity_of_gaussian_data_is_the_closed_form(kind: str, time: float) ->
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(50, 1, generator=generator, dtype=torch.float64)
     t = torch.full((50,), time, dtype=torch.float64)
-    # A diffusion head knows no times beyond its schedule's ends, and takes the nearest.
+    # A diffusion head has no times beyond its schedule's ends, and takes the nearest.
     known = t.clamp(FIRST, LAST) if kind == "diffusion" else t
     expected = exact_velocity(x, known.unsqueeze(-1), MEANS)
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""Our numbers against those of the original MAR code, with the raw weights and through a converted checkpoint."""
+"""Numbers of the original MAR code, with the raw weights and with a converted checkpoint."""
 
 import argparse
 import json
@@ -201,7 +201,7 @@ def test_averaged_weights_are_taken(tmp_path: Path, model: FAR, reference: dict[
 
 
 def test_checkpoint_is_of_the_published_form() -> None:
-    """So that the conversion above has met what it must be able to read."""
+    """The checkpoint that the conversion reads above needs the allowed pickle classes."""
     with torch.serialization.safe_globals([argparse.Namespace]):
         checkpoint = torch.load(FIXTURES / "mar_reference_checkpoint.pth", weights_only=True)
     assert checkpoint.keys() == {"model", "model_ema", "optimizer", "epoch", "scaler", "args"}

@@ -117,7 +117,7 @@ def test_spherical_model_needs_a_spherical_autoencoder(
 def test_latent_cache_of_a_plain_autoencoder_is_rejected_by_its_spherical_twin(
     recipe: Path, autoencoder_folder: Path, tmp_path: Path
 ) -> None:
-    """The same weights encode other moments if they are spherical."""
+    """A spherical autoencoder encodes other moments than a plain one with equal weights."""
     plain = load_autoencoder(autoencoder_folder)
     twin = Autoencoder(dataclasses.replace(plain.config, spherical=True))
     twin.load_state_dict(plain.state_dict())

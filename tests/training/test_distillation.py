@@ -452,7 +452,7 @@ def test_converted_mar_checkpoint_is_distilled(diffusion_folder: Path, tmp_path:
     write_published(teacher.model, tmp_path / "checkpoint.pth")
     convert_mar(tmp_path / "checkpoint.pth", tmp_path / "mar")
     converted = Pipeline.from_pretrained(tmp_path / "mar")
-    assert converted.defaults.ar_steps == 4  # the checkpoint says 8, but there are 4 tokens
+    assert converted.defaults.ar_steps == 4  # the checkpoint has 8, but there are 4 tokens
     assert converted.defaults.head_steps == 100
     generator = torch.Generator().manual_seed(0)
     tokens, order = (

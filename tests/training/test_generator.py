@@ -65,7 +65,7 @@ def test_card_holds_every_value_of_the_recipe(recipe: Path, joint: Path) -> None
     values = yaml.safe_load(block)
     assert values.keys() == {field.name for field in dataclasses.fields(GeneratorRecipe)}
     assert values == training["recipe"]
-    # The card names the dtype and device that auto stood for.
+    # The card names the dtype and device that auto selected.
     loop = dataclasses.replace(
         trained.training, device="cpu", dtype=resolve_training_dtype("auto", torch.device("cpu"))
     )
@@ -203,7 +203,7 @@ def test_run_is_not_resumed_on_other_classes_or_another_autoencoder(
     line = refusal([str(recipe), "--resume", *renamed], capsys)
     for part in ("step-00000010", "'square'", "'rings'"):
         assert part in line
-    # The same encoder, and so the same cache, but another scale of the latents.
+    # An equal encoder, so an equal cache, but another scale of the latents.
     shutil.copytree(autoencoder_folder, tmp_path / "rescaled")
     config = read_json(tmp_path / "rescaled" / "config.json")
     config["autoencoder"]["scale"] *= 1.5

@@ -233,7 +233,7 @@ def test_random_values_of_rows_have_their_distributions(rows: tuple[Pipeline, Sh
     assert scipy.stats.binomtest(dropped, 2 * GROUP, 0.3).pvalue > 0.01
     assert set(labels.tolist()) == {0, 1, 2, 3}
     assert all(len(group.unique()) == 1 for group in known.split(GROUP)), (
-        "the images of a group know equally many tokens"
+        "the images of a group have equally many known tokens"
     )
     assert not torch.equal(paths[:GROUP], paths[GROUP:])
 
