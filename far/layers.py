@@ -25,11 +25,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        positions: Tensor | None = None,
-        cache: "KeyValueCache | None" = None,
-        index: int = 0,
+        self, x: Tensor, positions: Tensor | None = None, cache: "KeyValueCache | None" = None, index: int = 0
     ) -> Tensor:
         """Return ``[b, n, width]``, or ``[b, m, width]`` if ``positions [b, m]`` selects the queries.
 
@@ -114,11 +110,7 @@ class Block(nn.Module):
         self.mlp = FeedForward(width, dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        positions: Tensor | None = None,
-        cache: "KeyValueCache | None" = None,
-        index: int = 0,
+        self, x: Tensor, positions: Tensor | None = None, cache: "KeyValueCache | None" = None, index: int = 0
     ) -> Tensor:
         """Return ``x`` after attention and feed-forward; see :meth:`Attention.forward`."""
         residual = x if positions is None else take(x, positions)

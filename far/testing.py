@@ -147,9 +147,10 @@ def check_steps(config: HeadConfig) -> None:
     head = untrained_head(config)
     assert 1 <= head.default_steps <= head.max_steps
     for steps in (1, head.default_steps, head.max_steps):
+        head.check_steps(steps)
         head.sampler(steps, torch.zeros(1))
     for steps in (0, -1, head.max_steps + 1):
-        assert str(steps) in _refused(lambda: head.sampler(steps, torch.zeros(1)))
+        assert str(steps) in _refused(lambda: head.check_steps(steps))
 
 
 @torch.no_grad()

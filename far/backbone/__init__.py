@@ -11,14 +11,10 @@ if TYPE_CHECKING:
     from far.backbone.causal import CausalBackbone
     from far.backbone.masked import MaskedBackbone
 else:
-    __getattr__, __dir__ = lazily(
-        __name__,
-        {
-            "Backbone": "far.backbone.backbone",
-            "CausalBackbone": "far.backbone.causal",
-            "MaskedBackbone": "far.backbone.masked",
-            "build_backbone": "far.backbone.build",
-        },
-    )
+    _HOMES = {
+        "Backbone": "far.backbone.backbone", "CausalBackbone": "far.backbone.causal",
+        "MaskedBackbone": "far.backbone.masked", "build_backbone": "far.backbone.build",
+    }  # fmt: skip
+    __getattr__, __dir__ = lazily(__name__, _HOMES)
 
 __all__ = ["Backbone", "CausalBackbone", "CausalConfig", "MaskedBackbone", "MaskedConfig", "build_backbone"]

@@ -1,7 +1,4 @@
-"""Base class of all backbones: known tokens and a class → conditions ``z`` at query positions.
-
-A backbone does not depend on heads, generation schedules or guidance. These call :meth:`Backbone.forward`.
-"""
+"""Base class of all backbones: known tokens and a class → conditions ``z`` at query positions."""
 
 import abc
 from typing import Any, Protocol
@@ -21,9 +18,9 @@ class Backbone(nn.Module, abc.ABC):
     """Base class of all backbones. The label ``classes`` means "no class", as guidance needs it.
 
     Attributes:
-        any_order: tokens may become known in any order and several at once. Otherwise they are drawn one by
-            one, row by row.
-        config: the dataclass that describes this backbone.
+        any_order: tokens may become known in any order and several at once, not only one by one in raster
+            order.
+        config: configuration of this backbone.
         tokens: length of the sequence.
     """
 
@@ -47,8 +44,7 @@ class Backbone(nn.Module, abc.ABC):
             known: positions ``[b, k]`` of the known tokens.
             query: positions ``[b, m]`` to compute ``z`` at.
             labels: ``[b]``, 0 … classes.
-            cache: from :meth:`new_cache`, the same one at each step of a generation. Without one, every call
-                computes everything.
+            cache: from :meth:`new_cache`, one per generation; by default, every call computes everything.
         """
 
     @abc.abstractmethod

@@ -1,7 +1,7 @@
-"""FAR-Causal's backbone: a decoder-only Transformer as LLaMA, over continuous tokens in raster order.
+"""FAR-Causal's backbone: a decoder-only Transformer like LLaMA, over continuous tokens in raster order.
 
 Its input is the class (one or several copies) and the tokens so far. Its output at each position is the
-condition ``z`` of the next token. Only the two-dimensional rotary positions are specific to images.
+condition ``z`` of the next token.
 """
 
 import math
@@ -32,36 +32,22 @@ class CausalBackbone(Backbone):
         self.norm = nn.RMSNorm(width, eps=1e-6)
         rotary = rotary_table(_positions(config, grid), width // config.heads)
         self.register_buffer("rotary", rotary, persistent=False)
-        self._initialize()
-
-    @property
-    def width(self) -> int:
-        """Channels of ``z``."""
-        return self.config.width
-
-    @property
-    def length(self) -> int:
-        """Length of the longest input: class copies and all tokens but the last."""
-        return self.config.buffer + self.tokens - 1
-
-    def _initialize(self) -> None:
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 std = module.in_features**-0.5
                 if name.endswith(("project", "down")):
                     # The sum of 2 · depth branches keeps the scale of the residual stream.
-                    std /= math.sqrt(2 * self.config.depth)
+                    std /= math.sqrt(2 * config.depth)
                 nn.init.normal_(module.weight, std=std)
         nn.init.normal_(self.class_embedding.weight)
         nn.init.normal_(self.class_positions, std=0.02)
 
+    @property
+    def width(self) -> int:
+        return self.config.width
+
     def forward(
-        self,
-        tokens: Tensor,
-        known: Tensor,
-        query: Tensor,
-        labels: Tensor,
-        cache: KeyValueCache | None = None,
+        self, tokens: Tensor, known: Tensor, query: Tensor, labels: Tensor, cache: KeyValueCache | None = None
     ) -> Tensor:
         """Return ``z`` at ``query``; see :meth:`Backbone.forward`.
 
@@ -69,28 +55,22 @@ class CausalBackbone(Backbone):
         after them. With a cache, only tokens that it does not hold go through the network, so ``query`` must
         be among these. If the cache has more rows than ``tokens``, the first rows are used.
         """
-        start = 0 if cache is None else cache.length
-        end = self.config.buffer + known.shape[1]
-        x = self._inputs(tokens, labels, start, end)
-        rotary = self.rotary[:, start:end].to(x.dtype)
-        if cache is not None:
-            cache.extend(*x.shape[:2])
-        for index, block in enumerate(self.blocks):
-            x = block(x, rotary, cache, index)
-        return self.norm(take(x, query + self.config.buffer - 1 - start))
-
-    def _inputs(self, tokens: Tensor, labels: Tensor, start: int, end: int) -> Tensor:
-        """Embed class copies and tokens from ``start`` to ``end``: ``[b, end − start, width]``."""
-        buffer = self.config.buffer
+        buffer, start = self.config.buffer, 0 if cache is None else cache.length
+        end = buffer + known.shape[1]
         fed = tokens[:, max(0, start - buffer) : end - buffer]
         x = self.token_projection(as_input(fed, self.norm.weight.dtype))
         if start == 0:
             prefix = self.class_embedding(labels).unsqueeze(1) + self.class_positions
             x = torch.cat([prefix, x.to(prefix.dtype)], dim=1)
-        return x
+        rotary = self.rotary[:, start:end].to(x.dtype)
+        if cache is not None:
+            cache.extend(*x.shape[:2])
+        for index, block in enumerate(self.blocks):
+            x = block(x, rotary, cache, index)
+        return self.norm(take(x, query + buffer - 1 - start))
 
     def training_inputs(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Return arguments for teacher forcing: one pass predicts every token from those before it."""
+        """Return inputs for teacher forcing: one pass predicts every token from those before it."""
         positions = torch.arange(self.tokens, device=tokens.device).expand(len(tokens), -1)
         if self.config.input_noise > 0:
             noise = torch.randn(tokens.shape, generator=generator).to(tokens.device)
@@ -133,22 +113,17 @@ class CausalAttention(nn.Module):
         joint = self.query_key_value(x).view(batch, count, 3, self.heads, width // self.heads)
         joint = joint.permute(2, 0, 3, 1, 4)
         (query, key), value = rotate(joint[:2], rotary), joint[2]
-        bias = None
+        bias = mask = None
         if cache is not None:
             key, value, bias = cache.write(index, key, value)
+            if cache.start and count > 1:  # the queries follow keys that the cache holds
+                visible = torch.ones(count, key.shape[2], dtype=torch.bool, device=x.device)
+                mask = visible.tril(cache.start)
         if count == 1:
             y = attend(query, key, value, bias)
         else:
-            mask = None
-            if cache is not None and cache.start:
-                mask = _causal_mask(count, key.shape[2], cache.start, x.device)
             y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None)
         return self.project(y.transpose(1, 2).reshape(batch, count, width))
-
-
-def _causal_mask(queries: int, keys: int, held: int, device: torch.device) -> Tensor:
-    """Return the mask ``[queries, keys]`` of queries that follow ``held`` keys. Later keys are hidden."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(held)
 
 
 def _positions(config: CausalConfig, grid: tuple[int, int]) -> Tensor:
@@ -156,6 +131,6 @@ def _positions(config: CausalConfig, grid: tuple[int, int]) -> Tensor:
     rows, columns = grid
     if config.positions == "sequence":
         return torch.arange(config.buffer + rows * columns - 1).unsqueeze(-1)
-    # The class is outside the grid, at its corner.
+    # The class copies are at (0, 0), outside the grid.
     place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)) + 1
     return torch.cat([place.new_zeros(config.buffer, 2), place[:-1]])

@@ -42,14 +42,6 @@ class MaskedBackbone(Backbone):
         )
         self.decoder_norm = nn.LayerNorm(decoder, eps=1e-6)
         self.condition_positions = nn.Parameter(torch.empty(1, tokens, decoder))
-        self._initialize()
-
-    @property
-    def width(self) -> int:
-        """Channels of ``z``."""
-        return self.config.decoder_width
-
-    def _initialize(self) -> None:
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2 and "embedding" not in name:
                 nn.init.xavier_uniform_(parameter)
@@ -58,17 +50,16 @@ class MaskedBackbone(Backbone):
             elif parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
 
+    @property
+    def width(self) -> int:
+        return self.config.decoder_width
+
     def encode(
         self, tokens: Tensor, known: Tensor, labels: Tensor, cache: KeyValueCache | None = None
     ) -> Tensor:
-        """Return the encoder's output ``[b, buffer + k, encoder_width]``.
+        """Return the encoder's output ``[b, buffer + k, encoder_width]``; see :meth:`forward`.
 
-        Args:
-            tokens: ``[b, n, channels]``; only the known ones are read.
-            known: positions ``[b, k]`` of the known tokens.
-            labels: ``[b]``, 0 … classes.
-            cache: if it holds the buffer and the first tokens of ``known``, only the other tokens are
-                computed and returned.
+        If ``cache`` holds the buffer and the first tokens of ``known``, the output has only the other tokens.
         """
         buffer = self.config.buffer
         held = 0 if cache is None else cache.length
@@ -89,24 +80,27 @@ class MaskedBackbone(Backbone):
     def decode(
         self, encoded: Tensor, known: Tensor, query: Tensor, cache: KeyValueCache | None = None
     ) -> Tensor:
-        """Return ``z [b, m, decoder_width]`` at the positions ``query [b, m]``.
+        """Return ``z [b, m, decoder_width]`` at ``query`` from the output of :meth:`encode`.
 
-        Args:
-            encoded: the encoder's output for the buffer and the tokens at ``known [b, k]``, or for the last
-                ones of these tokens if ``cache`` holds the others. Then only their positions and ``query``
-                are computed.
-            known: positions ``[b, k]`` of the known tokens.
-            query: positions ``[b, m]``.
-            cache: keys and values of all positions, from the last call.
+        If ``cache`` holds all positions, only those of ``encoded`` and ``query`` are computed.
         """
+        buffer, x = self.config.buffer, self.decoder_projection(encoded)
+        masks = self.mask_token.to(x.dtype)
         if cache is None or not cache.length:
-            x, positions = self._decoder_inputs(encoded, known), query + self.config.buffer
+            # Buffer, known tokens and mask tokens in spatial order.
+            grid = masks.expand(len(x), self.tokens, -1)
+            grid = grid.scatter(1, known.unsqueeze(-1).expand(-1, -1, x.shape[-1]), x[:, buffer:])
+            x = torch.cat([x[:, :buffer], grid], dim=1) + self.decoder_positions
+            positions = query + buffer
             if cache is not None:
                 cache.extend(*x.shape[:2])
         else:
-            x, overwritten = self._new_decoder_inputs(encoded, known, query)
+            # New tokens, and mask tokens at the query positions.
+            new = torch.cat([known[:, known.shape[1] - x.shape[1] :], query], dim=1) + buffer
+            x = torch.cat([x, masks.expand(len(x), query.shape[1], -1)], dim=1)
+            x = x + F.embedding(new, self.decoder_positions[0])
             positions = torch.arange(encoded.shape[1], x.shape[1], device=x.device).expand(len(x), -1)
-            cache.overwrite(overwritten)
+            cache.overwrite(new)
         *blocks, last = self.decoder_blocks
         for index, block in enumerate(blocks):
             x = block(x, None, cache, index)
@@ -114,29 +108,8 @@ class MaskedBackbone(Backbone):
         x = last(x, positions, cache, len(blocks))
         return self.decoder_norm(x) + F.embedding(query, self.condition_positions[0])
 
-    def _decoder_inputs(self, encoded: Tensor, known: Tensor) -> Tensor:
-        """Return buffer, known tokens and mask tokens in spatial order ``[b, buffer + n, decoder_width]``."""
-        buffer = self.config.buffer
-        x = self.decoder_projection(encoded)
-        grid = self.mask_token.to(x.dtype).expand(len(x), self.tokens, -1)
-        index = known.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        grid = grid.scatter(1, index, x[:, buffer:])
-        return torch.cat([x[:, :buffer], grid], dim=1) + self.decoder_positions
-
-    def _new_decoder_inputs(self, encoded: Tensor, known: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Return new tokens and mask tokens at ``query``, ``[b, k + m, width]``, with their positions."""
-        x = self.decoder_projection(encoded)
-        positions = torch.cat([known[:, known.shape[1] - x.shape[1] :], query], dim=1) + self.config.buffer
-        masks = self.mask_token.to(x.dtype).expand(len(x), query.shape[1], -1)
-        return torch.cat([x, masks], dim=1) + F.embedding(positions, self.decoder_positions[0]), positions
-
     def forward(
-        self,
-        tokens: Tensor,
-        known: Tensor,
-        query: Tensor,
-        labels: Tensor,
-        cache: "MaskedCache | None" = None,
+        self, tokens: Tensor, known: Tensor, query: Tensor, labels: Tensor, cache: "MaskedCache | None" = None
     ) -> Tensor:
         """Return ``z`` at ``query``; see :meth:`Backbone.forward`. Known and query positions may be any.
 
@@ -144,30 +117,24 @@ class MaskedBackbone(Backbone):
         query positions go through the network. They attend to the cached keys and values of all other
         positions. ``known`` must begin with the known positions of the last call.
         """
-        if cache is None:
-            return self.decode(self.encode(tokens, known, labels), known, query)
-        return self.decode(self.encode(tokens, known, labels, cache.encoder), known, query, cache.decoder)
+        encoder, decoder = (None, None) if cache is None else (cache.encoder, cache.decoder)
+        return self.decode(self.encode(tokens, known, labels, encoder), known, query, decoder)
 
     def new_cache(self, rows: int) -> "MaskedCache":
         """Return an empty cache in the dtype and on the device of the weights."""
         config, like, positions = self.config, self.encoder_norm.weight, self.config.buffer + self.tokens
-        encoder = config.encoder_heads, config.encoder_width // config.encoder_heads
-        decoder = config.decoder_heads, config.decoder_width // config.decoder_heads
+        encoder = config.encoder_heads, config.encoder_width // config.encoder_heads, like
+        decoder = config.decoder_heads, config.decoder_width // config.decoder_heads, like, positions
         return MaskedCache(
-            KeyValueCache(config.encoder_depth, rows, *encoder, like),
-            KeyValueCache(config.decoder_depth, rows, *decoder, like, growth=positions),
+            KeyValueCache(config.encoder_depth, rows, *encoder),
+            KeyValueCache(config.decoder_depth, rows, *decoder),
         )
 
     def training_inputs(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Mask a random fraction of the tokens: the query positions ``[b, m]``. The others are known.
-
-        The fraction is one draw of :func:`far.tokens.sample_mask_ratio` per batch. Positions differ per
-        sample.
-        """
-        batch = len(tokens)
+        """Return inputs that mask a random fraction of the tokens, the same one for the whole batch."""
         ratio = sample_mask_ratio(generator, self.config.mask_ratio_min, self.config.mask_ratio_std)
         masked = max(1, math.ceil(self.tokens * ratio))
-        orders = torch.rand(batch, self.tokens, generator=generator).argsort(dim=1).to(tokens.device)
+        orders = torch.rand(len(tokens), self.tokens, generator=generator).argsort(dim=1).to(tokens.device)
         return tokens, orders[:, masked:], orders[:, :masked]
 
 
@@ -179,6 +146,5 @@ class MaskedCache:
     decoder: KeyValueCache
 
     def clear(self) -> None:
-        """Hold nothing, so that the next AR step computes everything."""
         self.encoder.clear()
         self.decoder.clear()

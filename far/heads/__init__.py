@@ -16,33 +16,11 @@ if TYPE_CHECKING:
     from far.heads.build import HEADS, build_head, register
     from far.heads.head import Condition, Draw, Head, Normal, TokenLoss
 else:
-    __getattr__, __dir__ = lazily(
-        __name__,
-        {
-            "HEADS": "far.heads.build",
-            "Condition": "far.heads.head",
-            "Draw": "far.heads.head",
-            "Head": "far.heads.head",
-            "Normal": "far.heads.head",
-            "TokenLoss": "far.heads.head",
-            "build_head": "far.heads.build",
-            "register": "far.heads.build",
-        },
-    )
+    _HOMES = dict.fromkeys(("HEADS", "build_head", "register"), "far.heads.build")
+    _HOMES |= dict.fromkeys(("Condition", "Draw", "Head", "Normal", "TokenLoss"), "far.heads.head")
+    __getattr__, __dir__ = lazily(__name__, _HOMES)
 
 __all__ = [
-    "HEADS",
-    "Condition",
-    "DiffusionConfig",
-    "Draw",
-    "EnergyConfig",
-    "FlowConfig",
-    "FlowMapConfig",
-    "Head",
-    "HeadConfig",
-    "Normal",
-    "ShortcutConfig",
-    "TokenLoss",
-    "build_head",
-    "register",
-]
+    "HEADS", "Condition", "DiffusionConfig", "Draw", "EnergyConfig", "FlowConfig", "FlowMapConfig", "Head",
+    "HeadConfig", "Normal", "ShortcutConfig", "TokenLoss", "build_head", "register",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The registry of heads, and the function that builds one from its configuration."""
+"""Registry of heads, and the function that builds one from its configuration."""
 
 from typing import TypeVar
 
@@ -20,10 +20,7 @@ AnyHead = TypeVar("AnyHead", bound=Head)
 
 
 def register(head: type[AnyHead]) -> type[AnyHead]:
-    """Register a head under its configuration's ``kind``; use it as a decorator of the class.
-
-    From then on recipes, ``config.json`` and ``far recipe --keys`` know the kind and its keys.
-    """
+    """Register a head class, as a decorator: recipes and ``config.json`` then accept its kind and keys."""
     kind = head.config_class.kind
     HEADS[kind], HeadConfig.kinds[kind] = head, head.config_class
     return head
@@ -33,7 +30,7 @@ def build_head(config: HeadConfig, channels: int, condition: int) -> Head:
     """Return an untrained head for tokens of ``channels`` and conditions of ``condition`` channels.
 
     Raises:
-        InputError: no head is registered for the kind of ``config``.
+        InputError: the kind of ``config`` is not registered.
     """
     if config.kind not in HEADS:
         raise InputError(f"head kind {config.kind!r} is not registered. Choose one of: {', '.join(HEADS)}")

@@ -1,4 +1,4 @@
-"""Configurations of the heads, one dataclass per kind. They need no torch, so recipes are checked quickly."""
+"""Configurations of the heads, one dataclass per kind, without torch, so that recipes load quickly."""
 
 import dataclasses
 import math
@@ -10,9 +10,7 @@ from far.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
-    """Base class of all head configurations: the sizes that every head has.
-
-    A subclass adds the keys of its head and sets ``kind``, the name that selects it in a recipe.
+    """Base class of all head configurations. A subclass sets ``kind`` and adds the keys of its head.
 
     Attributes:
         width: channels of its blocks.
@@ -29,17 +27,14 @@ class HeadConfig:
 
     # Configuration classes by kind, the default first. ``far.heads.register`` adds to them.
     kinds: ClassVar[dict[str, type["HeadConfig"]]] = {}
+    # Losses that compare the samples of a token need two.
+    _fewest_samples: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         for name, most in (("width", 2**16), ("depth", 2**10), ("samples_per_token", 2**16)):
             check_count(f"head {name}", getattr(self, name), most)
-
-    def _check_two_samples(self) -> None:
-        if self.samples_per_token < 2:
-            raise InputError(
-                f"head samples_per_token {self.samples_per_token} is too small for kind {self.kind}. "
-                "Give at least 2"
-            )
+        if (samples := self.samples_per_token) < (least := self._fewest_samples):
+            raise InputError(f"head samples_per_token {samples} is too small. Give at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +77,7 @@ class DiffusionConfig(HeadConfig):
         super().__post_init__()
         if self.token_limit is not None and not self.token_limit > 0:
             raise InputError(
-                f"head token_limit {self.token_limit} is not positive. Give a positive number or null"
+                f"head token_limit {self.token_limit} is not positive. Give more than 0, or null"
             )
 
 
@@ -97,6 +92,7 @@ class FlowMapConfig(HeadConfig):
             Without it the head learns no guidance, which then takes two passes.
     """
 
+    _fewest_samples = 2
     kind: Literal["flow_map"] = "flow_map"
     objective: Literal["mean_flow", "lagrangian"] = "mean_flow"
     flow_steps: int = 0
@@ -104,24 +100,18 @@ class FlowMapConfig(HeadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_two_samples()
         if self.flow_steps < 0:
             raise InputError(f"head flow_steps {self.flow_steps} is negative. Give at least 0")
-        if self.max_guidance is not None and not (math.isfinite(self.max_guidance) and self.max_guidance > 1):
-            raise InputError(
-                f"head max_guidance {self.max_guidance} is not above 1. Give a larger number or null"
-            )
+        if self.max_guidance is not None and not 1 < self.max_guidance < math.inf:
+            raise InputError(f"head max_guidance {self.max_guidance} is not above 1. Give more, or null")
 
 
 @dataclasses.dataclass(frozen=True)
 class EnergyConfig(HeadConfig):
     """Energy head (EAR, arXiv 2505.07812): the token in one pass from noise and condition."""
 
+    _fewest_samples = 2
     kind: Literal["energy"] = "energy"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_two_samples()
 
 
 HeadConfig.kinds.update(

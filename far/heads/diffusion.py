@@ -1,4 +1,4 @@
-"""MAR's diffusion head (arXiv 2406.11838): a DDPM of one token, ε-prediction with learned-range variance.
+"""MAR's diffusion head (arXiv 2406.11838): a DDPM of one token that predicts ε and a variance.
 
 As in the published code, time runs from 0 (data) to 999 (noise), but only inside this file. The loss of
 Nichol & Dhariwal (arXiv 2102.09672) is the MSE of ε plus the variational bound of the variance.
@@ -65,21 +65,18 @@ class DiffusionHead(Head):
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return the velocity of the deterministic (DDIM) trajectories; see :meth:`Head.velocity`.
 
-        The network sees the noisy token of the diffusion time with the same fraction of noise, where ``x_t``
-        is that token scaled to ``t x + (1 − t) ε``. Times beyond the schedule's ends become its ends.
+        The network sees the noisy token of the diffusion time with the same fraction of noise, which is
+        ``x_t`` rescaled. Times are clamped to the schedule's ends.
         """
         bounds = flow_times()
         t = t.clamp(float(bounds[-1]), float(bounds[0]))
         step, t = training_steps(t, flow_times(t.device, t.dtype)), t.unsqueeze(-1)
         noisy = x / (t.square() + (1 - t).square()).sqrt()
         epsilon = condition.guide(lambda z: self.network(noisy, z, step).to(x.dtype).chunk(2, dim=-1)[0])
-        token = (x - (1 - t) * epsilon) / t
-        if self.config.token_limit is not None:
-            token = token.clamp(-self.config.token_limit, self.config.token_limit)
+        token = _clipped((x - (1 - t) * epsilon) / t, self.config.token_limit)
         return (token - x) / (1 - t)
 
     def sampler(self, steps: int, like: Tensor) -> Draw:
-        self.check_steps(steps)
         schedule = Schedule.respaced(steps)
         schedule.tables(like.device, like.dtype)
         times = self.network.embed_times(like.new_tensor(schedule.timesteps))
@@ -115,7 +112,7 @@ class DiffusionHead(Head):
         return head
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
     """Noise schedule with one step per entry of ``timesteps``.
 
@@ -125,17 +122,13 @@ class Schedule:
 
     timesteps: list[int]
     betas: Tensor
-    _moved: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = dataclasses.field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
     @staticmethod
     @functools.lru_cache(maxsize=64)
     def respaced(steps: int) -> "Schedule":
         """Return ``steps`` evenly spaced steps of the cosine schedule of 1000 steps, with both ends."""
         stride = (TRAINING_STEPS - 1) / (steps - 1) if steps > 1 else 1
-        # Add up the strides, as the published code does. A product rounds differently for one in four step
-        # counts.
+        # Add up the strides, as the published code does: a product rounds differently.
         timesteps = [round(time) for time in itertools.accumulate([stride] * (steps - 1), initial=0.0)]
         kept = train_alphas_cumprod()[timesteps]
         previous = torch.cat([kept.new_ones(1), kept[:-1]])
@@ -155,27 +148,25 @@ class Schedule:
         variance = self.betas * (1 - self._previous) / (1 - self.alphas_cumprod)
         return torch.cat([variance[1:2], variance[1:]]).log() if len(variance) > 1 else self.betas.log()
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - `respaced` keeps schedules too
     def tables(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return all coefficients by name, on a device and in a dtype.
 
-        They are computed in float64 on the CPU, because some devices have no float64, and moved once per
-        device and dtype in one piece, because a copy per step would stall a GPU.
+        They are computed in float64 on the CPU, because some devices have no float64, and moved once in one
+        piece, because a copy per step would stall a GPU.
         """
-        if (device, dtype) not in self._moved:
-            signal, previous = self.alphas_cumprod, self._previous
-            tables = {
-                "signal": signal.sqrt(),
-                "noise": (1 - signal).sqrt(),
-                "x_of_x_t": (1 / signal).sqrt(),
-                "x_of_epsilon": (1 / signal - 1).sqrt(),
-                "mean_of_x": self.betas * previous.sqrt() / (1 - signal),
-                "mean_of_x_t": (1 - previous) * (1 - self.betas).sqrt() / (1 - signal),
-                "low": self.posterior_logvar,
-                "high": self.betas.log(),
-            }
-            moved = torch.stack(list(tables.values())).to(dtype).to(device)
-            self._moved[device, dtype] = dict(zip(tables, moved.unbind()))
-        return self._moved[device, dtype]
+        signal, previous = self.alphas_cumprod, self._previous
+        tables = {
+            "signal": signal.sqrt(),
+            "noise": (1 - signal).sqrt(),
+            "x_of_x_t": (1 / signal).sqrt(),
+            "x_of_epsilon": (1 / signal - 1).sqrt(),
+            "mean_of_x": self.betas * previous.sqrt() / (1 - signal),
+            "mean_of_x_t": (1 - previous) * (1 - self.betas).sqrt() / (1 - signal),
+            "low": self.posterior_logvar,
+            "high": self.betas.log(),
+        }
+        return dict(zip(tables, torch.stack(list(tables.values())).to(dtype).to(device)))
 
     def _at(self, t: Tensor | int, like: Tensor, *names: str) -> Iterator[Tensor]:
         """Return the named coefficients at the steps ``t``, broadcastable over the channels of ``like``."""
@@ -193,22 +184,14 @@ class Schedule:
         return of_x * x + of_x_t * x_t, logvar
 
     def model_posterior(
-        self,
-        x_t: Tensor,
-        epsilon: Tensor,
-        fraction: Tensor,
-        t: Tensor | int,
-        token_limit: float | None = None,
+        self, x_t: Tensor, epsilon: Tensor, fraction: Tensor, t: Tensor | int, limit: float | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the mean and log-variance of ``p(x_{t−1} | x_t)`` from the network's two outputs.
 
-        ``token_limit`` clips the predicted token: near pure noise, errors of ε are multiplied by up to
-        20,000.
+        ``limit`` clips the predicted token: near pure noise, errors of ε are multiplied by up to 20,000.
         """
         of_x_t, of_epsilon, high = self._at(t, x_t, "x_of_x_t", "x_of_epsilon", "high")
-        x = of_x_t * x_t - of_epsilon * epsilon
-        if token_limit is not None:
-            x = x.clamp(-token_limit, token_limit)
+        x = _clipped(of_x_t * x_t - of_epsilon * epsilon, limit)
         mean, low = self.true_posterior(x, x_t, t)
         weight = (fraction + 1) / 2  # −1 … 1 spans the bounds
         return mean, weight * high + (1 - weight) * low
@@ -217,26 +200,21 @@ class Schedule:
 @functools.lru_cache(maxsize=1)
 def train_alphas_cumprod() -> Tensor:
     """Return the signal levels ``[1000]`` of the cosine schedule, with betas of at most 0.999."""
-
-    def level(time: float) -> float:
-        return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
-
-    ratios = [
-        level((step + 1) / TRAINING_STEPS) / level(step / TRAINING_STEPS) for step in range(TRAINING_STEPS)
-    ]
-    betas = torch.tensor([min(1 - ratio, 0.999) for ratio in ratios], dtype=torch.float64)
-    return (1 - betas).cumprod(dim=0)
+    times = (step / TRAINING_STEPS for step in range(TRAINING_STEPS + 1))
+    levels = [math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2 for time in times]
+    betas = [min(1 - after / before, 0.999) for before, after in itertools.pairwise(levels)]
+    return (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(dim=0)
 
 
 @functools.lru_cache(maxsize=8)
 def flow_times(device: torch.device = torch.device("cpu"), dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return the flow-matching times ``[1000]`` with the same fractions of noise as the diffusion times.
+    """Return the flow-matching times ``[1000]``, from 1 (data) to 0, with the diffusion times' noise."""
+    signal, noise = train_alphas_cumprod().sqrt(), (1 - train_alphas_cumprod()).sqrt()
+    return (signal / (signal + noise)).to(dtype).to(device)
 
-    They fall from 1 (data) to 0 (noise), and are computed in float64 on the CPU and moved once per device and
-    dtype.
-    """
-    signal = train_alphas_cumprod().sqrt()
-    return (signal / (signal + (1 - train_alphas_cumprod()).sqrt())).to(dtype).to(device)
+
+def _clipped(token: Tensor, limit: float | None) -> Tensor:
+    return token if limit is None else token.clamp(-limit, limit)
 
 
 def training_steps(t: Tensor, times: Tensor) -> Tensor:
@@ -256,7 +234,7 @@ def normal_kl(mean: Tensor, logvar: Tensor, other_mean: Tensor, other_logvar: Te
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """Return the log-probability of ``x`` in nats under a Gaussian in bins of 1/255, open beyond ±0.999.
 
-    The rule is made for 8-bit pixels, but the published code applies it to latents too.
+    The bins are those of 8-bit pixels, but the published code uses them for latents too.
     """
     centered, inverse = x - mean, (-log_scale).exp()
     upper = approximate_normal_cdf(inverse * (centered + 1 / 255))

@@ -1,8 +1,7 @@
 """EAR's energy head (Shao et al., arXiv 2505.07812): one pass from noise and condition to the token.
 
-Its loss is a strictly proper scoring rule, which only the data's distribution minimizes, so it needs no times
-and no steps. EAR gives the head a quarter of the backbone's learning rate (``training.head_learning_rate``)
-and uniform noise; here the noise is normal, as for all heads.
+Only the data's distribution minimizes its loss, a strictly proper scoring rule. EAR gives the head a quarter
+of the backbone's learning rate (``training.head_learning_rate``), and uniform noise. Here the noise is normal.
 """
 
 import torch
@@ -17,7 +16,7 @@ class EnergyHead(Head):
     """Token as a function of condition and noise.
 
     As in EAR, the condition is the network's input and the noise modulates the blocks. As an input, the noise
-    would lose its size, and with it the temperature, in the layer norms.
+    would lose its size, and so the temperature, in the layer norms.
     """
 
     config_class = EnergyConfig
@@ -39,9 +38,6 @@ class EnergyHead(Head):
         return TokenLoss.mean_of(score, torch.zeros_like(score.detach()), distance=distance, spread=spread)
 
     def sampler(self, steps: int, like: Tensor) -> Draw:
-        """Return a function that draws tokens; see :meth:`Head.sampler`. Guidance mixes the conditions."""
-        self.check_steps(steps)
-
         def draw(condition: Condition, normal: Normal, temperature: float) -> Tensor:
             noise = normal() * temperature
             return self.network(condition.mix(), noise).to(noise.dtype)  # type: ignore[no-any-return]
@@ -50,17 +46,11 @@ class EnergyHead(Head):
 
 
 def distance_and_spread(drawn: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each draw's distance to the target and its mean distance to the token's other draws.
+    """Return distances ``[samples, n]`` of draws to targets ``x [n, channels]``, and to the other draws.
 
-    Both are ``[samples, n]``. The mean of ``distance − spread / 2`` is the unbiased energy score with
-    exponent 1, ``E|X − x| − E|X − X'| / 2``.
-
-    Args:
-        drawn: draws ``[samples, n, channels]``.
-        x: targets ``[n, channels]``.
+    The mean of ``distance − spread / 2`` is the unbiased energy score ``E|X − x| − E|X − X'| / 2``.
     """
-    # Draws may coincide; those of an untrained network all do. There this norm's gradient is zero, a plain
-    # root's is NaN.
+    # If draws coincide, as in an untrained network, this norm's gradient is zero and a plain root's is NaN.
     distance = torch.linalg.vector_norm(drawn - x, dim=-1)
     between = torch.linalg.vector_norm(drawn.unsqueeze(1) - drawn, dim=-1)
     return distance, between.sum(dim=1) / (len(drawn) - 1)

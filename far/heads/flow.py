@@ -38,11 +38,9 @@ class FlowHead(Head):
         return TokenLoss.mean_of(losses, t, flow=losses)
 
     def sampler(self, steps: int, like: Tensor) -> Draw:
-        self.check_steps(steps)
         solve = heun if self.config.solver == "heun" else euler
-        # Start of each step, and the end of the last.
-        t = torch.arange(steps + 1, device=like.device, dtype=like.dtype) / steps
-        times = self.network.embed_times(t * TIME_UNIT)
+        ends = torch.arange(steps + 1, device=like.device, dtype=like.dtype) / steps
+        times = self.network.embed_times(ends * TIME_UNIT)
 
         def draw(condition: Condition, normal: Normal, temperature: float) -> Tensor:
             embedded = condition.map(self.network.embed_condition)

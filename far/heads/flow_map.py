@@ -1,13 +1,13 @@
-"""Flow-map head: one network for the map between any two times of the flow; tokens in one or two steps.
+"""Flow-map head: one network for the map between any two times of the flow, and tokens in one or two steps.
 
 ``X_{s,t}(x) = x + (t − s) · v_{s,t}(x | z)`` moves a point of the flow from time ``s`` to ``t``. On the
-diagonal, ``v_{t,t}`` is the flow-matching velocity. One of two objectives trains the rest: Lagrangian
-self-distillation (Boffi et al., arXiv 2505.18825) or MeanFlow (Geng et al., arXiv 2505.13447). Both need
-forward-mode derivatives of this head only. With the guidance scale as an input, the head also learns the
-guided field, so guidance takes one pass of the backbone.
+diagonal, ``v_{t,t}`` is the flow-matching velocity. Lagrangian self-distillation (Boffi et al., arXiv
+2505.18825) or MeanFlow (Geng et al., arXiv 2505.13447) trains the rest, by forward-mode derivatives of this
+head. With the guidance scale as an input, the head also learns the guided field.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -27,11 +27,12 @@ LOGIT_MEAN, LOGIT_DEVIATION = 0.4, 1.0
 ADAPTIVE_EPSILON = 1e-3
 # Weight of a Lagrangian loss, about that of a flow-matching loss by its adaptive weight.
 LAGRANGIAN_WEIGHT = 1.5
+Velocity = Callable[[Tensor, Tensor], Tensor]
 MeanVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class FlowMapHead(Head):
-    """Mean velocity ``v_{s,t}`` between any two times; guided too, if ``max_guidance`` is set."""
+    """Mean velocity ``v_{s,t}`` between any two times, also guided if ``max_guidance`` is set."""
 
     config_class = FlowMapConfig
     default_steps = 2
@@ -63,21 +64,19 @@ class FlowMapHead(Head):
         return self.network.conditioned(x, self.embed_condition(z, guidance), time).to(x.dtype)
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Return ``v_{t,t}(x | z)``, guided by both conditions; see :meth:`Head.velocity`."""
         return condition.guide(lambda z: self.mean_velocity(x, t, t, z))
 
     def loss(
         self, x: Tensor, condition: Condition, generator: torch.Generator, teacher: Head, step: int = 0
     ) -> TokenLoss:
-        """Return the flow-matching loss on the diagonal and the objective's loss off it.
+        """Return the flow-matching loss on the diagonal and, from ``flow_steps``, the objective's loss off it.
 
-        From step ``flow_steps`` on, a quarter of each token's noise samples is off the diagonal. The tokens
-        in ``condition.uncond`` learn the guided field, at random scales between 1 and ``max_guidance``.
+        The tokens in ``condition.uncond`` learn the guided field at random scales, 1 to ``max_guidance``.
         """
         assert isinstance(teacher, FlowMapHead)
         mean_flow = self.config.objective == "mean_flow"
-        samples, started = self.config.samples_per_token, step >= self.config.flow_steps
-        off = max(1, round(OFF_DIAGONAL * samples)) if started else 0
+        samples = self.config.samples_per_token
+        off = max(1, round(OFF_DIAGONAL * samples)) if step >= self.config.flow_steps else 0
         noise, s, t = draw_noise_and_times(x, samples, off, generator)
         z, uncond = condition.z, condition.uncond
         scale = draw_scales(s, 0 if uncond is None else len(uncond), self.max_guidance, generator)
@@ -89,15 +88,11 @@ class FlowMapHead(Head):
         losses, weighted, terms = flow, adaptive(flow), {"flow": flow.detach().flatten()}
         if off:
             field = dataclasses.replace(field, scale=scale[:off])
-            point, velocity, s_off, t_off = point[:off], velocity[:off], s[:off], t[:off]
-
-            def mean_velocity(x: Tensor, s: Tensor, t: Tensor) -> Tensor:
-                return self.mean_velocity(x, s, t, z, field.scale)
-
+            mean_velocity = functools.partial(self.mean_velocity, z=z, guidance=field.scale)
             if mean_flow:
-                error = mean_flow_residual(mean_velocity, velocity, point, s_off, t_off)
+                error = mean_flow_residual(mean_velocity, velocity[:off], point[:off], s[:off], t[:off])
             else:
-                error = lagrangian_residual(mean_velocity, field.velocity, point, s_off, t_off)
+                error = lagrangian_residual(mean_velocity, field.velocity, point[:off], s[:off], t[:off])
             jump = error.square().mean(dim=-1)
             losses = torch.cat([jump, losses])
             weighted = torch.cat([adaptive(jump) if mean_flow else LAGRANGIAN_WEIGHT * jump, weighted])
@@ -107,10 +102,8 @@ class FlowMapHead(Head):
     def sampler(self, steps: int, like: Tensor) -> Draw:
         """Return a function that draws tokens; see :meth:`Head.sampler`.
 
-        Without ``condition.uncond``, a head that has learned guidance takes ``condition.scale`` as an input,
-        a number or one per token ``[…]``.
+        Without ``condition.uncond``, ``condition.scale`` is the learned guidance, a number or one per token.
         """
-        self.check_steps(steps)
         starts = torch.arange(steps, device=like.device, dtype=like.dtype) / steps
         times = self.network.embed_times(*_times(starts, starts + 1 / steps))
 
@@ -126,11 +119,7 @@ class FlowMapHead(Head):
 
 
 def lagrangian_residual(
-    mean_velocity: MeanVelocity,
-    velocity: Callable[[Tensor, Tensor], Tensor],
-    point: Tensor,
-    s: Tensor,
-    t: Tensor,
+    mean_velocity: MeanVelocity, velocity: Velocity, point: Tensor, s: Tensor, t: Tensor
 ) -> Tensor:
     """Return ``∂_t X_{s,t} − v_{t,t}(X_{s,t})``: the motion of the map's end less the field there.
 
@@ -169,8 +158,8 @@ def draw_noise_and_times(
     The times differ in the first ``off`` samples, which are off the diagonal.
     """
     noise = torch.randn(samples, *x.shape, generator=generator)
-    s, other = (torch.rand(count, len(x), generator=generator) for count in (samples, off))
-    s, other = logistic_normal(s), logistic_normal(other)  # on the CPU: MPS has no kernel for it
+    # On the CPU: MPS has no kernel for the inverse normal distribution function.
+    s, other = (logistic_normal(torch.rand(n, len(x), generator=generator)) for n in (samples, off))
     first, last = torch.minimum(s[:off], other), torch.maximum(s[:off], other)
     s, t = torch.cat([first, s[off:]]), torch.cat([last, s[off:]])
     return noise.to(x.device), s.to(x.device), t.to(x.device)
@@ -187,13 +176,12 @@ def draw_scales(like: Tensor, count: int, max_guidance: float, generator: torch.
 
 @dataclasses.dataclass(frozen=True)
 class GuidedField:
-    """Velocity field of a head, without gradient, guided at a scale of its own for each token.
+    """Velocity field of a head, without gradient, with one guidance scale per token.
 
     Attributes:
         head: head whose velocity is guided.
         z: conditions ``[n, width]``.
-        uncond: conditions without the class ``[m, width]`` of the first ``m ≤ n`` tokens; the others are not
-            guided.
+        uncond: conditions without the class ``[m, width]`` of the first ``m ≤ n`` tokens, which are guided.
         scale: guidance scales ``[samples, n]``.
     """
 
@@ -234,7 +222,6 @@ def logistic_normal(uniform: Tensor) -> Tensor:
 def adaptive(losses: Tensor) -> Tensor:
     """Divide losses by their own size, without gradient through it (MeanFlow's weights).
 
-    Large losses then do not dominate small ones. The gradient is that of the loss's logarithm, so the head
-    learns to predict less of the mean and more of the mode.
+    Their gradient is then that of the loss's logarithm, so large losses do not dominate small ones.
     """
     return losses / (losses.detach() + ADAPTIVE_EPSILON)

@@ -1,7 +1,4 @@
-"""Base class of all heads: generative models of one token given its condition.
-
-``far.heads.build`` holds the registry of heads, ``far.heads.network`` the network that they share.
-"""
+"""Base class of all heads: generative models of one token given its condition."""
 
 import abc
 import dataclasses
@@ -40,9 +37,7 @@ class Condition:
     def guide(self, network: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the guided prediction ``uncond + scale · (cond − uncond)`` of a network.
 
-        Args:
-            network: maps conditions ``[…, channels]`` to predictions with the same leading axes. Both halves
-                go through it in one pass, stacked along a new first axis.
+        Both halves go through it in one pass, stacked along a new first axis.
         """
         if self.uncond is None or (not isinstance(self.scale, Tensor) and self.scale == 1.0):
             return network(self.z)
@@ -86,10 +81,9 @@ class Head(nn.Module, abc.ABC):
 
     Attributes:
         config_class: class of the head's configuration; its ``kind`` names the head.
-        default_steps: steps per token that a preset takes.
+        default_steps: steps per token of a preset.
         max_steps: largest number of steps per token.
-        max_guidance: largest guidance scale that the head applies without ``uncond``; 1 if it has learned
-            none.
+        max_guidance: largest guidance scale that the head has learned to apply without ``uncond``, or 1.
     """
 
     config_class: ClassVar[type[HeadConfig]]
@@ -109,30 +103,25 @@ class Head(nn.Module, abc.ABC):
         """Return the training loss of tokens ``x [tokens, channels]``.
 
         Args:
-            x: tokens, each a sample of its own.
             condition: ``z [tokens, width]``; for heads that learn guidance also ``uncond [m, width]`` of the
                 first ``m ≤ tokens`` tokens.
             generator: source of all noise, on the CPU.
             teacher: this head with EMA weights, for heads that learn from their own predictions.
-            step: training step, for heads whose loss changes during training.
+            step: training step, from 0.
         """
 
     @abc.abstractmethod
     def sampler(self, steps: int, like: Tensor) -> Draw:
-        """Return a function that draws tokens in ``steps`` steps.
+        """Return ``draw(condition, normal, temperature)``, which draws tokens ``[…, channels]``.
 
-        Call it once per generation: it does everything that does not depend on the tokens, such as embedding
-        the times of the steps and moving tables to the device. Call the returned function once per AR step.
-        ``draw(condition, normal, temperature)`` returns tokens ``[…, channels]`` for ``condition.z […,
-        width]``. Each call of ``normal()`` must return new standard normal noise ``[…, channels]``, which
+        Called once per generation, it does everything that does not depend on the tokens, such as embedding
+        the times of the steps. The returned function is called once per AR step, for ``condition.z […,
+        width]``. Each call of ``normal()`` returns new standard normal noise ``[…, channels]``, which
         ``temperature`` multiplies. Drawing must not copy from or wait for the host, which would stall a GPU.
 
         Args:
-            steps: within 1 … ``max_steps``.
+            steps: steps per token, within 1 … ``max_steps``; see :meth:`check_steps`.
             like: any tensor with the device and dtype of the tokens.
-
-        Raises:
-            InputError: ``steps`` is out of range.
         """
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -141,19 +130,15 @@ class Head(nn.Module, abc.ABC):
         Args:
             x: points of the flow ``[…, channels]``.
             t: times, broadcastable to the leading axes of ``x``.
-            condition: ``z […, width]``. Guidance requires ``uncond``.
+            condition: ``z […, width]``. Guidance needs ``uncond``.
 
         Raises:
             InputError: the head has no velocity, so it cannot be distilled.
         """
-        raise InputError(
-            f"a head of kind {self.config.kind} has no velocity to distill. "
-            "Use a teacher with a diffusion or flow head"
-        )
+        kind = self.config.kind
+        raise InputError(f"a head of kind {kind} cannot be distilled. Use a diffusion or flow head")
 
     def check_steps(self, steps: int) -> None:
         """Raise an :class:`InputError` unless ``steps`` is within 1 … ``max_steps``."""
         if not 1 <= steps <= self.max_steps:
-            raise InputError(
-                f"head_steps {steps} is out of range. A {type(self).__name__} takes 1 to {self.max_steps}"
-            )
+            raise InputError(f"head_steps {steps} is out of range. This head takes 1 to {self.max_steps}")

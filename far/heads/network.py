@@ -1,8 +1,4 @@
-"""Network of all heads: MAR's residual MLP with adaptive layer norm, for any number of times.
-
-It maps a noisy token, a condition and times to an output with a multiple of the token's channels. Each head
-defines what the output means (noise, velocity, mean velocity) and how it is trained.
-"""
+"""Network of all heads: MAR's residual MLP with adaptive layer norm, for any number of times."""
 
 import functools
 import math
@@ -25,7 +21,7 @@ class HeadNetwork(nn.Module):
         condition: channels of a condition.
         width: channels of the blocks.
         depth: number of blocks.
-        times: number of scalars that condition the network: none, a time, or a time and a step size.
+        times: number of scalars that condition the network, such as a time and a step size.
     """
 
     def __init__(
@@ -37,14 +33,12 @@ class HeadNetwork(nn.Module):
         self.input_projection = nn.Linear(channels, width)
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
         self.output = OutputLayer(width, outputs)
-        self._initialize()
-
-    def _initialize(self) -> None:
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02) if "time" in name else nn.init.xavier_uniform_(
-                    module.weight
-                )
+                if "time" in name:
+                    nn.init.normal_(module.weight, std=0.02)
+                else:
+                    nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         # With zero modulation and output, every block starts as the identity and the network as zero.
         for name, parameter in self.named_parameters():
@@ -56,8 +50,8 @@ class HeadNetwork(nn.Module):
 
         Args:
             x: noisy tokens ``[…, channels]``.
-            z: conditions ``[…, condition]``; their leading axes broadcast with those of ``x``.
-            times: in units of the embedding (0 … 1000), each broadcastable to the leading axes.
+            z: conditions ``[…, condition]``, whose leading axes broadcast with those of ``x``.
+            times: within 0 … 1000, each broadcastable to the leading axes.
         """
         return self.conditioned(x, self.embed_condition(z), self.embed_times(*times))
 
@@ -67,14 +61,11 @@ class HeadNetwork(nn.Module):
         return self.blocks[0].norm.weight.dtype  # type: ignore[union-attr, return-value]
 
     def embed_condition(self, z: Tensor) -> Tensor:
-        """Embed conditions ``z […, condition]`` as ``[…, width]``, the same for all steps of a token."""
+        """Return the embeddings ``[…, width]`` of conditions ``z […, condition]``."""
         return self.condition_embedding(z.to(self.dtype))
 
     def embed_times(self, *times: Tensor) -> Tensor:
-        """Return the summed embeddings ``[…, width]`` of times ``[…]``, the same for all tokens of a step.
-
-        It is 0 without times.
-        """
+        """Return the summed embeddings ``[…, width]`` of times ``[…]``, or 0 without times."""
         embedded = [embed(time, self.dtype) for embed, time in zip(self.time_embeddings, times, strict=True)]
         zero = self.blocks[0].norm.weight.new_zeros(())  # type: ignore[union-attr, operator]
         return functools.reduce(torch.add, embedded) if embedded else zero
@@ -89,7 +80,7 @@ class HeadNetwork(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Embed a scalar as ``[…, width]``: an MLP of cosines and sines at 128 frequencies, 1 down to 1e-4."""
+    """MLP of the cosines and sines of a scalar at 128 frequencies, 1 down to 1e-4: ``[…, width]``."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

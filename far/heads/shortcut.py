@@ -4,6 +4,7 @@
 The network gets the smallest size, 1/128, as ``d = 0``, where ``s`` is the flow-matching velocity.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -42,33 +43,26 @@ class ShortcutHead(Head):
     def loss(
         self, x: Tensor, condition: Condition, generator: torch.Generator, teacher: Head, step: int = 0
     ) -> TokenLoss:
-        """Return the flow-matching loss at ``d = 0``, and for one noise sample in eight self-consistency.
-
-        Self-consistency compares a step with two steps of half its size.
-        """
+        """Return the flow-matching loss, or for one noise sample in eight that of self-consistency."""
         assert isinstance(teacher, ShortcutHead)
-        samples = self.config.samples_per_token
-        noise, t = draw_noise_and_time(x, samples, generator)
+        noise, t = draw_noise_and_time(x, self.config.samples_per_token, generator)
         target = x - noise
-        chosen = draw_consistent(samples * len(x), generator).to(x.device)
+        # Random, because tokens lie in the order of the sequence: every eighth would be the same positions.
+        shuffled = torch.randperm(t.numel(), generator=generator)
+        chosen = shuffled[: -(-t.numel() // CONSISTENCY_EVERY)].to(x.device)
         whole, start = draw_steps(len(chosen), generator)
         t.view(-1)[chosen] = start.to(x.device)
         d = torch.zeros_like(t)
         d.view(-1)[chosen] = whole.to(x.device)
         x_t = interpolate(noise, x, t)
         with torch.no_grad():
-            z = condition.z.detach()[chosen % len(x)]
-            target.view(-1, x.shape[-1])[chosen] = consistency_target(
-                lambda a, time, size: teacher.mean_velocity(a, time, size, z),
-                x_t.view(-1, x.shape[-1])[chosen], t.view(-1)[chosen], d.view(-1)[chosen],
-            )  # fmt: skip
+            field = functools.partial(teacher.mean_velocity, z=condition.z.detach()[chosen % len(x)])
+            points = x_t.view(-1, x.shape[-1])[chosen], t.view(-1)[chosen], d.view(-1)[chosen]
+            target.view(-1, x.shape[-1])[chosen] = consistency_target(field, *points)
         losses = (self.mean_velocity(x_t, t, d, condition.z) - target).square().mean(dim=-1)
-        flat = losses.detach().flatten()
-        consistent = torch.zeros_like(flat, dtype=torch.bool).index_fill(0, chosen, True)
-        return TokenLoss.mean_of(losses, t, flow=flat[~consistent], consistency=flat[consistent])
+        return TokenLoss.mean_of(losses, t, flow=losses[d == 0], consistency=losses[d > 0])
 
     def sampler(self, steps: int, like: Tensor) -> Draw:
-        self.check_steps(steps)
         sizes = step_sizes(steps)
         starts = [sum(sizes[:step]) for step in range(steps)]
         times = self.network.embed_times(*_times(like.new_tensor(starts), like.new_tensor(sizes)))
@@ -89,27 +83,17 @@ def _times(t: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def step_sizes(steps: int) -> list[float]:
-    """Return ``steps`` sizes, powers of two that sum to 1, each of which divides the time at which it starts.
+    """Return ``steps`` powers of two that sum to 1, each of which divides the time at which it starts.
 
-    If ``steps`` is a power of two, the sizes are equal. Otherwise they are those of the next lower power, the
-    last ones halved as needed, because the field bends most near the data.
+    If ``steps`` is not a power of two, the last ones are smaller, because the field bends most near the data.
     """
     coarse = 2 ** (steps.bit_length() - 1)
     halved = steps - coarse
     return [1 / coarse] * (coarse - halved) + [0.5 / coarse] * (2 * halved)
 
 
-def draw_consistent(count: int, generator: torch.Generator) -> Tensor:
-    """Draw the indices, among ``count`` noise samples, of those with the self-consistency target.
-
-    They are random because tokens lie in the order of the sequence: every eighth would always be the same
-    positions.
-    """
-    return torch.randperm(count, generator=generator)[: -(-count // CONSISTENCY_EVERY)]
-
-
 def draw_steps(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw sizes ``[count]`` of 1, 1/2 … 1/64 for self-consistency, and starts that are multiples of them."""
+    """Draw sizes ``[count]`` of 1, 1/2 … 1/64, and starts that are multiples of them."""
     divisions = 2 ** torch.randint(0, FINEST.bit_length() - 1, (count,), generator=generator)
     start = (torch.rand(count, generator=generator) * divisions).floor() / divisions
     return 1.0 / divisions, start

@@ -111,7 +111,7 @@ def plain(
 def test_values_equal_a_plain_computation(positions: str) -> None:
     backbone, tokens = BACKBONES[positions], make_tokens()
     grid: list[tuple[float, ...]] = [(1 + i // COLUMNS, 1 + i % COLUMNS) for i in range(TOKENS - 1)]
-    places = [(0, 0), (0, 0), *grid] if positions == "grid" else [(i,) for i in range(backbone.length)]
+    places = [(0, 0), (0, 0), *grid] if positions == "grid" else [(i,) for i in range(TOKENS + 1)]
     z = teacher_forced(backbone, tokens)
     assert z.shape == (BATCH, TOKENS, backbone.width)
     for image in (0, 3):
@@ -235,7 +235,7 @@ def test_cache_grows_in_large_pieces_and_is_filled_exactly() -> None:
             )
         memory.add((cache.keys.data_ptr(), cache.values.data_ptr()))
     assert len(memory) == 1
-    assert cache.length == backbone.length
+    assert cache.length == backbone.config.buffer + backbone.tokens - 1
     assert cache.keys.shape[3] == 64
     assert (cache.keys[..., : cache.length, :] != 0).any(dim=-1).all()
     assert not cache.keys[..., cache.length :, :].any()

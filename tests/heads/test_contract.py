@@ -112,8 +112,6 @@ class GaussianHead(Head):
         return TokenLoss(value, value.detach(), torch.zeros_like(value), {})
 
     def sampler(self, steps: int, like: Tensor) -> Draw:
-        self.check_steps(steps)
-
         def draw(condition: Condition, normal: Normal, temperature: float) -> Tensor:
             return condition.guide(self.mean) + self.config.deviation * temperature * normal()
 

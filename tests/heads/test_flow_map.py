@@ -462,8 +462,8 @@ def test_jumps_train_the_backbone(objective: str, monkeypatch: pytest.MonkeyPatc
     head, z = random_head(objective), torch.randn(6, 5, requires_grad=True)
     mean_velocity = head.mean_velocity
 
-    def without_diagonal(x: Tensor, s: Tensor, t: Tensor, *rest: Any) -> Tensor:
-        found = mean_velocity(x, s, t, *rest)
+    def without_diagonal(x: Tensor, s: Tensor, t: Tensor, *rest: Any, **named: Any) -> Tensor:
+        found = mean_velocity(x, s, t, *rest, **named)
         return found.detach() if len(x) == 3 else found  # three of four samples are on the diagonal
 
     monkeypatch.setattr(head, "mean_velocity", without_diagonal)
