@@ -56,7 +56,7 @@ def _convert(hint: Any, value: Any, source: str) -> Any:
     if hint is Any:
         return value
     if isinstance(value, Mapping) and (kinds := kinds_of(hint)):
-        return _by_kind(kinds, value, source)
+        return _by_kind(kinds, value, source, extensible=dataclasses.is_dataclass(hint))
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, source)
     if origin in (typing.Union, types.UnionType):
@@ -174,13 +174,19 @@ def kinds_of(hint: Any) -> dict[str, Any]:
     return dict(vars(hint).get("kinds", {})) if dataclasses.is_dataclass(hint) else {}
 
 
-def _by_kind(kinds: dict[str, Any], values: Mapping[str, Any], source: str) -> Any:
-    """Build the dataclass that ``kind`` in ``values`` selects, by default the first one."""
+def _by_kind(kinds: dict[str, Any], values: Mapping[str, Any], source: str, *, extensible: bool) -> Any:
+    """Build the dataclass that ``kind`` in ``values`` selects, by default the first one.
+
+    ``extensible`` kinds may be registered by other modules, as errors explain.
+    """
     if len(kinds) == 1:
         return from_dict(next(iter(kinds.values())), values, source)
     kind = values.get("kind", next(iter(kinds)))
     if kind not in list(kinds):  # a list, because the value may not be hashable
-        raise InputError(f"{source}: kind is {_shown(kind)}, expected {' or '.join(map(repr, kinds))}")
+        remedy = ". If it is your own, import the module that registers it first" if extensible else ""
+        raise InputError(
+            f"{source}: kind is {_shown(kind)}, expected {' or '.join(map(repr, kinds))}{remedy}"
+        )
     return from_dict(kinds[kind], values, source)
 
 

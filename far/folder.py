@@ -187,7 +187,10 @@ class ModelFolder:
 
 
 def _read_config(path: Path) -> FolderConfig:
-    config = from_dict(FolderConfig, read_json(path), str(path))
+    values = read_json(path)
+    if isinstance(values, dict) and "format" in values:  # a key of version 0.1
+        raise InputError(f"{path} is of far 0.1, whose models are no longer read. Train or convert it again.")
+    config = from_dict(FolderConfig, values, str(path))
     if config.model is None and config.autoencoder is None:
         raise InputError(f"{path} describes no model. Give a folder that far wrote.")
     return config

@@ -341,6 +341,14 @@ def test_weights_read_equal_those_of_the_passes(
     assert weights_read(watched_model, config) == expected
 
 
+def test_head_without_the_usual_network_is_read_as_a_whole_in_each_head_step() -> None:
+    watched_model = model("masked")
+    watched_model.head = nn.Linear(3, 5)
+    config = SamplingConfig(16, 2)
+    expected = 16 * size(watched_model.backbone) + 32 * size(watched_model.head)
+    assert weights_read(watched_model, config) == expected
+
+
 def test_size_is_in_bytes() -> None:
     assert size(nn.Linear(3, 5)) == 4 * (15 + 5)
     assert size(nn.Linear(3, 5, dtype=torch.bfloat16)) == 2 * (15 + 5)

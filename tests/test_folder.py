@@ -16,6 +16,7 @@ import far
 from far import InputError, Pipeline
 from far.folder import ModelFolder
 from far.names import BUNDLED
+from tests.refusals import refused
 
 _OPENED: collections.Counter[str] = collections.Counter()
 _WATCHING = False
@@ -126,6 +127,15 @@ def test_wrong_config_is_refused_with_its_path_and_key(
     assert str(tmp_path / "config.json") in str(error.value)
     assert named in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_folder_of_version_0_1_is_refused_by_its_version(pipeline_folder: Path, tmp_path: Path) -> None:
+    config = {"format": 1, **json.loads((pipeline_folder / "config.json").read_text())}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with refused(tmp_path / "config.json", "0.1"):
+        far.load(tmp_path)
+    with refused(tmp_path / "config.json", "0.1"):
+        far.load_autoencoder(tmp_path)
 
 
 def test_model_and_autoencoder_with_other_latent_channels_are_refused(

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from far.heads.flow import FlowHead
+from far.heads.network import HeadNetwork
 from far.kernels import product_operators
 from far.model import FAR
 from far.packing import Int8Linear
@@ -47,10 +48,14 @@ def weights_read(model: FAR, config: SamplingConfig) -> int:
     """Return the bytes of weights that one generation reads.
 
     Each AR step reads the backbone and the head's embedding of the condition, each head step the rest of the
-    head's network, and each number of head steps the embeddings of times once.
+    head's network, and each number of head steps the embeddings of times once. A head with a network of
+    another form is read as a whole in each head step.
     """
-    network: Any = model.head.network
-    times, condition = size(network.time_embeddings), size(network.condition_embedding)
+    network = getattr(model.head, "network", None)
+    if isinstance(network, HeadNetwork):
+        times, condition = size(network.time_embeddings), size(network.condition_embedding)
+    else:
+        network, times, condition = model.head, 0, 0
     # Besides its network, a head has at most an embedding of guidance.
     guidance = size(model.head) - size(network)
     passes = sum(config.head_steps_at(step) for step in range(config.ar_steps))
