@@ -36,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     avatars = sources.add_parser("avatars", help="drawn avatars in sixteen CC0 styles", allow_abbrev=False)
     avatars.add_argument("out", type=Path, help=_OUT)
     avatars.add_argument("--size", type=int, default=64, help="side in pixels, a divisor of 128 (default 64)")
-    seeds = HELD_OUT_SEED
-    avatars.add_argument("--per-class", type=int, default=seeds, help=f"training images (default {seeds})")
+    avatars.add_argument(
+        "--per-class", type=int, default=HELD_OUT_SEED, help=f"training images (default {HELD_OUT_SEED})"
+    )
     avatars.add_argument("--held-out-per-class", type=int, default=625, help="held-out images (default 625)")
 
 

@@ -43,7 +43,7 @@ Pieces = Iterable[tuple[int, Mapping[str, torch.Tensor]]]
 
 
 class ShardWriter:
-    """Writes shards one by one; a writer for an existing folder continues after its last complete shard.
+    """Writer of shards, one by one. For an existing folder it continues after the last complete shard.
 
     Attributes:
         found_complete: whether nothing was left to write when the folder was opened.
