@@ -207,6 +207,6 @@ def described(cls: type) -> tuple[str, dict[str, str]]:
     entries: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         text = re.sub(r":\w+:`([^`]+)`", r"`\1`", inspect.cleandoc(base.__doc__ or "")).replace("``", "`")
-        summary, _, listed = text.partition("Attributes:\n")
-        entries |= dict(re.findall(r"^(\w+): (.*(?:\n .*)*)", textwrap.dedent(listed), re.MULTILINE))
+        summary, _, attributes = text.partition("Attributes:\n")
+        entries |= dict(re.findall(r"^(\w+): (.*(?:\n .*)*)", textwrap.dedent(attributes), re.MULTILINE))
     return " ".join(summary.split()), {name: " ".join(entry.split()) for name, entry in entries.items()}

@@ -14,7 +14,7 @@ from far.training.config import DistillationConfig
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A key of a recipe by its dotted name, with its type in words and its default in YAML, None if required."""
+    """A key of a recipe: dotted name, type in words, and default in YAML or None if it is required."""
 
     name: str
     type: str
@@ -26,8 +26,8 @@ class Key:
 class Section:
     """Keys of one dataclass and the first part of its docstring.
 
-    ``command`` is "a recipe" or a command. The dotted name is empty at the top level, and the kind is empty if
-    there is only one.
+    ``command`` is "a recipe" or a command. The dotted name is empty at the top level, and ``kind`` if there
+    is only one.
     """
 
     command: str

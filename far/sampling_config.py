@@ -124,7 +124,7 @@ class SamplingConfig:
         return 1.0 + (self.guidance - 1.0) * min(known_after, tokens - 1) / tokens
 
     def guidance_scales(self, counts: list[int], kept: int = 0) -> list[float]:
-        """Return the guidance scale of each AR step, of which ``counts`` has the number of tokens it draws."""
+        """Return the guidance scale of each AR step. ``counts`` are the numbers of tokens that they draw."""
         known = list(itertools.accumulate(counts, initial=kept))
         return [self.guidance_at(before, after, known[-1]) for before, after in itertools.pairwise(known)]
 

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,18 +22,14 @@ def flop_counter() -> FlopCounterMode:
     It also counts the kernels that torch's own table of operators does not list.
     """
 
-    def linear(x: list[int], weight: list[int], *_: Any, out_shape: list[int], **__: Any) -> int:
+    def linear(x: list[int], *_: Any, out_shape: list[int], **__: Any) -> int:
         return 2 * math.prod(out_shape) * x[-1]
 
-    def attention(
-        query: list[int], key: list[int], value: list[int], *_: Any, out_shape: Any, **__: Any
-    ) -> int:
-        return sdpa_flop_count(query, key, value)  # type: ignore[no-any-return]
+    def attention(*shapes: Any, **_: Any) -> Any:
+        return sdpa_flop_count(*shapes[:3])
 
-    mapping: dict[Any, Callable[..., int]] = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention
-    }
-    mapping |= dict.fromkeys(product_operators(), linear)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    mapping: dict[Any, Any] = {flash: attention, **dict.fromkeys(product_operators(), linear)}
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
 

@@ -30,8 +30,8 @@ class RowResult:
         row: the row.
         timed_steps: number of AR steps that were timed in each round.
         weights: bytes of the weights of model and autoencoder.
-        peak: bytes of memory that drawing and decoding the batch added; for a masked model, its last AR steps.
-        first_peak: ``peak`` of the first run. It includes what torch keeps for later rows.
+        peak: bytes of memory that drawing and decoding added. For a masked model, its last AR steps only.
+        first_peak: ``peak`` of the first run. It includes kernels and buffers that torch keeps for later.
         flop: operations by part.
         fastest: seconds that ``flop`` would take at the measured peak of each network's dtype.
         reading: seconds that it would take to read each network's weights once per pass.

@@ -67,7 +67,7 @@ def default_rows(*, batches: Sequence[int] = (1,), guidance: float | None = None
 
 
 def usable_rows(rows: Sequence[Row], device: str | torch.device = "auto") -> tuple[list[Row], dict[str, str]]:
-    """Return the rows whose dtypes the device has instructions for, and the reason for each dtype it lacks."""
+    """Return the rows whose dtypes the device has instructions for, and a reason for each dtype it lacks."""
     device = resolve_device(device)
     reasons = {}
     for dtype in dict.fromkeys(row.dtype for row in rows):

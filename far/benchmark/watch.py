@@ -37,8 +37,8 @@ class Segment:
 def segments(sampling: SamplingConfig, *, full: bool = False) -> list[Segment]:
     """Return the AR steps of a generation to run: all of them if ``full`` or few, else four segments.
 
-    Timed steps lie in the middle of their quarter, since work grows with the known tokens. A segment has whole
-    periods of reuse; without reuse, an untimed step before it lets a cache catch up with the skipped steps.
+    Timed steps lie in the middle of their quarter, since work grows with the known tokens. A segment has
+    whole periods of reuse. Without reuse, an untimed step lets a cache catch up with the skipped steps.
     """
     ar_steps, period = sampling.ar_steps, math.lcm(sampling.refresh_every, sampling.guidance_every)
     untimed = 1 if period == 1 else 0
@@ -79,8 +79,7 @@ class Watch:
         self.step = 0
         self.starts: list[float] = []
         self.inside: list[dict[str, float]] = []
-        floating = filter(Tensor.is_floating_point, model.backbone.parameters())
-        self.dtype = next(floating).dtype
+        self.dtype = next(filter(Tensor.is_floating_point, model.backbone.parameters())).dtype
         backbone = _StandIn(model.backbone, forward=self._backbone)
         head = _StandIn(model.head, sampler=self._sampler)
         self.model = cast(FAR, _StandIn(model, backbone=backbone, head=head))
@@ -124,7 +123,7 @@ class Watch:
         return watched_draw
 
     def parts(self, plan: Sequence[Segment]) -> dict[str, float]:
-        """Return the growth in a generation that has just ended, estimated from the timed steps of ``plan``."""
+        """Return the growth in a generation that just ended, estimated from the timed steps of ``plan``."""
         starts = [*self.starts, self.reading()]
         totals = dict.fromkeys(PARTS, 0.0)
         totals["sampler"] = starts[0] - self.begin

@@ -27,9 +27,11 @@ _KINDS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for kind, (summary, source) in _KINDS.items():
+        outward = kind == "to-diffusers"
+        others = "" if outward else "; may hold the other part of a model"
         command = kinds.add_parser(kind, help=summary, allow_abbrev=False)
-        command.add_argument("source", type=str if kind == "to-diffusers" else Path, help=source)
-        command.add_argument("out", type=Path, help="folder to write; may hold the other part of a model")
+        command.add_argument("source", type=str if outward else Path, help=source)
+        command.add_argument("out", type=Path, help=f"folder to write{others}")
         if kind == "mar":
             command.add_argument("--no-ema", action="store_true", help="convert the raw, not the EMA weights")
 

@@ -148,8 +148,8 @@ def _draw(
 ) -> int:
     """Draw images batch by batch, and return how many are finished. An interruption leaves whole batches.
 
-    ``finish`` takes each batch ``[b, 3, h, w]`` and the number of its first image. ``frames`` receives a preview
-    of the first batch after each AR step.
+    ``finish`` takes each batch ``[b, 3, h, w]`` and the number of its first image. ``frames`` receives a
+    preview of the first batch after each AR step.
     """
     from far.progress import ImageBar
 
