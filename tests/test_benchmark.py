@@ -12,7 +12,7 @@ from torch import nn
 from far.autoencoder import AutoencoderConfig
 from far.backbone import CausalConfig, MaskedBackbone, MaskedConfig
 from far.benchmark.cost import flop_counter, size, weights_read
-from far.benchmark.hardware import peak_memory
+from far.benchmark.hardware import peak_memory, product_peak
 from far.benchmark.results import Report, RowResult, measure
 from far.benchmark.rows import Row, default_rows, load_models, rows_of
 from far.benchmark.watch import PARTS, Segment, Watch, generate, segments
@@ -494,3 +494,12 @@ def test_rows_take_turns_after_a_warm_up(tiny: str, monkeypatch: pytest.MonkeyPa
             (weights_read(pipeline.model, found.row.sampling) + decoder) / report.bandwidth
         )
         assert found.weights == size(pipeline.model) + size(pipeline.autoencoder)
+
+
+@pytest.mark.skipif(no_int8() is not None, reason="this build of torch has no 8-bit matrix products")
+@pytest.mark.usefixtures("tiny")
+def test_peak_of_eight_bit_products_is_that_of_an_eight_bit_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, forward = [], Int8Linear.forward
+    monkeypatch.setattr(Int8Linear, "forward", lambda *values: calls.append(1) or forward(*values))
+    assert product_peak(torch.int8) > 0
+    assert len(calls) == 6  # five of them are timed

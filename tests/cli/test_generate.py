@@ -303,9 +303,9 @@ def test_interruption_keeps_finished_images_and_prints_a_command_for_the_others(
     monkeypatch.setattr(Pipeline, "draw", interrupted)
     command = ["generate", "--weights", str(pipeline_folder), "--out", str(tmp_path / out), *options]
     assert main(command) == 130
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert "4 of 6 images" in told
-    (rest,) = told_commands(told)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "4 of 6 images" in line
+    (rest,) = printed_commands(line)
     monkeypatch.setattr(Pipeline, "draw", draw)
     assert main(rest) == 0
     whole = np.load(tmp_path / "whole.npz")
@@ -313,7 +313,7 @@ def test_interruption_keeps_finished_images_and_prints_a_command_for_the_others(
     assert np.array_equal(written(tmp_path / out, 4, 3), whole["arr_0"][:4])
 
 
-def told_commands(line: str) -> list[list[str]]:
+def printed_commands(line: str) -> list[list[str]]:
     """Return the arguments of each ``far`` command at the end of a line."""
     words = shlex.split(line[line.index("far generate") :])
     ends = [place for place, word in enumerate(words) if word == "&&"]
@@ -351,7 +351,7 @@ def test_printed_commands_draw_exactly_the_other_images(
     ]
     assert main(command) == 130
     interruptions.clear()
-    for command in told_commands(capsys.readouterr().err.splitlines()[-1]):
+    for command in printed_commands(capsys.readouterr().err.splitlines()[-1]):
         assert main(command) == 0
     expected = [(label, number) for number, label in enumerate(spread(labels or ["0", "1", "2"], 150))]
     assert drawn == expected

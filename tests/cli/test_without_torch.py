@@ -113,28 +113,28 @@ def test_error_of_a_missing_file_names_the_command_that_writes_it(tmp_path: Path
     same = f"{RECIPE} data=images run=my-run autoencoder_from=null"
     options = same.split()
 
-    def told(*commands: str) -> list[str]:
+    def errors_of(*commands: str) -> list[str]:
         """The errors of commands, each of which names one command to run."""
         found = run([[*command.split(), *options] for command in commands], tmp_path)
         assert all(status == 2 and not HEAVY & set(modules) for _, status, _, _, modules in found), found
         return [error for *_, error, _ in found]
 
     every = ("train-autoencoder", "cache", "train")
-    assert all("images" in error and "far data" in error for error in told(*every))
+    assert all("images" in error and "far data" in error for error in errors_of(*every))
     made(tmp_path, "images/train/index.json")
-    assert all("images" in error and "far data" in error for error in told(*every))  # no held-out part
+    assert all("images" in error and "far data" in error for error in errors_of(*every))  # no held-out part
     made(tmp_path, "images/held-out/index.json")
-    assert all(f"far train-autoencoder {same}" in error for error in told("cache", "train"))
+    assert all(f"far train-autoencoder {same}" in error for error in errors_of("cache", "train"))
     made(tmp_path, "my-run/autoencoder/config.json")
-    [error] = told("train")
+    [error] = errors_of("train")
     assert f"far cache {same}" in error
     assert "my-run/latents" in error
     made(tmp_path, "my-run/latents/index.json", "my-run/model/checkpoints/step-00000007/index.json")
-    [error] = told("train")
+    [error] = errors_of("train")
     assert "my-run/model" in error
     assert "--resume" in error
     made(tmp_path, "my-run/autoencoder/checkpoints/step-00000009/index.json")
-    [error] = told("train-autoencoder")
+    [error] = errors_of("train-autoencoder")
     assert "--resume" in error
 
 

@@ -279,9 +279,9 @@ def test_nothing_leaves_the_machine(page: Page, server: Server) -> None:
     }
     assert len(requested) > 10
     assert not others
-    told = server.audit.read_text().splitlines()
-    assert told  # gradio checks that its own server responds
-    assert not [line for line in told if "127.0.0.1" not in line and "localhost" not in line]
+    lines = server.audit.read_text().splitlines()
+    assert lines  # gradio checks that its own server responds
+    assert not [line for line in lines if "127.0.0.1" not in line and "localhost" not in line]
 
 
 def test_only_this_machine_is_served(server: Server) -> None:
