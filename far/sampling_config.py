@@ -20,8 +20,8 @@ def _masked_only(default: Any) -> Any:
 class SamplingConfig:
     """Sampling options, with MAR's names in parentheses.
 
-    Commands and recipes derive their options from these fields: the type gives the form of an option, and the
-    entry below its help text.
+    Commands and recipes derive their options from these fields: the type gives the form of an option, and its
+    entry below the help text.
 
     Attributes:
         ar_steps: autoregressive steps, 1 to the number of tokens (``num_iter``).
@@ -66,9 +66,7 @@ class SamplingConfig:
             draws = f"a causal backbone draws its {tokens} tokens one by one"
             raise InputError(f"ar_steps {self.ar_steps}: {draws}. Give {tokens}, or choose a masked model")
         if not 1 <= self.ar_steps <= tokens:
-            raise InputError(
-                f"ar_steps {self.ar_steps} is out of range. Give 1 to {tokens}, the tokens to draw"
-            )
+            raise InputError(f"ar_steps {self.ar_steps} is out of range. Give 1 to {tokens}: tokens to draw")
         if not 1 <= len(self._head_ends) <= 2:
             raise InputError(
                 f"head_steps {list(self._head_ends)} has the wrong length. Give one value or two"
