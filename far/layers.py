@@ -29,7 +29,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Return ``[b, n, width]``, or ``[b, m, width]`` if ``positions [b, m]`` selects the queries.
 
-        All queries attend to all of ``x`` and to what ``cache`` holds of block ``index``.
+        Queries attend to all of ``x`` and to the keys and values of block ``index`` in ``cache``.
         """
         batch, count, width = x.shape
         qkv = self.qkv(x).view(batch, count, 3, self.heads, width // self.heads)
@@ -46,10 +46,10 @@ class Attention(nn.Module):
 def attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """Return attention of queries ``[b, heads, m, head_width]`` to n keys and values of equal shape.
+    """Return attention of queries ``[b, heads, m, head_width]`` to n keys, with ``bias [n]`` on their scores.
 
-    The scores are increased by ``bias [n]``. In bfloat16 on a CPU, products of a few rows at a time are
-    faster than the fused kernel, several times for a single query. They round scores to bfloat16.
+    In bfloat16 on a CPU, products of a few rows at a time are faster than the fused kernel, several times for
+    a single query. They round scores to bfloat16.
     """
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or query.requires_grad:
         mask = None if bias is None else bias.expand(query.shape[2], -1)
@@ -77,9 +77,8 @@ def take(x: Tensor, positions: Tensor) -> Tensor:
 def as_input(tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """Return tokens ``[…, channels]`` in the ``dtype`` of a network's weights.
 
-    A barely trained diffusion head draws values above 10,000. Their projections overflow in float16, and one
-    infinity turns all later tokens into NaN. Float16 therefore scales such a token down. This keeps its
-    direction, and the next norm ignores its length.
+    A barely trained diffusion head draws values above 10,000, whose projections overflow in float16. Float16
+    therefore scales such a token down, which keeps its direction. The next norm ignores its length.
     """
     if dtype == torch.float16:
         tokens = tokens * (_FLOAT16_TOKEN / tokens.abs().amax(dim=-1, keepdim=True).clamp(min=_FLOAT16_TOKEN))
@@ -119,10 +118,7 @@ class Block(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """LLaMA's feed-forward ``down(silu(gate(x)) · up(x))`` without biases (arXiv 2002.05202).
-
-    One product computes gate and up.
-    """
+    """LLaMA's feed-forward ``down(silu(gate(x)) · up(x))`` without biases (arXiv 2002.05202)."""
 
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
@@ -138,8 +134,7 @@ def rotary_table(positions: Tensor, width: int) -> Tensor:
     """Return cosines and sines ``[2, n, width]`` for :func:`rotate` (RoPE, arXiv 2104.09864).
 
     Args:
-        positions: ``[n, axes]``. Each axis rotates its own ``width/2/axes`` pairs, by 1 to 1e-4 radians per
-            position.
+        positions: ``[n, axes]``. Each axis rotates its own pairs, by 1 to 1e-4 radians per position.
         width: channels per head.
     """
     pairs = width // 2 // positions.shape[1]
@@ -150,10 +145,7 @@ def rotary_table(positions: Tensor, width: int) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + width/2) of ``x […, n, width]`` by ``table [2, n, width]``.
-
-    A pair (a, b) becomes (a · cos − b · sin, b · cos + a · sin).
-    """
+    """Rotate the pairs (i, i + width/2) of ``x […, n, width]`` by ``table [2, n, width]``."""
     cosine, sine = table.to(x.dtype)
     return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, dims=-1), sine)
 
@@ -162,12 +154,12 @@ class KeyValueCache:
     """Keys and values of all blocks of a Transformer, ``[depth, rows, heads, positions, head_width]`` each.
 
     Call :meth:`extend` or :meth:`overwrite` once per pass, then :meth:`write` in each block. Memory grows by
-    ``growth`` positions at a time, so that keys stay contiguous and kernels see few shapes. A pass may leave
-    out the last rows. These then have gaps and cannot be used again until :meth:`clear`.
+    ``growth`` positions at a time, so that kernels see few shapes. A pass may leave out the last rows, which
+    then have gaps and cannot be used again until :meth:`clear`.
 
     Attributes:
-        start: positions that were held before this pass.
-        length: positions that are held after this pass.
+        start: number of positions held before this pass.
+        length: number of positions held after this pass.
     """
 
     def __init__(
@@ -205,23 +197,19 @@ class KeyValueCache:
         self.start, self.positions = self.length, positions
 
     def write(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Write a block's new keys and values ``[b, heads, m, head_width]``.
+        """Write a block's keys and values ``[b, heads, m, head_width]``, and return all to attend to.
 
-        Returns:
-            The block's keys and values to attend to, and a bias ``[positions]`` to add to the scores, which
-            hides unused memory. There is no bias if all memory is in use.
+        The third value is a bias ``[positions]`` of the scores that hides unused memory, if there is any.
         """
-        held_keys, held_values = self.keys[block, : self.rows], self.values[block, : self.rows]
-        if self.positions is None:
-            held_keys[:, :, self.start : self.length] = keys
-            held_values[:, :, self.start : self.length] = values
-            if not self.start:
-                return keys, values, None
-        else:
-            index = self.positions[:, None, :, None].expand_as(keys)
-            held_keys.scatter_(2, index, keys)
-            held_values.scatter_(2, index, values)
-        return held_keys, held_values, self.bias
+        held = self.keys[block, : self.rows], self.values[block, : self.rows]
+        for memory, new in zip(held, (keys, values)):
+            if self.positions is None:
+                memory[:, :, self.start : self.length] = new
+            else:
+                memory.scatter_(2, self.positions[:, None, :, None].expand_as(new), new)
+        if self.start == 0:
+            return keys, values, None
+        return *held, self.bias
 
     def _keep(self, rows: int) -> None:
         assert rows <= self.rows, f"{rows} rows after a pass with {self.rows}: the others have gaps"

@@ -1,7 +1,4 @@
-"""``FAR``: a backbone and a head, with its configuration, named presets and training loss.
-
-The model sees latents only. The autoencoder, optimizers and files are outside it.
-"""
+"""``FAR``: a backbone and a head, with its configuration, named presets and training loss."""
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +19,9 @@ class FAR(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = build_backbone(
-            config.network.backbone, config.token_grid, config.token_channels, config.classes
-        )
-        self.head = build_head(config.network.head, config.token_channels, self.backbone.width)
+        network, channels = config.network, config.token_channels
+        self.backbone = build_backbone(network.backbone, config.token_grid, channels, config.classes)
+        self.head = build_head(network.head, channels, self.backbone.width)
 
     @property
     def null_label(self) -> int:
@@ -65,19 +61,17 @@ class FAR(nn.Module):
             labels: ``[b]``, 0 … classes − 1.
             label_drop: fraction of samples without class, which train the unconditional half of guidance.
             teacher: this model with EMA weights, whose head provides targets for heads that bootstrap.
-            step: index of the training step.
+            step: training step, from 0.
         """
         dropped = (torch.rand(len(labels), generator=generator) < label_drop).to(labels.device)
         labels = torch.where(dropped, self.null_label, labels)
         tokens = self.constrain(self.tokens(latents))
         fed, known, query = self.backbone.training_inputs(tokens, generator)
-        z = self.backbone(fed, known, query, labels)
-        targets = take(tokens, query)
-        uncond = None
+        z, uncond = self.backbone(fed, known, query, labels).flatten(0, 1), None
         if self.head.max_guidance > 1:
             half = -(-len(labels) // 2)
             with torch.no_grad():
                 null = torch.full_like(labels[:half], self.null_label)
                 uncond = self.backbone(fed[:half], known[:half], query[:half], null).flatten(0, 1)
-        condition = Condition(z.flatten(0, 1), uncond)
-        return self.head.loss(targets.flatten(0, 1), condition, generator, teacher.head, step)
+        targets = take(tokens, query).flatten(0, 1)
+        return self.head.loss(targets, Condition(z, uncond), generator, teacher.head, step)

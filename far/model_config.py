@@ -39,16 +39,13 @@ class ModelConfig:
         patch = self.network.patch
         if len(self.grid) != 2 or min(self.grid) < 1 or patch < 1 or any(side % patch for side in self.grid):
             raise InputError(f"grid {list(self.grid)} must be two positive multiples of the patch {patch}")
-        for name, value, most in (
-            ("grid", max(self.grid), 2**8),
-            ("classes", self.classes, 2**20),
-            ("latent_channels", self.latent_channels, 2**16),
-        ):
-            check_count(name, value, most)
+        check_count("grid", max(self.grid), 2**8)
+        check_count("classes", self.classes, 2**20)
+        check_count("latent_channels", self.latent_channels)
 
     @property
     def token_grid(self) -> tuple[int, int]:
-        """Return (rows, columns) of tokens."""
+        """Rows and columns of tokens."""
         return self.grid[0] // self.network.patch, self.grid[1] // self.network.patch
 
     @property
@@ -77,8 +74,7 @@ PRESETS: dict[str, NetworkConfig] = {
     "far-b": _masked( 768, 12, 12, ShortcutConfig(1024,  6)),  # 210 M
     "far-l": _masked(1024, 16, 16, ShortcutConfig(1280,  8)),  # 481 M
     "far-h": _masked(1280, 20, 16, ShortcutConfig(1536, 12)),  # 946 M
-    # LlamaGen's blocks (arXiv 2406.06525); its 111, 343 and 775 M include two vocabulary tables, which are
-    # not needed here.
+    # LlamaGen's blocks (arXiv 2406.06525), whose 111, 343 and 775 M include two vocabulary tables.
     "far-causal-b":  _causal( 768, 12, 12, ShortcutConfig(1024,  6)),  # 123 M
     "far-causal-l":  _causal(1024, 24, 16, ShortcutConfig(1280,  8)),  # 384 M
     "far-causal-xl": _causal(1280, 36, 20, ShortcutConfig(1536, 12)),  # 887 M
@@ -86,11 +82,11 @@ PRESETS: dict[str, NetworkConfig] = {
 
 
 def preset(name: str) -> NetworkConfig:
-    """The named preset.
+    """Return the preset of a name.
 
     Raises:
-        InputError: there is none of that name; the message lists them.
+        InputError: no preset has this name.
     """
     if name not in PRESETS:
-        raise InputError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+        raise InputError(f"unknown preset {name!r}. Choose one of: {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -45,7 +45,6 @@ class ImageBar(tqdm):
     @property
     def format_dict(self) -> MutableMapping[str, Any]:
         """Return the values of ``_FORMAT``: those of tqdm, and the finished and total images."""
-        finished, images = (
-            round(number * self.group) for number in (self.n - self.unfinished, self.total or 0)
-        )
+        finished = round((self.n - self.unfinished) * self.group)
+        images = round((self.total or 0) * self.group)
         return {**super().format_dict, "finished": finished, "images": images}

@@ -1,8 +1,7 @@
-"""The autoregressive loop: labels, noise and optional kept tokens → latents, some tokens per AR step.
+"""Autoregressive loop: labels, noise and optional kept tokens → latents, some tokens per AR step.
 
-A pure function of a model, without files or images. The arithmetic is that of MAR (arXiv 2406.11838, section
-3.3). Head steps decrease as more tokens are known, as in DiSA. Keys, values and guidance may be reused over
-several AR steps, as in LazyMAR (arXiv 2503.12450).
+The arithmetic is that of MAR (arXiv 2406.11838, section 3.3). Head steps can decrease as more tokens are
+known, as in DiSA, and keys, values and guidance can be reused over AR steps, as in LazyMAR (arXiv 2503.12450).
 """
 
 import dataclasses
@@ -33,9 +32,7 @@ class Noise(Protocol):
 
 
 class SeededNoise:
-    """Noise from one generator per seed, so that an image depends on its seed and not on its batch.
-
-    Values are drawn on the CPU and then moved, so that a seed gives the same noise on every device.
+    """Noise from one generator per seed, independent of the batch and of the device.
 
     Args:
         seeds: one per image.
@@ -61,8 +58,8 @@ class Kept:
 
     Attributes:
         latents: ``[b, c, h, w]``.
-        positions: ``[k]``, distinct, 0 … tokens − 1. At least one token must remain to be drawn. A causal
-            backbone can keep only the first tokens in raster order.
+        positions: ``[k]``, distinct, within 0 … tokens − 1, fewer than the tokens. A causal backbone keeps
+            only the first ones in raster order.
     """
 
     latents: Tensor
@@ -108,16 +105,10 @@ def sampling_steps(
         InputError: a value of ``config`` is out of the model's range, or the kept tokens of a causal backbone
             are not the first ones. The call itself raises this, before any step.
     """
-    config.check(model, 0 if kept is None else len(kept.positions))
-    if (
-        kept is not None
-        and not model.backbone.any_order
-        and set(kept.positions.tolist()) != set(range(len(kept.positions)))
-    ):
-        raise InputError(
-            "a causal backbone draws row by row, so it can only redraw an image from one token to the end. "
-            "Use a masked model to redraw other regions"
-        )
+    positions = [] if kept is None else kept.positions.tolist()
+    config.check(model, len(positions))
+    if not model.backbone.any_order and sorted(positions) != list(range(len(positions))):
+        raise InputError("a causal model redraws from one token to the end only. Use a masked model")
     return _sampling_steps(model, labels, noise, config, kept)
 
 
@@ -131,9 +122,8 @@ def _sampling_steps(
     counts = cosine_token_counts(model.config.tokens - known_count, config.ar_steps)
     scales = config.guidance_scales(counts, known_count)
     # If the head has learned guidance, the backbone needs no unconditional pass.
-    conditions = _Conditions(
-        model, labels, config, [1.0] * len(scales) if config.guided_in_head(model) else scales
-    )
+    backbone_scales = [1.0] * len(scales) if config.guided_in_head(model) else scales
+    conditions = _Conditions(model, labels, config, backbone_scales)
     # Copy everything to the device before the first step: copies between steps would stall a GPU.
     head_steps = [config.head_steps_at(step) for step in range(config.ar_steps)]
     draw = {steps: model.head.sampler(steps, sequence) for steps in dict.fromkeys(head_steps)}
@@ -142,14 +132,13 @@ def _sampling_steps(
         known = orders[:, :known_count]
         query = orders[:, known_count : known_count + count].sort(dim=1).values
         # Step 2. Their conditions, with and without the class.
-        condition = Condition(*conditions.at_step(step, sequence, known, query), guidance)
+        z, *uncond = conditions.at_step(step, sequence, known, query)
+        condition = Condition(z, uncond[0] if uncond else None, guidance)
         # Step 3. The head draws their tokens.
         drawn = draw[head_steps[step]](condition, lambda: noise.normal(count, channels), config.temperature)
         sequence = sequence.scatter(1, query.unsqueeze(-1).expand(-1, -1, channels), model.constrain(drawn))
         known_count += count
-        mask = torch.zeros(orders.shape, dtype=torch.bool, device=orders.device).scatter(
-            1, orders[:, :known_count], True
-        )
+        mask = torch.zeros_like(orders, dtype=torch.bool).scatter(1, orders[:, :known_count], True)
         yield Progress(step, config.ar_steps, model.latents(sequence), mask)
 
 
@@ -157,11 +146,15 @@ def _start(
     model: FAR, noise: Noise, config: SamplingConfig, batch: int, kept: Kept | None, device: torch.device
 ) -> tuple[Tensor, Tensor, int]:
     """Return tokens ``[b, n, d]``, zero unless kept, orders ``[b, n]`` with these first, and their count."""
-    sequence = torch.zeros(batch, model.config.tokens, model.config.token_channels, device=device)
-    orders = _orders(model, noise, config, batch).to(device)
+    tokens = model.config.tokens
+    sequence = torch.zeros(batch, tokens, model.config.token_channels, device=device)
+    orders = noise.orders(tokens) if model.backbone.any_order else raster_orders(tokens, batch)
+    if config.order == "halton":
+        orders = halton_orders(*model.config.token_grid, orders[:, 0])
+    orders = orders.to(device)
     if kept is None:
         return sequence, orders, 0
-    known = torch.zeros(model.config.tokens, dtype=torch.bool, device=device)
+    known = torch.zeros(tokens, dtype=torch.bool, device=device)
     known[kept.positions.to(device)] = True
     given = model.constrain(model.tokens(kept.latents.to(sequence)))
     sequence = torch.where(known.unsqueeze(-1), given, sequence)
@@ -170,19 +163,11 @@ def _start(
     return sequence, orders.gather(1, first), len(kept.positions)
 
 
-def _orders(model: FAR, noise: Noise, config: SamplingConfig, batch: int) -> Tensor:
-    tokens = model.config.tokens
-    if not model.backbone.any_order:
-        return raster_orders(tokens, batch)
-    random = noise.orders(tokens)
-    return halton_orders(*model.config.token_grid, random[:, 0]) if config.order == "halton" else random
-
-
 class _Conditions:
     """Passes of the backbone in one generation, with the state that later steps reuse."""
 
     def __init__(self, model: FAR, labels: Tensor, config: SamplingConfig, scales: list[float]) -> None:
-        self.model, self.config, self.scales = model, config, scales
+        self.backbone, self.config, self.scales = model.backbone, config, scales
         self.labels = torch.cat([labels, torch.full_like(labels, model.null_label)])
         # A causal model's cache is exact. A masked model's cache is used only to skip work.
         self.exact = not model.backbone.any_order
@@ -190,52 +175,35 @@ class _Conditions:
         self.cache = model.backbone.new_cache(rows) if self.exact or config.refresh_every > 1 else None
         self.difference: Tensor | None = None
 
-    def at_step(
-        self, step: int, sequence: Tensor, known: Tensor, query: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return ``z [b, m, width]`` at ``query [b, m]``, also without the class if the step is guided."""
+    def at_step(self, step: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return ``z [b, m, width]`` for sequence, known and query positions, if guided also without class."""
         if self.cache is not None and not self.exact and step % self.config.refresh_every == 0:
             self.cache.clear()
         if self.config.guidance_every == 1:
-            return self._halves(sequence, known, query, uncond=self._wants_uncond(step))
-        return self._with_kept_difference(step, sequence, known, query)
+            return self._pass(*inputs, halves=2 if self._needs_uncond(step) else 1)
+        if step % self.config.guidance_every == 0:
+            self.difference = None
+        sequence, known, query = inputs
+        if self.scales[step] == 1.0:
+            return self._pass(*inputs, halves=1)
+        if self.difference is not None:
+            (z,) = self._pass(*inputs, halves=1)
+            return z, z + take(self.difference, query)
+        everywhere = torch.arange(sequence.shape[1], device=sequence.device).expand(len(sequence), -1)
+        if self.cache is not None:  # all positions are computed, and the unconditional half may have gaps
+            self.cache.clear()
+        z, z_uncond = self._pass(sequence, known, everywhere, halves=2)
+        self.difference = z_uncond - z
+        return take(z, query), take(z_uncond, query)
 
-    def _wants_uncond(self, step: int) -> bool:
+    def _needs_uncond(self, step: int) -> bool:
         """Return whether this step, or a later one through the cache, needs the unconditional half."""
-        if self.cache is None:
-            return self.scales[step] != 1.0
         every = self.config.refresh_every
         until = len(self.scales) if self.exact else step - step % every + every
         return any(scale != 1.0 for scale in self.scales[step:until])
 
-    def _halves(
-        self, sequence: Tensor, known: Tensor, query: Tensor, *, uncond: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the conditional half and, if ``uncond``, the unconditional one from the same pass."""
-        if not uncond:
-            return self.model.backbone(sequence, known, query, self.labels[: len(sequence)], self.cache), None
-        z, z_uncond = self._both(sequence, known, query)
-        return z, z_uncond
-
-    def _both(self, sequence: Tensor, known: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-        twice = sequence.repeat(2, 1, 1), known.repeat(2, 1), query.repeat(2, 1)
-        z, z_uncond = self.model.backbone(*twice, self.labels, self.cache).chunk(2)
-        return z, z_uncond
-
-    def _with_kept_difference(
-        self, step: int, sequence: Tensor, known: Tensor, query: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return both halves. Every N-th step computes both at all positions; others reuse the difference."""
-        if step % self.config.guidance_every == 0:
-            self.difference = None
-        if self.scales[step] == 1.0:
-            return self._halves(sequence, known, query, uncond=False)
-        if self.difference is None:
-            everywhere = torch.arange(sequence.shape[1], device=sequence.device).expand(len(sequence), -1)
-            if self.cache is not None:  # all positions are computed, and the unconditional half may have gaps
-                self.cache.clear()
-            z, z_uncond = self._both(sequence, known, everywhere)
-            self.difference = z_uncond - z
-            return take(z, query), take(z_uncond, query)
-        z, _ = self._halves(sequence, known, query, uncond=False)
-        return z, z + take(self.difference, query)
+    def _pass(self, *inputs: Tensor, halves: int) -> tuple[Tensor, ...]:
+        """Return ``z`` with the class and, for two ``halves``, also without it, from one pass."""
+        inputs = tuple(torch.cat([tensor] * halves) for tensor in inputs)
+        z = self.backbone(*inputs, self.labels[: len(inputs[0])], self.cache)
+        return z.chunk(halves)  # type: ignore[no-any-return]

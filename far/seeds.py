@@ -1,9 +1,8 @@
 """Random number generators whose stream depends on every bit of their seed.
 
 torch seeds its CPU generator, a Mersenne Twister, with the lower 32 bits of a seed and ignores the others.
-Larger keys fill the twister's whole state here by ``init_by_array``, the initialization that its authors
-published for long keys and that Python's ``random`` uses. Keys below 2³² are torch's own seeding, so their
-streams are those of ``manual_seed``.
+Here, larger keys fill the twister's state by ``init_by_array``, its authors' initialization for long keys.
+Keys below 2³² give the streams of ``manual_seed``.
 """
 
 import contextlib
@@ -26,8 +25,7 @@ def seeded_generator(number: int, seed: int = 0) -> torch.Generator:
     words = np.array([number, seed], dtype="<u8").view("<u4")
     if not words[1:].any():
         return torch.Generator().manual_seed(int(words[0]))
-    # All four words always: init_by_array repeats its key, and keys of different lengths can repeat to the
-    # same one.
+    # Always four words: init_by_array repeats its key, so keys of different lengths can be equal.
     twister = np.random.RandomState(words).get_state(legacy=False)["state"]["key"]
     made = torch.Generator().manual_seed(int(twister[1]) << 31 | int(twister[2]) >> 1)
     state = made.get_state()

@@ -17,9 +17,7 @@ def patchify(latents: Tensor, patch: int) -> Tensor:
     if height % patch or width % patch:
         raise ValueError(f"latents of {height}×{width} cannot be cut into patches of {patch}")
     grid = latents.reshape(batch, channels, height // patch, patch, width // patch, patch)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(
-        batch, (height // patch) * (width // patch), channels * patch**2
-    )
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpatchify(tokens: Tensor, patch: int, rows: int, columns: int) -> Tensor:
@@ -42,9 +40,8 @@ def raster_orders(count: int, batch: int) -> Tensor:
 def halton_orders(rows: int, columns: int, first: Tensor) -> Tensor:
     """Return low-discrepancy orders ``[b, rows·columns]`` of a grid's positions that begin at ``first [b]``.
 
-    A cell's rank is that of its first point in the Halton sequence of bases 2 and 3, so any run of
-    consecutive cells is spread over the grid (arXiv 2503.17076). Each order is shifted, wrapping at the
-    edges, to begin at its first position.
+    Cells are in the order of the Halton sequence of bases 2 and 3, which spreads any run of consecutive ones
+    over the grid (arXiv 2503.17076). Each order is shifted, wrapping at the edges, to begin at its first.
     """
     cells: dict[tuple[int, int], None] = {}
     index = 0
@@ -82,7 +79,7 @@ def cosine_token_counts(count: int, steps: int) -> list[int]:
         ValueError: ``steps`` is not within 1 … ``count``.
     """
     if not 1 <= steps <= count:
-        raise ValueError(f"ar_steps {steps} is out of range; give 1 to {count}, the number of tokens")
+        raise ValueError(f"ar_steps {steps} is out of range. Give 1 to {count}, the number of tokens")
     counts, masked = [], count
     for step in range(steps):
         # The cosine is above its chord, so tokens remain for every later step.
@@ -94,10 +91,7 @@ def cosine_token_counts(count: int, steps: int) -> list[int]:
 
 
 def sample_mask_ratio(generator: torch.Generator, minimum: float, std: float) -> float:
-    """Draw a masking ratio from a normal distribution of mean 1, truncated to [``minimum``, 1].
-
-    MAR uses a minimum of 0.7 and a standard deviation of 0.25.
-    """
+    """Draw a masking ratio from a normal distribution of mean 1, truncated to [``minimum``, 1]."""
     low = torch.special.ndtr(torch.tensor((minimum - 1.0) / std, dtype=torch.float64))
     uniform = low + (0.5 - low) * torch.rand((), generator=generator, dtype=torch.float64)
     return float((1.0 + std * torch.special.ndtri(uniform)).clamp(minimum, 1.0))

@@ -47,18 +47,12 @@ class MaskedConfig:
             if heads < 1 or width % heads:
                 raise InputError(f"{part}_width {width} must be a positive multiple of {part}_heads {heads}")
             check_count(f"{part}_depth", getattr(self, f"{part}_depth"), 2**10)
-        if self.buffer < 1:
-            raise InputError(
-                f"buffer {self.buffer} must be positive: it is the only input while no token is known"
-            )
         check_count("buffer", self.buffer)
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout {self.dropout} must be at least 0 and below 1")
         if not 0 <= self.mask_ratio_min < 1 or self.mask_ratio_std <= 0:
-            raise InputError(
-                f"mask_ratio_min {self.mask_ratio_min} must be at least 0 and below 1, "
-                f"and mask_ratio_std {self.mask_ratio_std} positive"
-            )
+            least, std = self.mask_ratio_min, self.mask_ratio_std
+            raise InputError(f"mask_ratio_min {least} must be in [0, 1), and mask_ratio_std {std} positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,23 +81,23 @@ class CausalConfig:
     input_noise: float = 0.1
 
     def __post_init__(self) -> None:
-        check_count("width", self.width)
-        if self.heads < 1 or self.width % self.heads:
-            raise InputError(f"width {self.width} must be a positive multiple of heads {self.heads}")
-        axes = 2 if self.positions == "grid" else 1
-        if self.width // self.heads % (2 * axes):
+        width, heads, positions = self.width, self.heads, self.positions
+        check_count("width", width)
+        if heads < 1 or width % heads:
+            raise InputError(f"width {width} must be a positive multiple of heads {heads}")
+        pair = 4 if positions == "grid" else 2  # two channels per axis rotate together
+        if width // heads % pair:
             raise InputError(
-                f"width {self.width} / heads {self.heads} must be a multiple of {2 * axes} "
-                f"for rotary positions on a {self.positions}"
+                f"width {width} / heads {heads} must be a multiple of {pair} (positions {positions})"
             )
         check_count("depth", self.depth, 2**10)
         check_count("buffer", self.buffer)
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout {self.dropout} must be at least 0 and below 1")
-        if not (math.isfinite(self.input_noise) and self.input_noise >= 0):
+        if not 0 <= self.input_noise < math.inf:
             raise InputError(f"input_noise {self.input_noise} must be a number of at least 0")
 
     @property
     def hidden_width(self) -> int:
-        """Hidden width of the feed-forward part: 8/3 of the width, rounded up to 256s, as in LLaMA."""
+        """Hidden width of the feed-forward part: 8/3 of the width, rounded up to a multiple of 256."""
         return -(-8 * self.width // (3 * 256)) * 256
