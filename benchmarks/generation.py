@@ -1,7 +1,7 @@
 """Seconds per image of a bundled model by head steps, against the same backbone with MAR's diffusion head.
 
 The diffusion head has the same width and depth and untrained weights, which do not affect its time. So this
-says nothing about its quality. Batch 1 and a large batch are reported separately.
+does not measure its quality. Batch 1 and a large batch are reported separately.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Fast autoregressive image generation in continuous latent space.
 
 >>> import far
->>> pictures = far.load("avatars-64").generate(labels=[3, 5], guidance=2.0, seed=0)
+>>> images = far.load("avatars-64").generate(labels=[3, 5], guidance=2.0, seed=0)
 """
 
 from typing import TYPE_CHECKING

@@ -121,7 +121,7 @@ class Autoencoder(nn.Module):
             self.decode(part.contiguous(memory_format=torch.channels_last)).float() / 2 + 0.5
             for part in latents.split(chunk)
         ]
-        # All generated images leave a model here. A picture would show NaN as black.
+        # All generated images leave a model here. A PNG would show NaN as black.
         return check_finite(torch.cat(parts)).clamp(0, 1).contiguous()
 
     @torch.no_grad()

@@ -103,8 +103,8 @@ def _use(config: FolderConfig, name: str | None) -> str:
     return (
         "## Use\n\nWith the Python package `far-image` installed:\n\n```python\nimport far\n\n"
         f"pipeline = {load}\n"
-        f"pictures = pipeline.generate(labels=[{_example(config.classes)}], seed=0)  # Pillow images\n"
-        'pictures[0].save("picture.png")\n```'
+        f"images = pipeline.generate(labels=[{_example(config.classes)}], seed=0)  # Pillow images\n"
+        'images[0].save("image.png")\n```'
     )
 
 

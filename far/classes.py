@@ -18,7 +18,7 @@ def class_number(classes: Sequence[str], label: object) -> int:
     classes. ``"number=3"`` is always class 3.
 
     Raises:
-        InputError: there is no such class, or the text could mean several.
+        InputError: the class does not exist, or the text could mean several.
     """
     if not isinstance(label, str):
         return _within(classes, whole_number("label", label))

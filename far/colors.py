@@ -1,4 +1,4 @@
-"""Convert pictures with an embedded color profile (ICC) to sRGB, with Pillow's littlecms."""
+"""Convert images with an embedded color profile (ICC) to sRGB, with Pillow's littlecms."""
 
 import functools
 import io
@@ -6,7 +6,7 @@ import io
 import numpy as np
 from PIL import Image, ImageCms
 
-# Picture modes that a profile of each color space can describe. A gray picture may keep the profile of its
+# Image modes that a profile of each color space can describe. A gray image may keep the profile of its
 # RGB original.
 _GRAY_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 _MODES = {"GRAY": _GRAY_MODES, "RGB": (*_GRAY_MODES, "P", "PA", "RGB", "RGBA"), "CMYK": ("CMYK",)}
@@ -17,10 +17,10 @@ _UNUSABLE = ("", None)
 
 
 def to_srgb(picture: Image.Image) -> Image.Image:
-    """Return a picture of at most 8 bits per channel in sRGB; transparency is kept.
+    """Return an image of at most 8 bits per channel in sRGB; transparency is kept.
 
-    A picture without a profile, or with one that cannot be used (:func:`has_unusable_profile`), is assumed to
-    be sRGB. Such pictures, and those whose profile is sRGB, are returned as they are.
+    An image without a profile, or with one that cannot be used (:func:`has_unusable_profile`), is assumed to
+    be sRGB. Such images, and those whose profile is sRGB, are returned as they are.
     """
     profile = picture.info.get("icc_profile")
     channels, transform = _transform(profile, picture.mode) if profile else _UNUSABLE
@@ -36,7 +36,7 @@ def to_srgb(picture: Image.Image) -> Image.Image:
 
 
 def has_unusable_profile(picture: Image.Image) -> bool:
-    """Return whether a picture embeds a profile that is damaged or describes other channels."""
+    """Return whether an image embeds a profile that is damaged or describes other channels."""
     if "icc_profile" not in picture.info:
         return False
     profile = picture.info["icc_profile"]  # Pillow stores None if it could not collect all of its parts
@@ -47,7 +47,7 @@ def has_unusable_profile(picture: Image.Image) -> bool:
 def _transform(data: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransform | None]:
     """Return the mode to convert from, and the transform to sRGB, or ``None`` if it changes nothing.
 
-    The mode is empty if the profile cannot be used for a picture of ``mode``.
+    The mode is empty if the profile cannot be used for an image of ``mode``.
     """
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))

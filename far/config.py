@@ -42,7 +42,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], source: str) -> T:
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
-            raise InputError(f"{source}: the key {name!r} is missing; add it")
+            raise InputError(f"{source}: the key {name!r} is missing. Add it")
     converted = {key: _convert(hints[key], value, f"{source}: {key}") for key, value in values.items()}
     try:
         return cls(**converted)

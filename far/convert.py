@@ -1,6 +1,6 @@
 """Published checkpoints of MAR and of its autoencoder (KL-16) → folders that ``far.load`` reads.
 
-Only this module knows the originals' tensor names and how their configuration follows from tensor shapes.
+Only this module contains the originals' tensor names and how their configuration follows from tensor shapes.
 Folders are written by ``far.folder``.
 """
 
@@ -251,7 +251,7 @@ def _number(settings: dict[str, Any], name: str, default: int) -> int:
     value = settings.get(name)
     if isinstance(value, str) and re.fullmatch(r"\d{1,9}", value, re.ASCII):
         value = int(value)
-    # Exactly an int: neither True nor, in a hostile file, a list whose text is endless.
+    # Exactly an int: neither True nor, in a hostile file, a list whose text is infinite.
     return value if type(value) is int and 0 < value < 10**9 else default
 
 

@@ -1,7 +1,7 @@
 """Our autoencoder ↔ the folder of an ``AutoencoderKL`` of diffusers, which need not be installed.
 
 If only the coarsest level has attention, both do the same arithmetic, and results agree to float precision.
-Tensor names, shapes and the config's entries differ; only this module knows theirs.
+Tensor names, shapes and the config's entries differ; only this module has both.
 """
 
 import dataclasses

@@ -20,7 +20,7 @@ def image_pixels(image: Any, size: tuple[int, int]) -> Tensor:
     """Return an image of ``size`` (height, width) as ``[3, height, width]`` floats in [0, 1].
 
     Args:
-        image: a picture of Pillow, uint8 ``[height, width, 3 or 4]``, or floats ``[3, height, width]``.
+        image: a Pillow image, uint8 ``[height, width, 3 or 4]``, or floats ``[3, height, width]``.
         size: in pixels.
 
     Raises:
@@ -39,7 +39,7 @@ def mask_pixels(mask: Any, size: tuple[int, int]) -> Tensor:
     """Return a mask as bool ``[height, width]``, true where to redraw.
 
     Args:
-        mask: a picture of Pillow, or numbers ``[height, width]``, above 0.5 where to redraw.
+        mask: a Pillow image, or numbers ``[height, width]``, above 0.5 where to redraw.
         size: the expected (height, width) in pixels.
 
     Raises:
@@ -47,7 +47,7 @@ def mask_pixels(mask: Any, size: tuple[int, int]) -> Tensor:
     """
     tensor = _pixels("mask", mask, "black")
     if tensor.dim() == 3 and not isinstance(mask, Tensor):
-        # The channels of a picture or array come first or, if there is one only, possibly last.
+        # The channels of an image or array come first or, if there is one only, possibly last.
         tensor = tensor[..., 0] if tensor.shape[-1] == 1 else tensor.float().mean(dim=0)
     if tensor.shape != size:
         raise InputError(f"mask has shape {list(tensor.shape)}, not {list(size)}. Crop or resize it.")
@@ -57,7 +57,7 @@ def mask_pixels(mask: Any, size: tuple[int, int]) -> Tensor:
 
 
 def _pixels(name: str, given: Any, background: str) -> Tensor:
-    """Return a picture, or its 8-bit pixels, as ``[3, H, W]`` in [0, 1]; other values as they are."""
+    """Return a Pillow image, or 8-bit pixels, as ``[3, H, W]`` in [0, 1]; other values as they are."""
     if isinstance(given, np.ndarray):
         if given.dtype == np.uint8 and given.ndim == 3 and given.shape[-1] in (3, 4):
             return to_tensor(Image.fromarray(given), background)
@@ -70,7 +70,7 @@ def _pixels(name: str, given: Any, background: str) -> Tensor:
     if isinstance(given, Tensor) and not given.is_complex():
         return given
     kind = type(given).__name__
-    raise InputError(f"{name} is a {kind}. Give a picture of Pillow, or an array or tensor of real numbers.")
+    raise InputError(f"{name} is a {kind}. Give a Pillow image, or an array or tensor of real numbers.")
 
 
 def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
@@ -99,19 +99,19 @@ def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
 
 
 def place(picture: Image.Image, size: tuple[int, int], left: int, top: int) -> tuple[Image.Image, Tensor]:
-    """Place a picture on a larger canvas, repeat its border pixels outwards, and mask everything around it.
+    """Place an image on a larger canvas, repeat its border pixels outwards, and mask everything around it.
 
     Args:
         picture: a picture of any mode, converted by :func:`far.pictures.to_rgb`.
         size: (height, width) of the canvas in pixels.
-        left: column of the picture's left side on the canvas.
+        left: column of the image's left side on the canvas.
         top: row of its upper side.
 
     Returns:
-        The canvas, and a bool mask ``[height, width]``, true around the picture.
+        The canvas, and a bool mask ``[height, width]``, true around the image.
 
     Raises:
-        InputError: the picture is damaged or leaves the canvas.
+        InputError: the image is damaged or leaves the canvas.
     """
     height, width = size
     left, top = whole_number("left", left), whole_number("top", top)

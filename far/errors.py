@@ -4,7 +4,7 @@
 class InputError(ValueError):
     """Invalid input from the user: a file, a value or a name.
 
-    The message is one line that names the file or value and says what to do.
+    The message is one line that names the file or value and the remedy.
     """
 
 

@@ -44,7 +44,7 @@ def _beside(path: Path, parent: Path | None = None) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
         reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"cannot write {path}: {reason}; check the path, its permissions and the free space"
+            f"cannot write {path}: {reason}. Check the path, its permissions and the free space"
         ) from error
     finally:
         if folder is not None:
@@ -55,14 +55,14 @@ def _beside(path: Path, parent: Path | None = None) -> Iterator[Path]:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success rename it to ``path``, else remove it.
 
-    It is in a folder of its own, as safetensors makes temporary files beside what it writes.
+    It is in its own folder, because safetensors makes temporary files beside the file that it writes.
 
     Raises:
         InputError: the folder cannot be made or written, or the disk is full.
     """
     with _beside(path) as temporary:
         if path.is_dir():
-            raise InputError(f"{path} is a folder; give the path of a file")
+            raise InputError(f"{path} is a folder. Give the path of a file")
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         with temporary.open("rb") as written:
@@ -124,14 +124,14 @@ def sole_use(folder: Path) -> Iterator[None]:
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise InputError(
-            f"cannot write {folder}: {error.strerror}; check the path and its permissions"
+            f"cannot write {folder}: {error.strerror}. Check the path and its permissions"
         ) from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(
-                f"another command is writing to {folder}; wait until it ends, or choose another folder"
+                f"another command is writing to {folder}. Wait until it ends, or choose another folder"
             ) from error
         except OSError:  # the disk does not support locks
             pass
@@ -181,7 +181,7 @@ def check_writable(path: Path) -> None:
     Also remove leftovers of killed processes beside it. Create no folder.
     """
     if path.is_file() and not os.access(path, os.W_OK):
-        raise InputError(f"cannot write {path}: permission denied; choose another path")
+        raise InputError(f"cannot write {path}: permission denied. Choose another path")
     with _beside(path, next(folder for folder in path.absolute().parents if folder.exists())) as temporary:
         temporary.write_bytes(b"")
     if path.is_dir():
@@ -198,7 +198,7 @@ def check_folder(path: Path) -> None:
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         wrong = "cannot be written to" if there.is_dir() else "is not a folder"
-        raise InputError(f"cannot write {path}: {there} {wrong}; choose another path")
+        raise InputError(f"cannot write {path}: {there} {wrong}. Choose another path")
 
 
 def _umask() -> int:
@@ -229,7 +229,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not readable JSON ({error}); restore or remake it") from error
+        raise InputError(f"{path} is not readable JSON ({error}). Restore or remake it") from error
 
 
 def check_zip(path: Path) -> None:

@@ -49,7 +49,7 @@ class ModelFolder:
         """Find a folder and read its ``config.json``. The parameters are those of :func:`far.load`.
 
         Raises:
-            InputError: there is no such model, or its ``config.json`` is damaged or describes no model.
+            InputError: the model does not exist, or its ``config.json`` is damaged or describes no model.
         """
         path = find_folder(name, revision=revision, local_files_only=local_files_only)
         config = _read_config(path / _CONFIG)
@@ -67,7 +67,7 @@ class ModelFolder:
         """Load the generator, in float32 on the CPU, in evaluation mode.
 
         Raises:
-            InputError: there is no generator, or its files are damaged or do not fit together.
+            InputError: the folder has no generator, or its files are damaged or do not fit together.
         """
         from far.model import FAR
         from far.weights import build_module
@@ -82,7 +82,7 @@ class ModelFolder:
         """Load the autoencoder of the folder or of its base, in float32 on the CPU, in evaluation mode.
 
         Raises:
-            InputError: there is no autoencoder, or its file is damaged or does not fit the configuration.
+            InputError: the folder has no autoencoder, or its file is damaged or does not fit the configuration.
         """
         from far.autoencoder import Autoencoder
         from far.weights import build_module
@@ -219,7 +219,7 @@ def load_autoencoder(
     The parameters are those of :meth:`far.Pipeline.from_pretrained`. The dtype cannot be int8.
 
     Raises:
-        InputError: there is no such model, device or dtype, the model has no autoencoder, or a file is
+        InputError: the model, device or dtype does not exist, the model has no autoencoder, or a file is
             damaged.
     """
     device = resolve_device(device)

@@ -88,7 +88,7 @@ def upload(
             with tempfile.TemporaryDirectory() as cache:
                 path = api.hf_hub_download(repository, "README.md", revision=revision, cache_dir=cache)
                 published = Path(path).read_text(encoding="utf-8", errors="replace")
-        except RemoteEntryNotFoundError:  # the hub answers that there is none; no answer raises another error
+        except RemoteEntryNotFoundError:  # the hub answers that it has none; no answer raises another error
             published = ""
         operations = [CommitOperationAdd(file.name, file) for file in files]
         if may_replace(published):

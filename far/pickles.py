@@ -1,4 +1,4 @@
-"""The one place where pickles are read: files of ``torch.save``, with weights and plain values only.
+"""The only module that reads pickles: files of ``torch.save``, with weights and plain values only.
 
 Nothing in a file is executed: ``torch.load`` runs with ``weights_only=True``. Callers check the content.
 """

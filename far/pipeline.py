@@ -39,7 +39,7 @@ class Pipeline:
 
     Examples:
         >>> import far
-        >>> pictures = far.load("avatars-64").generate(labels=["planets", 5], guidance=2.0, seed=0)
+        >>> images = far.load("avatars-64").generate(labels=["planets", 5], guidance=2.0, seed=0)
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Pipeline:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) of the images in pixels; an :class:`InputError` if there is no autoencoder."""
+        """(height, width) of the images in pixels; an :class:`InputError` without an autoencoder."""
         stride = self._autoencoder().config.stride
         rows, columns = self.model.config.grid
         return rows * stride, columns * stride
@@ -93,7 +93,7 @@ class Pipeline:
         higher one: load the model again for its original weights.
 
         Raises:
-            InputError: there is no such device or dtype here, or int8 weights had to be converted back.
+            InputError: the device or dtype is not available here, or int8 weights had to be converted back.
         """
         device = self.device if device is None else resolve_device(device)
         dtype = self.dtype if dtype is None else resolve_dtype(dtype, device)
@@ -131,7 +131,7 @@ class Pipeline:
                 depends on its seed and label only, not on the others in its batch.
             batch_size: images drawn together.
             callback: called after each AR step of each batch.
-            output: ``"pil"`` for a list of pictures, ``"tensor"`` for ``[n, 3, h, w]`` in [0, 1], ``"np"``
+            output: ``"pil"`` for a list of Pillow images, ``"tensor"`` for ``[n, 3, h, w]`` in [0, 1], ``"np"``
                 for ``[n, h, w, 3]`` uint8.
             sampling: values of :class:`far.SamplingConfig` by name, such as ``guidance=2.0``; ``None`` takes
                 the model's default.
@@ -223,8 +223,8 @@ class Pipeline:
         drawn again as wholes, given the others. A causal backbone can only redraw from one token to the end.
 
         Args:
-            image: of :attr:`image_size`: a picture, uint8 ``[H, W, 3]``, or floats ``[3, H, W]`` in [0, 1].
-            mask: of the same size: a picture, white where to redraw, or ``[H, W]``, above 0.5 where to
+            image: of :attr:`image_size`: a Pillow image, uint8 ``[H, W, 3]``, or floats ``[3, H, W]`` in [0, 1].
+            mask: of the same size: a Pillow image, white where to redraw, or ``[H, W]``, above 0.5 where to
                 redraw. Transparent parts are kept.
             label: the class to draw, number or name.
             seed: one seed, or several for as many versions.
@@ -308,7 +308,7 @@ class Pipeline:
         Args:
             name: ``OWNER/NAME``, or ``OWNER/NAME@BRANCH``. A missing repository is created.
             license: license of the weights, as the hub abbreviates it (``"mit"``, ``"cc-by-nc-4.0"``,
-                ``"other"``). It depends on the training images, so only the publisher knows it.
+                ``"other"``). It depends on the training images, so the publisher must choose it.
             private: visibility of a new repository; ``None`` is the owner's default, usually public.
             revision: a branch, created if missing; ``None`` is the one in the name, else main.
             commit_message: the commit's first line.
@@ -348,8 +348,8 @@ class Pipeline:
             local_files_only: take a model of the hub from the local cache alone, as HF_HUB_OFFLINE=1 does.
 
         Raises:
-            InputError: there is no such folder, name, revision, device or dtype, the hub cannot be reached,
-                there is no generator, or files are damaged (the first wrong tensor or key is named).
+            InputError: the folder, name, revision, device or dtype does not exist, the hub cannot be reached,
+                the folder has no generator, or files are damaged (the first wrong tensor or key is named).
         """
         device = resolve_device(device)  # refused before anything is read, and so is the dtype
         dtype = resolve_dtype(dtype, device)

@@ -19,7 +19,7 @@ def resolve_dtype(name: str, device: "str | torch.device") -> str:
     """Return ``name``, or for ``auto`` bfloat16 if the device has instructions for it, else float32.
 
     Raises:
-        InputError: there is no such dtype or device, or the dtype cannot be used on this device.
+        InputError: the dtype or device is not available, or the dtype cannot be used on this device.
     """
     if name not in DTYPES:
         raise InputError(f"dtype {name!r} does not exist. Choose one of {', '.join(DTYPES)}.")
@@ -46,7 +46,7 @@ def prepare(model: M, dtype: str, device: "str | torch.device") -> M:
     """Move a generator to a device and dtype, in place, and lay out its weights for inference.
 
     Raises:
-        InputError: there is no such dtype or device here.
+        InputError: the dtype or device is not available here.
     """
     from far.packing import pack_linear_layers, quantize_linear_layers
 
@@ -66,7 +66,7 @@ def prepare_autoencoder(autoencoder: M, dtype: str, device: "str | torch.device"
     float32. In float16 its values could overflow.
 
     Raises:
-        InputError: there is no such dtype or device here.
+        InputError: the dtype or device is not available here.
     """
     import torch
 

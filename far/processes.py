@@ -1,6 +1,6 @@
 """The processes that torchrun started together: rank, device, and collective operations.
 
-How work is divided among ranks is decided where the work is: ``far.data.shards``,
+The modules that do the work divide it among ranks: ``far.data.shards``,
 ``far.evaluation.extraction``, ``far.training.loop``. torch is imported only when several processes
 communicate.
 """

@@ -16,12 +16,11 @@ def _masked_only(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"masked only": True})
 
 
+# Commands and recipes derive their options from these fields: the type gives the form of an option, and the
+# entry in the docstring its help text.
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """Sampling options, with MAR's names in parentheses.
-
-    Commands and recipes derive their options from these fields: the type gives the form of an option, and its
-    entry below the help text.
 
     Attributes:
         ar_steps: autoregressive steps, 1 to the number of tokens (``num_iter``).

@@ -6,7 +6,7 @@
         check_head(MixtureConfig(width=32, depth=1))
 
 Each function of :data:`HEAD_CHECKS` checks one rule and raises an ``AssertionError`` if the head breaks it.
-They say nothing about the distribution that a head learns: compare that with data whose answer is known.
+They do not check the distribution that a head learns: compare that with data whose answer is known.
 """
 
 import copy

@@ -24,7 +24,7 @@ _MOST_SECONDS = 570
 
 @dataclasses.dataclass
 class RowResult:
-    """Measurements of a row, of a whole batch unless they say otherwise.
+    """Measurements of a row, of a whole batch unless stated otherwise.
 
     Attributes:
         row: the row.

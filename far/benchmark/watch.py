@@ -26,7 +26,7 @@ _SEGMENTS = 4
 class Segment:
     """Consecutive AR steps that run: first the ``untimed`` ones, then the ``timed`` ones.
 
-    The mean of the timed steps stands for ``stands_for`` steps.
+    The mean of the timed steps represents ``stands_for`` steps.
     """
 
     untimed: range
@@ -70,7 +70,7 @@ class Watch:
     """Growth of a reading, such as a clock or a counter of operations, by AR step and network.
 
     Attributes:
-        model: stands in for the watched model in one generation. AR steps outside of ``run`` are skipped: the
+        model: replaces the watched model in one generation. AR steps outside of ``run`` are skipped: the
             backbone returns zeros and the head noise.
     """
 

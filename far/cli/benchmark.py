@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtypes", nargs="+", choices=DTYPES[1:], help="dtypes of the weights (default float32)")
     add_sampling_arguments(parser, without=_NO_OPTIONS)
     add("--rounds", type=int, metavar="N", help="timed rounds (default 2, or 1 if 2 take over 10 minutes)")
-    add("--full", action="store_true", help="time all AR steps instead of some that stand for all")
+    add("--full", action="store_true", help="time all AR steps instead of a sample")
     add_machine_arguments(parser)
     add("--json", type=Path, metavar="FILE", help="also write all results and settings")
     add("--plot", type=Path, metavar="FILE", help="also write a PNG of the seconds by network")

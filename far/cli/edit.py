@@ -33,7 +33,7 @@ _MOST_VERSIONS = 1024
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("image", type=Path, help="image to edit; a larger one is cropped and scaled to the model's size")
+    add("image", type=Path, help="image to edit (a larger one is cropped and scaled to the model's size)")
     add_weights_argument(parser)
     add("--label", required=True, help="class number or name to draw")
     region = parser.add_mutually_exclusive_group(required=True).add_argument
@@ -138,7 +138,7 @@ def _fitted_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _fit(picture: Image.Image, size: tuple[int, int], path: Path) -> Image.Image:
-    """Return a picture at the model's size, prepared like a training image."""
+    """Return an image at the model's size, prepared like a training image."""
     from far.data.images import center_crop
 
     height, width = size

@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
         with noticed(f"writing {arguments.gif}"):
             save_gif([contact_sheet(frame, labels[: len(frame)]) for frame in frames], arguments.gif)
         print(f"wrote {arguments.gif}")
-    print(f"wrote {arguments.out} ({len(labels)} images)")
+    print(f"wrote {arguments.out} ({len(labels)} image{'s' if len(labels) != 1 else ''})")
 
 
 def _check(arguments: argparse.Namespace) -> list[Path]:

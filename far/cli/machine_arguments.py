@@ -51,7 +51,7 @@ def prepare_machine(arguments: argparse.Namespace, processes: Processes = Proces
 
 
 def print_chosen(**values: tuple[str, str]) -> None:
-    """Print one line on stderr with what ``auto`` stands for: ``name=(given, chosen)``."""
+    """Print one line on stderr with the choices of ``auto``: ``name=(given, chosen)``."""
     if chosen := [f"{name} {value}" for name, (given, value) in values.items() if given == "auto"]:
         print(f"far: {', '.join(chosen)} (chosen automatically)", file=sys.stderr)
 

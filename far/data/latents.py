@@ -129,7 +129,7 @@ class LatentCache:
 
     Attributes:
         labels: class numbers ``[rows]``.
-        meta: what the index says, such as ``classes`` and the images' ``size``.
+        meta: entries of the index, such as ``classes`` and the images' ``size``.
     """
 
     def __init__(self, folder: Path, autoencoder: Autoencoder, images: ShardReader | None = None) -> None:

@@ -76,7 +76,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 
 def _factor(statistics: FeatureStatistics) -> Tensor:
-    """Return ``F [d, r]`` with ``F Fᵀ = covariance``, where r is the largest rank that the count allows."""
+    """Return ``F [d, r]`` with ``F Fᵀ = covariance``, with the largest rank r that the count allows."""
     covariance = statistics.covariance
     features, rank = len(covariance), min(statistics.count - 1, len(covariance))
     basis = None

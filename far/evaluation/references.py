@@ -105,7 +105,7 @@ def _read_statistics(path: Path, extractor: Extractor) -> Reference:
 
 def _read_name(path: Path, array: np.ndarray) -> str:
     if array.shape == () and array.dtype.kind == "U" and array.dtype.itemsize:
-        # numpy turns numbers that are no character into text that breaks Python.
+        # numpy turns numbers that are not characters into invalid text.
         points = array.reshape(1).view(f"{array.dtype.str[0]}u4")
         if points.max() <= sys.maxunicode and is_plain(name := str(array)):
             return name

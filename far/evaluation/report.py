@@ -18,7 +18,7 @@ _LEAST, _LEAST_REFERENCE = 4, 6
 # Published scores have 10 splits of 50,000 images. Here 10,000 images have 10 splits, fewer have one.
 _SPLITS, _SPLIT_IMAGES = 10, 1000
 _CONTROLS = 100
-# If images without content score above this, a figure says little. Real images score about 0.9 or 1.
+# If images without content score above this, a figure means little. Real images score about 0.9 or 1.
 _MEANINGLESS = 0.1
 
 
@@ -138,11 +138,11 @@ def _control_images(count: int, seed: int) -> dict[str, Tensor]:
 
 
 def _control_warnings(overlap: Overlap, controls: dict[str, dict[str, float]], count: int) -> list[str]:
-    """Return one line if images without content score well, so that the figures say little."""
+    """Return one line if images without content score well, so that the figures mean little."""
     shown = []
     for key, value in dataclasses.asdict(overlap).items():
         kind = max(controls, key=lambda kind: controls[kind][key])
         if controls[kind][key] > _MEANINGLESS:
             shown.append(f"{key} {value:.2f} ({kind}: {controls[kind][key]:.2f})")
-    start = f"images without content score too, so against {count} images these figures say little"
+    start = f"images without content score too, so against {count} images these figures mean little"
     return [f"{start}: {', '.join(shown)}"] if shown else []

@@ -56,7 +56,7 @@ class Task(Protocol):
         """Return the scalar loss, and named scalars to log."""
 
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """Return figures of the EMA weights on held-out data. May write pictures into ``folder``.
+        """Return figures of the EMA weights on held-out data. May write sample sheets into ``folder``.
 
         Raises:
             NotFiniteError: the weights give values that are not finite. Training continues.
@@ -75,7 +75,7 @@ def train(
 ) -> dict[str, Any]:
     """Train until ``config.steps``, and return the figures of the last evaluation with its ``step``.
 
-    ``folder`` receives ``checkpoints/``, ``log.jsonl``, the published model, and the task's pictures. With
+    ``folder`` receives ``checkpoints/``, ``log.jsonl``, the published model, and the task's sample sheets. With
     several ``processes``, each has a task of its own, and rank 0 writes.
 
     Raises:
@@ -159,7 +159,7 @@ class Trainer:
         self.resumed_dtype: str | None = None
 
     def restore(self, resume: bool) -> None:
-        """Load the newest checkpoint, or make sure that there is none to overwrite."""
+        """Load the newest checkpoint, or check that no checkpoint would be overwritten."""
         self.processes.collect(check_unused, self.folder, resume)
         self.processes.check_shared(self.folder)
         existing = self.processes.first(self._clean_up)

@@ -36,7 +36,9 @@ def shard(losses: nn.Module, module: nn.Module, ema: nn.Module) -> nn.Module:
         InputError: the module is not a generator.
     """
     if not isinstance(module, FAR) or not isinstance(ema, FAR):
-        raise InputError("parallel fsdp is for generators. An autoencoder fits on one device; use ddp")
+        raise InputError(
+            "parallel fsdp is for generators. Use ddp, because an autoencoder fits on one device"
+        )
     mesh = init_device_mesh(next(module.parameters()).device.type, (dist.get_world_size(),))
     for blocks in module.backbone.modules():
         if isinstance(blocks, nn.ModuleList):
