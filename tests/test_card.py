@@ -67,7 +67,7 @@ def test_code_in_the_card_runs_and_draws_the_models_images(
     (block,) = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
     exec(compile(block, "README.md", "exec"), {})
     expected = pipeline.generate([0], seed=0)[0]
-    assert np.array_equal(np.asarray(Image.open("picture.png")), np.asarray(expected))
+    assert np.array_equal(np.asarray(Image.open("image.png")), np.asarray(expected))
 
 
 def test_unknown_facts_are_left_out(folder: Path) -> None:
