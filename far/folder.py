@@ -82,7 +82,7 @@ class ModelFolder:
         """Load the autoencoder of the folder or of its base, in float32 on the CPU, in evaluation mode.
 
         Raises:
-            InputError: the folder has no autoencoder, or its file is damaged or does not fit the configuration.
+            InputError: there is no autoencoder, or its file is damaged or does not fit the configuration.
         """
         from far.autoencoder import Autoencoder
         from far.weights import build_module

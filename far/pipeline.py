@@ -131,8 +131,8 @@ class Pipeline:
                 depends on its seed and label only, not on the others in its batch.
             batch_size: images drawn together.
             callback: called after each AR step of each batch.
-            output: ``"pil"`` for a list of Pillow images, ``"tensor"`` for ``[n, 3, h, w]`` in [0, 1], ``"np"``
-                for ``[n, h, w, 3]`` uint8.
+            output: ``"pil"`` for a list of Pillow images, ``"tensor"`` for ``[n, 3, h, w]`` in [0, 1],
+                ``"np"`` for ``[n, h, w, 3]`` uint8.
             sampling: values of :class:`far.SamplingConfig` by name, such as ``guidance=2.0``; ``None`` takes
                 the model's default.
 
@@ -223,7 +223,8 @@ class Pipeline:
         drawn again as wholes, given the others. A causal backbone can only redraw from one token to the end.
 
         Args:
-            image: of :attr:`image_size`: a Pillow image, uint8 ``[H, W, 3]``, or floats ``[3, H, W]`` in [0, 1].
+            image: of :attr:`image_size`: a Pillow image, uint8 ``[H, W, 3]``, or floats ``[3, H, W]`` in
+                [0, 1].
             mask: of the same size: a Pillow image, white where to redraw, or ``[H, W]``, above 0.5 where to
                 redraw. Transparent parts are kept.
             label: the class to draw, number or name.

@@ -1,7 +1,7 @@
 """Autoregressive loop: labels, noise and optional kept tokens → latents, some tokens per AR step.
 
 The arithmetic is that of MAR (arXiv 2406.11838, section 3.3). Head steps can decrease as more tokens are
-known, as in DiSA, and keys, values and guidance can be reused over AR steps, as in LazyMAR (arXiv 2503.12450).
+known, as in DiSA. Keys, values and guidance can be reused over AR steps, as in LazyMAR (arXiv 2503.12450).
 """
 
 import dataclasses
@@ -176,7 +176,7 @@ class _Conditions:
         self.difference: Tensor | None = None
 
     def at_step(self, step: int, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Return ``z [b, m, width]`` for sequence, known and query positions, if guided also without class."""
+        """Return ``z [b, m, width]`` of sequence, known and query positions, if guided also without class."""
         if self.cache is not None and not self.exact and step % self.config.refresh_every == 0:
             self.cache.clear()
         if self.config.guidance_every == 1:

@@ -140,10 +140,12 @@ autoencoder_from: {autoencoder}
 generator:
   network:
     patch: 2
-    backbone: {{encoder_width: 16, encoder_depth: 1, encoder_heads: 2, decoder_width: 16, decoder_depth: 1, decoder_heads: 2, buffer: 2}}
+    backbone: {{encoder_width: 16, encoder_depth: 1, encoder_heads: 2, decoder_width: 16,
+               decoder_depth: 1, decoder_heads: 2, buffer: 2}}
     head: {{kind: shortcut, width: 16, depth: 1, samples_per_token: 2}}
   training:
-    {{steps: 20, batch_size: 8, learning_rate: 1.0e-3, warmup_steps: 5, log_every: 5, checkpoint_every: 10, evaluate_every: 20,
+    {{steps: 20, batch_size: 8, learning_rate: 1.0e-3, warmup_steps: 5, log_every: 5, checkpoint_every: 10,
+     evaluate_every: 20,
      dtype: float32}}
   sampling: {{ar_steps: 2, head_steps: 2}}
   evaluation: {{images: 6, references: 12, grid_per_class: 1}}

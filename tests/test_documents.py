@@ -357,7 +357,8 @@ def type_errors(files: list[Path]) -> list[str]:
 def test_python_blocks_have_the_right_types(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.md"
     wrong.write_text(
-        "# A page\n\n```python\nimport far\n\nimages = far.load('a').generate([0], output='tensor')\nimages[0].save('a')\n```\n"
+        "# A page\n\n```python\nimport far\n\n"
+        "images = far.load('a').generate([0], output='tensor')\nimages[0].save('a')\n```\n"
     )
     pages = write_python(tmp_path, [*DOCUMENTS, wrong])
     assert len(pages) > 5

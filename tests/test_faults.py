@@ -21,8 +21,8 @@ from conftest import CLASSES, draw_images, write_recipe
 from PIL import Image
 from safetensors.torch import load_file
 
-# Runs each command in its own process, forked after all imports, so that kills hit work. No other process gets
-# its number until it is waited for. Small shards and parts give many moments between them.
+# Runs each command in its own process, forked after all imports, so that kills hit work. No other process
+# gets its number until it is waited for. Small shards and parts give many moments between them.
 SERVER = f"""
 import json, os, resource, subprocess, sys, time
 import torch._dynamo
@@ -99,7 +99,7 @@ class Work:
     def run(
         self, name: str, folder: Path, *, seconds: float | None = None, largest: int | None = None
     ) -> tuple[int, str]:
-        """Return status and output of a command, killed after ``seconds`` or limited to files of ``largest`` bytes."""
+        """Return status and output of a command, killed after ``seconds`` or kept from larger files."""
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         job = [str(folder), list(map(str, self.commands[name])), seconds, largest]

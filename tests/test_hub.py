@@ -177,13 +177,21 @@ def broken(config: bytes, **changes: object) -> bytes:
     [
         ("config.json", lambda data: data[:40], "config.json"),
         ("config.json", lambda data: b"[" * 100_000, "config.json"),
-        ("config.json", lambda data: data.replace(b'"classes": 3', b'"classes": 1' + b"1" * 5000), "config.json"),
+        (
+            "config.json",
+            lambda data: data.replace(b'"classes": 3', b'"classes": 1' + b"1" * 5000),
+            "config.json",
+        ),
         ("config.json", lambda data: b'{"model_type": "bert"}', "'model_type'"),
         ("config.json", lambda data: broken(data, classes=3), "config.json: classes"),
         ("config.json", lambda data: broken(data, classes=["a", "b", 3]), "config.json: classes"),
         ("config.json", lambda data: broken(data, results="good"), "config.json: results"),
         ("config.json", lambda data: broken(data, training=[1]), "config.json: training"),
-        ("config.json", lambda data: data.replace(b'"buffer": 2', b'"buffer": 3'), "backbone.encoder_positions"),
+        (
+            "config.json",
+            lambda data: data.replace(b'"buffer": 2', b'"buffer": 3'),
+            "backbone.encoder_positions",
+        ),
         ("model.safetensors", lambda data: data[:-1], "model.safetensors"),
         ("model.safetensors", lambda data: data[:9], "model.safetensors"),
         ("model.safetensors", lambda data: b"\x80\x04pickle", "model.safetensors"),

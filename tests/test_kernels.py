@@ -23,7 +23,7 @@ OPERATORS = {
     "mkldnn::_reorder_linear_weight": "(Tensor, …) -> Tensor",
     "mkldnn::_linear_pointwise": "(Tensor, Tensor, Tensor?, str, Scalar?[], str?) -> Tensor",
     "quantized::linear_prepack": "(Tensor, Tensor?) -> packed weight",
-    "quantized::linear_with_input_q_dq_qweight_dq_output_fp32": "(Tensor, float, int, packed weight) -> Tensor",
+    "quantized::linear_with_input_q_dq_qweight_dq_output_fp32": "(Tensor, float, int, packed weight) -> Tensor",  # noqa: E501
 }
 
 

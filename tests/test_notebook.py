@@ -13,10 +13,12 @@ NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "quickstart.ipynb"
 FINDINGS = """
 import json
 
-same_backbone = all(torch.equal(a, b) for a, b in zip(model.backbone.parameters(), mar.model.backbone.parameters(), strict=True))
+same_backbone = all(torch.equal(a, b) for a, b in
+    zip(model.backbone.parameters(), mar.model.backbone.parameters(), strict=True))
 one_jump_spread = (jumps[1][-1] - jumps[1][-1].mean(dim=0)).norm(dim=-1).mean().item()
 print(json.dumps({
-    "gaps": list(gaps.values()), "spread": spread, "one_jump_spread": one_jump_spread, "apart": apart, "shuffled": shuffled,
+    "gaps": list(gaps.values()), "spread": spread, "one_jump_spread": one_jump_spread,
+    "apart": apart, "shuffled": shuffled,
     "same_backbone": same_backbone,
 }))
 """

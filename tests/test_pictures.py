@@ -12,7 +12,7 @@ def images(count: int, height: int = 5, width: int = 6) -> torch.Tensor:
 
 
 def shrunk(sheet: np.ndarray) -> np.ndarray:
-    """Return the sheet before pixels were repeated; fail if the factor is not the smallest or pixels changed."""
+    """Return the sheet before pixels were repeated; fail if the factor is too large or pixels changed."""
     factors = [f for f in range(1, 1001) if sheet.shape[0] % f == 0 and sheet.shape[1] % f == 0]
     for factor in sorted(factors, reverse=True):
         small = sheet[::factor, ::factor]

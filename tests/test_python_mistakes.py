@@ -116,7 +116,8 @@ def test_edit_takes_pictures_and_masks_of_pillow_numpy_and_torch_alike(pipeline:
     white = Image.fromarray(mask.astype(np.uint8) * 255)
     for image in (Image.fromarray(pixels), pixels, floats.numpy(), floats.double()):
         for painted in (
-            white, mask, mask.astype(np.float32), mask.astype(np.uint8) * 255, np.asarray(white.convert("RGB")),
+            white, mask, mask.astype(np.float32), mask.astype(np.uint8) * 255,
+            np.asarray(white.convert("RGB")),
             mask[..., None], mask[None], mask[..., None].astype(np.int64),
         ):  # fmt: skip
             assert torch.equal(pipeline.edit(image, painted, 1, output="tensor"), expected)

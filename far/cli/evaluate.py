@@ -79,8 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Source:
     """Images to evaluate, opened and checked.
 
-    ``size`` is (height, width) in pixels. ``described`` goes into ``result.json``. ``extract`` computes missing
-    features, and returns all on rank 0. ``parts`` is the folder of generated images, removed at the end.
+    ``size`` is (height, width) in pixels. ``described`` goes into ``result.json``. ``extract`` computes
+    missing features, and returns all on rank 0. ``parts`` is the folder of generated images, removed at the
+    end.
     """
 
     count: int

@@ -97,7 +97,7 @@ def _check(source: Path, folder: Path, size: int, held_out_share: float) -> None
 
 
 def _split(files: list[File], share: float) -> tuple[list[File], list[File]]:
-    """Return held-out and training files, spaced evenly in each class; ``share`` is rounded to whole files."""
+    """Return held-out and training files, spaced evenly in each class; a share is rounded to whole files."""
     held_out: list[File] = []
     train: list[File] = []
     for members in _by_class(files):

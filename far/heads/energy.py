@@ -1,7 +1,7 @@
 """EAR's energy head (Shao et al., arXiv 2505.07812): one pass from noise and condition to the token.
 
 Only the data's distribution minimizes its loss, a strictly proper scoring rule. EAR gives the head a quarter
-of the backbone's learning rate (``training.head_learning_rate``), and uniform noise. Here the noise is normal.
+of the backbone's learning rate (``training.head_learning_rate``), and uniform noise. Here noise is normal.
 """
 
 import torch

@@ -69,7 +69,7 @@ class FlowMapHead(Head):
     def loss(
         self, x: Tensor, condition: Condition, generator: torch.Generator, teacher: Head, step: int = 0
     ) -> TokenLoss:
-        """Return the flow-matching loss on the diagonal and, from ``flow_steps``, the objective's loss off it.
+        """Return the flow-matching loss on the diagonal and, from ``flow_steps``, the objective's off it.
 
         The tokens in ``condition.uncond`` learn the guided field at random scales, 1 to ``max_guidance``.
         """

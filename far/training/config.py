@@ -12,7 +12,7 @@ from far.errors import InputError
 from far.model_config import NetworkConfig
 from far.sampling_config import SamplingConfig
 
-# Images of a trajectory group. They have equally many known tokens, so that the backbone can process them together.
+# Images of a trajectory group. They have equally many known tokens, so the backbone processes them together.
 GROUP = 64
 
 

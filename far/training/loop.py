@@ -75,8 +75,8 @@ def train(
 ) -> dict[str, Any]:
     """Train until ``config.steps``, and return the figures of the last evaluation with its ``step``.
 
-    ``folder`` receives ``checkpoints/``, ``log.jsonl``, the published model, and the task's sample sheets. With
-    several ``processes``, each has a task of its own, and rank 0 writes.
+    ``folder`` receives ``checkpoints/``, ``log.jsonl``, the published model, and the task's sample sheets.
+    With several ``processes``, each has a task of its own, and rank 0 writes.
 
     Raises:
         InputError: the folder holds a run and ``resume`` is false, another command is writing to it, too many

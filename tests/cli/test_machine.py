@@ -12,8 +12,10 @@ from far.devices import TRAINING_DTYPES, resolve_training_dtype
 from far.training.config import LoopConfig
 
 COMPUTING = {
-    "generate": [], "edit": ["a.png", "--label", "0", "--keep", "0", "0", "1", "1"], "evaluate": ["--images", "a", "--reference", "b"],
-    "train-autoencoder": ["r.yaml"], "cache": ["r.yaml"], "train": ["r.yaml"], "distill": ["a", "b"], "benchmark": [], "demo": [],
+    "generate": [], "edit": ["a.png", "--label", "0", "--keep", "0", "0", "1", "1"],
+    "evaluate": ["--images", "a", "--reference", "b"],
+    "train-autoencoder": ["r.yaml"], "cache": ["r.yaml"], "train": ["r.yaml"],
+    "distill": ["a", "b"], "benchmark": [], "demo": [],
 }  # fmt: skip
 WITHOUT_DTYPE = ("cache", "benchmark")  # the cache is float32, and the benchmark has --dtypes
 

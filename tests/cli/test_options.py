@@ -1,4 +1,4 @@
-"""Options of the command line, which change only on purpose, and recipes (documents: ``test_documents.py``)."""
+"""Options of the command line, which change only on purpose, and recipes."""
 
 import argparse
 import dataclasses

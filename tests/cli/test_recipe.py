@@ -20,7 +20,8 @@ from far.training.config import DistillationConfig
 ROOT = Path(__file__).parents[2]
 # What differs from one user to the next: data, length, speed, size and how samples are drawn.
 CHANGED = {
-    "data", "run", "autoencoder_from", "frozen_backbone", "steps", "learning_rate", "checkpoint_every", "evaluate_every", "ema_decay",
+    "data", "run", "autoencoder_from", "frozen_backbone", "steps", "learning_rate", "checkpoint_every",
+    "evaluate_every", "ema_decay",
     "patch", "label_drop", "model", "loss", "backbone", "head", "sampling", "evaluation",
 }  # fmt: skip
 

@@ -71,7 +71,7 @@ REFUSED = [
 
 
 def run(commands: list[list[str]], folder: Path) -> list[list[Any]]:
-    """Run commands in one new process; yield each one's arguments, status, stdout, stderr and loaded modules."""
+    """Run commands in one new process; yield arguments, status, stdout, stderr and loaded modules of each."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         input=json.dumps(commands),

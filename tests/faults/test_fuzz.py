@@ -78,8 +78,8 @@ class Loader:
     Attributes:
         file: path of the file within the folder that ``load`` gets.
         load: reads the file.
-        checked: accepted content must equal what was written. Otherwise people may change the file, or its format
-            has no checksum: accepted content is only used, which must not crash.
+        checked: accepted content must equal what was written. Otherwise people may change the file, or its
+            format has no checksum: accepted content is only used, which must not crash.
         else_named: what an error may name instead of the file, if the damage is that two files do not match.
     """
 
@@ -383,7 +383,7 @@ def damaged(data: bytes, name: str, rng: random.Random) -> bytes:
 
 
 def repaired(data: bytes, rng: random.Random) -> bytes:
-    """Damage a member of a zip archive and write it with a valid checksum, so that later code reads the damage."""
+    """Damage a member of a zip archive, with a valid checksum, so that later code reads the damage."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = [(entry, archive.read(entry)) for entry in archive.infolist()]
     # Damage the pickle of torch's files, which describes the other members, half of the time.

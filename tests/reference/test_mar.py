@@ -46,14 +46,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> FAR:
 def direct(reference: dict[str, Tensor]) -> FAR:
     """The fixture's own weights, put into our modules by a renaming written for this test alone."""
     renaming = [
-        ("encoder_pos_embed_learned", "backbone.encoder_positions"), ("decoder_pos_embed_learned", "backbone.decoder_positions"),
-        ("diffusion_pos_embed_learned", "backbone.condition_positions"), ("mask_token", "backbone.mask_token"),
+        ("encoder_pos_embed_learned", "backbone.encoder_positions"),
+        ("decoder_pos_embed_learned", "backbone.decoder_positions"),
+        ("diffusion_pos_embed_learned", "backbone.condition_positions"),
+        ("mask_token", "backbone.mask_token"),
         ("encoder_blocks", "backbone.encoder_blocks"), ("decoder_blocks", "backbone.decoder_blocks"),
         ("encoder_norm", "backbone.encoder_norm"), ("decoder_norm", "backbone.decoder_norm"),
-        ("decoder_embed", "backbone.decoder_projection"), ("z_proj_ln", "backbone.token_norm"), ("z_proj", "backbone.token_projection"),
+        ("decoder_embed", "backbone.decoder_projection"), ("z_proj_ln", "backbone.token_norm"),
+        ("z_proj", "backbone.token_projection"),
         ("diffloss.net", "head.network"), ("time_embed.mlp.0", "time_embeddings.0.linear_in"),
         ("time_embed.mlp.2", "time_embeddings.0.linear_out"), ("cond_embed", "condition_embedding"),
-        ("input_proj", "input_projection"), ("res_blocks", "blocks"), ("in_ln", "norm"), ("mlp.0", "linear_in"),
+        ("input_proj", "input_projection"), ("res_blocks", "blocks"), ("in_ln", "norm"),
+        ("mlp.0", "linear_in"),
         ("mlp.2", "linear_out"), ("final_layer", "output"), ("adaLN_modulation.1", "modulation"),
     ]  # fmt: skip
     weights = {

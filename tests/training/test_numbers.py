@@ -115,7 +115,8 @@ def test_checkpoint_is_written_after_publishing(tmp_path: Path) -> None:
 
 WRONG = [
     "steps=0", "steps=1e400", "batch_size=1048577", "learning_rate=.nan", "learning_rate=.inf",
-    "head_learning_rate=-1.0", "weight_decay=-1.0", "weight_decay=.nan", "warmup_steps=-3", "gradient_clip=0.0",
+    "head_learning_rate=-1.0", "weight_decay=-1.0", "weight_decay=.nan", "warmup_steps=-3",
+    "gradient_clip=0.0",
     "max_skipped_steps=0", "log_every=-1",
     "micro_batches=3", "seed=-1", "ema_decay=1.0",
 ]  # fmt: skip

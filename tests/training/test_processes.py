@@ -42,7 +42,7 @@ def train_alone(*arguments: object, command: str = "train") -> None:
 def trained_alone(
     tmp_path_factory: pytest.TempPathFactory, image_set: Path, autoencoder_folder: Path, latents_folder: Path
 ) -> Callable[..., Path]:
-    """Runs of one process, one per set of options, with four micro-batches per step (two per process of two)."""
+    """Runs of one process, one per set of options, with four micro-batches per step."""
 
     @functools.cache
     def trained(*options: str) -> Path:
@@ -235,7 +235,7 @@ def test_signal_during_saving_ends_no_process_early(tmp_path: Path) -> None:
 
 
 def test_all_processes_skip_a_step_that_one_must_skip(tmp_path: Path) -> None:
-    """Process 2 has a NaN loss in one step, which halves the scale in both, and an infinite loss in another."""
+    """Process 2 has a NaN loss in one step, which halves both scales, and an infinite loss in another."""
     script = Path(__file__).parent / "one_skips.py"
     for dtype, scale in (("float32", 1.0), ("float16", 65536.0 / 2)):
         run(2, script, tmp_path / dtype, dtype)
@@ -251,7 +251,8 @@ def test_folder_that_is_not_shared_is_rejected(recipe: Path, latents_folder: Pat
     script = tmp_path / "apart.py"
     script.write_text(
         "import os, sys\nfrom far.cli.main import main\n"
-        f"os.chdir(os.path.join({str(tmp_path)!r}, os.environ['RANK']))\nsys.exit(main(['train', *sys.argv[1:]]))\n"
+        f"os.chdir(os.path.join({str(tmp_path)!r}, os.environ['RANK']))\n"
+        "sys.exit(main(['train', *sys.argv[1:]]))\n"
     )
     process = start(2, script, recipe, "run=run", *STEPS)
     _, errors = process.communicate(timeout=120)
