@@ -89,7 +89,7 @@ def run(*command: str) -> None:
 
 
 def write_published(model: FAR, path: Path) -> None:
-    """A checkpoint as MAR's training saves it: a pickle of both sets of weights and the arguments."""
+    """Write a checkpoint as MAR's training does: a pickle of both sets of weights and the arguments."""
     state, config = model.state_dict(), model.config
     classes = state.pop("backbone.class_embedding.weight")
     weights = {mar_name(name): tensor for name, tensor in state.items()}

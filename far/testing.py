@@ -59,7 +59,7 @@ def check_configuration(config: HeadConfig) -> None:
 
 
 def check_loss(config: HeadConfig) -> None:
-    """The loss has one value per token, and its noise comes from the generator alone."""
+    """Check that the loss has one value per token and that its noise comes from the generator alone."""
     head = untrained_head(config)
     loss, again = (_loss(head, head) for _ in range(2))
     assert loss.value.shape == (IMAGES * TOKENS,)
@@ -73,7 +73,7 @@ def check_loss(config: HeadConfig) -> None:
 
 
 def check_gradients(config: HeadConfig) -> None:
-    """The loss has a gradient for every parameter and for the condition, and none for the teacher."""
+    """Check that the loss has gradients for all parameters and the condition, and none for the teacher."""
     head, teacher = untrained_head(config), untrained_head(config, seed=1)
     z = _normal(IMAGES * TOKENS, WIDTH, seed=1).requires_grad_()
     _loss(head, teacher, z).value.mean().backward()
@@ -88,7 +88,7 @@ def check_gradients(config: HeadConfig) -> None:
 
 @torch.no_grad()
 def check_draws(config: HeadConfig) -> None:
-    """A draw depends on its condition and noise, not on the batch around it or earlier draws."""
+    """Check that a draw depends on its condition and noise, not on the batch or earlier draws."""
     head = untrained_head(config)
     z, like = _normal(IMAGES, TOKENS, WIDTH, seed=1), torch.zeros(1)
     for steps in {1, min(3, head.max_steps)}:
@@ -170,7 +170,7 @@ def check_dtypes(config: HeadConfig) -> None:
 
 @torch.no_grad()
 def check_weights(config: HeadConfig) -> None:
-    """The state dictionary holds all that a head draws with, and drawing leaves it as it is."""
+    """Check that the state dictionary holds all that a head draws with, and that drawing keeps it."""
     head, other = untrained_head(config), untrained_head(config, seed=1)
     weights = copy.deepcopy(head.state_dict())
     condition = Condition(_normal(IMAGES, TOKENS, WIDTH, seed=1))
