@@ -56,17 +56,13 @@ def attend(
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout)
     rows = max(1, _SCORES // (query.shape[1] * query.shape[2] * key.shape[2]))
     query = query * query.shape[-1] ** -0.5
-    return torch.cat(
-        [_attend(q, k, v, bias) for q, k, v in zip(query.split(rows), key.split(rows), value.split(rows))]
-    )
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """Return attention by products of three axes, which take half the time of products of four."""
-    scores = query.flatten(0, 1) @ key.flatten(0, 1).transpose(1, 2)
-    if bias is not None:
-        scores = scores + bias
-    return (scores.softmax(dim=-1) @ value.flatten(0, 1)).unflatten(0, query.shape[:2])
+    attended = []
+    for q, k, v in zip(query.split(rows), key.split(rows), value.split(rows)):
+        # Products of three axes take half the time of products of four.
+        scores = q.flatten(0, 1) @ k.flatten(0, 1).transpose(1, 2)
+        scores = scores if bias is None else scores + bias
+        attended.append((scores.softmax(dim=-1) @ v.flatten(0, 1)).unflatten(0, q.shape[:2]))
+    return torch.cat(attended)
 
 
 def take(x: Tensor, positions: Tensor) -> Tensor:

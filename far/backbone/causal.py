@@ -30,7 +30,12 @@ class CausalBackbone(Backbone):
         self.token_projection = nn.Linear(channels, width, bias=False)
         self.blocks = nn.ModuleList(CausalBlock(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(width, eps=1e-6)
-        rotary = rotary_table(_positions(config, grid), width // config.heads)
+        # The class copies are at (0, 0), outside the grid. The last token is never an input.
+        places = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])) + 1
+        places = torch.cat([places.new_zeros(config.buffer, 2), places[:-1]])
+        if config.positions == "sequence":
+            places = torch.arange(len(places)).unsqueeze(-1)
+        rotary = rotary_table(places, width // config.heads)
         self.register_buffer("rotary", rotary, persistent=False)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -124,13 +129,3 @@ class CausalAttention(nn.Module):
         else:
             y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None)
         return self.project(y.transpose(1, 2).reshape(batch, count, width))
-
-
-def _positions(config: CausalConfig, grid: tuple[int, int]) -> Tensor:
-    """Return rotary positions ``[length, axes]`` of the class copies and of all tokens but the last."""
-    rows, columns = grid
-    if config.positions == "sequence":
-        return torch.arange(config.buffer + rows * columns - 1).unsqueeze(-1)
-    # The class copies are at (0, 0), outside the grid.
-    place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)) + 1
-    return torch.cat([place.new_zeros(config.buffer, 2), place[:-1]])

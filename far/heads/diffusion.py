@@ -70,7 +70,7 @@ class DiffusionHead(Head):
         """
         bounds = flow_times()
         t = t.clamp(float(bounds[-1]), float(bounds[0]))
-        step, t = training_steps(t, flow_times(t.device, t.dtype)), t.unsqueeze(-1)
+        step, t = diffusion_times(t, flow_times(t.device, t.dtype)), t.unsqueeze(-1)
         noisy = x / (t.square() + (1 - t).square()).sqrt()
         epsilon = condition.guide(lambda z: self.network(noisy, z, step).to(x.dtype).chunk(2, dim=-1)[0])
         token = _clipped((x - (1 - t) * epsilon) / t, self.config.token_limit)
@@ -112,7 +112,7 @@ class DiffusionHead(Head):
         return head
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Schedule:
     """Noise schedule with one step per entry of ``timesteps``.
 
@@ -122,6 +122,10 @@ class Schedule:
 
     timesteps: list[int]
     betas: Tensor
+    # Tables by device and dtype, kept here so that a sampler never moves them again.
+    _moved: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @staticmethod
     @functools.lru_cache(maxsize=64)
@@ -148,25 +152,27 @@ class Schedule:
         variance = self.betas * (1 - self._previous) / (1 - self.alphas_cumprod)
         return torch.cat([variance[1:2], variance[1:]]).log() if len(variance) > 1 else self.betas.log()
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019 - `respaced` keeps schedules too
     def tables(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return all coefficients by name, on a device and in a dtype.
 
         They are computed in float64 on the CPU, because some devices have no float64, and moved once in one
         piece, because a copy per step would stall a GPU.
         """
-        signal, previous = self.alphas_cumprod, self._previous
-        tables = {
-            "signal": signal.sqrt(),
-            "noise": (1 - signal).sqrt(),
-            "x_of_x_t": (1 / signal).sqrt(),
-            "x_of_epsilon": (1 / signal - 1).sqrt(),
-            "mean_of_x": self.betas * previous.sqrt() / (1 - signal),
-            "mean_of_x_t": (1 - previous) * (1 - self.betas).sqrt() / (1 - signal),
-            "low": self.posterior_logvar,
-            "high": self.betas.log(),
-        }
-        return dict(zip(tables, torch.stack(list(tables.values())).to(dtype).to(device)))
+        if (device, dtype) not in self._moved:
+            signal, previous = self.alphas_cumprod, self._previous
+            tables = {
+                "signal": signal.sqrt(),
+                "noise": (1 - signal).sqrt(),
+                "x_of_x_t": (1 / signal).sqrt(),
+                "x_of_epsilon": (1 / signal - 1).sqrt(),
+                "mean_of_x": self.betas * previous.sqrt() / (1 - signal),
+                "mean_of_x_t": (1 - previous) * (1 - self.betas).sqrt() / (1 - signal),
+                "low": self.posterior_logvar,
+                "high": self.betas.log(),
+            }
+            moved = torch.stack(list(tables.values())).to(dtype).to(device)
+            self._moved[device, dtype] = dict(zip(tables, moved))
+        return self._moved[device, dtype]
 
     def _at(self, t: Tensor | int, like: Tensor, *names: str) -> Iterator[Tensor]:
         """Return the named coefficients at the steps ``t``, broadcastable over the channels of ``like``."""
@@ -217,7 +223,7 @@ def _clipped(token: Tensor, limit: float | None) -> Tensor:
     return token if limit is None else token.clamp(-limit, limit)
 
 
-def training_steps(t: Tensor, times: Tensor) -> Tensor:
+def diffusion_times(t: Tensor, times: Tensor) -> Tensor:
     """Convert flow-matching times ``t`` to fractional diffusion times, by the table of :func:`flow_times`."""
     rising = times.flip(0).to(t.dtype)
     upper = torch.searchsorted(rising, t.contiguous()).clamp(1, len(rising) - 1)

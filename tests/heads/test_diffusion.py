@@ -62,6 +62,15 @@ def test_one_two_and_all_steps_are_respaced() -> None:
     assert Schedule.respaced(1000).timesteps == list(range(1000))
 
 
+def test_schedule_keeps_its_tables_when_many_others_are_used() -> None:
+    """Otherwise a sampler would copy them again between AR steps, which stalls a GPU."""
+    cpu, schedule = torch.device("cpu"), Schedule.respaced(2)
+    tables = schedule.tables(cpu, torch.float32)
+    for steps in range(3, 200):
+        Schedule.respaced(steps).tables(cpu, torch.float32)
+    assert schedule.tables(cpu, torch.float32) is tables
+
+
 def test_true_posterior_is_bayes_rule() -> None:
     """``q(x_{t−1} | x_t, x_0)`` is a product of two Gaussians in ``x_{t−1}``, whose precisions add up."""
     schedule = Schedule.respaced(20)

@@ -7,7 +7,7 @@ from exact import ExactNetwork
 from torch import Tensor
 
 from far.heads import HEADS, Condition, DiffusionConfig, Head, HeadConfig, build_head
-from far.heads.diffusion import DiffusionHead, flow_times, train_alphas_cumprod, training_steps
+from far.heads.diffusion import DiffusionHead, diffusion_times, flow_times, train_alphas_cumprod
 from far.heads.flow import FlowHead
 from far.heads.flow_map import TIME_UNIT, FlowMapHead
 from far.heads.shortcut import ShortcutHead
@@ -119,9 +119,9 @@ def test_flow_times_fall_and_convert_back_to_diffusion_times() -> None:
     steps = torch.cat([torch.arange(1000.0, dtype=torch.float64), 999 * torch.rand(500, dtype=torch.float64)])
     low = steps.floor().long().clamp(max=998)
     between = times[low] + (steps - low) * (times[low + 1] - times[low])
-    torch.testing.assert_close(training_steps(between, times), steps, rtol=0, atol=1e-8)
-    torch.testing.assert_close(training_steps(between.float(), times).double(), steps, rtol=0, atol=0.05)
-    assert training_steps(between.view(3, 500), times).shape == (3, 500)
+    torch.testing.assert_close(diffusion_times(between, times), steps, rtol=0, atol=1e-8)
+    torch.testing.assert_close(diffusion_times(between.float(), times).double(), steps, rtol=0, atol=0.05)
+    assert diffusion_times(between.view(3, 500), times).shape == (3, 500)
 
 
 @torch.no_grad()
