@@ -195,7 +195,7 @@ def rms(difference: Tensor) -> float:
     return float(difference.square().mean().sqrt())
 
 
-# --- The closed forms themselves -------------------------------------------------------------------------
+# --- The closed forms themselves
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -228,7 +228,7 @@ def test_mixture_flows_to_its_data() -> None:
     assert scipy.stats.kstest(drawn.numpy(), below).pvalue > 0.01
 
 
-# --- Sampling -----------------------------------------------------------------------------------------------
+# --- Sampling
 
 
 @torch.no_grad()
@@ -288,7 +288,6 @@ def test_velocity_is_the_mean_velocity_on_the_diagonal() -> None:
 
 
 # --- Residuals
-# -------------------------------------------------------------------------------------------------
 
 
 def residual_of(
@@ -423,7 +422,6 @@ def test_bfloat16_autocast_gives_nearly_the_same_loss_and_gradient(objective: st
 
 
 # --- Gradients
-# ---------------------------------------------------------------------------------------------------
 
 
 def gradients(head: FlowMapHead, teacher: FlowMapHead, z: Tensor) -> list[Tensor]:
@@ -501,7 +499,6 @@ def test_teacher_changes_lagrangian_jumps_and_guided_tokens_only(objective: str)
 
 
 # --- The parts of the loss
-# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -581,7 +578,6 @@ def test_adaptive_weights_agree_with_values_by_hand() -> None:
 
 
 # --- Guidance
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_scales_are_uniform_for_guided_tokens_and_one_for_others() -> None:
@@ -613,7 +609,6 @@ def test_field_is_guided_token_by_token() -> None:
 
 
 # --- Trained heads
-# ------------------------------------------------------------------------------------------------------
 
 
 def train(head: Head, steps: int, batch: int, z_uncond: Tensor | None = None) -> Head:
@@ -700,7 +695,6 @@ def test_trained_head_guides_in_one_pass() -> None:
 
 
 # --- Bad values
-# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
