@@ -95,7 +95,7 @@ def to_rgb(picture: Image.Image, background: str = "white", *, keep_colors: bool
         return picture if picture.mode == "RGB" else picture.convert("RGB")
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         reason = first_line(error)
-        raise InputError(f"the picture cannot be decoded ({reason}). Replace it.") from error
+        raise InputError(f"the image cannot be decoded ({reason}). Replace it.") from error
 
 
 def first_line(error: BaseException) -> str:

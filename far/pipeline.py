@@ -225,7 +225,7 @@ class Pipeline:
         Args:
             image: of :attr:`image_size`: a Pillow image, uint8 ``[H, W, 3]``, or floats ``[3, H, W]`` in
                 [0, 1].
-            mask: of the same size: a Pillow image, white where to redraw, or ``[H, W]``, above 0.5 where to
+            mask: Pillow image of the same size, white where to redraw, or ``[H, W]``, above 0.5 where to
                 redraw. Transparent parts are kept.
             label: the class to draw, number or name.
             seed: one seed, or several for as many versions.

@@ -139,7 +139,7 @@ def test_low_precision_weights_draw_nearly_the_same_latents(kind: str, dtype: to
 # --- The loop ----------------------------------------------------------------------------------------
 
 
-# 13 is one of the counts where the last cosine rounds to below zero.
+# 13 is one of the counts for which the last cosine rounds to below zero.
 @pytest.mark.parametrize(
     ("model", "steps"), [*((FLOW, steps) for steps in (1, 2, 7, 13, 24)), (CAUSAL_FLOW, 24)]
 )

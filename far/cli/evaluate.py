@@ -1,9 +1,9 @@
 """Evaluate images: Fréchet distance, KID, Inception Score, precision, recall, density and coverage.
 
 The default network is EfficientNet-Lite0, whose values are not comparable with published ones. --inception
-FILE loads FID's own weights for values that are. The same command continues an interrupted generation, and
-processes can share it: torchrun --nproc-per-node N -m far evaluate … result.json holds the values and all
-settings to repeat them.
+FILE loads FID's own weights for values that are. result.json holds the values and all settings to repeat
+them. The same command continues an interrupted generation, and several processes can share it: torchrun
+--nproc-per-node N -m far evaluate …
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from far.recipe_keys import Section, as_text, sections
 from far.training.config import DistillationConfig
 
 ROOT = Path(__file__).parents[2]
-# What differs from one user to the next: data, length, speed, size and how samples are drawn.
+# Keys that users change: data, length, speed, size and sampling.
 CHANGED = {
     "data", "run", "autoencoder_from", "frozen_backbone", "steps", "learning_rate", "checkpoint_every",
     "evaluate_every", "ema_decay",
