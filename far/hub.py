@@ -118,7 +118,7 @@ def _refusals_in_one_line(repository: str, revision: str | None) -> Iterator[Non
 
 
 def _reason(error: Exception, repository: str) -> str:
-    """Return what is wrong and what to do."""
+    """Return the reason of a failure and the remedy."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.GatedRepoError):

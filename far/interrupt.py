@@ -28,7 +28,7 @@ class DeferredInterrupt:
     The first one is acknowledged on standard error. Outside of the main thread nothing changes.
 
     Args:
-        finishing: what the work does before it ends, such as "finishing this step and saving".
+        finishing: last work before the end, such as "finishing this step and saving".
         rank: of this process. Rank 0 acknowledges.
         count: of processes. Several stop at once only at a later Ctrl-C, since torchrun repeats signals and
             clusters repeat SIGTERM.
@@ -62,7 +62,7 @@ class DeferredInterrupt:
         if self.signum is None:
             self.signum, self.time = signum, now
             if self.rank == 0:
-                _write(f"\nfar: {self.finishing}; Ctrl-C again stops at once, and loses what is not saved\n")
+                _write(f"\nfar: {self.finishing}. Ctrl-C again stops at once and loses unsaved work\n")
         elif self.count == 1:
             raise KeyboardInterrupt
         elif signum == signal.SIGINT and now - self.time > _REPEATED_SECONDS:

@@ -227,7 +227,7 @@ class Ticks:
 def test_timed_steps_give_the_time_of_all(full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     masked = pipeline("masked")
     ticks = Ticks(monkeypatch, masked.model.backbone, masked.model.head)  # type: ignore[arg-type]
-    row = Row("x", SamplingConfig(16, 1), "float32", 1)  # one token a step
+    row = Row("x", SamplingConfig(16, 1), "float32", 1)  # one token per step
     found = generate(masked, row, segments(SamplingConfig(16), full=full), lambda: ticks.now)
     assert found == {"encoder": 16 * 3, "decoder": 16 * 5, "head": 16 * 7, "autoencoder": 0, "sampler": 0}
     assert tuple(found) == PARTS

@@ -47,7 +47,7 @@ def test_profile_with_exchanged_primaries_exchanges_channels(tmp_path: Path) -> 
     assert np.array_equal(read_image(tmp_path / "square.png", 6, keep_colors=True), PIXELS[:6])
 
 
-def test_conversion_happens_once_and_leaves_the_given_picture(tmp_path: Path) -> None:
+def test_conversion_happens_once_and_leaves_the_given_image(tmp_path: Path) -> None:
     given = picture()
     once = to_rgb(given)
     assert np.array_equal(np.asarray(to_rgb(once)), np.asarray(once))
@@ -150,7 +150,7 @@ def test_unusable_profile_is_reported_and_colors_stay(mode: str, data: bytes) ->
         assert not has_unusable_profile(usable)
 
 
-def test_pictures_from_python_are_turned_upright(tmp_path: Path) -> None:
+def test_images_from_python_are_turned_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(PIXELS).save(tmp_path / "a.png", exif=exif)
@@ -160,10 +160,10 @@ def test_pictures_from_python_are_turned_upright(tmp_path: Path) -> None:
         canvas, mask = place(opened, (6, 8), 0, 0)
         assert np.array_equal(np.asarray(canvas), upright)
         assert not mask.any()
-        assert opened.size == (6, 8), "the caller's picture is not turned"
+        assert opened.size == (6, 8), "the caller's image is not turned"
 
 
-def test_damaged_picture_from_python_is_one_line(tmp_path: Path) -> None:
+def test_damaged_image_from_python_is_one_line(tmp_path: Path) -> None:
     Image.fromarray(np.kron(PIXELS, np.ones((20, 20, 1), np.uint8))).save(tmp_path / "a.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:1500])
     with Image.open(tmp_path / "cut.jpg") as opened, pytest.raises(InputError) as error:

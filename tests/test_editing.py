@@ -253,6 +253,6 @@ def test_decoding_inverts_encoding(pipeline: Pipeline) -> None:
         )
 
 
-def test_pictures_convert_to_tensors_and_back() -> None:
+def test_images_convert_to_tensors_and_back() -> None:
     pixels = torch.randint(0, 256, (1, 3, 5, 4), generator=torch.Generator().manual_seed(0)) / 255
     torch.testing.assert_close(to_tensor(to_pictures(pixels)[0]), pixels[0])

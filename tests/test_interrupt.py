@@ -19,7 +19,7 @@ def test_first_signal_is_a_request_and_the_second_stops(capfd: pytest.CaptureFix
         signal.raise_signal(signal.SIGTERM)
         assert request.requested
         [line] = capfd.readouterr().err.strip().splitlines()
-        assert line.startswith("far: saving what there is; Ctrl-C again")
+        assert line.startswith("far: saving what there is")
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
@@ -77,5 +77,5 @@ def test_interrupted_command_names_how_to_resume(
     monkeypatch.setattr(cache, "run", interrupted)
     assert main(["cache", "recipe.yaml"]) == 130
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("far: interrupted; ")
+    assert line.startswith("far: interrupted")
     assert "same command" in line

@@ -78,7 +78,7 @@ def test_one_image_is_not_enlarged() -> None:
 
 
 @pytest.mark.parametrize(("width", "factor"), [(1, 1000), (999, 2), (1000, 1), (1400, 1), (256, 4)])
-def test_pictures_are_enlarged_to_a_thousand_pixels(width: int, factor: int) -> None:
+def test_images_are_enlarged_to_a_thousand_pixels(width: int, factor: int) -> None:
     picture = grid(images(1, 2, width))
     large = enlarge(picture)
     assert large.size == (width * factor, 2 * factor)

@@ -107,7 +107,7 @@ def test_sampling_values_of_numpy_and_tensors_work(pipeline: Pipeline) -> None:
     assert torch.equal(pipeline.generate([0], output="tensor", **given), expected)
 
 
-def test_edit_takes_pictures_and_masks_of_pillow_numpy_and_torch_alike(pipeline: Pipeline) -> None:
+def test_edit_takes_images_and_masks_of_pillow_numpy_and_torch_alike(pipeline: Pipeline) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     mask = np.zeros((16, 16), dtype=bool)
     mask[:8] = True
@@ -139,9 +139,7 @@ def test_edit_takes_pictures_and_masks_of_pillow_numpy_and_torch_alike(pipeline:
         (Image.fromarray(np.full((16, 16), np.nan, np.float32)), np.eye(16)),
     ],
 )
-def test_edit_refuses_values_that_are_not_pictures_or_masks(
-    pipeline: Pipeline, image: Any, mask: Any
-) -> None:
+def test_edit_refuses_values_that_are_not_images_or_masks(pipeline: Pipeline, image: Any, mask: Any) -> None:
     refusal(lambda: pipeline.edit(image, mask, 1))
 
 

@@ -42,10 +42,7 @@ class Checkpoint:
 
     def check_identity(self, ours: Mapping[str, Any]) -> None:
         """Raise an :class:`InputError` that names the first value in which a run's identity differs."""
-        theirs, remedy = (
-            self.values["identity"],
-            "Resume with what it was trained on, or choose another folder",
-        )
+        theirs, remedy = self.values["identity"], "Resume with the original, or choose another folder"
         if "classes" in ours and "classes" in theirs:
             check_same_classes(theirs["classes"], str(self.path), ours["classes"], "this run's data", remedy)
         for name, value in ours.items():

@@ -310,7 +310,7 @@ class Trainer:
         if self.resumed_dtype not in (None, config.dtype):
             line += f", up to step {self.step} in {self.resumed_dtype}"
         if config.dtype == "bfloat16" and not has_bfloat16_products(device):
-            line += "; this device has no instructions for it, so dtype float32 may be several times faster"
+            line += ". This device has no instructions for it: dtype float32 may be several times faster"
         return line
 
     def learning_rate_scale(self) -> float:

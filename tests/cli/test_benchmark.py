@@ -1,4 +1,4 @@
-"""`far benchmark`: the table, the file of figures and the picture of tiny models; no speed is asserted."""
+"""`far benchmark`: the table, the file of figures and the plot of tiny models. No speed is asserted."""
 
 import json
 from pathlib import Path

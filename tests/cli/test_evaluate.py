@@ -180,7 +180,7 @@ def test_other_class_names_of_the_reference_are_a_warning(
 
 
 def test_evaluation_reads_a_folder_as_far_data_does(tmp_path: Path) -> None:
-    """Transparent, 16-bit and rotated pictures of a folder are those of the image set made from it."""
+    """Transparent, 16-bit and rotated images of a folder are those of the image set made from it."""
     generator = np.random.default_rng(0)
     for index in range(4):
         path = tmp_path / "pictures" / "ab"[index % 2] / f"{index}.png"

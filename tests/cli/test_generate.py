@@ -48,7 +48,7 @@ def test_a_grid_a_folder_and_an_archive_hold_the_same_images(pipeline_folder: Pa
     assert len(np.unique(archive["arr_0"], axis=0)) == 5
 
 
-def test_pictures_carry_their_settings(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_images_carry_their_settings(pipeline_folder: Path, tmp_path: Path) -> None:
     generate(
         pipeline_folder,
         tmp_path / "folder",

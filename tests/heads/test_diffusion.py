@@ -157,7 +157,7 @@ def exact_head(deviation: float, steps: int) -> DiffusionHead:
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [3, 20, 1000])
 @pytest.mark.parametrize("deviation", [0.3, 1.5])
-def test_exact_noise_gives_the_mean_and_deviation_of_the_data(steps: int, deviation: float) -> None:
+def test_exact_noise_gives_the_mean_and_std_of_the_data(steps: int, deviation: float) -> None:
     """Each reverse step is then the true one, in any number of steps."""
     count = 20_000 if steps < 1000 else 4000
     generator = torch.Generator().manual_seed(steps)
@@ -173,7 +173,7 @@ def test_exact_noise_gives_the_mean_and_deviation_of_the_data(steps: int, deviat
 
 
 @torch.no_grad()
-def test_guidance_moves_the_mean_and_temperature_the_deviation() -> None:
+def test_guidance_moves_the_mean_and_temperature_the_std() -> None:
     noises = [
         torch.randn(4000, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         for seed in range(21)

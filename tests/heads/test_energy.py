@@ -175,7 +175,7 @@ def test_gradients_of_an_untrained_head_are_finite(dtype: str) -> None:
 
 
 @torch.no_grad()
-def test_guidance_moves_the_mean_and_temperature_the_deviation() -> None:
+def test_guidance_moves_the_mean_and_temperature_the_std() -> None:
     noise = torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
     z, z_uncond = torch.full((500, 1), 0.7), torch.full((500, 1), -0.2)
     head = exact_head()

@@ -126,7 +126,7 @@ def test_exact_velocity_has_the_irreducible_loss() -> None:
 @pytest.mark.parametrize(("solver", "steps"), [("euler", 400), ("heun", 40)])
 @pytest.mark.parametrize(("guidance", "temperature"), [(1.0, 1.0), (2.5, 0.8)])
 def test_exact_velocity_gives_the_data(solver: str, steps: int, guidance: float, temperature: float) -> None:
-    """The flow scales the noise. Guidance moves the mean and temperature the deviation."""
+    """The flow scales the noise. Guidance moves the mean and temperature the standard deviation."""
     noise = torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
     z, z_uncond = torch.full((500, 1), 0.7), torch.full((500, 1), -0.2)
     mean = -0.2 + guidance * 0.9

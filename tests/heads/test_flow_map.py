@@ -67,7 +67,7 @@ class Mixture:
 
     @staticmethod
     def components(x: Tensor, t: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each component's center, deviation, and distance to ``x`` in deviations at time ``t``."""
+        """Return each component's center, std, and distance to ``x`` in stds at time ``t``."""
         centers = mean + CENTERS
         spread = ((1 - t) ** 2 + (t * DEVIATIONS) ** 2).sqrt()
         return centers, spread, (x - t * centers) / spread
@@ -244,7 +244,7 @@ def test_sampling_with_the_exact_map_is_exact(name: str, steps: int) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_learned_guidance_equals_guidance_by_two_passes(steps: int) -> None:
-    """Between Gaussians of equal deviation, guidance moves only the mean, here by 0.9 · scale."""
+    """Between Gaussians of equal std, guidance moves only the mean, here by 0.9 · scale."""
     noise, z = normal(200, 1), torch.full((200, 1), 0.6).double()
     z_uncond = torch.full_like(z, UNCONDITIONAL)
     for scale in (1.0, 2.5):

@@ -165,7 +165,7 @@ def test_exact_mean_velocity_gives_the_data_in_any_number_of_steps(steps: int) -
 
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [1, 6])
-def test_guidance_moves_the_mean_and_temperature_the_deviation(steps: int) -> None:
+def test_guidance_moves_the_mean_and_temperature_the_std(steps: int) -> None:
     noise = torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
     z, z_uncond = torch.full((500, 1), 0.7), torch.full((500, 1), -0.2)
     drawn = draw(exact_head(), z, lambda: noise, steps=steps, temperature=0.8, uncond=z_uncond, scale=2.5)

@@ -213,7 +213,7 @@ def test_second_ctrl_c_stops_at_once_and_keeps_saved_checkpoints(recipe: Path, t
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert errors.splitlines()[-1].startswith("far: interrupted; ")
+    assert errors.splitlines()[-1].startswith("far: interrupted")
     assert "--resume" in errors.splitlines()[-1]
     assert [step for step, _ in list_checkpoints(checkpoints)] == [3, 4]
     assert main(["train", str(recipe), *few, "--resume"]) == 0
