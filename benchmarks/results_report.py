@@ -236,7 +236,7 @@ def plot(measured: dict[str, Any], path: Path) -> None:
         if "reconstructions" in values["rows"]:
             panel.axhline(
                 values["rows"]["reconstructions"][distance],
-                color="grey",
+                color="gray",
                 linestyle="--",
                 label="reconstructions",
             )

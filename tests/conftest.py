@@ -27,16 +27,16 @@ SIZE = 16
 
 
 def draw_images(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images ``[count, 16, 16, 3]`` uint8 of three kinds of shapes in random colours, and their labels."""
+    """Images ``[count, 16, 16, 3]`` uint8 of three kinds of shapes in random colors, and their labels."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % len(CLASSES)
-    colours = torch.randint(0, 256, (count, 2, 3), generator=generator)
+    colors = torch.randint(0, 256, (count, 2, 3), generator=generator)
     y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
     shapes = torch.stack(
         [(x - 8) ** 2 + (y - 8) ** 2 < 30, (x - 8).abs().maximum((y - 8).abs()) < 5, x % 4 < 2]
     )
     inside = shapes[labels].unsqueeze(-1)
-    return torch.where(inside, colours[:, 0, None, None], colours[:, 1, None, None]).to(torch.uint8), labels
+    return torch.where(inside, colors[:, 0, None, None], colors[:, 1, None, None]).to(torch.uint8), labels
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def tiny(
     torch.manual_seed(0)
     network = NetworkConfig(backbone, HeadConfig.kinds[kind](16, 1, 2, **head), patch)  # type: ignore[arg-type]
     model = FAR(ModelConfig(network, 5, 3, grid))
-    with torch.no_grad():  # freshly initialised heads give zeros
+    with torch.no_grad():  # freshly initialized heads give zeros
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model

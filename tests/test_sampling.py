@@ -31,7 +31,7 @@ def tiny(
     )
     network = NetworkConfig(backbone, HeadConfig.kinds[kind](16, 1, **head), patch, spherical)  # type: ignore[arg-type]
     model = FAR(ModelConfig(network, 5, 3, (4, 6)))
-    with torch.no_grad():  # freshly initialised heads give zeros
+    with torch.no_grad():  # freshly initialized heads give zeros
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         if (

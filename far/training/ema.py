@@ -25,7 +25,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, trained: nn.Module, step: int) -> None:
-        """Move the average towards ``trained`` after optimizer step ``step``."""
+        """Move the average toward ``trained`` after optimizer step ``step``."""
         weight = 1 - self.decay_at(step)
         # Frozen parameters equal their average. Skip them: reading a whole backbone costs more than training
         # the head.

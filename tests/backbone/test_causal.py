@@ -1,4 +1,4 @@
-"""The causal backbone against a plain recomputation, and what each ``z`` may depend on."""
+"""The causal backbone against a plain recomputation, and the dependencies of each ``z``."""
 
 import cmath
 import math
@@ -30,7 +30,7 @@ def build(grid: tuple[int, int] = (ROWS, COLUMNS), **values: object) -> CausalBa
         **values,
     }
     backbone = CausalBackbone(CausalConfig(**settings), grid, CHANNELS, CLASSES).eval()  # type: ignore[arg-type]
-    with torch.no_grad():  # freshly initialised, branches hardly count
+    with torch.no_grad():  # freshly initialized, branches hardly count
         for parameter in backbone.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return backbone
@@ -57,7 +57,7 @@ def rms_norm(x: list[Tensor], weight: Tensor) -> list[Tensor]:
 
 
 def turned(vector: Tensor, angles: list[float]) -> Tensor:
-    """Pairs (i, i + half) as complex numbers, multiplied by exp(i · angle)."""
+    """Rotate pairs (i, i + half) as complex numbers, multiplied by exp(i · angle)."""
     half = len(vector) // 2
     numbers = [complex(vector[i], vector[i + half]) * cmath.exp(1j * angles[i]) for i in range(half)]
     return torch.tensor([number.real for number in numbers] + [number.imag for number in numbers])

@@ -27,7 +27,7 @@ def backbone() -> MaskedBackbone:
         dropout=0.0,
     )
     backbone = MaskedBackbone(config, TOKENS, CHANNELS, CLASSES).eval()
-    with torch.no_grad():  # freshly initialised, positions and classes hardly count
+    with torch.no_grad():  # freshly initialized, positions and classes hardly count
         for parameter in backbone.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return backbone
@@ -125,7 +125,7 @@ def test_training_inputs_partition_the_positions(backbone: MaskedBackbone, token
         counts.add(query.shape[1])
         for row in torch.cat([known, query], dim=1).tolist():
             assert sorted(row) == list(range(TOKENS))
-    # Shares of 0.7 to 1 of 12 tokens, rounded up.
+    # Fractions of 0.7 to 1 of 12 tokens, rounded up.
     assert counts == {math.ceil(0.7 * TOKENS), 10, 11, 12}
 
 

@@ -316,7 +316,7 @@ def test_data_reads_gray_cmyk_and_alpha_and_names_unreadable_files(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     photos = tmp_path / "photos"
-    image(photos / "a" / "grey.png", "L")
+    image(photos / "a" / "gray.png", "L")
     image(photos / "a" / "alpha.png", "RGBA")
     image(photos / "a" / "cmyk.jpg", "CMYK")
     image(photos / "a" / "plain.webp")

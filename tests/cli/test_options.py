@@ -69,7 +69,7 @@ def test_a_new_field_of_sampling_becomes_an_option_of_every_command_that_draws(
 @pytest.mark.parametrize("path", [*recipe_names(), *sorted((ROOT / "recipes").rglob("*.yaml"))], ids=str)
 def test_recipes_load_and_their_sampling_options_are_valid(path: Path | str) -> None:
     recipe = load_recipe(path)
-    autoencoder = recipe.autoencoder.model  # the default is KL-16, which is nobody's here
+    autoencoder = recipe.autoencoder.model  # the default is KL-16, which no recipe here uses
     if recipe.autoencoder_from not in (None, "kl16"):
         autoencoder = load_autoencoder(recipe.autoencoder_folder).config
     side = {"avatars-64": 64, "avatars-32": 32, "fashion-mnist": 32, "imagenet-256": 256}[

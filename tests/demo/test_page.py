@@ -31,7 +31,7 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
     "--disable-background-networking --disable-component-update --disable-sync"
 )
-# Imported by the server's process before all else: writes down every address it looks up or connects to.
+# Imported first by the server's process: records every address that it looks up or connects to.
 AUDIT = """
 import sys
 log = open({log!r}, "a", buffering=1)

@@ -43,7 +43,7 @@ def fresh_head(samples: int = 2, channels: int = 3, condition: int = 5) -> Energ
 
 def random_head(samples: int = 2, channels: int = 3) -> EnergyHead:
     head = fresh_head(samples, channels)
-    with torch.no_grad():  # freshly initialised heads give zeros
+    with torch.no_grad():  # freshly initialized heads give zeros
         for parameter in head.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return head

@@ -15,7 +15,7 @@ CHANNELS, OUTPUTS, CONDITION, WIDTH = 3, 5, 7, 16
 def network(request: pytest.FixtureRequest) -> HeadNetwork:
     torch.manual_seed(0)
     network = HeadNetwork(CHANNELS, OUTPUTS, CONDITION, WIDTH, depth=2, times=request.param)
-    with torch.no_grad():  # freshly initialised, it gives zeros
+    with torch.no_grad():  # freshly initialized, it gives zeros
         for parameter in network.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return network
