@@ -58,13 +58,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
     It is in its own folder, because safetensors makes temporary files beside the file that it writes.
 
     Raises:
-        InputError: the folder cannot be made or written, or the disk is full.
+        InputError: the folder cannot be created or written, or the disk is full.
     """
     with _beside(path) as temporary:
         if path.is_dir():
             raise InputError(f"{path} is a folder. Give the path of a file")
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
@@ -75,7 +77,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside ``path``. On success it replaces ``path``, else it is removed.
 
     Raises:
-        InputError: the folder cannot be made or renamed.
+        InputError: the folder cannot be created or renamed.
     """
     with _beside(path) as temporary:
         temporary.mkdir()
@@ -93,7 +95,7 @@ def files_together(folder: Path, replaced: Iterable[Path] = ()) -> Iterator[Path
         replaced: files to remove before the new ones arrive.
 
     Raises:
-        InputError: the folder cannot be made or written, or the disk is full.
+        InputError: the folder cannot be created or written, or the disk is full.
     """
     with _beside(folder) as temporary:
         temporary.mkdir()
@@ -150,12 +152,8 @@ def remove_folder(path: Path) -> None:
 def remove_leftovers(*folders: Path, idle_seconds: float = 3600) -> None:
     """Remove temporary folders that killed processes left in ``folders``; see the atomic functions above.
 
-    Folders that contain other files than ours stay.
-
-    Args:
-        folders: folders to search.
-        idle_seconds: folders written to within this time stay, because another process may be using them. 0
-            is for folders that only the caller writes to.
+    Those that contain other files than ours stay. So do those written to within ``idle_seconds``, because
+    another process may be using them; 0 is for folders that only the caller writes to.
     """
     for left in (left for folder in folders for left in folder.glob(".*.far")):
         with contextlib.suppress(OSError):  # removed meanwhile, or not ours
@@ -176,9 +174,9 @@ def check_exists(path: Path | None, remedy: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise an :class:`InputError` before long work if ``path`` could not be written at its end.
+    """Raise an :class:`InputError` before long work if ``path`` could not be written, creating no folder.
 
-    Also remove leftovers of killed processes beside it. Create no folder.
+    Also remove leftovers of killed processes beside it.
     """
     if path.is_file() and not os.access(path, os.W_OK):
         raise InputError(f"cannot write {path}: permission denied. Choose another path")
@@ -191,20 +189,11 @@ def check_writable(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise an :class:`InputError` before long work if files could not be written to the folder ``path``.
-
-    Create nothing.
-    """
+    """Raise an :class:`InputError` before long work if ``path``, a folder, could not be written to."""
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         wrong = "cannot be written to" if there.is_dir() else "is not a folder"
         raise InputError(f"cannot write {path}: {there} {wrong}. Choose another path")
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -219,11 +208,7 @@ def json_digest(value: Any) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        InputError: the file is missing or is not JSON.
-    """
+    """Read a JSON file. One that is missing or damaged raises an :class:`InputError`."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

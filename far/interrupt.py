@@ -13,8 +13,7 @@ _REPEATED_SECONDS = 2.0
 class Interrupted(KeyboardInterrupt):
     """Raised when a signal ended long work, after its state was saved and reported.
 
-    Attributes:
-        status: exit status of the command: 130 for Ctrl-C, 143 for SIGTERM.
+    ``status`` is the command's exit status: 130 for Ctrl-C, 143 for SIGTERM.
     """
 
     def __init__(self, signum: int) -> None:

@@ -1,7 +1,6 @@
 """The processes that torchrun started together: rank, device, and collective operations.
 
-The modules that do the work divide it among ranks: ``far.data.shards``,
-``far.evaluation.extraction``, ``far.training.loop``. torch is imported only when several processes
+Modules with work to share divide it among ranks themselves. torch is imported only when several processes
 communicate.
 """
 
@@ -29,8 +28,7 @@ T = TypeVar("T")
 class Processes:
     """Process ``rank`` of ``count``. Several communicate within :func:`joined`, a single one needs nothing.
 
-    Every rank must call a collective method (:meth:`gather`, :meth:`collect`, :meth:`first`, :meth:`any`,
-    :meth:`wait`, :meth:`check_shared`, :meth:`alone_in`).
+    Every rank must call a collective method: all but :meth:`device`, :meth:`local_rank`, :meth:`check_parts`.
     """
 
     rank: int = 0
@@ -94,20 +92,18 @@ class Processes:
             InputError: the call failed on some rank with an ``InputError``, or, with several processes, with
                 an ``OSError``. All ranks raise it.
         """
-        result: T | InputError
+        if self.count == 1:
+            return [call(*arguments)]
         try:
-            result = call(*arguments)
+            outcome: tuple[T | None, InputError | None] = call(*arguments), None
         except InputError as error:
-            result = error
+            outcome = None, error
         except OSError as error:
-            if self.count == 1:
-                raise
-            result = InputError(str(error))
-        results = self.gather(result)
-        for each in results:
-            if isinstance(each, InputError):
-                raise each
-        return [each for each in results if not isinstance(each, InputError)]
+            outcome = None, InputError(str(error))
+        results, errors = zip(*self.gather(outcome))
+        if any(errors):
+            raise next(filter(None, errors))
+        return list(results)
 
     def first(self, call: Callable[..., T], *arguments: Any) -> T:
         """Call on rank 0 only, and return its result on every rank.
@@ -134,8 +130,14 @@ class Processes:
         if self.count == 1:
             return
         with contextlib.ExitStack() as stack:
-            probe = self.first(lambda: stack.enter_context(_probe(folder)))
-            if not all(self.gather(probe.exists())):
+
+            def probe() -> str:
+                folder.mkdir(parents=True, exist_ok=True)
+                return stack.enter_context(
+                    tempfile.TemporaryDirectory(dir=folder, prefix=".shared.", suffix=".far")
+                )
+
+            if not all(self.gather(os.path.exists(self.first(probe)))):
                 raise InputError(
                     f"{folder} is not the same folder for all processes. Put it on a disk that they share"
                 )
@@ -167,14 +169,6 @@ def started_by_torchrun() -> Processes:
             f"RANK {rank!r} and WORLD_SIZE {count!r} in the environment are not torchrun's. Unset them"
         )
     return Processes(int(rank), int(count))
-
-
-@contextlib.contextmanager
-def _probe(folder: Path) -> Iterator[Path]:
-    """Create something in ``folder`` for the other ranks to look for, until the block ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".shared.", suffix=".far") as probe:
-        yield Path(probe)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from far.devices import (
 from far.errors import InputError
 from far.precision import resolve_dtype
 from far.processes import Processes
-from far.training.config import LoopConfig
+from far.training.config import GeneratorRecipe, LoopConfig
 from far.training.loop import Trainer, published, resolve_loop
 
 CPU = torch.device("cpu")
@@ -242,7 +242,8 @@ def test_missing_instructions_are_reported_if_bfloat16_is_given(
 
 
 def test_published_recipe_has_the_kind_of_device_without_its_number() -> None:
-    assert published(LoopConfig(device="cuda:3"))["device"] == "cuda"
+    recipe = GeneratorRecipe(training=LoopConfig(device="cuda:3"))
+    assert published(recipe)["training"]["device"] == "cuda"
 
 
 @pytest.mark.parametrize("count", [0, -1, 10**6])

@@ -20,6 +20,7 @@ def test_first_signal_is_a_request_and_the_second_stops(capfd: pytest.CaptureFix
         assert request.requested
         [line] = capfd.readouterr().err.strip().splitlines()
         assert line.startswith("far: saving what there is")
+        assert "Ctrl-C" in line
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

@@ -41,7 +41,14 @@ def write_latents(
             another autoencoder's moments, or a moment is not finite in float16.
     """
     source = open_image_set(images / "train")
-    writer = ShardWriter(folder, _meta(source, autoencoder), processes)
+    config = autoencoder.config
+    meta = {
+        "kind": "moments", "classes": source.meta["classes"], "size": source.meta["size"],
+        "images_fingerprint": fingerprint(source),  # other images at the same path are not mixed with these
+        "fingerprint": autoencoder.fingerprint(), "latent_channels": config.latent_channels,
+        "stride": config.stride,
+    }  # fmt: skip
+    writer = ShardWriter(folder, meta, processes)
     if writer.complete:
         _check_source(folder, writer.index["meta"], source)
         return
@@ -60,16 +67,6 @@ def write_latents(
 
     with bar:
         writer.fill(len(source), SHARD_ROWS, pieces, bar)
-
-
-def _meta(source: ShardReader, autoencoder: Autoencoder) -> dict[str, object]:
-    config = autoencoder.config
-    return {
-        "kind": "moments", "classes": source.meta["classes"], "size": source.meta["size"],
-        "images_fingerprint": fingerprint(source),  # other images at the same path are not mixed with these
-        "fingerprint": autoencoder.fingerprint(), "latent_channels": config.latent_channels,
-        "stride": config.stride,
-    }  # fmt: skip
 
 
 def _moments(autoencoder: Autoencoder, images: Tensor, source: ShardReader) -> Tensor:
@@ -98,10 +95,7 @@ def _check_source(folder: Path, meta: dict[str, Any], images: ShardReader) -> No
 def open_latents(folder: Path, autoencoder: Autoencoder, images: ShardReader | None = None) -> ShardReader:
     """Return the reader of a finished cache that ``autoencoder`` made, after verifying its checksums.
 
-    Args:
-        folder: of the cache.
-        autoencoder: the one that encoded the images.
-        images: training images that the cache must come from; ``None`` accepts any.
+    ``images`` are the training images that the cache must come from; ``None`` accepts any.
 
     Raises:
         InputError: the cache is missing, unfinished, damaged, of another autoencoder or of other images.
@@ -117,9 +111,8 @@ def open_latents(folder: Path, autoencoder: Autoencoder, images: ShardReader | N
     if images is not None:
         _check_source(folder, reader.meta, images)
     config, side = autoencoder.config, reader.meta["size"] // autoencoder.config.stride
-    reader.require(
-        {"moments": (np.float16, (2, 2 * config.latent_channels, side, side)), "labels": (np.int64, ())}
-    )
+    shape = (2, 2 * config.latent_channels, side, side)
+    reader.require({"moments": (np.float16, shape), "labels": (np.int64, ())})
     check_labels(reader)
     return reader
 

@@ -29,34 +29,33 @@ class AdaptedLinear(nn.Module):
         return self.base(x) + F.linear(F.linear(x, self.down), self.up)
 
 
+def _layers(module: nn.Module, kind: type[M]) -> list[tuple[nn.Module, str, M]]:
+    """Return (parent, name, layer) of each layer of a kind. Checkpoints number adapters in this order."""
+    return [
+        (parent, name, layer)
+        for parent in module.modules()
+        for name, layer in parent.named_children()
+        if isinstance(layer, kind)
+    ]
+
+
 def add_adapters(module: nn.Module, rank: int) -> None:
     """Freeze ``module`` and adapt its linear layers, in place. Only its :func:`adapters` remain trainable."""
     module.requires_grad_(False)
-    for parent in list(module.modules()):
-        for name, layer in parent.named_children():
-            if isinstance(layer, nn.Linear):
-                setattr(parent, name, AdaptedLinear(layer, rank))
+    for parent, name, layer in _layers(module, nn.Linear):
+        setattr(parent, name, AdaptedLinear(layer, rank))
 
 
 def adapters(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a module's adapters. Sharding replaces them, so call this afterwards."""
-    # Checkpoints number parameters in this order.
-    adapted = [
-        layer
-        for parent in module.modules()
-        for layer in parent.children()
-        if isinstance(layer, AdaptedLinear)
-    ]
-    return [parameter for layer in adapted for parameter in (layer.down, layer.up)]
+    return [matrix for _, _, layer in _layers(module, AdaptedLinear) for matrix in (layer.down, layer.up)]
 
 
 @torch.no_grad()
 def merged(module: M) -> M:
     """Return a copy of ``module`` with plain linear layers whose weights include the adapters."""
     module = copy.deepcopy(module)
-    for parent in list(module.modules()):
-        for name, layer in parent.named_children():
-            if isinstance(layer, AdaptedLinear):
-                layer.base.weight += layer.up @ layer.down
-                setattr(parent, name, layer.base)
+    for parent, name, layer in _layers(module, AdaptedLinear):
+        layer.base.weight += layer.up @ layer.down
+        setattr(parent, name, layer.base)
     return module

@@ -1,14 +1,12 @@
 """Training of the KL autoencoder: loss, figures on held-out images, and scale and shift of the latents."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from far.autoencoder import Autoencoder, Posterior
 from far.data.image_sets import fingerprint, open_held_out, open_image_set, read_images
@@ -20,10 +18,8 @@ from far.folder import save_autoencoder
 from far.pictures import check_finite, enlarge, grid, save_png
 from far.seeds import seeded
 from far.training.config import AutoencoderRecipe, LoopConfig
-from far.training.epochs import epoch_rows
+from far.training.epochs import epoch_rows, image_chunks
 from far.training.loop import resolve_loop
-
-_CHUNK = 100
 
 
 class AutoencoderTask:
@@ -81,14 +77,10 @@ class AutoencoderTask:
 
     @torch.no_grad()
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """Return PSNR and reconstruction Fréchet distance on held-out images.
-
-        Also writes ``reconstructions.png``: originals above, reconstructions below.
-        """
+        """Return figures of reconstructions; write ``reconstructions.png``, with the originals above."""
         assert isinstance(ema, Autoencoder)
-        figures = reconstruction_figures(
-            ema, self.features, self.held_out, self.loss_config.evaluation_images
-        )
+        count = self.loss_config.evaluation_images
+        figures = reconstruction_figures(ema, self.features, self.held_out, count)
         images = read_images(self.held_out, torch.arange(min(16, len(self.held_out)))).to(self.loop.device)
         pairs = torch.cat([images, ema.decode(ema.encode(images).mean)])
         save_png(enlarge(grid(pairs / 2 + 0.5, columns=len(images))), folder / "reconstructions.png")
@@ -107,10 +99,9 @@ class AutoencoderTask:
 def reconstruction_figures(
     autoencoder: Autoencoder, network: FeatureNetwork, images: ShardReader, count: int
 ) -> dict[str, float]:
-    """Return PSNR in dB and Fréchet distance between originals and reconstructions from the posterior's mean.
+    """Return PSNR in dB and Fréchet distance of reconstructions from the posterior's mean.
 
-    Raises:
-        InputError: fewer than two images.
+    Fewer than two images raise an :class:`InputError`.
     """
     device = next(autoencoder.parameters()).device
     rows = torch.arange(min(count, len(images)))
@@ -118,26 +109,17 @@ def reconstruction_figures(
         raise InputError(f"{images.folder} holds {len(rows)} image. A Fréchet distance needs two or more")
     real, fake = FeatureStatistics.empty(network.dimensions), FeatureStatistics.empty(network.dimensions)
     ratios = []
-    for chunk in _chunks(rows, "reconstructions"):
-        batch = read_images(images, chunk).to(device)
+    for batch in image_chunks(images, rows, "reconstructions"):
+        batch = batch.to(device)
         output = check_finite(autoencoder.decode(autoencoder.encode(batch).mean)).clamp(-1, 1)
         ratios.append(psnr(output / 2 + 0.5, batch / 2 + 0.5))
         real.add(network(batch / 2 + 0.5).cpu())
         fake.add(network(output / 2 + 0.5).cpu())
-    distance = frechet_distance(real, fake)
     return {
         "psnr": float(torch.cat(ratios).mean()),
-        f"reconstruction FD ({network.name})": distance,
+        f"reconstruction FD ({network.name})": frechet_distance(real, fake),
         "images": len(rows),
     }
-
-
-def _chunks(rows: Tensor, description: str) -> Iterator[Tensor]:
-    """Yield parts of ``rows`` that fit through the networks at once, with a progress bar."""
-    with tqdm(total=len(rows), desc=description, unit="img", leave=False) as bar:
-        for chunk in rows.split(_CHUNK):
-            yield chunk
-            bar.update(len(chunk))
 
 
 def latent_statistics(autoencoder: Autoencoder, images: ShardReader, rows: Tensor) -> dict[str, Any]:
@@ -150,8 +132,8 @@ def latent_statistics(autoencoder: Autoencoder, images: ShardReader, rows: Tenso
     device = next(autoencoder.parameters()).device
     generator = torch.Generator().manual_seed(0)
     latents = []
-    for chunk in _chunks(rows, "scale and shift"):
-        posterior = autoencoder.encode(read_images(images, chunk).to(device))
+    for batch in image_chunks(images, rows, "scale and shift"):
+        posterior = autoencoder.encode(batch.to(device))
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
         latents.append(posterior.sample(noise).cpu().double())  # not every device has float64
     stacked = torch.cat(latents)

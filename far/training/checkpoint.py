@@ -29,6 +29,7 @@ from far.training.runs import list_checkpoints
 KEPT = 2
 _FILE_BYTES = 2**28
 _INDEX = "index.json"
+_READ_AGAIN = "Run the same command again, with --resume"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Checkpoint:
 
     def check_identity(self, ours: Mapping[str, Any]) -> None:
         """Raise an :class:`InputError` that names the first value in which a run's identity differs."""
-        theirs, remedy = self.values["identity"], "Resume with the original, or choose another folder"
+        theirs = self.values["identity"]
+        remedy = "Resume with the original, or choose another folder"
         if "classes" in ours and "classes" in theirs:
             check_same_classes(theirs["classes"], str(self.path), ours["classes"], "this run's data", remedy)
         for name, value in ours.items():
@@ -59,28 +61,17 @@ class Checkpoint:
             InputError: the targets have other names or shapes.
         """
         ours = {name: list(target.shape) for name, target in targets.items()}
-        differing = sorted(
-            name for name in ours.keys() | self.shapes if ours.get(name) != self.shapes.get(name)
-        )
-        if differing:
-            name = differing[0]
-            shapes = (
-                f"{name} is {self.shapes.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
-            )
-            raise InputError(
-                f"{self.path} is of another model ({shapes}). Resume with the recipe that it was trained with"
-            )
-        try:
-            with _quiet(processes):
-                dcp.load(
-                    targets,
-                    storage_reader=dcp.HuggingFaceStorageReader(str(self.path)),
-                    no_dist=processes.count == 1,
+        for name in sorted(ours.keys() | self.shapes):
+            here, there = ours.get(name, "missing"), self.shapes.get(name, "missing")
+            if here != there:
+                raise InputError(
+                    f"{self.path} is of another model ({name} is {there} there and {here} here). Resume with "
+                    "the recipe that it was trained with"
                 )
-        except (Exception, CheckpointException) as error:
-            raise InputError(
-                f"cannot read {self.path}: {_reason(error)}. Run the same command again, with --resume"
-            ) from error
+        # torch may raise anything for damaged files.
+        with _in_one_line(f"cannot read {self.path}", _READ_AGAIN, Exception, CheckpointException):
+            reader = dcp.HuggingFaceStorageReader(str(self.path))
+            dcp.load(targets, storage_reader=reader, no_dist=processes.count == 1)
 
 
 def named_tensors(state: dict[Any, Any], prefix: str = "") -> dict[str, Tensor]:
@@ -106,10 +97,10 @@ def save_checkpoint(
     Args:
         folder: of the run's checkpoints, on a disk that all ranks see.
         step: number of finished steps.
-        tensors: the same names on every rank, whole or as shards.
+        tensors: whole or as shards; every rank has the same names.
         values: JSON values: the task's ``identity``, ``dtype``, ``scaler``, and the numbers of ``skipped``
             steps in all and in a row.
-        processes: those that train.
+        processes: ranks that train.
     """
     path = folder / f"step-{step:08d}"
     with contextlib.ExitStack() as stack:
@@ -130,21 +121,15 @@ def save_checkpoint(
 
 def _write(path: Path, temporary: Path, tensors: dict[str, Tensor], processes: Processes) -> dict[str, str]:
     """Write the tensors into ``temporary``, and return the SHA-256 of each file. Errors name ``path``."""
-    try:
-        with _quiet(processes):
-            numbers = _file_numbers(tensors, processes)
-            writer = dcp.HuggingFaceStorageWriter(
-                str(temporary), fqn_to_index_mapping=numbers, save_distributed=True
-            )
-            dense = {
-                name: tensor if isinstance(tensor, DTensor) else tensor.contiguous()
-                for name, tensor in tensors.items()
-            }
-            dcp.save(dense, storage_writer=writer, no_dist=processes.count == 1)
-    except (OSError, CheckpointException) as error:
-        raise InputError(
-            f"cannot write {path}: {_reason(error)}. Check the free space, then add --resume"
-        ) from error
+    numbers = _file_numbers(tensors, processes)
+    writer = dcp.HuggingFaceStorageWriter(str(temporary), fqn_to_index_mapping=numbers, save_distributed=True)
+    dense = {
+        name: tensor if isinstance(tensor, DTensor) else tensor.contiguous()
+        for name, tensor in tensors.items()
+    }
+    remedy = "Check the free space, then add --resume"
+    with _in_one_line(f"cannot write {path}", remedy, OSError, CheckpointException):
+        dcp.save(dense, storage_writer=writer, no_dist=processes.count == 1)
     return _digests(temporary, processes)
 
 
@@ -180,20 +165,14 @@ def open_checkpoint(path: Path, processes: Processes = Processes()) -> Checkpoin
     Raises:
         InputError: it is incomplete or damaged, or the disk cannot be read.
     """
-    try:
-        with noticed(f"reading {path}"):
-            checkpoint = _open(path, processes)
-        _check_values(checkpoint)
-        return checkpoint
-    except (OSError, dist.DistError) as error:
-        raise InputError(
-            f"cannot read {path}: {_reason(error)}. Run the same command again, with --resume"
-        ) from error
-    except (InputError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise InputError(
-            f"checkpoint {path} is incomplete or damaged ({_reason(error)}). Remove it, then --resume "
-            "continues from the one before it"
-        ) from error
+    remedy = "Remove it, then --resume continues from the one before it"
+    damage = (InputError, LookupError, TypeError, ValueError, AttributeError, OverflowError)
+    with (
+        noticed(f"reading {path}"),
+        _in_one_line(f"cannot read {path}", _READ_AGAIN, OSError, dist.DistError),
+        _in_one_line(f"checkpoint {path} is incomplete or damaged", remedy, *damage),
+    ):
+        return _open(path, processes)
 
 
 def _open(path: Path, processes: Processes) -> Checkpoint:
@@ -204,37 +183,32 @@ def _open(path: Path, processes: Processes) -> Checkpoint:
     for name in listed.keys() | actual:
         if listed.get(name) != actual.get(name):
             raise ValueError(f"{name} is missing, or its checksum differs")
-    if not isinstance(index["values"], dict) or not isinstance(index["shapes"], dict):
+    step, values, shapes = index["step"], index["values"], index["shapes"]
+    if path.name != f"step-{step:08d}":
+        raise ValueError(f"its step is {step}")
+    if not all(isinstance(value, dict) for value in (values, shapes, values["identity"])):
         raise ValueError(f"{_INDEX} has an unknown form")
-    return Checkpoint(path, index["step"], index["values"], index["shapes"])
-
-
-def _check_values(checkpoint: Checkpoint) -> None:
-    if checkpoint.path.name != f"step-{checkpoint.step:08d}":
-        raise ValueError(f"its step is {checkpoint.step}")
-    identity, dtype, skipped, scaler = (
-        checkpoint.values[name] for name in ("identity", "dtype", "skipped", "scaler")
-    )
-    if not isinstance(identity, dict) or not isinstance(identity.get("classes", []), list):
-        raise ValueError("its identity has an unknown form")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"its dtype is {dtype!r}")
-    numbers = (*skipped, *(int(value) for value in scaler.values()))
+    if not isinstance(values["identity"].get("classes", []), list):
+        raise ValueError("its classes are not a list")
+    if values["dtype"] not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"its dtype is {values['dtype']!r}")
+    skipped = values["skipped"]
+    numbers = (*skipped, *(int(value) for value in values["scaler"].values()))
     if len(skipped) != 2 or not all(isinstance(number, int) for number in numbers):
         raise ValueError("its numbers of skipped steps, or of the loss's scale, are not numbers")
+    return Checkpoint(path, step, values, shapes)
 
 
 @contextlib.contextmanager
-def _quiet(processes: Processes) -> Iterator[None]:
-    """Suppress torch's warning that there is a single process, if there is."""
-    with warnings.catch_warnings():
-        if processes.count == 1:
+def _in_one_line(failure: str, remedy: str, *kinds: type[BaseException]) -> Iterator[None]:
+    """Turn errors of ``kinds`` into an :class:`InputError`; suppress torch's warning of a single process."""
+    try:
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
-
-
-def _reason(error: BaseException) -> str:
-    """Return an error's message in one line; the first failure if several ranks failed."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split())[:200] or type(error).__name__
+            yield
+    except kinds as error:
+        cause: BaseException = error
+        if isinstance(error, CheckpointException):  # failures by rank
+            cause = next(iter(error.failures.values()))[0]
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+        raise InputError(f"{failure}: {reason}. {remedy}") from error

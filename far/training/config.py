@@ -1,12 +1,10 @@
 """Configurations of the trainings. Imports no torch, so that recipes are checked without it."""
 
 import dataclasses
-import math
-import typing
 from typing import Literal
 
 from far.autoencoder_config import AutoencoderConfig
-from far.config import check_count, check_seed
+from far.config import check_count, check_seed, check_types
 from far.devices import TrainingDtype, check_device_name
 from far.errors import InputError
 from far.model_config import NetworkConfig
@@ -74,30 +72,21 @@ class LoopConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", str(self.device))
         check_device_name(self.device)
-        for name, hint in typing.get_type_hints(type(self)).items():
-            choices = typing.get_args(hint)
-            if typing.get_origin(hint) is Literal and getattr(self, name) not in choices:
-                raise InputError(f"{name} {getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        for name in (
-            "steps",
-            "batch_size",
-            "micro_batches",
-            "max_skipped_steps",
-            "log_every",
-            "checkpoint_every",
-            "evaluate_every",
-        ):
-            check_count(name, getattr(self, name), 2**20 if name.startswith(("batch", "micro")) else 2**40)
+        check_types(self)
+        for name in ("batch_size", "micro_batches"):
+            check_count(name, getattr(self, name), 2**20)
+        for name in ("steps", "max_skipped_steps", "log_every", "checkpoint_every", "evaluate_every"):
+            check_count(name, getattr(self, name), 2**40)
         for name in ("learning_rate", "gradient_clip", "head_learning_rate"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name} {value} must be positive, and finite")
-        for name, value in (("weight_decay", self.weight_decay), ("warmup_steps", self.warmup_steps)):
-            if not 0 <= value < math.inf:
-                raise InputError(f"{name} {value} must be at least 0, and finite")
+            if value is not None and value <= 0:
+                raise InputError(f"{name} {value} must be positive")
+        for name in ("weight_decay", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} {getattr(self, name)} must be at least 0")
         if self.batch_size % self.micro_batches:
             raise InputError(
-                f"micro_batches {self.micro_batches} must divide the batch_size {self.batch_size}"
+                f"batch_size {self.batch_size} is not a multiple of micro_batches {self.micro_batches}"
             )
         check_seed("seed", self.seed)
         if not 0 <= self.ema_decay < 1:
@@ -226,12 +215,11 @@ class TrajectoryConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)} must be positive")
         check_label_drop(self.label_drop)
-        if not (math.isfinite(self.max_guidance) and self.max_guidance > 1):
-            raise InputError(f"max_guidance {self.max_guidance} must be a number above 1")
-        if self.token_limit is not None and not self.token_limit > 0:
-            raise InputError(
-                f"token_limit {self.token_limit} is not positive. Give a positive number, or null"
-            )
+        check_types(self)
+        if self.max_guidance <= 1:
+            raise InputError(f"max_guidance {self.max_guidance} must be above 1")
+        if self.token_limit is not None and self.token_limit <= 0:
+            raise InputError(f"token_limit {self.token_limit} must be positive, or null")
         check_seed("seed", self.seed)
 
 
@@ -262,9 +250,9 @@ class DistillationConfig:
         if size % GROUP:
             raise InputError(f"training.batch_size / micro_batches is {size}. Make it a multiple of {GROUP}")
         if self.trajectories.images <= GROUP:
+            images = f"trajectories.images {self.trajectories.images}"
             raise InputError(
-                f"trajectories.images {self.trajectories.images} leaves nothing to train on. Give more than "
-                f"{GROUP}, which are held out"
+                f"{images} leaves nothing to train on. Give more than {GROUP}, which are held out"
             )
         if self.samples_per_token < 1:
             raise InputError(f"samples_per_token {self.samples_per_token} must be positive")

@@ -12,19 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from far.config import to_dict
 from far.data.shards import ShardReader
 from far.heads import Condition, FlowMapConfig
 from far.heads.flow_map import FlowMapHead
 from far.model import FAR
-from far.pictures import contact_sheet, save_png
 from far.pipeline import Pipeline
-from far.progress import ImageBar
 from far.seeds import seeded
 from far.training.adapters import adapters, add_adapters, merged
 from far.training.config import GROUP, DistillationConfig, LoopConfig
 from far.training.epochs import epoch_rows
 from far.training.loop import published, resolve_loop
+from far.training.sample_sheet import write_sample_sheet
 from far.training.trajectories import POINTS
 
 # The inputs of an adapted backbone. Without adapters its z is read instead.
@@ -60,16 +58,12 @@ class DistillationTask:
 
     def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
         """Return groups of the head, which may have its own learning rate, and of the adapters, if any."""
-        head_rate = config.learning_rate if config.head_learning_rate is None else config.head_learning_rate
-        rates = (
-            (list(self.module.head.parameters()), head_rate),
-            (adapters(self.module.backbone), config.learning_rate),
-        )
-        return [
-            {"params": parameters, "lr": rate, "weight_decay": config.weight_decay}
-            for parameters, rate in rates
-            if parameters
+        rate, head_rate = config.learning_rate, config.head_learning_rate or config.learning_rate
+        groups = [
+            {"params": list(self.module.head.parameters()), "lr": head_rate},
+            {"params": adapters(self.module.backbone), "lr": rate},
         ]
+        return [{**group, "weight_decay": config.weight_decay} for group in groups if group["params"]]
 
     def batch(self, number: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Return the rows of whole groups; see :func:`far.training.trajectories.write_trajectories`."""
@@ -91,37 +85,32 @@ class DistillationTask:
         """Return the squared error of the mean velocity between two random points of each trajectory."""
         head = self.module.head
         assert isinstance(head, FlowMapHead)
-        paths, scale, z = (
-            batch["paths"].flatten(0, 1),
-            batch["scale"].flatten(),
-            self._conditions(self.module, batch).flatten(0, 1),
-        )
-        start, end = draw_spans((self.config.samples_per_token, len(paths)), generator)
-        s, t = start.to(paths.device) / (POINTS - 1), end.to(paths.device) / (POINTS - 1)
+        paths, scale = batch["paths"].flatten(0, 1), batch["scale"].flatten()
+        z = self._conditions(self.module, batch).flatten(0, 1)
+        spans = draw_spans((self.config.samples_per_token, len(paths)), generator)
+        start, end = (points.to(paths.device) for points in spans)
+        s, t = start / (POINTS - 1), end / (POINTS - 1)
         token = torch.arange(len(paths), device=paths.device)
-        x, goal = paths[token, start.to(paths.device)], paths[token, end.to(paths.device)]
+        x, goal = paths[token, start], paths[token, end]
         target = (goal - x) / (t - s).unsqueeze(-1)
-        loss = (head.mean_velocity(x, s, t, z, scale) - target).square().mean()
-        return loss, {}
+        return (head.mean_velocity(x, s, t, z, scale) - target).square().mean(), {}
 
     def _conditions(self, module: FAR, batch: dict[str, Tensor]) -> Tensor:
         """Return ``z [b, m, width]``: as read, or from the adapted backbone, one group at a time."""
         if not self.config.adapter_rank:
             return batch["z"]
         module.backbone.eval()  # no dropout: the trajectories were computed without
-        parts = []
-        for tokens, order, known, query, labels in zip(
-            *(batch[name].split(GROUP) for name in _BACKBONE_INPUTS)
-        ):
-            parts.append(module.backbone(tokens, order[:, : int(known[0])], query, labels))
-        return torch.cat(parts)
+        groups = zip(*(batch[name].split(GROUP) for name in _BACKBONE_INPUTS))
+        return torch.cat(
+            [
+                module.backbone(tokens, order[:, : int(known[0])], query, labels)
+                for tokens, order, known, query, labels in groups
+            ]
+        )
 
     @torch.no_grad()
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """Return the errors of 1, 2 and 4 steps on held-out trajectories, and write a sample sheet.
-
-        Errors are RMS distances to the ends of trajectories, in standard deviations of the latents.
-        """
+        """Return RMS errors of 1, 2 and 4 steps on held-out trajectories, and write a sample sheet."""
         assert isinstance(ema, FAR)
         assert isinstance(ema.head, FlowMapHead)
         batch = self._read(torch.tensor([self.groups]))
@@ -132,53 +121,38 @@ class DistillationTask:
             figures[f"error of {steps} steps"] = math.sqrt(float((drawn - end).square().mean()))
         pipeline = self._pipeline(ema)
         if pipeline.autoencoder is not None:
-            shown = sorted(number % len(pipeline.classes) for number in range(64))
-            with ImageBar(len(shown), "sample sheet", leave=False) as bar:
-                images = pipeline.draw(shown, range(64), callback=bar.ar_step)
-            save_png(
-                contact_sheet(images, shown), folder / "samples" / f"step-{step:08d}.png", {"step": step}
-            )
+            labels = sorted(number % len(pipeline.classes) for number in range(64))
+            write_sample_sheet(pipeline, labels, folder, step)
         return figures
 
     def publish(self, ema: nn.Module, folder: Path, step: int, results: dict[str, Any]) -> None:
         """Write the EMA weights as a pipeline folder, with merged adapters."""
-        recipe = {**to_dict(self.config), "training": published(self.config.training)}
         pipeline = self._pipeline(ema)
         pipeline.results = results
         pipeline.training = {
             "command": "far distill",
             "finished steps": step,
-            "recipe": recipe,
+            "recipe": published(self.config),
             "teacher": self.teacher.training,
         }
         pipeline.save_pretrained(folder)
 
     def _pipeline(self, ema: nn.Module) -> Pipeline:
         assert isinstance(ema, FAR)
-        teacher = self.teacher
+        teacher, defaults = self.teacher, self.teacher.defaults
         # The student's head has learned guidance, so one pass of the backbone suffices.
-        guidance = min(teacher.defaults.guidance, self.config.trajectories.max_guidance)
-        defaults = dataclasses.replace(
-            teacher.defaults, head_steps=2, guidance=guidance, guidance_passes=None
-        )
+        guidance = min(defaults.guidance, self.config.trajectories.max_guidance)
+        defaults = dataclasses.replace(defaults, head_steps=2, guidance=guidance, guidance_passes=None)
         return Pipeline(merged(ema), teacher.autoencoder, teacher.classes, defaults)
 
 
 def _student(teacher: FAR, config: DistillationConfig) -> FAR:
     """Return the teacher's backbone, frozen, with an untrained flow-map head of the teacher's size."""
-    size = teacher.config.network.head
-    head = FlowMapConfig(
-        size.width,
-        size.depth,
-        max(2, config.samples_per_token),
-        max_guidance=config.trajectories.max_guidance,
-    )
+    size, guidance = teacher.config.network.head, config.trajectories.max_guidance
+    head = FlowMapConfig(size.width, size.depth, max(2, config.samples_per_token), max_guidance=guidance)
+    network = dataclasses.replace(teacher.config.network, head=head)
     with seeded(config.training.seed):
-        student = FAR(
-            dataclasses.replace(
-                teacher.config, network=dataclasses.replace(teacher.config.network, head=head)
-            )
-        )
+        student = FAR(dataclasses.replace(teacher.config, network=network))
     student.backbone.load_state_dict(teacher.backbone.state_dict())
     student.backbone.requires_grad_(False)
     return student

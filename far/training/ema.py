@@ -19,21 +19,14 @@ class Ema:
         self.decay = decay
         self.module = copy.deepcopy(trained).eval().requires_grad_(False)
 
-    def decay_at(self, step: int) -> float:
-        """Return the decay after optimizer step ``step`` (0, 1, …)."""
-        return min(self.decay, (1 + step) / (10 + step))
-
     @torch.no_grad()
     def update(self, trained: nn.Module, step: int) -> None:
-        """Move the average toward ``trained`` after optimizer step ``step``."""
-        weight = 1 - self.decay_at(step)
+        """Move the average toward ``trained`` after optimizer step ``step`` (0, 1, …)."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        pairs = list(zip(self.module.parameters(), trained.parameters(), strict=True))
         # Frozen parameters equal their average. Skip them: reading a whole backbone costs more than training
         # the head.
-        pairs = [
-            pair
-            for pair in zip(self.module.parameters(), trained.parameters(), strict=True)
-            if pair[1].requires_grad
-        ]
+        pairs = [(average, parameter) for average, parameter in pairs if parameter.requires_grad]
         averages = [own(average) for average, _ in pairs]
         # A sharded average takes the matching shard of the parameter, a whole one the whole parameter.
         current = [

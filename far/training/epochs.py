@@ -1,11 +1,17 @@
-"""Data order: the rows of each batch, as a function of its number and the seed."""
+"""Data order: rows of each training batch, by its number and the seed, and images in chunks."""
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from far.data.image_sets import read_images
+from far.data.shards import ShardReader
 from far.seeds import seeded_generator
+
+CHUNK = 100
 
 
 def epoch_rows(number: int, batch_size: int, rows: int, seed: int) -> Tensor:
@@ -27,3 +33,11 @@ def epoch_rows(number: int, batch_size: int, rows: int, seed: int) -> Tensor:
 @functools.lru_cache(maxsize=2)
 def _permutation(rows: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(rows, generator=seeded_generator(epoch, seed))
+
+
+def image_chunks(images: ShardReader, rows: Tensor, description: str) -> Iterator[Tensor]:
+    """Yield images ``[n, 3, h, w]`` of ``rows``, at most 100 at a time, with a progress bar."""
+    with tqdm(total=len(rows), desc=description, unit="img", leave=False) as bar:
+        for chunk in rows.split(CHUNK):
+            yield read_images(images, chunk)
+            bar.update(len(chunk))

@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from far.autoencoder import Autoencoder
 from far.classes import check_same_classes
-from far.config import to_dict
-from far.data.image_sets import check_meta, fingerprint, open_held_out, read_images
+from far.data.image_sets import check_meta, fingerprint, open_held_out
 from far.data.latents import LatentCache
 from far.data.shards import ShardReader
 from far.errors import InputError
@@ -19,15 +17,14 @@ from far.evaluation.features import FeatureNetwork, load_feature_network
 from far.evaluation.metrics import FeatureStatistics, frechet_distance
 from far.files import json_digest
 from far.model import FAR, ModelConfig
-from far.pictures import contact_sheet, save_png
 from far.pipeline import Pipeline
 from far.progress import ImageBar
 from far.seeds import seeded
 from far.training.config import GeneratorRecipe, LoopConfig
-from far.training.epochs import epoch_rows
+from far.training.epochs import CHUNK, epoch_rows, image_chunks
 from far.training.loop import published, resolve_loop
+from far.training.sample_sheet import write_sample_sheet
 
-_CHUNK = 100
 _TIME_BUCKETS = 4
 
 
@@ -76,10 +73,9 @@ class GeneratorTask:
     def _network(self, latents: Path) -> FAR:
         """Return the module to train, with the frozen backbone if there is one."""
         config, autoencoder = self.config, self.autoencoder
-        side = self.latents.meta["size"] // autoencoder.config.stride
-        sizes = ModelConfig(
-            config.network, len(self.classes), autoencoder.config.latent_channels, (side, side)
-        )
+        grid = (self.latents.meta["size"] // autoencoder.config.stride,) * 2
+        channels = autoencoder.config.latent_channels
+        sizes = ModelConfig(config.network, len(self.classes), channels, grid)
         with seeded(config.training.seed):
             module = FAR(sizes)
         if config.frozen_backbone is not None:
@@ -99,14 +95,13 @@ class GeneratorTask:
 
         A frozen backbone has no group.
         """
-        decayed: list[Tensor] = []
-        plain: list[Tensor] = []
-        for parameter in filter(lambda parameter: parameter.requires_grad, self.module.backbone.parameters()):
-            (decayed if parameter.dim() > 1 else plain).append(parameter)
-        head_rate = config.learning_rate if config.head_learning_rate is None else config.head_learning_rate
+        trained = [parameter for parameter in self.module.backbone.parameters() if parameter.requires_grad]
+        decayed = [parameter for parameter in trained if parameter.dim() > 1]
+        plain = [parameter for parameter in trained if parameter.dim() <= 1]
+        rate, head_rate = config.learning_rate, config.head_learning_rate or config.learning_rate
         groups = [
-            {"params": decayed, "lr": config.learning_rate, "weight_decay": config.weight_decay},
-            {"params": plain, "lr": config.learning_rate, "weight_decay": 0.0},
+            {"params": decayed, "lr": rate, "weight_decay": config.weight_decay},
+            {"params": plain, "lr": rate, "weight_decay": 0.0},
             {"params": list(self.module.head.parameters()), "lr": head_rate, "weight_decay": 0.0},
         ]
         return [group for group in groups if group["params"]]
@@ -131,40 +126,27 @@ class GeneratorTask:
                 values[f"loss_t{bucket / _TIME_BUCKETS:.2f}"] = chosen.mean()
         return loss.value.mean(), values
 
+    @torch.no_grad()
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
         """Write a sample sheet, one row per class, and return the Fréchet distance to held-out images."""
-        pipeline = self._pipeline(ema)
-        self._write_sheet(pipeline, folder / "samples" / f"step-{step:08d}.png", step)
-        network, classes, images = self.features, len(self.classes), self.config.evaluation.images
-        with torch.no_grad():
-            if self._reference is None:
-                self._reference = self._held_out_statistics()
-            drawn = FeatureStatistics.empty(network.dimensions)
-            with ImageBar(images, "images for the quick distance", leave=False) as bar:
-                for start in range(0, images, _CHUNK):
-                    labels = [index % classes for index in range(start, min(start + _CHUNK, images))]
-                    seeds = range(1000 + start, 1000 + start + len(labels))
-                    drawn.add(network(pipeline.draw(labels, seeds, callback=bar.ar_step)).cpu())
+        pipeline, network, classes = self._pipeline(ema), self.features, len(self.classes)
+        images, per_class = self.config.evaluation.images, self.config.evaluation.grid_per_class
+        shown = [label for label in range(min(classes, 32)) for _ in range(per_class)]
+        write_sample_sheet(pipeline, shown, folder, step)
+        if self._reference is None:
+            self._reference = self._held_out_statistics()
+        drawn = FeatureStatistics.empty(network.dimensions)
+        with ImageBar(images, "images for the quick distance", leave=False) as bar:
+            for numbers in torch.arange(images).split(CHUNK):
+                labels, seeds = (numbers % classes).tolist(), (1000 + numbers).tolist()
+                drawn.add(network(pipeline.draw(labels, seeds, callback=bar.ar_step)).cpu())
         return {f"quick FD ({network.name})": frechet_distance(drawn, self._reference)}
-
-    def _write_sheet(self, pipeline: Pipeline, path: Path, step: int) -> None:
-        shown = [
-            label
-            for label in range(min(len(self.classes), 32))
-            for _ in range(self.config.evaluation.grid_per_class)
-        ]
-        with ImageBar(len(shown), "sample sheet", leave=False) as bar:
-            images = pipeline.draw(shown, range(len(shown)), callback=bar.ar_step)
-        save_png(contact_sheet(images, shown), path, {"step": step})
 
     def _held_out_statistics(self) -> FeatureStatistics:
         statistics = FeatureStatistics.empty(self.features.dimensions)
-        count = min(self.config.evaluation.references, len(self.held_out))
-        with tqdm(total=count, desc="features of held-out images", unit="img", leave=False) as bar:
-            for rows in torch.arange(count).split(_CHUNK):
-                images = read_images(self.held_out, rows).to(self.config.training.device)
-                statistics.add(self.features(images / 2 + 0.5).cpu())
-                bar.update(len(rows))
+        rows = torch.arange(min(self.config.evaluation.references, len(self.held_out)))
+        for images in image_chunks(self.held_out, rows, "features of held-out images"):
+            statistics.add(self.features(images.to(self.config.training.device) / 2 + 0.5).cpu())
         return statistics
 
     def publish(self, ema: nn.Module, folder: Path, step: int, results: dict[str, Any]) -> None:
@@ -185,7 +167,7 @@ def _recorded(config: GeneratorRecipe) -> dict[str, Any]:
     backbone = config.frozen_backbone
     if backbone is not None and Path(backbone).is_dir():
         backbone = Path(backbone).resolve().name
-    return {**to_dict(config), "training": published(config.training), "frozen_backbone": backbone}
+    return {**published(config), "frozen_backbone": backbone}
 
 
 def _copy_backbone(
@@ -198,22 +180,16 @@ def _copy_backbone(
     """
     pipeline, source = Pipeline.from_pretrained(weights, device="cpu"), f"the backbone of {weights}"
     trained = pipeline.model
-    ours, theirs = module.config.network, trained.config.network
-    if (theirs.backbone, theirs.spherical, trained.config.token_channels) != (
-        ours.backbone,
-        ours.spherical,
-        module.config.token_channels,
-    ):
+    theirs, ours = (
+        (each.network.backbone, each.network.spherical, each.token_channels)
+        for each in (trained.config, module.config)
+    )
+    if theirs != ours:
         raise InputError(
             f"{source} differs from the recipe's. Give both the same network.backbone, spherical and patch"
         )
-    check_same_classes(
-        pipeline.classes,
-        source,
-        classes,
-        str(latents),
-        "Train on the same classes, or train the backbone too",
-    )
+    remedy = "Train on the same classes, or train the backbone too"
+    check_same_classes(pipeline.classes, source, classes, str(latents), remedy)
     if trained.config.grid != module.config.grid:
         raise InputError(
             f"{source} was trained on {list(trained.config.grid)} latents per image, but {latents} has "

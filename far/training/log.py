@@ -1,7 +1,6 @@
 """Reports of a training: ``log.jsonl``, TensorBoard, progress bar, and the means between two log lines."""
 
 import contextlib
-import itertools
 import json
 import math
 import statistics
@@ -41,19 +40,14 @@ class Meter:
 
     def read(self, processes: Processes) -> dict[str, float]:
         """Return the means over all ranks and restart. A value may be missing on some ranks."""
-        by_rank = processes.gather(
-            {name: torch.stack(values).float().tolist() for name, values in self.values.items()}
-        )
-        names = dict.fromkeys(name for values in by_rank for name in values)
-        means = {
-            name: statistics.fmean(itertools.chain(*(values.get(name, ()) for values in by_rank)))
-            for name in names
-        }
-        result = {
-            **means,
-            "images_per_second": self.images / self.seconds,
-            "loader_share": self.loading / self.seconds,
-        }
+        joined: dict[str, list[float]] = {}
+        own = {name: torch.stack(values).float().tolist() for name, values in self.values.items()}
+        for values in processes.gather(own):
+            for name, numbers in values.items():
+                joined.setdefault(name, []).extend(numbers)
+        result = {name: statistics.fmean(numbers) for name, numbers in joined.items()}
+        result["images_per_second"] = self.images / self.seconds
+        result["loader_share"] = self.loading / self.seconds
         self.restart()
         return result
 
@@ -96,10 +90,6 @@ class TrainingLog:
         self.bar.close()
         if self.board is not None:
             self.board.close()
-
-    def advance(self) -> None:
-        """Move the bar by one step."""
-        self.bar.update()
 
     def show(self, figures: str) -> None:
         """Show the newest figures behind the bar."""

@@ -1,12 +1,12 @@
 """The training loop that autoencoder, generator and distilled head share.
 
-The loop owns the optimizer, the learning rate, the EMA and checkpoints. A :class:`Task` provides module,
-batches, loss and evaluation. A step consists of micro-batches. Every random draw of micro-batch p comes from
-a generator seeded by (seed, p), so a resumed run repeats an uninterrupted one, and several processes repeat a
-single one.
+The loop owns optimizer, learning rate, EMA and checkpoints. A :class:`Task` provides module, batches, loss
+and evaluation. A step consists of micro-batches. Every random draw of micro-batch p comes from a generator
+seeded by (seed, p), so a resumed run repeats an uninterrupted one, and several processes repeat a single one.
 """
 
 import dataclasses
+import itertools
 import math
 import sys
 import time
@@ -58,15 +58,13 @@ class Task(Protocol):
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
         """Return figures of the EMA weights on held-out data. May write sample sheets into ``folder``.
 
-        Raises:
-            NotFiniteError: the weights give values that are not finite. Training continues.
+        After a :class:`NotFiniteError`, which early weights can cause, training continues.
         """
 
     def publish(self, ema: nn.Module, folder: Path, step: int, results: dict[str, Any]) -> None:
         """Write the EMA weights after ``step`` steps in the form that other commands load.
 
-        ``results`` are the figures of the newest evaluation and its ``step``; empty before the first
-        evaluation.
+        ``results`` are the newest evaluation's figures and ``step``; empty before the first one.
         """
 
 
@@ -96,10 +94,7 @@ def resolve_loop(
 ) -> LoopConfig:
     """Replace ``auto`` by this machine's device and the dtype that suits it. All ranks take rank 0's dtype.
 
-    Args:
-        config: of the training.
-        folder: of a run to resume. ``auto`` keeps the dtype of its newest checkpoint.
-        processes: those that train.
+    In the ``folder`` of a run to resume, ``auto`` keeps the dtype of its newest checkpoint.
 
     Raises:
         InputError: the device cannot be used here.
@@ -111,9 +106,11 @@ def resolve_loop(
     return dataclasses.replace(config, device=str(device), dtype=dtype)
 
 
-def published(config: LoopConfig) -> dict[str, Any]:
-    """Return all values as a model stores them. The device is stored as its kind, without a number."""
-    return {**to_dict(config), "device": torch.device(config.device).type}
+def published(config: Any) -> dict[str, Any]:
+    """Return all values of a task's config as a model stores them: the device's kind without its number."""
+    values = to_dict(config)
+    values["training"]["device"] = torch.device(config.training.device).type
+    return values
 
 
 class Losses(nn.Module):
@@ -142,18 +139,15 @@ class Trainer:
         self.module = task.module.to(config.device).train()
         self.ema = Ema(self.module, config.ema_decay)
         self.losses: nn.Module = Losses(task)
-        if processes.count > 1:
-            self.losses = (
-                shard(self.losses, self.module, self.ema.module)
-                if config.parallel == "fsdp"
-                else replicate(self.losses)
-            )
+        if processes.count > 1 and config.parallel == "fsdp":
+            self.losses = shard(self.losses, self.module, self.ema.module)
+        elif processes.count > 1:
+            self.losses = replicate(self.losses)
         self.optimizer = torch.optim.AdamW(task.parameter_groups(config), betas=(0.9, 0.95), fused=True)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         # Small gradients underflow in float16, those of a scaled loss do not.
-        self.scaler = torch.amp.GradScaler(
-            torch.device(config.device).type, enabled=config.dtype == "float16"
-        )
+        self.device = torch.device(config.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == "float16")
         self.step, self.skipped_steps, self.skipped_in_a_row = 0, 0, 0
         self.results: dict[str, Any] = {}
         self.resumed_dtype: str | None = None
@@ -180,28 +174,17 @@ class Trainer:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return all tensors that training changes, by name. Writing into them changes the run."""
-        state = self.optimizer.state
-        optimizer = {
-            number: state[parameter]
-            for number, parameter in enumerate(self._parameters())
-            if parameter in state
-        }
-        return named_tensors(
-            {"module": self.module.state_dict(), "ema": self.ema.module.state_dict(), "optimizer": optimizer}
-        )
-
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        modules = {"module": self.module.state_dict(), "ema": self.ema.module.state_dict()}
+        return named_tensors({**modules, "optimizer": self.optimizer.state_dict()["state"]})
 
     def _allocate_moments(self, shapes: dict[str, list[int]]) -> None:
         """Create the optimizer state that a checkpoint holds. AdamW creates it when first used."""
-        for number, parameter in enumerate(self._parameters()):
+        parameters = itertools.chain(*(group["params"] for group in self.optimizer.param_groups))
+        for number, parameter in enumerate(parameters):
             if f"optimizer.{number}.step" in shapes:
-                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),
-                    **moments,
-                }
+                state = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                state["step"] = torch.zeros((), device=parameter.device)
+                self.optimizer.state[parameter] = state
 
     def save(self) -> None:
         """Publish the EMA weights, then write a checkpoint of the finished steps. All ranks take part."""
@@ -239,9 +222,8 @@ class Trainer:
         """
         config, meter = self.config, Meter()
         if self.step >= config.steps:
-            self._print(
-                f"{self.folder} is already trained to step {self.step}. Raise the recipe's steps to continue"
-            )
+            done = f"{self.folder} is already trained to step {self.step}"
+            self._print(f"{done}. Raise the recipe's steps to continue")
             return
         self._print(self._machine())
         log = TrainingLog(self.folder, config, self.step, self.processes)
@@ -251,7 +233,7 @@ class Trainer:
             evaluated = saved = self.step
             while self.step < config.steps and not self._stopped(interrupt):
                 self.train_step(meter)
-                log.advance()
+                log.bar.update()
                 if self._due(config.log_every, self.step - 1):
                     self._report(meter, log)
                 # Skipped steps may mean divergence: keep the last good checkpoint until a step succeeds.
@@ -272,9 +254,8 @@ class Trainer:
             # Wait for all ranks before signals end processes again.
             signum = max(self.processes.gather(interrupt.signum or 0))
         if self.step < config.steps:
-            self._print(
-                f"interrupted at step {self.step} and saved in {self.checkpoints}. Resume with --resume"
-            )
+            stopped = f"interrupted at step {self.step} and saved in {self.checkpoints}"
+            self._print(f"{stopped}. Resume with --resume")
             raise Interrupted(signum)
 
     def _stopped(self, interrupt: DeferredInterrupt) -> bool:
@@ -292,7 +273,7 @@ class Trainer:
             **meter.read(self.processes),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "skipped_steps": self.skipped_steps,
-            "device": torch.device(self.config.device).type,
+            "device": self.device.type,
             "dtype": self.config.dtype,
         }
         skipped = f", skipped {self.skipped_steps}" if self.skipped_steps else ""
@@ -305,7 +286,7 @@ class Trainer:
 
     def _machine(self) -> str:
         """Return a line with the device and dtype of this run."""
-        config, device = self.config, torch.device(self.config.device)
+        config, device = self.config, self.device
         line = f"{self.folder}: training on {device_title(device)} in {config.dtype}"
         if self.resumed_dtype not in (None, config.dtype):
             line += f", up to step {self.step} in {self.resumed_dtype}"
@@ -374,11 +355,8 @@ class Trainer:
         batch = self.task.batch(number, generator)
         loaded = time.perf_counter()
         with gradients_together(self.losses, together):
-            with torch.autocast(
-                torch.device(config.device).type,
-                getattr(torch, config.dtype),
-                enabled=config.dtype != "float32",
-            ):
+            dtype = getattr(torch, config.dtype)
+            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
                 loss, values = self.losses(self.step, batch, self.ema.module, generator)
             self.scaler.scale(loss / parts).backward()
         meter.add_time(0, loaded - start, time.perf_counter() - start)
@@ -386,11 +364,10 @@ class Trainer:
 
     def _diverged(self, scale: float) -> str:
         existing = list_checkpoints(self.checkpoints)
-        remedy = "Lower the learning rate"
-        if self.config.dtype == "float16":
-            remedy += " or take dtype bfloat16"
+        checkpoint = existing[-1][1] if existing else "none"
+        remedy = " or take dtype bfloat16" if self.config.dtype == "float16" else ""
         return (
             f"the loss or its gradient was not finite in {self.skipped_in_a_row} steps in a row, up to step "
-            f"{self.step} (learning rate {self.peaks[0] * scale:.3g}, last good checkpoint: "
-            f"{existing[-1][1] if existing else 'none'}). {remedy}, then add --resume"
+            f"{self.step} (learning rate {self.peaks[0] * scale:.3g}, last good checkpoint: {checkpoint}). "
+            f"Lower the learning rate{remedy}, then add --resume"
         )

@@ -4,9 +4,8 @@ A checkpoint does not depend on either (``far.training.checkpoint``), so a run r
 and with any number of processes.
 """
 
-import contextlib
 import copy
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -30,10 +29,7 @@ def shard(losses: nn.Module, module: nn.Module, ema: nn.Module) -> nn.Module:
 
     Blocks of the backbone are gathered one by one when they are computed, all other parameters for a whole
     step: heads are small, and some need forward-mode derivatives, which shards do not support. The EMA's head
-    is not sharded, because it provides targets in every step.
-
-    Raises:
-        InputError: the module is not a generator.
+    is not sharded, because it provides targets in every step. Only generators can be sharded.
     """
     if not isinstance(module, FAR) or not isinstance(ema, FAR):
         raise InputError(
@@ -49,19 +45,14 @@ def shard(losses: nn.Module, module: nn.Module, ema: nn.Module) -> nn.Module:
     return losses
 
 
-@contextlib.contextmanager
-def gradients_together(losses: nn.Module, together: bool) -> Iterator[None]:
+def gradients_together(losses: nn.Module, together: bool) -> AbstractContextManager[None]:
     """Average gradients over processes in backward passes within the block only if ``together``.
 
-    Shards always average: gradients left for a later pass would be whole, and need the memory that shards
-    save.
+    Shards always average: gradients kept for a later pass would be whole and take the memory shards save.
     """
-    with (
-        losses.no_sync()
-        if isinstance(losses, DistributedDataParallel) and not together
-        else contextlib.nullcontext()
-    ):
-        yield
+    if isinstance(losses, DistributedDataParallel) and not together:
+        return losses.no_sync()
+    return nullcontext()
 
 
 def whole(tensor: Tensor) -> Tensor:

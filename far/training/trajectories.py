@@ -34,9 +34,12 @@ from far.training.config import GROUP, TrajectoryConfig
 # Trajectories are kept at times 0, 1/8 … 1, with this many Heun steps from one point to the next.
 POINTS = 9
 SUBSTEPS = 2
-# Groups per shard, i.e. work lost on interruption, from a cache. If the teacher must draw the images, it is
-# 1.
+# Groups per shard, i.e. work lost on interruption, from a cache; 1 if the teacher must draw the images.
 _SHARD_GROUPS = 16
+
+Callback = Callable[[Progress], None]
+# Group number, generator and a callback for each AR step → latents [64, c, h, w] and labels [64].
+Images = Callable[[int, torch.Generator, Callback], tuple[Tensor, Tensor]]
 
 
 def load_teacher(folder: Path, config: TrajectoryConfig, device: str | torch.device) -> Pipeline:
@@ -67,15 +70,15 @@ def write_trajectories(
         teacher: the model to distill.
         weights: the teacher's folder. The checksum of its weights is kept with the rows.
         config: number of images, guidance and seed.
-        folder: of the trajectories.
+        folder: receives the trajectories.
         latents: a latent cache; ``None`` lets the teacher draw the images with its default sampling values.
-        processes: those that share the work.
+        processes: ranks that share the work.
 
     Raises:
         InputError: the teacher's head has no velocity, the latents are not the teacher's, or the folder holds
             other trajectories.
     """
-    source = "drawn by the teacher" if latents is None else _of_its_classes(latents, teacher).digest
+    source = "drawn by the teacher" if latents is None else _check_latents(latents, teacher).digest
     meta = {
         "kind": "trajectories", "teacher": sha256(weights / "model.safetensors"), "classes": teacher.classes,
         "sampling": to_dict(teacher.defaults), "latents": source, **dataclasses.asdict(config),
@@ -83,16 +86,13 @@ def write_trajectories(
     writer = ShardWriter(folder, meta, processes)
     if writer.complete:
         return
-    images = _open(teacher, latents, config.seed)
+    _check_velocity(teacher.model)
+    images = _drawn(teacher, config.seed) if latents is None else _cached(teacher, latents, config.seed)
     groups = -(-config.images // GROUP)
     bar = ImageBar(
-        groups,
-        "teacher's trajectories",
-        group=GROUP,
-        initial=writer.cursor,
-        smoothing=0,
+        groups, "teacher's trajectories", group=GROUP, initial=writer.cursor, smoothing=0,
         disable=processes.rank > 0,
-    )
+    )  # fmt: skip
 
     def pieces(numbers: range) -> Pieces:
         start = round(bar.n)
@@ -107,31 +107,19 @@ def write_trajectories(
         writer.fill(groups, 1 if latents is None else _SHARD_GROUPS, pieces, bar)
 
 
-# Group number, generator and a callback for each AR step, if there are any → latents [64, c, h, w] and labels
-# [64].
-Images = Callable[[int, torch.Generator, Callable[[Progress], None]], tuple[Tensor, Tensor]]
-
-
-def _open(teacher: Pipeline, latents: Path | None, seed: int) -> Images:
-    """Return the source of images, after checking that the head has a velocity (others raise an error)."""
-    model = teacher.model
+def _check_velocity(model: FAR) -> None:
+    """Raise the error of a head that has no velocity."""
     like = next(model.parameters())
-    z = like.new_zeros(1, model.backbone.width)
-    model.head.velocity(like.new_zeros(1, model.config.token_channels), like.new_zeros(1), Condition(z))
-    return _drawn(teacher, seed) if latents is None else _cached(teacher, latents, seed)
+    token, z = like.new_zeros(1, model.config.token_channels), like.new_zeros(1, model.backbone.width)
+    model.head.velocity(token, like.new_zeros(1), Condition(z))
 
 
-def _of_its_classes(folder: Path, teacher: Pipeline) -> ShardReader:
-    """Open the index of a latent cache, and check that its classes are the teacher's."""
+def _check_latents(folder: Path, teacher: Pipeline) -> ShardReader:
+    """Return the index of a latent cache, after checking that the teacher can draw such images."""
     reader = ShardReader(folder, "moments", index_only=True)
     check_meta(reader)
-    check_same_classes(
-        reader.meta["classes"],
-        str(folder),
-        teacher.classes,
-        "the teacher",
-        "Give latents of the teacher's own data",
-    )
+    remedy = "Give latents of the teacher's own data"
+    check_same_classes(reader.meta["classes"], str(folder), teacher.classes, "the teacher", remedy)
     return reader
 
 
@@ -152,9 +140,7 @@ def _cached(teacher: Pipeline, folder: Path, seed: int) -> Images:
         )
     order = torch.randperm(len(cache), generator=seeded_generator(seed))
 
-    def read(
-        group: int, generator: torch.Generator, step: Callable[[Progress], None]
-    ) -> tuple[Tensor, Tensor]:
+    def read(group: int, generator: torch.Generator, callback: Callback) -> tuple[Tensor, Tensor]:
         rows = order[torch.arange(group * GROUP, (group + 1) * GROUP) % len(order)]
         return cache.draw(rows, generator), cache.labels[rows].to(teacher.device)
 
@@ -164,13 +150,11 @@ def _cached(teacher: Pipeline, folder: Path, seed: int) -> Images:
 def _drawn(teacher: Pipeline, seed: int) -> Images:
     """Let the teacher draw the images of a group, every class equally often."""
 
-    def draw(
-        group: int, generator: torch.Generator, step: Callable[[Progress], None]
-    ) -> tuple[Tensor, Tensor]:
+    def draw(group: int, generator: torch.Generator, callback: Callback) -> tuple[Tensor, Tensor]:
         numbers = range(group * GROUP, (group + 1) * GROUP)
         labels = torch.tensor([number % len(teacher.classes) for number in numbers], device=teacher.device)
         noise = SeededNoise(numbers, teacher.device, seed)
-        return sample(teacher.model, labels, noise, teacher.defaults, callback=step), labels
+        return sample(teacher.model, labels, noise, teacher.defaults, callback=callback), labels
 
     return draw
 
@@ -193,23 +177,18 @@ def group_rows(
     scale = 1 + (config.max_guidance - 1) * torch.rand(query.shape, generator=generator).to(labels.device)
     noise = torch.randn(*query.shape, tokens.shape[-1], generator=generator).to(labels.device)
     condition = Condition(z, uncond, scale.unsqueeze(-1))
-    paths = trajectories(
-        lambda x, t: model.head.velocity(x, x.new_full(x.shape[:-1], t), condition),
-        noise,
-        POINTS,
-        SUBSTEPS,
-    )
-    half = {
-        name: tensor.to(torch.float16)
-        for name, tensor in (("tokens", tokens), ("z", z), ("scale", scale), ("paths", paths))
-    }
-    if not torch.isfinite(half["paths"]).all():
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        return model.head.velocity(x, x.new_full(x.shape[:-1], t), condition)
+
+    paths = trajectories(velocity, noise, POINTS, SUBSTEPS).half()
+    if not torch.isfinite(paths).all():
         raise InputError(
             "the teacher's trajectories exceed float16's range. Limit them, for example by "
             "trajectories.token_limit=5.0"
         )
     return {
-        **half,
+        "tokens": tokens.half(), "z": z.half(), "scale": scale.half(), "paths": paths,
         "labels": labels, "order": order, "query": query, "known": torch.full_like(labels, known),
     }  # fmt: skip
 
@@ -238,13 +217,9 @@ def draw_positions(
 def trajectories(
     velocity: Callable[[Tensor, float], Tensor], noise: Tensor, points: int, substeps: int
 ) -> Tensor:
-    """Integrate ``velocity`` from ``noise […, channels]``, and return the path ``[…, points, channels]``.
+    """Integrate ``velocity``, of tokens and a time, from ``noise […, channels]`` at time 0 to time 1.
 
-    Args:
-        velocity: of tokens and a time from 0 to 1.
-        noise: the path's start.
-        points: number of equally spaced times, including 0 and 1.
-        substeps: Heun steps between two points.
+    Return the path ``[…, points, channels]`` at equal intervals of ``substeps`` Heun steps each.
     """
     step = 1 / (points - 1)
     path = [noise]
