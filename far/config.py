@@ -117,9 +117,9 @@ def whole_number(name: str, value: Any) -> int:
     raise InputError(f"{name} {_shown(value)[:80]} is not a whole number")
 
 
-def plain_number(value: Any) -> Any:
-    """Return a number of numpy or torch as Python's own; other values as they are."""
-    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+def plain_value(value: Any) -> Any:
+    """Return a number or sequence of numpy or torch as Python's own; other values as they are."""
+    return value.tolist() if getattr(value, "ndim", None) in (0, 1) and hasattr(value, "tolist") else value
 
 
 def counted_seeds(seed: Any, count: int = 1) -> list[int]:

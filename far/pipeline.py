@@ -13,7 +13,7 @@ from torch import Tensor
 
 from far.autoencoder import Autoencoder
 from far.classes import class_number
-from far.config import check_count, counted_seeds, from_dict, listed, plain_number, whole_number
+from far.config import check_count, counted_seeds, from_dict, listed, plain_value, whole_number
 from far.devices import resolve_device
 from far.editing import image_pixels, mask_pixels, paste_kept, touched_tokens
 from far.errors import InputError
@@ -262,7 +262,7 @@ class Pipeline:
         values = dataclasses.asdict(self.defaults)
         for name, value in given.items():
             if value is not None or name not in values:
-                values[name] = plain_number(value)
+                values[name] = plain_value(value)
         return from_dict(SamplingConfig, values, "sampling values")
 
     def decode(self, latents: Tensor) -> Tensor:

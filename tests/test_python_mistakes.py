@@ -103,8 +103,10 @@ def test_sampling_value_of_another_type_is_named(pipeline: Pipeline, values: dic
 
 def test_sampling_values_of_numpy_and_tensors_work(pipeline: Pipeline) -> None:
     expected = pipeline.generate([0], ar_steps=2, guidance=2.0, head_steps=(2, 1), output="tensor")
-    given = {"ar_steps": np.int64(2), "guidance": torch.tensor(2.0), "head_steps": [2, 1]}
-    assert torch.equal(pipeline.generate([0], output="tensor", **given), expected)
+    given = {"ar_steps": np.int64(2), "guidance": torch.tensor(2.0)}
+    for head_steps in ([2, 1], np.array([2, 1]), torch.tensor([2, 1])):
+        drawn = pipeline.generate([0], output="tensor", head_steps=head_steps, **given)
+        assert torch.equal(drawn, expected)
 
 
 def test_edit_takes_images_and_masks_of_pillow_numpy_and_torch_alike(pipeline: Pipeline) -> None:
