@@ -64,7 +64,7 @@ class Autoencoder(nn.Module):
         if height % self.config.stride or width % self.config.stride:
             raise InputError(
                 f"image of {height}×{width} pixels: both sides must be multiples of the stride "
-                f"{self.config.stride}. Crop or resize it."
+                f"{self.config.stride}. Crop or resize it"
             )
         moments = self._in_parts(lambda part: self.quant_conv(self.encoder(part)), images, height, width)
         if not self.config.spherical:

@@ -27,7 +27,7 @@ def class_number(classes: Sequence[str], label: object) -> int:
         if label in classes:
             return _named(classes, label)
         choices = f"a number 0 to {len(classes) - 1} or one of: {_shown(classes)}"
-        raise InputError(f"class {label[:80]!r} does not exist. Give {choices}.")
+        raise InputError(f"class {label[:80]!r} does not exist. Give {choices}")
     number = int(match[2])
     if match[1] is None and label in classes:
         named = _named(classes, label)
@@ -35,13 +35,13 @@ def class_number(classes: Sequence[str], label: object) -> int:
             return named
         raise InputError(
             f"label {label!r} is the name of class {named} and the number of {classes[number]!r}. "
-            f"Give {_NUMBER}{named} or {_NUMBER}{number} (in Python, the integer)."
+            f"Give {_NUMBER}{named} or {_NUMBER}{number} (in Python, the integer)"
         )
     name = classes[_within(classes, number)]
     if match[1] is None and re.fullmatch("[0-9]{1,18}", name) and int(name) != number:
         raise InputError(
             f"label {label!r} is not the name of a class, and class {number} is named {name!r}. "
-            f"Give that name, or {_NUMBER}{number} (in Python, the integer)."
+            f"Give that name, or {_NUMBER}{number} (in Python, the integer)"
         )
     return number
 
@@ -70,7 +70,7 @@ def check_same_classes(
     else:
         ours_listed, theirs_listed = (f"{len(names)} classes ({_shown(names)})" for names in (ours, theirs))
         difference = f"{source} has {ours_listed} and {other} {theirs_listed}"
-    raise InputError(f"{difference}. {remedy[0].upper()}{remedy[1:]}.")
+    raise InputError(f"{difference}. {remedy[0].upper()}{remedy[1:]}")
 
 
 def unmatched_classes(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
@@ -86,14 +86,14 @@ def _named(classes: Sequence[str], name: str) -> int:
     if len(numbers) > 1:
         choices = " or ".join(f"{_NUMBER}{number}" for number in numbers[:_SHOWN])
         raise InputError(
-            f"label {name!r} is the name of {len(numbers)} classes. Give {choices} (in Python, the integer)."
+            f"label {name!r} is the name of {len(numbers)} classes. Give {choices} (in Python, the integer)"
         )
     return numbers[0]
 
 
 def _within(classes: Sequence[str], number: int) -> int:
     if not 0 <= number < len(classes):
-        raise InputError(f"label {number} is out of range. Give 0 to {len(classes) - 1} ({_shown(classes)}).")
+        raise InputError(f"label {number} is out of range. Give 0 to {len(classes) - 1} ({_shown(classes)})")
     return number
 
 

@@ -79,7 +79,7 @@ def convert_mar(source: Path, folder: Path, *, ema: bool = True) -> None:
     part = "model_ema" if ema else "model"
     if not isinstance(checkpoint, Mapping) or checkpoint.get(part) is None:
         remedy = "take the raw weights (--no-ema, or ema=False)" if ema else "take the EMA weights (ema=True)"
-        raise InputError(f"{source} holds no {part!r}. Give a MAR checkpoint, or {remedy}.")
+        raise InputError(f"{source} holds no {part!r}. Give a MAR checkpoint, or {remedy}")
     arguments = checkpoint.get("args")
     settings = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
     with _converting(source):
@@ -153,27 +153,26 @@ def _converting(source: Path) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        reason = str(error).rstrip(".")
-        raise InputError(f"{source} cannot be converted: {reason}. Give the published checkpoint.") from error
+        raise InputError(f"{source} cannot be converted: {error}. Give the published checkpoint") from error
 
 
 def _read_pickle(source: Path) -> Any:
     """Return the checkpoint's content without executing anything in it."""
     if source.is_dir():
-        raise InputError(f"{source} is a folder. Give the checkpoint file in it.")
+        raise InputError(f"{source} is a folder. Give the checkpoint file in it")
     try:
         # Memory-mapped: the optimizer's state and the other set of weights take no memory.
         return read_pickle(source, argparse.Namespace, mapped=True)
     except OSError as error:
-        raise InputError(f"cannot read {source}: {error.strerror or error}. Check the path.") from error
+        raise InputError(f"cannot read {source}: {error.strerror or error}. Check the path") from error
     except Exception as error:  # a damaged or hostile pickle can raise anything
         if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise InputError(
                 f"{source} is refused: its pickle requires {named[1]!r}, and only tensors, plain values and "
-                "argparse.Namespace are allowed. Give the published checkpoint."
+                "argparse.Namespace are allowed. Give the published checkpoint"
             ) from error
         raise InputError(
-            f"{source} is cut off, damaged or not a PyTorch checkpoint. Download or copy it again."
+            f"{source} is cut off, damaged or not a PyTorch checkpoint. Download or copy it again"
         ) from error
 
 

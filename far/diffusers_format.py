@@ -87,14 +87,14 @@ def to_diffusers(autoencoder: Autoencoder, folder: Path) -> None:
     """
     config = autoencoder.config
     if config.spherical:
-        raise InputError(f"a spherical autoencoder cannot become an {_CLASS}. Convert another one.")
+        raise InputError(f"a spherical autoencoder cannot become an {_CLASS}. Convert another one")
     multipliers = list(config.width_multipliers)
     if multipliers[0] != 1:
         raise InputError(
-            f"width_multipliers {multipliers} must begin with 1 in an {_CLASS}. Convert another autoencoder."
+            f"width_multipliers {multipliers} must begin with 1 in an {_CLASS}. Convert another autoencoder"
         )
     if (folder / "config.json").exists():
-        raise InputError(f"{folder} already holds a model. Choose another folder.")
+        raise InputError(f"{folder} already holds a model. Choose another folder")
     tensors = {
         _name(ours, len(multipliers)): tensor.flatten(1) if ".attn" in ours and tensor.dim() == 4 else tensor
         for ours, tensor in autoencoder.state_dict().items()
@@ -121,11 +121,11 @@ def from_diffusers(source: Path, folder: Path) -> str:
     path = source / "config.json"
     if not path.exists():
         raise InputError(
-            f"{path} does not exist. Give an {_CLASS}'s folder (in a diffusers pipeline, its vae)."
+            f"{path} does not exist. Give an {_CLASS}'s folder (in a diffusers pipeline, its vae)"
         )
     values = read_json(path)
     if not isinstance(values, dict) or values.get("_class_name") != _CLASS:
-        raise InputError(f"{path}: _class_name is not {_CLASS!r}. Give the folder of an {_CLASS}.")
+        raise InputError(f"{path}: _class_name is not {_CLASS!r}. Give the folder of an {_CLASS}")
     entries = {key: value for key, value in values.items() if not key.startswith("_")}
     config = _ours(from_dict(AutoencoderKLConfig, entries, str(path)), path)
     weights, *others = _weights(source)
@@ -149,7 +149,7 @@ def _weights(source: Path) -> list[Path]:
                 ranked.append((match[1] or "", sharded, path))
     if not ranked:
         raise InputError(
-            f"{source / _WEIGHTS} does not exist. Save the model as safetensors, not as a pickle."
+            f"{source / _WEIGHTS} does not exist. Save the model as safetensors, not as a pickle"
         )
     return [path for _, _, path in sorted(ranked)]
 
@@ -159,15 +159,15 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     listed = read_json(index)
     files = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise InputError(f"{index} has no weight_map from tensors to files. Copy or save the weights again.")
+        raise InputError(f"{index} has no weight_map from tensors to files. Copy or save the weights again")
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
         if not re.fullmatch(r"[\w.-]+\.safetensors", file, re.ASCII):
-            raise InputError(f"{index} lists {file[:80]!r}, not a safetensors file. Save the weights again.")
+            raise InputError(f"{index} lists {file[:80]!r}, not a safetensors file. Save the weights again")
         shard = read_tensors(index.parent / file)
         if shard.keys() != {name for name, place in files.items() if place == file}:
             raise InputError(
-                f"{index.parent / file} and {index.name} differ in tensors. Save the weights again."
+                f"{index.parent / file} and {index.name} differ in tensors. Save the weights again"
             )
         tensors |= shard
     return tensors
@@ -181,7 +181,7 @@ def _with_new_names(tensors: dict[str, Tensor], weights: Path) -> dict[str, Tens
         for name, tensor in tensors.items()
     }
     if len(renamed) < len(tensors):
-        raise InputError(f"{weights} holds attention tensors under older and newer names. Save it again.")
+        raise InputError(f"{weights} holds attention tensors under older and newer names. Save it again")
     return renamed
 
 
@@ -213,7 +213,7 @@ def _theirs(config: AutoencoderConfig) -> AutoencoderKLConfig:
 def _ours(theirs: AutoencoderKLConfig, path: Path) -> AutoencoderConfig:
     widths = theirs.block_out_channels
     if not widths or min(widths) < 1 or any(width % widths[0] for width in widths):
-        raise InputError(f"{path}: block_out_channels {list(widths)} must be multiples of the first.")
+        raise InputError(f"{path}: block_out_channels {list(widths)} must be multiples of the first")
     scale, shift = _scale_and_shift(theirs, path)
     try:
         config = AutoencoderConfig(
@@ -231,7 +231,7 @@ def _ours(theirs: AutoencoderKLConfig, path: Path) -> AutoencoderConfig:
     for name, expected in to_dict(_theirs(config)).items():
         if name not in _SKIPPED and values[name] != expected:
             raise InputError(
-                f"{path}: {name} is {values[name]!r}, but far's autoencoder requires {expected!r}."
+                f"{path}: {name} is {values[name]!r}, but far's autoencoder requires {expected!r}"
             )
     return config
 
@@ -241,7 +241,7 @@ def _scale_and_shift(theirs: AutoencoderKLConfig, path: Path) -> tuple[float, fl
     if mean is None and std is None:
         return theirs.scaling_factor, theirs.shift_factor or 0.0
     if mean is None or std is None or theirs.shift_factor:
-        raise InputError(f"{path}: give both latents_mean and latents_std, without shift_factor, or neither.")
+        raise InputError(f"{path}: give both latents_mean and latents_std, without shift_factor, or neither")
     if len(set(std)) != 1 or std[0] <= 0:
-        raise InputError(f"{path}: latents_std {list(std)} must be one positive value for all channels.")
+        raise InputError(f"{path}: latents_std {list(std)} must be one positive value for all channels")
     return theirs.scaling_factor / std[0], mean

@@ -28,10 +28,10 @@ def image_pixels(image: Any, size: tuple[int, int]) -> Tensor:
     """
     tensor = _pixels("image", image, "white")
     if tensor.shape != (3, *size):
-        raise InputError(f"image has shape {list(tensor.shape)}, not {[3, *size]}. Crop or resize it.")
+        raise InputError(f"image has shape {list(tensor.shape)}, not {[3, *size]}. Crop or resize it")
     low, high = tensor.float().aminmax()  # NaN if any value is
     if not (tensor.is_floating_point() and low >= 0 and high <= 1):
-        raise InputError(f"image holds {tensor.dtype} from {low:g} to {high:g}. Give floats within 0 … 1.")
+        raise InputError(f"image holds {tensor.dtype} from {low:g} to {high:g}. Give floats within 0 … 1")
     return tensor
 
 
@@ -50,9 +50,9 @@ def mask_pixels(mask: Any, size: tuple[int, int]) -> Tensor:
         # The channels of an image or array come first or, if there is one only, possibly last.
         tensor = tensor[..., 0] if tensor.shape[-1] == 1 else tensor.float().mean(dim=0)
     if tensor.shape != size:
-        raise InputError(f"mask has shape {list(tensor.shape)}, not {list(size)}. Crop or resize it.")
+        raise InputError(f"mask has shape {list(tensor.shape)}, not {list(size)}. Crop or resize it")
     if not tensor.isfinite().all():
-        raise InputError("mask holds values that are not finite. Give 1 to redraw and 0 to keep.")
+        raise InputError("mask holds values that are not finite. Give 1 to redraw and 0 to keep")
     return tensor > 0.5
 
 
@@ -64,13 +64,13 @@ def _pixels(name: str, given: Any, background: str) -> Tensor:
         try:
             given = torch.from_numpy(given.copy())
         except (TypeError, ValueError) as error:
-            raise InputError(f"{name} has dtype {given.dtype}. Give uint8 or float32.") from error
+            raise InputError(f"{name} has dtype {given.dtype}. Give uint8 or float32") from error
     if isinstance(given, Image.Image):
         return to_tensor(given, background)
     if isinstance(given, Tensor) and not given.is_complex():
         return given
     kind = type(given).__name__
-    raise InputError(f"{name} is a {kind}. Give a Pillow image, or an array or tensor of real numbers.")
+    raise InputError(f"{name} is a {kind}. Give a Pillow image, or an array or tensor of real numbers")
 
 
 def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
@@ -86,12 +86,12 @@ def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
     height, width = size
     sides = [whole_number("box", side) for side in listed("box", box)]
     if len(sides) != 4:
-        raise InputError(f"box {sides} is not four numbers. Give left, top, right and bottom in pixels.")
+        raise InputError(f"box {sides} is not four numbers. Give left, top, right and bottom in pixels")
     left, top, right, bottom = sides
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise InputError(
             f"box {left} {top} {right} {bottom} is empty or leaves the image. "
-            f"Give left, top, right and bottom within 0 0 {width} {height}."
+            f"Give left, top, right and bottom within 0 0 {width} {height}"
         )
     mask = torch.zeros(size, dtype=torch.bool)
     mask[top:bottom, left:right] = True
@@ -120,7 +120,7 @@ def place(picture: Image.Image, size: tuple[int, int], left: int, top: int) -> t
     if not (left >= 0 and top >= 0 and right <= width and bottom <= height):
         raise InputError(
             f"an image of {picture.height}×{picture.width} pixels placed at {left} {top} leaves the canvas "
-            f"of {height}×{width} pixels. Give another left and top pixel, or a smaller image."
+            f"of {height}×{width} pixels. Give another left and top pixel, or a smaller image"
         )
     margins = ((top, height - bottom), (left, width - right), (0, 0))
     canvas = np.pad(np.asarray(picture), margins, mode="edge")
@@ -137,9 +137,9 @@ def touched_tokens(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     cell = mask.shape[0] // rows, mask.shape[1] // columns
     touched = F.max_pool2d(mask[None].float(), cell)[0].flatten() > 0
     if not touched.any():
-        raise InputError("the mask marks nothing to redraw. Paint the part to redraw white.")
+        raise InputError("the mask marks nothing to redraw. Paint the part to redraw white")
     if touched.all():
-        raise InputError(f"the mask touches all {rows}×{columns} tokens. Mark less, or generate a new image.")
+        raise InputError(f"the mask touches all {rows}×{columns} tokens. Mark less, or generate a new image")
     return touched
 
 

@@ -74,7 +74,7 @@ class ModelFolder:
 
         config = self.config.model
         if config is None:
-            raise InputError(f"{self.path / _CONFIG} has no model. Use far.load_autoencoder instead.")
+            raise InputError(f"{self.path / _CONFIG} has no model. Use far.load_autoencoder instead")
         fallback = None if self.base is None else lambda: self._base_tensors(_MODEL)
         return build_module(lambda: FAR(config), self._tensors(_MODEL), self.path / _MODEL, fallback).eval()
 
@@ -90,7 +90,7 @@ class ModelFolder:
         owner = self if self.config.autoencoder is not None or self.base is None else self.base
         config = owner.config.autoencoder
         if config is None:
-            raise InputError(f"{self.path / _CONFIG} describes no autoencoder. Give a folder that holds one.")
+            raise InputError(f"{self.path / _CONFIG} describes no autoencoder. Give a folder that holds one")
         tensors = self._tensors(_AUTOENCODER) if owner is self else self._base_tensors(_AUTOENCODER)
         return build_module(lambda: Autoencoder(config), tensors, owner.path / _AUTOENCODER).eval()
 
@@ -109,7 +109,7 @@ class ModelFolder:
         except InputError as error:
             raise InputError(
                 f"{self.path / _CONFIG}: the base {self.config.base.weights!r} is not the one that this "
-                f"model was made from ({error}). Install the version of far that wrote this folder."
+                f"model was made from ({error}). Install the version of far that wrote this folder"
             ) from error
 
     @classmethod
@@ -140,7 +140,7 @@ class ModelFolder:
         from far.weights import save_tensors
 
         if model is not None and has_int8(model):
-            raise InputError(f"{path}: int8 weights cannot be saved. Load the model in another dtype.")
+            raise InputError(f"{path}: int8 weights cannot be saved. Load the model in another dtype")
         modules = {_MODEL: model, _AUTOENCODER: autoencoder}
         tensors = {file: module.state_dict() for file, module in modules.items() if module is not None}
         config = dataclasses.replace(
@@ -189,20 +189,20 @@ class ModelFolder:
 def _read_config(path: Path) -> FolderConfig:
     values = read_json(path)
     if isinstance(values, dict) and "format" in values:  # a key of version 0.1
-        raise InputError(f"{path} is of far 0.1, whose models are no longer read. Train or convert it again.")
+        raise InputError(f"{path} is of far 0.1, whose models are no longer read. Train or convert it again")
     config = from_dict(FolderConfig, values, str(path))
     if config.model is None and config.autoencoder is None:
-        raise InputError(f"{path} describes no model. Give a folder that far wrote.")
+        raise InputError(f"{path} describes no model. Give a folder that far wrote")
     return config
 
 
 def _open_base(name: str) -> ModelFolder:
     """Open a bundled model that others can build on."""
     if name not in bundled_names():
-        raise InputError(f"base {name!r} is not a bundled model. Give one of: {', '.join(bundled_names())}.")
+        raise InputError(f"base {name!r} is not a bundled model. Give one of: {', '.join(bundled_names())}")
     folder = ModelFolder.open(BUNDLED / name)
     if folder.base is not None:
-        raise InputError(f"base {name!r} builds on {folder.base.path.name!r} itself. Give that one.")
+        raise InputError(f"base {name!r} builds on {folder.base.path.name!r} itself. Give that one")
     return folder
 
 
@@ -225,7 +225,7 @@ def load_autoencoder(
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
     if dtype == "int8":
-        raise InputError("dtype int8 is for generators. Give another dtype for an autoencoder.")
+        raise InputError("dtype int8 is for generators. Give another dtype for an autoencoder")
     folder = ModelFolder.open(name, revision=revision, local_files_only=local_files_only)
     return folder.load_autoencoder().to(device, torch_dtype(dtype))
 
@@ -242,10 +242,10 @@ def config_without(path: Path, part: Literal["model", "autoencoder"]) -> FolderC
         InputError: the folder already holds that part, or a ``config.json`` that is not ours.
     """
     if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file. Give a folder.")
+        raise InputError(f"{path} is a file. Give a folder")
     config = _read_config(path / _CONFIG) if (path / _CONFIG).exists() else FolderConfig()
     if getattr(config, part) is not None or (path / f"{part}.safetensors").exists():
-        raise InputError(f"{path} already holds the part {part!r}. Choose another folder, or remove it.")
+        raise InputError(f"{path} already holds the part {part!r}. Choose another folder, or remove it")
     return config
 
 
@@ -262,7 +262,7 @@ def add_part(path: Path, existing: FolderConfig, tensors: "dict[str, Tensor]", *
     try:
         config = dataclasses.replace(existing, **entries)
     except InputError as error:
-        raise InputError(f"{path}: {error} Or choose another folder.") from error
+        raise InputError(f"{path}: {error}, or choose another folder") from error
     weights = path / (_MODEL if "model" in entries else _AUTOENCODER)
     save_tensors(weights, tensors)
     try:

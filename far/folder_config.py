@@ -53,14 +53,14 @@ class FolderConfig:
             return
         if len(self.classes) != self.model.classes:
             raise InputError(
-                f"classes has {len(self.classes)} names. Give {self.model.classes}, as the model."
+                f"classes has {len(self.classes)} names. Give {self.model.classes}, as the model"
             )
         if odd := [name for name in self.classes if not is_plain(name)]:
-            raise InputError(f"classes holds {odd[0]!r}. Give names without control characters.")
+            raise InputError(f"classes holds {odd[0]!r}. Give names without control characters")
         if self.autoencoder is not None and self.autoencoder.latent_channels != self.model.latent_channels:
             raise InputError(
                 f"the model has {self.model.latent_channels} latent channels and the autoencoder "
-                f"{self.autoencoder.latent_channels}. Take the autoencoder that the model was trained with."
+                f"{self.autoencoder.latent_channels}. Take the autoencoder that the model was trained with"
             )
 
     def to_dict(self) -> dict[str, Any]:

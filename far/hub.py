@@ -44,7 +44,7 @@ def download(name: str, revision: str | None = None, *, local_files_only: bool =
     if not ((Path(folder) / "config.json").is_file() and any(Path(folder).glob("*.safetensors"))):
         raise InputError(
             f"{repository} on the hub does not hold config.json and safetensors. Pickles are not read from "
-            "there: download MAR's checkpoints and use far convert mar and far convert kl16."
+            "there: download MAR's checkpoints and use far convert mar and far convert kl16"
         )
     return Path(folder)
 
@@ -76,7 +76,7 @@ def upload(
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     if not is_hub_name(name):
-        raise InputError(f"{name!r} is not a name on the hub. Give OWNER/NAME, or OWNER/NAME@BRANCH.")
+        raise InputError(f"{name!r} is not a name on the hub. Give OWNER/NAME, or OWNER/NAME@BRANCH")
     repository, revision = _split(name, revision)
     api = HfApi(token=token)
     with _refusals_in_one_line(repository, revision):
@@ -101,7 +101,7 @@ def _split(name: str, revision: str | None) -> tuple[str, str | None]:
     match = _NAME.fullmatch(name)
     assert match is not None, name
     if revision is not None and match[2] is not None:
-        raise InputError(f"{name!r} names a revision, and revision {revision!r} is given too. Leave one out.")
+        raise InputError(f"{name!r} names a revision, and revision {revision!r} is given too. Leave one out")
     return match[1], revision or match[2]
 
 
@@ -127,24 +127,24 @@ def _reason(error: Exception, repository: str) -> str:
     if isinstance(error, errors.RepositoryNotFoundError):
         return "not a model that you may see. Check the name, or log in with: hf auth login"
     if isinstance(error, errors.RevisionNotFoundError):
-        return "the hub has no such revision. Give a branch, tag or commit."
+        return "the hub has no such revision. Give a branch, tag or commit"
     if isinstance(error, errors.OfflineModeIsEnabled):  # a download reports what the cache lacks
-        return "offline mode is on. Unset HF_HUB_OFFLINE to publish."
+        return "offline mode is on. Unset HF_HUB_OFFLINE to publish"
     if isinstance(error, errors.LocalEntryNotFoundError):
         cause = error.__cause__
         if cause is None or isinstance(cause, errors.OfflineModeIsEnabled):
-            remedy = "offline mode is on. Load it once without local_files_only and HF_HUB_OFFLINE."
+            remedy = "offline mode is on. Load it once without local_files_only and HF_HUB_OFFLINE"
         else:
-            remedy = f"the hub does not answer ({_line(cause)}). Check the name and the connection."
+            remedy = f"the hub does not answer ({_line(cause)}). Check the name and the connection"
         return f"its copy in the cache is not complete, and {remedy}"
     if isinstance(error, errors.HfHubHTTPError):
         refused = error.response.status_code in (401, 403)
-        remedy = "Log in with: hf auth login" if refused else "Check the name, or try again later."
+        remedy = "Log in with: hf auth login" if refused else "Check the name, or try again later"
         return f"the hub answers {_line(error)!r}. {remedy}"
     if isinstance(error, errors.HFValidationError):
         return f"not a valid name on the hub: {_line(error)}"
     if isinstance(error, (errors.HTTPError, OSError)):
-        return f"{_line(error)}. Check the connection, and the free space of the cache."
+        return f"{_line(error)}. Check the connection, and the free space of the cache"
     return f"the hub refuses the model card: {_line(error)}"
 
 

@@ -19,14 +19,14 @@ def find_folder(name: Path | str, *, revision: str | None = None, local_files_on
         InputError: none of them exists, or the hub cannot be reached.
     """
     if not isinstance(name, str | Path):
-        raise InputError(f"weights {name!r} is not a name. Give a folder, a bundled model or OWNER/NAME.")
+        raise InputError(f"weights {name!r} is not a name. Give a folder, a bundled model or OWNER/NAME")
     bundled = bundled_names()
     if (name != "" and Path(name).is_dir()) or (isinstance(name, str) and name in bundled):
         if revision is not None:
-            raise InputError(f"weights {str(name)!r} is a folder. Leave out the revision {revision!r}.")
+            raise InputError(f"weights {str(name)!r} is a folder. Leave out the revision {revision!r}")
         folder = Path(name) if Path(name).is_dir() else BUNDLED / name
         if not (folder / "config.json").exists():
-            raise InputError(f"{folder} holds no model (no config.json). Give {_OURS}.")
+            raise InputError(f"{folder} holds no model (no config.json). Give {_OURS}")
         return folder
     if isinstance(name, str) and is_hub_name(name) and not name.startswith(("./", "../")):
         try:
@@ -37,7 +37,7 @@ def find_folder(name: Path | str, *, revision: str | None = None, local_files_on
             ) from error
     raise InputError(
         f"weights {str(name)!r}: no such folder or bundled model. Give one of {', '.join(bundled)}, "
-        f"{_OURS}, or OWNER/NAME of the hub."
+        f"{_OURS}, or OWNER/NAME of the hub"
     )
 
 

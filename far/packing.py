@@ -59,7 +59,7 @@ class Int8Linear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         kernel = kernel or kernels.int8_kernel()
         if kernel is None:
-            raise InputError(f"int8 weights cannot be used here: {kernels.no_int8()}. Take another dtype.")
+            raise InputError(f"int8 weights cannot be used here: {kernels.no_int8()}. Take another dtype")
         self.packed = kernels.pack_int8(linear.weight.detach(), kernel)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
 

@@ -27,7 +27,7 @@ _ROW_IMAGES = 8
 def check_output(output: str) -> None:
     """Raise an :class:`InputError` unless ``output`` is ``"pil"``, ``"tensor"`` or ``"np"``."""
     if output not in (choices := ("pil", "tensor", "np")):
-        raise InputError(f"output {output!r} does not exist. Choose one of {', '.join(choices)}.")
+        raise InputError(f"output {output!r} does not exist. Choose one of {', '.join(choices)}")
 
 
 def convert_output(images: Tensor, output: Output) -> Images:
@@ -48,7 +48,7 @@ def check_finite(images: Tensor) -> Tensor:
         number = int((~finite).nonzero()[0])
         raise NotFiniteError(
             f"image {number} of {len(images)} has values that are not finite: the weights are damaged, or "
-            "values overflow. Check the weights, or take dtype float32."
+            "values overflow. Check the weights, or take dtype float32"
         )
     return images
 
@@ -95,7 +95,7 @@ def to_rgb(picture: Image.Image, background: str = "white", *, keep_colors: bool
         return picture if picture.mode == "RGB" else picture.convert("RGB")
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         reason = first_line(error)
-        raise InputError(f"the image cannot be decoded ({reason}). Replace it.") from error
+        raise InputError(f"the image cannot be decoded ({reason}). Replace it") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -98,7 +98,7 @@ class Pipeline:
         device = self.device if device is None else resolve_device(device)
         dtype = self.dtype if dtype is None else resolve_dtype(dtype, device)
         if self.dtype == "int8" and (dtype, device) != ("int8", self.device):
-            raise InputError(f"int8 weights cannot become {dtype} on {device}. Load the model again.")
+            raise InputError(f"int8 weights cannot become {dtype} on {device}. Load the model again")
         if self.dtype != "int8":
             unpack_linear_layers(self.model)
             prepare(self.model, dtype, device)
@@ -193,9 +193,9 @@ class Pipeline:
         """Return class numbers and seeds, after checking that there are as many of both, and at least one."""
         numbers, seeds = [self.label(name) for name in listed("labels", labels)], counted_seeds(seeds)
         if not numbers:
-            raise InputError("no label and seed were given. Give at least one of each.")
+            raise InputError("no label and seed were given. Give at least one of each")
         if len(seeds) != len(numbers):
-            raise InputError(f"{len(seeds)} seeds for {len(numbers)} labels. Give one, or one per label.")
+            raise InputError(f"{len(seeds)} seeds for {len(numbers)} labels. Give one, or one per label")
         return numbers, seeds
 
     def preview(self, progress: Progress) -> Tensor:

@@ -22,15 +22,15 @@ def resolve_dtype(name: str, device: "str | torch.device") -> str:
         InputError: the dtype or device is not available, or the dtype cannot be used on this device.
     """
     if name not in DTYPES:
-        raise InputError(f"dtype {name!r} does not exist. Choose one of {', '.join(DTYPES)}.")
+        raise InputError(f"dtype {name!r} does not exist. Choose one of {', '.join(DTYPES)}")
     device = resolve_device(device)
     if name == "int8":
         from far.kernels import no_int8
 
         if device.type != "cpu":
-            raise InputError(f"dtype int8 is for CPUs, not for device {str(device)!r}. Give auto.")
+            raise InputError(f"dtype int8 is for CPUs, not for device {str(device)!r}. Give auto")
         if reason := no_int8():
-            raise InputError(f"dtype int8 cannot be used here: {reason}. Give auto.")
+            raise InputError(f"dtype int8 cannot be used here: {reason}. Give auto")
     return resolve_training_dtype("auto", device) if name == "auto" else name
 
 

@@ -142,7 +142,7 @@ def _apply(values: dict[str, Any], override: str, source: str) -> None:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             wrong = f"{parent!r} is a value in {source}, not a section"
-            raise InputError(f"override {override!r}: {wrong}. Give another key.")
+            raise InputError(f"override {override!r}: {wrong}. Give another key")
     try:
         values[last] = yaml.safe_load(text)
     except _NOT_YAML as error:

@@ -33,7 +33,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | No
         InputError: ``dtype`` is not a floating point dtype, or the file cannot be written.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise InputError(f"dtype {dtype!r} is not a floating point dtype of torch, such as torch.float16.")
+        raise InputError(f"dtype {dtype!r} is not a floating point dtype of torch, such as torch.float16")
 
     def plain(tensor: Tensor) -> Tensor:
         return _dense(tensor).to("cpu", dtype if tensor.is_floating_point() else None).contiguous().clone()
@@ -76,7 +76,7 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
             raise ValueError("its checksum differs")
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{path} is missing or damaged ({reason}). Restore or remake it.") from error
+        raise InputError(f"{path} is missing or damaged ({reason}). Restore or remake it") from error
     return tensors
 
 
@@ -123,17 +123,17 @@ class _NoInitialization(TorchFunctionMode):
 def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
     for name, like in expected.items():
         if name not in tensors:
-            raise InputError(f"{path} lacks the tensor {name} of its config.json. Restore both files.")
+            raise InputError(f"{path} lacks the tensor {name} of its config.json. Restore both files")
         shape, dtype = list(tensors[name].shape), tensors[name].dtype
         if shape != list(like.shape):
             raise InputError(
                 f"{path}: {name} has shape {shape}, but config.json requires {list(like.shape)}. "
-                "Restore both files."
+                "Restore both files"
             )
         if dtype not in (FLOATS if like.is_floating_point() else (like.dtype,)):
-            raise InputError(f"{path}: {name} is of {dtype}, but {like.dtype} is required. Save it again.")
+            raise InputError(f"{path}: {name} is of {dtype}, but {like.dtype} is required. Save it again")
     if left_over := [name for name in tensors if name not in expected]:
-        raise InputError(f"{path}: config.json describes no tensor {left_over[0]!r}. Restore both files.")
+        raise InputError(f"{path}: config.json describes no tensor {left_over[0]!r}. Restore both files")
 
 
 def changed_tensors(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:

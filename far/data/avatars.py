@@ -45,11 +45,11 @@ def write_avatars(folder: Path, size: int, per_class: int, held_out_per_class: i
         InputError: a size or count is out of range, or a package of the ``data`` extra is missing.
     """
     if size < 8 or RENDER_SIZE % size:
-        raise InputError(f"size {size} is not available for avatars. Use 8, 16, 32, 64 or 128 pixels.")
+        raise InputError(f"size {size} is not available for avatars. Use 8, 16, 32, 64 or 128 pixels")
     if not 1 <= per_class <= HELD_OUT_SEED:
-        raise InputError(f"per-class {per_class} is out of range. Use 1 to {HELD_OUT_SEED}.")
+        raise InputError(f"per-class {per_class} is out of range. Use 1 to {HELD_OUT_SEED}")
     if held_out_per_class < 1:
-        raise InputError(f"held-out-per-class {held_out_per_class} is too small. Use 1 or more.")
+        raise InputError(f"held-out-per-class {held_out_per_class} is too small. Use 1 or more")
     check_packages()
     held_out = _render_split(folder / "held-out", size, HELD_OUT_SEED, held_out_per_class, exclude=None)
     train = _render_split(folder / "train", size, 0, per_class, exclude=frozenset(held_out.report["digests"]))

@@ -58,10 +58,10 @@ def _read_part(source: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
     if labels.ndim != 1 or images.shape != (len(labels), 28, 28):
         raise InputError(
             f"{source}: {prefix} has images {list(images.shape)} and labels {list(labels.shape)}, not"
-            " [n, 28, 28] and [n]. Download the files again."
+            " [n, 28, 28] and [n]. Download the files again"
         )
     if labels.max(initial=0) >= len(CLASSES):
-        raise InputError(f"{source}: {prefix} has the label {labels.max()}, not 0 to 9. Download it again.")
+        raise InputError(f"{source}: {prefix} has the label {labels.max()}, not 0 to 9. Download it again")
     return images, labels
 
 
@@ -69,7 +69,7 @@ def _find(source: Path, name: str) -> Path:
     for path in (source / f"{name}.gz", source / name):
         if path.is_file():
             return path
-    raise InputError(f"{source / name}.gz does not exist. Get it, or install Debian's dataset-fashion-mnist.")
+    raise InputError(f"{source / name}.gz does not exist. Get it, or install Debian's dataset-fashion-mnist")
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -89,4 +89,4 @@ def read_idx(path: Path) -> np.ndarray:
             raise ValueError("its header is not that of an IDX file of unsigned bytes")
         return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise InputError(f"{path} is damaged or not an IDX file ({error}). Download it again.") from error
+        raise InputError(f"{path} is damaged or not an IDX file ({error}). Download it again") from error

@@ -89,11 +89,11 @@ def write_folder(
 
 def _check(source: Path, folder: Path, size: int, held_out_share: float) -> None:
     if not 8 <= size <= 1024 or size % 4:
-        raise InputError(f"size {size} is not valid. Use a multiple of 4 from 8 to 1024.")
+        raise InputError(f"size {size} is not valid. Use a multiple of 4 from 8 to 1024")
     if not 0 < held_out_share <= 0.5:
-        raise InputError(f"held-out-share {held_out_share} is not valid. Use a number above 0, at most 0.5.")
+        raise InputError(f"held-out-share {held_out_share} is not valid. Use a number above 0, at most 0.5")
     if folder.resolve().is_relative_to(source.resolve()):
-        raise InputError(f"{folder} is inside the folder of images {source}. Choose a folder outside.")
+        raise InputError(f"{folder} is inside the folder of images {source}. Choose a folder outside")
 
 
 def _split(files: list[File], share: float) -> tuple[list[File], list[File]]:

@@ -74,7 +74,7 @@ def open_held_out(data: Path, train: ShardReader) -> ShardReader:
     check_same_classes(*sides, "Make the image set again")
     if train.meta["size"] != held_out.meta["size"]:
         sizes = f"{train.meta['size']} in {train.folder} and {held_out.meta['size']} in {held_out.folder}"
-        raise InputError(f"Images have sizes of {sizes}. Make the image set again.")
+        raise InputError(f"Images have sizes of {sizes}. Make the image set again")
     return held_out
 
 
@@ -87,7 +87,7 @@ def check_meta(reader: ShardReader, **kinds: type) -> None:
         wrong = ["classes"]
     if wrong:
         value = f"the {wrong[0]} {meta.get(wrong[0])!r}"
-        raise InputError(f"{reader.folder / INDEX} has {value}. Remove its folder and make it again.")
+        raise InputError(f"{reader.folder / INDEX} has {value}. Remove its folder and make it again")
 
 
 def check_labels(reader: ShardReader) -> None:
@@ -95,7 +95,7 @@ def check_labels(reader: ShardReader) -> None:
     labels, count = reader.all("labels"), len(reader.meta["classes"])
     if not 0 <= labels.min() <= labels.max() < count:
         found = f"labels from {labels.min()} to {labels.max()} for {count} classes"
-        raise InputError(f"{reader.folder} has {found}. Remove it and make it again.")
+        raise InputError(f"{reader.folder} has {found}. Remove it and make it again")
 
 
 def read_images(reader: ShardReader, rows: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def find_images(
             or differs from another only in case.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder. Give a folder with one subfolder of images per class.")
+        raise InputError(f"{folder} is not a folder. Give a folder with one subfolder of images per class")
     left_out = Counter() if left_out is None else left_out
     subfolders = class_folders(folder, left_out)
     _check_names(subfolders)
@@ -70,7 +70,7 @@ def find_images(
         left_out.update(others)
     if not subfolders:
         names = ", ".join(SUFFIXES)
-        raise InputError(f"{folder} has no class folders. Put images ({names}) into one subfolder per class.")
+        raise InputError(f"{folder} has no class folders. Put images ({names}) into one subfolder per class")
     if too_few:
         raise InputError(few_images(folder, too_few))
     return [path.name for path in subfolders], files
@@ -82,7 +82,7 @@ def few_images(folder: Path, classes: list[str]) -> str:
     count = f"{len(classes)} {'class has' if len(classes) == 1 else 'classes have'}"
     return (
         f"{folder}: {count} fewer than two readable images: {shown}."
-        " Add PNG, JPEG or WebP files, or remove the class folders."
+        " Add PNG, JPEG or WebP files, or remove the class folders"
     )
 
 
@@ -90,11 +90,11 @@ def _check_names(subfolders: list[Path]) -> None:
     seen: dict[str | Path, Path] = {}
     for path in subfolders:
         if not is_plain(path.name):
-            raise InputError(f"The name of the class {str(path)!r} cannot be printed. Rename the folder.")
+            raise InputError(f"The name of the class {str(path)!r} cannot be printed. Rename the folder")
         name = unicodedata.normalize("NFC", path.name).strip().casefold()
         for key, problem in (
-            (name, "differ only in case or spaces. Rename or merge the folders."),
-            (path.resolve(), "are the same folder. Remove the link."),
+            (name, "differ only in case or spaces. Rename or merge the folders"),
+            (path.resolve(), "are the same folder. Remove the link"),
         ):
             if (other := seen.setdefault(key, path)) is not path:
                 raise InputError(f"The classes {str(other)!r} and {path.name!r} {problem}")
@@ -115,9 +115,9 @@ def _made_of(path: Path, make: Callable[[Image.Image], T]) -> T:
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         cause = error.__cause__ if isinstance(error, InputError) and error.__cause__ else error
         if isinstance(cause, UnidentifiedImageError) and (other := _other_format(path)):
-            raise OtherFormat(f"{path} is {other}. Convert it to PNG, JPEG or WebP, or remove it.") from error
+            raise OtherFormat(f"{path} is {other}. Convert it to PNG, JPEG or WebP, or remove it") from error
         reason = first_line(cause)
-        raise InputError(f"{path} is not a readable image ({reason}). Replace or remove it.") from error
+        raise InputError(f"{path} is not a readable image ({reason}). Replace or remove it") from error
 
 
 def _other_format(path: Path) -> str | None:

@@ -46,11 +46,11 @@ def class_folders(folder: Path, left_out: Counter[str]) -> list[Path]:
             _count_hidden(path, left_out)
         elif os.path.isdir(path):
             if folder.resolve().is_relative_to(path.resolve()):
-                raise InputError(f"The class {path} is a link to a folder above it. Remove the link.")
+                raise InputError(f"The class {path} is a link to a folder above it. Remove the link")
             found.append(path)
         elif path.suffix.lower() not in SUFFIXES and not os.path.exists(path):
             target = os.readlink(path)
-            raise InputError(f"The class {path} is a link to the missing {target}. Restore or remove it.")
+            raise InputError(f"The class {path} is a link to the missing {target}. Restore or remove it")
     return sorted(found, key=lambda path: natural_order(path.name))
 
 
@@ -104,7 +104,7 @@ def _entries(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
     except OSError as error:
-        raise InputError(f"{folder} cannot be read ({error.strerror}). Fix or remove it.") from error
+        raise InputError(f"{folder} cannot be read ({error.strerror}). Fix or remove it") from error
 
 
 def _reason(path: Path) -> str | None:

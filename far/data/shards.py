@@ -78,11 +78,11 @@ class ShardWriter:
                 there, here = reprlib.repr(theirs.get(name)), reprlib.repr(ours.get(name))
                 raise InputError(
                     f"{self.folder} has data made with other settings ({name} was {there}, is now {here})."
-                    " Remove it or choose another folder."
+                    " Remove it or choose another folder"
                 )
         for shard in index["shards"]:
             if not (path := self.folder / shard["file"]).exists():
-                raise InputError(f"{path} is missing. Remove {self.folder} and make it again.")
+                raise InputError(f"{path} is missing. Remove {self.folder} and make it again")
         return index
 
     @property
@@ -188,14 +188,14 @@ class ShardReader:
         self.folder = folder
         command = _MADE_BY.get(kind, "the command that writes it")
         if not (folder / INDEX).exists():
-            raise InputError(f"{folder} has no {kind}: {INDEX} does not exist. Make it first with {command}.")
+            raise InputError(f"{folder} has no {kind}: {INDEX} does not exist. Make it first with {command}")
         index = _read_index(folder / INDEX)
         self.meta: dict[str, Any] = index["meta"]
         found = self.meta.get("kind", "no data")
         if found != kind:
-            raise InputError(f"{folder} has {found!r}, not {kind!r}. Give a folder of {kind}.")
+            raise InputError(f"{folder} has {found!r}, not {kind!r}. Give a folder of {kind}")
         if not index["complete"]:
-            raise InputError(f"{folder} is unfinished. Run {command} again with the same arguments.")
+            raise InputError(f"{folder} is unfinished. Run {command} again with the same arguments")
         # Identifies the rows, independent of the folder's place.
         self.digest = json_digest([[shard["count"], shard["sha256"]] for shard in index["shards"]])
         self._shards = index["shards"]
@@ -212,7 +212,7 @@ class ShardReader:
         maps = list(map(map_safetensors, paths))
         for path, shard, rows in zip(paths, self._shards, maps):
             if {len(row) for row in rows.values()} - {shard["count"]} or _form(rows) != _form(maps[0]):
-                raise InputError(f"{path} and {INDEX} differ. Remove {self.folder} and make it again.")
+                raise InputError(f"{path} and {INDEX} differ. Remove {self.folder} and make it again")
         return maps
 
     def require(self, forms: Mapping[str, tuple[type, tuple[int, ...]]]) -> None:
@@ -221,7 +221,7 @@ class ShardReader:
         for name, (dtype, shape) in forms.items():
             if found.get(name) != (np.dtype(dtype), shape):
                 missing = f"{name} of {np.dtype(dtype)} {list(shape)}"
-                raise InputError(f"{self.folder} has no {missing}. Remove it and make it again.")
+                raise InputError(f"{self.folder} has no {missing}. Remove it and make it again")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -252,7 +252,7 @@ def _check_digests(folder: Path, shards: list[dict[str, Any]]) -> None:
     for shard in tqdm(shards, f"checking {folder}", unit="shard", delay=2, leave=False, disable=hidden):
         path = folder / shard["file"]
         if not path.exists() or sha256(path) != shard["sha256"]:
-            raise InputError(f"{path} is missing or damaged. Remove {folder} and make it again.")
+            raise InputError(f"{path} is missing or damaged. Remove {folder} and make it again")
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -266,7 +266,7 @@ def _read_index(path: Path) -> dict[str, Any]:
         or digest != json_digest(index)
         or not all(_is_shard(shard, number) for number, shard in enumerate(index["shards"]))
     ):
-        raise InputError(f"{path} is damaged. Remove its folder and make it again.")
+        raise InputError(f"{path} is damaged. Remove its folder and make it again")
     return index
 
 
@@ -309,4 +309,4 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
         return maps
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{path} cannot be read ({reason}). Remove its folder and make it again.") from error
+        raise InputError(f"{path} cannot be read ({reason}). Remove its folder and make it again") from error

@@ -65,7 +65,7 @@ def _checked(features: Tensor, rows: range) -> Tensor:
     for row, finite in zip(rows, features.isfinite().all(dim=1)):
         if not finite:
             raise InputError(
-                f"image {row} gives features that are not finite. Check the image and the weights."
+                f"image {row} gives features that are not finite. Check the image and the weights"
             )
     return features
 
@@ -96,4 +96,4 @@ def read_part(folder: Path, rows: range, name: str) -> Tensor:
         tensor = read_tensors(path).get(name)
         if tensor is not None and len(tensor) == len(rows):
             return tensor
-    raise InputError(f"{path} is missing or damaged. Remove it and run the same command again.")
+    raise InputError(f"{path} is missing or damaged. Remove it and run the same command again")

@@ -49,7 +49,7 @@ def parts_folder(
 def check_class_balance(count: int, classes: int) -> None:
     """Raise an :class:`InputError` if ``count`` images cannot show every class."""
     if count < classes:
-        raise InputError(f"count {count} leaves some of the {classes} classes empty. Use {classes} or more.")
+        raise InputError(f"count {count} leaves some of the {classes} classes empty. Use {classes} or more")
 
 
 def extract_generated(

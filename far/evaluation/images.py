@@ -71,7 +71,7 @@ def open_images(path: Path) -> ImageSource:
         return _open_npz(path)
     if not path.is_dir():
         wrong = "is neither a folder nor an .npz" if path.exists() else "does not exist"
-        raise InputError(f"{path} {wrong}. Give a folder or .npz of images, or an image set.")
+        raise InputError(f"{path} {wrong}. Give a folder or .npz of images, or an image set")
     for folder in (path, path / "held-out"):
         if (folder / INDEX).exists():
             return _open_image_set(folder)
@@ -93,7 +93,7 @@ def _open_folder(folder: Path) -> ImageSource:
     files, classes = _image_files(folder, left_out)
     if not files:
         only = f", only {describe(left_out)}" if left_out else ""
-        raise InputError(f"{folder} has no images ({', '.join(SUFFIXES)}){only}. Give a folder of images.")
+        raise InputError(f"{folder} has no images ({', '.join(SUFFIXES)}){only}. Give a folder of images")
     digest = hashlib.sha256(b"sRGB\n")
     for file in tqdm(files, f"checksums of {folder}", unit="file", delay=2, leave=False):
         digest.update(os.fsencode(f"{file.relative_to(folder)} {sha256(file)}\n"))
@@ -106,7 +106,7 @@ def _open_folder(folder: Path) -> ImageSource:
         for file, image in zip(chosen, images):
             if image.shape[:2] != (height, width):
                 sizes = f"{image.shape[1]}×{image.shape[0]} pixels, {files[0].name} {width}×{height}"
-                raise InputError(f"{file} has {sizes}. Scale all images to one size with far data folder.")
+                raise InputError(f"{file} has {sizes}. Scale all images to one size with far data folder")
         return np.stack(images)
 
     content = f"folder-{digest.hexdigest()}"
@@ -122,7 +122,7 @@ def _image_files(folder: Path, left_out: Counter[str]) -> tuple[list[Path], list
         classes.append(images_within(subfolder, others))
         if not classes[-1]:
             held = describe(others) or "empty"
-            raise InputError(f"class {subfolder} has no images ({held}). Add some, or remove the folder.")
+            raise InputError(f"class {subfolder} has no images ({held}). Add some, or remove the folder")
         left_out.update(others)
     files = [file for row in itertools.zip_longest(*classes) for file in row if file is not None]
     # Images outside the subfolders have no class.
@@ -137,10 +137,10 @@ def _open_npz(path: Path) -> ImageSource:
     check_npz(path)
     images = map_npz_array(path, NPZ_IMAGES)
     if images is None:
-        raise InputError(f"{path} has no array {NPZ_IMAGES!r} of images. Give another file.")
+        raise InputError(f"{path} has no array {NPZ_IMAGES!r} of images. Give another file")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
         form = f"{images.dtype} {list(images.shape)}"
-        raise InputError(f"{path}: {NPZ_IMAGES} is {form}. Make it uint8 [n, height, width, 3].")
+        raise InputError(f"{path}: {NPZ_IMAGES} is {form}. Make it uint8 [n, height, width, 3]")
     size, digest = (images.shape[1], images.shape[2]), f"npz-{sha256(path)}"
 
     def read(rows: range) -> np.ndarray:
@@ -175,10 +175,10 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist. Give an existing .npz.") from error
+        raise InputError(f"{path} does not exist. Give an existing .npz") from error
     except Exception as error:  # zipfile and numpy raise almost anything on damaged archives
         reason = " ".join(str(error).split())
-        raise InputError(f"{path} is damaged or not an .npz ({reason}). Make it again.") from error
+        raise InputError(f"{path} is damaged or not an .npz ({reason}). Make it again") from error
 
 
 def map_npz_array(path: Path, name: str) -> np.ndarray | None:

@@ -214,7 +214,7 @@ def load_inception(path: Path) -> InceptionV3:
     Raises:
         InputError: the file is missing, damaged, or of another network.
     """
-    remedy = "Download pt_inception-2015-12-05-6726825d.pth, as published for pytorch-fid."
+    remedy = "Download pt_inception-2015-12-05-6726825d.pth, as published for pytorch-fid"
     try:
         weights = read_pickle(path)
     except FileNotFoundError as error:

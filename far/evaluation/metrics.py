@@ -69,7 +69,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     if len(a.total) != len(b.total):
         raise ValueError(f"features of {len(a.total)} and {len(b.total)} dimensions cannot be compared")
     if not all(torch.isfinite(side.total).all() and torch.isfinite(side.covariance).all() for side in (a, b)):
-        raise InputError("The features of the images are not finite. Check the model and the images.")
+        raise InputError("The features of the images are not finite. Check the model and the images")
     root_trace = torch.linalg.svdvals(_factor(a).T @ _factor(b)).sum()
     trace = a.covariance.trace() + b.covariance.trace() - 2 * root_trace
     return float((a.mean - b.mean).square().sum() + trace)

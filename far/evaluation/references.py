@@ -88,14 +88,14 @@ def _read_statistics(path: Path, extractor: Extractor) -> Reference:
     names = ("mu", "sigma", "extractor", "extractor_digest", "count", "features")
     mean, covariance, network, weights, count, features = (map_npz_array(path, name) for name in names)
     if mean is None or covariance is None:
-        raise InputError(f"{path} has neither images ({NPZ_IMAGES}) nor mu and sigma. Give another file.")
+        raise InputError(f"{path} has neither images ({NPZ_IMAGES}) nor mu and sigma. Give another file")
     made_by = FID_NETWORK if network is None else _read_name(path, network)
     if made_by != extractor.name:
-        raise InputError(f"{path} is of {made_by}, not of {extractor.name}. Give images as the reference.")
+        raise InputError(f"{path} is of {made_by}, not of {extractor.name}. Give images as the reference")
     if weights is not None and _read_name(path, weights) != extractor.digest:
-        raise InputError(f"{path} is of other weights of {made_by}. Give images as the reference.")
+        raise InputError(f"{path} is of other weights of {made_by}. Give images as the reference")
     if problem := _problem(mean, covariance, count, features, extractor.dimensions):
-        raise InputError(f"{path} is damaged: {problem}. Make the file again.")
+        raise InputError(f"{path} is damaged: {problem}. Make the file again")
     rows = None if count is None else int(count)
     moments = (torch.tensor(np.array(array)) for array in (mean, covariance))
     statistics = FeatureStatistics.known(rows or _UNKNOWN_COUNT, *moments)
@@ -109,7 +109,7 @@ def _read_name(path: Path, array: np.ndarray) -> str:
         points = array.reshape(1).view(f"{array.dtype.str[0]}u4")
         if points.max() <= sys.maxunicode and is_plain(name := str(array)):
             return name
-    raise InputError(f"{path}: the name of its network is damaged. Make the file again.")
+    raise InputError(f"{path}: the name of its network is damaged. Make the file again")
 
 
 def _problem(

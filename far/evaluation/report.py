@@ -87,10 +87,10 @@ def check_counts(count: int, reference: Reference) -> None:
     """Raise an :class:`InputError` if ``count`` images are too few to compare with the reference."""
     if reference.features is None:
         if count < 2:
-            raise InputError(f"A Fréchet distance needs two images or more, got {count}. Give more images.")
+            raise InputError(f"A Fréchet distance needs two images or more, got {count}. Give more images")
     elif count < _LEAST or len(reference.features) < _LEAST_REFERENCE:
         few = f"{count} images and {len(reference.features)} of the reference are too few"
-        raise InputError(f"{few}. Give at least {_LEAST} images and {_LEAST_REFERENCE} of the reference.")
+        raise InputError(f"{few}. Give at least {_LEAST} images and {_LEAST_REFERENCE} of the reference")
 
 
 def _biases(name: str, features: Tensor, reference: Reference, seed: int) -> dict[str, float]:
