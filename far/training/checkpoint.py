@@ -98,8 +98,8 @@ def save_checkpoint(
         folder: of the run's checkpoints, on a disk that all ranks see.
         step: number of finished steps.
         tensors: whole or as shards; every rank has the same names.
-        values: JSON values: the task's ``identity``, ``dtype``, ``scaler``, and the numbers of ``skipped``
-            steps in all and in a row.
+        values: JSON values: the task's ``identity``, ``dtype``, ``scaler``, the newest ``results``, and the
+            numbers of ``skipped`` steps in all and in a row.
         processes: ranks that train.
     """
     path = folder / f"step-{step:08d}"

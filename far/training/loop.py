@@ -166,6 +166,7 @@ class Trainer:
                 self.scaler.load_state_dict({**self.scaler.state_dict(), **saved.values["scaler"]})
             self.step, self.resumed_dtype = saved.step, saved.values["dtype"]
             self.skipped_steps, self.skipped_in_a_row = saved.values["skipped"]
+            self.results = saved.values.get("results", {})
 
     def _clean_up(self) -> list[tuple[int, Path]]:
         """Remove files that a killed run left half-written, and return the checkpoints."""
@@ -195,6 +196,7 @@ class Trainer:
             "skipped": (self.skipped_steps, self.skipped_in_a_row),
             "dtype": self.config.dtype,
             "identity": dict(self.task.identity),
+            "results": self.results,
         }
         save_checkpoint(self.checkpoints, self.step, self._tensors(), values, self.processes)
 

@@ -272,6 +272,21 @@ def test_run_that_dies_after_its_last_step_is_resumed_at_that_step(
     assert (tmp_path / "run/model/samples/step-00000020.png").exists()
 
 
+def test_resumed_run_publishes_the_figures_of_its_last_evaluation(recipe: Path, tmp_path: Path) -> None:
+    often = ["generator.training.evaluate_every=5", "generator.training.checkpoint_every=5"]
+    assert main(["train", str(recipe), *often, "generator.training.steps=5"]) == 0
+    longer = [often[1], "generator.training.steps=20", "generator.training.evaluate_every=20"]
+    published: list[int] = []
+
+    def publish(self: GeneratorTask, ema: object, folder: Path, step: int, results: dict) -> None:
+        published.append(results["step"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GeneratorTask, "publish", publish)
+        assert main(["train", str(recipe), *longer, "--resume"]) == 0
+    assert published == [5, 5, 20]
+
+
 def test_resumed_log_continues_at_the_checkpoint(recipe: Path, tmp_path: Path) -> None:
     def entries() -> list[tuple[int, bool]]:
         lines = [json.loads(line) for line in (tmp_path / "run/model/log.jsonl").read_text().splitlines()]
