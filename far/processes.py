@@ -10,6 +10,7 @@ import datetime
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -198,6 +199,10 @@ def joined() -> Iterator[Processes]:
     dist.init_process_group(backend, timeout=datetime.timedelta(days=2))
     try:
         yield processes
+    except BaseException as error:
+        # The frames of the error hold DDP's reducers. Freed after the group, they would wait for ended ranks.
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         dist.destroy_process_group()
 
