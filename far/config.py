@@ -17,7 +17,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from far.errors import InputError
+from far.errors import InputError, prefix_errors
 
 T = TypeVar("T")
 
@@ -44,10 +44,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any], source: str) -> T:
         if required and name not in values:
             raise InputError(f"{source}: the key {name!r} is missing. Add it")
     converted = {key: _convert(hints[key], value, f"{source}: {key}") for key, value in values.items()}
-    try:
+    with prefix_errors(f"{source}: "):  # errors of __post_init__
         return cls(**converted)
-    except InputError as error:  # raised by __post_init__
-        raise InputError(f"{source}: {error}") from error
 
 
 def _convert(hint: Any, value: Any, source: str) -> Any:

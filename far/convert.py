@@ -9,7 +9,7 @@ import contextlib
 import math
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.backbone.masked import MaskedConfig
-from far.errors import InputError
+from far.errors import InputError, prefix_errors
 from far.folder import add_part, config_without
 from far.heads import DiffusionConfig
 from far.model import FAR, ModelConfig, NetworkConfig
@@ -147,13 +147,9 @@ def add_autoencoder(
     add_part(folder, existing, tensors, autoencoder=config)
 
 
-@contextlib.contextmanager
-def _converting(source: Path) -> Iterator[None]:
+def _converting(source: Path) -> contextlib.AbstractContextManager[None]:
     """Name the file, and the remedy, in errors about its content."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{source} cannot be converted: {error}. Give the published checkpoint") from error
+    return prefix_errors(f"{source} cannot be converted: ", ". Give the published checkpoint")
 
 
 def _read_pickle(source: Path) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.config import from_dict, to_dict
 from far.convert import add_autoencoder
-from far.errors import InputError
+from far.errors import InputError, prefix_errors
 from far.files import read_json, write_json
 from far.weights import read_tensors, save_tensors
 
@@ -215,7 +215,7 @@ def _ours(theirs: AutoencoderKLConfig, path: Path) -> AutoencoderConfig:
     if not widths or min(widths) < 1 or any(width % widths[0] for width in widths):
         raise InputError(f"{path}: block_out_channels {list(widths)} must be multiples of the first")
     scale, shift = _scale_and_shift(theirs, path)
-    try:
+    with prefix_errors(f"{path} cannot be converted: "):
         config = AutoencoderConfig(
             width=widths[0],
             width_multipliers=tuple(width // widths[0] for width in widths),
@@ -225,8 +225,6 @@ def _ours(theirs: AutoencoderKLConfig, path: Path) -> AutoencoderConfig:
             scale=scale,
             shift=shift,
         )
-    except InputError as error:
-        raise InputError(f"{path} cannot be converted: {error}") from error
     values = to_dict(theirs)
     for name, expected in to_dict(_theirs(config)).items():
         if name not in _SKIPPED and values[name] != expected:

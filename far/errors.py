@@ -1,5 +1,8 @@
 """Exceptions that the command line prints as a single line, with exit status 2."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class InputError(ValueError):
     """Invalid input from the user: a file, a value or a name.
@@ -10,3 +13,12 @@ class InputError(ValueError):
 
 class NotFiniteError(InputError):
     """NaN or infinite values in a model's images: its weights are damaged, or overflow in their dtype."""
+
+
+@contextlib.contextmanager
+def prefix_errors(prefix: str, remedy: str = "") -> Iterator[None]:
+    """Put ``prefix`` before, and ``remedy`` after, the message of an :class:`InputError` of the block."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{prefix}{error}{remedy}") from error

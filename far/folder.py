@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from far.card import model_card, write_card
 from far.config import from_dict
 from far.devices import resolve_device
-from far.errors import InputError
+from far.errors import InputError, prefix_errors
 from far.files import read_json, write_json
 from far.folder_config import Base, FolderConfig
 from far.hub import upload
@@ -53,10 +53,8 @@ class ModelFolder:
         """
         path = find_folder(name, revision=revision, local_files_only=local_files_only)
         config = _read_config(path / _CONFIG)
-        try:
+        with prefix_errors(f"{path / _CONFIG}: "):
             return cls(path, config, None if config.base is None else _open_base(config.base.weights))
-        except InputError as error:
-            raise InputError(f"{path / _CONFIG}: {error}") from error
 
     @property
     def has_autoencoder(self) -> bool:

@@ -3,7 +3,7 @@
 import difflib
 from pathlib import Path
 
-from far.errors import InputError
+from far.errors import InputError, prefix_errors
 from far.hub import download, is_hub_name
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -29,12 +29,8 @@ def find_folder(name: Path | str, *, revision: str | None = None, local_files_on
             raise InputError(f"{folder} holds no model (no config.json). Give {_OURS}")
         return folder
     if isinstance(name, str) and is_hub_name(name) and not name.startswith(("./", "../")):
-        try:
+        with prefix_errors(f"weights {name!r}: no such folder{_beside(name)}. As a name on the hub: "):
             return download(name, revision, local_files_only=local_files_only)
-        except InputError as error:
-            raise InputError(
-                f"weights {name!r}: no such folder{_beside(name)}. As a name on the hub: {error}"
-            ) from error
     raise InputError(
         f"weights {str(name)!r}: no such folder or bundled model. Give one of {', '.join(bundled)}, "
         f"{_OURS}, or OWNER/NAME of the hub"

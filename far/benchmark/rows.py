@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.devices import has_bfloat16_products, resolve_device
-from far.errors import InputError
+from far.errors import InputError, prefix_errors
 from far.model import FAR, PRESETS, ModelConfig, preset
 from far.names import find_folder
 from far.pipeline import Pipeline
@@ -134,10 +134,8 @@ def _outline(name: str) -> tuple[FAR, SamplingConfig]:
 
 
 def _folder(name: str) -> Path:
-    try:
+    with prefix_errors(f"model {name!r} is not a preset ({', '.join(PRESETS)}), and "):
         return find_folder(name)
-    except InputError as error:
-        raise InputError(f"model {name!r} is not a preset ({', '.join(PRESETS)}), and {error}") from None
 
 
 def load_models(rows: Sequence[Row], device: str | torch.device) -> dict[tuple[str, str], Pipeline]:
