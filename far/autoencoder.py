@@ -60,12 +60,9 @@ class Autoencoder(nn.Module):
         Raises:
             InputError: the images' height or width is not a multiple of the stride.
         """
-        height, width = images.shape[-2:]
-        if height % self.config.stride or width % self.config.stride:
-            raise InputError(
-                f"image of {height}×{width} pixels: both sides must be multiples of the stride "
-                f"{self.config.stride}. Crop or resize it"
-            )
+        height, width, stride = *images.shape[-2:], self.config.stride
+        if height % stride or width % stride:
+            raise InputError(f"image of {height}×{width}: both sides must be multiples of stride {stride}")
         moments = self._in_parts(lambda part: self.quant_conv(self.encoder(part)), images, height, width)
         if not self.config.spherical:
             return moments

@@ -36,9 +36,7 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         multipliers = list(self.width_multipliers)
         if not 3 <= len(multipliers) <= 5 or not 1 <= min(multipliers) <= max(multipliers) <= 2**8:
-            raise InputError(
-                f"width_multipliers {multipliers} must be 3 to 5 numbers of 1 to {2**8} (stride 4 to 16)"
-            )
+            raise InputError(f"width_multipliers {multipliers} must be 3 to 5 numbers of 1 to {2**8}")
         for name in ("width", "blocks", "latent_channels", "norm_groups"):
             check_count(f"autoencoder {name}", getattr(self, name), 2**8 if name == "blocks" else 2**16)
         if self.scale <= 0:
@@ -46,9 +44,7 @@ class AutoencoderConfig:
         if self.width % self.norm_groups:
             raise InputError(f"norm_groups {self.norm_groups} must divide the width {self.width}")
         if isinstance(self.shift, tuple) and len(self.shift) != self.latent_channels:
-            raise InputError(
-                f"shift has {len(self.shift)} entries for {self.latent_channels} latent channels"
-            )
+            raise InputError(f"shift has {len(self.shift)} values for {self.latent_channels} latent channels")
 
     @property
     def widths(self) -> list[int]:

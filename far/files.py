@@ -27,12 +27,7 @@ _OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
 def _beside(path: Path, parent: Path | None = None) -> Iterator[Path]:
     """Yield a path of the same name in a new folder beside ``path``, and remove the folder at the end.
 
-    Args:
-        path: its parent folders are created if missing.
-        parent: holds the new folder instead, and no other folder is created.
-
-    Raises:
-        InputError: the folder cannot be created or written, or the disk is full.
+    Missing parents are created, unless ``parent`` holds it. Errors of the disk become :class:`InputError`.
     """
     folder = None
     try:
@@ -43,9 +38,7 @@ def _beside(path: Path, parent: Path | None = None) -> Iterator[Path]:
         yield folder / path.name
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
         reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"cannot write {path}: {reason}. Check the path, its permissions and the free space"
-        ) from error
+        raise InputError(f"cannot write {path}: {reason}. Check permissions and free space") from error
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -125,16 +118,12 @@ def sole_use(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise InputError(
-            f"cannot write {folder}: {error.strerror}. Check the path and its permissions"
-        ) from error
+        raise InputError(f"cannot write {folder}: {error.strerror}. Check its permissions") from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(
-                f"another command is writing to {folder}. Wait until it ends, or choose another folder"
-            ) from error
+            raise InputError(f"another command is writing to {folder}. Wait until it ends") from error
         except OSError:  # the disk does not support locks
             pass
         yield

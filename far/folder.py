@@ -195,7 +195,6 @@ def _read_config(path: Path) -> FolderConfig:
 
 
 def _open_base(name: str) -> ModelFolder:
-    """Open a bundled model that others can build on."""
     if name not in bundled_names():
         raise InputError(f"base {name!r} is not a bundled model. Give one of: {', '.join(bundled_names())}")
     folder = ModelFolder.open(BUNDLED / name)

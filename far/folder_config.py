@@ -52,9 +52,7 @@ class FolderConfig:
         if self.model is None:
             return
         if len(self.classes) != self.model.classes:
-            raise InputError(
-                f"classes has {len(self.classes)} names. Give {self.model.classes}, as the model"
-            )
+            raise InputError(f"classes has {len(self.classes)} names. The model needs {self.model.classes}")
         if odd := [name for name in self.classes if not is_plain(name)]:
             raise InputError(f"classes holds {odd[0]!r}. Give names without control characters")
         if self.autoencoder is not None and self.autoencoder.latent_channels != self.model.latent_channels:

@@ -203,9 +203,7 @@ class KeyValueCache:
                 memory[:, :, self.start : self.length] = new
             else:
                 memory.scatter_(2, self.positions[:, None, :, None].expand_as(new), new)
-        if self.start == 0:
-            return keys, values, None
-        return *held, self.bias
+        return (keys, values, None) if self.start == 0 else (*held, self.bias)
 
     def _keep(self, rows: int) -> None:
         assert rows <= self.rows, f"{rows} rows after a pass with {self.rows}: the others have gaps"

@@ -50,10 +50,7 @@ class Processes:
             return torch.device("cpu")  # processes cannot share an MPS device
         local, devices = self.local_rank(), torch.cuda.device_count()
         if 0 < devices <= local:
-            raise InputError(
-                f"LOCAL_RANK {local} has no CUDA device. Start at most {devices} processes per machine, or "
-                "choose device cpu"
-            )
+            raise InputError(f"LOCAL_RANK {local} has no CUDA device. Start at most {devices} per machine")
         return resolve_device(f"cuda:{local}")
 
     def local_rank(self) -> int:
@@ -64,18 +61,13 @@ class Processes:
         """
         local = os.environ.get("LOCAL_RANK", "missing")
         if not local.isdecimal():
-            raise InputError(
-                f"WORLD_SIZE is {self.count}, but LOCAL_RANK is {local} in the environment. Start the "
-                "command with torchrun"
-            )
+            raise InputError(f"WORLD_SIZE is {self.count} but LOCAL_RANK {local}. Start far with torchrun")
         return int(local)
 
     def check_parts(self, name: str, parts: int) -> None:
         """Raise an :class:`InputError` unless the ranks can share ``parts``, the setting ``name``, evenly."""
         if parts % self.count:
-            raise InputError(
-                f"{name} {parts} cannot be shared evenly. Give a multiple of the {self.count} processes"
-            )
+            raise InputError(f"{name} {parts} must be a multiple of the {self.count} processes")
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, in order, on every rank."""
@@ -97,10 +89,8 @@ class Processes:
             return [call(*arguments)]
         try:
             outcome: tuple[T | None, InputError | None] = call(*arguments), None
-        except InputError as error:
-            outcome = None, error
-        except OSError as error:
-            outcome = None, InputError(str(error))
+        except (InputError, OSError) as error:
+            outcome = None, error if isinstance(error, InputError) else InputError(str(error))
         results, errors = zip(*self.gather(outcome))
         if any(errors):
             raise next(filter(None, errors))
@@ -134,14 +124,11 @@ class Processes:
 
             def probe() -> str:
                 folder.mkdir(parents=True, exist_ok=True)
-                return stack.enter_context(
-                    tempfile.TemporaryDirectory(dir=folder, prefix=".shared.", suffix=".far")
-                )
+                temporary = tempfile.TemporaryDirectory(dir=folder, prefix=".shared.", suffix=".far")
+                return stack.enter_context(temporary)
 
             if not all(self.gather(os.path.exists(self.first(probe)))):
-                raise InputError(
-                    f"{folder} is not the same folder for all processes. Put it on a disk that they share"
-                )
+                raise InputError(f"{folder} differs between processes. Put it on a disk that they share")
 
     @contextlib.contextmanager
     def alone_in(self, folder: Path) -> Iterator[None]:
@@ -166,9 +153,7 @@ def started_by_torchrun() -> Processes:
     """
     rank, count = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if not (rank.isdecimal() and count.isdecimal() and int(rank) < int(count)):
-        raise InputError(
-            f"RANK {rank!r} and WORLD_SIZE {count!r} in the environment are not torchrun's. Unset them"
-        )
+        raise InputError(f"RANK {rank!r} and WORLD_SIZE {count!r} are not torchrun's. Unset them")
     return Processes(int(rank), int(count))
 
 
@@ -185,10 +170,7 @@ def joined() -> Iterator[Processes]:
         return
     local = processes.local_rank()
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise InputError(
-            f"WORLD_SIZE is {processes.count}, but {missing[0]} is missing in the environment. Start the "
-            "command with torchrun"
-        )
+        raise InputError(f"WORLD_SIZE is {processes.count}, but {missing[0]} is missing. Start with torchrun")
     import torch
     import torch.distributed as dist
 

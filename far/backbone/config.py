@@ -87,9 +87,7 @@ class CausalConfig:
             raise InputError(f"width {width} must be a positive multiple of heads {heads}")
         pair = 4 if positions == "grid" else 2  # two channels per axis rotate together
         if width // heads % pair:
-            raise InputError(
-                f"width {width} / heads {heads} must be a multiple of {pair} (positions {positions})"
-            )
+            raise InputError(f"width {width} / heads {heads} must be a multiple of {pair} ({positions})")
         check_count("depth", self.depth, 2**10)
         check_count("buffer", self.buffer)
         if not 0 <= self.dropout < 1:

@@ -76,9 +76,7 @@ class DiffusionConfig(HeadConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.token_limit is not None and not self.token_limit > 0:
-            raise InputError(
-                f"head token_limit {self.token_limit} is not positive. Give more than 0, or null"
-            )
+            raise InputError(f"head token_limit {self.token_limit} is not positive. Give more, or null")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,9 +40,7 @@ class AutoencoderTask:
         self.identity = {"images": fingerprint(self.train_images)}
         size, stride = self.train_images.meta["size"], config.model.stride
         if size % stride:
-            raise InputError(
-                f"{data}: the size of {size} pixels is not a multiple of the autoencoder's stride {stride}"
-            )
+            raise InputError(f"{data}: size {size} is not a multiple of the autoencoder's stride {stride}")
         with seeded(self.loop.seed):
             self.module = Autoencoder(config.model)
         self.features: FeatureNetwork = load_feature_network().to(self.loop.device)

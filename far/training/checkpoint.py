@@ -49,10 +49,7 @@ class Checkpoint:
             check_same_classes(theirs["classes"], str(self.path), ours["classes"], "this run's data", remedy)
         for name, value in ours.items():
             if theirs.get(name) != value:
-                raise InputError(
-                    f"{self.path} was trained with other {name} ({theirs.get(name)}) than this run has "
-                    f"({value}). {remedy}"
-                )
+                raise InputError(f"{self.path} has {name} {theirs.get(name)}, not {value}. {remedy}")
 
     def fill(self, targets: dict[str, Tensor], processes: Processes = Processes()) -> None:
         """Copy the tensors into ``targets``, whole or each rank its shards. All ranks take part.
@@ -64,10 +61,7 @@ class Checkpoint:
         for name in sorted(ours.keys() | self.shapes):
             here, there = ours.get(name, "missing"), self.shapes.get(name, "missing")
             if here != there:
-                raise InputError(
-                    f"{self.path} is of another model ({name} is {there} there and {here} here). Resume with "
-                    "the recipe that it was trained with"
-                )
+                raise InputError(f"{self.path}: {name} is {there}, not {here}. Resume with its own recipe")
         # torch may raise anything for damaged files.
         with _in_one_line(f"cannot read {self.path}", _READ_AGAIN, Exception, CheckpointException):
             reader = dcp.HuggingFaceStorageReader(str(self.path))
@@ -123,10 +117,7 @@ def _write(path: Path, temporary: Path, tensors: dict[str, Tensor], processes: P
     """Write the tensors into ``temporary``, and return the SHA-256 of each file. Errors name ``path``."""
     numbers = _file_numbers(tensors, processes)
     writer = dcp.HuggingFaceStorageWriter(str(temporary), fqn_to_index_mapping=numbers, save_distributed=True)
-    dense = {
-        name: tensor if isinstance(tensor, DTensor) else tensor.contiguous()
-        for name, tensor in tensors.items()
-    }
+    dense = {name: t if isinstance(t, DTensor) else t.contiguous() for name, t in tensors.items()}
     remedy = "Check the free space, then add --resume"
     with _in_one_line(f"cannot write {path}", remedy, OSError, CheckpointException):
         dcp.save(dense, storage_writer=writer, no_dist=processes.count == 1)
@@ -136,10 +127,8 @@ def _write(path: Path, temporary: Path, tensors: dict[str, Tensor], processes: P
 def _file_numbers(tensors: dict[str, Tensor], processes: Processes) -> dict[str, int]:
     """Return each tensor's file number. Files are limited in size, since torch builds them in memory."""
     sizes = (tensor.numel() * tensor.element_size() // processes.count for tensor in tensors.values())
-    return {
-        name: 1 + before // _FILE_BYTES
-        for name, before in zip(tensors, itertools.accumulate(sizes, initial=0))
-    }
+    starts = itertools.accumulate(sizes, initial=0)
+    return {name: 1 + start // _FILE_BYTES for name, start in zip(tensors, starts)}
 
 
 def _digests(folder: Path, processes: Processes) -> dict[str, str]:

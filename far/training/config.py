@@ -84,10 +84,9 @@ class LoopConfig:
         for name in ("weight_decay", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} {getattr(self, name)} must be at least 0")
-        if self.batch_size % self.micro_batches:
-            raise InputError(
-                f"batch_size {self.batch_size} is not a multiple of micro_batches {self.micro_batches}"
-            )
+        size, parts = self.batch_size, self.micro_batches
+        if size % parts:
+            raise InputError(f"batch_size {size} / micro_batches {parts} is not a whole number")
         check_seed("seed", self.seed)
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay {self.ema_decay} must be at least 0 and below 1")
@@ -249,11 +248,8 @@ class DistillationConfig:
         size = self.training.micro_batch_size
         if size % GROUP:
             raise InputError(f"training.batch_size / micro_batches is {size}. Make it a multiple of {GROUP}")
-        if self.trajectories.images <= GROUP:
-            images = f"trajectories.images {self.trajectories.images}"
-            raise InputError(
-                f"{images} leaves nothing to train on. Give more than {GROUP}, which are held out"
-            )
+        if (images := self.trajectories.images) <= GROUP:
+            raise InputError(f"trajectories.images {images} are all held out. Give more than {GROUP}")
         if self.samples_per_token < 1:
             raise InputError(f"samples_per_token {self.samples_per_token} must be positive")
         if self.adapter_rank < 0:

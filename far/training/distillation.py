@@ -1,7 +1,6 @@
 """Distillation: a few-step head learns the trajectories of a trained model's head (``trajectories.py``).
 
-The backbone stays frozen, and its conditions are read from disk; or low-rank adapters tune it, and it runs in
-training.
+The backbone stays frozen, and its conditions are read from disk, unless low-rank adapters tune it.
 """
 
 import dataclasses
@@ -101,12 +100,11 @@ class DistillationTask:
             return batch["z"]
         module.backbone.eval()  # no dropout: the trajectories were computed without
         groups = zip(*(batch[name].split(GROUP) for name in _BACKBONE_INPUTS))
-        return torch.cat(
-            [
-                module.backbone(tokens, order[:, : int(known[0])], query, labels)
-                for tokens, order, known, query, labels in groups
-            ]
-        )
+        z = [
+            module.backbone(tokens, order[:, : int(known[0])], query, labels)
+            for tokens, order, known, query, labels in groups
+        ]
+        return torch.cat(z)
 
     @torch.no_grad()
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:

@@ -24,15 +24,11 @@ class Ema:
         """Move the average toward ``trained`` after optimizer step ``step`` (0, 1, …)."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         pairs = list(zip(self.module.parameters(), trained.parameters(), strict=True))
-        # Frozen parameters equal their average. Skip them: reading a whole backbone costs more than training
-        # the head.
+        # Skip frozen parameters: they equal their average, and reading them costs more than training a head.
         pairs = [(average, parameter) for average, parameter in pairs if parameter.requires_grad]
         averages = [own(average) for average, _ in pairs]
         # A sharded average takes the matching shard of the parameter, a whole one the whole parameter.
-        current = [
-            own(parameter) if isinstance(average, DTensor) else whole(parameter)
-            for average, parameter in pairs
-        ]
+        current = [own(now) if isinstance(average, DTensor) else whole(now) for average, now in pairs]
         torch._foreach_lerp_(averages, current, weight)
         for buffer, now in zip(self.module.buffers(), trained.buffers()):
             buffer.copy_(now)

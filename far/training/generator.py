@@ -78,15 +78,10 @@ class GeneratorTask:
         sizes = ModelConfig(config.network, len(self.classes), channels, grid)
         with seeded(config.training.seed):
             module = FAR(sizes)
-        if config.frozen_backbone is not None:
-            self.training["backbone"] = _copy_backbone(
-                module, config.frozen_backbone, autoencoder, self.classes, latents
-            )
+        if (source := config.frozen_backbone) is not None:
+            self.training["backbone"] = _copy_backbone(module, source, autoencoder, self.classes, latents)
         if config.network.spherical and not autoencoder.config.spherical:
-            raise InputError(
-                "network.spherical needs an autoencoder that decodes spherical latents. Train it with "
-                "model.spherical=true"
-            )
+            raise InputError("network.spherical needs an autoencoder trained with model.spherical=true")
         config.sampling.check(module)
         return module
 
@@ -185,9 +180,7 @@ def _copy_backbone(
         for each in (trained.config, module.config)
     )
     if theirs != ours:
-        raise InputError(
-            f"{source} differs from the recipe's. Give both the same network.backbone, spherical and patch"
-        )
+        raise InputError(f"{source} differs. Give both the same network.backbone, spherical and patch")
     remedy = "Train on the same classes, or train the backbone too"
     check_same_classes(pipeline.classes, source, classes, str(latents), remedy)
     if trained.config.grid != module.config.grid:
@@ -196,10 +189,7 @@ def _copy_backbone(
             f"{list(module.config.grid)}. Train on images of the same size"
         )
     if pipeline.autoencoder is not None and not pipeline.autoencoder.same_latents(autoencoder):
-        raise InputError(
-            f"{source} was trained on latents of another autoencoder than {latents}. Give both the same "
-            "autoencoder_from"
-        )
+        raise InputError(f"{source} is of another autoencoder than {latents}. Set the same autoencoder_from")
     module.backbone.load_state_dict(trained.backbone.state_dict())
     module.backbone.requires_grad_(False)
     return pipeline.training

@@ -224,8 +224,7 @@ class Trainer:
         """
         config, meter = self.config, Meter()
         if self.step >= config.steps:
-            done = f"{self.folder} is already trained to step {self.step}"
-            self._print(f"{done}. Raise the recipe's steps to continue")
+            self._print(f"{self.folder} is already trained to step {self.step}. Raise the recipe's steps")
             return
         self._print(self._machine())
         log = TrainingLog(self.folder, config, self.step, self.processes)
@@ -256,8 +255,7 @@ class Trainer:
             # Wait for all ranks before signals end processes again.
             signum = max(self.processes.gather(interrupt.signum or 0))
         if self.step < config.steps:
-            stopped = f"interrupted at step {self.step} and saved in {self.checkpoints}"
-            self._print(f"{stopped}. Resume with --resume")
+            self._print(f"interrupted at step {self.step}, saved in {self.checkpoints}. Resume with --resume")
             raise Interrupted(signum)
 
     def _stopped(self, interrupt: DeferredInterrupt) -> bool:
@@ -269,7 +267,6 @@ class Trainer:
         return self.step // every > done // every or self.step == self.config.steps
 
     def _report(self, meter: Meter, log: TrainingLog) -> None:
-        """Log the means since the last report."""
         entry = {
             "step": self.step,
             **meter.read(self.processes),
@@ -287,7 +284,6 @@ class Trainer:
             print(line)
 
     def _machine(self) -> str:
-        """Return a line with the device and dtype of this run."""
         config, device = self.config, self.device
         line = f"{self.folder}: training on {device_title(device)} in {config.dtype}"
         if self.resumed_dtype not in (None, config.dtype):
@@ -350,8 +346,7 @@ class Trainer:
         """
         config = self.config
         generator = seeded_generator(number, config.seed)
-        # Dropout can only draw from the device's default generator. Seeding it makes a step depend on its
-        # number only.
+        # Dropout draws from the device's default generator. Seed it, so a step depends on its number only.
         seed_all(number, config.seed)
         start = time.perf_counter()
         batch = self.task.batch(number, generator)

@@ -32,9 +32,7 @@ def shard(losses: nn.Module, module: nn.Module, ema: nn.Module) -> nn.Module:
     is not sharded, because it provides targets in every step. Only generators can be sharded.
     """
     if not isinstance(module, FAR) or not isinstance(ema, FAR):
-        raise InputError(
-            "parallel fsdp is for generators. Use ddp, because an autoencoder fits on one device"
-        )
+        raise InputError("parallel fsdp is for generators. Use ddp for an autoencoder")
     mesh = init_device_mesh(next(module.parameters()).device.type, (dist.get_world_size(),))
     for blocks in module.backbone.modules():
         if isinstance(blocks, nn.ModuleList):

@@ -26,9 +26,7 @@ def check_unused(folder: Path, resume: bool) -> None:
     check_folder(folder)
     existing = list_checkpoints(checkpoints_folder(folder))
     if existing and not resume:
-        raise InputError(
-            f"{folder} already holds a run at step {existing[-1][0]}. Add --resume, or choose another folder"
-        )
+        raise InputError(f"{folder} holds a run at step {existing[-1][0]}. Add --resume or take a new folder")
     old = sorted(checkpoints_folder(folder).glob("step-*.pt"))
     if old and not existing:
         raise InputError(f"{old[-1]} is of far 0.1. Choose another folder, or continue the run with far 0.1")

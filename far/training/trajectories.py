@@ -108,7 +108,6 @@ def write_trajectories(
 
 
 def _check_velocity(model: FAR) -> None:
-    """Raise the error of a head that has no velocity."""
     like = next(model.parameters())
     token, z = like.new_zeros(1, model.config.token_channels), like.new_zeros(1, model.backbone.width)
     model.head.velocity(token, like.new_zeros(1), Condition(z))
@@ -126,18 +125,12 @@ def _check_latents(folder: Path, teacher: Pipeline) -> ShardReader:
 def _cached(teacher: Pipeline, folder: Path, seed: int) -> Images:
     """Read the images of a group from a latent cache: the next rows of a permutation, with random flips."""
     if teacher.autoencoder is None:
-        raise InputError(
-            "the teacher has no autoencoder to read latents with. Add one with far convert kl16 KL16.ckpt "
-            "TEACHERS_FOLDER"
-        )
+        raise InputError("the teacher has no autoencoder. Add one with far convert kl16 KL16.ckpt FOLDER")
     cache = LatentCache(folder, teacher.autoencoder)
     size = cache.meta["size"]
-    expected = [side * teacher.autoencoder.config.stride for side in teacher.model.config.grid]
-    if [size, size] != expected:
-        raise InputError(
-            f"{folder} holds images of {size}×{size} pixels, but the teacher draws "
-            f"{expected[0]}×{expected[1]}. Give latents of that size"
-        )
+    height, width = (side * teacher.autoencoder.config.stride for side in teacher.model.config.grid)
+    if (size, size) != (height, width):
+        raise InputError(f"{folder} holds {size}×{size} images. Give {height}×{width}, as the teacher draws")
     order = torch.randperm(len(cache), generator=seeded_generator(seed))
 
     def read(group: int, generator: torch.Generator, callback: Callback) -> tuple[Tensor, Tensor]:
@@ -183,10 +176,7 @@ def group_rows(
 
     paths = trajectories(velocity, noise, POINTS, SUBSTEPS).half()
     if not torch.isfinite(paths).all():
-        raise InputError(
-            "the teacher's trajectories exceed float16's range. Limit them, for example by "
-            "trajectories.token_limit=5.0"
-        )
+        raise InputError("trajectories exceed float16's range. Limit them by trajectories.token_limit=5.0")
     return {
         "tokens": tokens.half(), "z": z.half(), "scale": scale.half(), "paths": paths,
         "labels": labels, "order": order, "query": query, "known": torch.full_like(labels, known),
