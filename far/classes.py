@@ -33,16 +33,12 @@ def class_number(classes: Sequence[str], label: object) -> int:
         named = _named(classes, label)
         if named == number or not 0 <= number < len(classes):
             return named
-        raise InputError(
-            f"label {label!r} is the name of class {named} and the number of {classes[number]!r}. "
-            f"Give {_NUMBER}{named} or {_NUMBER}{number} (in Python, the integer)"
-        )
+        meanings = f"the name of class {named} and the number of {classes[number]!r}"
+        raise InputError(f"label {label!r} is {meanings}. Give {_NUMBER}{named} or {_NUMBER}{number}")
     name = classes[_within(classes, number)]
     if match[1] is None and re.fullmatch("[0-9]{1,18}", name) and int(name) != number:
-        raise InputError(
-            f"label {label!r} is not the name of a class, and class {number} is named {name!r}. "
-            f"Give that name, or {_NUMBER}{number} (in Python, the integer)"
-        )
+        problem = f"is not the name of a class, and class {number} is named {name!r}"
+        raise InputError(f"label {label!r} {problem}. Give that name, or {_NUMBER}{number}")
     return number
 
 
@@ -85,9 +81,7 @@ def _named(classes: Sequence[str], name: str) -> int:
     numbers = [number for number, other in enumerate(classes) if other == name]
     if len(numbers) > 1:
         choices = " or ".join(f"{_NUMBER}{number}" for number in numbers[:_SHOWN])
-        raise InputError(
-            f"label {name!r} is the name of {len(numbers)} classes. Give {choices} (in Python, the integer)"
-        )
+        raise InputError(f"label {name!r} is the name of {len(numbers)} classes. Give {choices}")
     return numbers[0]
 
 

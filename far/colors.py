@@ -6,8 +6,7 @@ import io
 import numpy as np
 from PIL import Image, ImageCms
 
-# Image modes that a profile of each color space can describe. A gray image may keep the profile of its
-# RGB original.
+# Image modes that a profile of each color space can describe. Gray images may keep an original's RGB profile.
 _GRAY_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 _MODES = {"GRAY": _GRAY_MODES, "RGB": (*_GRAY_MODES, "P", "PA", "RGB", "RGBA"), "CMYK": ("CMYK",)}
 _CHANNELS = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}
@@ -57,9 +56,8 @@ def _transform(data: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransform 
         channels = _CHANNELS[space]
         # Interpolated tables of gray would be wrong by up to 10 in dark areas and save no time.
         flags = ImageCms.Flags.NOOPTIMIZE if channels == "L" else ImageCms.Flags.NONE
-        transform = ImageCms.buildTransform(
-            profile, ImageCms.createProfile("sRGB"), channels, "RGB", flags=flags
-        )
+        srgb = ImageCms.createProfile("sRGB")
+        transform = ImageCms.buildTransform(profile, srgb, channels, "RGB", flags=flags)
         return channels, None if channels != "CMYK" and _changes_nothing(transform, channels) else transform
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return _UNUSABLE

@@ -130,7 +130,6 @@ def add_autoencoder(
 
     Args:
         folder: made if missing. Nothing is written if anything is wrong.
-        config: the sizes of the autoencoder.
         weights: tensors in our shapes, under the names that ``published_name`` returns.
         published_name: returns the published name for one of ours.
         source: the file, for errors.
@@ -163,13 +162,9 @@ def _read_pickle(source: Path) -> Any:
         raise InputError(f"cannot read {source}: {error.strerror or error}. Check the path") from error
     except Exception as error:  # a damaged or hostile pickle can raise anything
         if named := re.search(r"GLOBAL (\S+)", str(error)):
-            raise InputError(
-                f"{source} is refused: its pickle requires {named[1]!r}, and only tensors, plain values and "
-                "argparse.Namespace are allowed. Give the published checkpoint"
-            ) from error
-        raise InputError(
-            f"{source} is cut off, damaged or not a PyTorch checkpoint. Download or copy it again"
-        ) from error
+            problem = f"its pickle requires {named[1]!r}, not only tensors and plain values"
+            raise InputError(f"{source} is refused: {problem}. Give the published checkpoint") from error
+        raise InputError(f"{source} is damaged or not a PyTorch checkpoint. Copy it again") from error
 
 
 def _state_dict(weights: Any) -> dict[str, Tensor]:
@@ -199,10 +194,8 @@ def _mar_config(weights: dict[str, Tensor], settings: dict[str, Any]) -> tuple[M
     side, latent_channels = math.isqrt(tokens), _number(settings, "vae_embed_dim", 16)
     patch = _number(settings, "patch_size", math.isqrt(channels // latent_channels) or 1)
     if side**2 != tokens or latent_channels * patch**2 != channels:
-        raise InputError(
-            f"{tokens} tokens of {channels} values do not form a square grid of {patch}×{patch} patches of "
-            f"{latent_channels} channels"
-        )
+        grid = f"a square grid of {patch}×{patch} patches of {latent_channels} channels"
+        raise InputError(f"{tokens} tokens of {channels} values do not form {grid}")
     encoder, decoder = blocks("encoder", encoder_width), blocks("decoder", decoder_width)
     backbone = MaskedConfig(*encoder, *decoder, buffer_and_tokens - tokens)
     draws = _number(settings, "diffusion_batch_mul", 4)
@@ -277,9 +270,7 @@ def _renamed(
     for ours, theirs in names.items():
         shape = list(expected[ours].shape)
         if list(_shape(weights, theirs, len(shape))) != shape:
-            raise InputError(
-                f"{theirs} has shape {list(weights[theirs].shape)}, not {shape} as the others require"
-            )
+            raise InputError(f"{theirs} has shape {list(weights[theirs].shape)}, but others require {shape}")
         if weights[theirs].dtype not in FLOATS:
             raise InputError(f"{theirs} is of {weights[theirs].dtype}, which weights cannot have")
     if left_over := sorted(weights.keys() - set(names.values())):

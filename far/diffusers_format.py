@@ -25,8 +25,7 @@ _SHARDS = re.compile(r"diffusion_pytorch_model\.safetensors\.index(?:\.(\w+))?\.
 # Attention's tensors as older versions of diffusers saved them, and their names today.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
-# Our names and those of diffusers. All patterns that fit a name are applied, in this order. The decoder's
-# levels follow below.
+# Our names and those of diffusers. All patterns that fit are applied in order, after the decoder's levels.
 _NAMES = (
     (r"\.down\.(\d+)\.", r".down_blocks.\1."),
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
@@ -90,9 +89,7 @@ def to_diffusers(autoencoder: Autoencoder, folder: Path) -> None:
         raise InputError(f"a spherical autoencoder cannot become an {_CLASS}. Convert another one")
     multipliers = list(config.width_multipliers)
     if multipliers[0] != 1:
-        raise InputError(
-            f"width_multipliers {multipliers} must begin with 1 in an {_CLASS}. Convert another autoencoder"
-        )
+        raise InputError(f"width_multipliers {multipliers} must begin with 1. Convert another autoencoder")
     if (folder / "config.json").exists():
         raise InputError(f"{folder} already holds a model. Choose another folder")
     tensors = {
@@ -120,9 +117,7 @@ def from_diffusers(source: Path, folder: Path) -> str:
     """
     path = source / "config.json"
     if not path.exists():
-        raise InputError(
-            f"{path} does not exist. Give an {_CLASS}'s folder (in a diffusers pipeline, its vae)"
-        )
+        raise InputError(f"{path} does not exist. Give an {_CLASS}'s folder (in a pipeline, its vae)")
     values = read_json(path)
     if not isinstance(values, dict) or values.get("_class_name") != _CLASS:
         raise InputError(f"{path}: _class_name is not {_CLASS!r}. Give the folder of an {_CLASS}")
@@ -148,9 +143,7 @@ def _weights(source: Path) -> list[Path]:
             if match := pattern.fullmatch(path.name):
                 ranked.append((match[1] or "", sharded, path))
     if not ranked:
-        raise InputError(
-            f"{source / _WEIGHTS} does not exist. Save the model as safetensors, not as a pickle"
-        )
+        raise InputError(f"{source / _WEIGHTS} does not exist. Save the model as safetensors")
     return [path for _, _, path in sorted(ranked)]
 
 
@@ -166,9 +159,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             raise InputError(f"{index} lists {file[:80]!r}, not a safetensors file. Save the weights again")
         shard = read_tensors(index.parent / file)
         if shard.keys() != {name for name, place in files.items() if place == file}:
-            raise InputError(
-                f"{index.parent / file} and {index.name} differ in tensors. Save the weights again"
-            )
+            raise InputError(f"{index.parent / file} and {index.name} differ. Save the weights again")
         tensors |= shard
     return tensors
 
@@ -228,9 +219,7 @@ def _ours(theirs: AutoencoderKLConfig, path: Path) -> AutoencoderConfig:
     values = to_dict(theirs)
     for name, expected in to_dict(_theirs(config)).items():
         if name not in _SKIPPED and values[name] != expected:
-            raise InputError(
-                f"{path}: {name} is {values[name]!r}, but far's autoencoder requires {expected!r}"
-            )
+            raise InputError(f"{path}: {name} is {values[name]!r}, but far requires {expected!r}")
     return config
 
 

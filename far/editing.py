@@ -17,11 +17,10 @@ from far.pictures import to_rgb, to_tensor
 
 
 def image_pixels(image: Any, size: tuple[int, int]) -> Tensor:
-    """Return an image of ``size`` (height, width) as ``[3, height, width]`` floats in [0, 1].
+    """Return an image of ``size`` (height, width) in pixels as ``[3, height, width]`` floats in [0, 1].
 
     Args:
         image: a Pillow image, uint8 ``[height, width, 3 or 4]``, or floats ``[3, height, width]``.
-        size: in pixels.
 
     Raises:
         InputError: the image is of another type, size or range.
@@ -89,10 +88,8 @@ def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
         raise InputError(f"box {sides} is not four numbers. Give left, top, right and bottom in pixels")
     left, top, right, bottom = sides
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-        raise InputError(
-            f"box {left} {top} {right} {bottom} is empty or leaves the image. "
-            f"Give left, top, right and bottom within 0 0 {width} {height}"
-        )
+        remedy = f"Give left, top, right and bottom within 0 0 {width} {height}"
+        raise InputError(f"box {left} {top} {right} {bottom} is empty or leaves the image. {remedy}")
     mask = torch.zeros(size, dtype=torch.bool)
     mask[top:bottom, left:right] = True
     return mask
@@ -118,10 +115,8 @@ def place(picture: Image.Image, size: tuple[int, int], left: int, top: int) -> t
     picture = to_rgb(picture)  # upright, before its sides are measured
     right, bottom = left + picture.width, top + picture.height
     if not (left >= 0 and top >= 0 and right <= width and bottom <= height):
-        raise InputError(
-            f"an image of {picture.height}×{picture.width} pixels placed at {left} {top} leaves the canvas "
-            f"of {height}×{width} pixels. Give another left and top pixel, or a smaller image"
-        )
+        placed = f"an image of {picture.height}×{picture.width} pixels placed at {left} {top}"
+        raise InputError(f"{placed} leaves the canvas of {height}×{width}. Move the image, or reduce it")
     margins = ((top, height - bottom), (left, width - right), (0, 0))
     canvas = np.pad(np.asarray(picture), margins, mode="edge")
     return Image.fromarray(canvas), ~box_mask(size, (left, top, right, bottom))

@@ -42,10 +42,8 @@ def download(name: str, revision: str | None = None, *, local_files_only: bool =
             allow_patterns=["config.json", "*.safetensors"], ignore_patterns=["*/*"],
         )  # fmt: skip
     if not ((Path(folder) / "config.json").is_file() and any(Path(folder).glob("*.safetensors"))):
-        raise InputError(
-            f"{repository} on the hub does not hold config.json and safetensors. Pickles are not read from "
-            "there: download MAR's checkpoints and use far convert mar and far convert kl16"
-        )
+        remedy = "Download MAR's checkpoints and run far convert mar and far convert kl16"
+        raise InputError(f"{repository} on the hub does not hold config.json and safetensors. {remedy}")
     return Path(folder)
 
 

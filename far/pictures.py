@@ -45,11 +45,8 @@ def check_finite(images: Tensor) -> Tensor:
     """
     finite = images.isfinite().flatten(1).all(dim=1)
     if not finite.all():
-        number = int((~finite).nonzero()[0])
-        raise NotFiniteError(
-            f"image {number} of {len(images)} has values that are not finite: the weights are damaged, or "
-            "values overflow. Check the weights, or take dtype float32"
-        )
+        values = f"values of image {int((~finite).nonzero()[0])} of {len(images)}"
+        raise NotFiniteError(f"{values} are not finite. Check the weights, or take dtype float32")
     return images
 
 
@@ -75,7 +72,6 @@ def to_rgb(picture: Image.Image, background: str = "white", *, keep_colors: bool
     converted to sRGB, and 16 bits are scaled to 8. The given picture is not changed.
 
     Args:
-        picture: the picture.
         background: the color under transparent parts.
         keep_colors: ignore color profiles, as ADM's preparation of ImageNet does.
 
@@ -94,8 +90,7 @@ def to_rgb(picture: Image.Image, background: str = "white", *, keep_colors: bool
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
         return picture if picture.mode == "RGB" else picture.convert("RGB")
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        reason = first_line(error)
-        raise InputError(f"the image cannot be decoded ({reason}). Replace it") from error
+        raise InputError(f"the image cannot be decoded ({first_line(error)}). Replace it") from error
 
 
 def first_line(error: BaseException) -> str:
@@ -176,10 +171,8 @@ def _block_columns(rows: int, width: int, height: int) -> int:
     """Return in how many columns to arrange rows of ``width`` × ``height`` pixels: one, unless too high."""
     if rows * height <= 2 * width:
         return 1
-    return min(
-        range(1, rows + 1),
-        key=lambda columns: abs(math.log(columns * width / (-(-rows // columns) * height))),
-    )
+    ratios = {columns: columns * width / (-(-rows // columns) * height) for columns in range(1, rows + 1)}
+    return min(ratios, key=lambda columns: abs(math.log(ratios[columns])))
 
 
 def enlarge(picture: Image.Image) -> Image.Image:
@@ -206,8 +199,7 @@ def save_png(picture: Image.Image, path: Path, settings: Mapping[str, object] | 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 120) -> None:
     """Write an infinite animation atomically; the last frame lasts a second and a half."""
-    durations = [milliseconds] * (len(frames) - 1) + [1500]
+    first, *others = frames
+    durations = [milliseconds] * len(others) + [1500]
     with atomic_path(path) as temporary:
-        frames[0].save(
-            temporary, format="GIF", save_all=True, append_images=list(frames[1:]), duration=durations, loop=0
-        )
+        first.save(temporary, "GIF", save_all=True, append_images=others, duration=durations, loop=0)

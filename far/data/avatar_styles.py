@@ -36,10 +36,8 @@ def render_avatar(job: tuple[int, int], size: int) -> "np.ndarray":
     svg = Avatar(_style(name), {"seed": f"{name}-{seed}", "size": RENDER_SIZE}).to_string()
     with Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg))), formats=("PNG",)) as picture:
         rgba = picture.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, "white")
-    return np.asarray(
-        Image.alpha_composite(white, rgba).convert("RGB").resize((size, size), Image.Resampling.BOX)
-    )
+    rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return np.asarray(rgb.resize((size, size), Image.Resampling.BOX))
 
 
 def renderer_digest() -> str:
@@ -54,9 +52,7 @@ def check_packages() -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise InputError(
-                f"rendering avatars needs the package {name}. Run: pip install 'far-image[data]'"
-            ) from error
+            raise InputError(f"avatars need {name}. Run: pip install 'far-image[data]'") from error
 
 
 def _style_file(name: str) -> Path:

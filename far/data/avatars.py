@@ -51,17 +51,15 @@ def write_avatars(folder: Path, size: int, per_class: int, held_out_per_class: i
     if held_out_per_class < 1:
         raise InputError(f"held-out-per-class {held_out_per_class} is too small. Use 1 or more")
     check_packages()
-    held_out = _render_split(folder / "held-out", size, HELD_OUT_SEED, held_out_per_class, exclude=None)
-    train = _render_split(folder / "train", size, 0, per_class, exclude=frozenset(held_out.report["digests"]))
+    held_out = _render(folder / "held-out", size, HELD_OUT_SEED, held_out_per_class, exclude=None)
+    train = _render(folder / "train", size, 0, per_class, exclude=set(held_out.report["digests"]))
     duplicates = train.report.get("duplicates removed", 0)
     left_out = {"that are also held out": duplicates} if duplicates else {}
     complete = train.found_complete and held_out.found_complete
     return Summary(train.count, held_out.count, STYLES, left_out, already_complete=complete)
 
 
-def _render_split(
-    folder: Path, size: int, first_seed: int, seeds: int, exclude: frozenset[str] | None
-) -> ShardWriter:
+def _render(folder: Path, size: int, first_seed: int, seeds: int, exclude: set[str] | None) -> ShardWriter:
     """Render one part. Without ``exclude`` it is the reference, whose report lists its images' digests."""
     meta = {
         "kind": "images", "size": size, "classes": list(STYLES), "source": "DiceBear styles, CC0 1.0",

@@ -56,10 +56,8 @@ def _read_part(source: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
     images = read_idx(_find(source, f"{prefix}-images-idx3-ubyte"))
     labels = read_idx(_find(source, f"{prefix}-labels-idx1-ubyte"))
     if labels.ndim != 1 or images.shape != (len(labels), 28, 28):
-        raise InputError(
-            f"{source}: {prefix} has images {list(images.shape)} and labels {list(labels.shape)}, not"
-            " [n, 28, 28] and [n]. Download the files again"
-        )
+        shapes = f"images {list(images.shape)} and labels {list(labels.shape)}, not [n, 28, 28] and [n]"
+        raise InputError(f"{source}: {prefix} has {shapes}. Download the files again")
     if labels.max(initial=0) >= len(CLASSES):
         raise InputError(f"{source}: {prefix} has the label {labels.max()}, not 0 to 9. Download it again")
     return images, labels

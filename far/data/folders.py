@@ -25,9 +25,7 @@ from far.files import printable, sha256
 _SHARD_BYTES = 64 * 2**20
 _HASHED_TOGETHER = 4096
 # Names of parts of data sets, which are rarely classes.
-_PART_NAMES = frozenset(
-    ("train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval", *PARTS)
-)
+_PART_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval", *PARTS}
 
 File = tuple[Path, int]  # a path and its label
 Found = tuple[np.ndarray, bool] | InputError  # pixels, and whether a color profile was ignored
@@ -76,7 +74,7 @@ def write_folder(
         held_out, train, needed = _with_both_parts(source, held_out, train, classes, read, strict)
         spare = _Spare(source, train, needed, writers["held-out"])
         _fill(writers["held-out"], source, held_out, read, strict, spare)
-        _fill(writers["train"], source, spare.left(), read, strict)
+        _fill(writers["train"], source, spare.left(), read, strict, None)
     for writer in writers.values():
         left_out.update(writer.report.get("left out", {}))
     ignored = sum(writer.report.get("profiles ignored", 0) for writer in writers.values())
@@ -111,10 +109,8 @@ def _split(files: list[File], share: float) -> tuple[list[File], list[File]]:
 def _content(files: list[File], source: Path) -> str:
     """Return a SHA-256 of the names and contents of all files."""
     digest = hashlib.sha256()
-    with (
-        ThreadPoolExecutor() as pool,
-        tqdm(total=len(files), desc="comparing files", unit="file", mininterval=1, delay=1) as bar,
-    ):
+    bar = tqdm(total=len(files), desc="comparing files", unit="file", mininterval=1, delay=1)
+    with ThreadPoolExecutor() as pool, bar:
         for start in range(0, len(files), _HASHED_TOGETHER):
             paths = [path for path, _ in files[start : start + _HASHED_TOGETHER]]
             for path, content in zip(paths, pool.map(_hash, paths)):
@@ -135,12 +131,8 @@ def _with_both_parts(
 ) -> tuple[list[File], list[File], set[File]]:
     """Ensure that both parts of each class will have an image, before anything is written.
 
-    Returns:
-        Held-out files; training files, with a held-out one if the class has no other readable file; and one
-        training file per class that must not replace a broken held-out file.
-
-    Raises:
-        InputError: a class has fewer than two readable files, or a file is unreadable and ``strict`` is set.
+    Return held-out files; training files, with a held-out one if the class has no other readable file; and
+    one training file per class that must not replace a broken held-out file.
     """
 
     def readable(files: Iterable[File]) -> Iterator[File]:
@@ -199,24 +191,16 @@ def _name(path: Path, source: Path) -> str:
     return str(path.relative_to(source))
 
 
-def _shuffled(files: list[File]) -> list[File]:
-    # Mix the classes, so that the beginning of a set is a fair sample. A fixed order lets packing resume.
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
-    return [files[index] for index in order]
-
-
 def _fill(
-    writer: ShardWriter,
-    source: Path,
-    files: list[File],
-    read: Read,
-    strict: bool,
-    spare: _Spare | None = None,
+    writer: ShardWriter, source: Path, files: list[File], read: Read, strict: bool, spare: _Spare | None
 ) -> None:
     """Write the missing images of ``files``, replace unreadable ones by those of ``spare``, and finish."""
     if writer.complete:
         return
-    files, size, report = _shuffled(files), writer.index["meta"]["size"], writer.report
+    # Mix the classes, so that the beginning of a set is a fair sample. A fixed order lets packing resume.
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
+    files = [files[index] for index in order]
+    size, report = writer.index["meta"]["size"], writer.report
     rows = max(1, _SHARD_BYTES // (3 * size * size))
 
     def skip(path: Path, error: InputError) -> None:

@@ -30,7 +30,6 @@ _OTHER_FORMATS = {
     b"<": "HTML or SVG", b"version https://git-lfs": "a pointer of Git LFS",
 }  # fmt: skip
 _one_at_a_time = threading.Lock()
-
 T = TypeVar("T")
 
 
@@ -80,10 +79,7 @@ def few_images(folder: Path, classes: list[str]) -> str:
     """Return the error message for described classes with too few images for both parts."""
     shown = ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
     count = f"{len(classes)} {'class has' if len(classes) == 1 else 'classes have'}"
-    return (
-        f"{folder}: {count} fewer than two readable images: {shown}."
-        " Add PNG, JPEG or WebP files, or remove the class folders"
-    )
+    return f"{folder}: {count} fewer than two readable images: {shown}. Add PNG, JPEG or WebP files"
 
 
 def _check_names(subfolders: list[Path]) -> None:
@@ -116,8 +112,7 @@ def _made_of(path: Path, make: Callable[[Image.Image], T]) -> T:
         cause = error.__cause__ if isinstance(error, InputError) and error.__cause__ else error
         if isinstance(cause, UnidentifiedImageError) and (other := _other_format(path)):
             raise OtherFormat(f"{path} is {other}. Convert it to PNG, JPEG or WebP, or remove it") from error
-        reason = first_line(cause)
-        raise InputError(f"{path} is not a readable image ({reason}). Replace or remove it") from error
+        raise InputError(f"{path} is not a readable image ({first_line(cause)}). Replace it") from error
 
 
 def _other_format(path: Path) -> str | None:

@@ -73,10 +73,8 @@ def _moments(autoencoder: Autoencoder, images: Tensor, source: ShardReader) -> T
     both = torch.stack([autoencoder.moments(images), autoencoder.moments(images.flip(-1))], dim=1)
     stored = both.to(torch.float16).cpu()
     if not torch.isfinite(stored).all():
-        raise InputError(
-            f"the autoencoder gives moments of {source.folder} that float16 cannot hold. Train it longer or "
-            "with more KL weight"
-        )
+        remedy = "Train the autoencoder longer or with more KL weight"
+        raise InputError(f"float16 cannot hold the moments of {source.folder}. {remedy}")
     return stored
 
 
@@ -86,10 +84,8 @@ def _check_source(folder: Path, meta: dict[str, Any], images: ShardReader) -> No
     check_same_classes(meta["classes"], str(folder), images.meta["classes"], str(images.folder), remedy)
     made, given = meta.get("images_fingerprint"), fingerprint(images)
     if made != given:
-        raise InputError(
-            f"{folder} was made from other images (fingerprint {made}) than {images.folder} holds ({given}). "
-            f"{remedy}"
-        )
+        differing = f"their fingerprint is {made}, that of {images.folder} is {given}"
+        raise InputError(f"{folder} was made from other images ({differing}). {remedy}")
 
 
 def open_latents(folder: Path, autoencoder: Autoencoder, images: ShardReader | None = None) -> ShardReader:
@@ -104,10 +100,8 @@ def open_latents(folder: Path, autoencoder: Autoencoder, images: ShardReader | N
     check_meta(reader, fingerprint=str)
     made, given = reader.meta["fingerprint"], autoencoder.fingerprint()
     if made != given:
-        raise InputError(
-            f"{folder} was made by another autoencoder (fingerprint {made}, this one is {given}). Remove it "
-            "and run far cache again"
-        )
+        other = f"another autoencoder (its fingerprint is {made}, not {given})"
+        raise InputError(f"{folder} was made by {other}. Remove it and run far cache again")
     if images is not None:
         _check_source(folder, reader.meta, images)
     config, side = autoencoder.config, reader.meta["size"] // autoencoder.config.stride

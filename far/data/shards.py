@@ -36,8 +36,6 @@ from far.processes import Processes, started_by_torchrun
 INDEX = "index.json"
 _MADE_BY = {"images": "far data", "moments": "far cache RECIPE", "trajectories": "far distill"}
 _NUMPY_TYPES = {"U8": np.uint8, "I64": np.int64, "F16": np.float16, "F32": np.float32}
-
-
 # A number of items of a source, and their rows by tensor name.
 Pieces = Iterable[tuple[int, Mapping[str, torch.Tensor]]]
 

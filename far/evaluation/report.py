@@ -65,9 +65,8 @@ def report(features: Tensor, reference: Reference, extractor: Extractor, *, seed
         figures[f"IS std over splits{suffix}"] = score.error
     if reference.features is None:
         missing = "KID, precision, recall, density and coverage"
-        return Report(
-            figures, {}, [*warnings, f"{reference.source} has no features, so there is no {missing}"]
-        )
+        warnings.append(f"{reference.source} has no features, so there is no {missing}")
+        return Report(figures, {}, warnings)
     kernel = metrics.kernel_distance(features, reference.features, generator)
     figures[f"KID{suffix}"] = kernel.value
     if kernel.error is not None:

@@ -69,7 +69,7 @@ def test_parts_are_balanced_and_share_no_image(tmp_path: Path, monkeypatch: pyte
 def test_images_of_the_reference_are_removed_from_training(tmp_path: Path) -> None:
     pictures = {seed: render_avatar((0, seed), size=8) for seed in range(3)}
     exclude = frozenset({hashlib.sha256(pictures[1].tobytes()).hexdigest()[:16]})
-    writer = avatars._render_split(tmp_path, 8, 0, 3, exclude)
+    writer = avatars._render(tmp_path, 8, 0, 3, exclude)
     found = ShardReader(tmp_path, "images").all("images").numpy()
     assert len(found) == 3 * 16 - 1
     assert writer.report["duplicates removed"] == 1
