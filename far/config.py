@@ -35,10 +35,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any], source: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
-            raise InputError(
-                f"{source}: unknown key {key!r}. Did you mean {near[0]!r}? (keys: {', '.join(fields)})"
-            )
+            near, keys = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)[0], ", ".join(fields)
+            raise InputError(f"{source}: unknown key {key!r}. Did you mean {near!r}? (keys: {keys})")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -181,10 +179,8 @@ def _by_kind(kinds: dict[str, Any], values: Mapping[str, Any], source: str, *, e
         return from_dict(next(iter(kinds.values())), values, source)
     kind = values.get("kind", next(iter(kinds)))
     if kind not in list(kinds):  # a list, because the value may not be hashable
-        remedy = ". If it is your own, import the module that registers it first" if extensible else ""
-        raise InputError(
-            f"{source}: kind is {_shown(kind)}, expected {' or '.join(map(repr, kinds))}{remedy}"
-        )
+        hint = ". If it is your own, import the module that registers it first" if extensible else ""
+        raise InputError(f"{source}: kind is {_shown(kind)}, expected {' or '.join(map(repr, kinds))}{hint}")
     return from_dict(kinds[kind], values, source)
 
 

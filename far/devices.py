@@ -48,10 +48,7 @@ def resolve_device(device: "str | torch.device" = "auto") -> "torch.device":
 
 @functools.cache
 def _turn_tf32_off() -> None:
-    """Turn off the TF32 of cuDNN, which changes features and pixels by about 1e-3.
-
-    This happens once per process, so that a user can turn TF32 on again.
-    """
+    """Turn off cuDNN's TF32, which changes pixels by about 1e-3; only once, so that users can turn it on."""
     import torch
 
     torch.backends.cudnn.allow_tf32 = False

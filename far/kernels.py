@@ -30,9 +30,6 @@ _PLAIN: Any = {"dtype": torch.float32, "device": "cpu"}
 _BREAKAGE = (AttributeError, RuntimeError, TypeError)
 
 
-# --- bfloat16 in the layout of oneDNN -----------------------------------------------------------------------
-
-
 def pack_bfloat16(weight: Tensor) -> Tensor:
     """Return a bfloat16 weight ``[out, in]`` in the layout of oneDNN. ``to_dense()`` of it is the weight."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
@@ -71,9 +68,6 @@ def _ramp(rows: int, columns: int) -> Tensor:
     return torch.arange(rows * columns, **_PLAIN).mul(0.618034).frac().mul(2).sub(1).view(rows, columns)
 
 
-# --- 8-bit integers by fbgemm -------------------------------------------------------------------------------
-
-
 def int8_weight(weight: Tensor, kernel: Int8Kernel) -> tuple[Tensor, Tensor]:
     """Return int8 integers ``[out, in]`` and scales ``[out]`` whose product is nearly ``weight [out, in]``.
 
@@ -108,10 +102,8 @@ def int8_product(x: Tensor, packed: Any) -> Tensor:
 
     ``x`` is rounded to 127ths: zero is 128 of 0 … 255, and ±1 is 127 away from it.
     """
-    result: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-        x, 1 / 127, 128, packed
-    )
-    return result
+    y: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1 / 127, 128, packed)
+    return y
 
 
 def int8_kernel() -> Int8Kernel | None:

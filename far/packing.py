@@ -14,8 +14,7 @@ from far import kernels
 from far.errors import InputError
 from far.kernels import Int8Kernel
 
-# Narrower layers (the projections of tokens) have few weights to read, and they carry the image's values
-# themselves.
+# Narrower layers (the projections of tokens) have few weights to read, and carry the image's own values.
 _INT8_WIDTH = 64
 
 L = TypeVar("L", bound=nn.Module)
@@ -130,6 +129,5 @@ def has_int8(module: nn.Module) -> bool:
 def parameter_count(module: nn.Module) -> int:
     """Return the number of parameters, including those in 8-bit linear layers."""
     packed = [part for part in module.modules() if isinstance(part, Int8Linear)]
-    return sum(parameter.numel() for parameter in module.parameters()) + sum(
-        part.out_features * (part.in_features + (part.bias is not None)) for part in packed
-    )
+    int8 = sum(part.out_features * (part.in_features + (part.bias is not None)) for part in packed)
+    return int8 + sum(parameter.numel() for parameter in module.parameters())

@@ -104,16 +104,14 @@ def load_recipe(name: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: the file is missing or not YAML, or a key or value is wrong.
     """
-    path = find_recipe(name)
+    path, names = find_recipe(name), ", ".join(recipe_names())
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
-        names = ", ".join(recipe_names())
         raise InputError(f"recipe {path}: {error.strerror}. Give a YAML file, or one of: {names}") from error
     except _NOT_YAML as error:
         raise InputError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        names = ", ".join(recipe_names())
         raise InputError(f"recipe {path} holds no keys. far recipe NAME prints an example ({names})")
     for override in overrides:
         _apply(values, override, str(path))
@@ -141,8 +139,7 @@ def _apply(values: dict[str, Any], override: str, source: str) -> None:
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
-            wrong = f"{parent!r} is a value in {source}, not a section"
-            raise InputError(f"override {override!r}: {wrong}. Give another key")
+            raise InputError(f"override {override!r}: {parent!r} is a value in {source}. Give another key")
     try:
         values[last] = yaml.safe_load(text)
     except _NOT_YAML as error:

@@ -39,30 +39,28 @@ class Section:
 
 def sections() -> list[Section]:
     """Return the sections of a recipe, then those of ``far distill``."""
-    return [
-        *_sections("a recipe", Recipe, Recipe("", ""), ""),
-        *_sections("far distill", DistillationConfig, DistillationConfig(), ""),
-    ]
+    return [*_sections("a recipe", Recipe("", "")), *_sections("far distill", DistillationConfig())]
 
 
-def _sections(command: str, kind: type, default: Any, prefix: str) -> Iterator[Section]:
+def _sections(command: str, default: Any, prefix: str = "") -> Iterator[Section]:
+    kind = type(default)
     summary, meanings = described(kind)
     hints = typing.get_type_hints(kind)
     keys: list[Key] = []
-    inner: list[tuple[str, type, Any]] = []
+    inner: list[tuple[Any, str]] = []
     for field in dataclasses.fields(kind):
         hint, value = hints[field.name], getattr(default, field.name)
         options = [*kinds_of(hint).values()] or ([hint] if dataclasses.is_dataclass(hint) else [])
         if options:
-            defaults = [value if isinstance(value, option) else option() for option in options]
-            inner += [(f"{prefix}{field.name}.", *pair) for pair in zip(options, defaults)]
+            defaults = [value if type(value) is option else option() for option in options]
+            inner += [(value, f"{prefix}{field.name}.") for value in defaults]
             continue
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         shown = None if required else value if isinstance(value, str) else json.dumps(value)
         keys.append(Key(f"{prefix}{field.name}", _type(hint), shown, meanings.get(field.name, "")))
     yield Section(command, prefix.rstrip("."), getattr(kind, "kind", ""), summary, keys)
-    for name, option, value in inner:
-        yield from _sections(command, option, value, name)
+    for value, name in inner:
+        yield from _sections(command, value, name)
 
 
 def _type(hint: Any) -> str:

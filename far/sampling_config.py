@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from far.model import FAR
 
 
-def _masked_only(default: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"masked only": True})
+def _option(default: Any, **metadata: Any) -> Any:
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 # Commands and recipes derive their options from these fields: the type gives the form of an option, and the
@@ -45,14 +45,12 @@ class SamplingConfig:
     head_steps: int | tuple[int, ...] = 8
     guidance: float = 1.0
     guidance_schedule: Literal["linear", "constant"] = "linear"
-    guidance_interval: tuple[float, ...] = dataclasses.field(
-        default=(0.0, 1.0), metadata={"names": ("START", "END")}
-    )
+    guidance_interval: tuple[float, ...] = _option((0.0, 1.0), names=("START", "END"))
     temperature: float = 1.0
-    order: Literal["random", "halton"] = _masked_only("random")
-    refresh_every: int = _masked_only(1)
-    guidance_every: int = _masked_only(1)
-    guidance_passes: int | None = dataclasses.field(default=None, metadata={"choices": (1, 2)})
+    order: Literal["random", "halton"] = _option("random", masked=True)
+    refresh_every: int = _option(1, masked=True)
+    guidance_every: int = _option(1, masked=True)
+    guidance_passes: int | None = _option(None, choices=(1, 2))
 
     def check(self, model: "FAR", kept: int = 0) -> None:
         """Raise an :class:`InputError` that names the first value that ``model`` cannot be sampled with.
@@ -67,9 +65,7 @@ class SamplingConfig:
         if not 1 <= self.ar_steps <= tokens:
             raise InputError(f"ar_steps {self.ar_steps} is out of range. Give 1 to {tokens}: tokens to draw")
         if not 1 <= len(self._head_ends) <= 2:
-            raise InputError(
-                f"head_steps {list(self._head_ends)} has the wrong length. Give one value or two"
-            )
+            raise InputError(f"head_steps {list(self._head_ends)} has the wrong length. Give 1 or 2 values")
         for steps in self._head_ends:
             model.head.check_steps(steps)
         if not (math.isfinite(self.guidance) and self.guidance >= 0):
@@ -127,9 +123,7 @@ class SamplingConfig:
 
 
 # The options that a causal model does not take.
-MASKED_ONLY = tuple(
-    field.name for field in dataclasses.fields(SamplingConfig) if "masked only" in field.metadata
-)
+MASKED_ONLY = tuple(field.name for field in dataclasses.fields(SamplingConfig) if "masked" in field.metadata)
 
 # Approximations of masked models that work well together. docs/results.md has their effect on quality.
 FAST: dict[str, int] = {"refresh_every": 4, "guidance_every": 4}

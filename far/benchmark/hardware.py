@@ -19,9 +19,8 @@ _PRODUCT_SIDE = 2048
 
 def machine() -> str:
     """Return one line that names versions, threads and processor."""
-    versions = (
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
-    )
+    threads, python = torch.get_num_threads(), platform.python_version()
+    versions = f"torch {torch.__version__}, {threads} threads, Python {python}"
     return f"{versions}, {processor()} {torch.backends.cpu.get_cpu_capability()}"
 
 

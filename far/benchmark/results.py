@@ -15,7 +15,7 @@ from far.benchmark.rows import Row, load_models
 from far.benchmark.timing import clock, median_ratio
 from far.benchmark.watch import PARTS, generate, segments
 from far.devices import resolve_device
-from far.packing import Int8Linear
+from far.packing import has_int8
 from far.pipeline import Pipeline
 
 # Unless rounds are given, a second one runs only if it ends by then: ten minutes with imports and the table.
@@ -152,8 +152,7 @@ def _first_run(pipeline: Pipeline, row: Row, full: bool, report: Report) -> RowR
 def _peak_of(module: nn.Module, report: Report) -> float:
     """Return the measured operations per second in the dtype of a network's weights."""
     like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
-    int8 = any(isinstance(part, Int8Linear) for part in module.modules())
-    dtype = torch.int8 if int8 else like.dtype
+    dtype = torch.int8 if has_int8(module) else like.dtype
     name = str(dtype).removeprefix("torch.")
     if name not in report.peaks:
         report.peaks[name] = product_peak(dtype, like.device)

@@ -68,13 +68,8 @@ def run(arguments: argparse.Namespace) -> None:
         options = {name: value for name, value in vars(arguments).items() if name != "run"}
         options |= {name: str(value) for name, value in options.items() if isinstance(value, Path)}
         versions = {"far": far.__version__, "torch": torch.__version__, "python": platform.python_version()}
-        record = {
-            "settings": {**options, "seed": SEED},
-            "versions": versions,
-            "command": ["far", *sys.argv[1:]],
-            "left out": left_out,
-            **report.record(results, device),
-        }
+        record: dict[str, Any] = {"settings": {**options, "seed": SEED}, "versions": versions}
+        record |= {"command": ["far", *sys.argv[1:]], "left out": left_out, **report.record(results, device)}
         write_json(arguments.json, record)
         print(f"wrote {arguments.json}")
     if arguments.plot is not None:
@@ -93,8 +88,7 @@ def _check(arguments: argparse.Namespace) -> None:
         given = [name for name in ("dtypes", *_ROWS) if getattr(arguments, name) is not None]
         given += sampling_options(arguments, without=(*_NO_OPTIONS, "guidance"))
         if given:
-            option = f"--{given[0].replace('_', '-')}"
-            raise InputError(f"{option} needs --models. Name the models, or omit it for default rows")
+            raise InputError(f"--{given[0].replace('_', '-')} needs --models. Name the models, or omit it")
     for path in filter(None, (arguments.json, arguments.plot)):
         check_writable(path)
 

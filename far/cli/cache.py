@@ -30,8 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
         device = processes.device(loop.device)
         if processes.rank == 0:
             print_chosen(device=(loop.device, device_title(device)))
-        write_latents(
-            Path(recipe.data), autoencoder, recipe.latents_folder, device=device, processes=processes
-        )
+        images, latents = Path(recipe.data), recipe.latents_folder
+        write_latents(images, autoencoder, latents, device=device, processes=processes)
         if processes.rank == 0:
             print(f"{recipe.latents_folder}: moments of {recipe.autoencoder_folder}, both flips")

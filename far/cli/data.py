@@ -16,30 +16,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
 
     folder = sources.add_parser("folder", help="your own images, one subfolder per class", allow_abbrev=False)
-    folder.add_argument("images", type=Path, help="folder with one subfolder of images per class")
-    folder.add_argument("out", type=Path, help=_OUT)
-    folder.add_argument("--size", type=int, default=256, help="side of the images in pixels (default 256)")
-    folder.add_argument(
-        "--held-out-share", type=float, default=0.05, metavar="FRACTION", help="for evaluation (default 0.05)"
-    )
-    folder.add_argument("--strict", action="store_true", help="stop at the first unreadable file")
-    folder.add_argument(
-        "--keep-colors", action="store_true", help="ignore color profiles, as ADM does for ImageNet"
-    )
+    add = folder.add_argument
+    add("images", type=Path, help="folder with one subfolder of images per class")
+    add("out", type=Path, help=_OUT)
+    add("--size", type=int, default=256, help="side of the images in pixels (default 256)")
+    share_help = "for evaluation (default 0.05)"
+    add("--held-out-share", type=float, default=0.05, metavar="FRACTION", help=share_help)
+    add("--strict", action="store_true", help="stop at the first unreadable file")
+    add("--keep-colors", action="store_true", help="ignore color profiles, as ADM does for ImageNet")
 
     fashion = sources.add_parser("fashion-mnist", help="Fashion-MNIST's IDX files", allow_abbrev=False)
-    fashion.add_argument("out", type=Path, help=_OUT)
-    fashion.add_argument(
-        "--from", dest="files", type=Path, required=True, metavar="FOLDER", help="holds the four .gz files"
-    )
+    add = fashion.add_argument
+    add("out", type=Path, help=_OUT)
+    add("--from", dest="files", type=Path, required=True, metavar="FOLDER", help="holds the four .gz files")
 
     avatars = sources.add_parser("avatars", help="drawn avatars in sixteen CC0 styles", allow_abbrev=False)
-    avatars.add_argument("out", type=Path, help=_OUT)
-    avatars.add_argument("--size", type=int, default=64, help="side in pixels, a divisor of 128 (default 64)")
-    avatars.add_argument(
-        "--per-class", type=int, default=HELD_OUT_SEED, help=f"training images (default {HELD_OUT_SEED})"
-    )
-    avatars.add_argument("--held-out-per-class", type=int, default=625, help="held-out images (default 625)")
+    add = avatars.add_argument
+    add("out", type=Path, help=_OUT)
+    add("--size", type=int, default=64, help="side in pixels, a divisor of 128 (default 64)")
+    add("--per-class", type=int, default=HELD_OUT_SEED, help=f"training images (default {HELD_OUT_SEED})")
+    add("--held-out-per-class", type=int, default=625, help="held-out images (default 625)")
 
 
 def run(arguments: argparse.Namespace) -> None:

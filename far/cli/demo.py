@@ -38,8 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
         from far.demo.drawing import load_models
         from far.demo.page import Demo
     except ModuleNotFoundError as error:
-        remedy = "Install it with: pip install 'far-image[demo]'"
-        raise InputError(f"the demo needs the package {error.name}. {remedy}") from error
+        raise InputError(f"the demo needs {error.name}. Run pip install 'far-image[demo]'") from error
     device = prepare_machine(arguments)
     with noticed(f"loading {', '.join(arguments.weights)}"):
         models = load_models(arguments.weights, arguments.dtype, device)

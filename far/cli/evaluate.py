@@ -40,33 +40,25 @@ if TYPE_CHECKING:
 
     from far.evaluation.features import Extractor
     from far.evaluation.references import Reference
-    from far.pipeline import Pipeline
 
 _DEFAULT_COUNT = 10_000
-# Distance between the first images of consecutive --seed values. It exceeds any count, so no two share an
-# image.
+# Distance between the first images of consecutive --seed values: above any count, so none share an image.
 _IMAGE_SEEDS = 2**32
 _CLASSES_SHOWN = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--weights", metavar="MODEL", help=f"model that generates the images: {NAMES}")
-    source.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="folder of images, or an image set of far data"
-    )
-    source.add_argument(
-        "--npz", type=Path, metavar="FILE", help="uint8 images [n, h, w, 3] as arr_0, ADM's format"
-    )
+    source = parser.add_mutually_exclusive_group(required=True).add_argument
+    source("--weights", metavar="MODEL", help=f"model that generates the images: {NAMES}")
+    source("--images", type=Path, metavar="FOLDER", help="folder of images, or an image set of far data")
+    source("--npz", type=Path, metavar="FILE", help="uint8 images [n, h, w, 3] as arr_0, ADM's format")
     number = functools.partial(parser.add_argument, type=int, metavar="N")
     path = functools.partial(parser.add_argument, type=Path)
     path("--reference", metavar="PATH", help="images as above, or a statistics file (.npz with mu and sigma)")
     number("--count", help="number of images (default: 10000 of a model, all of a folder or .npz)")
     path("--out", metavar="FOLDER", default="evaluation", help="folder for result.json (default evaluation)")
     path("--inception", metavar="FILE", help="state dict pt_inception-2015-12-05, for FID as published")
-    number(
-        "--seed", default=0, help="image i has seed SEED · 2³² + i; also seeds subsets and splits (default 0)"
-    )
+    number("--seed", default=0, help="image i has seed SEED · 2³² + i; seeds subsets and splits (default 0)")
     number("--batch-size", default=64, help="images drawn together, at most 100 (default 64)")
     path("--save-npz", metavar="FILE", help="also write the model's images in ADM's format")
     path("--save-statistics", metavar="FILE", help="write mu, sigma and features, for a later --reference")
@@ -109,11 +101,10 @@ def run(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     # Errors on either side should appear before hours of generation.
     with noticed(f"opening {arguments.weights or arguments.images or arguments.npz}"):
-        source = (
-            _open_images(arguments, extractor, cache)
-            if arguments.weights is None
-            else _open_model(arguments, extractor, device)
-        )
+        if arguments.weights is None:
+            source = _open_images(arguments, extractor, cache)
+        else:
+            source = _open_model(arguments, extractor, device)
     with joined() as processes:
         with torch.no_grad():
             reference = None
@@ -166,9 +157,8 @@ def _check(arguments: argparse.Namespace) -> None:
     check_exists(arguments.inception, "Get pt_inception-2015-12-05-6726825d.pth from pytorch-fid's page")
     if arguments.weights is not None:
         find_folder(arguments.weights)
-    for path in (arguments.out / "result.json", arguments.save_npz, arguments.save_statistics):
-        if path is not None:
-            check_writable(path)
+    for path in filter(None, (arguments.out / "result.json", *outputs.values())):
+        check_writable(path)
 
 
 def _check_apart(files: Mapping[str, Path | None], outputs: Collection[str]) -> None:
@@ -187,13 +177,9 @@ def _open_images(arguments: argparse.Namespace, extractor: Extractor, cache: Pat
     count = source.count if arguments.count is None else arguments.count
     if count > source.count:
         raise InputError(f"--count {count} is too large: {source.name} holds {source.count} images")
-    described = {
-        "images": source.name, "digest": source.digest, "count": count, "left out": dict(source.left_out)
-    }  # fmt: skip
-
-    def extract() -> torch.Tensor:
-        return features_of(source, extractor, cache, count=count)
-
+    described = {"images": source.name, "digest": source.digest, "count": count}
+    described["left out"] = dict(source.left_out)
+    extract = functools.partial(features_of, source, extractor, cache, count=count)
     return Source(count, source.size, described, extract, classes=source.classes)
 
 
@@ -234,15 +220,8 @@ def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: tor
         **generation.describe(), "count": count, "batch size": arguments.batch_size,
         "processes": processes.count, "device": device_title(device) if processes.count == 1 else device.type,
     }  # fmt: skip
-    return Source(count, _pixels(pipeline), described, extract, parts, pipeline.classes)
-
-
-def _pixels(pipeline: Pipeline) -> tuple[int, int] | None:
-    """Return (height, width) of a model's images, None without an autoencoder."""
-    if pipeline.autoencoder is None:
-        return None
-    (rows, columns), stride = pipeline.model.config.grid, pipeline.autoencoder.config.stride
-    return rows * stride, columns * stride
+    size = None if pipeline.autoencoder is None else pipeline.image_size
+    return Source(count, size, described, extract, parts, pipeline.classes)
 
 
 def _compare(
@@ -257,17 +236,13 @@ def _compare(
     for warning in warnings:
         print(f"far: warning: {printable(warning)}", file=sys.stderr)
     return {
-        "figures": found.figures,
-        "controls": found.controls,
-        "warnings": warnings,
+        "figures": found.figures, "controls": found.controls, "warnings": warnings,
         "evaluated": {**source.described, "size": source.size},
         "reference": {
             "source": reference.source, "digest": reference.digest, "count": reference.count,
             "size": reference.size, "left out": dict(reference.left_out),
         },
-        "extractor": extractor.name,
-        "extractor sha256": extractor.digest,
-        "seed": seed,
+        "extractor": extractor.name, "extractor sha256": extractor.digest, "seed": seed,
     }  # fmt: skip
 
 
@@ -290,9 +265,7 @@ def _write(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     write_json(arguments.out / "result.json", result | made)
     for name, value in result["figures"].items():
         key = name.partition(" ")[0]
-        controls = [
-            f"{kind} {scores[key]:.4f}" for kind, scores in result["controls"].items() if key in scores
-        ]
+        controls = [f"{kind} {score[key]:.4f}" for kind, score in result["controls"].items() if key in score]
         print(f"{name:40s} {value:.4f}" + (f"   ({', '.join(controls)})" if controls else ""))
     evaluated, reference = result["evaluated"], result["reference"]
     of = "" if reference["count"] is None else f"{reference['count']} of "

@@ -191,8 +191,7 @@ def _remaining(arguments: argparse.Namespace, texts: list[str], places: list[int
             changed = {"labels": labels, "count": count, "seed": seed, "out": next(outs), "gif": None}
             commands.append(_command({**vars(arguments), "overwrite": False, **changed}))
             seed += count
-    said = f"{done} of {len(places)} images are in {arguments.out}"
-    return f"{said}. Draw the others with: {' && '.join(commands)}"
+    return f"{done} of {len(places)} images are in {arguments.out}. Draw the others: {' && '.join(commands)}"
 
 
 def _command(arguments: dict[str, Any]) -> str:
@@ -218,8 +217,7 @@ def _earlier_images(folder: Path, overwrite: bool) -> list[Path]:
         if not re.fullmatch(r"[0-9]{6,}\.png", path.name):
             raise InputError(f"--out {folder} holds another image, {path.name}. Choose another folder")
     if images and not overwrite:
-        remedy = "Add --overwrite to replace them, or choose another folder"
-        raise InputError(f"--out {folder} already holds {len(images)} generated images. {remedy}")
+        raise InputError(f"--out {folder} holds {len(images)} images. Add --overwrite to replace them")
     return images
 
 

@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 
 
 def add_machine_arguments(
-    parser: argparse.ArgumentParser,
-    dtypes: Sequence[str] = (),
-    dtype: str | None = "auto",
-    *,
-    recipe: bool = False,
+    parser: argparse.ArgumentParser, dtypes: Sequence[str] = (), dtype: str = "auto", *, recipe: bool = False
 ) -> None:
     """Add ``--device`` and ``--threads``, and ``--dtype`` if there are ``dtypes`` to choose from.
 
@@ -34,11 +30,10 @@ def add_machine_arguments(
     names = "auto, cpu, cuda, cuda:1 …, mps or xpu"
     add("--device", type=_device, metavar="NAME", default=device, help=f"{names} (default {default})")
     auto = ": bfloat16 if the device supports it natively, else float32" if dtype == "auto" else ""
-    meaning = f"dtype of the weights (default {dtype}{auto})"
-    if recipe:
-        dtype, meaning = None, "dtype of training (default the recipe's)"
+    weights = f"dtype of the weights (default {dtype}{auto})"
+    meaning = "dtype of training (default the recipe's)" if recipe else weights
     if dtypes:
-        add("--dtype", choices=dtypes, default=dtype, help=meaning)
+        add("--dtype", choices=dtypes, default=None if recipe else dtype, help=meaning)
     meaning = "CPU threads (default: OMP_NUM_THREADS, or one per core)"
     add("--threads", type=threads, metavar="N", help=meaning)
 

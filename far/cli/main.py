@@ -8,21 +8,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import far
-from far.cli import (
-    benchmark,
-    cache,
-    convert,
-    data,
-    demo,
-    distill,
-    edit,
-    evaluate,
-    generate,
-    push,
-    recipe,
-    train,
+
+from far.cli import (  # isort: skip
+    benchmark, cache, convert, data, demo, distill, edit, evaluate, generate, push, recipe, train,
     train_autoencoder,
-)
+)  # fmt: skip
 from far.devices import is_out_of_memory
 from far.errors import InputError
 from far.files import printable

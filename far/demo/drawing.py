@@ -69,11 +69,8 @@ class Order:
         first, images = number("seed", seed, int), number("images", count, int)
         if not 1 <= images <= MOST_IMAGES:
             raise InputError(f"images {images} is out of range. Give 1 to {MOST_IMAGES}")
-        usual = SamplingConfig()
-        values = {
-            name: number(name, entry, float if isinstance(getattr(usual, name), float) else int)
-            for name, entry in sampling.items()
-        }
+        kinds = {n: float if isinstance(v, float) else int for n, v in vars(SamplingConfig()).items()}
+        values = {name: number(name, entry, kinds[name]) for name, entry in sampling.items()}
         config = model.pipeline.sampling_config(**values)
         config.check(model.pipeline.model)
         # The page offers names, so a name wins over a number here.

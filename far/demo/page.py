@@ -72,10 +72,7 @@ class Demo:
         names = ("inline", "share", "run_history", "enable_monitoring", "ssr_mode", "pwa", "mcp_server")
         options: dict[str, Any] = {"quiet": True, "prevent_thread_lock": True, **dict.fromkeys(names, False)}
         options |= {"footer_links": [], "max_file_size": 0, "state_session_capacity": MOST_SESSIONS}
-        _, address, _ = self.blocks.launch(
-            server_name=host, server_port=port, theme=THEME, css=CSS, **options
-        )
-        return address
+        return self.blocks.launch(server_name=host, server_port=port, theme=THEME, css=CSS, **options)[1]
 
     def generate(self, weights: str, label: str, seed: str, count: Any, *sampling: Any) -> Iterator[str]:
         """Yield the images as HTML after each AR step. ``sampling`` are the values of the sampling fields."""
@@ -150,13 +147,8 @@ class Demo:
 
 
 # One drawing at a time. A click during the page's own drawing is handled after it.
-DRAWING: dict[str, Any] = {
-    "concurrency_id": "drawing",
-    "concurrency_limit": 1,
-    "trigger_mode": "always_last",
-    "show_progress": "minimal",
-    "api_visibility": "private",
-}
+DRAWING: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 1, "trigger_mode": "always_last"}
+DRAWING |= {"show_progress": "minimal", "api_visibility": "private"}
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
