@@ -14,7 +14,10 @@ ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
     "PYTHONFAULTHANDLER": "1",
-    "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
+    # For scripts that import the tests, and benchmarks through them.
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, [*map(str, Path(__file__).parents[:2]), os.environ.get("PYTHONPATH")])
+    ),
 }
 
 
