@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.comparison import MODELS, SETS
 from far.model import FAR, ModelConfig
 from far.recipe import load_recipe
+from far.seeds import seeded
 
 STEPS = 200
 
@@ -51,5 +52,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    main()
+    with seeded(0):
+        main()

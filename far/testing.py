@@ -19,6 +19,7 @@ from far.config import from_dict, to_dict
 from far.errors import InputError
 from far.heads import HEADS, Condition, Head, HeadConfig, TokenLoss, build_head
 from far.model_config import NetworkConfig
+from far.seeds import seeded
 
 CHANNELS, WIDTH, IMAGES, TOKENS = 3, 5, 4, 6
 # A training step at which every loss term is active.
@@ -38,8 +39,7 @@ def check_head(config: HeadConfig) -> None:
 def untrained_head(config: HeadConfig, seed: int = 0) -> Head:
     """Return a head with random weights, since those of a new head may output zeros."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         head = build_head(config, CHANNELS, WIDTH)
     with torch.no_grad():
         for parameter in head.parameters():
