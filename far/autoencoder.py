@@ -6,7 +6,7 @@ Arithmetic and parameter names are those of the latent-diffusion autoencoder tha
 import hashlib
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -99,11 +99,13 @@ class Autoencoder(nn.Module):
 
     def normalize(self, latents: Tensor) -> Tensor:
         """Return unit-variance latents, as the generator models them, from raw ones."""
-        return (latents - self._shift(latents)) * self.config.scale
+        shift, scale = (_per_channel(value, latents) for value in (self.config.shift, self.config.scale))
+        return (latents - shift) * scale
 
     def denormalize(self, latents: Tensor) -> Tensor:
         """Return raw latents; the inverse of :meth:`normalize`."""
-        return latents / self.config.scale + self._shift(latents)
+        shift, scale = (_per_channel(value, latents) for value in (self.config.shift, self.config.scale))
+        return latents / scale + shift
 
     @torch.no_grad()
     def to_images(self, latents: Tensor) -> Tensor:
@@ -128,10 +130,6 @@ class Autoencoder(nn.Module):
         images = (images * 2 - 1).to(weight.device, weight.dtype, memory_format=torch.channels_last)
         return self.normalize(self.encode(images).mean.float())
 
-    def _shift(self, latents: Tensor) -> Tensor:
-        shift = self.config.shift
-        return latents.new_tensor(shift if isinstance(shift, Sequence) else [shift]).view(1, -1, 1, 1)
-
     def same_latents(self, other: "Autoencoder") -> bool:
         """Return whether both give the same latents, up to the rounding of weights when one was saved."""
         pairs = list(zip(self._encoding().values(), other._encoding().values()))
@@ -151,6 +149,11 @@ class Autoencoder(nn.Module):
         """Return the weights that latents depend on, in float32 on the CPU."""
         weights = self.encoder.state_dict() | self.quant_conv.state_dict()
         return {name: tensor.float().cpu() for name, tensor in weights.items()}
+
+
+def _per_channel(value: float | tuple[float, ...], latents: Tensor) -> float | Tensor:
+    """Return one value per channel as ``[1, c, 1, 1]`` like ``latents``, and a single number unchanged."""
+    return latents.new_tensor(value).view(1, -1, 1, 1) if isinstance(value, tuple) else value
 
 
 class Encoder(nn.Module):

@@ -17,8 +17,8 @@ class AutoencoderConfig:
         latent_channels: channels of a latent.
         norm_groups: groups of each normalization, a divisor of ``width``. Narrow autoencoders need few,
             because a group of one channel loses that channel's mean.
-        scale: a latent leaves as ``(latent − shift) · scale``, with unit variance over the training images;
-            measured at the end of training.
+        scale: a latent leaves as ``(latent − shift) · scale``, with zero mean and unit variance over the
+            training images; one number, or one per channel, measured at the end of training.
         shift: see ``scale``; one number, or one per channel.
         spherical: scale every latent vector to the norm √latent_channels, in encoding and decoding
             (SphereAR, arXiv 2509.24335).
@@ -29,7 +29,7 @@ class AutoencoderConfig:
     blocks: int = 2
     latent_channels: int = 16
     norm_groups: int = 32
-    scale: float = 0.2325
+    scale: float | tuple[float, ...] = 0.2325
     shift: float | tuple[float, ...] = 0.0
     spherical: bool = False
 
@@ -39,12 +39,14 @@ class AutoencoderConfig:
             raise InputError(f"width_multipliers {multipliers} must be 3 to 5 numbers of 1 to {2**8}")
         for name in ("width", "blocks", "latent_channels", "norm_groups"):
             check_count(f"autoencoder {name}", getattr(self, name), 2**8 if name == "blocks" else 2**16)
-        if self.scale <= 0:
-            raise InputError(f"autoencoder scale {self.scale} must be positive")
         if self.width % self.norm_groups:
             raise InputError(f"norm_groups {self.norm_groups} must divide the width {self.width}")
-        if isinstance(self.shift, tuple) and len(self.shift) != self.latent_channels:
-            raise InputError(f"shift has {len(self.shift)} values for {self.latent_channels} latent channels")
+        for name, value in (("scale", self.scale), ("shift", self.shift)):
+            if isinstance(value, tuple) and len(value) != self.latent_channels:
+                count = f"{len(value)} values for {self.latent_channels} latent channels"
+                raise InputError(f"autoencoder {name} has {count}. Give one number, or one per channel")
+        if min(self.scale if isinstance(self.scale, tuple) else (self.scale,)) <= 0:
+            raise InputError(f"autoencoder scale {self.scale} must be positive")
 
     @property
     def widths(self) -> list[int]:

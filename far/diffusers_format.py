@@ -74,7 +74,8 @@ def to_diffusers(autoencoder: Autoencoder, folder: Path) -> None:
     """Write an autoencoder as a folder for ``diffusers.AutoencoderKL.from_pretrained``.
 
     Its latents become ours by ``(latent − mean) · scaling_factor / std``, with ``latents_mean`` and
-    ``latents_std`` if there is one shift per channel, else with ``shift_factor`` and 1.
+    ``latents_std`` if scale or shift has one value per channel, else with ``shift_factor`` and 1. One scale
+    per channel becomes ``latents_std``, with a ``scaling_factor`` of 1.
 
     Args:
         autoencoder: in float32 on any device.
@@ -185,19 +186,22 @@ def _name(ours: str, levels: int) -> str:
 
 
 def _theirs(config: AutoencoderConfig) -> AutoencoderKLConfig:
-    levels = len(config.width_multipliers)
-    mean = config.shift if isinstance(config.shift, tuple) else None
+    levels, channels = len(config.width_multipliers), config.latent_channels
+    scale, shift, mean, std = config.scale, config.shift, None, None
+    if isinstance(scale, tuple) or isinstance(shift, tuple):
+        mean = shift if isinstance(shift, tuple) else (shift,) * channels
+        std = tuple(1 / value for value in scale) if isinstance(scale, tuple) else (1.0,) * channels
     return AutoencoderKLConfig(
         down_block_types=("DownEncoderBlock2D",) * (levels - 1) + ("AttnDownEncoderBlock2D",),
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=tuple(config.widths),
         layers_per_block=config.blocks,
-        latent_channels=config.latent_channels,
+        latent_channels=channels,
         norm_num_groups=config.norm_groups,
-        scaling_factor=config.scale,
-        shift_factor=None if isinstance(config.shift, tuple) else config.shift,
+        scaling_factor=1.0 if isinstance(scale, tuple) else scale,
+        shift_factor=None if mean is not None or isinstance(shift, tuple) else shift,
         latents_mean=mean,
-        latents_std=None if mean is None else (1.0,) * config.latent_channels,
+        latents_std=std,
     )
 
 
@@ -223,12 +227,15 @@ def _ours(theirs: AutoencoderKLConfig, path: Path) -> AutoencoderConfig:
     return config
 
 
-def _scale_and_shift(theirs: AutoencoderKLConfig, path: Path) -> tuple[float, float | tuple[float, ...]]:
+def _scale_and_shift(
+    theirs: AutoencoderKLConfig, path: Path
+) -> tuple[float | tuple[float, ...], float | tuple[float, ...]]:
     mean, std = theirs.latents_mean, theirs.latents_std
     if mean is None and std is None:
         return theirs.scaling_factor, theirs.shift_factor or 0.0
     if mean is None or std is None or theirs.shift_factor:
         raise InputError(f"{path}: give both latents_mean and latents_std, without shift_factor, or neither")
-    if len(set(std)) != 1 or std[0] <= 0:
-        raise InputError(f"{path}: latents_std {list(std)} must be one positive value for all channels")
-    return theirs.scaling_factor / std[0], mean
+    if len(std) != theirs.latent_channels or min(std) <= 0:
+        raise InputError(f"{path}: latents_std {list(std)} must be one positive value per channel")
+    scale = tuple(theirs.scaling_factor / value for value in std)
+    return scale if len(set(std)) > 1 else scale[0], mean

@@ -30,7 +30,7 @@ CONFIGS = {
         scale=1.5,
         shift=0.25,
     ),
-    "a shift a channel": AutoencoderConfig(
+    "a shift per channel": AutoencoderConfig(
         width=12,
         width_multipliers=(1, 3, 2, 1),
         blocks=3,
@@ -38,6 +38,15 @@ CONFIGS = {
         norm_groups=2,
         scale=0.5,
         shift=(0.5, -2.0),
+    ),
+    "a scale per channel": AutoencoderConfig(
+        width=8,
+        width_multipliers=(1, 1, 2),
+        blocks=1,
+        latent_channels=3,
+        norm_groups=4,
+        scale=(1 / 0.54, 1 / 1.29, 0.5),  # measured as one over the standard deviation
+        shift=(0.5, -2.0, 0.0),
     ),
 }
 KL16 = dict(
@@ -120,6 +129,7 @@ def test_bundled_autoencoder_is_converted_by_the_command_line(
         {},
         {"scaling_factor": 0.3611, "shift_factor": 0.1159},
         {"latents_mean": [0.5] * 8 + [-1.5] * 8, "latents_std": [2.0] * 16, "scaling_factor": 0.8},
+        {"latents_mean": [0.5] * 16, "latents_std": [0.25] * 8 + [2.0] * 8, "scaling_factor": 0.8},
         {
             "layers_per_block": 1,
             "block_out_channels": (4, 8, 8, 8, 16),
@@ -148,7 +158,8 @@ def test_autoencoder_of_diffusers_gives_the_same_results_here(changes: dict, tmp
         ({"in_channels": 1}, "in_channels"),
         ({"out_channels": 4}, "out_channels"),
         ({"block_out_channels": (8, 8, 16, 16, 20)}, "block_out_channels"),
-        ({"latents_mean": [0.0] * 16, "latents_std": [1.0] * 15 + [2.0]}, "latents_std"),
+        ({"latents_mean": [0.0] * 16, "latents_std": [1.0] * 15 + [0.0]}, "latents_std"),
+        ({"latents_mean": [0.0] * 16, "latents_std": [1.0, 2.0]}, "latents_std"),
         ({"latents_mean": [0.0] * 16}, "latents_std"),
         ({"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16, "shift_factor": 0.5}, "shift_factor"),
     ],

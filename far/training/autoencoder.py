@@ -121,7 +121,7 @@ def reconstruction_figures(
 
 
 def latent_statistics(autoencoder: Autoencoder, images: ShardReader, rows: Tensor) -> dict[str, Any]:
-    """Return ``scale`` and per-channel ``shift`` that give sampled latents mean 0 and standard deviation 1.
+    """Return ``scale`` and ``shift`` that give every channel of sampled latents mean 0 and std 1.
 
     Spherical latents keep scale 1 and shift 0.
     """
@@ -136,5 +136,5 @@ def latent_statistics(autoencoder: Autoencoder, images: ShardReader, rows: Tenso
         latents.append(posterior.sample(noise).cpu().double())  # not every device has float64
     stacked = torch.cat(latents)
     shift = stacked.mean(dim=(0, 2, 3))
-    scale = 1 / (stacked - shift.view(1, -1, 1, 1)).std()
-    return {"scale": float(scale), "shift": tuple(shift.tolist())}
+    scale = 1 / stacked.std(dim=(0, 2, 3))
+    return {"scale": tuple(scale.tolist()), "shift": tuple(shift.tolist())}

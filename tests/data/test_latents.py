@@ -42,8 +42,8 @@ def test_latents_are_drawn_from_the_posterior_of_a_random_flip_and_normalized(
 ) -> None:
     """The posteriors are narrow and far apart, so that each latent shows its row and flip."""
     autoencoder, generator = load_autoencoder(autoencoder_folder), torch.Generator().manual_seed(0)
-    shift = (0.5, -2.0)
-    autoencoder.config = dataclasses.replace(autoencoder.config, scale=4.0, shift=shift)
+    scale, shift = (4.0, 0.5), (0.5, -2.0)
+    autoencoder.config = dataclasses.replace(autoencoder.config, scale=scale, shift=shift)
     means = 3 * torch.randn(60, 2, 2, 4, 4, generator=generator)
     deviations = 0.01 + 0.04 * torch.rand(60, 2, 2, 4, 4, generator=generator)
     moments = torch.cat([means, 2 * deviations.log()], dim=2)
@@ -56,7 +56,7 @@ def test_latents_are_drawn_from_the_posterior_of_a_random_flip_and_normalized(
 
     rows = torch.tensor([41, 3, 3, 17])
     drawn = torch.stack([cache.draw(rows, generator) for _ in range(400)])
-    latents = drawn / 4.0 + torch.tensor(shift).view(2, 1, 1)
+    latents = drawn / torch.tensor(scale).view(2, 1, 1) + torch.tensor(shift).view(2, 1, 1)
     scores = (latents.unsqueeze(2) - means[rows]) / deviations[rows]  # [draws, rows, flips, channels, h, w]
     flips = scores.square().mean(dim=(3, 4, 5)).argmin(dim=2)
     for row in range(4):
