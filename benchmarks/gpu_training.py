@@ -33,6 +33,8 @@ from far.training.loop import Trainer
 class RandomLatents:
     """Task with random latents from the host and, if ``poison`` is set, NaN losses."""
 
+    discriminator = None
+
     def __init__(self, model: FAR, device: torch.device, batch: int = 4) -> None:
         self.module, self.device, self.batch_size, self.poison = model, device, batch, False
         self.identity: dict[str, Any] = {}

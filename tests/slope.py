@@ -22,7 +22,7 @@ class Slope:
         self, faults: dict[int, Callable[[Tensor], Tensor]] | None = None, factor: float = 0.5
     ) -> None:
         torch.manual_seed(0)
-        self.module = nn.Linear(4, 2)
+        self.module, self.discriminator = nn.Linear(4, 2), None
         self.identity: dict[str, Any] = {}
         self.faults, self.factor = faults or {}, factor
         self.evaluated: list[int] = []

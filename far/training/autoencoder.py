@@ -9,15 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from far.autoencoder import Autoencoder, Posterior
+from far.autoencoder_config import AutoencoderConfig
 from far.data.image_sets import fingerprint, open_held_out, open_image_set, read_images
 from far.data.shards import ShardReader
 from far.errors import InputError
 from far.evaluation.features import FeatureNetwork, load_feature_network
 from far.evaluation.metrics import FeatureStatistics, frechet_distance, psnr
-from far.folder import save_autoencoder
+from far.files import json_digest
+from far.folder import load_autoencoder, save_autoencoder
 from far.pictures import check_finite, enlarge, grid, save_png
 from far.seeds import seeded
 from far.training.config import AutoencoderRecipe, LoopConfig
+from far.training.discriminator import Discriminator, adaptive_weight, adversarial_losses
 from far.training.epochs import epoch_rows, image_chunks
 from far.training.loop import resolve_loop
 
@@ -30,23 +33,39 @@ class AutoencoderTask:
         data: folder of the image set, with ``train`` and ``held-out``.
 
     Raises:
-        InputError: the images are missing, or their size is not a multiple of the autoencoder's stride.
+        InputError: the images are missing, their size is not a multiple of the autoencoder's stride, they are
+            too small for the discriminator, or ``start_from`` has other sizes than ``model``.
     """
 
     def __init__(self, config: AutoencoderRecipe, data: Path) -> None:
-        self.loss_config, self.loop = config.loss, resolve_loop(config.training)
+        self.loss_config, self.loop, self.stage = config.loss, resolve_loop(config.training), config.stage
         self.train_images = open_image_set(data / "train")
         self.held_out = open_held_out(data, self.train_images)
-        self.identity = {"images": fingerprint(self.train_images)}
+        self.identity: dict[str, Any] = {"images": fingerprint(self.train_images)}
         size, stride = self.train_images.meta["size"], config.model.stride
         if size % stride:
             raise InputError(f"{data}: size {size} is not a multiple of the autoencoder's stride {stride}")
         with seeded(self.loop.seed):
             self.module = Autoencoder(config.model)
+            self.discriminator = _discriminator(config, size, self.loop.device)
+        self.discriminator_rate = config.discriminator.learning_rate or self.loop.learning_rate
+        if config.start_from is not None:
+            self.module = _trained_autoencoder(config.start_from, config.model)
+            scale_and_shift = [self.module.config.scale, self.module.config.shift]
+            self.identity["start_from"] = json_digest([self.module.fingerprint(), scale_and_shift])[:16]
+        if config.stage == "decoder":
+            self.module.encoder.requires_grad_(False)
+            self.module.quant_conv.requires_grad_(False)
         self.features: FeatureNetwork = load_feature_network().to(self.loop.device)
 
     def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
-        return [{"params": list(self.module.parameters()), "lr": config.learning_rate, "weight_decay": 0.0}]
+        """Return the group of the trained parameters, and one of the discriminator if there is one."""
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": trained, "lr": config.learning_rate, "weight_decay": 0.0}]
+        if self.discriminator is not None:
+            parameters = list(self.discriminator.parameters())
+            groups.append({"params": parameters, "lr": self.discriminator_rate, "weight_decay": 0.0})
+        return groups
 
     def batch(self, number: int, generator: torch.Generator) -> Tensor:
         """Return images ``[b, 3, h, w]`` in [−1, 1], half of them flipped at random."""
@@ -60,7 +79,10 @@ class AutoencoderTask:
     def loss(
         self, step: int, batch: Tensor, ema: nn.Module, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted sum of reconstruction errors and KL divergence, and its terms to log."""
+        """Return the loss and its terms to log: reconstruction errors, KL divergence, adversarial losses.
+
+        The discriminator's loss is added to the autoencoder's. Neither has a gradient in the other's weights.
+        """
         posterior = self.module.encode(batch)
         posterior = Posterior(torch.cat([posterior.mean, posterior.logvar], dim=1).float())
         noise = torch.randn(posterior.mean.shape, generator=generator).to(batch.device)
@@ -71,8 +93,15 @@ class AutoencoderTask:
             "perceptual": self.features.perceptual_distance(output / 2 + 0.5, batch / 2 + 0.5).mean(),
             "kl": posterior.kl().mean() / posterior.mean[0].numel(),
         }
-        total = sum(getattr(self.loss_config, f"{name}_weight") * term for name, term in terms.items())
-        return total, terms  # type: ignore[return-value]
+        weighted = (getattr(self.loss_config, f"{name}_weight") * term for name, term in terms.items())
+        total = sum(weighted, start=batch.new_zeros(()))
+        if self.discriminator is None or step < self.loss_config.adversarial_start:
+            return total, terms
+        losses = adversarial_losses(self.discriminator, batch, output)
+        adaptive = adaptive_weight(total, losses["adversarial"], self.module.decoder.conv_out.weight)
+        weight = self.loss_config.adversarial_weight * adaptive
+        total = total + weight * losses["adversarial"] + losses["discriminator"]
+        return total, {**terms, **losses, "adaptive_weight": adaptive}
 
     @torch.no_grad()
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
@@ -87,11 +116,34 @@ class AutoencoderTask:
 
     @torch.no_grad()
     def publish(self, ema: nn.Module, folder: Path, step: int, results: dict[str, Any]) -> None:
-        """Measure the latents' scale and shift, then write the folder's config and weights."""
+        """Measure the latents' scale and shift if the encoder is trained, then write config and weights."""
         assert isinstance(ema, Autoencoder)
-        rows = torch.arange(0, len(self.train_images), max(1, len(self.train_images) // 2000))
-        ema.config = dataclasses.replace(ema.config, **latent_statistics(ema, self.train_images, rows))
+        if self.stage == "all":
+            rows = torch.arange(0, len(self.train_images), max(1, len(self.train_images) // 2000))
+            ema.config = dataclasses.replace(ema.config, **latent_statistics(ema, self.train_images, rows))
         save_autoencoder(ema, folder, results)
+
+
+def _discriminator(config: AutoencoderRecipe, size: int, device: str) -> Discriminator | None:
+    """Return the discriminator for images of ``size`` pixels a side, or None if its weight is 0."""
+    if config.loss.adversarial_weight == 0:
+        return None
+    width, layers = config.discriminator.width, config.discriminator.layers
+    if size >> layers < 3:
+        raise InputError(f"images of {size} pixels are too small for discriminator.layers {layers}. Lower it")
+    return Discriminator(width, layers).to(device)
+
+
+def _trained_autoencoder(source: str, sizes: AutoencoderConfig) -> Autoencoder:
+    """Load the autoencoder to start from, which must have ``sizes``. Scale and shift are its own."""
+    trained = load_autoencoder(source, device="cpu")
+    theirs = dataclasses.asdict(trained.config)
+    for name, ours in dataclasses.asdict(sizes).items():
+        if name not in ("scale", "shift") and theirs[name] != ours:
+            raise InputError(
+                f"start_from {source} has {name} {theirs[name]}. Set autoencoder.model.{name} to it"
+            )
+    return trained
 
 
 @torch.no_grad()

@@ -106,6 +106,9 @@ class AutoencoderLossConfig:
         mse_weight: weight of the mean squared error over pixels in [−1, 1].
         perceptual_weight: weight of the mean distance between features of EfficientNet-Lite0.
         kl_weight: weight of the KL divergence in nats per latent value.
+        adversarial_weight: weight of the adversarial term. It multiplies the adaptive weight, the ratio of
+            the gradient norms of the other terms and this one at the decoder's last layer. 0 is off.
+        adversarial_start: step from which the discriminator and the adversarial term are trained.
         evaluation_images: held-out images per evaluation, at least 2.
     """
 
@@ -113,11 +116,41 @@ class AutoencoderLossConfig:
     mse_weight: float = 0.0
     perceptual_weight: float = 0.3
     kl_weight: float = 1e-3
+    adversarial_weight: float = 0.0
+    adversarial_start: int = 0
     evaluation_images: int = 1000
 
     def __post_init__(self) -> None:
+        for name in ("adversarial_weight", "adversarial_start"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} {getattr(self, name)} must be at least 0")
         if self.evaluation_images < 2:
             raise InputError(f"evaluation_images {self.evaluation_images} must be at least 2")
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorConfig:
+    """Patch discriminator of the adversarial term, used if ``loss.adversarial_weight`` is above 0.
+
+    Attributes:
+        width: channels of the first layer, a multiple of 4; each further layer doubles them, up to eight
+            times.
+        layers: layers that halve the resolution. A logit sees a patch of 16, 34 or 70 pixels a side with 1, 2
+            or 3 layers.
+        learning_rate: of AdamW for the discriminator; ``null`` takes the training's.
+    """
+
+    width: int = 64
+    layers: int = 3
+    learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        check_count("discriminator width", self.width, 2**12)
+        check_count("discriminator layers", self.layers, 6)
+        if self.width % 4:
+            raise InputError(f"discriminator width {self.width} must be a multiple of 4")
+        if self.learning_rate is not None and self.learning_rate <= 0:
+            raise InputError(f"discriminator learning_rate {self.learning_rate} must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,12 +186,24 @@ class AutoencoderRecipe:
     Attributes:
         model: size of the autoencoder.
         loss: weights of the loss terms.
+        discriminator: network of the adversarial term.
         training: how it is trained.
+        start_from: a trained autoencoder (folder, bundled name or ``OWNER/NAME``) to start from; it has the
+            sizes in ``model``.
+        stage: ``all``, or ``decoder`` to train the decoder of ``start_from`` only. Its encoder, scale and
+            shift stay, and with them all cached latents and generators.
     """
 
     model: AutoencoderConfig = AutoencoderConfig()
     loss: AutoencoderLossConfig = AutoencoderLossConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
     training: LoopConfig = LoopConfig()
+    start_from: str | None = None
+    stage: Literal["all", "decoder"] = "all"
+
+    def __post_init__(self) -> None:
+        if self.stage == "decoder" and self.start_from is None:
+            raise InputError("stage decoder needs a trained autoencoder. Name it in autoencoder.start_from")
 
 
 @dataclasses.dataclass(frozen=True)

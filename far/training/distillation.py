@@ -40,6 +40,8 @@ class DistillationTask:
         InputError: the trajectories are missing, incomplete or damaged.
     """
 
+    discriminator = None
+
     def __init__(self, teacher: Pipeline, config: DistillationConfig, trajectories: Path) -> None:
         config = dataclasses.replace(config, training=resolve_loop(config.training))
         self.teacher, self.config = teacher, config

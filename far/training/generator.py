@@ -42,6 +42,8 @@ class GeneratorTask:
             another network, other classes or another autoencoder.
     """
 
+    discriminator = None
+
     def __init__(
         self, config: GeneratorRecipe, images: Path, latents: Path, autoencoder: Autoencoder
     ) -> None:

@@ -44,6 +44,10 @@ class Task(Protocol):
     def module(self) -> nn.Module:
         """The module whose parameters are trained."""
 
+    @property
+    def discriminator(self) -> nn.Module | None:
+        """A second network that the loss trains, without EMA and gone from the published model, or None."""
+
     def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
         """Return groups for AdamW, each with ``lr`` and ``weight_decay``."""
 
@@ -118,7 +122,7 @@ class Losses(nn.Module):
 
     def __init__(self, task: Task) -> None:
         super().__init__()
-        self.task, self.module = task, task.module
+        self.task, self.module, self.discriminator = task, task.module, task.discriminator
 
     def forward(
         self, step: int, batch: Any, ema: nn.Module, generator: torch.Generator
@@ -136,7 +140,7 @@ class Trainer:
         config = resolve_loop(config, folder, processes)
         self.task, self.config, self.folder, self.processes = task, config, folder, processes
         self.checkpoints = checkpoints_folder(folder)
-        self.module = task.module.to(config.device).train()
+        self.module, self.discriminator = task.module.to(config.device).train(), task.discriminator
         self.ema = Ema(self.module, config.ema_decay)
         self.losses: nn.Module = Losses(task)
         if processes.count > 1 and config.parallel == "fsdp":
@@ -175,8 +179,11 @@ class Trainer:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return all tensors that training changes, by name. Writing into them changes the run."""
-        modules = {"module": self.module.state_dict(), "ema": self.ema.module.state_dict()}
-        return named_tensors({**modules, "optimizer": self.optimizer.state_dict()["state"]})
+        modules = {"module": self.module, "ema": self.ema.module}
+        if self.discriminator is not None:
+            modules["discriminator"] = self.discriminator
+        states = {name: module.state_dict() for name, module in modules.items()}
+        return named_tensors({**states, "optimizer": self.optimizer.state_dict()["state"]})
 
     def _allocate_moments(self, shapes: dict[str, list[int]]) -> None:
         """Create the optimizer state that a checkpoint holds. AdamW creates it when first used."""
@@ -321,8 +328,11 @@ class Trainer:
         for group, peak in zip(self.optimizer.param_groups, self.peaks):
             group["lr"] = peak * scale
         self.scaler.unscale_(self.optimizer)
-        norm = whole(nn.utils.clip_grad_norm_(self.module.parameters(), config.gradient_clip))
-        finite = all(torch.isfinite(value) for value in (norm, *(values["loss"] for values in losses)))
+        networks = [self.module] if self.discriminator is None else [self.module, self.discriminator]
+        norms = [
+            whole(nn.utils.clip_grad_norm_(each.parameters(), config.gradient_clip)) for each in networks
+        ]
+        finite = all(torch.isfinite(value) for value in (*norms, *(values["loss"] for values in losses)))
         # Gradients are averaged over ranks but losses are local, so ranks must agree before skipping.
         if self.processes.any(not finite):
             self.skipped_steps += 1
@@ -332,7 +342,7 @@ class Trainer:
             self.ema.update(self.module, self.step)
             self.skipped_in_a_row = 0
             for values in losses:
-                meter.add_values({**values, "gradient_norm": norm})
+                meter.add_values({**values, "gradient_norm": norms[0]})
         self.scaler.update()
         self.step += 1
         meter.add_time(config.batch_size, 0.0, time.perf_counter() - start)

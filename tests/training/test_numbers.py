@@ -248,6 +248,8 @@ HEADS = {
 class Shapes:
     """Task that trains a tiny model on drawn shapes; colors averaged over 4 × 4 pixels are the latents."""
 
+    discriminator = None
+
     def __init__(self, network: NetworkConfig, loop: LoopConfig) -> None:
         images, self.labels = draw_images(60, seed=0)
         latents = F.avg_pool2d(images.permute(0, 3, 1, 2).float(), 4)

@@ -112,7 +112,16 @@ def test_two_processes_train_as_one(case: str, recipe: Path, trained_alone: Call
     assert ours == theirs
 
 
-def test_two_processes_train_an_autoencoder_as_one(recipe: Path) -> None:
+# The discriminator is not used in the first ten steps.
+ADVERSARIAL = [
+    "autoencoder.loss.adversarial_weight=0.5",
+    "autoencoder.loss.adversarial_start=10",
+    "autoencoder.discriminator={width: 8, layers: 1}",
+]
+
+
+@pytest.mark.parametrize("options", [[], ADVERSARIAL], ids=["plain", "adversarial"])
+def test_two_processes_train_an_autoencoder_as_one(options: list[str], recipe: Path) -> None:
     sizes = ["width=8", "width_multipliers=[1,1,2]", "blocks=1", "latent_channels=2", "norm_groups=4"]
     values = [f"autoencoder.model.{size}" for size in sizes] + [
         step.replace("generator.", "autoencoder.") for step in STEPS
@@ -121,6 +130,7 @@ def test_two_processes_train_an_autoencoder_as_one(recipe: Path) -> None:
         "autoencoder_from=null",
         "autoencoder.training.batch_size=8",
         "autoencoder.loss.evaluation_images=4",
+        *options,
     ]
     folders = [recipe.parent / name for name in ("alone", "both")]
     train_alone(recipe, f"run={folders[0]}", *values, command="train-autoencoder")
