@@ -1,7 +1,8 @@
 """Evaluate images: Fréchet distance, KID, Inception Score, precision, recall, density and coverage.
 
-The default network is EfficientNet-Lite0, whose values are not comparable with published ones. --inception
-FILE loads FID's own weights for values that are. result.json holds the values and all settings to repeat
+The default network is EfficientNet-Lite0, whose values are not comparable with published ones. The perceptual
+loss of autoencoders uses it too; no loss uses --features efficientnet-lite2. --inception FILE loads FID's own
+weights, for values that compare with published ones. result.json holds the values and all settings to repeat
 them. The same command continues an interrupted generation, and several processes can share it: torchrun
 --nproc-per-node N -m far evaluate …
 """
@@ -57,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     path("--reference", metavar="PATH", help="images as above, or a statistics file (.npz with mu and sigma)")
     number("--count", help="number of images (default: 10000 of a model, all of a folder or .npz)")
     path("--out", metavar="FOLDER", default="evaluation", help="folder for result.json (default evaluation)")
-    path("--inception", metavar="FILE", help="state dict pt_inception-2015-12-05, for FID as published")
+    network = parser.add_mutually_exclusive_group().add_argument
+    network("--features", metavar="NETWORK", help="efficientnet-lite0 (default) or efficientnet-lite2")
+    inception = "state dict pt_inception-2015-12-05, for FID as published"
+    network("--inception", type=Path, metavar="FILE", help=inception)
     number("--seed", default=0, help="image i has seed SEED · 2³² + i; seeds subsets and splits (default 0)")
     number("--batch-size", default=64, help="images drawn together, at most 100 (default 64)")
     path("--save-npz", metavar="FILE", help="also write the model's images in ADM's format")
@@ -89,13 +93,14 @@ def run(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from far.evaluation.features import load_feature_network
+    from far.evaluation.features import DEFAULT_NETWORK, load_feature_network
     from far.evaluation.inception import load_inception
     from far.evaluation.references import default_cache, open_reference, write_statistics
     from far.evaluation.report import check_counts
 
     device = prepare_machine(arguments, started_by_torchrun())
-    network = load_inception(arguments.inception) if arguments.inception else load_feature_network()
+    name, weights = arguments.features or DEFAULT_NETWORK, arguments.inception
+    network = load_inception(weights) if weights else load_feature_network(name)
     extractor: Extractor = network.to(device)
     cache = arguments.cache or default_cache()
     start = time.perf_counter()

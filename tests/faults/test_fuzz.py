@@ -60,7 +60,7 @@ Load = Callable[[Path], Any]
 class Extractor(FeatureNetwork):
     """Feature network with few dimensions, so that a statistics file is small."""
 
-    dimensions = 4
+    name, dimensions = "EfficientNet-Lite0", 4
 
     def __init__(self) -> None:
         nn.Module.__init__(self)

@@ -13,6 +13,7 @@ from far.data.image_sets import read_images
 from far.data.latents import open_latents
 from far.data.shards import ShardReader
 from far.errors import InputError
+from far.evaluation.metrics import ssim
 from far.folder import load_autoencoder
 from far.training.autoencoder import latent_statistics
 
@@ -43,14 +44,19 @@ def test_autoencoder_and_generator_are_trained_by_four_commands(
     assert losses[-1] < 0.9 * losses[0]
     results = json.loads((run / "autoencoder/config.json").read_text())["results"]
     assert results["images"] == 12
+    distances = [results[f"reconstruction FD (EfficientNet-Lite{number})"] for number in (0, 2)]
+    assert all(distance > 0 for distance in distances)
+    assert distances[0] != distances[1]
 
-    # The reported PSNR equals a plain computation.
+    # The reported PSNR and SSIM equal a plain computation.
     autoencoder = load_autoencoder(run / "autoencoder")
     held_out = read_images(ShardReader(image_set / "held-out", "images"), torch.arange(12))
     with torch.no_grad():
         output = autoencoder.decode(autoencoder.encode(held_out).mean).clamp(-1, 1)
         errors = ((output - held_out) / 2).square().mean(dim=(1, 2, 3))
     assert results["psnr"] == pytest.approx(float((-10 * errors.log10()).mean()), abs=0.01)
+    similarity = ssim(output.double() / 2 + 0.5, held_out.double() / 2 + 0.5).mean()
+    assert results["ssim"] == pytest.approx(float(similarity), abs=1e-4)
 
     # Scale and shift give every channel of the training images' latents mean 0 and standard deviation 1.
     train = read_images(ShardReader(image_set / "train", "images"), torch.arange(60))

