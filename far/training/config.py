@@ -26,8 +26,10 @@ class LoopConfig:
             number of processes.
         learning_rate: of AdamW, reached after the warmup.
         head_learning_rate: of the head; ``null`` takes ``learning_rate``.
-        schedule: learning rate after the warmup: ``constant``, or ``cosine``, which lowers it to zero along a
-            half cosine.
+        schedule: learning rate after the warmup: ``constant``; ``cosine``, which lowers it to zero along a
+            half cosine; or ``wsd`` (warmup, stable, decay), which keeps it until the last ``decay_fraction``
+            of the steps and then lowers it to zero as 1 − √progress. Before that, ``steps`` can be raised.
+        decay_fraction: part of ``steps`` in which ``wsd`` lowers the learning rate.
         warmup_steps: steps over which the learning rate rises from zero.
         weight_decay: of AdamW, for the backbone's matrices; heads and autoencoders are trained without.
         gradient_clip: largest norm of the gradient; a larger gradient is scaled down to it.
@@ -54,7 +56,8 @@ class LoopConfig:
     micro_batches: int = 1
     learning_rate: float = 1e-4
     head_learning_rate: float | None = None
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    decay_fraction: float = 0.2
     warmup_steps: int = 100
     weight_decay: float = 0.02
     gradient_clip: float = 3.0
@@ -88,6 +91,8 @@ class LoopConfig:
         if size % parts:
             raise InputError(f"batch_size {size} / micro_batches {parts} is not a whole number")
         check_seed("seed", self.seed)
+        if not 0 < self.decay_fraction <= 1:
+            raise InputError(f"decay_fraction {self.decay_fraction} must be above 0 and at most 1")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay {self.ema_decay} must be at least 0 and below 1")
 

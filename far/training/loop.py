@@ -31,6 +31,7 @@ from far.training.ema import Ema
 from far.training.log import Meter, TrainingLog
 from far.training.parallel import gradients_together, replicate, shard, whole, whole_copy
 from far.training.runs import check_unused, checkpoints_folder, list_checkpoints
+from far.training.schedule import learning_rate_scale
 
 
 class Task(Protocol):
@@ -299,16 +300,6 @@ class Trainer:
             line += ". This device has no instructions for it: dtype float32 may be several times faster"
         return line
 
-    def learning_rate_scale(self) -> float:
-        """Return the fraction of the peak learning rate at the current step."""
-        config = self.config
-        if self.step < config.warmup_steps:
-            return (self.step + 1) / config.warmup_steps
-        if config.schedule == "constant":
-            return 1.0
-        progress = (self.step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
     def train_step(self, meter: Meter) -> None:
         """Take one optimizer step and one EMA step, or skip both if the loss or its gradient is not finite.
 
@@ -324,7 +315,7 @@ class Trainer:
             for number in range(first, first + parts)
         ]
         start = time.perf_counter()
-        scale = self.learning_rate_scale()
+        scale = learning_rate_scale(config, self.step)
         for group, peak in zip(self.optimizer.param_groups, self.peaks):
             group["lr"] = peak * scale
         self.scaler.unscale_(self.optimizer)

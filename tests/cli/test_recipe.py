@@ -155,7 +155,7 @@ def test_printed_keys_fit_the_terminal_and_name_types_and_choices(
     lines = printed(capsys, "--keys").splitlines()
     assert max(map(len, lines)) <= 100
     after = lines[lines.index("  generator.training.schedule") + 1]
-    assert after.strip().startswith("constant, cosine; default constant.")
+    assert after.strip().startswith("constant, cosine, wsd; default constant.")
     assert "\n".join(lines) + "\n" == as_text(100)
 
 

@@ -30,6 +30,7 @@ from far.training.epochs import epoch_rows
 from far.training.generator import GeneratorTask
 from far.training.log import Meter, TrainingLog
 from far.training.loop import Trainer
+from far.training.schedule import learning_rate_scale
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -374,12 +375,7 @@ def test_large_checkpoint_consists_of_several_files(tmp_path: Path, monkeypatch:
 
 
 def test_learning_rate_and_weight_decay_depend_on_the_part_of_the_model(recipe: Path) -> None:
-    overrides = [
-        "generator.training.head_learning_rate=2.5e-4",
-        "generator.training.schedule=cosine",
-        "generator.training.steps=25",
-    ]
-    task, config, folder = make_task(recipe, *overrides)
+    task, config, folder = make_task(recipe, "generator.training.head_learning_rate=2.5e-4")
     trainer = Trainer(task, config, folder)
     names = {id(parameter): name for name, parameter in task.module.named_parameters()}
     found = {
@@ -392,13 +388,50 @@ def test_learning_rate_and_weight_decay_depend_on_the_part_of_the_model(recipe: 
         assert rate == (2.5e-4 if name.startswith("head.") else 1e-3)
         plain = name.endswith("bias") or "norm" in name or name.startswith("head.")
         assert decay == (0.0 if plain else 0.02), name
-    scales = []
-    for step in range(26):
-        trainer.step = step
-        scales.append(trainer.learning_rate_scale())
+
+
+def rates(**values: object) -> list[float]:
+    config = LoopConfig(warmup_steps=5, **values)
+    return [learning_rate_scale(config, step) for step in range(config.steps + 1)]
+
+
+def test_cosine_rises_in_the_warmup_and_falls_along_a_half_cosine() -> None:
+    scales = rates(steps=25, schedule="cosine")
     assert scales[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
     for step in range(5, 26):
         assert scales[step] == pytest.approx(math.cos(math.pi / 2 * (step - 5) / 20) ** 2)
+
+
+def test_wsd_keeps_its_rate_until_the_last_steps_whatever_their_number() -> None:
+    for steps in (25, 100, 1000):
+        scales, decay = rates(steps=steps, schedule="wsd", decay_fraction=0.4), 2 * steps // 5
+        assert scales[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
+        assert set(scales[5 : steps - decay + 1]) == {1.0}
+        for left in range(decay):
+            expected = 1 - math.sqrt((decay - left) / decay)
+            assert scales[steps - left] == pytest.approx(expected)
+    # A decay over all steps begins after the warmup.
+    assert rates(steps=25, schedule="wsd", decay_fraction=1.0)[4:6] == [1.0, 1.0]
+
+
+def test_wsd_run_whose_steps_are_raised_before_its_decay_equals_one_of_that_length(
+    recipe: Path, tmp_path: Path
+) -> None:
+    names = ("schedule=wsd", "decay_fraction=0.25", "checkpoint_every=15", "evaluate_every=1000")
+    wsd = [f"generator.training.{name}" for name in names]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for run in (whole, parts):
+        run.mkdir()
+        (run / "latents").symlink_to((tmp_path / "run" / "latents").resolve())
+    assert main(["train", str(recipe), f"run={whole}", *wsd, "generator.training.steps=40"]) == 0
+    task, config, folder = make_task(recipe, f"run={parts}", *wsd)
+    first = Trainer(task, config, folder)
+    for _ in range(15):
+        first.train_step(Meter())
+    first.save()
+    longer = [*wsd, "generator.training.steps=40", "--resume"]
+    assert main(["train", str(recipe), f"run={parts}", *longer]) == 0
+    assert_same(newest(whole / "model"), newest(parts / "model"))
 
 
 def test_gradient_clipping_bounds_the_gradient(recipe: Path) -> None:
@@ -434,6 +467,12 @@ def test_every_epoch_visits_every_row_once(rows: int, batch: int, seed: int) -> 
 
 
 def test_invalid_loop_settings_are_rejected() -> None:
-    for values in ({"steps": 0}, {"batch_size": -1}, {"ema_decay": 1.0}, {"learning_rate": 0.0}):
+    for values in (
+        {"steps": 0},
+        {"batch_size": -1},
+        {"ema_decay": 1.0},
+        {"learning_rate": 0.0},
+        {"decay_fraction": 0.0},
+    ):
         with pytest.raises(InputError, match=next(iter(values))):
             LoopConfig(**values)
