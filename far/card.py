@@ -139,13 +139,13 @@ def _training(facts: dict[str, Any], heading: str = "## Training") -> str:
     """Return the facts that the trainer stored, followed by those of the models that it started from."""
     if not facts:
         return ""
-    nested = ("recipe", "backbone", "teacher")
-    plain = [(key, value) for key, value in facts.items() if key not in nested]
+    sources = ("backbone", "teacher", "model")
+    plain = [(key, value) for key, value in facts.items() if key not in ("recipe", *sources)]
     parts = [heading, _table(("fact", "value"), plain)]
     if "recipe" in facts:
         recipe = yaml.safe_dump(facts["recipe"], sort_keys=False, allow_unicode=True)
         parts.append(f"Every value of the recipe:\n\n```yaml\n{recipe}```")
-    for key in ("backbone", "teacher"):
+    for key in sources:
         if isinstance(facts.get(key), dict):
             level = heading.partition(" ")[0]
             parts.append(_training(facts[key], f"#{level} Training of the {key} that it started from"))

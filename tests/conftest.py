@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from far.backbone.causal import CausalConfig
 from far.backbone.masked import MaskedConfig
 from far.data.latents import write_latents
 from far.data.shards import ShardWriter
-from far.folder import save_autoencoder
+from far.files import json_digest, read_json, write_json
+from far.folder import load_autoencoder, save_autoencoder
 from far.heads import DiffusionConfig, ShortcutConfig
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pipeline import Pipeline
@@ -77,8 +79,6 @@ def autoencoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def latents_folder(
     tmp_path_factory: pytest.TempPathFactory, image_set: Path, autoencoder_folder: Path
 ) -> Path:
-    from far.folder import load_autoencoder
-
     folder = tmp_path_factory.mktemp("cache") / "latents"
     write_latents(image_set, load_autoencoder(autoencoder_folder), folder)
     return folder
@@ -90,8 +90,6 @@ NETWORK = NetworkConfig(MaskedConfig(16, 1, 2, 16, 1, 2, 2, 0.1), ShortcutConfig
 @pytest.fixture(scope="session")
 def pipeline_folder(tmp_path_factory: pytest.TempPathFactory, autoencoder_folder: Path) -> Path:
     """An untrained pipeline of 4 tokens, with random (not zero) outputs so that images differ."""
-    from far.folder import load_autoencoder
-
     torch.manual_seed(0)
     model = FAR(ModelConfig(NETWORK, len(CLASSES), 2, (4, 4)))
     with torch.no_grad():
@@ -106,8 +104,6 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory, autoencoder_folder
 
 def save_diffusion_model(network: NetworkConfig, autoencoder: Path, folder: Path) -> Path:
     """An untrained pipeline of 4 tokens with MAR's head, random as the one above."""
-    from far.folder import load_autoencoder
-
     torch.manual_seed(1)
     # The limit keeps what a random ε does at the noisy end from becoming large.
     head = DiffusionConfig(16, 1, 2, token_limit=3.0)
@@ -160,3 +156,20 @@ def recipe(tmp_path: Path, image_set: Path, autoencoder_folder: Path, latents_fo
     run.mkdir()
     (run / "latents").symlink_to(latents_folder)
     return write_recipe(tmp_path / "recipe.yaml", image_set, run, autoencoder_folder)
+
+
+# As many classes as in the shared image set, but with another second one.
+RENAMED = ["circle", "rings", "square"]
+
+
+@pytest.fixture
+def renamed(recipe: Path, image_set: Path, autoencoder_folder: Path, tmp_path: Path) -> list[str]:
+    """Return overrides that train on an image set of as many other classes, with a cache of its own."""
+    shutil.copytree(image_set, tmp_path / "renamed")
+    for part in ("train", "held-out"):
+        index = read_json(tmp_path / "renamed" / part / "index.json")
+        index["meta"]["classes"] = RENAMED
+        index["sha256"] = json_digest({name: value for name, value in index.items() if name != "sha256"})
+        write_json(tmp_path / "renamed" / part / "index.json", index)
+    write_latents(tmp_path / "renamed", load_autoencoder(autoencoder_folder), tmp_path / "other" / "latents")
+    return [f"data={tmp_path / 'renamed'}", f"run={tmp_path / 'other'}"]

@@ -34,7 +34,9 @@ def run(arguments: argparse.Namespace) -> None:
         training = resolve_loop(with_machine(recipe.generator.training, arguments), folder, processes)
         config = dataclasses.replace(recipe.generator, training=training)
         autoencoder = load_autoencoder(recipe.autoencoder_folder, device="cpu")
-        task = GeneratorTask(config, Path(recipe.data), recipe.latents_folder, autoencoder)
+        task = GeneratorTask(config, Path(recipe.data), recipe.latents_folder, autoencoder, folder)
+        if processes.rank == 0 and "started from" in task.training:
+            print(f"{folder}: started from {task.training['started from']}")
         train(task, training, folder, resume=arguments.resume, processes=processes)
         if processes.rank == 0:
             print(f"{folder}: generate images with far generate --weights {folder}")

@@ -223,6 +223,9 @@ class GeneratorRecipe:
         label_drop: fraction of images that are trained without their class; guidance needs some.
         frozen_backbone: a trained model (folder, bundled name or ``OWNER/NAME``) whose backbone is copied and
             frozen, so that only the head is trained.
+        start_from: a trained model (folder, bundled name or ``OWNER/NAME``) whose averaged weights a new
+            training starts from: its backbone, and its head if kind and sizes agree. Classes are matched by
+            name; new ones start from the mean of the trained ones. Not read when a run is resumed.
     """
 
     network: NetworkConfig = NetworkConfig()
@@ -231,9 +234,12 @@ class GeneratorRecipe:
     evaluation: EvaluationConfig = EvaluationConfig()
     label_drop: float = 0.1
     frozen_backbone: str | None = None
+    start_from: str | None = None
 
     def __post_init__(self) -> None:
         check_label_drop(self.label_drop)
+        if self.frozen_backbone is not None and self.start_from is not None:
+            raise InputError("frozen_backbone and start_from are both given. Give one of them")
 
 
 @dataclasses.dataclass(frozen=True)

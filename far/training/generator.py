@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from far.autoencoder import Autoencoder
-from far.classes import check_same_classes
 from far.data.image_sets import check_meta, fingerprint, open_held_out
 from far.data.latents import LatentCache
 from far.data.shards import ShardReader
@@ -24,6 +23,7 @@ from far.training.config import GeneratorRecipe, LoopConfig
 from far.training.epochs import CHUNK, epoch_rows, image_chunks
 from far.training.loop import published, resolve_loop
 from far.training.sample_sheet import write_sample_sheet
+from far.training.start import copy_backbone, copy_model, local_name, recorded_start
 
 _TIME_BUCKETS = 4
 
@@ -36,16 +36,22 @@ class GeneratorTask:
         images: folder of the image set, with ``train`` and ``held-out``.
         latents: folder of the latent cache of ``train``.
         autoencoder: the one that made the cache. Moved to the training's device.
+        run: the run's folder. If it holds a checkpoint, ``start_from`` is not read again.
 
     Raises:
-        InputError: images, latents, autoencoder and network do not fit together, or the frozen backbone is of
-            another network, other classes or another autoencoder.
+        InputError: images, latents, autoencoder and network do not fit together, or the frozen backbone or
+            the model to start from is of another network or autoencoder.
     """
 
     discriminator = None
 
     def __init__(
-        self, config: GeneratorRecipe, images: Path, latents: Path, autoencoder: Autoencoder
+        self,
+        config: GeneratorRecipe,
+        images: Path,
+        latents: Path,
+        autoencoder: Autoencoder,
+        run: Path | None = None,
     ) -> None:
         loop = resolve_loop(config.training)
         self.config = config = dataclasses.replace(config, training=loop)
@@ -60,6 +66,7 @@ class GeneratorTask:
             "classes": self.classes,
             "images": fingerprint(train),
             "autoencoder": json_digest([autoencoder.fingerprint(), scale_and_shift])[:16],
+            "start_from": config.start_from and Path(config.start_from).name,
         }
         self.training: dict[str, Any] = {
             "command": "far train",
@@ -68,20 +75,26 @@ class GeneratorTask:
             "fingerprint of the images": self.identity["images"],
             "recipe": _recorded(config),
         }
-        self.module = self._network(latents)
+        self.module = self._network(latents, run)
         self.features: FeatureNetwork = load_feature_network().to(loop.device)  # fails early if it is missing
         self._reference: FeatureStatistics | None = None
 
-    def _network(self, latents: Path) -> FAR:
-        """Return the module to train, with the frozen backbone if there is one."""
+    def _network(self, latents: Path, run: Path | None) -> FAR:
+        """Return the module to train, with the weights that it starts from."""
         config, autoencoder = self.config, self.autoencoder
         grid = (self.latents.meta["size"] // autoencoder.config.stride,) * 2
         channels = autoencoder.config.latent_channels
         sizes = ModelConfig(config.network, len(self.classes), channels, grid)
         with seeded(config.training.seed):
             module = FAR(sizes)
-        if (source := config.frozen_backbone) is not None:
-            self.training["backbone"] = _copy_backbone(module, source, autoencoder, self.classes, latents)
+        if config.frozen_backbone is not None:
+            source = config.frozen_backbone
+            self.training["backbone"] = copy_backbone(module, source, autoencoder, self.classes, latents)
+        if config.start_from is not None:
+            facts = None if run is None else recorded_start(run)
+            if facts is None:
+                facts = copy_model(module, config.start_from, autoencoder, self.classes, latents)
+            self.training |= facts
         if config.network.spherical and not autoencoder.config.spherical:
             raise InputError("network.spherical needs an autoencoder trained with model.spherical=true")
         config.sampling.check(module)
@@ -161,37 +174,5 @@ class GeneratorTask:
 
 def _recorded(config: GeneratorRecipe) -> dict[str, Any]:
     """Return every value of the recipe section as the model stores it. Local folders become their names."""
-    backbone = config.frozen_backbone
-    if backbone is not None and Path(backbone).is_dir():
-        backbone = Path(backbone).resolve().name
-    return {**published(config), "frozen_backbone": backbone}
-
-
-def _copy_backbone(
-    module: FAR, weights: str, autoencoder: Autoencoder, classes: list[str], latents: Path
-) -> dict[str, Any]:
-    """Copy a trained model's backbone into ``module``, freeze it, and return that model's training facts.
-
-    Raises:
-        InputError: the model has another network, other classes than ``latents``, or another autoencoder.
-    """
-    pipeline, source = Pipeline.from_pretrained(weights, device="cpu"), f"the backbone of {weights}"
-    trained = pipeline.model
-    theirs, ours = (
-        (each.network.backbone, each.network.spherical, each.token_channels)
-        for each in (trained.config, module.config)
-    )
-    if theirs != ours:
-        raise InputError(f"{source} differs. Give both the same network.backbone, spherical and patch")
-    remedy = "Train on the same classes, or train the backbone too"
-    check_same_classes(pipeline.classes, source, classes, str(latents), remedy)
-    if trained.config.grid != module.config.grid:
-        raise InputError(
-            f"{source} was trained on {list(trained.config.grid)} latents per image, but {latents} has "
-            f"{list(module.config.grid)}. Train on images of the same size"
-        )
-    if pipeline.autoencoder is not None and not pipeline.autoencoder.same_latents(autoencoder):
-        raise InputError(f"{source} is of another autoencoder than {latents}. Set the same autoencoder_from")
-    module.backbone.load_state_dict(trained.backbone.state_dict())
-    module.backbone.requires_grad_(False)
-    return pipeline.training
+    sources = {"frozen_backbone": config.frozen_backbone, "start_from": config.start_from}
+    return {**published(config), **{key: name and local_name(name) for key, name in sources.items()}}

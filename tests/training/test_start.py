@@ -1,0 +1,247 @@
+"""Trainings that start from a trained model, or train a head on its frozen backbone."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import newest
+from conftest import RENAMED
+from refusals import refused
+
+from far.cli.main import main
+from far.folder import load_autoencoder
+from far.model import FAR
+from far.pipeline import Pipeline
+from far.recipe import load_recipe
+from far.training.generator import GeneratorTask
+from far.training.start import copy_model, match_classes
+
+
+@pytest.fixture
+def joint(recipe: Path) -> Path:
+    """Train briefly a model with a diffusion head, whose backbone other trainings copy."""
+    options = ["generator.network.head.kind=diffusion", "generator.training.dtype=auto"]
+    assert main(["train", str(recipe), "model=joint", *options]) == 0
+    return recipe.parent / "run" / "joint"
+
+
+def task(path: Path, *overrides: str) -> GeneratorTask:
+    recipe = load_recipe(path, overrides)
+    autoencoder = load_autoencoder(recipe.autoencoder_folder)
+    return GeneratorTask(
+        recipe.generator, Path(recipe.data), recipe.latents_folder, autoencoder, recipe.model_folder
+    )
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(["train", *arguments]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("far: error: ")]
+    return line
+
+
+def assert_equal_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    theirs = b.state_dict()
+    assert a.state_dict().keys() == theirs.keys()
+    for name, tensor in a.state_dict().items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_frozen_backbone_stays_and_the_head_is_trained(recipe: Path, joint: Path) -> None:
+    assert main(["train", str(recipe), "model=frozen", f"generator.frozen_backbone={joint}"]) == 0
+    before = Pipeline.from_pretrained(joint).model
+    frozen = Pipeline.from_pretrained(recipe.parent / "run" / "frozen")
+    after = frozen.model
+    assert frozen.training["backbone"] == Pipeline.from_pretrained(joint).training != {}
+    assert frozen.training["recipe"]["frozen_backbone"] == "joint", "the name only, not the path"
+    assert after.config.network.head.kind == "shortcut"
+    for (name, old), new in zip(before.backbone.state_dict().items(), after.backbone.state_dict().values()):
+        assert torch.equal(old, new), name
+    fresh = after.head.network.state_dict()
+    assert any(
+        tensor.abs().max() > 0 for name, tensor in fresh.items() if "out" in name or "final" in name
+    ), "the head did not move"
+    entries = [
+        json.loads(line) for line in (recipe.parent / "run" / "frozen" / "log.jsonl").read_text().splitlines()
+    ]
+    losses = [entry["loss"] for entry in entries if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_run_with_a_frozen_backbone_resumes(recipe: Path, joint: Path) -> None:
+    options = [str(recipe), f"generator.frozen_backbone={joint}"]
+    assert main(["train", *options, "model=whole"]) == 0
+    assert main(["train", *options, "model=half", "generator.training.steps=10"]) == 0
+    assert main(["train", *options, "model=half", "--resume"]) == 0
+    whole, half = (
+        Pipeline.from_pretrained(recipe.parent / "run" / name).model.state_dict()
+        for name in ("whole", "half")
+    )
+    for name, tensor in whole.items():
+        torch.testing.assert_close(half[name], tensor, msg=name)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "generator.network.backbone.encoder_width=32",
+        "generator.network.patch=1",
+        "generator.network.spherical=true",
+    ],
+)
+def test_backbone_of_other_sizes_is_rejected(
+    recipe: Path, joint: Path, override: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(recipe), "model=other", f"generator.frozen_backbone={joint}", override]) == 2
+    assert str(joint) in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_missing_backbone_is_rejected(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(recipe), "generator.frozen_backbone=nowhere"]) == 2
+    assert "'nowhere'" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_backbone_of_other_classes_or_another_autoencoder_is_rejected(
+    recipe: Path, joint: Path, renamed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal([str(recipe), *renamed, f"generator.frozen_backbone={joint}"], capsys)
+    for part in (str(joint), str(tmp_path / "other" / "latents"), "'square'", "'rings'"):
+        assert part in line
+    # The backbone's folder with an autoencoder that encodes differently.
+    pipeline = Pipeline.from_pretrained(joint)
+    assert pipeline.autoencoder is not None
+    with torch.no_grad():
+        pipeline.autoencoder.encoder.conv_in.weight.mul_(1.1)
+    pipeline.save_pretrained(tmp_path / "moved")
+    line = refusal([str(recipe), "model=third", f"generator.frozen_backbone={tmp_path / 'moved'}"], capsys)
+    assert str(tmp_path / "moved") in line
+    assert "autoencoder" in line
+    # In float16 it is the same autoencoder.
+    Pipeline.from_pretrained(joint).save_pretrained(tmp_path / "half", torch.float16)
+    assert main(["train", str(recipe), "model=fourth", f"generator.frozen_backbone={tmp_path / 'half'}"]) == 0
+
+
+def test_training_starts_from_the_averaged_weights_of_a_model(recipe: Path, pipeline_folder: Path) -> None:
+    source, started = (
+        Pipeline.from_pretrained(pipeline_folder),
+        task(recipe, f"generator.start_from={pipeline_folder}"),
+    )
+    assert_equal_weights(started.module, source.model)
+    assert all(parameter.requires_grad for parameter in started.module.parameters())
+    name = started.training["recipe"]["start_from"]
+    assert name == pipeline_folder.name, "the name only, not the path"
+    # Keys that change training but not what the weights compute may differ.
+    values = ["generator.network.backbone.dropout=0.0", "generator.network.backbone.mask_ratio_min=0.1"]
+    assert_equal_weights(
+        task(recipe, f"generator.start_from={pipeline_folder}", *values).module, source.model
+    )
+
+
+def test_training_starts_from_a_bundled_model() -> None:
+    source = Pipeline.from_pretrained("avatars-64-causal", device="cpu")
+    assert source.autoencoder is not None
+    module = FAR(source.model.config)
+    copy_model(module, "avatars-64-causal", source.autoencoder, source.classes, Path("latents"))
+    assert_equal_weights(module, source.model)
+
+
+def test_head_of_another_kind_starts_fresh_and_this_is_printed(
+    recipe: Path, diffusion_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Pipeline.from_pretrained(diffusion_folder)
+    source.training = {"data": "birds"}
+    source.save_pretrained(tmp_path / "birds")
+    started = task(recipe, f"generator.start_from={tmp_path / 'birds'}")
+    assert_equal_weights(started.module.backbone, source.model.backbone)
+    assert_equal_weights(started.module.head, task(recipe).module.head)
+    assert main(["train", str(recipe), f"generator.start_from={tmp_path / 'birds'}"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "birds" in line]
+    assert "diffusion" in line
+    card = (recipe.parent / "run" / "model" / "README.md").read_text()
+    assert line.rpartition(": started from ")[2] in card
+    assert "| data | birds |" in card
+
+
+def test_classes_are_matched_by_name_and_new_ones_start_from_the_mean(
+    recipe: Path, pipeline_folder: Path, renamed: list[str]
+) -> None:
+    options = [*renamed, f"generator.start_from={pipeline_folder}"]
+    source = Pipeline.from_pretrained(pipeline_folder)
+    circle, square, stripes, null = source.model.backbone.class_embedding.weight  # type: ignore[misc, union-attr]
+    started = task(recipe, *options)
+    rows = started.module.backbone.class_embedding.weight
+    assert (source.classes, RENAMED) == (["circle", "square", "stripes"], ["circle", "rings", "square"])
+    for row, expected in zip(rows, (circle, (circle + square + stripes) / 3, square, null), strict=True):  # type: ignore[arg-type]
+        torch.testing.assert_close(row, expected)
+    for part in ("2 classes", "rings", "stripes"):
+        assert part in started.training["started from"]
+
+
+def test_equal_classes_keep_their_embeddings_although_names_repeat() -> None:
+    trained = torch.randn(4, 5)
+    names = ["crane", "crane", "maillot"]
+    assert torch.equal(match_classes(trained, names, names), trained)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "network.backbone.encoder_width=32",
+        "network.backbone.encoder_heads=4",
+        "network.backbone={kind: causal, width: 16, depth: 1, heads: 2}",
+        "network.patch=1",
+        "network.spherical=true",
+    ],
+)
+def test_start_from_a_model_of_another_network_is_refused(
+    recipe: Path, pipeline_folder: Path, override: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal([str(recipe), f"generator.start_from={pipeline_folder}", f"generator.{override}"], capsys)
+    assert str(pipeline_folder) in line
+    key = "network.backbone.kind" if "causal" in override else override.partition("=")[0]
+    assert key in line
+
+
+def test_start_from_a_model_of_another_autoencoder_or_image_size_is_refused(
+    recipe: Path, pipeline_folder: Path, tmp_path: Path
+) -> None:
+    pipeline = Pipeline.from_pretrained(pipeline_folder)
+    assert pipeline.autoencoder is not None
+    with torch.no_grad():
+        pipeline.autoencoder.encoder.conv_in.weight.mul_(1.1)
+    pipeline.save_pretrained(tmp_path / "moved")
+    with refused(tmp_path / "moved", "autoencoder"):
+        task(recipe, f"generator.start_from={tmp_path / 'moved'}")
+    larger = dataclasses.replace(pipeline.model.config, grid=(8, 8))
+    with refused(pipeline_folder, [4, 4], [8, 8]):
+        copy_model(FAR(larger), str(pipeline_folder), pipeline.autoencoder, pipeline.classes, Path("latents"))
+
+
+def test_start_from_and_frozen_backbone_exclude_each_other(recipe: Path) -> None:
+    with refused("start_from", "frozen_backbone"):
+        load_recipe(recipe, ["generator.start_from=a", "generator.frozen_backbone=b"])
+
+
+def test_run_that_started_from_a_model_resumes_without_it(
+    recipe: Path, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(pipeline_folder, tmp_path / "source")
+    training = ["schedule=constant", "checkpoint_every=5", "steps=10"]
+    options = [str(recipe), f"generator.start_from={tmp_path / 'source'}"]
+    options += [f"generator.training.{value}" for value in training]
+    run = recipe.parent / "run"
+    assert main(["train", *options, "model=whole"]) == 0
+    assert main(["train", *options, "model=half", "generator.training.steps=5"]) == 0
+    assert "source" in refusal([str(recipe), "model=half", "--resume"], capsys)
+    shutil.rmtree(tmp_path / "source")
+    assert main(["train", *options, "model=half", "--resume"]) == 0
+    whole, half = newest(run / "whole"), newest(run / "half")
+    assert whole["step"] == half["step"] == 10
+    for name, tensor in whole["tensors"].items():
+        assert torch.equal(half["tensors"][name], tensor), name
+    facts = [Pipeline.from_pretrained(run / name).training for name in ("whole", "half")]
+    assert facts[0] == facts[1]
+    assert "source" in facts[0]["started from"]
