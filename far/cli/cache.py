@@ -31,6 +31,8 @@ def run(arguments: argparse.Namespace) -> None:
         if processes.rank == 0:
             print_chosen(device=(loop.device, device_title(device)))
         images, latents = Path(recipe.data), recipe.latents_folder
-        write_latents(images, autoencoder, latents, device=device, processes=processes)
+        flip = recipe.generator.flip
+        write_latents(images, autoencoder, latents, device=device, processes=processes, flip=flip)
         if processes.rank == 0:
-            print(f"{recipe.latents_folder}: moments of {recipe.autoencoder_folder}, both flips")
+            variants = "both flips" if flip else "not flipped"
+            print(f"{recipe.latents_folder}: moments of {recipe.autoencoder_folder}, {variants}")

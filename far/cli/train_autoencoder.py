@@ -1,7 +1,8 @@
 """Train the autoencoder of a recipe. --resume continues an interrupted run.
 
-Writes into autoencoder/ in the run folder: config.json with measured scale and shift of the latents, PSNR, SSIM
-and reconstruction distances on held-out images; autoencoder.safetensors, reconstructions.png and log.jsonl.
+Writes into autoencoder/ in the run folder: config.json with measured scale and shift of the latents, PSNR,
+SSIM and reconstruction distances on held-out images; autoencoder.safetensors, reconstructions.png and
+log.jsonl.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The latent cache: an image set's posterior moments, for both flips, encoded once.
+"""The latent cache: posterior moments of an image set and, if wanted, of its mirror images, encoded once.
 
 Moments are stored raw (unscaled, unsampled), so a new scale or shift needs no new cache, and every epoch
 draws new latents. ``far.data.shards`` describes the files.
@@ -31,10 +31,13 @@ def write_latents(
     batch_size: int = 64,
     device: str | torch.device = "auto",
     processes: Processes = Processes(),
+    *,
+    flip: bool = True,
 ) -> None:
     """Encode ``images/train`` into ``folder``, shared among ``processes``. Resumes an interrupted call.
 
     Rows hold ``moments [2, 2c, h, w]`` float16 (of the image and its mirror image) and ``labels`` int64.
+    Without ``flip`` they hold ``[1, 2c, h, w]``, in half of the time and space.
 
     Raises:
         InputError: the images are missing or of a size that the autoencoder cannot encode, the folder holds
@@ -48,6 +51,8 @@ def write_latents(
         "fingerprint": autoencoder.fingerprint(), "latent_channels": config.latent_channels,
         "stride": config.stride,
     }  # fmt: skip
+    if not flip:
+        meta["flip"] = False
     writer = ShardWriter(folder, meta, processes)
     if writer.complete:
         _check_source(folder, writer.index["meta"], source)
@@ -61,7 +66,7 @@ def write_latents(
 
     def pieces(numbers: range) -> Pieces:
         for rows in torch.arange(numbers.start, numbers.stop).split(batch_size):
-            moments = _moments(autoencoder, read_images(source, rows).to(device), source)
+            moments = _moments(autoencoder, read_images(source, rows).to(device), source, flip)
             yield len(rows), {"moments": moments, "labels": source.rows("labels", rows)}
             bar.update(len(rows))
 
@@ -69,9 +74,9 @@ def write_latents(
         writer.fill(len(source), SHARD_ROWS, pieces, bar)
 
 
-def _moments(autoencoder: Autoencoder, images: Tensor, source: ShardReader) -> Tensor:
-    both = torch.stack([autoencoder.moments(images), autoencoder.moments(images.flip(-1))], dim=1)
-    stored = both.to(torch.float16).cpu()
+def _moments(autoencoder: Autoencoder, images: Tensor, source: ShardReader, flip: bool) -> Tensor:
+    variants = [images, images.flip(-1)] if flip else [images]
+    stored = torch.stack([autoencoder.moments(each) for each in variants], dim=1).to(torch.float16).cpu()
     if not torch.isfinite(stored).all():
         remedy = "Train the autoencoder longer or with more KL weight"
         raise InputError(f"float16 cannot hold the moments of {source.folder}. {remedy}")
@@ -105,10 +110,15 @@ def open_latents(folder: Path, autoencoder: Autoencoder, images: ShardReader | N
     if images is not None:
         _check_source(folder, reader.meta, images)
     config, side = autoencoder.config, reader.meta["size"] // autoencoder.config.stride
-    shape = (2, 2 * config.latent_channels, side, side)
+    shape = (2 if has_flips(reader) else 1, 2 * config.latent_channels, side, side)
     reader.require({"moments": (np.float16, shape), "labels": (np.int64, ())})
     check_labels(reader)
     return reader
+
+
+def has_flips(reader: ShardReader) -> bool:
+    """Return whether a cache holds the moments of mirror images."""
+    return reader.meta.get("flip") is not False
 
 
 class LatentCache:
@@ -117,22 +127,24 @@ class LatentCache:
     Attributes:
         labels: class numbers ``[rows]``.
         meta: entries of the index, such as ``classes`` and the images' ``size``.
+        flip: whether it holds the mirror images too, so that half of the latents are theirs.
     """
 
     def __init__(self, folder: Path, autoencoder: Autoencoder, images: ShardReader | None = None) -> None:
         self.reader, self.autoencoder = open_latents(folder, autoencoder, images), autoencoder
         self.labels, self.meta = self.reader.all("labels"), self.reader.meta
+        self.flip = has_flips(self.reader)
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """Return latents ``[rows, c, h, w]`` of random flips, sampled from the posteriors and normalized.
+        """Return latents ``[rows, c, h, w]``, sampled from the posteriors of random flips and normalized.
 
         They are on the autoencoder's device. ``generator`` is on the CPU.
         """
         device = next(self.autoencoder.parameters()).device
-        flips = torch.randint(0, 2, (len(rows),), generator=generator)
+        flips = torch.randint(0, 1 + self.flip, (len(rows),), generator=generator)
         moments = self.reader.rows("moments", rows)[torch.arange(len(rows)), flips].float()
         posterior = Posterior(moments.to(device))
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)

@@ -40,6 +40,7 @@ class AutoencoderTask:
 
     def __init__(self, config: AutoencoderRecipe, data: Path) -> None:
         self.loss_config, self.loop, self.stage = config.loss, resolve_loop(config.training), config.stage
+        self.flip = config.flip
         self.train_images = open_image_set(data / "train")
         self.held_out = open_held_out(data, self.train_images)
         self.identity: dict[str, Any] = {"images": fingerprint(self.train_images)}
@@ -70,11 +71,12 @@ class AutoencoderTask:
         return groups
 
     def batch(self, number: int, generator: torch.Generator) -> Tensor:
-        """Return images ``[b, 3, h, w]`` in [−1, 1], half of them flipped at random."""
+        """Return images ``[b, 3, h, w]`` in [−1, 1], half of them mirrored at random if ``flip``."""
         rows = epoch_rows(number, self.loop.micro_batch_size, len(self.train_images), self.loop.seed)
         images = read_images(self.train_images, rows)
-        flip = torch.rand(len(images), generator=generator) < 0.5
-        images[flip] = images[flip].flip(-1)
+        if self.flip:
+            flip = torch.rand(len(images), generator=generator) < 0.5
+            images[flip] = images[flip].flip(-1)
         # Activations keep the layout of their input. On a CPU, this one trains about 1.15 times as fast.
         return images.to(self.loop.device, memory_format=torch.channels_last)
 

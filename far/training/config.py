@@ -193,6 +193,7 @@ class AutoencoderRecipe:
         loss: weights of the loss terms.
         discriminator: network of the adversarial term.
         training: how it is trained.
+        flip: train on mirror images too.
         start_from: a trained autoencoder (folder, bundled name or ``OWNER/NAME``) to start from; it has the
             sizes in ``model``.
         stage: ``all``, or ``decoder`` to train the decoder of ``start_from`` only. Its encoder, scale and
@@ -203,6 +204,7 @@ class AutoencoderRecipe:
     loss: AutoencoderLossConfig = AutoencoderLossConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     training: LoopConfig = LoopConfig()
+    flip: bool = True
     start_from: str | None = None
     stage: Literal["all", "decoder"] = "all"
 
@@ -221,6 +223,8 @@ class GeneratorRecipe:
         sampling: the trained model's defaults.
         evaluation: the quick evaluation during training.
         label_drop: fraction of images that are trained without their class; guidance needs some.
+        flip: train on mirror images too. ``false`` is for images whose left and right differ, such as text;
+            ``far cache`` then omits the mirror images.
         frozen_backbone: a trained model (folder, bundled name or ``OWNER/NAME``) whose backbone is copied and
             frozen, so that only the head is trained.
         start_from: a trained model (folder, bundled name or ``OWNER/NAME``) whose averaged weights a new
@@ -233,6 +237,7 @@ class GeneratorRecipe:
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     label_drop: float = 0.1
+    flip: bool = True
     frozen_backbone: str | None = None
     start_from: str | None = None
 

@@ -59,6 +59,9 @@ class GeneratorTask:
         train = ShardReader(images / "train", "images", index_only=True)
         check_meta(train)
         self.latents = LatentCache(latents, autoencoder, train)
+        if self.latents.flip != config.flip:
+            made = f"{latents} was made with generator.flip={str(self.latents.flip).lower()}"
+            raise InputError(f"{made}. Set it to that, or remove the folder and run far cache again")
         self.classes = self.latents.meta["classes"]
         self.held_out = open_held_out(images, train)
         scale_and_shift = [autoencoder.config.scale, autoencoder.config.shift]
@@ -117,7 +120,7 @@ class GeneratorTask:
         return [group for group in groups if group["params"]]
 
     def batch(self, number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return latents ``[b, c, h, w]`` of random flips, and labels ``[b]``."""
+        """Return latents ``[b, c, h, w]``, half of them of mirror images if ``flip``, and labels ``[b]``."""
         loop = self.config.training
         rows = epoch_rows(number, loop.micro_batch_size, len(self.latents), loop.seed)
         return self.latents.draw(rows, generator), self.latents.labels[rows].to(loop.device)

@@ -68,6 +68,43 @@ def test_latents_are_drawn_from_the_posterior_of_a_random_flip_and_normalized(
     assert torch.equal(first, again)
 
 
+def test_cache_without_flips_has_only_the_images_themselves(
+    image_set: Path, latents_folder: Path, autoencoder_folder: Path, tmp_path: Path
+) -> None:
+    autoencoder = load_autoencoder(autoencoder_folder)
+    write_latents(image_set, autoencoder, tmp_path / "cache", flip=False)
+    both, one = (open_latents(folder, autoencoder) for folder in (latents_folder, tmp_path / "cache"))
+    assert torch.equal(one.all("moments"), both.all("moments")[:, :1])
+
+    rows = torch.arange(60)
+    reader = ShardWriter(tmp_path / "narrow", one.meta)
+    means, logvars = one.all("moments").chunk(2, dim=2)
+    moments = torch.cat([means, torch.full_like(logvars, -20)], dim=2)
+    reader.write({"moments": moments, "labels": one.all("labels")}, cursor=60)
+    reader.finish()
+    cache = LatentCache(tmp_path / "narrow", autoencoder)
+    assert not cache.flip
+    expected = autoencoder.normalize(means[:, 0].float())
+    for seed in range(3):
+        drawn = cache.draw(rows, torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(drawn, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("command", ["cache", "train"])
+@pytest.mark.parametrize("flip", ["true", "false"])
+def test_cache_made_with_the_other_flip_is_refused(
+    command: str, flip: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, other = f"run={tmp_path / 'other'}", {"true": "false", "false": "true"}[flip]
+    assert main(["cache", str(recipe), run, f"generator.flip={flip}"]) == 0
+    before = files(tmp_path / "other")
+    assert main([command, str(recipe), run, f"generator.flip={other}"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert str(tmp_path / "other" / "latents") in line
+    assert "flip" in line
+    assert files(tmp_path / "other") == before
+
+
 def test_other_autoencoder_is_refused_but_another_scale_is_not(
     latents_folder: Path, autoencoder_folder: Path
 ) -> None:

@@ -15,7 +15,8 @@ from far.data.shards import ShardReader
 from far.errors import InputError
 from far.evaluation.metrics import ssim
 from far.folder import load_autoencoder
-from far.training.autoencoder import latent_statistics
+from far.recipe import load_recipe
+from far.training.autoencoder import AutoencoderTask, latent_statistics
 
 
 @pytest.fixture
@@ -88,6 +89,25 @@ def test_autoencoder_and_generator_are_trained_by_four_commands(
         == 0
     )
     assert (tmp_path / "grid.png").stat().st_size > 100
+
+
+def test_images_are_mirrored_only_with_flip(autoencoder_recipe: Path, image_set: Path) -> None:
+    images = read_images(ShardReader(image_set / "train", "images"), torch.arange(60))
+    found = {}
+    for flip in ("true", "false"):
+        recipe = load_recipe(autoencoder_recipe, [f"autoencoder.flip={flip}"])
+        task = AutoencoderTask(recipe.autoencoder, image_set)
+        batches = [task.batch(number, torch.Generator().manual_seed(number)) for number in range(5)]
+        drawn = torch.cat(batches)
+        assert len(drawn) == 40
+        as_stored, mirrored = (
+            (drawn.unsqueeze(1) == each).flatten(2).all(dim=2).any(dim=1)
+            for each in (images, images.flip(-1))
+        )
+        assert (as_stored | mirrored).all()
+        found[flip] = int((mirrored & ~as_stored).sum())
+    assert 8 < found["true"] < 32
+    assert found["false"] == 0
 
 
 def test_figures_are_printed_after_training_and_for_a_finished_run(
