@@ -148,6 +148,22 @@ def test_decoder_stage_keeps_encoder_and_latents(
         assert logged & entry.keys() == (logged if options and entry["step"] > 5 else set())
 
 
+def test_step_trains_both_networks_and_clips_each_gradient_alone(
+    decoder_recipe: Path, tmp_path: Path
+) -> None:
+    task = make_task(decoder_recipe, *ADVERSARIAL, "autoencoder.training.gradient_clip=1.0e-3")
+    trainer = Trainer(task, task.loop, tmp_path / "run")
+    trainer.step = 5
+    assert task.discriminator is not None
+    first_layers = [task.module.decoder.conv_in.weight, next(task.discriminator.parameters())]
+    before = [layer.detach().clone() for layer in first_layers]
+    trainer.train_step(Meter())
+    assert not any(torch.equal(old, layer) for old, layer in zip(before, first_layers))
+    for network in (task.module, task.discriminator):
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        assert norm(gradients) == pytest.approx(1e-3, rel=1e-3)
+
+
 @pytest.mark.parametrize(("saved_at", "dtype"), [(3, "float32"), (7, "float16")])
 def test_adversarial_run_resumes_exactly(
     saved_at: int, dtype: str, decoder_recipe: Path, tmp_path: Path
