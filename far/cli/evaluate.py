@@ -1,5 +1,7 @@
 """Evaluate images: Fréchet distance, KID, Inception Score, precision, recall, density and coverage.
 
+With --autoencoder, the images are reconstructed first, and PSNR and SSIM are reported too.
+
 The default network is EfficientNet-Lite0, whose values are not comparable with published ones. The perceptual
 loss of autoencoders uses it too; no loss uses --features efficientnet-lite2. --inception FILE loads FID's own
 weights, for values that compare with published ones. result.json holds the values and all settings to repeat
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     import torch
 
     from far.evaluation.features import Extractor
+    from far.evaluation.images import ImageSource
     from far.evaluation.references import Reference
 
 _DEFAULT_COUNT = 10_000
@@ -55,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source("--npz", type=Path, metavar="FILE", help="uint8 images [n, h, w, 3] as arr_0, ADM's format")
     number = functools.partial(parser.add_argument, type=int, metavar="N")
     path = functools.partial(parser.add_argument, type=Path)
+    add = parser.add_argument
+    add("--autoencoder", metavar="MODEL", help="evaluate its reconstructions of --images or --npz instead")
     path("--reference", metavar="PATH", help="images as above, or a statistics file (.npz with mu and sigma)")
     number("--count", help="number of images (default: 10000 of a model, all of a folder or .npz)")
     path("--out", metavar="FOLDER", default="evaluation", help="folder for result.json (default evaluation)")
@@ -76,8 +81,8 @@ class Source:
     """Images to evaluate, opened and checked.
 
     ``size`` is (height, width) in pixels. ``described`` goes into ``result.json``. ``extract`` computes
-    missing features, and returns all on rank 0. ``parts`` is the folder of generated images, removed at the
-    end.
+    missing features, and returns all on rank 0; ``similarity`` then compares reconstructions with their
+    originals. ``parts`` is the folder of generated or reconstructed images, removed at the end.
     """
 
     count: int
@@ -86,6 +91,7 @@ class Source:
     extract: Callable[[], torch.Tensor]
     parts: Path | None = None
     classes: Sequence[str] = ()
+    similarity: Callable[[], dict[str, float]] = dict
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -107,7 +113,7 @@ def run(arguments: argparse.Namespace) -> None:
     # Errors on either side should appear before hours of generation.
     with noticed(f"opening {arguments.weights or arguments.images or arguments.npz}"):
         if arguments.weights is None:
-            source = _open_images(arguments, extractor, cache)
+            source = _open_images(arguments, extractor, cache, device)
         else:
             source = _open_model(arguments, extractor, device)
     with joined() as processes:
@@ -138,6 +144,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.reference is None and arguments.save_statistics is None:
         raise InputError("--reference is missing. Give images to compare with, or use --save-statistics")
+    if arguments.weights is not None and arguments.autoencoder is not None:
+        raise InputError("--autoencoder is for --images or --npz only. Omit it")
     if arguments.weights is None:
         given = [*sampling_options(arguments), *(["save_npz"] if arguments.save_npz else [])]
         if given:
@@ -160,8 +168,8 @@ def _check(arguments: argparse.Namespace) -> None:
     check_exists(arguments.npz, "far generate --out FILE.npz writes one")
     check_exists(arguments.reference, "Give a folder or .npz of images, an image set, or saved statistics")
     check_exists(arguments.inception, "Get pt_inception-2015-12-05-6726825d.pth from pytorch-fid's page")
-    if arguments.weights is not None:
-        find_folder(arguments.weights)
+    for model in filter(None, (arguments.weights, arguments.autoencoder)):
+        find_folder(model)
     for path in filter(None, (arguments.out / "result.json", *outputs.values())):
         check_writable(path)
 
@@ -174,7 +182,9 @@ def _check_apart(files: Mapping[str, Path | None], outputs: Collection[str]) -> 
             raise InputError(f"{option} {path} is the file of {seen[path.resolve()]}. Give another name")
 
 
-def _open_images(arguments: argparse.Namespace, extractor: Extractor, cache: Path) -> Source:
+def _open_images(
+    arguments: argparse.Namespace, extractor: Extractor, cache: Path, device: torch.device
+) -> Source:
     from far.evaluation.images import open_images
     from far.evaluation.references import features_of
 
@@ -184,8 +194,33 @@ def _open_images(arguments: argparse.Namespace, extractor: Extractor, cache: Pat
         raise InputError(f"--count {count} is too large: {source.name} holds {source.count} images")
     described = {"images": source.name, "digest": source.digest, "count": count}
     described["left out"] = dict(source.left_out)
+    if arguments.autoencoder is not None:
+        return _open_reconstructions(arguments, source, described, extractor, device)
     extract = functools.partial(features_of, source, extractor, cache, count=count)
     return Source(count, source.size, described, extract, classes=source.classes)
+
+
+def _open_reconstructions(
+    arguments: argparse.Namespace,
+    images: ImageSource,
+    described: dict[str, Any],
+    extractor: Extractor,
+    device: torch.device,
+) -> Source:
+    from far.evaluation.reconstructions import reconstruction_features, similarity
+    from far.files import json_digest
+    from far.folder import load_autoencoder
+    from far.weights import digest
+
+    autoencoder, count = load_autoencoder(arguments.autoencoder, device="cpu"), described["count"]
+    weights = digest(autoencoder.state_dict())
+    identity = json_digest([weights, images.digest, extractor.name, extractor.digest])
+    parts = arguments.out / f"parts-{identity[:16]}"
+    described = {**described, "autoencoder": arguments.autoencoder, "autoencoder sha256": weights}
+    autoencoder.to(device)
+    extract = functools.partial(reconstruction_features, parts, images, count, autoencoder, extractor)
+    similar = functools.partial(similarity, parts, images, count)
+    return Source(count, images.size, described, extract, parts, images.classes, similar)
 
 
 def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: torch.device) -> Source:
@@ -241,7 +276,7 @@ def _compare(
     for warning in warnings:
         print(f"far: warning: {printable(warning)}", file=sys.stderr)
     return {
-        "figures": found.figures, "controls": found.controls, "warnings": warnings,
+        "figures": {**source.similarity(), **found.figures}, "controls": found.controls, "warnings": warnings,
         "evaluated": {**source.described, "size": source.size},
         "reference": {
             "source": reference.source, "digest": reference.digest, "count": reference.count,
