@@ -1,6 +1,7 @@
 # make generate: install, draw a grid of images    make check: lint, format, types
 # make test:     install, run the tests            make bench: the documents' speed figures
-# make results:  rewrite docs/results.md's tables and plots; TRAIN=1 trains first (hours), TIMES=1 times again
+# make results:  rewrite docs/results.md's tables and plot; TRAIN=1 trains first (hours), TIMES=1 times again,
+#                SET=avatars-64 and ONLY="shortcut-8 flow" select
 # make soak:     tests of many minutes: kills, damaged files, all heads in all formats, the demo under load
 # make wheel:    build dist/, which `pip install` takes
 # make matrix:   the tests under each installed Python from 3.10 to 3.13
@@ -59,9 +60,9 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.speed_report
 
 results: $(VENV)/installed-dev
-	$(BIN)/python -m benchmarks.results $(if $(TRAIN),--train)
-	$(BIN)/python -m benchmarks.causal_ablation $(if $(TRAIN),--train)
-	$(if $(TIMES),$(BIN)/python -m benchmarks.results_times && $(BIN)/python -m benchmarks.results)
+	$(BIN)/python -m benchmarks.results $(if $(TRAIN),--train) $(if $(SET),--set $(SET)) $(if $(ONLY),--only $(ONLY))
+	$(if $(SET)$(ONLY),,$(BIN)/python -m benchmarks.causal_ablation $(if $(TRAIN),--train))
+	$(if $(TIMES),$(BIN)/python -m benchmarks.results_times $(if $(SET),--set $(SET)) && $(BIN)/python -m benchmarks.results)
 
 train-small: $(VENV)/installed-dev
 	$(BIN)/far data avatars data/avatars-32 --size 32 --per-class 1500 --held-out-per-class 125

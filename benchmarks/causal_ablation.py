@@ -14,15 +14,23 @@ from typing import Any
 
 import torch
 
-from benchmarks.comparison import RESULTS, SETS, SWEEP_COUNT, WORK
+from benchmarks.comparison import RESULTS, SETS, SWEEP_SEED, WORK
 from benchmarks.recorded import TRAIN, Measurements, made
-from benchmarks.results import Evaluator, current, current_rows, generate, generation_of, measure_floors, run
+from benchmarks.results import run
+from benchmarks.results_measure import (
+    Evaluator,
+    current,
+    current_rows,
+    generate,
+    generation_of,
+    measure_floors,
+    reconstructed_features,
+)
 from benchmarks.results_report import replace_block
-from far.evaluation.extraction import extract_parts, read_parts
 from far.evaluation.generated import Generation
 from far.evaluation.images import open_images
 from far.evaluation.metrics import FeatureStatistics, frechet_distance
-from far.files import atomic_path, sha256
+from far.files import atomic_path
 from far.pipeline import Pipeline
 from far.sampling import SeededNoise, sample
 
@@ -111,20 +119,20 @@ def measure(name: str, store: Measurements) -> None:
     evaluator: Evaluator | None = None
     for guidance in GUIDANCES:
         generation = generation_of(
-            folder, head_steps=HEAD_STEPS, guidance=guidance, seed=1_000_000, **dict(variant.sampling)
+            folder, head_steps=HEAD_STEPS, guidance=guidance, seed=SWEEP_SEED, **dict(variant.sampling)
         )
         key = f"{name}, guidance {guidance:g}"
         if current(store.values["rows"].get(key), generation):
             continue
         evaluator = evaluator or measure_floors(IMAGES, current_rows(IMAGES))
-        features, labels = generate(generation, evaluator.network, SWEEP_COUNT)
+        features, labels = generate(generation, evaluator.network, IMAGES.sweep_count)
         found = {
             "distance": frechet_distance(FeatureStatistics.of(features), evaluator.reference.statistics),
             "class accuracy": evaluator.classifier.accuracy(features, labels),
             "reconstructions": reconstruction_distance(folder, evaluator),
             "deviations": deviations(folder, generation),
             "data deviations": data_deviations(folder),
-            "count": SWEEP_COUNT,
+            "count": IMAGES.sweep_count,
             **made(),
         }
         store.keep("rows", key, {**found, **generation.describe()})
@@ -163,23 +171,8 @@ def data_deviations(folder: Path) -> list[float]:
 
 def reconstruction_distance(folder: Path, evaluator: Evaluator) -> float:
     """Return the distance of the autoencoder's reconstructions of training images, a model's floor."""
-    autoencoder = Pipeline.from_pretrained(folder, device="cpu").autoencoder
-    assert autoencoder is not None
-    source = open_images(IMAGES.data / "train")
-
-    def reconstruct(rows: range, _: object) -> torch.Tensor:
-        latents = autoencoder.encode(source.tensor(rows) * 2 - 1).mean
-        return (autoencoder.decode(latents) / 2 + 0.5).clamp(0, 1)
-
-    parts = (
-        WORK
-        / "features"
-        / f"{source.digest}-{SWEEP_COUNT}-reconstructions-{sha256(folder / 'autoencoder.safetensors')[:16]}"
-    )
-    extract_parts(parts, SWEEP_COUNT, reconstruct, evaluator.network, description="reconstructions")
-    return frechet_distance(
-        FeatureStatistics.of(read_parts(parts, SWEEP_COUNT)), evaluator.reference.statistics
-    )
+    features = reconstructed_features(folder, IMAGES, IMAGES.sweep_count, evaluator.network)
+    return frechet_distance(FeatureStatistics.of(features), evaluator.reference.statistics)
 
 
 def table(values: dict[str, Any]) -> str:

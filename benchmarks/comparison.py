@@ -1,5 +1,6 @@
-"""The models and image sets of the comparison in docs/results.md."""
+"""The models, image sets and rows of the comparison in docs/results.md."""
 
+import argparse
 import dataclasses
 from pathlib import Path
 
@@ -7,13 +8,11 @@ from benchmarks.recorded import WEIGHTS
 
 RESULTS = Path("docs/results")
 WORK = Path("runs/results")
-COUNT = 10_000
-SWEEP_COUNT = 2_000
 BATCH = 100
-UNLIMITED = "diffusion without limit"
 BATCH_SIZES = (1, 64)
 DTYPE = "bfloat16"
-GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.0)
+# Sampling seeds of the sweeps. Rows take seeds from 0 on, so that no row is chosen by its own images.
+SWEEP_SEED = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,81 +20,105 @@ class Model:
     """A model of the comparison: its training and the head steps of its rows.
 
     Attributes:
-        head: kind of head.
+        head: kind of head, or ``distilled``.
         steps: head steps of each row.
-        sweep_steps: head steps of the guidance sweep. Without them, the guidance of ``guidance_of`` is used.
-        guidances: scales of the guidance sweep.
-        guidance_of: model whose best guidance is used.
+        trainings: number of training seeds, from 0 on.
         recipe: suffix of the recipe's name.
-        frozen: whether the head is trained on the diffusion model's backbone, without changing it.
-        overrides: of the recipe's head.
-        timed: whether seconds are measured.
+        overrides: of the recipe, besides the kind of head.
+        passes: passes of the backbone with guidance; the default depends on the head.
         weights_of: model with the same weights, sampled with other ``passes``.
-        passes: passes of the backbone with guidance.
     """
 
     head: str
-    steps: tuple[int | tuple[int, ...], ...]
-    sweep_steps: int | None = None
-    guidances: tuple[float, ...] = GUIDANCES
-    guidance_of: str | None = None
+    steps: tuple[int, ...]
+    trainings: int = 1
     recipe: str = ""
-    frozen: bool = False
     overrides: tuple[str, ...] = ()
-    timed: bool = True
-    weights_of: str | None = None
     passes: int | None = None
+    weights_of: str | None = None
 
 
-# Heads that learn guidance up to 4 train a quarter of their steps with plain flow matching.
-LEARNED = (1.0, 2.0, 3.0, 4.0)
-FLOW_MAP = ("flow_steps=400", "max_guidance=4.0")
+# In order of importance. Without the limit, a diffusion head trained this briefly draws tokens of hundreds of
+# standard deviations. Flow maps train a quarter of their 1,600 steps with plain flow matching.
 MODELS = {
-    # Without the limit, a diffusion head trained this briefly draws tokens of hundreds of standard
-    # deviations.
-    "diffusion": Model("diffusion", (100, 50, 25, 10, 5, (50, 5)), 25, overrides=("token_limit=5.0",)),
-    "flow": Model("flow", (32, 8, 4, 2, 1), 8),
-    "shortcut": Model("shortcut", (32, 8, 4, 2, 1), 8),
-    "causal": Model("shortcut", (8, 4, 2, 1), 8, guidances=(1.0, 2.0, 4.0, 6.0, 8.0), recipe="-causal"),
-    # Heads trained on the frozen backbone of the diffusion model.
-    "frozen-shortcut": Model("shortcut", (8, 4), guidance_of="shortcut", frozen=True, timed=False),
-    "frozen-flow": Model("flow", (8,), guidance_of="flow", frozen=True, timed=False),
-    # Heads for one or two steps, guided in two passes of the backbone and in one.
-    "mean-flow": Model("flow_map", (4, 2, 1), 2, LEARNED, passes=2, overrides=FLOW_MAP),
-    "mean-flow-1": Model("flow_map", (4, 2, 1), 2, LEARNED, passes=1, weights_of="mean-flow"),
+    "diffusion": Model(
+        "diffusion", (100, 25, 10), trainings=3, overrides=("generator.network.head.token_limit=5.0",)
+    ),
+    "shortcut": Model("shortcut", (8, 4, 2, 1), trainings=3),
+    "causal": Model("shortcut", (8, 4, 2, 1), trainings=3, recipe="-causal"),
+    "flow": Model("flow", (8, 4, 2)),
     "flow-map": Model(
         "flow_map",
         (4, 2, 1),
-        guidance_of="mean-flow",
-        passes=2,
-        overrides=("objective=lagrangian", *FLOW_MAP),
+        trainings=2,
+        overrides=("generator.network.head.flow_steps=400", "generator.network.head.max_guidance=4.0"),
+        passes=1,
     ),
-    "flow-map-1": Model("flow_map", (4, 2, 1), guidance_of="mean-flow-1", passes=1, weights_of="flow-map"),
-    "energy": Model("energy", (1,), 1, LEARNED, overrides=("samples_per_token=4",)),
+    "flow-map-2-passes": Model("flow_map", (2,), passes=2, weights_of="flow-map"),
+    "energy": Model(
+        "energy",
+        (1,),
+        # A quarter of the other heads' rate, as in EAR.
+        overrides=("generator.training.head_learning_rate=2.5e-4", "generator.sampling.head_steps=1"),
+    ),
     # The diffusion model, saved as a MAR checkpoint, converted and distilled.
-    "distilled": Model("distilled", (4, 2, 1), 2, LEARNED, passes=1),
+    "distilled": Model("distilled", (4, 2, 1), passes=1),
 }
-# The baseline row is also drawn from further sampling seeds.
-SPREAD = [("diffusion", 100)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A model and its head steps. Seed s is the training seed; it also selects the sampling seeds."""
+
+    model: str
+    steps: int
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.steps}"
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} seed {self.seed}"
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """Files of an image set; ``preparation`` has the commands that make data, autoencoder and latents."""
+    """Files of an image set, and the numbers of images drawn from each model.
+
+    Attributes:
+        name: also the name of its recipes, of its folder of runs and of its file of results.
+        data: folder of the images.
+        preparation: commands that make data, autoencoder and latents.
+        count: images per row.
+        sweep_count: images per point of a sweep.
+    """
 
     name: str
     data: Path
     preparation: tuple[tuple[str, ...], ...]
+    count: int = 10_000
+    sweep_count: int = 2_000
 
-    def recipe(self, model: Model) -> str:
-        return f"recipes/comparison/{self.name}{model.recipe}.yaml"
+    def recipe(self, model: Model) -> Path:
+        return Path(f"recipes/comparison/{self.name}{model.recipe}.yaml")
 
-    def weights(self, name: str) -> Path:
-        return WEIGHTS / self.name / (MODELS[name].weights_of or name)
+    def weights(self, name: str, seed: int = 0) -> Path:
+        name = MODELS[name].weights_of or name
+        return WEIGHTS / self.name / (f"{name}-seed-{seed}" if seed else name)
+
+    def trained(self, name: str, seed: int = 0) -> bool:
+        """Return whether the weights are present. ``config.json`` is written last."""
+        return (self.weights(name, seed) / "config.json").exists()
 
     @property
     def runs(self) -> Path:
         return Path("runs/comparison") / self.name
+
+    @property
+    def results(self) -> Path:
+        return RESULTS / f"{self.name}.json"
 
 
 SETS = {
@@ -117,3 +140,45 @@ SETS = {
         ),
     ),
 }
+
+
+def all_rows() -> list[Row]:
+    """Return every row in order of importance: the first training of each model, then the others."""
+    most = max(model.trainings for model in MODELS.values())
+    return [
+        Row(name, steps, seed)
+        for seed in range(most)
+        for name, model in MODELS.items()
+        if seed < model.trainings
+        for steps in model.steps
+    ]
+
+
+def add_sets(parser: argparse.ArgumentParser) -> None:
+    """Add the option ``--set``."""
+    names = list(SETS)
+    parser.add_argument("--set", nargs="+", choices=names, default=names, dest="sets", help="default: all")
+
+
+def add_rows(parser: argparse.ArgumentParser) -> None:
+    """Add the option ``--only``."""
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        type=_selected,
+        metavar="ROW",
+        help=f"MODEL or MODEL-STEPS, such as shortcut-8; models: {', '.join(MODELS)}",
+    )
+
+
+def selected_rows(only: list[set[str]] | None) -> list[Row]:
+    """Return the rows that ``--only`` selects, in order of importance."""
+    return [row for row in all_rows() if only is None or any(row.name in names for names in only)]
+
+
+def _selected(text: str) -> set[str]:
+    """Return the names of the rows of ``MODEL`` or ``MODEL-STEPS``."""
+    names = {row.name for row in all_rows() if text in (row.model, f"{row.model}-{row.steps}")}
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a row. Give MODEL or MODEL-STEPS")
+    return names

@@ -18,9 +18,10 @@ from benchmarks.recorded import TRAIN, WEIGHTS, checksums, made
 from far.cli.main import main as far_command
 from far.convert import mar_name
 from far.files import read_json, write_json
-from far.folder import save_autoencoder
+from far.folder import load_autoencoder, save_autoencoder
 from far.model import FAR
 from far.pipeline import Pipeline
+from far.recipe import Recipe, load_recipe
 
 RESULTS = Path("docs/results/distillation.json")
 OPTIONS = [
@@ -44,42 +45,57 @@ def distill(name: str) -> None:
     """Convert and distill a diffusion model, unless it was done.
 
     An interrupted distillation is resumed; its seconds are unknown.
+
+    Raises:
+        SystemExit: the diffusion model is missing, or the distilled one comes from another.
     """
-    folder, result, start = (
-        Path("runs/distillation") / name,
-        WEIGHTS / name / "distilled",
-        time.perf_counter(),
-    )
+    source, result, start = WEIGHTS / name / "diffusion", WEIGHTS / name / "distilled", time.perf_counter()
+    if not source.is_dir():
+        raise SystemExit(f"{source} is missing. Train it with: {TRAIN}")
+    report = read_json(RESULTS) if RESULTS.exists() else {}
+    teacher = checksums(source)["model.safetensors"]
     if result.exists():
+        if report.get(name, {}).get("teacher", teacher) != teacher:
+            raise SystemExit(f"{result} was distilled from other weights than {source}. Remove it")
         return
+    folder = Path("runs/distillation") / f"{name}-{teacher[:8]}"
     interrupted = (folder / "distilled").exists()
-    if not (WEIGHTS / name / "diffusion").is_dir():
-        raise SystemExit(f"{WEIGHTS / name / 'diffusion'} is missing. Train it with: {TRAIN}")
-    teacher = Pipeline.from_pretrained(WEIGHTS / name / "diffusion")
-    assert teacher.autoencoder is not None
-    if not (folder / "mar" / "model.safetensors").exists():
-        shutil.rmtree(folder / "mar", ignore_errors=True)
-        save_autoencoder(teacher.autoencoder, folder / "mar")
-        write_published(teacher.model, folder / "checkpoint.pth")
-        run("convert", "mar", str(folder / "checkpoint.pth"), str(folder / "mar"))
+    recipe = load_recipe(Path(f"recipes/comparison/{name}.yaml"))
+    convert(source, recipe, folder)
     converted = time.perf_counter()
-    latents = f"runs/comparison/{name}/latents"
-    run("distill", str(folder / "mar"), str(folder / "distilled"), *OPTIONS, "--latents", latents, "--resume")
+    folders = [str(folder / part) for part in ("mar", "distilled")]
+    run("distill", *folders, *OPTIONS, "--latents", str(recipe.latents_folder), "--resume")
     distilled = time.perf_counter()
     found = Pipeline.from_pretrained(folder / "distilled")
     found.save_pretrained(result, torch.float16)
-    report = read_json(RESULTS) if RESULTS.exists() else {}
     seconds = None if interrupted else {"convert": converted - start, "distill": distilled - converted}
     row = {
         "options": OPTIONS,
         "seconds": seconds,
         "weights": str(result),
         "sha256": checksums(result),
+        "teacher": teacher,
         **made(),
         **found.results,
     }
     write_json(RESULTS, {**report, name: row})
     print(f"{name}: {seconds} seconds, {found.results}")
+
+
+def convert(source: Path, recipe: Recipe, folder: Path) -> None:
+    """Write ``folder``/mar from a diffusion model by way of a MAR checkpoint, unless it was done."""
+    done, teacher = folder / "converted", Pipeline.from_pretrained(source)
+    if done.exists():
+        return
+    shutil.rmtree(folder / "mar", ignore_errors=True)
+    # The latents' own autoencoder: the one beside the weights is rounded to float16.
+    save_autoencoder(load_autoencoder(recipe.autoencoder_folder), folder / "mar")
+    write_published(teacher.model, folder / "checkpoint.pth")
+    run("convert", "mar", str(folder / "checkpoint.pth"), str(folder / "mar"))
+    converted = Pipeline.from_pretrained(folder / "mar")
+    converted.classes = teacher.classes  # a MAR checkpoint holds their number only
+    converted.save_pretrained(folder / "mar")
+    done.touch()
 
 
 def run(*command: str) -> None:

@@ -33,11 +33,13 @@ class Measurements:
         self.values.setdefault(kind, {})[key] = value
         write_json(self.path, self.values)
 
-    def drop_other_weights(self, autoencoder: str | None = None) -> None:
+    def drop_other_weights(self, autoencoder: str | None = None, training_images: int | None = None) -> None:
         """Drop rows of models whose present weights differ from the recorded ones: tables mix no weights.
 
         Args:
             autoencoder: SHA-256 of the models' common autoencoder. Rows with another one are dropped too.
+            training_images: images that the models were trained on. Rows of models that were trained on
+                another number of images are dropped too.
         """
         self.load()
         at_hand: dict[str, dict[str, str]] = {}
@@ -51,7 +53,10 @@ class Measurements:
                     at_hand[folder] = checksums(Path(folder))
                 found, recorded = at_hand[folder], row["sha256"]
                 changed = any(found.get(name, value) != value for name, value in recorded.items())
-                if changed or (autoencoder and recorded["autoencoder.safetensors"] != autoencoder):
+                changed |= autoencoder not in (None, recorded["autoencoder.safetensors"])
+                length = row.get("training images")
+                changed |= "model.safetensors" in recorded and training_images not in (None, length)
+                if changed:
                     del self.values[kind][key]
                     dropped += 1
         if dropped:

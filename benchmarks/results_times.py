@@ -1,10 +1,10 @@
 """Seconds per image of every row of the comparison and of its backbone, and the head's fraction.
 
-    python -m benchmarks.results_times [SET …] [--rounds 5]
+    python -m benchmarks.results_times [--set SET …] [--rounds 5]
 
-Run nothing else on the machine meanwhile. ``make results TRAIN=1`` trains the weights. The rows of an image
-set are measured in turn. Times are of the whole pipeline, pixels included, in the dtype of the quality
-figures, and are stored with the rows in docs/results/SET.json.
+Run nothing else on the machine meanwhile. ``make results TRAIN=1`` trains the weights and sweeps guidance.
+The rows of an image set are measured in turn. Times are of the whole pipeline, pixels included, in the dtype
+of the quality figures, and are stored with the rows in docs/results/SET.json.
 """
 
 import argparse
@@ -14,10 +14,11 @@ import time
 
 import torch
 
-from benchmarks.comparison import BATCH_SIZES, DTYPE, MODELS, RESULTS, SETS
+from benchmarks.comparison import BATCH_SIZES, DTYPE, SETS, ImageSet, Row, add_sets, all_rows
 from benchmarks.recorded import Measurements, made, tell_missing
-from benchmarks.results import best_guidance, generation_of
-from far.benchmark import Row, generate, segments, summary
+from benchmarks.results_measure import generation_of_row, recorded_choice
+from far.benchmark import Row as BenchmarkRow
+from far.benchmark import generate, segments, summary
 from far.pipeline import Pipeline
 
 
@@ -25,57 +26,64 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sets", nargs="*", default=list(SETS))
+    add_sets(parser)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
+    rows = [row for row in all_rows() if row.seed == 0]
     for name in arguments.sets:
-        tell_missing(name, [SETS[name].weights(model) for model in MODELS if MODELS[model].timed])
-        store = Measurements(RESULTS / f"{name}.json")
-        times: dict[str, dict[str, float]] = {}
-        for batch in BATCH_SIZES:
-            for key, found in measure(name, store, batch, arguments.rounds).items():
-                seconds = [sum(parts.values()) for parts in found]
-                share = statistics.median(parts["head"] / sum(parts.values()) for parts in found)
-                backbone = statistics.median(parts["encoder"] + parts["decoder"] for parts in found)
-                values = {f"batch {batch}": statistics.median(seconds), f"backbone {batch}": backbone}
-                values = {kind: value / batch for kind, value in values.items()} | {
-                    f"head share {batch}": share
-                }
-                times.setdefault(key, {}).update(values)
-                print(
-                    f"{name}, batch {batch}, {key}: {summary(seconds)}, head {share:.0%},"
-                    f" backbone {backbone:.3f} s",
-                    flush=True,
-                )
-        if not times:
-            continue
-        store.keep("setting", "times", {**made(), "rounds": arguments.rounds})
-        for key, found in times.items():
-            store.keep("times", key, found)
+        images = SETS[name]
+        tell_missing(name, [images.weights(row.model) for row in rows])
+        present = [row for row in rows if images.trained(row.model)]
+        if present:
+            measure_set(images, present, arguments.rounds)
 
 
-def measure(name: str, store: Measurements, batch: int, rounds: int) -> dict[str, list[dict[str, float]]]:
-    """Return seconds by part for each round, one list per row, measured in turn after a warm-up round."""
-    calls = {}
-    for model in (model for model in MODELS if MODELS[model].timed and SETS[name].weights(model).is_dir()):
-        pipeline = Pipeline.from_pretrained(SETS[name].weights(model), dtype=DTYPE)
-        for steps in MODELS[model].steps:
-            options = {
-                "head_steps": steps,
-                "guidance": best_guidance(store, model),
-                "guidance_passes": MODELS[model].passes,
+def measure_set(images: ImageSet, rows: list[Row], rounds: int) -> None:
+    """Measure and keep the times of rows whose weights are present."""
+    store = Measurements(images.results)
+    choices = {row: recorded_choice(store, row) for row in rows}
+    times: dict[Row, dict[str, float | bool]] = {
+        row: {"guided": guidance != 1} for row, (guidance, _) in choices.items()
+    }
+    for batch in BATCH_SIZES:
+        for row, found in measure(images, choices, batch, rounds).items():
+            seconds = [sum(parts.values()) for parts in found]
+            head = statistics.median(parts["head"] / sum(parts.values()) for parts in found)
+            backbone = statistics.median(parts["encoder"] + parts["decoder"] for parts in found)
+            times[row] |= {
+                f"batch {batch}": statistics.median(seconds) / batch,
+                f"backbone {batch}": backbone / batch,
+                f"head share {batch}": head,
             }
-            generation = generation_of(SETS[name].weights(model), seed=0, **options)
-            row = Row(generation.weights, generation.sampling, generation.dtype, batch)
-            plan = segments(generation.sampling, full=True)
-            key = f"{model} {steps if isinstance(steps, int) else ' → '.join(map(str, steps))}"
-            calls[key] = functools.partial(generate, pipeline, row, plan, time.perf_counter)
-    found: dict[str, list[dict[str, float]]] = {key: [] for key in calls}
+            print(
+                f"{images.name}, batch {batch}, {row.name}: {summary(seconds)}, head {head:.0%}", flush=True
+            )
+    store.keep("setting", "times", {**made(), "rounds": rounds})
+    for row, values in times.items():
+        store.keep("times", row.name, values)
+
+
+def measure(
+    images: ImageSet, choices: dict[Row, tuple[float, float]], batch: int, rounds: int
+) -> dict[Row, list[dict[str, float]]]:
+    """Return seconds by part for each round, one list per row, measured in turn after a warm-up round.
+
+    ``choices`` has guidance and temperature of each row.
+    """
+    calls = {}
+    models = {row.model for row in choices}
+    loaded = {name: Pipeline.from_pretrained(images.weights(name), dtype=DTYPE) for name in models}
+    for row, point in choices.items():
+        generation = generation_of_row(images, row, *point, seed=0)
+        timed = BenchmarkRow(generation.weights, generation.sampling, generation.dtype, batch)
+        plan = segments(generation.sampling, full=True)
+        calls[row] = functools.partial(generate, loaded[row.model], timed, plan, time.perf_counter)
+    found: dict[Row, list[dict[str, float]]] = {row: [] for row in calls}
     for turn in range(1 + rounds):
-        for key, call in calls.items():
+        for row, call in calls.items():
             parts = call()
             if turn > 0:
-                found[key].append(parts)
+                found[row].append(parts)
     return found
 
 

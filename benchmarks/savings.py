@@ -16,9 +16,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.comparison import RESULTS, SETS, ImageSet
+from benchmarks.comparison import RESULTS, SETS, ImageSet, Row
 from benchmarks.recorded import Measurements, made, tell_missing
-from benchmarks.results import best_guidance, current, current_rows, generate, generation_of, measure_floors
+from benchmarks.results_measure import (
+    current,
+    current_rows,
+    generate,
+    generation_of,
+    measure_floors,
+    recorded_choice,
+)
 from benchmarks.results_report import replace_block
 from far.benchmark import FASTEST, measure, rows_of
 from far.evaluation.generated import Generation
@@ -44,11 +51,11 @@ class Way:
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def generation(self, images: ImageSet, compared: Measurements) -> Generation:
-        """Return the small model's generation, at the best guidance of the comparison's rows ``compared``."""
-        guidance = best_guidance(compared, self.model)
-        usual = generation_of(
-            images.weights(self.model), seed=0, head_steps=self.head_steps, guidance=guidance, **self.sampling
-        )
+        """Return the small model's generation, with the sampling of the comparison's rows ``compared``."""
+        steps = self.head_steps if isinstance(self.head_steps, int) else self.head_steps[0]
+        guidance, temperature = recorded_choice(compared, Row(self.model, steps))
+        sampling = {"head_steps": self.head_steps, "guidance": guidance, "temperature": temperature}
+        usual = generation_of(images.weights(self.model), seed=0, **sampling, **self.sampling)
         ar_steps = round(usual.sampling.ar_steps * self.ar_share)
         return dataclasses.replace(
             usual, sampling=dataclasses.replace(usual.sampling, ar_steps=ar_steps), dtype=self.dtype
@@ -127,7 +134,7 @@ def measure_distances(images: ImageSet, store: Measurements) -> None:
     store.drop_other_weights()
     tell_missing(images.name, [images.weights(way.model) for way in WAYS.values()])
     compared = current_rows(images)
-    at_hand = {name: way for name, way in WAYS.items() if images.weights(way.model).is_dir()}
+    at_hand = {name: way for name, way in WAYS.items() if images.trained(way.model)}
     missing = {name: way.generation(images, compared) for name, way in at_hand.items()}
     missing = {
         name: drawn

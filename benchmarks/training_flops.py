@@ -1,4 +1,6 @@
-"""Parameters of the comparison's models, and the arithmetic of their training steps.
+"""Parameters of the comparison's models, and the arithmetic of their training: the table in docs/results.md.
+
+    python -m benchmarks.training_flops
 
 Counts multiplications and additions of matrix products and attention, forward and backward, averaged over
 mask ratios.
@@ -10,6 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.comparison import MODELS, SETS
+from benchmarks.results_report import replace_block, table, write_text
+from benchmarks.results_rows import TITLES
 from far.model import FAR, ModelConfig
 from far.recipe import load_recipe
 from far.seeds import seeded
@@ -36,19 +40,28 @@ def flops(model: FAR) -> float:
 
 
 def main() -> None:
-    print("| image set | model | parameters | GFLOP per image |\n|---|---|---|---|")
-    for images, channels, classes in ((SETS["avatars-64"], 8, 16), (SETS["fashion-mnist"], 4, 10)):
-        for name, choice in MODELS.items():
-            if choice.frozen or choice.weights_of or name == "distilled":
-                continue
-            overrides = [
-                f"generator.network.head.{override}"
-                for override in (f"kind={choice.head}", *choice.overrides)
-            ]
-            network = load_recipe(Path(images.recipe(choice)), overrides).generator.network
+    lines = []
+    for name, choice in MODELS.items():
+        if choice.weights_of or name == "distilled":
+            continue
+        cells = [TITLES[name]]
+        for images, channels, classes in ((SETS["avatars-64"], 8, 16), (SETS["fashion-mnist"], 4, 10)):
+            overrides = [f"generator.network.head.kind={choice.head}", *choice.overrides]
+            network = load_recipe(images.recipe(choice), overrides).generator.network
             model = FAR(ModelConfig(network, classes, channels, (8, 8)))
             parameters = sum(parameter.numel() for parameter in model.parameters())
-            print(f"| {images.name} | {name} | {parameters:,} | {flops(model) / 1e9:.2f} |", flush=True)
+            cells += [f"{parameters / 1e6:.2f} M", f"{flops(model) / 1e9:.2f}"]
+        lines.append(cells)
+        print(*cells, flush=True)
+    heads = [
+        "head",
+        "avatars-64: parameters",
+        "GFLOP per image",
+        "fashion-mnist: parameters",
+        "GFLOP per image",
+    ]
+    page = Path("docs/results.md")
+    write_text(page, replace_block(page.read_text(encoding="utf-8"), "training-flops", table(heads, lines)))
 
 
 if __name__ == "__main__":

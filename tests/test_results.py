@@ -1,6 +1,7 @@
 """Recorded rows of the comparison: each names its weights, and rows of different weights are never mixed."""
 
 import hashlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -8,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks import recorded, results
+from benchmarks import (
+    causal_ablation,
+    recorded,
+    results,
+    results_measure,
+    results_plot,
+    results_report,
+    savings,
+)
+from benchmarks.comparison import Row
 
 ROOT = Path(__file__).parents[1]
 FILES = ("avatars-64", "fashion-mnist", "savings", "causal-ablation")
@@ -86,25 +96,59 @@ def test_other_shared_autoencoder_drops_the_rows_of_all_models(store: Any) -> No
     assert (set(left["rows"]), set(left["sweeps"])) == ({"real"}, set())
 
 
-@pytest.mark.parametrize("name", ["avatars-64", "fashion-mnist"])
-def test_without_weights_recorded_rows_are_kept_and_one_line_names_the_command(
-    name: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Images and weights are not needed: the working folder has only the recorded rows."""
+def test_rows_of_another_number_of_training_images_are_dropped(store: Any) -> None:
+    row = store.values["rows"]["b 1"]
+    store.keep("rows", "b 1", {**row, "training images": 128})
+    store.drop_other_weights(training_images=128)
+    assert set(recorded.Measurements(store.path).values["rows"]) == {"real", "b 1"}
+
+
+@pytest.fixture
+def documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Provide a working folder with the recorded rows and the documents, without images and weights."""
     monkeypatch.chdir(tmp_path)
-    Path("docs/results").mkdir(parents=True)
-    rows = ROOT / "docs/results" / f"{name}.json"
-    (tmp_path / "docs/results" / f"{name}.json").write_bytes(rows.read_bytes())
-    results.measure(results.SETS[name], list(results.MODELS), [0, 1, 2])
-    assert (tmp_path / "docs/results" / f"{name}.json").read_bytes() == rows.read_bytes()
-    output = capsys.readouterr().out
-    assert output.count("\n") == 1
-    assert "make results TRAIN=1" in output
+    for path in ("README.md", "docs/results.md", *(f"docs/results/{name}.json" for name in FILES)):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes((ROOT / path).read_bytes())
+    (tmp_path / "docs/images").mkdir()
+    return tmp_path
 
 
-def test_error_for_a_missing_guidance_sweep_names_the_model(store: Any) -> None:
-    with pytest.raises(SystemExit, match=r"^rows\.json[^\n]*\bflow\b[^\n]*$"):
-        results.best_guidance(store, "frozen-flow")
+def test_without_weights_the_command_keeps_rows_and_documents_and_names_what_trains_them(
+    documents: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So every figure of the generated blocks is the recorded one."""
+    results.main([])
+    for path in ("README.md", "docs/results.md", *(f"docs/results/{name}.json" for name in FILES)):
+        assert (documents / path).read_bytes() == (ROOT / path).read_bytes(), path
+    assert "make results TRAIN=1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "table"), [("savings", savings.table), ("causal-ablation", causal_ablation.table)]
+)
+def test_tables_of_savings_and_ablation_have_the_recorded_figures(name: str, table: Any) -> None:
+    page = (ROOT / "docs/results.md").read_text()
+    values = json.loads((ROOT / "docs/results" / f"{name}.json").read_text())
+    assert results_report.replace_block(page, name, table(values)) == page
+
+
+def test_labels_of_the_plot_overlap_nothing() -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    names = ("avatars-64", "fashion-mnist")
+    measured = {name: json.loads((ROOT / f"docs/results/{name}.json").read_text()) for name in names}
+    figure = results_plot.draw(measured)
+    for panel in figure.axes:
+        boxes = [label.get_window_extent() for label in panel.texts]
+        assert len(boxes) > 10
+        assert not [1 for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
+        ticks = [label.get_text() for axis in (panel.xaxis, panel.yaxis) for label in axis.get_ticklabels()]
+        assert all(re.fullmatch(r"\d+(\.\d+)?", tick) for tick in ticks)
+        for axis in (panel.xaxis, panel.yaxis):
+            assert len(axis.get_ticklabels()) >= 4
+
+
+def test_error_for_a_missing_sweep_names_the_row(store: Any) -> None:
+    with pytest.raises(SystemExit, match=r"^rows\.json[^\n]*\bflow 8\b[^\n]*$"):
+        results_measure.recorded_choice(store, Row("flow", 8))

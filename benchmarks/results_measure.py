@@ -1,0 +1,292 @@
+"""Measurements of the comparison: floors, sweeps of guidance and temperature, and rows."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from benchmarks.classifier import LinearClassifier
+from benchmarks.comparison import BATCH, DTYPE, MODELS, SWEEP_SEED, WORK, ImageSet, Row, all_rows
+from benchmarks.recorded import TRAIN, WEIGHTS, Measurements, checksums, made
+from far.config import from_dict
+from far.data.shards import ShardReader
+from far.evaluation.extraction import extract_parts, read_parts
+from far.evaluation.features import FeatureNetwork, load_feature_network
+from far.evaluation.generated import Generation, extract_generated, parts_folder
+from far.evaluation.images import open_images
+from far.evaluation.metrics import FeatureStatistics, Neighborhoods, frechet_distance, kernel_distance
+from far.evaluation.references import Reference, features_of
+from far.evaluation.report import distance_name, report
+from far.folder import ModelFolder
+from far.heads import DiffusionConfig
+from far.pipeline import Pipeline
+from far.sampling import SamplingConfig
+from far.seeds import seeded_generator
+
+GUIDANCES = (1.0, 2.0, 3.0, 4.0)
+TEMPERATURES = (0.6, 0.8, 1.0)
+START = (3.0, 0.8)
+UNLIMITED = "diffusion without limit"
+Point: TypeAlias = tuple[float, float]
+
+
+def descend(distance: Callable[[float, float], float]) -> Point:
+    """Return the guidance and temperature of the lowest distance, by coordinate descent over the grid.
+
+    Guidance is chosen at the current temperature, then temperature at this guidance, from ``START`` on until
+    neither changes. So all temperatures at the best guidance are evaluated, and all scales at the best
+    temperature.
+    """
+    guidance, temperature = START
+    while True:
+        before = guidance, temperature
+        guidance = min(GUIDANCES, key=lambda value: distance(value, temperature))
+        temperature = min(TEMPERATURES, key=lambda value: distance(guidance, value))
+        if (guidance, temperature) == before:
+            return before
+
+
+def sweep_key(row: Row, guidance: float, temperature: float) -> str:
+    return f"{row.name} guidance {guidance:g} temperature {temperature:g}"
+
+
+def recorded_choice(store: Measurements, row: Row) -> Point:
+    """Return the best guidance and temperature of a row's model and steps from the recorded sweep.
+
+    Raises:
+        SystemExit: the sweep is not complete.
+    """
+
+    def distance(*point: float) -> float:
+        if (key := sweep_key(row, *point)) not in store.values["sweeps"]:
+            raise SystemExit(
+                f"{store.path} has no complete sweep of {row.name}."
+                f" After {TRAIN}, python -m benchmarks.results measures it."
+            )
+        return float(store.values["sweeps"][key]["distance"])
+
+    return descend(distance)
+
+
+def current_rows(images: ImageSet) -> Measurements:
+    """Return the recorded rows of an image set, without those of other weights.
+
+    Raises:
+        SystemExit: the present models have different autoencoders or lengths of training.
+    """
+    store = Measurements(images.results)
+    present = [row for row in all_rows() if images.trained(row.model, row.seed)]
+    autoencoders = {
+        checksums(images.weights(row.model, row.seed))["autoencoder.safetensors"] for row in present
+    }
+    lengths = {training_images(images, row) for row in present}
+    for different, name in ((autoencoders, "autoencoders"), (lengths, "numbers of training images")):
+        if len(different) > 1:
+            raise SystemExit(
+                f"{WEIGHTS / images.name}: the models have different {name}. Remove it, then: {TRAIN}"
+            )
+    store.drop_other_weights(*autoencoders or [None], *lengths)
+    return store
+
+
+def training_images(images: ImageSet, row: Row) -> int:
+    """Return the number of images that a model was trained on; of a distilled one, its teacher."""
+    folder = images.weights("diffusion" if row.model == "distilled" else row.model, row.seed)
+    training = ModelFolder.open(folder).config.training["recipe"]["training"]
+    return int(training["steps"] * training["batch_size"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Feature network, reference and classifier that evaluate images."""
+
+    network: FeatureNetwork
+    reference: Reference
+    classifier: LinearClassifier
+
+    def figures(self, features: Tensor, labels: Tensor) -> dict[str, Any]:
+        return {
+            **report(features, self.reference, self.network).figures,
+            "class accuracy": self.classifier.accuracy(features, labels),
+        }
+
+    def sweep_figures(self, features: Tensor) -> dict[str, float]:
+        """Return the distance of a point of a sweep, and KID and recall beside it."""
+        assert self.reference.features is not None
+        kernel = kernel_distance(features, self.reference.features, seeded_generator(0))
+        return {
+            "distance": frechet_distance(FeatureStatistics.of(features), self.reference.statistics),
+            "KID": kernel.value,
+            "recall": self._neighborhoods.overlap(features).recall,
+        }
+
+    @functools.cached_property
+    def _neighborhoods(self) -> Neighborhoods:
+        assert self.reference.features is not None
+        return Neighborhoods(self.reference.features)
+
+
+def measure_floors(images: ImageSet, store: Measurements) -> Evaluator:
+    """Measure training images and reconstructions against the held-out images, and return the evaluator."""
+    network = load_feature_network()
+    held_out = open_images(images.data / "held-out")
+    real = features_of(held_out, network, WORK)
+    source = open_images(images.data / "train")
+    count = min(images.count, source.count)
+    training = features_of(source, network, WORK, count=count)
+    labels = ShardReader(images.data / "train", "images").all("labels")[:count]
+    statistics = FeatureStatistics.of(real)
+    reference = Reference(held_out.name, held_out.digest, statistics, real, held_out.count, held_out.size)
+    evaluator = Evaluator(network, reference, LinearClassifier(training, labels))
+    setting = {"count": images.count, "reference": held_out.count, "dtype": DTYPE, "batch size": BATCH}
+    for key, value in {**setting, "distance": distance_name(network)}.items():
+        store.keep("setting", key, value)
+    present = [row for row in all_rows() if images.trained(row.model, row.seed)]
+    if "reconstructions" in store.values["rows"] or not present:
+        return evaluator
+    accuracy = evaluator.classifier.accuracy(
+        real, ShardReader(images.data / "held-out", "images").all("labels")
+    )
+    found = evaluator.figures(training, labels)
+    store.keep("rows", "real", {"name": "real images", **found, "class accuracy": accuracy, **made()})
+    weights = images.weights(present[0].model, present[0].seed)
+    found = evaluator.figures(reconstructed_features(weights, images, count, network), labels)
+    checksum = {"autoencoder.safetensors": checksums(weights)["autoencoder.safetensors"]}
+    described = {"weights": str(weights), "sha256": checksum, **made()}
+    store.keep("rows", "reconstructions", {"name": "reconstructions", **found, **described})
+    return evaluator
+
+
+def reconstructed_features(weights: Path, images: ImageSet, count: int, network: FeatureNetwork) -> Tensor:
+    """Return features ``[count, d]`` of the reconstructions of training images."""
+    autoencoder = Pipeline.from_pretrained(weights, device="cpu").autoencoder
+    assert autoencoder is not None
+    source = open_images(images.data / "train")
+
+    def reconstruct(rows: range, _: object) -> Tensor:
+        latents = autoencoder.encode(source.tensor(rows) * 2 - 1).mean
+        return (autoencoder.decode(latents) / 2 + 0.5).clamp(0, 1)
+
+    folder = WORK / "features" / f"{source.digest}-reconstructions-{autoencoder.fingerprint()}"
+    extract_parts(folder, count, reconstruct, network, description="reconstructions")
+    return read_parts(folder, count)
+
+
+def is_recorded(images: ImageSet, store: Measurements, row: Row) -> bool:
+    """Return whether a row's present weights were measured with the sampling values of a complete sweep."""
+    try:
+        generation = planned(images, store, row)
+    except SystemExit:
+        return False
+    return current(store.values["rows"].get(row.key), generation)
+
+
+def planned(images: ImageSet, store: Measurements, row: Row) -> Generation:
+    """Return a row's generation with the best guidance and temperature of its recorded sweep."""
+    guidance, temperature = recorded_choice(store, row)
+    return generation_of_row(images, row, guidance, temperature, row.seed * images.count)
+
+
+def generation_of_row(
+    images: ImageSet, row: Row, guidance: float, temperature: float, seed: int
+) -> Generation:
+    return generation_of(
+        images.weights(row.model, row.seed),
+        seed=seed,
+        head_steps=row.steps,
+        guidance=guidance,
+        temperature=temperature,
+        guidance_passes=MODELS[row.model].passes,
+    )
+
+
+def generation_of(weights: Path, *, seed: int, **sampling: Any) -> Generation:
+    defaults = ModelFolder.open(weights).config.defaults
+    return Generation(str(weights), dataclasses.replace(defaults, **sampling), seed, DTYPE)
+
+
+def current(row: dict[str, Any] | None, generation: Generation) -> bool:
+    """Return whether a recorded row has these weights and settings; missing settings have their defaults."""
+    described = generation.describe()
+    if row is None or any(row.get(key) != described[key] for key in ("sha256", "seed", "dtype")):
+        return False
+    return from_dict(SamplingConfig, row["sampling"], "a recorded row") == generation.sampling
+
+
+def generate(generation: Generation, network: FeatureNetwork, count: int) -> tuple[Tensor, Tensor]:
+    """Return features and labels of ``count`` images."""
+    pipeline = Pipeline.from_pretrained(generation.weights, dtype=generation.dtype)
+    folder = parts_folder(WORK, generation, network)
+    extract_generated(folder, count, pipeline, generation, network, batch_size=BATCH)
+    return read_parts(folder, count), torch.arange(count) % len(pipeline.classes)
+
+
+def sweep(images: ImageSet, store: Measurements, evaluator: Evaluator, row: Row) -> None:
+    """Measure what a row's sweep lacks. The first training of a model is swept, for all its trainings.
+
+    Raises:
+        SystemExit: the first training's weights are missing, and its sweep is not complete.
+    """
+    row = dataclasses.replace(row, seed=0)
+    if not images.trained(row.model):
+        recorded_choice(store, row)
+        return
+
+    def distance(guidance: float, temperature: float) -> float:
+        key = sweep_key(row, guidance, temperature)
+        generation = generation_of_row(images, row, guidance, temperature, SWEEP_SEED)
+        if not current(store.values["sweeps"].get(key), generation):
+            found = measure_point(images, evaluator, generation)
+            store.keep("sweeps", key, {**found, **described(images, row, generation)})
+            print(
+                f"{images.name}, {key}: FD {found['distance']:.1f}, recall {found['recall']:.3f}", flush=True
+            )
+        return float(store.values["sweeps"][key]["distance"])
+
+    descend(distance)
+
+
+def measure_point(images: ImageSet, evaluator: Evaluator, generation: Generation) -> dict[str, Any]:
+    """Return the figures of one point of a sweep, over fewer images than a row has."""
+    features, _ = generate(generation, evaluator.network, images.sweep_count)
+    return {**evaluator.sweep_figures(features), "count": images.sweep_count}
+
+
+def described(images: ImageSet, row: Row, generation: Generation) -> dict[str, Any]:
+    """Return what a recorded row says about its weights, their training, its sampling and the machine."""
+    return {"training images": training_images(images, row), **made(), **generation.describe()}
+
+
+def measure_row(images: ImageSet, store: Measurements, evaluator: Evaluator, row: Row) -> None:
+    """Sweep guidance and temperature, then measure the row with the best of them, from other seeds."""
+    sweep(images, store, evaluator, row)
+    generation = planned(images, store, row)
+    if current(store.values["rows"].get(row.key), generation):
+        return
+    features, labels = generate(generation, evaluator.network, images.count)
+    found = {"name": row.model, "steps": row.steps, **evaluator.figures(features, labels)}
+    print(json.dumps({row.key: found}), flush=True)
+    store.keep("rows", row.key, {**found, **described(images, row, generation)})
+    if row == Row("diffusion", 100):
+        measure_unlimited(images, store, evaluator, generation)
+
+
+def measure_unlimited(
+    images: ImageSet, store: Measurements, evaluator: Evaluator, generation: Generation
+) -> None:
+    """Measure the diffusion head as published, without a limit on the predicted token."""
+    pipeline = Pipeline.from_pretrained(generation.weights)
+    network = pipeline.model.config.network
+    assert isinstance(network.head, DiffusionConfig)
+    network = dataclasses.replace(network, head=dataclasses.replace(network.head, token_limit=None))
+    pipeline.model.config = dataclasses.replace(pipeline.model.config, network=network)
+    folder = WORK / f"{images.name}-unlimited"
+    pipeline.save_pretrained(folder, torch.float16)
+    unlimited = dataclasses.replace(generation, weights=str(folder), seed=SWEEP_SEED)
+    found = measure_point(images, evaluator, unlimited)
+    store.keep("sweeps", UNLIMITED, {**found, **described(images, Row("diffusion", 100), unlimited)})

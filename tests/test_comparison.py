@@ -1,0 +1,192 @@
+"""The comparison of heads: training, sweeps, rows and report, run end to end on tiny models."""
+
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import comparison, distillation, results, results_measure
+from benchmarks.comparison import MODELS, SETS, ImageSet, Row
+from benchmarks.results_measure import GUIDANCES, TEMPERATURES, descend, sweep_key
+from benchmarks.results_rows import ratio
+
+RECIPE = """
+data: {data}
+run: runs/comparison/tiny
+autoencoder:
+  model: {{width: 8, width_multipliers: [1, 1, 2], blocks: 1, latent_channels: 2, norm_groups: 4}}
+  loss: {{evaluation_images: 4}}
+  training: {{steps: 1, batch_size: 4}}
+generator:
+  network:
+    patch: 2
+    backbone:
+      encoder_width: 16
+      encoder_depth: 1
+      encoder_heads: 2
+      decoder_width: 16
+      decoder_depth: 1
+      decoder_heads: 2
+      buffer: 2
+    head: {{width: 16, depth: 1, samples_per_token: 2}}
+  training: {{steps: 4, batch_size: 8, learning_rate: 0.02, checkpoint_every: 2, log_every: 1}}
+  sampling: {{ar_steps: 2, head_steps: 2}}
+  evaluation: {{images: 4, references: 6}}
+"""
+BLOCKS = ("claim", "sweeps", "tiny", "tiny-samples")
+ONLY = ["--train", "--only", "diffusion-100", "shortcut-1", "distilled-1"]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, image_set: Path, monkeypatch: pytest.MonkeyPatch) -> ImageSet:
+    """Provide a folder with one image set of 60 images and 12 held-out ones, and pages to write."""
+    monkeypatch.chdir(tmp_path)
+    recipe = Path("recipes/comparison/tiny.yaml")
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text(RECIPE.format(data=image_set))
+    Path("docs/images").mkdir(parents=True)
+    Path("docs/results").mkdir()
+    Path("docs/results.md").write_text(
+        "".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in BLOCKS)
+    )
+    Path("README.md").write_text("<!-- begin results -->\n<!-- end results -->\n")
+    preparation = tuple((name, str(recipe)) for name in ("train-autoencoder", "cache"))
+    preparation = ((*preparation[0], "--resume"), preparation[1])
+    images = ImageSet("tiny", image_set, preparation, count=64, sweep_count=12)
+    for name in list(SETS):
+        monkeypatch.delitem(SETS, name)
+    monkeypatch.setitem(SETS, "tiny", images)
+    monkeypatch.setitem(MODELS, "diffusion", dataclasses.replace(MODELS["diffusion"], trainings=1))
+    monkeypatch.setitem(MODELS, "shortcut", dataclasses.replace(MODELS["shortcut"], trainings=2))
+    options = ["trajectories.images=128", "training.steps=1", "training.batch_size=64"]
+    monkeypatch.setattr(distillation, "OPTIONS", options)
+    monkeypatch.setattr(distillation, "RESULTS", Path("docs/results/distillation.json"))
+    return images
+
+
+def test_comparison_trains_sweeps_measures_resumes_and_reports(
+    tiny: ImageSet, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trained = results.train_model
+
+    def interrupted(*arguments: Any) -> None:
+        if arguments[1:] == ("shortcut", 1):
+            raise KeyboardInterrupt
+        trained(*arguments)
+
+    monkeypatch.setattr(results, "train_model", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        results.main(ONLY)
+    first = json.loads(tiny.results.read_text())
+    expected = {"diffusion 100 seed 0", "shortcut 1 seed 0", "distilled 1 seed 0"}
+    assert first["rows"].keys() == {"real", "reconstructions", *expected}
+    monkeypatch.setattr(results, "train_model", trained)
+    monkeypatch.setattr(results_measure, "measure_point", None)  # no sweep is measured twice
+    results.main(ONLY)
+    second = json.loads(tiny.results.read_text())
+    assert {key: second["rows"][key] for key in first["rows"]} == first["rows"]
+    assert second["sweeps"] == first["sweeps"]
+    rows = second["rows"]
+    assert rows["shortcut 1 seed 1"]["sha256"] != rows["shortcut 1 seed 0"]["sha256"]
+    assert rows["shortcut 1 seed 1"]["sampling"] == rows["shortcut 1 seed 0"]["sampling"]
+    assert rows["shortcut 1 seed 1"]["seed"] == 64
+    check_sweeps(second)
+    check_report(rows)
+
+    before = tiny.results.read_bytes(), Path("docs/results.md").read_bytes()
+    monkeypatch.setattr(results, "measure_floors", None)  # complete: no image is opened
+    capfd.readouterr()
+    results.main(ONLY[1:])
+    assert (tiny.results.read_bytes(), Path("docs/results.md").read_bytes()) == before
+    assert capfd.readouterr().out.startswith("tiny: 0 trainings")
+
+
+def check_sweeps(values: dict[str, Any]) -> None:
+    """Check that each row was sampled at the lowest distance of its sweep, from other seeds."""
+    for key, row in values["rows"].items():
+        if key in ("real", "reconstructions"):
+            continue
+        start = f"{row['name']} {row['steps']} guidance"
+        points = [point for name, point in values["sweeps"].items() if name.startswith(start)]
+        assert 6 <= len(points) <= 12
+        best = min(points, key=lambda point: point["distance"])
+        assert best["sampling"] == row["sampling"]
+        assert row["seed"] + 64 <= min(point["seed"] for point in points)
+        assert all({"KID", "recall"} <= point.keys() for point in points)
+
+
+def check_report(rows: dict[str, Any]) -> None:
+    """Check the mean and standard deviation of two trainings in the table."""
+    name = "FD (EfficientNet-Lite0)"
+    found = [rows[f"shortcut 1 seed {seed}"][name] for seed in (0, 1)]
+    cell = f"{statistics.mean(found):.1f} ± {statistics.stdev(found):.1f}"
+    lines = Path("docs/results.md").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("| shortcut (FAR) | 1 | 2 |"))
+    assert f"| {cell} |" in line
+    assert Path("docs/images/comparison-tiny.png").exists()
+    assert "diffusion (MAR)" in Path("README.md").read_text()
+
+
+def test_other_length_of_training_is_an_error_that_names_the_weights(
+    tiny: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison.ImageSet, "trained", lambda *_: True)
+    monkeypatch.setattr(results, "training_images", lambda *_: 7)
+    with pytest.raises(SystemExit, match="runs/results/weights/tiny/shortcut"):
+        results.check_lengths(tiny, [Row("shortcut", 1)])
+
+
+@pytest.mark.parametrize("best", list(itertools.product(GUIDANCES, TEMPERATURES)))
+def test_descent_finds_the_minimum_of_a_convex_distance_with_few_points(best: tuple[float, float]) -> None:
+    points = set()
+
+    def distance(guidance: float, temperature: float) -> float:
+        points.add((guidance, temperature))
+        return (guidance - best[0]) ** 2 + 100 * (temperature - best[1]) ** 2
+
+    assert descend(distance) == best
+    assert len(points) <= 9
+
+
+def test_descent_follows_a_valley_that_no_single_line_crosses() -> None:
+    """The best guidance depends on the temperature, so both lines are searched again."""
+    table = {point: 10.0 for point in itertools.product(GUIDANCES, TEMPERATURES)}
+    table |= {(3.0, 0.8): 5.0, (3.0, 0.6): 4.0, (2.0, 0.6): 3.0, (2.0, 0.8): 9.0, (2.0, 1.0): 2.0}
+    assert descend(lambda *point: table[point]) == (2.0, 1.0)
+
+
+def test_keys_of_sweep_points_differ() -> None:
+    rows = [row for row in comparison.all_rows() if row.seed == 0]
+    keys = [sweep_key(row, *point) for row in rows for point in itertools.product(GUIDANCES, TEMPERATURES)]
+    assert len(set(keys)) == len(keys)
+
+
+def test_selection_takes_models_and_rows_in_order_of_importance() -> None:
+    def selected(*names: str) -> set[str]:
+        return {row.name for row in comparison.selected_rows([comparison._selected(name) for name in names])}
+
+    assert selected("flow-map-2", "energy") == {"flow-map 2", "energy 1"}
+    assert selected("flow-map") == {"flow-map 4", "flow-map 2", "flow-map 1"}
+    seeds = [row.seed for row in comparison.selected_rows(None)]
+    assert seeds == sorted(seeds)
+    with pytest.raises(Exception, match="shortcut-7"):
+        comparison._selected("shortcut-7")
+
+
+def test_error_of_a_ratio_is_that_of_many_simulated_comparisons() -> None:
+    """The propagated error agrees with the spread of ratios of means of three normal draws."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    a = 400 + 8 * torch.randn(20_000, 3, generator=generator, dtype=torch.float64)
+    b = 440 + 5 * torch.randn(20_000, 3, generator=generator, dtype=torch.float64)
+    simulated = float((a.mean(dim=1) / b.mean(dim=1)).std())
+    errors = [ratio(*pair)[1] for pair in zip(a[:2000].tolist(), b[:2000].tolist())]
+    propagated = math.sqrt(statistics.fmean(error**2 for error in errors if error is not None))
+    assert propagated == pytest.approx(simulated, rel=0.05)
+    assert ratio([1.0], [2.0, 3.0]) == (0.4, None)
