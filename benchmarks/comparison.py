@@ -10,7 +10,8 @@ RESULTS = Path("docs/results")
 WORK = Path("runs/results")
 BATCH = 100
 BATCH_SIZES = (1, 64)
-DTYPE = "bfloat16"
+# As in far evaluate. On processors without bfloat16 instructions it is three times as fast as bfloat16.
+DTYPE = "float32"
 # Sampling seeds of the sweeps. Rows take seeds from 0 on, so that no row is chosen by its own images.
 SWEEP_SEED = 1_000_000
 

@@ -11,7 +11,7 @@ from far.recipe import load_recipe
 
 # Until a model has recorded speeds: images per second of training on one core, seconds per drawn image.
 TRAINING_RATE, DRAWING_SECONDS = 150.0, 0.025
-FEATURE_SECONDS = 0.015
+FEATURE_SECONDS = 0.01
 DISTILLATION_SECONDS = 750.0
 # Coordinate descent takes 6 to 12 points: 6 if the temperature that it starts from is the best.
 SWEEP_POINTS = 9

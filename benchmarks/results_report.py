@@ -157,8 +157,7 @@ def conditions(values: dict[str, Any]) -> str:
         f" {setting['dtype']}, batch {setting['batch size']}."
     ]
     if "times" in setting:
-        times = setting["times"]
-        lines.append(f"Times: {times['machine']}, {setting['dtype']}, {times['rounds']} rounds in turn.")
+        lines.append(timing(setting))
     if UNLIMITED in values["sweeps"]:
         found = values["sweeps"][UNLIMITED]
         lines.append(
@@ -166,6 +165,12 @@ def conditions(values: dict[str, Any]) -> str:
             f" {found['distance']:.1f} ({found['count']:,} images)."
         )
     return " ".join(lines)
+
+
+def timing(setting: dict[str, Any]) -> str:
+    """Return on what and how times were measured."""
+    times = setting["times"]
+    return f"Times: {times['machine']}, {times['dtype']}, {times['rounds']} rounds in turn, pixels included."
 
 
 def sweep_table(measured: dict[str, Any]) -> str:
@@ -223,7 +228,8 @@ def readme_table(measured: dict[str, Any]) -> str:
         for values, floor in zip(measured.values(), floors)
     ]
     lines.append(["", "reconstructions", "", *(cell for cells in found for cell in cells)])
-    return table(heads, lines)
+    timed = [timing(values["setting"]) for values in measured.values() if "times" in values["setting"]]
+    return table(heads, lines) + "".join(f"\n{line}\n" for line in dict.fromkeys(timed))
 
 
 def sample_grid(store: Measurements, path: Path) -> None:

@@ -58,7 +58,7 @@ def measure_set(images: ImageSet, rows: list[Row], rounds: int) -> None:
             print(
                 f"{images.name}, batch {batch}, {row.name}: {summary(seconds)}, head {head:.0%}", flush=True
             )
-    store.keep("setting", "times", {**made(), "rounds": rounds})
+    store.keep("setting", "times", {**made(), "dtype": DTYPE, "rounds": rounds})
     for row, values in times.items():
         store.keep("times", row.name, values)
 
