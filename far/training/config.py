@@ -160,7 +160,7 @@ class DiscriminatorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Quick evaluation during training. Few images bias the distance upwards: compare equal counts only.
+    """Quick FD, KID and recall during training. Few images bias FD and recall: compare equal counts only.
 
     Attributes:
         images: generated images, at least 2.

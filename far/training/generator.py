@@ -13,7 +13,7 @@ from far.data.latents import LatentCache
 from far.data.shards import ShardReader
 from far.errors import InputError
 from far.evaluation.features import FeatureNetwork, load_feature_network
-from far.evaluation.metrics import FeatureStatistics, frechet_distance
+from far.evaluation.metrics import FeatureStatistics, Neighborhoods, frechet_distance, squared_mmd
 from far.files import json_digest
 from far.model import FAR, ModelConfig
 from far.pipeline import Pipeline
@@ -26,6 +26,10 @@ from far.training.sample_sheet import write_sample_sheet
 from far.training.start import copy_backbone, copy_model, local_name, recorded_start
 
 _TIME_BUCKETS = 4
+# Images of each side that the quick KID compares. It has no bias, so few are enough.
+_KID_IMAGES = 1000
+# Images of each side that recall needs: one more than the neighbors of a ball.
+_LEAST, _LEAST_REAL = 4, 6
 
 
 class GeneratorTask:
@@ -80,7 +84,7 @@ class GeneratorTask:
         }
         self.module = self._network(latents, run)
         self.features: FeatureNetwork = load_feature_network().to(loop.device)  # fails early if it is missing
-        self._reference: FeatureStatistics | None = None
+        self._reference: Tensor | None = None
 
     def _network(self, latents: Path, run: Path | None) -> FAR:
         """Return the module to train, with the weights that it starts from."""
@@ -141,26 +145,26 @@ class GeneratorTask:
 
     @torch.no_grad()
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """Write a sample sheet, one row per class, and return the Fréchet distance to held-out images."""
+        """Write a sample sheet, one row per class, and return quick figures against held-out images."""
         pipeline, network, classes = self._pipeline(ema), self.features, len(self.classes)
         images, per_class = self.config.evaluation.images, self.config.evaluation.grid_per_class
         shown = [label for label in range(min(classes, 32)) for _ in range(per_class)]
         write_sample_sheet(pipeline, shown, folder, step)
         if self._reference is None:
-            self._reference = self._held_out_statistics()
-        drawn = FeatureStatistics.empty(network.dimensions)
+            self._reference = self._held_out_features()
+        drawn = []
         with ImageBar(images, "images for the quick distance", leave=False) as bar:
             for numbers in torch.arange(images).split(CHUNK):
                 labels, seeds = (numbers % classes).tolist(), (1000 + numbers).tolist()
-                drawn.add(network(pipeline.draw(labels, seeds, callback=bar.ar_step)).cpu())
-        return {f"quick FD ({network.name})": frechet_distance(drawn, self._reference)}
+                drawn.append(network(pipeline.draw(labels, seeds, callback=bar.ar_step)).cpu())
+        figures = quick_figures(torch.cat(drawn), self._reference)
+        return {f"quick {name} ({network.name})": value for name, value in figures.items()}
 
-    def _held_out_statistics(self) -> FeatureStatistics:
-        statistics = FeatureStatistics.empty(self.features.dimensions)
+    def _held_out_features(self) -> Tensor:
         rows = torch.arange(min(self.config.evaluation.references, len(self.held_out)))
-        for images in image_chunks(self.held_out, rows, "features of held-out images"):
-            statistics.add(self.features(images.to(self.config.training.device) / 2 + 0.5).cpu())
-        return statistics
+        chunks = image_chunks(self.held_out, rows, "features of held-out images")
+        device = self.config.training.device
+        return torch.cat([self.features(images.to(device) / 2 + 0.5).cpu() for images in chunks])
 
     def publish(self, ema: nn.Module, folder: Path, step: int, results: dict[str, Any]) -> None:
         """Write the EMA weights as a pipeline folder."""
@@ -173,6 +177,21 @@ class GeneratorTask:
     def _pipeline(self, ema: nn.Module) -> Pipeline:
         assert isinstance(ema, FAR)
         return Pipeline(ema, self.autoencoder, self.classes, self.config.sampling)
+
+
+def quick_figures(features: Tensor, real: Tensor) -> dict[str, float]:
+    """Return FD, KID and recall of generated images with ``features [n, d]``, against ``real [m, d]``.
+
+    There is no recall of fewer than four images, or against fewer than six.
+    """
+    sides = (FeatureStatistics.of(features), FeatureStatistics.of(real))
+    figures = {
+        "FD": frechet_distance(*sides),
+        "KID": squared_mmd(features[:_KID_IMAGES], real[:_KID_IMAGES]),
+    }
+    if len(features) >= _LEAST and len(real) >= _LEAST_REAL:
+        figures["recall"] = Neighborhoods(real).overlap(features).recall
+    return figures
 
 
 def _recorded(config: GeneratorRecipe) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from far.devices import resolve_training_dtype
 from far.files import read_json, write_json
 from far.pipeline import Pipeline
 from far.recipe import GeneratorRecipe, load_recipe
+from far.training.generator import quick_figures
 
 AUTO = ["generator.network.head.kind=diffusion", "generator.training.dtype=auto"]
 
@@ -42,6 +43,20 @@ def test_card_holds_every_value_of_the_recipe(recipe: Path) -> None:
         trained.training, device="cpu", dtype=resolve_training_dtype("auto", torch.device("cpu"))
     )
     assert from_dict(GeneratorRecipe, values, "the card") == dataclasses.replace(trained, training=loop)
+
+
+def test_quick_recall_and_kid_show_what_a_model_omits() -> None:
+    """Two clusters of real images, of which a collapsed model draws one."""
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.tensor([0.0, 20.0]).repeat(100).unsqueeze(1)
+    real, good = (centers + torch.randn(200, 8, generator=generator) for _ in range(2))
+    collapsed = torch.randn(200, 8, generator=generator)
+    found, worse = quick_figures(good, real), quick_figures(collapsed, real)
+    assert found["recall"] > 0.7
+    assert worse["recall"] == pytest.approx(found["recall"] / 2, abs=0.1)
+    assert abs(found["KID"]) < 0.01 * worse["KID"]
+    assert found["FD"] < 0.01 * worse["FD"]
+    assert quick_figures(good[:3], real).keys() == {"FD", "KID"}
 
 
 def test_training_does_not_start_without_the_feature_network(

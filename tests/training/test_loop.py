@@ -101,7 +101,8 @@ def test_training_lowers_the_logged_loss(recipe: Path, tmp_path: Path) -> None:
         "learning_rate",
     ):
         assert all(math.isfinite(entry[name]) for entry in entries if "loss" in entry), name
-    assert any("quick FD (EfficientNet-Lite0)" in entry for entry in entries)
+    for name in ("FD", "KID", "recall"):
+        assert any(f"quick {name} (EfficientNet-Lite0)" in entry for entry in entries), name
     assert sorted(path.name for path in (tmp_path / "run/model/samples").iterdir())[-1] == "step-00000150.png"
 
 
