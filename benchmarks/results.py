@@ -26,12 +26,12 @@ from benchmarks.results_measure import (
     is_recorded,
     measure_floors,
     measure_row,
+    recipe_images,
     training_images,
 )
 from benchmarks.results_report import write_report
 from far.cli.main import main as far_command
 from far.pipeline import Pipeline
-from far.recipe import load_recipe
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -60,29 +60,23 @@ def complete(images: ImageSet, rows: list[Row], train: bool) -> None:
         tell_missing(images.name, [images.weights(row.model, row.seed) for row in rows])
     evaluator = functools.cache(lambda: measure_floors(images, current_rows(images)))
     for (name, seed), group in groupby(rows, lambda row: (row.model, row.seed)):
-        if train:
+        missing = [row for row in group if not is_recorded(images, current_rows(images), row)]
+        if missing and train:
             train_model(images, name, seed)
-        if not images.trained(name, seed):
-            continue
-        with torch.no_grad():
+        if missing and images.trained(name, seed):
             store = current_rows(images)
-            for row in group:
-                if not is_recorded(images, store, row):
+            with torch.no_grad():
+                for row in missing:
                     measure_row(images, store, evaluator(), row)
 
 
 def check_lengths(images: ImageSet, rows: list[Row]) -> None:
     """Raise a SystemExit if present weights were trained on another number of images than recipes have."""
     for row in rows:
-        model = MODELS["diffusion" if row.model == "distilled" else row.model]
-        training = load_recipe(images.recipe(model)).generator.training
-        if images.trained(row.model, row.seed) and (
-            training_images(images, row) != (planned := training.steps * training.batch_size)
-        ):
+        length = recipe_images(images, row)
+        if images.trained(row.model, row.seed) and training_images(images, row) != length:
             weights = images.weights(row.model, row.seed)
-            raise SystemExit(
-                f"{weights} was not trained on {planned} images as {images.recipe(model)} is now. Remove it"
-            )
+            raise SystemExit(f"{weights} was not trained on {length} images as its recipe is now. Remove it")
 
 
 def train_model(images: ImageSet, name: str, seed: int) -> None:

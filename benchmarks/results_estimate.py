@@ -4,10 +4,9 @@ import json
 import statistics
 from pathlib import Path
 
-from benchmarks.comparison import MODELS, ImageSet, Row
+from benchmarks.comparison import ImageSet, Row
 from benchmarks.recorded import Measurements, made
-from benchmarks.results_measure import current_rows, is_recorded, recorded_choice
-from far.recipe import load_recipe
+from benchmarks.results_measure import current_rows, is_recorded, is_swept, recipe_images
 
 # Until a model has recorded speeds: images per second of training on one core, seconds per drawn image.
 TRAINING_RATE, DRAWING_SECONDS = 150.0, 0.025
@@ -20,17 +19,14 @@ SWEEP_POINTS = 9
 def estimate(images: ImageSet, rows: list[Row], train: bool) -> str:
     """Return one line: an image set's missing trainings, sweeps and rows, and about how long they take."""
     store = current_rows(images)
-    present = {(row.model, row.seed): images.trained(row.model, row.seed) for row in rows}
+    lacking = [row for row in rows if not is_recorded(images, store, row)]
+    missing = [row for row in lacking if train or images.trained(row.model, row.seed)]
+    swept = [row for row in missing if row.seed == 0 and not is_swept(store, row)]
     # Models that share weights are trained once.
-    lacking = {images.weights(*key): key for key, trained in present.items() if not trained}
-    trainings = list(lacking.values()) if train else []
-    measured = [row for row in rows if train or present[row.model, row.seed]]
-    missing = [
-        row for row in measured if not present[row.model, row.seed] or not is_recorded(images, store, row)
-    ]
-    swept = [row for row in missing if row.seed == 0 and not is_swept(images, store, row)]
+    untrained = [row for row in missing if not images.trained(row.model, row.seed)]
+    trainings = {images.weights(row.model, row.seed): row.model for row in untrained}.values()
     seconds = [
-        sum(training_seconds(images, store, name) for name, _ in trainings),
+        sum(training_seconds(images, store, name) for name in trainings),
         sum(SWEEP_POINTS * images.sweep_count * image_seconds(store, row) for row in swept),
         sum(images.count * image_seconds(store, row) for row in missing),
     ]
@@ -41,21 +37,11 @@ def estimate(images: ImageSet, rows: list[Row], train: bool) -> str:
     )
 
 
-def is_swept(images: ImageSet, store: Measurements, row: Row) -> bool:
-    """Return whether the sweep of a row's present weights is recorded."""
-    try:
-        recorded_choice(store, row)
-    except SystemExit:
-        return False
-    return images.trained(row.model)
-
-
 def training_seconds(images: ImageSet, store: Measurements, name: str) -> float:
     if name == "distilled":
         return DISTILLATION_SECONDS
-    training = load_recipe(images.recipe(MODELS[name])).generator.training
     recorded = store.values.get("trainings", {}).get(name, {"images per second": TRAINING_RATE})
-    return float(training.steps * training.batch_size / recorded["images per second"])
+    return float(recipe_images(images, Row(name, 1)) / recorded["images per second"])
 
 
 def image_seconds(store: Measurements, row: Row) -> float:

@@ -25,6 +25,7 @@ from far.evaluation.report import distance_name, report
 from far.folder import ModelFolder
 from far.heads import DiffusionConfig
 from far.pipeline import Pipeline
+from far.recipe import load_recipe
 from far.sampling import SamplingConfig
 from far.seeds import seeded_generator
 
@@ -178,12 +179,35 @@ def reconstructed_features(weights: Path, images: ImageSet, count: int, network:
 
 
 def is_recorded(images: ImageSet, store: Measurements, row: Row) -> bool:
-    """Return whether a row's present weights were measured with the sampling values of a complete sweep."""
+    """Return whether a row is recorded with the best sampling values of a complete sweep.
+
+    If its weights are present, it must be theirs. Otherwise its training must be as long as its recipe's.
+    """
+    recorded = store.values["rows"].get(row.key)
+    if recorded is None or not is_swept(store, row):
+        return False
+    if images.trained(row.model, row.seed):
+        return current(recorded, planned(images, store, row))
+    sampling = recorded["sampling"]
+    return recorded_choice(store, row) == (sampling["guidance"], sampling["temperature"]) and (
+        recorded.get("training images") == recipe_images(images, row)
+    )
+
+
+def is_swept(store: Measurements, row: Row) -> bool:
+    """Return whether the sweep of a row's model and steps is recorded."""
     try:
-        generation = planned(images, store, row)
+        recorded_choice(store, row)
     except SystemExit:
         return False
-    return current(store.values["rows"].get(row.key), generation)
+    return True
+
+
+def recipe_images(images: ImageSet, row: Row) -> int:
+    """Return the number of images that a model's recipe trains on; of a distilled one, its teacher's."""
+    model = MODELS["diffusion" if row.model == "distilled" else row.model]
+    training = load_recipe(images.recipe(model)).generator.training
+    return training.steps * training.batch_size
 
 
 def planned(images: ImageSet, store: Measurements, row: Row) -> Generation:

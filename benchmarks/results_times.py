@@ -16,26 +16,29 @@ import torch
 
 from benchmarks.comparison import BATCH_SIZES, DTYPE, SETS, ImageSet, Row, add_sets, all_rows
 from benchmarks.recorded import Measurements, made, tell_missing
-from benchmarks.results_measure import generation_of_row, recorded_choice
+from benchmarks.results_measure import generation_of_row, is_swept, recorded_choice
 from far.benchmark import Row as BenchmarkRow
 from far.benchmark import generate, segments, summary
 from far.pipeline import Pipeline
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_sets(parser)
     parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     rows = [row for row in all_rows() if row.seed == 0]
     for name in arguments.sets:
         images = SETS[name]
         tell_missing(name, [images.weights(row.model) for row in rows])
         present = [row for row in rows if images.trained(row.model)]
-        if present:
-            measure_set(images, present, arguments.rounds)
+        swept = [row for row in present if is_swept(Measurements(images.results), row)]
+        if unswept := ", ".join(row.name for row in present if row not in swept):
+            print(f"{name}: not timed, because guidance is not swept yet: {unswept}")
+        if swept:
+            measure_set(images, swept, arguments.rounds)
 
 
 def measure_set(images: ImageSet, rows: list[Row], rounds: int) -> None:

@@ -4,13 +4,14 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import comparison, distillation, results, results_measure
+from benchmarks import comparison, distillation, results, results_measure, results_times
 from benchmarks.comparison import MODELS, SETS, ImageSet, Row
 from benchmarks.results_measure import GUIDANCES, TEMPERATURES, descend, sweep_key
 from benchmarks.results_rows import ratio
@@ -98,12 +99,22 @@ def test_comparison_trains_sweeps_measures_resumes_and_reports(
     check_sweeps(second)
     check_report(rows)
 
+    results_times.main(["--rounds", "1"])
+    times = json.loads(tiny.results.read_text())["times"]
+    assert times.keys() == {"diffusion 100", "shortcut 1", "distilled 1"}
+    results.main(ONLY)
+    assert Path("docs/images/distance-against-seconds.png").exists()
+
     before = tiny.results.read_bytes(), Path("docs/results.md").read_bytes()
     monkeypatch.setattr(results, "measure_floors", None)  # complete: no image is opened
     capfd.readouterr()
     results.main(ONLY[1:])
+    shutil.rmtree("runs/results/weights/tiny/shortcut-seed-1")
+    results.main(ONLY)  # recorded rows need no training
     assert (tiny.results.read_bytes(), Path("docs/results.md").read_bytes()) == before
-    assert capfd.readouterr().out.startswith("tiny: 0 trainings")
+    output = capfd.readouterr().out
+    assert output.count("tiny: 0 trainings") == 2
+    assert "far train recipes" not in output
 
 
 def check_sweeps(values: dict[str, Any]) -> None:
