@@ -188,8 +188,9 @@ def draw_positions(
 ) -> tuple[Tensor, int, Tensor]:
     """Draw orders ``[batch, n]``, the number of known positions, and query positions ``[batch, count]``.
 
-    As in sampling, the known tokens precede the AR step that draws a random token. In causal models, all
-    tokens but the last are known.
+    As in sampling, the known tokens precede the AR step that draws a random token. Late AR steps leave fewer
+    than ``count`` unknown positions: these repeat, and each repetition later gets noise of its own. In causal
+    models, all tokens but the last are known.
     """
     device, tokens = next(model.parameters()).device, model.config.tokens
     count = min(count, tokens)
@@ -200,8 +201,8 @@ def draw_positions(
     chosen = int(torch.randint(0, tokens, (), generator=generator))
     order = torch.rand(batch, tokens, generator=generator).argsort(dim=1).to(device)
     starts = itertools.accumulate(cosine_token_counts(tokens, min(ar_steps, tokens)), initial=0)
-    known = min(max(start for start in starts if start <= chosen), tokens - count)
-    return order, known, order[:, known : known + count]
+    known = max(start for start in starts if start <= chosen)
+    return order, known, order[:, known + torch.arange(count, device=device) % (tokens - known)]
 
 
 def trajectories(

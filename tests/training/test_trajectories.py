@@ -125,26 +125,23 @@ def small_model(causal: bool = False) -> FAR:
 
 @pytest.mark.parametrize("queries", [1, 5, 16, 40])
 def test_positions_of_a_masked_model_are_those_of_sampling(queries: int) -> None:
+    """Every token of an image is equally likely, so an AR step is as likely as its number of tokens."""
     model, draws, tokens, steps = small_model(), generator(queries), 16, 6
-    kept = min(queries, tokens)
-    counts = cosine_token_counts(tokens, steps)
-    expected: dict[int, float] = {}
-    for step, count in enumerate(counts):
-        known = min(sum(counts[:step]), tokens - kept)
-        expected[known] = expected.get(known, 0) + count / tokens
-    found = dict.fromkeys(expected, 0)
+    kept, counts = min(queries, tokens), cosine_token_counts(tokens, steps)
+    found = {sum(counts[:step]): 0 for step in range(steps)}
     for _ in range(1500):
         order, known, positions = draw_positions(model, 3, queries, steps, draws)
         assert torch.equal(order.sort(dim=1).values, torch.arange(tokens).expand(3, -1))
         assert positions.shape == (3, kept)
-        both = torch.cat([order[:, :known], positions], dim=1)
-        assert all(len(row.unique()) == known + kept for row in both), (
-            "known and query positions are disjoint"
-        )
+        unknown = tokens - known
+        for row, chosen in zip(order, positions):
+            assert not set(row[:known].tolist()) & set(chosen.tolist()), "known positions are not drawn"
+            times = chosen.bincount(minlength=tokens)
+            assert (times > 0).sum() == min(kept, unknown)
+            assert times.max() == -(-kept // unknown), "positions repeat equally often, at most one more"
         found[known] += 1
-    if len(expected) > 1:
-        share = torch.tensor(list(expected.values()), dtype=torch.float64)
-        assert scipy.stats.chisquare(list(found.values()), (1500 * share).numpy()).pvalue > 0.01
+    expected = 1500 / tokens * torch.tensor(counts).double()
+    assert scipy.stats.chisquare(list(found.values()), expected.numpy()).pvalue > 0.01
 
 
 def test_orders_of_a_masked_model_are_random() -> None:
