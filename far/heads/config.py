@@ -85,6 +85,8 @@ class FlowMapConfig(HeadConfig):
 
     Attributes:
         objective: MeanFlow (arXiv 2505.13447), or Lagrangian self-distillation (arXiv 2505.18825).
+        time_balance: 0 is the plain mean squared error, in which times with large losses count most. 1
+            divides losses by their mean at like times, so that all times count alike.
         flow_steps: training steps of plain flow matching before its objective begins.
         max_guidance: largest guidance scale that it learns, so that guidance takes one pass of the backbone.
             Without it the head learns no guidance, which then takes two passes.
@@ -93,11 +95,14 @@ class FlowMapConfig(HeadConfig):
     _fewest_samples = 2
     kind: Literal["flow_map"] = "flow_map"
     objective: Literal["mean_flow", "lagrangian"] = "mean_flow"
+    time_balance: float = 0.0
     flow_steps: int = 0
     max_guidance: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.time_balance <= 1:
+            raise InputError(f"head time_balance {self.time_balance} is out of range. Give 0 to 1")
         if self.flow_steps < 0:
             raise InputError(f"head flow_steps {self.flow_steps} is negative. Give at least 0")
         if self.max_guidance is not None and not 1 < self.max_guidance < math.inf:

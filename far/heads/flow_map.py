@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from far.heads.config import FlowMapConfig
@@ -22,11 +23,12 @@ from far.heads.network import HeadNetwork, TimeEmbedding
 TIME_UNIT = 10.0
 # Fraction of a token's noise samples off the diagonal.
 OFF_DIAGONAL = 0.25
-# MeanFlow's times are logistic-normal with their mean on the data's side. The epsilon stabilizes its weights.
+# MeanFlow's times are logistic-normal with their mean on the data's side.
 LOGIT_MEAN, LOGIT_DEVIATION = 0.4, 1.0
-ADAPTIVE_EPSILON = 1e-3
-# Weight of a Lagrangian loss, about that of a flow-matching loss by its adaptive weight.
-LAGRANGIAN_WEIGHT = 1.5
+# Fraction of the jumps that start at noise, and that end at data.
+AT_THE_ENDS = 0.25
+# Losses are balanced over the cells of a grid of times (s, t) with this many bins per axis.
+TIME_BINS = 4
 Velocity = Callable[[Tensor, Tensor], Tensor]
 MeanVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -85,7 +87,8 @@ class FlowMapHead(Head):
         velocity = x - noise + field.shift(point, s)
         predicted = self.mean_velocity(point[off:], s[off:], s[off:], z, scale[off:])
         flow = (predicted - velocity[off:]).square().mean(dim=-1)
-        losses, weighted, terms = flow, adaptive(flow), {"flow": flow.detach().flatten()}
+        losses, terms = flow, {"flow": flow.detach().flatten()}
+        weighted = flow * time_weights(flow, s[off:], s[off:], self.config.time_balance)
         if off:
             field = dataclasses.replace(field, scale=scale[:off])
             mean_velocity = functools.partial(self.mean_velocity, z=z, guidance=field.scale)
@@ -95,7 +98,8 @@ class FlowMapHead(Head):
                 error = lagrangian_residual(mean_velocity, field.velocity, point[:off], s[:off], t[:off])
             jump = error.square().mean(dim=-1)
             losses = torch.cat([jump, losses])
-            weighted = torch.cat([adaptive(jump) if mean_flow else LAGRANGIAN_WEIGHT * jump, weighted])
+            balanced = jump * time_weights(jump, s[:off], t[:off], self.config.time_balance)
+            weighted = torch.cat([balanced, weighted])
             terms[self.config.objective] = jump.detach().flatten()
         return TokenLoss(weighted.mean(dim=0), losses.detach().flatten(), s.flatten(), terms)
 
@@ -155,13 +159,17 @@ def draw_noise_and_times(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw noise ``[samples, n, channels]`` and times ``s ≤ t [samples, n]`` for tokens ``x [n, channels]``.
 
-    The times differ in the first ``off`` samples, which are off the diagonal.
+    The times differ in the first ``off`` samples, which are off the diagonal. Each is the smaller and the
+    larger of two draws, as in MeanFlow, which keeps the smaller one on the diagonal too. Some jumps start at
+    0 and some end at 1, as a single step does, where draws never lie.
     """
     noise = torch.randn(samples, *x.shape, generator=generator)
     # On the CPU: MPS has no kernel for the inverse normal distribution function.
-    s, other = (logistic_normal(torch.rand(n, len(x), generator=generator)) for n in (samples, off))
-    first, last = torch.minimum(s[:off], other), torch.maximum(s[:off], other)
-    s, t = torch.cat([first, s[off:]]), torch.cat([last, s[off:]])
+    s, t = logistic_normal(torch.rand(2, samples, len(x), generator=generator)).sort(dim=0).values
+    ends = torch.rand(2, off, len(x), generator=generator) < AT_THE_ENDS
+    s[:off].masked_fill_(ends[0], 0.0)
+    t[:off].masked_fill_(ends[1], 1.0)
+    t[off:] = s[off:]
     return noise.to(x.device), s.to(x.device), t.to(x.device)
 
 
@@ -219,9 +227,17 @@ def logistic_normal(uniform: Tensor) -> Tensor:
     return (LOGIT_MEAN + LOGIT_DEVIATION * normal).sigmoid()
 
 
-def adaptive(losses: Tensor) -> Tensor:
-    """Divide losses by their own size, without gradient through it (MeanFlow's weights).
+def time_weights(losses: Tensor, s: Tensor, t: Tensor, power: float) -> Tensor:
+    """Return weights ``(m / m̄) ** -power``: ``m`` is the mean loss at like times, ``m̄`` that at all times.
 
-    Their gradient is then that of the loss's logarithm, so large losses do not dominate small ones.
+    The means are over losses ``[samples, n]``, ``m`` over those in the same cell of times ``s ≤ t [samples,
+    n]``, and include one row of loss 1. They leave out the row that is weighted, because a weight that
+    depends on a row's own noise moves the optimum.
     """
-    return losses / (losses.detach() + ADAPTIVE_EPSILON)
+    losses = losses.detach()
+    first, last = ((TIME_BINS * time).long().clamp(max=TIME_BINS - 1) for time in (s, t))
+    cell = TIME_BINS * first + last
+    members = F.one_hot(cell, TIME_BINS**2).to(losses.dtype)
+    total, count = (members * losses.unsqueeze(-1)).sum(dim=(0, 1)), members.sum(dim=(0, 1))
+    others, all_others = total[cell] - losses + 1, total.sum() - losses + 1
+    return (others / count[cell] / all_others * losses.numel()) ** -power

@@ -23,12 +23,12 @@ from far.heads.flow_map import (
     TIME_UNIT,
     FlowMapHead,
     GuidedField,
-    adaptive,
     draw_noise_and_times,
     draw_scales,
     lagrangian_residual,
     logistic_normal,
     mean_flow_residual,
+    time_weights,
 )
 from far.training.ema import Ema
 
@@ -531,7 +531,7 @@ def test_loss_before_flow_steps_is_flow_matching() -> None:
     torch.testing.assert_close(loss.samples.view(4, 100), off.square().squeeze(-1), rtol=1e-5, atol=1e-5)
 
 
-def test_times_are_two_ordered_draws_off_the_diagonal_and_one_on_it() -> None:
+def test_times_are_the_smaller_of_two_draws_on_the_diagonal_and_both_off_it() -> None:
     noise, s, t = draw_noise_and_times(torch.zeros(5000, 3), 4, 1, generator())
     assert noise.shape == (4, 5000, 3)
     assert s.shape == t.shape == (4, 5000)
@@ -544,11 +544,20 @@ def test_times_are_two_ordered_draws_off_the_diagonal_and_one_on_it() -> None:
         return scipy.stats.norm.cdf(scipy.special.logit(value), 0.4, 1.0)
 
     for found, expected in (
-        (s[0], lambda value: 1 - (1 - below(value)) ** 2),
-        (t[0], lambda value: below(value) ** 2),
-        (s[1:].flatten(), below),
+        (s[0][s[0] > 0], lambda value: 1 - (1 - below(value)) ** 2),
+        (t[0][t[0] < 1], lambda value: below(value) ** 2),
+        (s[1:].flatten(), lambda value: 1 - (1 - below(value)) ** 2),
     ):
         assert scipy.stats.kstest(found.double().numpy(), expected).pvalue > 0.01
+
+
+def test_a_quarter_of_jumps_starts_at_noise_and_another_ends_at_data() -> None:
+    _, s, t = draw_noise_and_times(torch.zeros(10_000, 1), 4, 1, generator(1))
+    start, end = (s[0] == 0).double(), (t[0] == 1).double()
+    for found, expected in ((start, 1 / 4), (end, 1 / 4), (start * end, 1 / 16)):
+        assert scipy.stats.binomtest(int(found.sum()), 10_000, expected).pvalue > 0.01
+    assert (s[1:] > 0).all()
+    assert (t[1:] < 1).all()
 
 
 def test_extreme_times_are_within_zero_and_one() -> None:
@@ -556,25 +565,57 @@ def test_extreme_times_are_within_zero_and_one() -> None:
     assert (t < 1).all()
 
 
+# --- Weights
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_losses_are_weighted_by_their_objective(objective: str) -> None:
-    """Flow-matching and MeanFlow losses are weighted by their size, Lagrangian losses by 1.5."""
+def test_loss_is_the_plain_mean_squared_error_without_balance(objective: str) -> None:
     head = random_head(objective)
     loss = head.loss(torch.randn(7, 3), Condition(torch.randn(7, 5)), generator(), head)
-    rows = loss.samples.view(4, 7)
-    weighted = rows / (rows + 1e-3)
-    if objective == "lagrangian":
-        weighted[0] = 1.5 * rows[0]
-    torch.testing.assert_close(loss.value.detach(), weighted.mean(dim=0))
+    torch.testing.assert_close(loss.value.detach(), loss.samples.view(4, 7).mean(dim=0))
 
 
-def test_adaptive_weights_agree_with_values_by_hand() -> None:
-    rows = torch.tensor([0.0, 0.001, 0.5, 9.0], requires_grad=True)
-    found = adaptive(rows)
-    torch.testing.assert_close(found.detach(), torch.tensor([0.0, 0.5, 0.5 / 0.501, 9 / 9.001]))
-    found.sum().backward()
-    assert rows.grad is not None
-    torch.testing.assert_close(rows.grad, torch.tensor([1000.0, 500.0, 1 / 0.501, 1 / 9.001]))
+def test_weights_are_the_mean_of_others_by_their_mean_at_like_times() -> None:
+    """Times are alike if starts and ends are within the same quarters. A row of loss 1 joins each mean."""
+    losses = torch.rand(3, 20, generator=generator(), dtype=torch.float64)
+    s, t = torch.rand(2, 3, 20, generator=generator(1)).sort(dim=0).values
+    t[0, 0] = 1.0
+    for power in (0.0, 0.5, 1.0):
+        found = time_weights(losses, s, t, power)
+        for row in range(3):
+            for token in range(20):
+                alike = [
+                    float(losses[i, j])
+                    for i in range(3)
+                    for j in range(20)
+                    if (i, j) != (row, token)
+                    and min(int(4 * s[i, j]), 3) == min(int(4 * s[row, token]), 3)
+                    and min(int(4 * t[i, j]), 3) == min(int(4 * t[row, token]), 3)
+                ]
+                mean = (sum(alike) + 1) / (len(alike) + 1)
+                overall = (float(losses.sum() - losses[row, token]) + 1) / 60
+                assert float(found[row, token]) == pytest.approx((overall / mean) ** power, rel=1e-6)
+
+
+def test_weights_do_not_move_the_optimum() -> None:
+    """Nine of ten targets are 1 and the others −5. Their mean minimizes the squared error.
+
+    MeanFlow's weights, which divide each loss by itself, move the optimum to the more frequent target.
+    """
+    targets = torch.where(torch.rand(2000, 1, 10, generator=generator()) < 0.9, 1.0, -5.0).double()
+    best = torch.tensor(0.9 - 0.5, requires_grad=True, dtype=torch.float64)
+    losses, times = (best - targets).square(), torch.full((1, 10), 0.5)
+    weights = torch.stack([time_weights(rows, times, times, 1.0) for rows in losses])
+    (slope,) = torch.autograd.grad((weights * losses).mean(), best, retain_graph=True)
+    (biased,) = torch.autograd.grad((losses / losses.detach()).mean(), best)
+    spread = (2 * weights * (best - targets)).std() / math.sqrt(targets.numel())
+    assert abs(slope) < 4 * spread
+    assert abs(biased) > 10 * spread
+
+
+def test_weights_have_no_gradient() -> None:
+    losses, times = torch.rand(2, 5, requires_grad=True), torch.rand(2, 5)
+    assert not time_weights(losses, times, times, 1.0).requires_grad
 
 
 # --- Guidance
@@ -704,6 +745,9 @@ def test_trained_head_guides_in_one_pass() -> None:
         ({"max_guidance": 0.0}, "head max_guidance 0.0"),
         ({"max_guidance": math.nan}, "head max_guidance nan"),
         ({"max_guidance": math.inf}, "head max_guidance inf"),
+        ({"time_balance": -0.5}, "head time_balance -0.5"),
+        ({"time_balance": 1.5}, "head time_balance 1.5"),
+        ({"time_balance": math.nan}, "head time_balance nan"),
         ({"flow_steps": -1}, "head flow_steps -1"),
         ({"samples_per_token": 1}, "head samples_per_token 1"),
     ],
