@@ -1,4 +1,4 @@
-"""Every head learns the fractions of a mixture's two modes, which a loss with a biased optimum gets wrong.
+"""Every head learns the fractions of a mixture's two modes, which a loss with a biased optimum misses.
 
 The modes are far apart, so the fraction of draws near each is known, and a head that regresses to the more
 frequent mode, or to the mean between them, is off by more than the tolerance.
@@ -66,15 +66,14 @@ CASES: dict[str, tuple[dict, int, tuple[int, ...]]] = {
     "flow": ({}, 600, (32,)),
     "diffusion": ({"token_limit": 3.0}, 600, (100,)),
     "flow_map": ({}, 600, (2, 1)),
-    "flow_map, lagrangian": ({"objective": "lagrangian"}, 1000, (2, 1)),
     "energy": ({}, 600, (1,)),
 }
 
 
 @pytest.mark.parametrize("channels", [16, 32])
-@pytest.mark.parametrize("case", CASES)
-def test_trained_head_draws_both_modes_as_often_as_the_data(case: str, channels: int) -> None:
-    (options, train_steps, head_steps), kind = CASES[case], case.partition(",")[0]
+@pytest.mark.parametrize("kind", CASES)
+def test_trained_head_draws_both_modes_as_often_as_the_data(kind: str, channels: int) -> None:
+    options, train_steps, head_steps = CASES[kind]
     config = HeadConfig.kinds[kind](width=64, depth=1, **{"samples_per_token": 2, **options})
     with seeded(0):
         head = build_head(config, channels, CONDITIONS.shape[1])
