@@ -32,7 +32,7 @@ from far.pipeline import Pipeline
 from far.recipe import load_recipe
 from far.recipe_keys import sections
 from far.sampling_config import SamplingConfig
-from far.testing import HEAD_CHECKS, check_head
+from far.testing import HEAD_CHECKS, check_head, check_temperature
 
 CONFIGS = {
     **{kind: HeadConfig.kinds[kind](16, 1) for kind in HEADS},
@@ -46,6 +46,9 @@ CONFIGS = {
 @pytest.mark.parametrize("check", HEAD_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_heads_keep_the_contract(config: HeadConfig, check: Callable[[HeadConfig], None]) -> None:
+    if check is check_temperature and isinstance(config, DiffusionConfig):
+        # Untrained, its errors near pure noise are multiplied by up to 20,000 and would hide the temperature.
+        config = dataclasses.replace(config, token_limit=2.0)
     check(config)
 
 
