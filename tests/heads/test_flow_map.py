@@ -40,7 +40,7 @@ WEIGHTS, CENTERS, DEVIATIONS = (
     torch.tensor([0.3, 0.5]).double(),
 )
 UNCONDITIONAL = -0.3  # the mean of the data without a condition
-# Channels of the tokens of trained heads. The more there are, the less noise MeanFlow's weights have.
+# Channels of the tokens of trained heads.
 CHANNELS = 8
 
 
@@ -701,7 +701,7 @@ def test_trained_lagrangian_head_draws_in_one_step_and_flow_matching_alone_does_
 
 @torch.no_grad()
 def test_trained_mean_flow_head_approximates_the_map() -> None:
-    """It learns slowly and rarely sees times near 0 and 1, so the whole step remains rough."""
+    """It approximates steps within the flow and, since jumps reach both ends, the whole flow in one."""
     torch.manual_seed(0)
     with torch.enable_grad():
         head = train(FlowMapHead(FlowMapConfig(32, 1), CHANNELS, 1), 300, 64)
@@ -710,10 +710,11 @@ def test_trained_mean_flow_head_approximates_the_map() -> None:
     s, t = torch.tensor(0.3), torch.tensor(0.8)
     x = data.points(NOISE, s, MEANS)
     exact = (data.flow_map(x, s, t, MEANS) - x) / (t - s)
-    assert rms(head.mean_velocity(x, s, t, MEANS) - exact) < 0.15
+    assert rms(head.mean_velocity(x, s, t, MEANS) - exact) < 0.1
     assert rms(data.velocity(x, s, MEANS) - exact) > 0.3
+    assert one_step_error(head) < 0.2
     euler = NOISE + head.velocity(NOISE, torch.tensor(0.0), Condition(MEANS))
-    assert one_step_error(head) < 0.8 * rms(euler - (MEANS + DEVIATION * NOISE))
+    assert rms(euler - (MEANS + DEVIATION * NOISE)) > 0.5
 
 
 @torch.no_grad()
