@@ -1,6 +1,7 @@
 """Tables, plot and sample grids of docs/results.md and of the README, made from the recorded measurements."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +94,25 @@ def claim_table(measured: dict[str, Any]) -> str:
             score = [figure_of(values, side, "IS") for side in sides]
             lines.append(
                 [
-                    name, str(steps), with_error(*ratio(*(distance_of(values, side) for side in sides))),
+                    name,
+                    str(steps),
+                    pair(str(len(side)) for side in sides),
+                    with_error(*ratio(*(distance_of(values, side) for side in sides))),
                     f"{score[0] / score[1]:.3f}",
-                    " / ".join(f"{1000 * figure_of(values, side, 'KID'):.1f}" for side in sides),
-                    " / ".join(f"{figure_of(values, side, 'recall'):.3f}" for side in sides),
-                    " / ".join(f"{mean([row['class accuracy'] for row in side]):.3f}" for side in sides),
+                    pair(f"{1000 * figure_of(values, side, 'KID'):.1f}" for side in sides),
+                    pair(f"{figure_of(values, side, 'recall'):.3f}" for side in sides),
+                    pair(f"{mean([row['class accuracy'] for row in side]):.3f}" for side in sides),
                     *(times_faster(values, rows[0], base[0], batch) for batch in (1, 64)),
                 ]
-            )  # fmt: skip
-    heads = ["image set", "shortcut steps", "FD / diffusion's", "IS / diffusion's", "KID × 1000, both"]
-    heads += ["recall, both", "class accuracy, both", "times faster, batch 1", "batch 64"]
+            )
+    heads = ["image set", "shortcut steps", "trainings, both", "FD / diffusion's", "IS / diffusion's"]
+    heads += ["KID × 1000, both", "recall, both", "class accuracy, both", "times faster, batch 1", "batch 64"]
     return table(heads, lines)
+
+
+def pair(cells: Iterable[str]) -> str:
+    """Return the cell of both sides of a comparison."""
+    return " / ".join(cells)
 
 
 def times_faster(values: dict[str, Any], row: dict[str, Any], base: dict[str, Any], batch: int) -> str:
@@ -199,8 +208,7 @@ def near_ties(measured: dict[str, Any]) -> str:
     """Return how many sweeps have other points within 1 % of the lowest distance."""
     swept = tied = 0
     for values in measured.values():
-        for name in dict.fromkeys(row.name for row in all_rows()):
-            row = Row(*name.rsplit(" ", 1))  # type: ignore[arg-type]
+        for row in (row for row in all_rows() if row.seed == 0):
             keys = [sweep_key(row, guidance, value) for guidance in GUIDANCES for value in TEMPERATURES]
             found = sorted(values["sweeps"][key]["distance"] for key in keys if key in values["sweeps"])
             swept += bool(found)

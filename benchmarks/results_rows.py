@@ -18,12 +18,12 @@ Rows = list[dict[str, Any]]
 
 
 def rows_of(values: dict[str, Any], model: str) -> dict[int, Rows]:
-    """Return the recorded rows of a model by head steps, one row per training."""
+    """Return the recorded rows of a model by head steps, the most first, one row per training."""
     found: dict[int, Rows] = {}
     for row in values["rows"].values():
         if row["name"] == model:
             found.setdefault(row["steps"], []).append(row)
-    return found
+    return dict(sorted(found.items(), reverse=True))
 
 
 def distance_of(values: dict[str, Any], rows: Rows) -> list[float]:

@@ -18,18 +18,15 @@ from far.model import FAR, ModelConfig
 from far.recipe import load_recipe
 from far.seeds import seeded
 
-STEPS = 200
+STEPS = 60
 
 
 def flops(model: FAR) -> float:
-    """Return the mean FLOP per image over ``STEPS`` training steps."""
-    config, generator = model.config, torch.Generator().manual_seed(0)
-    total = 0
-    for _ in range(STEPS):
-        latents, labels = (
-            torch.randn(2, config.latent_channels, *config.grid, generator=generator),
-            torch.zeros(2, dtype=torch.long),
-        )
+    """Return the mean FLOP per image over ``STEPS`` training steps. All models see the same masks."""
+    config, total = model.config, 0
+    latents, labels = torch.randn(2, config.latent_channels, *config.grid), torch.zeros(2, dtype=torch.long)
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
         with FlopCounterMode(display=False) as counter:
             # A step after those of plain flow matching. One of two images trains guidance in heads that learn
             # it.
