@@ -40,7 +40,7 @@ class Model:
 
 
 # In order of importance. Without the limit, a diffusion head trained this briefly draws tokens of hundreds of
-# standard deviations. Flow maps train a quarter of their 1,600 steps with plain flow matching.
+# standard deviations.
 MODELS = {
     "diffusion": Model(
         "diffusion", (100, 25, 10), trainings=3, overrides=("generator.network.head.token_limit=5.0",)
@@ -52,7 +52,7 @@ MODELS = {
         "flow_map",
         (4, 2, 1),
         trainings=2,
-        overrides=("generator.network.head.flow_steps=400", "generator.network.head.max_guidance=4.0"),
+        overrides=("generator.network.head.max_guidance=4.0",),
         passes=1,
     ),
     "flow-map-2-passes": Model("flow_map", (2,), passes=2, weights_of="flow-map"),

@@ -32,6 +32,7 @@ from benchmarks.results_measure import (
 from benchmarks.results_report import write_report
 from far.cli.main import main as far_command
 from far.pipeline import Pipeline
+from far.recipe import load_recipe
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -93,6 +94,9 @@ def train_model(images: ImageSet, name: str, seed: int) -> None:
     folder = images.weights(name, seed).name
     overrides = [f"model={folder}", f"generator.training.seed={seed}"]
     overrides += [f"generator.network.head.kind={model.head}", *model.overrides]
+    if model.head == "flow_map":  # a quarter of the steps is plain flow matching
+        steps = load_recipe(images.recipe(model)).generator.training.steps
+        overrides.append(f"generator.network.head.flow_steps={steps // 4}")
     run("train", str(images.recipe(model)), *overrides, "--resume")
     Pipeline.from_pretrained(images.runs / folder).save_pretrained(images.weights(name, seed), torch.float16)
     keep_rate(Measurements(images.results), name, images.runs / folder)

@@ -15,6 +15,9 @@ from benchmarks import comparison, distillation, results, results_measure, resul
 from benchmarks.comparison import MODELS, SETS, ImageSet, Row
 from benchmarks.results_measure import GUIDANCES, TEMPERATURES, descend, sweep_key
 from benchmarks.results_rows import ratio
+from far.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
 
 RECIPE = """
 data: {data}
@@ -150,6 +153,29 @@ def test_other_length_of_training_is_an_error_that_names_the_weights(
     monkeypatch.setattr(results, "training_images", lambda *_: 7)
     with pytest.raises(SystemExit, match="runs/results/weights/tiny/shortcut"):
         results.check_lengths(tiny, [Row("shortcut", 1)])
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "distilled"])
+def test_recipes_accept_the_overrides_of_every_model(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipes").symlink_to(ROOT / "recipes")
+    commands: list[list[str]] = []
+
+    def record(*command: str) -> None:
+        commands.append(list(command))
+        raise InterruptedError
+
+    monkeypatch.setattr(results, "run", record)
+    for images in SETS.values():
+        with pytest.raises(InterruptedError):
+            results.train_model(images, name, 1)
+    for _, path, *overrides, _ in commands:
+        recipe = load_recipe(path, overrides)
+        assert recipe.model == f"{MODELS[name].weights_of or name}-seed-1"
+        assert recipe.generator.training.seed == 1
+        assert recipe.generator.network.head.kind == MODELS[name].head
 
 
 @pytest.mark.parametrize("best", list(itertools.product(GUIDANCES, TEMPERATURES)))
