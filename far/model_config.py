@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from far.backbone.config import CausalConfig, MaskedConfig
+from far.backbone.config import AnyOrderConfig, CausalConfig, MaskedConfig
 from far.config import check_count
 from far.errors import InputError
 from far.heads.config import DiffusionConfig, HeadConfig, ShortcutConfig
@@ -20,7 +20,7 @@ class NetworkConfig:
             drawn tokens cannot drift. The autoencoder should be spherical too.
     """
 
-    backbone: MaskedConfig | CausalConfig = MaskedConfig()
+    backbone: MaskedConfig | CausalConfig | AnyOrderConfig = MaskedConfig()
     head: HeadConfig = ShortcutConfig()
     patch: int = 1
     spherical: bool = False

@@ -169,8 +169,8 @@ class _Conditions:
     def __init__(self, model: FAR, labels: Tensor, config: SamplingConfig, scales: list[float]) -> None:
         self.backbone, self.config, self.scales = model.backbone, config, scales
         self.labels = torch.cat([labels, torch.full_like(labels, model.null_label)])
-        # A causal model's cache is exact. A masked model's cache is used only to skip work.
-        self.exact = not model.backbone.any_order
+        # An exact cache is always used, that of a masked model only to skip work.
+        self.exact = model.backbone.exact_cache
         rows = 2 * len(labels) if any(scale != 1.0 for scale in scales) else len(labels)
         self.cache = model.backbone.new_cache(rows) if self.exact or config.refresh_every > 1 else None
         self.difference: Tensor | None = None

@@ -31,12 +31,12 @@ class SamplingConfig:
             (``cfg_schedule``), ``constant`` uses the same scale at every AR step.
         guidance_interval: fractions of known tokens between which guidance is on.
         temperature: multiplies the head's noise.
-        order: masked models: the order in which positions become known. ``halton`` spreads the positions of
-            an AR step evenly over the image.
+        order: masked and any-order models: the order in which positions become known. ``halton`` spreads the
+            positions of an AR step evenly over the image.
         refresh_every: masked models: recompute all positions only every N AR steps. In between, only new
             tokens and query positions are computed, and the rest keep their keys and values. 1 is exact.
-        guidance_every: masked models: recompute the unconditional half only every N AR steps. In between, its
-            difference to the conditional half is reused. 1 is exact.
+        guidance_every: masked and any-order models: recompute the unconditional half only every N AR steps.
+            In between, its difference to the conditional half is reused. 1 is exact.
         guidance_passes: 2 runs the backbone with and without the class. 1 passes the scale to a head that has
             learned guidance. The default is 1 if the head has learned the scale, else 2.
     """
@@ -75,9 +75,10 @@ class SamplingConfig:
         interval = self.guidance_interval
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
             raise InputError(f"guidance_interval {list(interval)}: give a start and an end within 0 … 1")
-        for name in () if model.backbone.any_order else MASKED_ONLY:
+        for name in unused_options(model):
             if (value := getattr(self, name)) != getattr(type(self), name):
-                raise InputError(f"{name} {value} is for masked models. Omit {name}: this model is causal")
+                kind = model.config.network.backbone.kind
+                raise InputError(f"{name} {value} does not apply to a model of kind {kind}. Omit {name}")
         for name in ("refresh_every", "guidance_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)} must be positive. 1 is exact")
@@ -122,8 +123,18 @@ class SamplingConfig:
         return [self.guidance_at(before, after, known[-1]) for before, after in itertools.pairwise(known)]
 
 
-# The options that a causal model does not take.
-MASKED_ONLY = tuple(field.name for field in dataclasses.fields(SamplingConfig) if "masked" in field.metadata)
+def unused_options(model: "FAR") -> tuple[str, ...]:
+    """Return the names of the options that ``model`` does not take."""
+    if model.backbone.any_order:
+        return ("refresh_every",) if model.backbone.exact_cache else ()
+    return tuple(field.name for field in dataclasses.fields(SamplingConfig) if "masked" in field.metadata)
+
+
+def fast_options(model: "FAR") -> dict[str, int]:
+    """Return the options of :data:`FAST` that ``model`` takes."""
+    unused = unused_options(model)
+    return {name: value for name, value in FAST.items() if name not in unused}
+
 
 # Approximations of masked models that work well together. docs/results.md has their effect on quality.
 FAST: dict[str, int] = {"refresh_every": 4, "guidance_every": 4}

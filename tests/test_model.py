@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from far.backbone import CausalConfig, MaskedConfig
+from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
 from far.heads import HEADS, Condition, FlowConfig, HeadConfig, ShortcutConfig, TokenLoss
 from far.model import FAR, PRESETS, ModelConfig, NetworkConfig, preset
 from far.sampling import SamplingConfig, SeededNoise, sample
@@ -18,14 +18,15 @@ from tests.refusals import refused
 KINDS = sorted(HEADS)
 BACKBONE = MaskedConfig(16, 1, 2, 24, 1, 2, buffer=2, dropout=0.0)
 CAUSAL = CausalConfig(width=16, depth=2, heads=2, buffer=2, dropout=0.0)
-BACKBONES = {"masked": BACKBONE, "causal": CAUSAL}
+ANY_ORDER = AnyOrderConfig("any_order", 16, 1, 1, 2, buffer=2, dropout=0.0)
+BACKBONES = {"masked": BACKBONE, "causal": CAUSAL, "any_order": ANY_ORDER}
 
 
 def tiny(
     kind: str,
     patch: int = 1,
     grid: tuple[int, int] = (4, 6),
-    backbone: MaskedConfig | CausalConfig = BACKBONE,
+    backbone: MaskedConfig | CausalConfig | AnyOrderConfig = BACKBONE,
     **head: float,
 ) -> FAR:
     torch.manual_seed(0)
@@ -235,9 +236,10 @@ def test_every_parameter_learns_and_the_teacher_does_not(
     [
         MaskedConfig(32, 1, 4, 32, 1, 4, buffer=1, dropout=0.0),
         CausalConfig(width=32, depth=2, heads=4, dropout=0.0),
+        AnyOrderConfig("any_order", 32, 1, 1, 4, dropout=0.0),
     ],
 )
-def test_tokens_meet_their_own_conditions(backbone: MaskedConfig | CausalConfig) -> None:
+def test_tokens_meet_their_own_conditions(backbone: MaskedConfig | CausalConfig | AnyOrderConfig) -> None:
     """If each position always holds the same token, only a head with the right ``z`` can learn it."""
     torch.manual_seed(0)
     model = FAR(ModelConfig(NetworkConfig(backbone, FlowConfig(64, 2, 4)), 1, 2, (2, 3)))
@@ -276,10 +278,16 @@ def test_impossible_sizes_are_refused(values: dict, named: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "backbone",
-    [MaskedConfig(32, 1, 2, 32, 1, 2, 2), CausalConfig(width=32, depth=2, heads=2)],
-    ids=["masked", "causal"],
+    [
+        MaskedConfig(32, 1, 2, 32, 1, 2, 2),
+        CausalConfig(width=32, depth=2, heads=2),
+        AnyOrderConfig("any_order", 32, 1, 1, 2),
+    ],
+    ids=["masked", "causal", "any_order"],
 )
-def test_blocks_are_compiled_whole_and_for_few_shapes(backbone: MaskedConfig | CausalConfig) -> None:
+def test_blocks_are_compiled_whole_and_for_few_shapes(
+    backbone: MaskedConfig | CausalConfig | AnyOrderConfig,
+) -> None:
     """torch.compile has no graph breaks, and does not recompile at each AR step although lengths change."""
     model = FAR(ModelConfig(NetworkConfig(backbone, ShortcutConfig(16, 1), patch=1), 3, 4, (8, 8))).eval()
     config = SamplingConfig(64 if isinstance(backbone, CausalConfig) else 16, 1, 2.0)

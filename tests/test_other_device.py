@@ -10,7 +10,7 @@ from other_device import DEVICE, Watch, without_mps_kernel
 from torch import Tensor
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
-from far.backbone import CausalConfig, MaskedConfig
+from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
 from far.data.image_sets import open_image_set, read_images
 from far.evaluation.features import load_feature_network
 from far.heads import HEADS, Condition, HeadConfig
@@ -21,6 +21,7 @@ from far.training.autoencoder import latent_statistics
 BACKBONES = {
     "masked": MaskedConfig(16, 1, 2, 24, 1, 2, buffer=2),
     "causal": CausalConfig(width=16, depth=1, heads=2, buffer=2),
+    "any_order": AnyOrderConfig("any_order", 16, 1, 1, 2, buffer=2),
 }
 GRID, BATCH, KEPT = (2, 4), 3, 3
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from far.backbone import CausalBackbone, CausalConfig, MaskedConfig
+from far.backbone import AnyOrderBackbone, AnyOrderConfig, CausalBackbone, CausalConfig, MaskedConfig
 from far.errors import InputError
 from far.heads import HEADS, Condition, Draw, HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.sampling import Kept, Progress, SamplingConfig, SeededNoise, sample, sampling_steps
+from far.sampling_config import FAST, fast_options
 from far.tokens import cosine_token_counts, halton_orders
 from tests.refusals import refused
 
@@ -23,12 +24,22 @@ CPU = torch.device("cpu")
 def tiny(
     kind: str, patch: int = 1, causal: bool = False, spherical: bool = False, **head: float | None
 ) -> FAR:
-    torch.manual_seed(0)
     backbone = (
         CausalConfig(width=16, depth=2, heads=2, buffer=2)
         if causal
         else MaskedConfig(16, 2, 2, 24, 1, 2, buffer=2)
     )
+    return tiny_with(backbone, kind, patch, spherical, **head)
+
+
+def tiny_with(
+    backbone: MaskedConfig | CausalConfig | AnyOrderConfig,
+    kind: str,
+    patch: int = 1,
+    spherical: bool = False,
+    **head: float | None,
+) -> FAR:
+    torch.manual_seed(0)
     network = NetworkConfig(backbone, HeadConfig.kinds[kind](16, 1, **head), patch, spherical)  # type: ignore[arg-type]
     model = FAR(ModelConfig(network, 5, 3, (4, 6)))
     with torch.no_grad():  # freshly initialized heads give zeros
@@ -45,6 +56,7 @@ MODELS = {kind: tiny(kind) for kind in KINDS}
 CAUSAL = {f"causal {kind}": tiny(kind, causal=True) for kind in KINDS}
 ALL = {**MODELS, **CAUSAL}
 FLOW, CAUSAL_FLOW = MODELS["flow"], CAUSAL["causal flow"]
+ANY_ORDER = tiny_with(AnyOrderConfig("any_order", 16, 2, 2, 2, buffer=2), "flow")
 
 
 def ar_steps(name: str, steps: int) -> int:
@@ -196,6 +208,40 @@ def test_generation_does_not_depend_on_the_cache(
     cached = draw(ALL[kind], [0, 3, 1], [1, 2, 3], config)
     monkeypatch.setattr(CausalBackbone, "new_cache", lambda self, rows: None)
     torch.testing.assert_close(cached, draw(ALL[kind], [0, 3, 1], [1, 2, 3], config), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 24])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"guidance": 3.0, "guidance_interval": (0.2, 0.6)},
+        {"guidance": 3.0, "order": "halton"},
+        {"guidance": 3.0, "guidance_every": 3},
+    ],
+)
+def test_any_order_generation_does_not_depend_on_the_cache(
+    steps: int, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = torch.randn(3, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    for kept in (None, Kept(latents, torch.tensor([20, 3, 8]))):
+        config = SamplingConfig(ar_steps=min(steps, 24 - (3 if kept else 0)), head_steps=2, **values)
+        with monkeypatch.context() as patch:
+            cached = draw(ANY_ORDER, [0, 3, 1], [1, 2, 3], config, kept=kept)
+            patch.setattr(AnyOrderBackbone, "new_cache", lambda self, rows: None)
+            plain = draw(ANY_ORDER, [0, 3, 1], [1, 2, 3], config, kept=kept)
+        torch.testing.assert_close(cached, plain, rtol=1e-4, atol=1e-4)
+        if kept is not None:
+            tokens, given = ANY_ORDER.tokens(cached), ANY_ORDER.tokens(latents)
+            assert torch.equal(tokens[:, kept.positions], given[:, kept.positions])
+
+
+def test_any_order_models_refuse_refreshing_an_exact_cache() -> None:
+    with refused("refresh_every 2", "any_order"):
+        draw(ANY_ORDER, [0], [1], SamplingConfig(8, 1, refresh_every=2))
+    assert fast_options(ANY_ORDER) == {"guidance_every": FAST["guidance_every"]}
+    assert fast_options(FLOW) == FAST
+    assert fast_options(CAUSAL_FLOW) == {}
 
 
 def test_causal_generation_drops_unconditional_rows_after_guidance(

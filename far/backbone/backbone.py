@@ -20,11 +20,14 @@ class Backbone(nn.Module, abc.ABC):
     Attributes:
         any_order: tokens may become known in any order and several at once, not only one by one in raster
             order.
+        exact_cache: conditions from a cache equal those computed without, because known tokens do not depend
+            on later ones.
         config: configuration of this backbone.
         tokens: length of the sequence.
     """
 
     any_order: bool
+    exact_cache: bool
     config: Any
     tokens: int
 

@@ -1,15 +1,18 @@
 """Build the backbone that a configuration describes."""
 
+from far.backbone.any_order import AnyOrderBackbone
 from far.backbone.backbone import Backbone
 from far.backbone.causal import CausalBackbone
-from far.backbone.config import CausalConfig, MaskedConfig
+from far.backbone.config import AnyOrderConfig, CausalConfig, MaskedConfig
 from far.backbone.masked import MaskedBackbone
 
 
 def build_backbone(
-    config: MaskedConfig | CausalConfig, grid: tuple[int, int], channels: int, classes: int
+    config: MaskedConfig | CausalConfig | AnyOrderConfig, grid: tuple[int, int], channels: int, classes: int
 ) -> Backbone:
     """Return the backbone of ``config`` for a ``grid`` of (rows, columns) tokens of ``channels``."""
     if isinstance(config, CausalConfig):
         return CausalBackbone(config, grid, channels, classes)
+    if isinstance(config, AnyOrderConfig):
+        return AnyOrderBackbone(config, grid, channels, classes)
     return MaskedBackbone(config, grid[0] * grid[1], channels, classes)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from far.backbone.backbone import Backbone
-from far.backbone.config import CausalConfig
+from far.backbone.config import AnyOrderConfig, CausalConfig
 from far.layers import KeyValueCache, SwiGLU, as_input, attend, rotary_table, rotate, take
 
 
@@ -19,6 +19,7 @@ class CausalBackbone(Backbone):
     """Class and first tokens → ``z [b, m, width]`` of the next, on a ``grid`` of (rows, columns) tokens."""
 
     any_order = False
+    exact_cache = True
     rotary: Tensor
 
     def __init__(self, config: CausalConfig, grid: tuple[int, int], channels: int, classes: int) -> None:
@@ -30,20 +31,14 @@ class CausalBackbone(Backbone):
         self.token_projection = nn.Linear(channels, width, bias=False)
         self.blocks = nn.ModuleList(CausalBlock(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(width, eps=1e-6)
-        # The class copies are at (0, 0), outside the grid. The last token is never an input.
-        places = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])) + 1
-        places = torch.cat([places.new_zeros(config.buffer, 2), places[:-1]])
-        if config.positions == "sequence":
-            places = torch.arange(len(places)).unsqueeze(-1)
-        rotary = rotary_table(places, width // config.heads)
-        self.register_buffer("rotary", rotary, persistent=False)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                std = module.in_features**-0.5
-                if name.endswith(("project", "down")):
-                    # The sum of 2 · depth branches keeps the scale of the residual stream.
-                    std /= math.sqrt(2 * config.depth)
-                nn.init.normal_(module.weight, std=std)
+        if config.positions == "grid":
+            rotary = rotary_grid(grid, config.buffer, width // config.heads)
+        else:
+            places = torch.arange(config.buffer + self.tokens).unsqueeze(-1)
+            rotary = rotary_table(places, width // config.heads)
+        # The last token is never an input.
+        self.register_buffer("rotary", rotary[:, :-1], persistent=False)
+        initialize_branches(self, config.depth)
         nn.init.normal_(self.class_embedding.weight)
         nn.init.normal_(self.class_positions, std=0.02)
 
@@ -88,10 +83,29 @@ class CausalBackbone(Backbone):
         return KeyValueCache(config.depth, rows, config.heads, config.width // config.heads, self.norm.weight)
 
 
+def rotary_grid(grid: tuple[int, int], buffer: int, width: int) -> Tensor:
+    """Return a :func:`rotary_table` of class copies at (0, 0) and a grid's tokens at (1, 1) and further."""
+    places = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])) + 1
+    return rotary_table(torch.cat([places.new_zeros(buffer, 2), places]), width)
+
+
+def initialize_branches(module: nn.Module, depth: int) -> None:
+    """Draw the weights of linear layers so that every layer keeps the scale of its input.
+
+    The last layers of the 2 · ``depth`` residual branches are smaller, so that the sum keeps it too.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear):
+            std = layer.in_features**-0.5
+            if name.endswith(("project", "down")):
+                std /= math.sqrt(2 * depth)
+            nn.init.normal_(layer.weight, std=std)
+
+
 class CausalBlock(nn.Module):
     """Pre-norm block without biases: RMSNorm, causal attention, RMSNorm, SwiGLU."""
 
-    def __init__(self, config: CausalConfig) -> None:
+    def __init__(self, config: CausalConfig | AnyOrderConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.width, eps=1e-6)
         self.attention = CausalAttention(config.width, config.heads)

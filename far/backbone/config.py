@@ -97,5 +97,54 @@ class CausalConfig:
 
     @property
     def hidden_width(self) -> int:
-        """Hidden width of the feed-forward part: 8/3 of the width, rounded up to a multiple of 256."""
-        return -(-8 * self.width // (3 * 256)) * 256
+        """Hidden width of the feed-forward part."""
+        return _hidden_width(self.width)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyOrderConfig:
+    """Size of the any-order backbone, and its training.
+
+    Attributes:
+        kind: selects this backbone; required.
+        width: channels, a multiple of the heads.
+        encoder_depth: blocks of the known tokens.
+        decoder_depth: blocks of the query positions.
+        heads: attention heads.
+        buffer: copies of the class token before the sequence.
+        dropout: probability of dropout in attention and feed-forward parts.
+        input_noise: standard deviation of noise on the input tokens in training. It prepares the backbone for
+            the head's errors in sampling.
+    """
+
+    kind: Literal["any_order"] = "any_order"
+    width: int = 768
+    encoder_depth: int = 12
+    decoder_depth: int = 12
+    heads: int = 12
+    buffer: int = 1
+    dropout: float = 0.1
+    input_noise: float = 0.1
+
+    def __post_init__(self) -> None:
+        width, heads = self.width, self.heads
+        check_count("width", width)
+        if heads < 1 or width % heads or width // heads % 4:  # rows and columns each rotate two channels
+            raise InputError(f"width {width} must be a multiple of 4 times heads {heads}")
+        for name in ("encoder_depth", "decoder_depth"):
+            check_count(name, getattr(self, name), 2**10)
+        check_count("buffer", self.buffer)
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout {self.dropout} must be at least 0 and below 1")
+        if not 0 <= self.input_noise < math.inf:
+            raise InputError(f"input_noise {self.input_noise} must be a number of at least 0")
+
+    @property
+    def hidden_width(self) -> int:
+        """Hidden width of the feed-forward part."""
+        return _hidden_width(self.width)
+
+
+def _hidden_width(width: int) -> int:
+    """Return LLaMA's 8/3 of the width, rounded up to a multiple of 256."""
+    return -(-8 * width // (3 * 256)) * 256

@@ -21,6 +21,7 @@ class MaskedBackbone(Backbone):
     """Known tokens, in any order, and a class → ``z [b, m, decoder_width]`` at query positions."""
 
     any_order = True
+    exact_cache = False
 
     def __init__(self, config: MaskedConfig, tokens: int, channels: int, classes: int) -> None:
         super().__init__()

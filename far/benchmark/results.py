@@ -134,13 +134,14 @@ def _first_run(pipeline: Pipeline, row: Row, full: bool, report: Report) -> RowR
         speeds["autoencoder"] = _peak_of(pipeline.autoencoder, report)
         weights += size(pipeline.autoencoder)
         read += size(pipeline.autoencoder.decoder) + size(pipeline.autoencoder.post_quant_conv)
-    # A causal model's cache would catch up with many skipped tokens in one pass, which takes too much memory.
-    plan = segments(row.sampling, full=full or not pipeline.model.backbone.any_order)
+    # An exact cache would catch up with many skipped tokens in one pass, which takes too much memory.
+    exact = pipeline.model.backbone.exact_cache
+    plan = segments(row.sampling, full=full or exact)
     flop: dict[str, float] = {}
     with flop_counter() as counter:
         first_peak = peak_memory(lambda: flop.update(generate(pipeline, row, plan, counter.get_total_flops)))
     # A masked model takes the most memory in its last AR steps, when most tokens are known.
-    last = segments(row.sampling)[-1:] if pipeline.model.backbone.any_order else plan
+    last = plan if exact else segments(row.sampling)[-1:]
     peak = peak_memory(lambda: generate(pipeline, row, last, time.perf_counter))
     if pipeline.device.type != "cpu":  # its memory is not this process's
         first_peak = peak = None

@@ -16,7 +16,7 @@ from far.model import FAR, PRESETS, ModelConfig, preset
 from far.names import find_folder
 from far.pipeline import Pipeline
 from far.precision import prepare, prepare_autoencoder, resolve_dtype
-from far.sampling_config import FAST, MASKED_ONLY, SamplingConfig
+from far.sampling_config import FAST, SamplingConfig, unused_options
 from far.seeds import seeded
 
 # Seed of the presets' random weights and of the first image.
@@ -113,7 +113,7 @@ def rows_of(
         model, defaults = _outline(model_name)
         any_order = model.backbone.any_order
         ar_choices = (ar_steps or [defaults.ar_steps]) if any_order else [model.config.tokens]
-        left_out = () if any_order else MASKED_ONLY
+        left_out = unused_options(model)
         given = {name: value for name, value in options.items() if value is not None and name not in left_out}
         head_choices: Sequence[int | tuple[int, ...]] = head_steps or [defaults.head_steps]
         for batch, ar, head, dtype in itertools.product(batches, ar_choices, head_choices, dtypes):

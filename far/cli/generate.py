@@ -27,7 +27,7 @@ from far.errors import InputError
 from far.files import check_writable, files_together
 from far.names import find_folder
 from far.notices import noticed
-from far.sampling_config import FAST, SamplingConfig
+from far.sampling_config import SamplingConfig, fast_options
 
 if TYPE_CHECKING:
     import torch
@@ -74,8 +74,8 @@ def run(arguments: argparse.Namespace) -> None:
     labels = [chosen[place] for place in places]
     texts = [label_text(pipeline.classes, label) for label in labels]
     options = sampling_options(arguments)
-    if arguments.fast and pipeline.model.backbone.any_order:
-        options = {**FAST, **options}
+    if arguments.fast:
+        options = {**fast_options(pipeline.model), **options}
     config = pipeline.sampling_config(**options)
     config.check(pipeline.model)  # before the bar appears
     settings = {"weights": arguments.weights, **dataclasses.asdict(config), "dtype": dtype}
