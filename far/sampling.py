@@ -148,7 +148,8 @@ def _start(
     """Return tokens ``[b, n, d]``, zero unless kept, orders ``[b, n]`` with these first, and their count."""
     tokens = model.config.tokens
     sequence = torch.zeros(batch, tokens, model.config.token_channels, device=device)
-    orders = noise.orders(tokens) if model.backbone.any_order else raster_orders(tokens, batch)
+    in_raster = config.order == "raster" or not model.backbone.any_order
+    orders = raster_orders(tokens, batch) if in_raster else noise.orders(tokens)
     if config.order == "halton":
         orders = halton_orders(*model.config.token_grid, orders[:, 0])
     orders = orders.to(device)

@@ -32,7 +32,8 @@ class SamplingConfig:
         guidance_interval: fractions of known tokens between which guidance is on.
         temperature: multiplies the head's noise.
         order: masked and any-order models: the order in which positions become known. ``halton`` spreads the
-            positions of an AR step evenly over the image.
+            positions of an AR step evenly over the image. ``raster`` is left to right, top to bottom, for one
+            token per AR step.
         refresh_every: masked models: recompute all positions only every N AR steps. In between, only new
             tokens and query positions are computed, and the rest keep their keys and values. 1 is exact.
         guidance_every: masked and any-order models: recompute the unconditional half only every N AR steps.
@@ -47,7 +48,7 @@ class SamplingConfig:
     guidance_schedule: Literal["linear", "constant"] = "linear"
     guidance_interval: tuple[float, ...] = _option((0.0, 1.0), names=("START", "END"))
     temperature: float = 1.0
-    order: Literal["random", "halton"] = _option("random", masked=True)
+    order: Literal["random", "halton", "raster"] = _option("random", masked=True)
     refresh_every: int = _option(1, masked=True)
     guidance_every: int = _option(1, masked=True)
     guidance_passes: int | None = _option(None, choices=(1, 2))

@@ -541,6 +541,14 @@ def test_approximate_image_does_not_depend_on_its_batch(values: dict[str, Any]) 
         torch.testing.assert_close(draw(FLOW, [label], [seed], config)[0], together[place], rtol=0, atol=1e-4)
 
 
+def test_raster_order_is_that_of_the_positions() -> None:
+    for model in (FLOW, ANY_ORDER):
+        seen: list[Progress] = []
+        draw(model, [0, 0], [1, 2], SamplingConfig(24, 1, order="raster"), callback=seen.append)
+        for count, progress in enumerate(seen, start=1):
+            assert torch.equal(progress.known, (torch.arange(24) < count).expand(2, -1))
+
+
 def test_halton_order_begins_at_the_first_position_of_the_seed() -> None:
     seen: list[Progress] = []
     draw(FLOW, [0, 0], [1, 2], SamplingConfig(24, 1, order="halton"), callback=seen.append)

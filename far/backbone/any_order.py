@@ -93,8 +93,13 @@ class AnyOrderBackbone(Backbone):
         return (order < ranks.gather(1, query).unsqueeze(-1)).unsqueeze(1)
 
     def training_inputs(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Return inputs for teacher forcing in a random order per image: one pass predicts every token."""
-        orders = torch.rand(len(tokens), self.tokens, generator=generator).argsort(dim=1).to(tokens.device)
+        """Return inputs for teacher forcing in an order per image, random or raster.
+
+        One pass predicts every token from those before it.
+        """
+        orders = torch.rand(len(tokens), self.tokens, generator=generator).argsort(dim=1)
+        raster = torch.rand(len(tokens), 1, generator=generator) < self.config.raster_fraction
+        orders = torch.where(raster, torch.arange(self.tokens), orders).to(tokens.device)
         if self.config.input_noise > 0:
             noise = torch.randn(tokens.shape, generator=generator).to(tokens.device)
             tokens = tokens + self.config.input_noise * noise

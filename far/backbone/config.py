@@ -112,6 +112,7 @@ class AnyOrderConfig:
         decoder_depth: blocks of the query positions.
         heads: attention heads.
         buffer: copies of the class token before the sequence.
+        raster_fraction: fraction of images that are trained in raster order. The others have random orders.
         dropout: probability of dropout in attention and feed-forward parts.
         input_noise: standard deviation of noise on the input tokens in training. It prepares the backbone for
             the head's errors in sampling.
@@ -123,6 +124,7 @@ class AnyOrderConfig:
     decoder_depth: int = 12
     heads: int = 12
     buffer: int = 1
+    raster_fraction: float = 0.5
     dropout: float = 0.1
     input_noise: float = 0.1
 
@@ -134,6 +136,8 @@ class AnyOrderConfig:
         for name in ("encoder_depth", "decoder_depth"):
             check_count(name, getattr(self, name), 2**10)
         check_count("buffer", self.buffer)
+        if not 0 <= self.raster_fraction <= 1:
+            raise InputError(f"raster_fraction {self.raster_fraction} must be within 0 … 1")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout {self.dropout} must be at least 0 and below 1")
         if not 0 <= self.input_noise < math.inf:

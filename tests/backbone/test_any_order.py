@@ -179,8 +179,18 @@ def test_cache_continues_with_its_first_rows() -> None:
 # --- Training and configuration ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_training_takes_raster_order_for_a_fraction_of_the_images(fraction: float) -> None:
+    orders = build(raster_fraction=fraction).training_inputs(
+        torch.zeros(2000, TOKENS, CHANNELS), torch.Generator().manual_seed(0)
+    )[2]
+    raster = (orders == torch.arange(TOKENS)).all(dim=1).float().mean()
+    assert abs(float(raster) - fraction) < 0.04
+    assert len(orders.unique(dim=0)) == 2000 - 2000 * raster + (raster > 0)
+
+
 def test_training_draws_an_order_per_image_and_noise_from_the_generator() -> None:
-    backbone = build(input_noise=0.5)
+    backbone = build(input_noise=0.5, raster_fraction=0.0)
     tokens = torch.zeros(2000, TOKENS, CHANNELS)
     fed, known, query = backbone.training_inputs(tokens, torch.Generator().manual_seed(3))
     assert torch.equal(query.sort(dim=1).values, torch.arange(TOKENS).expand(2000, -1))
@@ -209,6 +219,7 @@ def test_dropout_acts_in_training_only() -> None:
         ({"encoder_depth": 0}, ["encoder_depth 0"]),
         ({"decoder_depth": 0}, ["decoder_depth 0"]),
         ({"buffer": 0}, ["buffer 0"]),
+        ({"raster_fraction": 1.5}, ["raster_fraction 1.5"]),
         ({"dropout": 1.0}, ["dropout 1.0"]),
         ({"input_noise": -0.1}, ["input_noise -0.1"]),
     ],
