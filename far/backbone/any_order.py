@@ -29,6 +29,7 @@ class AnyOrderBackbone(Backbone):
         self.class_embedding = nn.Embedding(classes + 1, width)
         self.class_positions = nn.Parameter(torch.empty(1, config.buffer, width))
         self.token_projection = nn.Linear(channels, width, bias=False)
+        self.token_positions = nn.Embedding(self.tokens, width)
         self.encoder_blocks = nn.ModuleList(CausalBlock(config) for _ in range(config.encoder_depth))
         self.encoder_norm = nn.RMSNorm(width, eps=1e-6)
         self.query_embedding = nn.Embedding(self.tokens, width)
@@ -37,8 +38,8 @@ class AnyOrderBackbone(Backbone):
         rotary = rotary_grid(grid, config.buffer, width // config.heads)
         self.register_buffer("rotary", rotary, persistent=False)
         initialize_branches(self, config.encoder_depth + config.decoder_depth)
-        nn.init.normal_(self.class_embedding.weight)
-        nn.init.normal_(self.query_embedding.weight)
+        for embedding in (self.class_embedding, self.token_positions, self.query_embedding):
+            nn.init.normal_(embedding.weight)
         nn.init.normal_(self.class_positions, std=0.02)
 
     @property
@@ -58,6 +59,7 @@ class AnyOrderBackbone(Backbone):
         buffer, start = self.config.buffer, 0 if cache is None else cache.length
         new = known[:, max(0, start - buffer) :]
         x = self.token_projection(as_input(take(tokens, new), self.encoder_norm.weight.dtype))
+        x = x + F.embedding(new, self.token_positions.weight)
         places = new + buffer
         if start == 0:
             prefix = self.class_embedding(labels).unsqueeze(1) + self.class_positions

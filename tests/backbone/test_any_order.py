@@ -78,7 +78,10 @@ class Plain:
     def condition(self, tokens: Tensor, known: list[int], query: int, label: int) -> Tensor:
         config, state = self.config, self.state
         x = [state["class_embedding.weight"][label] + copy for copy in state["class_positions"][0]]
-        x += [state["token_projection.weight"] @ tokens[position] for position in known]
+        x += [
+            state["token_projection.weight"] @ tokens[position] + state["token_positions.weight"][position]
+            for position in known
+        ]
         angles = [self.angles(position) for position in [None] * config.buffer + known]  # type: ignore[list-item]
         for index in range(config.encoder_depth):
             weights = self.block(f"encoder_blocks.{index}.")
