@@ -70,8 +70,7 @@ def at_rest(sizes: Sizes, parallel: str = "ddp", processes: int = 1) -> float:
     """Return the bytes that each process holds between steps.
 
     Weights, gradients and EMA take 4 bytes per parameter each, Adam's two averages 8. With DDP (``ddp``)
-    every process holds all of them. FSDP2 (``fsdp``) shards all but the EMA of the head, the teacher of every
-    step.
+    every process holds all of them. FSDP2 (``fsdp``) shards all but the EMA of the head.
     """
     if parallel == "ddp":
         return 20.0 * sizes.all

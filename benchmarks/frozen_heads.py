@@ -95,7 +95,7 @@ def train(head: Head, tokens: Tensor, z: Tensor, steps: int, seed: int) -> Head:
         decay = (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 50) * decay
         optimizer.zero_grad()
-        head.loss(tokens[chosen], Condition(z[chosen]), generator, ema.module, step).value.mean().backward()
+        head.loss(tokens[chosen], Condition(z[chosen]), generator, head, step).value.mean().backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
         ema.update(head, step)

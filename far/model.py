@@ -60,7 +60,7 @@ class FAR(nn.Module):
             latents: normalized latents ``[b, c, h, w]``.
             labels: ``[b]``, 0 … classes − 1.
             label_drop: fraction of samples without class, which train the unconditional half of guidance.
-            teacher: this model with EMA weights, whose head provides targets for heads that bootstrap.
+            teacher: model whose head provides targets for heads that bootstrap: in training this model.
             step: training step, from 0.
         """
         dropped = (torch.rand(len(labels), generator=generator) < label_drop).to(labels.device)

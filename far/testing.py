@@ -73,16 +73,23 @@ def check_loss(config: HeadConfig) -> None:
 
 
 def check_gradients(config: HeadConfig) -> None:
-    """Check that the loss has gradients for all parameters and the condition, and none for the teacher."""
+    """Check that the loss has gradients for all parameters and the condition, and none for the teacher.
+
+    This holds if the head is its own teacher, as in training, also under autocast to bfloat16.
+    """
     head, teacher = untrained_head(config), untrained_head(config, seed=1)
-    z = _normal(IMAGES * TOKENS, WIDTH, seed=1).requires_grad_()
-    _loss(head, teacher, z).value.mean().backward()
-    for name, parameter in head.named_parameters():
-        assert parameter.grad is not None, f"{name} has no gradient"
-        assert parameter.grad.isfinite().all(), f"{name} has a gradient that is not finite"
-        assert parameter.grad.any(), f"the gradient of {name} is zero"
-    assert z.grad is not None
-    assert z.grad.any(dim=-1).all(), "every token's condition has a gradient"
+    for provider, autocast in ((teacher, False), (head, True)):
+        head.zero_grad()
+        z = _normal(IMAGES * TOKENS, WIDTH, seed=1).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = _loss(head, provider, z)
+        loss.value.mean().backward()
+        for name, parameter in head.named_parameters():
+            assert parameter.grad is not None, f"{name} has no gradient"
+            assert parameter.grad.isfinite().all(), f"{name} has a gradient that is not finite"
+            assert parameter.grad.any(), f"the gradient of {name} is zero"
+        assert z.grad is not None
+        assert z.grad.any(dim=-1).all(), "every token's condition has a gradient"
     assert all(parameter.grad is None for parameter in teacher.parameters()), "the teacher has a gradient"
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from far.heads.config import FlowMapConfig
 from far.heads.flow import interpolate
-from far.heads.head import Condition, Draw, Head, Normal, TokenLoss
+from far.heads.head import Condition, Draw, Head, Normal, TokenLoss, without_gradient
 from far.heads.network import HeadNetwork, TimeEmbedding
 
 # Derivatives in time enter the loss, so times are embedded in a unit in which the fastest wave is slow.
@@ -198,12 +198,12 @@ class GuidedField:
     uncond: Tensor | None
     scale: Tensor
 
-    @torch.no_grad()
+    @without_gradient()
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the guided velocity at points ``x [samples, n, channels]`` and times ``t [samples, n]``."""
         return self.head.velocity(x, t, Condition(self.z)) + self.shift(x, t)
 
-    @torch.no_grad()
+    @without_gradient()
     def shift(self, x: Tensor, t: Tensor) -> Tensor:
         """Return what guidance adds to the velocity: ``(scale − 1) · (cond − uncond)``, or 0."""
         shift = torch.zeros_like(x)

@@ -1,8 +1,9 @@
 """Base class of all heads: generative models of one token given its condition."""
 
 import abc
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -74,6 +75,21 @@ class TokenLoss:
         return cls(losses.mean(dim=0), losses.detach().flatten(), t.flatten(), logged)
 
 
+@contextlib.contextmanager
+def without_gradient() -> Iterator[None]:
+    """Context for targets by the head that is being trained: no gradient, and no weights kept by autocast.
+
+    torch 2.10's autocast would otherwise reuse a weight that it cast here, without gradient, in later passes.
+    """
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
 class Head(nn.Module, abc.ABC):
     """Base class of all heads.
 
@@ -106,7 +122,8 @@ class Head(nn.Module, abc.ABC):
             condition: ``z [tokens, width]``; for heads that learn guidance also ``uncond [m, width]`` of the
                 first ``m ≤ tokens`` tokens.
             generator: source of all noise, on the CPU.
-            teacher: this head with EMA weights, for heads that learn from their own predictions.
+            teacher: head that provides targets to heads that learn from their own predictions: in training
+                this head itself, whose targets are taken :func:`without_gradient`.
             step: training step, from 0.
         """
 

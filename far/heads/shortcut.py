@@ -12,7 +12,7 @@ from torch import Tensor
 
 from far.heads.config import ShortcutConfig
 from far.heads.flow import TIME_UNIT, draw_noise_and_time, interpolate
-from far.heads.head import Condition, Draw, Head, Normal, TokenLoss
+from far.heads.head import Condition, Draw, Head, Normal, TokenLoss, without_gradient
 from far.heads.network import HeadNetwork
 
 FINEST = 128
@@ -55,7 +55,7 @@ class ShortcutHead(Head):
         d = torch.zeros_like(t)
         d.view(-1)[chosen] = whole.to(x.device)
         x_t = interpolate(noise, x, t)
-        with torch.no_grad():
+        with without_gradient():
             field = functools.partial(teacher.mean_velocity, z=condition.z.detach()[chosen % len(x)])
             points = x_t.view(-1, x.shape[-1])[chosen], t.view(-1)[chosen], d.view(-1)[chosen]
             target.view(-1, x.shape[-1])[chosen] = consistency_target(field, *points)

@@ -132,9 +132,12 @@ class GeneratorTask:
     def loss(
         self, step: int, batch: tuple[Tensor, Tensor], ema: nn.Module, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the model's loss, and its terms and means within quarters of the head's time to log."""
-        assert isinstance(ema, FAR)
-        loss = self.module.loss(*batch, generator, label_drop=self.config.label_drop, teacher=ema, step=step)
+        """Return the model's loss, and its terms and means within quarters of the head's time to log.
+
+        The head is its own teacher: the EMA lags, and its head does not know the conditions of this backbone.
+        """
+        module, label_drop = self.module, self.config.label_drop
+        loss = module.loss(*batch, generator, label_drop=label_drop, teacher=module, step=step)
         values = {f"loss_{name}": term.mean() for name, term in loss.terms.items()}
         buckets = (loss.t * _TIME_BUCKETS).long().clamp(max=_TIME_BUCKETS - 1)
         for bucket in range(_TIME_BUCKETS):

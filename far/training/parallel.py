@@ -29,7 +29,7 @@ def shard(losses: nn.Module, module: nn.Module, ema: nn.Module) -> nn.Module:
 
     Blocks of the backbone are gathered one by one when they are computed, all other parameters for a whole
     step: heads are small, and some need forward-mode derivatives, which shards do not support. The EMA's head
-    is not sharded, because it provides targets in every step. Only generators can be sharded.
+    stays whole. Only generators can be sharded.
     """
     if not isinstance(module, FAR) or not isinstance(ema, FAR):
         raise InputError("parallel fsdp is for generators. Use ddp for an autoencoder")

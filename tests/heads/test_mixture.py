@@ -39,7 +39,7 @@ def train(head: Head, channels: int, steps: int, rate: float) -> Head:
         second = (torch.rand(256, generator=draws) > FRACTIONS[condition]).long()
         x = centers[second] + DEVIATION * torch.randn(256, channels, generator=draws)
         optimizer.zero_grad()
-        loss = head.loss(x, Condition(CONDITIONS[condition]), draws, ema.module, step).value.mean()
+        loss = head.loss(x, Condition(CONDITIONS[condition]), draws, head, step).value.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
@@ -62,7 +62,7 @@ def fractions(head: Head, channels: int, steps: int) -> Tensor:
 # Options of each head, its training steps, and the numbers of steps per token at which it promises the data's
 # distribution. Without its limit, a diffusion head needs a far longer training.
 CASES: dict[str, tuple[dict, int, tuple[int, ...]]] = {
-    "shortcut": ({"samples_per_token": 4}, 800, (8, 1)),
+    "shortcut": ({"samples_per_token": 4}, 1200, (8, 1)),
     "flow": ({}, 600, (32,)),
     "diffusion": ({"token_limit": 3.0}, 600, (100,)),
     "flow_map": ({}, 600, (2, 1)),
