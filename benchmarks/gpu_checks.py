@@ -171,7 +171,9 @@ def plain_case(device: torch.device) -> dict[str, Any]:
             SamplingConfig(ar_steps=3, head_steps=4, guidance=guidance),
         )
         noise = SeededNoise(seeds, device)
-        plain = PlainMar(model, lambda rows, channels: noise.normal(rows // BATCH, channels).flatten(0, 1))
+        plain = PlainMar(
+            model, lambda rows, channels: noise.normals([rows // BATCH], channels)[0].flatten(0, 1)
+        )
         theirs = plain.sample(labels, noise.orders(model.config.tokens).flip(1), 3, 4, guidance)
         found[f"guidance {guidance:g}"] = check(worst(ours, theirs.cpu()), FLOAT32)
     return found

@@ -260,13 +260,14 @@ def our_step(device: torch.device, small: bool, batch: int, step: int, ar_steps:
     labels = torch.cat([labels, torch.full_like(labels, model.null_label)])
     query = orders[:, known : known + count].sort(dim=1).values
     twice = tokens.repeat(2, 1, 1), orders[:, :known].repeat(2, 1), query.repeat(2, 1)
-    noise = SeededNoise(range(batch), device)
+    draws = model.head.noise_draws(head_steps)
+    normals = SeededNoise(range(batch), device).normals([count] * draws, model.config.token_channels)
 
     @torch.no_grad()
     def call() -> None:
         condition = Condition(*model.backbone(*twice, labels).chunk(2), GUIDANCE)
         draw = model.head.sampler(head_steps, tokens)
-        draw(condition, functools.partial(noise.normal, count, model.config.token_channels), 1.0)
+        draw(condition, iter(normals).__next__, 1.0)
 
     return call
 

@@ -5,6 +5,8 @@ known, as in DiSA. Keys, values and guidance can be reused over AR steps, as in 
 """
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -12,13 +14,16 @@ import torch
 from torch import Tensor
 
 from far.errors import InputError
-from far.heads import Condition
+from far.heads import Condition, Normal
 from far.layers import take
 from far.model import FAR
 from far.sampling_config import FAST as FAST
 from far.sampling_config import SamplingConfig
 from far.seeds import seeded_generator
 from far.tokens import cosine_token_counts, halton_orders, random_orders, raster_orders
+
+# Normal values that torch's CPU generator draws together.
+_BLOCK = 16
 
 
 class Noise(Protocol):
@@ -27,8 +32,8 @@ class Noise(Protocol):
     def orders(self, tokens: int) -> Tensor:
         """Return generation orders, permutations ``[b, tokens]``."""
 
-    def normal(self, count: int, channels: int) -> Tensor:
-        """Return standard normal values ``[b, count, channels]``."""
+    def normals(self, counts: Sequence[int], channels: int) -> list[Tensor]:
+        """Return standard normal values ``[b, count, channels]`` for each of ``counts``."""
 
 
 class SeededNoise:
@@ -45,11 +50,28 @@ class SeededNoise:
         self.device = device
 
     def orders(self, tokens: int) -> Tensor:
-        return random_orders(tokens, self.generators).to(self.device)
+        return moved(random_orders(tokens, self.generators), self.device)
 
-    def normal(self, count: int, channels: int) -> Tensor:
-        draws = [torch.randn(count, channels, generator=generator) for generator in self.generators]
-        return torch.stack(draws).to(self.device)
+    def normals(self, counts: Sequence[int], channels: int) -> list[Tensor]:
+        # torch draws normal values in blocks of 16, so draws of whole blocks can be one.
+        whole = all(count * channels % _BLOCK == 0 for count in counts)
+        sizes = [sum(counts)] if whole else counts
+        rows = [
+            torch.cat([torch.randn(size, channels, generator=generator) for size in sizes])
+            for generator in self.generators
+        ]
+        # One contiguous part per count, so that all are moved in one copy.
+        parts = torch.cat([part.flatten() for part in torch.stack(rows).split(list(counts), dim=1)])
+        shapes = [(len(rows), count, channels) for count in counts]
+        split = moved(parts, self.device).split([math.prod(shape) for shape in shapes])
+        return [part.view(shape) for part, shape in zip(split, shapes)]
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU tensor on a device. A copy to CUDA leaves from pinned memory, so that nothing waits."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +149,7 @@ def _sampling_steps(
     # Copy everything to the device before the first step: copies between steps would stall a GPU.
     head_steps = [config.head_steps_at(step) for step in range(config.ar_steps)]
     draw = {steps: model.head.sampler(steps, sequence) for steps in dict.fromkeys(head_steps)}
+    normals = _normals(model, noise, counts, head_steps)
     for step, (count, guidance) in enumerate(zip(counts, scales)):
         # Step 1. The next positions in each image's order.
         known = orders[:, :known_count]
@@ -135,7 +158,7 @@ def _sampling_steps(
         z, *uncond = conditions.at_step(step, sequence, known, query)
         condition = Condition(z, uncond[0] if uncond else None, guidance)
         # Step 3. The head draws their tokens.
-        drawn = draw[head_steps[step]](condition, lambda: noise.normal(count, channels), config.temperature)
+        drawn = draw[head_steps[step]](condition, _in_turn(normals[step]), config.temperature)
         sequence = sequence.scatter(1, query.unsqueeze(-1).expand(-1, -1, channels), model.constrain(drawn))
         known_count += count
         mask = torch.zeros_like(orders, dtype=torch.bool).scatter(1, orders[:, :known_count], True)
@@ -162,6 +185,28 @@ def _start(
     # Kept positions first. A stable sort preserves the order within both groups.
     first = known[orders].sort(dim=1, descending=True, stable=True).indices
     return sequence, orders.gather(1, first), len(kept.positions)
+
+
+def _normals(model: FAR, noise: Noise, counts: list[int], head_steps: list[int]) -> list[list[Tensor]]:
+    """Return the noise of each AR step's draws, ``[b, count, d]`` each."""
+    draws = [model.head.noise_draws(steps) for steps in head_steps]
+    each = [count for count, number in zip(counts, draws) for _ in range(number)]
+    drawn = iter(noise.normals(each, model.config.token_channels))
+    return [list(itertools.islice(drawn, number)) for number in draws]
+
+
+def _in_turn(draws: list[Tensor]) -> Normal:
+    """Return a function that returns one of ``draws`` after the other."""
+    left = iter(draws)
+
+    def normal() -> Tensor:
+        for drawn in left:
+            return drawn
+        raise InputError(
+            f"the head draws noise more often than its noise_draws says ({len(draws)}). Return the number"
+        )
+
+    return normal
 
 
 class _Conditions:

@@ -101,7 +101,9 @@ def check_draws(config: HeadConfig) -> None:
     for steps in {1, min(3, head.max_steps)}:
         draw = head.sampler(steps, like)
         state = torch.get_rng_state()
-        drawn = draw(Condition(z), _Noise(), 1.0)
+        noise = _Noise()
+        drawn = draw(Condition(z), noise, 1.0)
+        assert noise.calls == head.noise_draws(steps), "noise_draws is the number of calls of normal()"
         assert torch.equal(torch.get_rng_state(), state), "noise comes from normal() alone"
         assert drawn.shape == (IMAGES, TOKENS, CHANNELS)
         assert drawn.isfinite().all()

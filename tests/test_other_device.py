@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,8 @@ class NoiseOnTheDevice:
     def orders(self, tokens: int) -> Tensor:
         return torch.empty(BATCH, tokens, dtype=torch.long, device=DEVICE)
 
-    def normal(self, count: int, channels: int) -> Tensor:
-        return torch.empty(BATCH, count, channels, device=DEVICE)
+    def normals(self, counts: Sequence[int], channels: int) -> list[Tensor]:
+        return [torch.empty(BATCH, count, channels, device=DEVICE) for count in counts]
 
 
 def draw(network: FAR, kept: bool, **sampling: object) -> tuple[Watch, Watch]:

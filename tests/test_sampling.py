@@ -14,6 +14,7 @@ from far.heads import HEADS, Condition, Draw, HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.sampling import Kept, Progress, SamplingConfig, SeededNoise, sample, sampling_steps
 from far.sampling_config import FAST, fast_options
+from far.seeds import seeded_generator
 from far.tokens import cosine_token_counts, halton_orders
 from tests.refusals import refused
 
@@ -119,10 +120,28 @@ def test_global_generator_keeps_its_state() -> None:
 
 def test_seeded_noise_is_standard_normal_and_does_not_repeat() -> None:
     noise = SeededNoise(list(range(50)), CPU)
-    first, second = noise.normal(30, 4), noise.normal(30, 4)
+    first, second = noise.normals([30, 30], 4)
     assert not torch.isclose(first, second).any(dim=-1).all()
     assert float(torch.stack([first, second]).mean()) == pytest.approx(0, abs=0.03)
     assert float(torch.stack([first, second]).std()) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 8, 12, 16, 24, 32, 48, 64])
+@pytest.mark.parametrize("counts", [[1, 7, 2, 1, 30, 5], [2, 4, 6]])
+def test_noise_drawn_at_once_equals_noise_drawn_step_by_step(channels: int, counts: list[int]) -> None:
+    seeds = [5, 2**40 + 1]
+    generators = [seeded_generator(seed) for seed in seeds]
+    for count, drawn in zip(counts, SeededNoise(seeds, CPU).normals(counts, channels), strict=True):
+        steps = [torch.randn(count, channels, generator=generator) for generator in generators]
+        assert torch.equal(drawn, torch.stack(steps))
+        assert drawn.is_contiguous(), "linear layers may round strided inputs in another way"
+
+
+def test_head_that_draws_more_noise_than_it_says_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODELS["diffusion"]
+    monkeypatch.setattr(type(model.head), "noise_draws", lambda self, steps: steps)
+    with refused("noise_draws", 3):
+        draw(model, [0], [1], SamplingConfig(ar_steps=2, head_steps=3))
 
 
 def test_patches_of_several_latents_fill_the_grid() -> None:
@@ -665,8 +684,7 @@ class LaterNoise(SeededNoise):
         self.drawn = drawn
         if ordered:
             self.order = super().orders(24)
-        for _ in range(drawn):
-            super().normal(1, 3)
+        super().normals([1] * drawn, 3)
 
     def orders(self, tokens: int) -> Tensor:
         # Kept positions may be anywhere in an order. Here they are last and must move to the front.

@@ -62,7 +62,7 @@ def test_no_two_of_many_structured_keys_share_a_stream() -> None:
 
 def test_noise_of_seeds_that_differ_above_32_bits_differs() -> None:
     noise = SeededNoise([7, 7 + 2**32, 7 + 2**40, 7 + 2**62], torch.device("cpu"))
-    orders, normal = noise.orders(64), noise.normal(3, 4)
+    orders, normal = noise.orders(64), noise.normals([3], 4)[0]
     for one, other in itertools.combinations(range(4), 2):
         assert not torch.equal(orders[one], orders[other])
         assert not torch.equal(normal[one], normal[other])

@@ -93,6 +93,9 @@ class DiffusionHead(Head):
 
         return draw
 
+    def noise_draws(self, steps: int) -> int:
+        return 1 + steps
+
     def _predict(self, x: Tensor, time: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """Return ε and the fraction of the variance for an embedded time and condition. Only ε is guided."""
         fraction = x

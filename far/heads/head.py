@@ -133,13 +133,18 @@ class Head(nn.Module, abc.ABC):
 
         Called once per generation, it does everything that does not depend on the tokens, such as embedding
         the times of the steps. The returned function is called once per AR step, for ``condition.z […,
-        width]``. Each call of ``normal()`` returns new standard normal noise ``[…, channels]``, which
-        ``temperature`` multiplies. Drawing must not copy from or wait for the host, which would stall a GPU.
+        width]``. Each of its :meth:`noise_draws` calls of ``normal()`` returns new standard normal noise
+        ``[…, channels]``, which ``temperature`` multiplies. Drawing must not copy from or wait for the host,
+        which would stall a GPU.
 
         Args:
             steps: steps per token, within 1 … ``max_steps``; see :meth:`check_steps`.
             like: any tensor with the device and dtype of the tokens.
         """
+
+    def noise_draws(self, steps: int) -> int:
+        """Return how often a draw of ``steps`` steps calls ``normal()``."""
+        return 1
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return the velocity ``E[x − ε | x_t]`` of the flow from noise (0) to token (1), ``[…, channels]``.

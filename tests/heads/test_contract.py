@@ -238,13 +238,19 @@ class Unsaved(GaussianHead):
         return lambda *values: plain(*values) + self.offset
 
 
+class TwoDraws(GaussianHead):
+    def sampler(self, steps: int, like: Tensor) -> Draw:
+        plain = super().sampler(steps, like)
+        return lambda condition, normal, temperature: normal() + plain(condition, normal, temperature)
+
+
 @pytest.mark.parametrize(
     ("broken", "finds"),
     [
         (GlobalNoise, "check_draws"), (BatchDependent, "check_draws"), (OneDrawOnly, "check_draws"),
         (AnySteps, "check_steps"), (AlwaysWarm, "check_temperature"), (Unguided, "check_guidance"),
         (GlobalLoss, "check_loss"), (Detached, "check_gradients"), (SixteenBits, "check_dtypes"),
-        (Unsaved, "check_weights"),
+        (Unsaved, "check_weights"), (TwoDraws, "check_draws"),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("gaussian")
