@@ -174,7 +174,8 @@ def plain_case(device: torch.device) -> dict[str, Any]:
         plain = PlainMar(
             model, lambda rows, channels: noise.normals([rows // BATCH], channels)[0].flatten(0, 1)
         )
-        theirs = plain.sample(labels, noise.orders(model.config.tokens).flip(1), 3, 4, guidance)
+        orders = noise.orders(model.config.tokens).to(device).flip(1)
+        theirs = plain.sample(labels, orders, 3, 4, guidance)
         found[f"guidance {guidance:g}"] = check(worst(ours, theirs.cpu()), FLOAT32)
     return found
 

@@ -30,7 +30,7 @@ class Noise(Protocol):
     """Source of all random numbers of a generation, with one row per image."""
 
     def orders(self, tokens: int) -> Tensor:
-        """Return generation orders, permutations ``[b, tokens]``."""
+        """Return generation orders, permutations ``[b, tokens]`` on any device."""
 
     def normals(self, counts: Sequence[int], channels: int) -> list[Tensor]:
         """Return standard normal values ``[b, count, channels]`` for each of ``counts``."""
@@ -41,7 +41,7 @@ class SeededNoise:
 
     Args:
         seeds: one per image.
-        device: of the returned tensors.
+        device: of the normal values. Orders stay on the CPU.
         run: seed of a run that numbers its images; see :func:`far.seeds.seeded_generator`.
     """
 
@@ -50,7 +50,7 @@ class SeededNoise:
         self.device = device
 
     def orders(self, tokens: int) -> Tensor:
-        return moved(random_orders(tokens, self.generators), self.device)
+        return random_orders(tokens, self.generators)
 
     def normals(self, counts: Sequence[int], channels: int) -> list[Tensor]:
         # torch draws normal values in blocks of 16, so draws of whole blocks can be one.
@@ -68,8 +68,8 @@ class SeededNoise:
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a CPU tensor on a device. A copy to CUDA leaves from pinned memory, so that nothing waits."""
-    if device.type == "cuda":
+    """Return a tensor on a device. Copies to CUDA leave from pinned memory, so that nothing waits."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
@@ -124,75 +124,113 @@ def sampling_steps(
     """Return an iterator over the AR steps of :func:`sample`. The latents of the last step are the result.
 
     Raises:
+        InputError: see :func:`prepare_start`. The call itself raises this, before any step.
+    """
+    return ar_steps(model, prepare_start(model, labels, noise, config, kept=kept), config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Inputs of a generation, all on the device of the model. Nothing else comes from the host.
+
+    Attributes:
+        labels: ``[b]``.
+        sequence: tokens ``[b, n, d]``, zero unless kept.
+        orders: positions ``[b, n]``: the kept ones, then the others as they become known.
+        queries: ``orders``, sorted within each AR step.
+        ranks: place of each position in ``orders``, ``[b, n]``.
+        normals: noise of each AR step, ``[b, count, d]`` per draw.
+        kept: number of kept positions.
+    """
+
+    labels: Tensor
+    sequence: Tensor
+    orders: Tensor
+    queries: Tensor
+    ranks: Tensor
+    normals: list[list[Tensor]]
+    kept: int
+
+
+@torch.no_grad()
+def prepare_start(
+    model: FAR, labels: Tensor, noise: Noise, config: SamplingConfig, *, kept: Kept | None = None
+) -> Start:
+    """Draw the orders and the noise of a generation, and move them to the device of ``labels [b]``.
+
+    Raises:
         InputError: a value of ``config`` is out of the model's range, or the kept tokens of a causal backbone
-            are not the first ones. The call itself raises this, before any step.
+            are not the first ones.
     """
     positions = [] if kept is None else kept.positions.tolist()
     config.check(model, len(positions))
     if not model.backbone.any_order and sorted(positions) != list(range(len(positions))):
         raise InputError("a causal model redraws from one token to the end only. Use a masked model")
-    return _sampling_steps(model, labels, noise, config, kept)
+    tokens, channels, device = model.config.tokens, model.config.token_channels, labels.device
+    in_raster = config.order == "raster" or not model.backbone.any_order
+    orders = raster_orders(tokens, len(labels)) if in_raster else noise.orders(tokens)
+    if config.order == "halton":
+        orders = halton_orders(*model.config.token_grid, orders[:, 0])
+    sequence = torch.zeros(len(labels), tokens, channels, device=device)
+    if kept is not None:
+        known = torch.zeros(tokens, dtype=torch.bool)
+        known[positions] = True
+        # Kept positions first. A stable sort preserves the order within both groups.
+        first = known.to(orders.device)[orders].sort(dim=1, descending=True, stable=True).indices
+        orders = orders.gather(1, first)
+        given = model.constrain(model.tokens(kept.latents.to(sequence)))
+        sequence = torch.where(moved(known, device).unsqueeze(-1), given, sequence)
+    counts = _token_counts(model, config, len(positions))
+    parts = orders.split([len(positions), *counts], dim=1)
+    queries = torch.cat([part.sort(dim=1).values for part in parts], dim=1)
+    orders, queries, ranks = moved(torch.stack([orders, queries, orders.argsort(dim=1)]), device)
+    return Start(
+        labels, sequence, orders, queries, ranks, _normals(model, noise, config, counts), len(positions)
+    )
+
+
+def _token_counts(model: FAR, config: SamplingConfig, kept: int) -> list[int]:
+    """Return the number of tokens that each AR step draws."""
+    return cosine_token_counts(model.config.tokens - kept, config.ar_steps)
+
+
+def _normals(model: FAR, noise: Noise, config: SamplingConfig, counts: list[int]) -> list[list[Tensor]]:
+    """Return the noise of each AR step, ``[b, count, d]`` per draw."""
+    draws = [model.head.noise_draws(config.head_steps_at(step)) for step in range(config.ar_steps)]
+    each = [count for count, number in zip(counts, draws) for _ in range(number)]
+    drawn = iter(noise.normals(each, model.config.token_channels))
+    return [list(itertools.islice(drawn, number)) for number in draws]
 
 
 @torch.no_grad()
-def _sampling_steps(
-    model: FAR, labels: Tensor, noise: Noise, config: SamplingConfig, kept: Kept | None
-) -> Iterator[Progress]:
-    batch, channels = len(labels), model.config.token_channels
-    # Step 0. Only kept tokens are known. Draw the order in which the other positions become known.
-    sequence, orders, known_count = _start(model, noise, config, batch, kept, labels.device)
-    counts = cosine_token_counts(model.config.tokens - known_count, config.ar_steps)
+def ar_steps(model: FAR, start: Start, config: SamplingConfig) -> Iterator[Progress]:
+    """Return an iterator over the AR steps of a generation, as :func:`sampling_steps` does.
+
+    The steps copy nothing from the host and read nothing there, and shapes do not depend on values, so that
+    they can be recorded. The exception are tables that a head keeps on the device for good: the first
+    generation copies them.
+    """
+    channels, known_count = model.config.token_channels, start.kept
+    counts = _token_counts(model, config, known_count)
     scales = config.guidance_scales(counts, known_count)
     # If the head has learned guidance, the backbone needs no unconditional pass.
     backbone_scales = [1.0] * len(scales) if config.guided_in_head(model) else scales
-    conditions = _Conditions(model, labels, config, backbone_scales)
-    # Copy everything to the device before the first step: copies between steps would stall a GPU.
+    conditions = _Conditions(model, start.labels, config, backbone_scales)
+    sequence = start.sequence
     head_steps = [config.head_steps_at(step) for step in range(config.ar_steps)]
     draw = {steps: model.head.sampler(steps, sequence) for steps in dict.fromkeys(head_steps)}
-    normals = _normals(model, noise, counts, head_steps)
     for step, (count, guidance) in enumerate(zip(counts, scales)):
         # Step 1. The next positions in each image's order.
-        known = orders[:, :known_count]
-        query = orders[:, known_count : known_count + count].sort(dim=1).values
+        known = start.orders[:, :known_count]
+        query = start.queries[:, known_count : known_count + count]
         # Step 2. Their conditions, with and without the class.
         z, *uncond = conditions.at_step(step, sequence, known, query)
         condition = Condition(z, uncond[0] if uncond else None, guidance)
         # Step 3. The head draws their tokens.
-        drawn = draw[head_steps[step]](condition, _in_turn(normals[step]), config.temperature)
+        drawn = draw[head_steps[step]](condition, _in_turn(start.normals[step]), config.temperature)
         sequence = sequence.scatter(1, query.unsqueeze(-1).expand(-1, -1, channels), model.constrain(drawn))
         known_count += count
-        mask = torch.zeros_like(orders, dtype=torch.bool).scatter(1, orders[:, :known_count], True)
-        yield Progress(step, config.ar_steps, model.latents(sequence), mask)
-
-
-def _start(
-    model: FAR, noise: Noise, config: SamplingConfig, batch: int, kept: Kept | None, device: torch.device
-) -> tuple[Tensor, Tensor, int]:
-    """Return tokens ``[b, n, d]``, zero unless kept, orders ``[b, n]`` with these first, and their count."""
-    tokens = model.config.tokens
-    sequence = torch.zeros(batch, tokens, model.config.token_channels, device=device)
-    in_raster = config.order == "raster" or not model.backbone.any_order
-    orders = raster_orders(tokens, batch) if in_raster else noise.orders(tokens)
-    if config.order == "halton":
-        orders = halton_orders(*model.config.token_grid, orders[:, 0])
-    orders = orders.to(device)
-    if kept is None:
-        return sequence, orders, 0
-    known = torch.zeros(tokens, dtype=torch.bool, device=device)
-    known[kept.positions.to(device)] = True
-    given = model.constrain(model.tokens(kept.latents.to(sequence)))
-    sequence = torch.where(known.unsqueeze(-1), given, sequence)
-    # Kept positions first. A stable sort preserves the order within both groups.
-    first = known[orders].sort(dim=1, descending=True, stable=True).indices
-    return sequence, orders.gather(1, first), len(kept.positions)
-
-
-def _normals(model: FAR, noise: Noise, counts: list[int], head_steps: list[int]) -> list[list[Tensor]]:
-    """Return the noise of each AR step's draws, ``[b, count, d]`` each."""
-    draws = [model.head.noise_draws(steps) for steps in head_steps]
-    each = [count for count, number in zip(counts, draws) for _ in range(number)]
-    drawn = iter(noise.normals(each, model.config.token_channels))
-    return [list(itertools.islice(drawn, number)) for number in draws]
+        yield Progress(step, config.ar_steps, model.latents(sequence), start.ranks < known_count)
 
 
 def _in_turn(draws: list[Tensor]) -> Normal:

@@ -78,8 +78,7 @@ class DiffusionHead(Head):
 
     def sampler(self, steps: int, like: Tensor) -> Draw:
         schedule = Schedule.respaced(steps)
-        schedule.tables(like.device, like.dtype)
-        times = self.network.embed_times(like.new_tensor(schedule.timesteps))
+        times = self.network.embed_times(schedule.tables(like.device, like.dtype)["time"])
 
         def draw(condition: Condition, normal: Normal, temperature: float) -> Tensor:
             embedded = condition.map(self.network.embed_condition)
@@ -131,7 +130,7 @@ class Schedule:
     )
 
     @staticmethod
-    @functools.lru_cache(maxsize=64)
+    @functools.lru_cache(maxsize=256)
     def respaced(steps: int) -> "Schedule":
         """Return ``steps`` evenly spaced steps of the cosine schedule of 1000 steps, with both ends."""
         stride = (TRAINING_STEPS - 1) / (steps - 1) if steps > 1 else 1
@@ -164,6 +163,7 @@ class Schedule:
         if (device, dtype) not in self._moved:
             signal, previous = self.alphas_cumprod, self._previous
             tables = {
+                "time": signal.new_tensor(self.timesteps),
                 "signal": signal.sqrt(),
                 "noise": (1 - signal).sqrt(),
                 "x_of_x_t": (1 / signal).sqrt(),

@@ -64,8 +64,9 @@ class ShortcutHead(Head):
 
     def sampler(self, steps: int, like: Tensor) -> Draw:
         sizes = step_sizes(steps)
-        starts = [sum(sizes[:step]) for step in range(steps)]
-        times = self.network.embed_times(*_times(like.new_tensor(starts), like.new_tensor(sizes)))
+        # Fill on the device: values of the host would be copied. Sums of powers of two are exact.
+        d = torch.cat([like.new_full((sizes.count(size),), size) for size in dict.fromkeys(sizes)])
+        times = self.network.embed_times(*_times(d.cumsum(dim=0) - d, d))
 
         def draw(condition: Condition, normal: Normal, temperature: float) -> Tensor:
             embedded = condition.map(self.network.embed_condition)
