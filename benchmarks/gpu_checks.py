@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.mar_plain import PlainMar
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.backbone import CausalConfig, MaskedConfig
+from far.benchmark.mar_plain import PlainMar
 from far.heads import HEADS, HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pipeline import Pipeline

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu_training import RandomLatents
-from benchmarks.mar_plain import PlainMar
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.backbone import CausalConfig, MaskedConfig
+from far.benchmark.mar_plain import PlainMar
 from far.heads import Condition, FlowMapConfig
 from far.model import FAR, ModelConfig, NetworkConfig, preset
 from far.pipeline import Pipeline

@@ -1,5 +1,7 @@
 """Arithmetic of the benchmark: skipped AR steps, counted operations and estimates. No speed is asserted."""
 
+import dataclasses
+import itertools
 import math
 from collections import Counter
 from pathlib import Path
@@ -11,9 +13,11 @@ from torch import nn
 
 from far.autoencoder import AutoencoderConfig
 from far.backbone import CausalConfig, MaskedBackbone, MaskedConfig
+from far.benchmark import report
 from far.benchmark.cost import flop_counter, size, weights_read
 from far.benchmark.hardware import peak_memory, product_peak
-from far.benchmark.results import Report, RowResult, measure
+from far.benchmark.mar_plain import draw_plain
+from far.benchmark.results import Report, RowResult, measure, watched_seconds, whole_seconds
 from far.benchmark.rows import Row, default_rows, load_models, rows_of
 from far.benchmark.watch import PARTS, Segment, Watch, generate, segments
 from far.errors import InputError
@@ -370,7 +374,9 @@ def test_peak_memory_is_that_of_the_call_alone() -> None:
 
 def result(batch: int, seconds: list[float]) -> RowResult:
     rounds = [{**dict.fromkeys(PARTS, 0.0), "encoder": value / 4, "head": value * 3 / 4} for value in seconds]
-    return RowResult(Row("x", SamplingConfig(16), "float32", batch), 8, 0, None, None, {}, 1.0, 2.0, rounds)
+    return RowResult(
+        Row("x", SamplingConfig(16), "float32", batch), 8, 0, None, None, None, {}, 1.0, 2.0, rounds
+    )
 
 
 def test_figures_of_a_row_are_medians_of_its_rounds() -> None:
@@ -412,6 +418,17 @@ def test_default_rows_start_with_mar_as_released() -> None:
         default_rows(batches=[0])
 
 
+def test_default_rows_of_cuda_start_with_mars_plain_path_and_have_no_int8() -> None:
+    rows = default_rows(batches=[1, 8], cuda=True)
+    assert rows[:2] == [
+        Row("mar-b", SamplingConfig(64, 100, 2.9), "float32", batch, plain=True) for batch in (1, 8)
+    ]
+    assert not any(row.plain for row in rows[2:])
+    assert len(set(rows)) == len(rows)
+    assert {row.dtype for row in rows} == {"float32", "bfloat16"}
+    assert {row.sampling for row in rows} == {row.sampling for row in default_rows()}
+
+
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
     """Add a small preset and autoencoder, and shorten the measurement of the machine."""
@@ -421,8 +438,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(
         "far.benchmark.rows.AutoencoderConfig", lambda: AutoencoderConfig(width=8, blocks=1, norm_groups=4)
     )
-    monkeypatch.setattr("far.benchmark.hardware._BANDWIDTH_BYTES", 2**16)
-    monkeypatch.setattr("far.benchmark.hardware._PRODUCT_SIDE", 32)
+    monkeypatch.setattr("far.benchmark.hardware._BANDWIDTH_BYTES", {"cpu": 2**16})
+    monkeypatch.setattr("far.benchmark.hardware._PRODUCT_SIDE", {"cpu": 32})
     return "tiny"
 
 
@@ -458,6 +475,61 @@ def test_memory_is_that_of_the_last_steps_or_of_a_cache_that_grows_as_in_use(
     assert found.timed_steps == 8
 
 
+def test_operations_of_mars_plain_path_add_up_to_those_of_a_whole_generation(tiny: str) -> None:
+    (row,) = rows_of([tiny], batches=[2], ar_steps=[12], head_steps=[3])
+    row = dataclasses.replace(row, plain=True)
+    drawn = load_models([row], "cpu")[tiny, "float32"]
+    with flop_counter() as counter:
+        found = watched_seconds(drawn, row, segments(row.sampling, full=True), counter.get_total_flops)
+    with flop_counter() as plain:
+        draw_plain(drawn, row)
+    of_module = {name: sum(counts.values()) for name, counts in plain.get_flop_counts().items()}
+    assert sum(found.values()) == plain.get_total_flops()
+    assert found["head"] == of_module["HeadNetwork"]
+    with flop_counter() as decoding:
+        drawn.decode(torch.zeros(2, 16, 16, 16))
+    assert found["autoencoder"] == decoding.get_total_flops()
+    assert found["decoder"] > found["encoder"] > found["sampler"] == 0
+    with flop_counter() as counter:
+        estimate = watched_seconds(drawn, row, segments(row.sampling), counter.get_total_flops)
+    assert sum(estimate.values()) == pytest.approx(sum(found.values()), rel=0.1)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_whole_generation_is_timed_without_readings_inside(plain: bool, tiny: str) -> None:
+    """Each reading takes a second, as waiting for a GPU takes time, and all else takes none."""
+    (row,) = rows_of([tiny], ar_steps=[4], head_steps=[2])
+    row = dataclasses.replace(row, plain=plain)
+    drawn, readings = load_models([row], "cpu")[tiny, "float32"], itertools.count()
+    plan = segments(row.sampling, full=True)
+    whole = whole_seconds(drawn, row, plan, lambda: float(next(readings)))
+    watched = watched_seconds(drawn, row, plan, lambda: float(next(readings)))
+    assert sum(whole.values()) == pytest.approx(1)
+    assert sum(watched.values()) > 10
+    assert whole == pytest.approx({part: value / sum(watched.values()) for part, value in watched.items()})
+
+
+def test_table_of_a_gpu_has_its_name_memory_and_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
+    settings = {"cuda": "13", "cudnn": 9, "tf32 products": True, "tf32 convolutions": False}
+    monkeypatch.setattr(report, "cuda_settings", lambda: settings)
+    device = torch.device("cuda")
+    measured = result(1, [2.0])
+    measured.device_peak, measured.flop = 3 * 2**30, dict.fromkeys(PARTS, 1.0)
+    measured.row = dataclasses.replace(measured.row, plain=True)
+    found = Report([measured], 1.0, {}, device)
+    heading, lines = report.heading(found, device), report.table(found).splitlines()
+    assert "NVIDIA X" in heading
+    assert "TF32 in products" in heading
+    cells = dict(zip(*([cell.strip() for cell in lines[place].strip("|").split("|")] for place in (0, 2))))
+    assert (cells["GPU memory"], cells["dtype"]) == ("3 GB", "float16 autocast")
+    recorded = report.record(found, device)
+    assert settings.items() <= recorded["machine"].items()
+    assert recorded["rows"][0]["GPU memory bytes"] == 3 * 2**30
+    on_cpu = report.table(Report([measured], 1.0, {}))
+    assert "GPU" not in on_cpu
+
+
 def test_peak_memory_calls_once_if_the_system_reports_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError
@@ -477,21 +549,21 @@ def test_rows_take_turns_after_a_warm_up(tiny: str, monkeypatch: pytest.MonkeyPa
         return generate(pipeline, row, plan, reading)
 
     monkeypatch.setattr("far.benchmark.results.generate", recorded)
-    report = measure(rows, rounds=2)
+    measured = measure(rows, rounds=2)
     assert order == [(2, 8), (2, 2), (3, 8), (3, 2), *[(2, 8), (3, 8)] * 2]
-    assert [len(found.rounds) for found in report.results] == [2, 2]
-    assert report.peaks.keys() == {"float32"}
-    assert report.times_faster(report.results[0]) == 1.0
-    for found in report.results:
+    assert [len(found.rounds) for found in measured.results] == [2, 2]
+    assert measured.peaks.keys() == {"float32"}
+    assert measured.times_faster(measured.results[0]) == 1.0
+    for found in measured.results:
         assert found.flop["autoencoder"] > 0
         assert found.rounds[0]["autoencoder"] > 0
         operations = sum(found.flop.values())
-        assert found.fastest == pytest.approx(operations / report.peaks["float32"])
+        assert found.fastest == pytest.approx(operations / measured.peaks["float32"])
         pipeline = load_models(rows, "cpu")[tiny, "float32"]
         assert pipeline.autoencoder is not None
         decoder = size(pipeline.autoencoder.decoder) + size(pipeline.autoencoder.post_quant_conv)
         assert found.reading == pytest.approx(
-            (weights_read(pipeline.model, found.row.sampling) + decoder) / report.bandwidth
+            (weights_read(pipeline.model, found.row.sampling) + decoder) / measured.bandwidth
         )
         assert found.weights == size(pipeline.model) + size(pipeline.autoencoder)
 

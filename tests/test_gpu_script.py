@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 import far
 from benchmarks import gpu, gpu_checks
-from benchmarks.mar_plain import PlainMar
+from far.benchmark.mar_plain import PlainMar
 from far.convert import convert_mar
 
 ROOT = Path(__file__).parents[1]

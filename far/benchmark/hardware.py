@@ -6,6 +6,7 @@ import platform
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +14,9 @@ from torch import nn
 from far.benchmark.timing import clock, paired
 from far.packing import Int8Linear
 
-_BANDWIDTH_BYTES = 2**30
-_PRODUCT_SIDE = 2048
+# A GPU takes a millisecond for these sizes, beside which the microseconds of a launch do not count.
+_BANDWIDTH_BYTES = {"cpu": 2**30, "cuda": 2**32}
+_PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
 
 
 def machine() -> str:
@@ -32,9 +34,20 @@ def processor() -> str:
     return platform.machine()
 
 
+def cuda_settings() -> dict[str, Any]:
+    """Return CUDA's versions, and whether float32 products and convolutions are computed in TF32."""
+    return {
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "tf32 products": torch.backends.cuda.matmul.allow_tf32,
+        "tf32 convolutions": torch.backends.cudnn.allow_tf32,
+    }
+
+
 def read_bandwidth(device: str | torch.device = "cpu") -> float:
-    """Return the bytes per second at which one gigabyte is read, the best of five."""
-    block = torch.ones(_BANDWIDTH_BYTES // 4, device=device)
+    """Return the bytes per second at which a large block is read, the best of five."""
+    device = torch.device(device)
+    block = torch.ones(_size(_BANDWIDTH_BYTES, device) // 4, device=device)
     return block.nbytes / _best_seconds(block.sum, block.device)
 
 
@@ -43,12 +56,17 @@ def product_peak(dtype: torch.dtype, device: str | torch.device = "cpu") -> floa
 
     For ``torch.int8``, the product is a linear layer and includes the quantization of its inputs.
     """
-    a = torch.randn(_PRODUCT_SIDE, _PRODUCT_SIDE, device=device)
+    side = _size(_PRODUCT_SIDE, torch.device(device))
+    a = torch.randn(side, side, device=device)
     if dtype == torch.int8:
-        layer = Int8Linear(nn.Linear(_PRODUCT_SIDE, _PRODUCT_SIDE, bias=False))
-        return 2 * _PRODUCT_SIDE**3 / _best_seconds(lambda: layer(a), a.device)
+        layer = Int8Linear(nn.Linear(side, side, bias=False))
+        return 2 * side**3 / _best_seconds(lambda: layer(a), a.device)
     a = a.to(dtype)
-    return 2 * _PRODUCT_SIDE**3 / _best_seconds(lambda: a @ a, a.device)
+    return 2 * side**3 / _best_seconds(lambda: a @ a, a.device)
+
+
+def _size(sizes: dict[str, int], device: torch.device) -> int:
+    return sizes.get(device.type, sizes["cpu"])
 
 
 def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -68,6 +86,17 @@ def peak_memory(call: Callable[[], object]) -> int | None:
         return None
     call()
     return max(0, _resident("VmHWM") - before)
+
+
+def peak_device_memory(call: Callable[[], object], device: torch.device) -> int | None:
+    """Run ``call`` and return the bytes by which its tensors raised a GPU's memory, None without CUDA."""
+    if device.type != "cuda":
+        call()
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _resident(name: str) -> int:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from far.benchmark.hardware import machine, processor
+from far.benchmark.hardware import cuda_settings, machine, processor
 from far.benchmark.results import Report, RowResult
-from far.benchmark.rows import SEED
+from far.benchmark.rows import SEED, Row
 from far.benchmark.watch import PARTS
 from far.devices import device_title
 from far.files import atomic_path
@@ -23,16 +23,24 @@ def heading(report: Report, device: torch.device) -> str:
     scales = " or ".join(dict.fromkeys(f"{result.row.sampling.guidance:g}" for result in report.results))
     count = len(report.results[0].rounds)
     where = "" if device.type == "cpu" else f"device {device_title(device)}, "
+    if device.type == "cuda":
+        where += _tf32(**cuda_settings())
     settings = f"Guidance {scales}, seed {SEED}, {count} round{'s' * (count > 1)} in turn, {where}{machine()}"
     peaks = "".join(f", {peak / 1e12:.3g} TFLOP/s in {name}" for name, peak in report.peaks.items())
     return f"{settings}. Measured: {report.bandwidth / 1e9:.3g} GB/s of reading{peaks}.\n"
 
 
+def _tf32(**settings: Any) -> str:
+    where = [name for name in ("products", "convolutions") if settings[f"tf32 {name}"]]
+    return f"CUDA {settings['cuda']}, TF32 {'in ' + ' and '.join(where) if where else 'off'}, "
+
+
 def table(report: Report) -> str:
     """Return a Markdown table, padded so that it is readable as text."""
+    memory = ("memory", "GPU memory") if report.device.type == "cuda" else ("memory",)
     columns = (
         "model", "steps", "dtype", "batch", "seconds per image", *PARTS,
-        "weights", "memory", "TFLOP", "of peak", "of reading", "times faster",
+        "weights", *memory, "TFLOP", "of peak", "of reading", "times faster",
     )  # fmt: skip
     lines = [columns, *(_cells(result, report) for result in report.results)]
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -43,19 +51,24 @@ def table(report: Report) -> str:
 def _cells(result: RowResult, report: Report) -> tuple[str, ...]:
     row, seconds = result.row, result.image_seconds
     return (
-        row.model,
+        _model(row),
         _steps(result),
-        row.dtype,
+        "float16 autocast" if row.plain else row.dtype,
         str(row.batch),
         f"{statistics.median(seconds):.4g} ({min(seconds):.4g} to {max(seconds):.4g})",
         *(f"{share:.0%}" if share else "–" for share in result.shares.values()),
         _gigabytes(result.weights),
         _gigabytes(result.peak),
+        *([_gigabytes(result.device_peak)] if report.device.type == "cuda" else []),
         f"{sum(result.flop.values()) / row.batch / 1e12:.3g}",
         f"{result.share_of_time(result.fastest):.0%}",
         f"{result.share_of_time(result.reading):.0%}",
         f"{report.times_faster(result):.2f}",
     )
+
+
+def _model(row: Row) -> str:
+    return f"{row.model} as MAR computes it" if row.plain else row.model
 
 
 def _steps(result: RowResult) -> str:
@@ -86,8 +99,15 @@ def notes(report: Report, left_out: dict[str, str], rounds: int | None) -> str:
     how = "Times are of whole images."
     if estimated:
         how = f"Times are estimated from {', '.join(steps)} AR steps. --full times whole images."
+    if report.device.type != "cpu":
+        how += " The parts are those of a generation that waits for the device after each network."
     if rounds is None and len(report.results[0].rounds) == 1:
         how += "\nThe second round is left out: it would end after 10 minutes. --rounds 2 runs it."
+    gpu = (
+        ". GPU memory: peak of the tensors on the device, beyond those before it"
+        if report.device.type == "cuda"
+        else ""
+    )
     if left_out:
         reasons = ", ".join(f"{dtype} ({reason})" for dtype, reason in left_out.items())
         how += f"\nDefault rows in {reasons} are left out. --models and --dtypes choose others."
@@ -95,7 +115,7 @@ def notes(report: Report, left_out: dict[str, str], rounds: int | None) -> str:
 {how}
 Seconds: median (lowest to highest round).
 Encoder … sampler: fractions of the time. A causal backbone only decodes.
-Memory: peak while a batch is drawn and decoded, beyond what was resident before it.
+Memory: peak while a batch is drawn and decoded, beyond what was resident before it{gpu}.
 TFLOP: additions and multiplications per image.
 Of peak: fraction of the time that these operations take at the speed of a large matrix product.
 Of reading: fraction of the time that it takes to read each network's weights once per pass."""
@@ -109,6 +129,7 @@ def record(report: Report, device: torch.device) -> dict[str, Any]:
             "capability": torch.backends.cpu.get_cpu_capability(),
             "platform": platform.platform(),
             "device": device_title(device),
+            **(cuda_settings() if device.type == "cuda" else {}),
             "threads": torch.get_num_threads(),
             "bytes read per second": report.bandwidth,
             "peak flop per second": report.peaks,
@@ -130,6 +151,7 @@ def _row_record(result: RowResult, report: Report) -> dict[str, Any]:
         "weights bytes": result.weights,
         "memory bytes": result.peak,
         "first run's memory bytes": result.first_peak,
+        "GPU memory bytes": result.device_peak,
         "flop per image": {part: result.flop[part] / row.batch for part in PARTS},
         "share of peak": result.share_of_time(result.fastest),
         "share of reading": result.share_of_time(result.reading),
@@ -154,7 +176,7 @@ def plot(report: Report, path: Path) -> None:
         text = f" {total:.3g} s, {report.times_faster(result):.1f}×"
         panel.text(total, place, text, va="center", fontsize=8)
     rows = [(result.row, _steps(result)) for result in report.results]
-    names = [f"{row.model}, {steps}\n{row.dtype}, batch {row.batch}" for row, steps in rows]
+    names = [f"{_model(row)}, {steps}\n{row.dtype}, batch {row.batch}" for row, steps in rows]
     panel.set_yticks(range(len(names)), names, fontsize=8)
     panel.invert_yaxis()
     panel.margins(x=0.2)  # for the texts

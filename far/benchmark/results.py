@@ -3,17 +3,18 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from far.benchmark.cost import flop_counter, size, weights_read
-from far.benchmark.hardware import peak_memory, product_peak, read_bandwidth
-from far.benchmark.rows import Row, load_models
+from far.benchmark.hardware import peak_device_memory, peak_memory, product_peak, read_bandwidth
+from far.benchmark.mar_plain import draw_plain, generate_plain
+from far.benchmark.rows import SEED, Row, load_models
 from far.benchmark.timing import clock, median_ratio
-from far.benchmark.watch import PARTS, generate, segments
+from far.benchmark.watch import PARTS, Segment, generate, segments
 from far.devices import resolve_device
 from far.packing import has_int8
 from far.pipeline import Pipeline
@@ -30,8 +31,10 @@ class RowResult:
         row: the row.
         timed_steps: number of AR steps that were timed in each round.
         weights: bytes of the weights of model and autoencoder.
-        peak: bytes of memory that drawing and decoding added. For a masked model, its last AR steps only.
+        peak: bytes of the host's memory that drawing and decoding added. On a CPU, a masked model's are
+            those of its last AR steps.
         first_peak: ``peak`` of the first run. It includes kernels and buffers that torch keeps for later.
+        device_peak: bytes of a GPU's memory that drawing and decoding added; None without CUDA.
         flop: operations by part.
         fastest: seconds that ``flop`` would take at the measured peak of each network's dtype.
         reading: seconds that it would take to read each network's weights once per pass.
@@ -43,6 +46,7 @@ class RowResult:
     weights: int
     peak: int | None
     first_peak: int | None
+    device_peak: int | None
     flop: dict[str, float]
     fastest: float
     reading: float
@@ -84,6 +88,7 @@ class Report:
     results: list[RowResult]
     bandwidth: float
     peaks: dict[str, float]
+    device: torch.device = torch.device("cpu")
 
     def times_faster(self, result: RowResult) -> float:
         """Return how many times faster than the first row a row draws an image: the median over rounds."""
@@ -98,7 +103,8 @@ def measure(
     Args:
         rows: the rows to measure.
         rounds: number of timed rounds. None is two, or one if a second would end after more than 9.5 minutes.
-        full: draw whole images. Otherwise the time is estimated from the AR steps of :func:`segments`.
+        full: draw whole images. Otherwise, on a CPU, the time is estimated from the AR steps of
+            :func:`segments`. Other devices always draw whole images.
         device: device to run on.
 
     Raises:
@@ -106,7 +112,7 @@ def measure(
     """
     begin, device = time.perf_counter(), resolve_device(device)
     pipelines = load_models(rows, device)
-    report = Report([], read_bandwidth(device), {})
+    report = Report([], read_bandwidth(device), {}, device)
     with tqdm(total=len(rows) * (1 + (rounds or 2)), desc="benchmark", unit="run") as bar:
         for row in rows:
             bar.set_postfix_str(f"warm-up, {row.model}")
@@ -117,13 +123,45 @@ def measure(
             for result in report.results:
                 row = result.row
                 bar.set_postfix_str(f"round {turn + 1}, {row.model}")
-                plan = segments(row.sampling, full=full)
-                result.rounds.append(generate(pipelines[row.model, row.dtype], row, plan, clock(device)))
+                plan, pipeline = segments(row.sampling, full=full), pipelines[row.model, row.dtype]
+                timed = watched_seconds if device.type == "cpu" else whole_seconds
+                result.rounds.append(timed(pipeline, row, plan, clock(device)))
                 bar.update()
             now = time.perf_counter()
             if rounds is None and now - begin + now - start > _MOST_SECONDS:
                 break
     return report
+
+
+def watched_seconds(
+    pipeline: Pipeline, row: Row, plan: Sequence[Segment], reading: Callable[[], float]
+) -> dict[str, float]:
+    """Return the growth of ``reading`` by part in a generation with readings around each network."""
+    return (generate_plain if row.plain else generate)(pipeline, row, plan, reading)
+
+
+def whole_seconds(
+    pipeline: Pipeline, row: Row, plan: Sequence[Segment], reading: Callable[[], float]
+) -> dict[str, float]:
+    """Return the growth of ``reading`` in an unwatched generation, divided as in a watched one.
+
+    Readings of a GPU wait for it. Around every network they would slow a generation down, and they cannot
+    be part of a recording.
+    """
+    start = reading()
+    _draw(pipeline, row)
+    seconds = reading() - start
+    watched = watched_seconds(pipeline, row, plan, reading)
+    return {part: seconds * value / sum(watched.values()) for part, value in watched.items()}
+
+
+def _draw(pipeline: Pipeline, row: Row) -> None:
+    """Draw and decode a row's batch as users do, or as MAR's code does."""
+    if row.plain:
+        return draw_plain(pipeline, row)
+    labels = [image % pipeline.model.config.classes for image in range(row.batch)]
+    seeds = range(SEED, SEED + row.batch)
+    pipeline.draw(labels, seeds, row.sampling, batch_size=row.batch)
 
 
 def _first_run(pipeline: Pipeline, row: Row, full: bool, report: Report) -> RowResult:
@@ -139,15 +177,33 @@ def _first_run(pipeline: Pipeline, row: Row, full: bool, report: Report) -> RowR
     plan = segments(row.sampling, full=full or exact)
     flop: dict[str, float] = {}
     with flop_counter() as counter:
-        first_peak = peak_memory(lambda: flop.update(generate(pipeline, row, plan, counter.get_total_flops)))
-    # A masked model takes the most memory in its last AR steps, when most tokens are known.
-    last = plan if exact else segments(row.sampling)[-1:]
-    peak = peak_memory(lambda: generate(pipeline, row, last, time.perf_counter))
-    if pipeline.device.type != "cpu":  # its memory is not this process's
-        first_peak = peak = None
-    timed = sum(len(segment.timed) for segment in segments(row.sampling, full=full))
+        first_peak = peak_memory(
+            lambda: flop.update(watched_seconds(pipeline, row, plan, counter.get_total_flops))
+        )
+    peak, device_peak = _peaks(pipeline, row)
+    watched = pipeline.device.type == "cpu"  # elsewhere, whole images are timed
+    timed = sum(len(segment.timed) for segment in segments(row.sampling, full=full or not watched))
     fastest = sum(flop[part] / speeds[part] for part in PARTS)
-    return RowResult(row, timed, weights, peak, first_peak, flop, fastest, read / report.bandwidth)
+    return RowResult(
+        row, timed, weights, peak, first_peak, device_peak, flop, fastest, read / report.bandwidth
+    )
+
+
+def _peaks(pipeline: Pipeline, row: Row) -> tuple[int | None, int | None]:
+    """Return the bytes that drawing and decoding add to the host's memory, and to a GPU's."""
+    if pipeline.device.type == "cpu":
+        # A masked model takes the most memory in its last AR steps, when most tokens are known.
+        exact = pipeline.model.backbone.exact_cache
+        last = segments(row.sampling, full=True) if exact else segments(row.sampling)[-1:]
+        return peak_memory(lambda: watched_seconds(pipeline, row, last, time.perf_counter)), None
+    on_device: list[int | None] = []
+
+    def draw_twice() -> None:  # the second generation may record what later ones replay
+        for _ in range(2):
+            _draw(pipeline, row)
+
+    peak = peak_memory(lambda: on_device.append(peak_device_memory(draw_twice, pipeline.device)))
+    return peak, on_device[0]
 
 
 def _peak_of(module: nn.Module, report: Report) -> float:

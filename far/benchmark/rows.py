@@ -25,12 +25,16 @@ SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table: a batch of images of one model, a preset or a name for :func:`find_folder`."""
+    """One line of the table: a batch of images of one model, a preset or a name for :func:`find_folder`.
+
+    A ``plain`` row is computed as in MAR's released code; see :mod:`far.benchmark.mar_plain`.
+    """
 
     model: str
     sampling: SamplingConfig
     dtype: str
     batch: int = 1
+    plain: bool = False
 
 
 # MAR's number of AR steps, and the guidance scale of its published results.
@@ -53,17 +57,26 @@ _DEFAULT_ROWS: tuple[tuple[str, int, int, str, dict[str, Any]], ...] = (
 )
 
 
-def default_rows(*, batches: Sequence[int] = (1,), guidance: float | None = None) -> list[Row]:
+def default_rows(
+    *, batches: Sequence[int] = (1,), guidance: float | None = None, cuda: bool = False
+) -> list[Row]:
     """Return the rows of ``far benchmark``: MAR as released, and faster variants, one change at a time.
+
+    With ``cuda``, rows in int8, which only CPUs have, are in bfloat16, and MAR's plain path comes first:
+    there, what a CPU hardly notices (thousands of waits and copies) takes most of the time.
 
     Raises:
         InputError: a batch or the guidance is out of range.
     """
     rows = []
     for batch, (model, ar, head, dtype, others) in itertools.product(batches, _DEFAULT_ROWS):
+        dtype = "bfloat16" if cuda and dtype == "int8" else dtype
         values = {"ar_steps": [ar], "head_steps": [head], "dtypes": [dtype], "guidance": guidance, **others}
         rows += rows_of([model], batches=[batch], **values)
-    return rows
+    if not cuda:
+        return rows
+    plain = [dataclasses.replace(row, plain=True) for row in rows[:: len(_DEFAULT_ROWS)]]
+    return list(dict.fromkeys(plain + rows))
 
 
 def usable_rows(rows: Sequence[Row], device: str | torch.device = "auto") -> tuple[list[Row], dict[str, str]]:

@@ -3,6 +3,7 @@
 Without --models, the rows are MAR's base model at 64 × 100 steps in float32, the same in bfloat16, with the
 shortcut head, with approximations, and with the causal backbone. They take less than ten minutes: rows in a
 dtype that the device has no instructions for are left out, and so is a second round that would end later.
+On CUDA, the first row computes MAR's base model as MAR's code does, and rows in int8 are in bfloat16.
 With --models, every combination of the given values is a row, and the first row is the base of ratios.
 Presets have random weights, 64 AR steps and guidance 2.9: they show time, not quality.
 """
@@ -99,7 +100,8 @@ def _rows(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Row
     from far.precision import resolve_dtype
 
     if arguments.models is None:
-        usual = rows.default_rows(batches=arguments.batch, guidance=arguments.guidance)
+        cuda = device.type == "cuda"
+        usual = rows.default_rows(batches=arguments.batch, guidance=arguments.guidance, cuda=cuda)
         return rows.usable_rows(usual, device)
     options = sampling_options(arguments, without=_NO_OPTIONS)
     options |= {"ar_steps": arguments.ar_steps, "head_steps": arguments.head_steps}

@@ -23,8 +23,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "far.benchmark.rows.AutoencoderConfig", lambda: AutoencoderConfig(width=8, blocks=1, norm_groups=4)
     )
-    monkeypatch.setattr("far.benchmark.hardware._BANDWIDTH_BYTES", 2**16)
-    monkeypatch.setattr("far.benchmark.hardware._PRODUCT_SIDE", 32)
+    monkeypatch.setattr("far.benchmark.hardware._BANDWIDTH_BYTES", {"cpu": 2**16})
+    monkeypatch.setattr("far.benchmark.hardware._PRODUCT_SIDE", {"cpu": 32})
 
 
 def table(text: str) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""MAR's plain path, the baseline of FAR's speed: sampling and loss as in MAR's released code.
+"""MAR's plain path, the baseline of FAR's speed on GPUs: sampling and loss as in MAR's released code.
 
 Written from the paper (arXiv 2406.11838) and the published algorithm, with the same costs: guided batches are
 doubled through backbone, noise and head; the decoder computes ``z`` for all tokens; boolean masks select
@@ -7,17 +7,23 @@ autocast. Nothing is slower than in MAR's code, and attention is torch's fused o
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from far.backbone import MaskedBackbone
+from far.benchmark.rows import SEED, Row
+from far.benchmark.watch import PARTS, Segment
 from far.heads.diffusion import DiffusionHead, Schedule
 from far.layers import Block
 from far.model import FAR
+from far.pipeline import Pipeline
 from far.sampling import SamplingConfig
+from far.seeds import seeded_generator
+from far.tokens import cosine_token_counts, random_orders
 
 HEAD_STEPS = 100
 
@@ -175,6 +181,71 @@ class PlainMar:
         t = torch.randint(0, 1000, (len(x),), device=self.device)
         mse, bound = self.head.loss_terms(x, z, t, torch.randn_like(x))
         return ((mse + bound) * weights).sum() / weights.sum()
+
+
+def draw_plain(pipeline: Pipeline, row: Row) -> None:
+    """Draw and decode a row's batch as MAR's code does."""
+    plain, labels, orders = _start(pipeline, row)
+    config = row.sampling
+    assert isinstance(config.head_steps, int)
+    with _autocast(pipeline.device):
+        latents = plain.sample(labels, orders, config.ar_steps, config.head_steps, config.guidance)
+        pipeline.decode(latents)
+
+
+def generate_plain(
+    pipeline: Pipeline, row: Row, plan: Sequence[Segment], reading: Callable[[], float]
+) -> dict[str, float]:
+    """Return how much ``reading`` grows by part, as :func:`far.benchmark.watch.generate` does."""
+    plain, labels, orders = _start(pipeline, row)
+    totals, grown = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
+
+    def watched(part: str, method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*values: Any) -> Tensor:
+            start = reading()
+            result = method(*values)
+            grown[part] += reading() - start
+            return result
+
+        return call
+
+    for part, name in {"encoder": "encode", "decoder": "decode", "head": "draw"}.items():
+        setattr(plain, name, watched(part, getattr(plain, name)))
+    counts = cosine_token_counts(plain.tokens, row.sampling.ar_steps)
+    tokens = torch.zeros(row.batch, plain.tokens, plain.channels, device=pipeline.device)
+    with torch.no_grad(), _autocast(pipeline.device):
+        for segment in plan:
+            for step in segment.timed:
+                grown = dict.fromkeys(PARTS, 0.0)
+                mask = torch.zeros_like(tokens[..., 0]).scatter(1, orders[:, : sum(counts[step:])], 1.0)
+                start = reading()
+                tokens, _ = plain.ar_step(tokens, mask, labels, orders, step, row.sampling)
+                grown["sampler"] = reading() - start - sum(grown.values())
+                for part, value in grown.items():
+                    totals[part] += value * segment.stands_for / len(segment.timed)
+        start = reading()
+        pipeline.decode(pipeline.model.latents(tokens))
+        totals["autoencoder"] = reading() - start
+    return totals
+
+
+def _start(pipeline: Pipeline, row: Row) -> tuple[PlainMar, Tensor, Tensor]:
+    """Return the plain model, labels ``[b]`` and orders ``[b, n]``, from the benchmark's seed."""
+    device, config = pipeline.device, pipeline.model.config
+    generator = torch.Generator(device).manual_seed(SEED)
+    plain = PlainMar(
+        pipeline.model,
+        lambda rows, channels: torch.randn(rows, channels, generator=generator, device=device),
+        row.sampling.temperature,
+    )
+    labels = torch.arange(row.batch, device=device) % config.classes
+    generators = [seeded_generator(seed) for seed in range(SEED, SEED + row.batch)]
+    return plain, labels, random_orders(config.tokens, generators).to(device)
+
+
+def _autocast(device: torch.device) -> torch.autocast:
+    """Return MAR's number format on a GPU: float16 under autocast."""
+    return torch.autocast(device.type, torch.float16, enabled=device.type == "cuda")
 
 
 def _through(x: Tensor, blocks: "torch.nn.ModuleList") -> Tensor:
