@@ -190,7 +190,7 @@ def draw_plain(pipeline: Pipeline, row: Row) -> None:
     assert isinstance(config.head_steps, int)
     with _autocast(pipeline.device):
         latents = plain.sample(labels, orders, config.ar_steps, config.head_steps, config.guidance)
-        pipeline.decode(latents)
+        _decode(pipeline, latents)
 
 
 def generate_plain(
@@ -224,7 +224,7 @@ def generate_plain(
                 for part, value in grown.items():
                     totals[part] += value * segment.stands_for / len(segment.timed)
         start = reading()
-        pipeline.decode(pipeline.model.latents(tokens))
+        _decode(pipeline, pipeline.model.latents(tokens))
         totals["autoencoder"] = reading() - start
     return totals
 
@@ -241,6 +241,11 @@ def _start(pipeline: Pipeline, row: Row) -> tuple[PlainMar, Tensor, Tensor]:
     labels = torch.arange(row.batch, device=device) % config.classes
     generators = [seeded_generator(seed) for seed in range(SEED, SEED + row.batch)]
     return plain, labels, random_orders(config.tokens, generators).to(device)
+
+
+def _decode(pipeline: Pipeline, latents: Tensor) -> None:
+    """Decode latents whose values are replaced: untrained heads draw some that float16 cannot hold."""
+    pipeline.decode(latents.nan_to_num().clamp(-3, 3))
 
 
 def _autocast(device: torch.device) -> torch.autocast:

@@ -166,10 +166,11 @@ def _draw(pipeline: Pipeline, row: Row) -> None:
 
 def _first_run(pipeline: Pipeline, row: Row, full: bool, report: Report) -> RowResult:
     """Warm up a row and return all of its result but the time."""
-    speeds = {part: _peak_of(pipeline.model, report) for part in PARTS}
+    autocast = torch.float16 if row.plain and pipeline.device.type == "cuda" else None
+    speeds = {part: _peak_of(pipeline.model, report, autocast) for part in PARTS}
     weights, read = size(pipeline.model), weights_read(pipeline.model, row.sampling)
     if pipeline.autoencoder is not None:
-        speeds["autoencoder"] = _peak_of(pipeline.autoencoder, report)
+        speeds["autoencoder"] = _peak_of(pipeline.autoencoder, report, autocast)
         weights += size(pipeline.autoencoder)
         read += size(pipeline.autoencoder.decoder) + size(pipeline.autoencoder.post_quant_conv)
     # An exact cache would catch up with many skipped tokens in one pass, which takes too much memory.
@@ -206,10 +207,10 @@ def _peaks(pipeline: Pipeline, row: Row) -> tuple[int | None, int | None]:
     return peak, on_device[0]
 
 
-def _peak_of(module: nn.Module, report: Report) -> float:
-    """Return the measured operations per second in the dtype of a network's weights."""
+def _peak_of(module: nn.Module, report: Report, autocast: torch.dtype | None) -> float:
+    """Return the measured operations per second in ``autocast``, or in the dtype of a network's weights."""
     like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
-    dtype = torch.int8 if has_int8(module) else like.dtype
+    dtype = autocast or (torch.int8 if has_int8(module) else like.dtype)
     name = str(dtype).removeprefix("torch.")
     if name not in report.peaks:
         report.peaks[name] = product_peak(dtype, like.device)
