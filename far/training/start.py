@@ -19,7 +19,7 @@ from far.pipeline import Pipeline
 from far.training.runs import checkpoints_folder, list_checkpoints
 
 # Keys of a backbone that change its training only, not what its weights compute.
-_TRAINING_ONLY = {"dropout", "mask_ratio_min", "mask_ratio_std", "input_noise"}
+_TRAINING_ONLY = {"dropout", "mask_ratio_min", "mask_ratio_std", "raster_fraction", "input_noise"}
 # Training facts of a model that started from another one.
 _FACTS = ("started from", "model")
 

@@ -11,13 +11,20 @@ from checkpoints import newest
 from conftest import RENAMED
 from refusals import refused
 
+from far.autoencoder import Autoencoder
+from far.autoencoder_config import AutoencoderConfig
+from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
 from far.cli.main import main
 from far.folder import load_autoencoder
-from far.model import FAR
+from far.heads import ShortcutConfig
+from far.model import FAR, ModelConfig, NetworkConfig
 from far.pipeline import Pipeline
 from far.recipe import load_recipe
+from far.sampling_config import SamplingConfig
 from far.training.generator import GeneratorTask
 from far.training.start import copy_model, match_classes
+
+ANY_ORDER = AnyOrderConfig(width=16, encoder_depth=1, decoder_depth=1, heads=2)
 
 
 @pytest.fixture
@@ -138,6 +145,30 @@ def test_training_starts_from_the_averaged_weights_of_a_model(recipe: Path, pipe
     assert_equal_weights(
         task(recipe, f"generator.start_from={pipeline_folder}", *values).module, source.model
     )
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [MaskedConfig(16, 1, 2, 16, 1, 2, 1), CausalConfig(width=16, depth=1, heads=2), ANY_ORDER],
+    ids=type,
+)
+def test_backbone_may_differ_in_every_fraction_and_noise_of_its_training(
+    backbone: MaskedConfig | CausalConfig | AnyOrderConfig, tmp_path: Path
+) -> None:
+    """Keys of type float change how a backbone is trained, not what its weights compute."""
+    config = ModelConfig(NetworkConfig(backbone, ShortcutConfig(16, 1)), 2, 4, (2, 2))
+    source = Pipeline(FAR(config), None, ["a", "b"], SamplingConfig(ar_steps=4))
+    source.save_pretrained(tmp_path / "source")
+    values = {
+        field.name: getattr(backbone, field.name) / 2
+        for field in dataclasses.fields(backbone)
+        if isinstance(getattr(backbone, field.name), float)
+    }
+    assert len(values) > 1
+    network = dataclasses.replace(config.network, backbone=dataclasses.replace(backbone, **values))
+    module, autoencoder = FAR(dataclasses.replace(config, network=network)), Autoencoder(AutoencoderConfig())
+    copy_model(module, str(tmp_path / "source"), autoencoder, ["a", "b"], Path("latents"))
+    assert_equal_weights(module, source.model)
 
 
 def test_training_starts_from_a_bundled_model() -> None:
