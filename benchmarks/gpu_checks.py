@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
-from far.backbone import CausalConfig, MaskedConfig
+from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
 from far.benchmark.mar_plain import PlainMar
 from far.heads import HEADS, HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
@@ -33,6 +33,7 @@ CLASSES, CHANNELS, GRID, BATCH = 5, 3, (2, 4), 3
 BACKBONES = {
     "masked": MaskedConfig(32, 2, 2, 48, 2, 2, buffer=2, dropout=0.0),
     "causal": CausalConfig(width=32, depth=2, heads=2, dropout=0.0),
+    "any_order": AnyOrderConfig(width=32, encoder_depth=2, decoder_depth=2, heads=2, dropout=0.0),
 }
 HEAD_CASES = [
     *({"kind": kind} for kind in sorted(HEADS)),
