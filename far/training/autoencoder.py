@@ -90,7 +90,10 @@ class AutoencoderTask:
         posterior = self.module.encode(batch)
         posterior = Posterior(torch.cat([posterior.mean, posterior.logvar], dim=1).float())
         noise = torch.randn(posterior.mean.shape, generator=generator).to(batch.device)
-        output = self.module.decode(posterior.sample(noise)).float()
+        latents = posterior.sample(noise)
+        if self.loss_config.latent_noise:
+            latents = noisy(latents, self.loss_config.latent_noise, generator)
+        output = self.module.decode(latents).float()
         terms = {
             "l1": F.l1_loss(output, batch),
             "mse": F.mse_loss(output, batch),
@@ -126,6 +129,18 @@ class AutoencoderTask:
             rows = torch.arange(0, len(self.train_images), max(1, len(self.train_images) // 2000))
             ema.config = dataclasses.replace(ema.config, **latent_statistics(ema, self.train_images, rows))
         save_autoencoder(ema, folder, results)
+
+
+def noisy(latents: Tensor, most: float, generator: torch.Generator) -> Tensor:
+    """Add Gaussian noise to raw latents ``[b, c, h, w]`` (noise-augmented decoding, arXiv 2510.11690).
+
+    Each image has its own standard deviation, uniform from 0 to ``most``. It is relative to each channel's
+    over the batch, because scales are unknown while an encoder is trained.
+    """
+    std = latents.detach().std(dim=(0, 2, 3), correction=0, keepdim=True)
+    levels = most * torch.rand(len(latents), 1, 1, 1, generator=generator)
+    noise = levels * torch.randn(latents.shape, generator=generator)
+    return latents + std * noise.to(latents.device)
 
 
 def _discriminator(config: AutoencoderRecipe, size: int, device: str) -> Discriminator | None:

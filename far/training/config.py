@@ -104,13 +104,16 @@ class LoopConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderLossConfig:
-    """Weights of the autoencoder's loss terms, and the images of its evaluation.
+    """Weights of the autoencoder's loss terms, noise on its latents, and the images of its evaluation.
 
     Attributes:
         l1_weight: weight of the mean absolute error over pixels in [−1, 1].
         mse_weight: weight of the mean squared error over pixels in [−1, 1].
         perceptual_weight: weight of the mean distance between features of EfficientNet-Lite0.
         kl_weight: weight of the KL divergence in nats per latent value.
+        latent_noise: largest standard deviation of Gaussian noise added to the latents that the decoder sees
+            in training, relative to each channel's; each image has its own, from 0 to this. A decoder trained
+            so tolerates a generator's errors better, and reconstructs less exactly. 0 is off.
         adversarial_weight: weight of the adversarial term. It multiplies the adaptive weight, the ratio of
             the gradient norms of the other terms and this one at the decoder's last layer. 0 is off.
         adversarial_start: step from which the discriminator and the adversarial term are trained.
@@ -121,12 +124,13 @@ class AutoencoderLossConfig:
     mse_weight: float = 0.0
     perceptual_weight: float = 0.3
     kl_weight: float = 1e-3
+    latent_noise: float = 0.0
     adversarial_weight: float = 0.0
     adversarial_start: int = 0
     evaluation_images: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("adversarial_weight", "adversarial_start"):
+        for name in ("latent_noise", "adversarial_weight", "adversarial_start"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} {getattr(self, name)} must be at least 0")
         if self.evaluation_images < 2:

@@ -200,6 +200,7 @@ def test_adversarial_run_resumes_exactly(
         ("autoencoder.model.latent_channels=4", "latent_channels"),
         ("autoencoder.loss.adversarial_weight=-1.0", "-1.0"),
         ("autoencoder.loss.adversarial_start=-1", "-1"),
+        ("autoencoder.loss.latent_noise=-0.5", "-0.5"),
         ("autoencoder.discriminator={width: 6}", "width 6"),
         ("autoencoder.discriminator={layers: 0}", "layers 0"),
         ("autoencoder.discriminator={learning_rate: 0.0}", "learning_rate 0.0"),

@@ -16,7 +16,7 @@ from far.errors import InputError
 from far.evaluation.metrics import ssim
 from far.folder import load_autoencoder
 from far.recipe import load_recipe
-from far.training.autoencoder import AutoencoderTask, latent_statistics
+from far.training.autoencoder import AutoencoderTask, latent_statistics, noisy
 
 
 @pytest.fixture
@@ -108,6 +108,37 @@ def test_images_are_mirrored_only_with_flip(autoencoder_recipe: Path, image_set:
         found[flip] = int((mirrored & ~as_stored).sum())
     assert 8 < found["true"] < 32
     assert found["false"] == 0
+
+
+def test_noise_follows_each_channels_scale_and_each_images_level() -> None:
+    generator, scales = torch.Generator().manual_seed(0), torch.tensor([0.1, 1.0, 30.0]).view(3, 1, 1)
+    latents = torch.randn(4000, 3, 8, 8, generator=generator) * scales + 5
+    noise = (noisy(latents, 0.6, generator) - latents) / scales
+    torch.testing.assert_close(noise.mean(dim=(0, 2, 3)), torch.zeros(3), atol=0.01, rtol=0)
+    # Levels are uniform from 0 to 0.6: of mean 0.3 and mean square 0.12.
+    assert noise.square().mean(dim=(0, 2, 3)).tolist() == pytest.approx([0.12] * 3, rel=0.05)
+    levels = noise.flatten(1).std(dim=1)
+    assert levels.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist() == pytest.approx(
+        [0.15, 0.3, 0.45], abs=0.02
+    )
+
+
+@pytest.mark.parametrize("level", [0.0, 0.5])
+def test_decoder_sees_latents_with_noise_in_training(
+    level: float, autoencoder_recipe: Path, image_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(autoencoder_recipe, [f"autoencoder.loss.latent_noise={level}"])
+    task = AutoencoderTask(recipe.autoencoder, image_set)
+    with torch.no_grad():
+        task.module.quant_conv.weight[4:], task.module.quant_conv.bias[4:] = 0, -30.0  # draws equal the mean
+    seen, decode = [], task.module.decode
+    monkeypatch.setattr(task.module, "decode", lambda latents: seen.append(latents) or decode(latents))
+    batch = task.batch(0, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        task.loss(0, batch, task.module, torch.Generator().manual_seed(0))
+        mean = task.module.encode(batch).mean
+    noise = (seen[0] - mean).std(dim=(0, 2, 3)) / mean.std(dim=(0, 2, 3))
+    assert ((noise > 0.2 * level) & (noise < level + 1e-4)).all()
 
 
 def test_figures_are_printed_after_training_and_for_a_finished_run(
