@@ -54,7 +54,7 @@ def distill(name: str) -> None:
         raise SystemExit(f"{source} is missing. Train it with: {TRAIN}")
     report = read_json(RESULTS) if RESULTS.exists() else {}
     teacher = checksums(source)["model.safetensors"]
-    if result.exists():
+    if (result / "config.json").exists():  # written last
         if report.get(name, {}).get("teacher", teacher) != teacher:
             raise SystemExit(f"{result} was distilled from other weights than {source}. Remove it")
         return

@@ -77,7 +77,10 @@ def check_lengths(images: ImageSet, rows: list[Row]) -> None:
         length = recipe_images(images, row)
         if images.trained(row.model, row.seed) and training_images(images, row) != length:
             weights = images.weights(row.model, row.seed)
-            raise SystemExit(f"{weights} was not trained on {length} images as its recipe is now. Remove it")
+            run = images.runs / weights.name
+            raise SystemExit(
+                f"{weights} was not trained on {length} images as its recipe is now. Remove it and {run}"
+            )
 
 
 def train_model(images: ImageSet, name: str, seed: int) -> None:

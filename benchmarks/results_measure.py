@@ -15,11 +15,12 @@ from benchmarks.comparison import BATCH, DTYPE, MODELS, SWEEP_SEED, WORK, ImageS
 from benchmarks.recorded import TRAIN, WEIGHTS, Measurements, checksums, made
 from far.config import from_dict
 from far.data.shards import ShardReader
-from far.evaluation.extraction import extract_parts, read_parts
+from far.evaluation.extraction import read_parts
 from far.evaluation.features import FeatureNetwork, load_feature_network
 from far.evaluation.generated import Generation, extract_generated, parts_folder
 from far.evaluation.images import open_images
 from far.evaluation.metrics import FeatureStatistics, Neighborhoods, frechet_distance, kernel_distance
+from far.evaluation.reconstructions import reconstruction_features, reconstructions_folder
 from far.evaluation.references import Reference, features_of
 from far.evaluation.report import distance_name, report
 from far.folder import ModelFolder
@@ -168,14 +169,8 @@ def reconstructed_features(weights: Path, images: ImageSet, count: int, network:
     autoencoder = Pipeline.from_pretrained(weights, device="cpu").autoencoder
     assert autoencoder is not None
     source = open_images(images.data / "train")
-
-    def reconstruct(rows: range, _: object) -> Tensor:
-        latents = autoencoder.encode(source.tensor(rows) * 2 - 1).mean
-        return (autoencoder.decode(latents) / 2 + 0.5).clamp(0, 1)
-
-    folder = WORK / "features" / f"{source.digest}-reconstructions-{autoencoder.fingerprint()}"
-    extract_parts(folder, count, reconstruct, network, description="reconstructions")
-    return read_parts(folder, count)
+    folder = reconstructions_folder(WORK, source, autoencoder, network)
+    return reconstruction_features(folder, source, count, autoencoder, network)
 
 
 def is_recorded(images: ImageSet, store: Measurements, row: Row) -> bool:

@@ -207,16 +207,14 @@ def _open_reconstructions(
     extractor: Extractor,
     device: torch.device,
 ) -> Source:
-    from far.evaluation.reconstructions import reconstruction_features, similarity
-    from far.files import json_digest
+    from far.evaluation.reconstructions import reconstruction_features, reconstructions_folder, similarity
     from far.folder import load_autoencoder
     from far.weights import digest
 
     autoencoder, count = load_autoencoder(arguments.autoencoder, device="cpu"), described["count"]
-    weights = digest(autoencoder.state_dict())
-    identity = json_digest([weights, images.digest, extractor.name, extractor.digest])
-    parts = arguments.out / f"parts-{identity[:16]}"
-    described = {**described, "autoencoder": arguments.autoencoder, "autoencoder sha256": weights}
+    parts = reconstructions_folder(arguments.out, images, autoencoder, extractor)
+    described = {**described, "autoencoder": arguments.autoencoder}
+    described["autoencoder sha256"] = digest(autoencoder.state_dict())
     autoencoder.to(device)
     extract = functools.partial(reconstruction_features, parts, images, count, autoencoder, extractor)
     similar = functools.partial(similarity, parts, images, count)

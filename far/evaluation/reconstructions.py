@@ -6,10 +6,22 @@ import torch
 from torch import Tensor
 
 from far.autoencoder import Autoencoder
+from far.config import to_dict
 from far.evaluation.extraction import extract_parts, part_ranges, read_part, read_parts
 from far.evaluation.features import Extractor
 from far.evaluation.images import ImageSource
 from far.evaluation.metrics import psnr, ssim
+from far.files import json_digest
+from far.weights import digest
+
+
+def reconstructions_folder(
+    base: Path, source: ImageSource, autoencoder: Autoencoder, extractor: Extractor
+) -> Path:
+    """Return the folder for the parts of reconstructions, unique to images, autoencoder and network."""
+    weights = [to_dict(autoencoder.config), digest(autoencoder.state_dict())]
+    identity = json_digest([weights, source.digest, extractor.name, extractor.digest])
+    return base / f"parts-{identity[:16]}"
 
 
 def reconstruction_features(

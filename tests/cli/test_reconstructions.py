@@ -1,5 +1,6 @@
 """``far evaluate --autoencoder``: figures of reconstructions."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from far.cli.main import main
 from far.evaluation.features import load_feature_network
 from far.evaluation.images import open_images
 from far.evaluation.metrics import FeatureStatistics, frechet_distance, ssim
+from far.evaluation.reconstructions import reconstructions_folder
 from far.folder import load_autoencoder
 
 
@@ -45,6 +47,30 @@ def test_figures_of_reconstructions_equal_a_plain_computation(
     assert result["evaluated"]["autoencoder"] == str(autoencoder_folder)
     assert result["evaluated"]["count"] == 9
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["result.json"]
+
+
+def test_parts_are_of_one_autoencoder_set_of_images_and_network(
+    tmp_path: Path, image_set: Path, autoencoder_folder: Path
+) -> None:
+    autoencoder, network = load_autoencoder(autoencoder_folder, device="cpu"), load_feature_network()
+
+    def folder(split: str = "train") -> Path:
+        return reconstructions_folder(tmp_path, open_images(image_set / split), autoencoder, network)
+
+    found = [folder(), folder("held-out")]
+    autoencoder.config = dataclasses.replace(autoencoder.config, spherical=True)
+    found.append(folder())
+    autoencoder.config = dataclasses.replace(autoencoder.config, spherical=False)
+    assert folder() == found[0]
+    # The encoder's fingerprint stays when the decoder alone is trained.
+    fingerprint = autoencoder.fingerprint()
+    with torch.no_grad():
+        autoencoder.decoder.conv_out.weight[0, 0, 0, 0] += 0.1
+    assert autoencoder.fingerprint() == fingerprint
+    found.append(folder())
+    network.digest = "another"
+    found.append(folder())
+    assert len(set(found)) == len(found)
 
 
 @pytest.mark.parametrize(
