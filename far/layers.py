@@ -185,7 +185,7 @@ class KeyValueCache:
         self.bias = None
         if self.length < self.keys.shape[3]:
             self.bias = self.keys.new_zeros(self.keys.shape[3])
-            self.bias[self.length :] = -torch.inf
+            self.bias[self.length :].fill_(-torch.inf)
 
     def overwrite(self, positions: Tensor) -> None:
         """Let the blocks of this pass overwrite held ``positions [b, m]`` of the first b rows."""

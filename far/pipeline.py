@@ -23,6 +23,7 @@ from far.model import FAR
 from far.packing import has_int8, parameter_count, unpack_linear_layers
 from far.pictures import Images, Output, check_output, convert_output
 from far.precision import prepare, prepare_autoencoder, resolve_dtype
+from far.recording import Recordings
 from far.sampling import Kept, Progress, SamplingConfig, SeededNoise, sampling_steps
 
 Labels: TypeAlias = Sequence[int | str]
@@ -35,7 +36,8 @@ Callback: TypeAlias = Callable[[Progress], None] | None
 class Pipeline:
     """A generator, its autoencoder, the class names and the default sampling values.
 
-    ``results`` (figures) and ``training`` (facts) are saved in ``config.json`` and the model card.
+    ``results`` (figures) and ``training`` (facts) are saved in ``config.json`` and the model card. With
+    ``record``, generations on CUDA are recorded (:mod:`far.recording`), which is faster and takes memory.
 
     Examples:
         >>> import far
@@ -50,10 +52,13 @@ class Pipeline:
         defaults: SamplingConfig,
         results: dict[str, Any] | None = None,
         training: dict[str, Any] | None = None,
+        *,
+        record: bool = True,
     ) -> None:
         self.model, self.autoencoder = model.eval(), autoencoder
         self.classes, self.defaults = list(classes), defaults
         self.results, self.training = results or {}, training or {}
+        self._steps = Recordings().sampling_steps if record else sampling_steps
 
     def __repr__(self) -> str:
         network = self.model.config.network
@@ -187,7 +192,7 @@ class Pipeline:
         """
         numbers, seeds = self._numbers(labels, seeds)
         classes, noise = torch.tensor(numbers, device=self.device), SeededNoise(seeds, self.device)
-        return sampling_steps(self.model, classes, noise, config or self.defaults, kept=kept)
+        return self._steps(self.model, classes, noise, config or self.defaults, kept=kept)
 
     def _numbers(self, labels: Labels, seeds: Sequence[int]) -> tuple[list[int], list[int]]:
         """Return class numbers and seeds, after checking that there are as many of both, and at least one."""
@@ -334,6 +339,7 @@ class Pipeline:
         device: str | torch.device = "auto",
         revision: str | None = None,
         local_files_only: bool = False,
+        record: bool = True,
     ) -> "Pipeline":
         """Load a folder, a bundled model, or a model of the hub.
 
@@ -347,6 +353,7 @@ class Pipeline:
                 one, see :func:`far.devices.resolve_device`.
             revision: a branch, tag or commit on the hub; ``None`` is the one in the name, else main.
             local_files_only: take a model of the hub from the local cache alone, as HF_HUB_OFFLINE=1 does.
+            record: on CUDA, record generations and replay them as graphs, from the second one of a shape on.
 
         Raises:
             InputError: the folder, name, revision, device or dtype does not exist, the hub cannot be reached,
@@ -360,7 +367,8 @@ class Pipeline:
         autoencoder = folder.load_autoencoder() if folder.has_autoencoder else None
         if autoencoder is not None:
             autoencoder = prepare_autoencoder(autoencoder, dtype, device)
-        return cls(model, autoencoder, config.classes, config.defaults, config.results, config.training)
+        facts = config.classes, config.defaults, config.results, config.training
+        return cls(model, autoencoder, *facts, record=record)
 
 
 def load(
@@ -370,8 +378,14 @@ def load(
     device: str | torch.device = "auto",
     revision: str | None = None,
     local_files_only: bool = False,
+    record: bool = True,
 ) -> Pipeline:
     """Load a folder, a bundled model, or a model of the hub, as :meth:`Pipeline.from_pretrained` does."""
     return Pipeline.from_pretrained(
-        name, dtype=dtype, device=device, revision=revision, local_files_only=local_files_only
+        name,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        local_files_only=local_files_only,
+        record=record,
     )

@@ -5,7 +5,6 @@ known, as in DiSA. Keys, values and guidance can be reused over AR steps, as in 
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -139,7 +138,7 @@ class Start:
         orders: positions ``[b, n]``: the kept ones, then the others as they become known.
         queries: ``orders``, sorted within each AR step.
         ranks: place of each position in ``orders``, ``[b, n]``.
-        normals: noise of each AR step, ``[b, count, d]`` per draw.
+        normals: noise of all AR steps, 1-D: ``[draws, b, count, d]`` of each step.
         kept: number of kept positions.
     """
 
@@ -148,7 +147,7 @@ class Start:
     orders: Tensor
     queries: Tensor
     ranks: Tensor
-    normals: list[list[Tensor]]
+    normals: Tensor
     kept: int
 
 
@@ -180,26 +179,18 @@ def prepare_start(
         orders = orders.gather(1, first)
         given = model.constrain(model.tokens(kept.latents.to(sequence)))
         sequence = torch.where(moved(known, device).unsqueeze(-1), given, sequence)
-    counts = _token_counts(model, config, len(positions))
+    counts = cosine_token_counts(tokens - len(positions), config.ar_steps)
     parts = orders.split([len(positions), *counts], dim=1)
     queries = torch.cat([part.sort(dim=1).values for part in parts], dim=1)
     orders, queries, ranks = moved(torch.stack([orders, queries, orders.argsort(dim=1)]), device)
-    return Start(
-        labels, sequence, orders, queries, ranks, _normals(model, noise, config, counts), len(positions)
-    )
+    each = [count for count, draws in zip(counts, _noise_draws(model, config)) for _ in range(draws)]
+    normals = torch.cat([drawn.flatten() for drawn in noise.normals(each, channels)])
+    return Start(labels, sequence, orders, queries, ranks, normals, len(positions))
 
 
-def _token_counts(model: FAR, config: SamplingConfig, kept: int) -> list[int]:
-    """Return the number of tokens that each AR step draws."""
-    return cosine_token_counts(model.config.tokens - kept, config.ar_steps)
-
-
-def _normals(model: FAR, noise: Noise, config: SamplingConfig, counts: list[int]) -> list[list[Tensor]]:
-    """Return the noise of each AR step, ``[b, count, d]`` per draw."""
-    draws = [model.head.noise_draws(config.head_steps_at(step)) for step in range(config.ar_steps)]
-    each = [count for count, number in zip(counts, draws) for _ in range(number)]
-    drawn = iter(noise.normals(each, model.config.token_channels))
-    return [list(itertools.islice(drawn, number)) for number in draws]
+def _noise_draws(model: FAR, config: SamplingConfig) -> list[int]:
+    """Return how often the head draws noise in each AR step."""
+    return [model.head.noise_draws(config.head_steps_at(step)) for step in range(config.ar_steps)]
 
 
 @torch.no_grad()
@@ -210,8 +201,8 @@ def ar_steps(model: FAR, start: Start, config: SamplingConfig) -> Iterator[Progr
     they can be recorded. The exception are tables that a head keeps on the device for good: the first
     generation copies them.
     """
-    channels, known_count = model.config.token_channels, start.kept
-    counts = _token_counts(model, config, known_count)
+    (batch, tokens, channels), known_count = start.sequence.shape, start.kept
+    counts = cosine_token_counts(tokens - known_count, config.ar_steps)
     scales = config.guidance_scales(counts, known_count)
     # If the head has learned guidance, the backbone needs no unconditional pass.
     backbone_scales = [1.0] * len(scales) if config.guided_in_head(model) else scales
@@ -219,6 +210,10 @@ def ar_steps(model: FAR, start: Start, config: SamplingConfig) -> Iterator[Progr
     sequence = start.sequence
     head_steps = [config.head_steps_at(step) for step in range(config.ar_steps)]
     draw = {steps: model.head.sampler(steps, sequence) for steps in dict.fromkeys(head_steps)}
+    noise_counts = [
+        draws * batch * count * channels for draws, count in zip(_noise_draws(model, config), counts)
+    ]
+    normals = start.normals.split(noise_counts)
     for step, (count, guidance) in enumerate(zip(counts, scales)):
         # Step 1. The next positions in each image's order.
         known = start.orders[:, :known_count]
@@ -227,14 +222,15 @@ def ar_steps(model: FAR, start: Start, config: SamplingConfig) -> Iterator[Progr
         z, *uncond = conditions.at_step(step, sequence, known, query)
         condition = Condition(z, uncond[0] if uncond else None, guidance)
         # Step 3. The head draws their tokens.
-        drawn = draw[head_steps[step]](condition, _in_turn(start.normals[step]), config.temperature)
+        normal = _in_turn(normals[step].view(-1, batch, count, channels))
+        drawn = draw[head_steps[step]](condition, normal, config.temperature)
         sequence = sequence.scatter(1, query.unsqueeze(-1).expand(-1, -1, channels), model.constrain(drawn))
         known_count += count
         yield Progress(step, config.ar_steps, model.latents(sequence), start.ranks < known_count)
 
 
-def _in_turn(draws: list[Tensor]) -> Normal:
-    """Return a function that returns one of ``draws`` after the other."""
+def _in_turn(draws: Tensor) -> Normal:
+    """Return a function that returns one of ``draws [draws, b, count, d]`` after the other."""
     left = iter(draws)
 
     def normal() -> Tensor:

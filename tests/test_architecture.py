@@ -64,7 +64,7 @@ FLOORS = [
             "far.names",
         ),
     ),
-    (3, ("far.sampling", "far.weights", "far.folder", "far.testing")),
+    (3, ("far.sampling", "far.recording", "far.weights", "far.folder", "far.testing")),
     (4, ("far.pipeline", "far.progress", "far.data*")),
     (
         5,

@@ -9,6 +9,7 @@ import socket
 import threading
 
 from far.cli.machine_arguments import add_machine_arguments, prepare_machine, print_chosen
+from far.cli.model_arguments import add_record_argument
 from far.devices import device_title
 from far.errors import InputError
 from far.names import bundled_names, find_folder
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     add("--port", type=int, default=7860, help="port to listen on (default 7860)")
     add_machine_arguments(parser, DTYPES)
+    add_record_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -41,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"the demo needs {error.name}. Run pip install 'far-image[demo]'") from error
     device = prepare_machine(arguments)
     with noticed(f"loading {', '.join(arguments.weights)}"):
-        models = load_models(arguments.weights, arguments.dtype, device)
+        models = load_models(arguments.weights, arguments.dtype, device, record=arguments.record)
     print_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, models[0].dtype))
     address = Demo(models).launch(arguments.host, arguments.port)
     print(f"far demo: {address} (Ctrl-C ends it)", flush=True)

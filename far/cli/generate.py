@@ -19,7 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from far.classes import label_text
 from far.cli.machine_arguments import prepare_machine, print_chosen
-from far.cli.model_arguments import add_drawing_arguments, add_weights_argument, load_pipeline
+from far.cli.model_arguments import (
+    add_drawing_arguments,
+    add_record_argument,
+    add_weights_argument,
+    load_pipeline,
+)
 from far.cli.sampling_arguments import MOST_IMAGES, sampling_options
 from far.config import check_count, check_seed
 from far.devices import device_title
@@ -55,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, metavar="N", default=64, help="images drawn together (default 64)")
     add("--gif", type=Path, help="also write an animation of the first batch, token by token")
     add_drawing_arguments(parser)
+    add_record_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -69,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     device = prepare_machine(arguments)
     dtype = resolve_dtype(_dtype(arguments, device), device)
-    pipeline = load_pipeline(arguments.weights, weights, dtype, device)
+    pipeline = load_pipeline(arguments.weights, weights, dtype, device, record=arguments.record)
     chosen, places = _labels(pipeline, arguments)
     labels = [chosen[place] for place in places]
     texts = [label_text(pipeline.classes, label) for label in labels]
@@ -202,7 +208,7 @@ def _command(arguments: dict[str, Any]) -> str:
     for action in parser._actions:
         value = arguments.get(action.dest, action.default)
         if value != action.default:
-            values = value if isinstance(value, list) else [] if value is True else [value]
+            values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
             words += [action.option_strings[-1], *map(str, values)]
     return shlex.join(words)
 

@@ -32,9 +32,17 @@ def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
     add_machine_arguments(parser, DTYPES)
 
 
-def load_pipeline(name: str, folder: Path, dtype: str, device: torch.device) -> Pipeline:
+def add_record_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--no-record``."""
+    meaning = "on CUDA, run every AR step from Python instead of recording generations as graphs"
+    parser.add_argument("--no-record", dest="record", action="store_false", help=meaning)
+
+
+def load_pipeline(
+    name: str, folder: Path, dtype: str, device: torch.device, *, record: bool = True
+) -> Pipeline:
     """Return the pipeline in ``folder``, with a line on stderr that names it if loading takes long."""
     from far.pipeline import Pipeline
 
     with noticed(f"loading {name}"):
-        return Pipeline.from_pretrained(folder, dtype=dtype, device=device)
+        return Pipeline.from_pretrained(folder, dtype=dtype, device=device, record=record)

@@ -33,7 +33,9 @@ class Model:
         return self.pipeline.model.config.network.head.kind.replace("_", " ")
 
 
-def load_models(names: Sequence[str], dtype: str, device: str | torch.device) -> list[Model]:
+def load_models(
+    names: Sequence[str], dtype: str, device: str | torch.device, *, record: bool = True
+) -> list[Model]:
     """Load models and draw a first token with each, so that the first click does not wait for a warm-up.
 
     Raises:
@@ -41,7 +43,7 @@ def load_models(names: Sequence[str], dtype: str, device: str | torch.device) ->
     """
     models = []
     for name in dict.fromkeys(names):
-        pipeline = Pipeline.from_pretrained(name, dtype=dtype, device=device)
+        pipeline = Pipeline.from_pretrained(name, dtype=dtype, device=device, record=record)
         pipeline.preview(next(pipeline.stream([0], [0])))
         models.append(Model(name, pipeline, resolve_dtype(dtype, device)))
     return models
