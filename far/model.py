@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from far.backbone import build_backbone
+from far.devices import to_device
 from far.heads import Condition, TokenLoss, build_head
 from far.layers import take
 from far.model_config import PRESETS as PRESETS
@@ -63,7 +64,7 @@ class FAR(nn.Module):
             teacher: model whose head provides targets for heads that bootstrap: in training this model.
             step: training step, from 0.
         """
-        dropped = (torch.rand(len(labels), generator=generator) < label_drop).to(labels.device)
+        dropped = to_device(torch.rand(len(labels), generator=generator) < label_drop, labels.device)
         labels = torch.where(dropped, self.null_label, labels)
         tokens = self.constrain(self.tokens(latents))
         fed, known, query = self.backbone.training_inputs(tokens, generator)

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from far.devices import to_device
 from far.errors import InputError
 from far.heads import Condition, Normal
 from far.layers import take
@@ -62,15 +63,8 @@ class SeededNoise:
         # One contiguous part per count, so that all are moved in one copy.
         parts = torch.cat([part.flatten() for part in torch.stack(rows).split(list(counts), dim=1)])
         shapes = [(len(rows), count, channels) for count in counts]
-        split = moved(parts, self.device).split([math.prod(shape) for shape in shapes])
+        split = to_device(parts, self.device).split([math.prod(shape) for shape in shapes])
         return [part.view(shape) for part, shape in zip(split, shapes)]
-
-
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device. Copies to CUDA leave from pinned memory, so that nothing waits."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,11 +172,11 @@ def prepare_start(
         first = known.to(orders.device)[orders].sort(dim=1, descending=True, stable=True).indices
         orders = orders.gather(1, first)
         given = model.constrain(model.tokens(kept.latents.to(sequence)))
-        sequence = torch.where(moved(known, device).unsqueeze(-1), given, sequence)
+        sequence = torch.where(to_device(known, device).unsqueeze(-1), given, sequence)
     counts = cosine_token_counts(tokens - len(positions), config.ar_steps)
     parts = orders.split([len(positions), *counts], dim=1)
     queries = torch.cat([part.sort(dim=1).values for part in parts], dim=1)
-    orders, queries, ranks = moved(torch.stack([orders, queries, orders.argsort(dim=1)]), device)
+    orders, queries, ranks = to_device(torch.stack([orders, queries, orders.argsort(dim=1)]), device)
     each = [count for count, draws in zip(counts, _noise_draws(model, config)) for _ in range(draws)]
     normals = torch.cat([drawn.flatten() for drawn in noise.normals(each, channels)])
     return Start(labels, sequence, orders, queries, ranks, normals, len(positions))

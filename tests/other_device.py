@@ -83,7 +83,7 @@ class Watch(TorchDispatchMode):
             )
         elif DEVICE in devices and name.startswith("aten._local_scalar_dense"):
             self.reads.append(name)
-            return 0
+            return 1  # true: nothing is wrong
         elif (
             DEVICE in devices
             and name.startswith("aten.index.")

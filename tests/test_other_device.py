@@ -1,5 +1,6 @@
-"""GPUs and Macs, tested without one: no stalls between AR steps, no float64, no mixed devices."""
+"""GPUs and Macs, tested without one: no stalls in AR or training steps, no float64, no mixed devices."""
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from other_device import DEVICE, Watch, without_mps_kernel
+from slope import Slope, loop
 from torch import Tensor
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
@@ -19,6 +21,9 @@ from far.model import FAR, ModelConfig, NetworkConfig
 from far.sampling import Kept, SamplingConfig, ar_steps, prepare_start
 from far.sampling_config import unused_options
 from far.training.autoencoder import latent_statistics
+from far.training.generator import means_by_time
+from far.training.log import Meter
+from far.training.loop import Trainer
 
 BACKBONES = {
     "masked": MaskedConfig(16, 1, 2, 24, 1, 2, buffer=2),
@@ -106,7 +111,7 @@ def test_16_bit_models_make_no_float64(head: dict) -> None:
 
 @pytest.mark.parametrize("head", HEAD_CASES, ids=named)
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_training_makes_no_float64(backbone: str, head: dict) -> None:
+def test_training_reads_nothing_and_makes_no_float64(backbone: str, head: dict) -> None:
     network, teacher = model(backbone, **head), model(backbone, **head)
     labels = torch.zeros(BATCH, dtype=torch.long, device=DEVICE)
     with Watch() as watch:
@@ -115,8 +120,35 @@ def test_training_makes_no_float64(backbone: str, head: dict) -> None:
             latents, labels, torch.Generator().manual_seed(0), label_drop=0.1, teacher=teacher, step=1
         )
         loss.value.mean().backward()
-    assert watch.float64 == []
+        means_by_time(loss.samples, loss.t, 4)
+        for term in loss.terms.values():
+            term.mean()
+    assert (watch.reads, watch.float64) == ([], [])
     assert all(parameter.grad is not None for parameter in network.head.parameters())
+
+
+class SlopeOnTheDevice(Slope):
+    def __init__(self) -> None:
+        super().__init__()
+        self.module.to_empty(device=DEVICE)
+
+    def batch(self, step: int, generator: torch.Generator) -> Tensor:
+        return super().batch(step, generator).to(DEVICE)
+
+
+def test_optimizer_step_reads_one_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = loop(micro_batches=4)
+    object.__setattr__(config, "device", "meta")
+    monkeypatch.setattr("far.training.loop.resolve_loop", lambda config, *_: config)
+    # The meta device has neither autocast nor a fused AdamW.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **_: torch.optim.SGD(groups))
+    trainer, meter = Trainer(SlopeOnTheDevice(), config, tmp_path), Meter()
+    with Watch() as watch:
+        trainer.train_step(meter)
+    assert trainer.skipped_steps == 0
+    assert len(meter.values["loss"]) == 4
+    assert len(watch.reads) == 1
 
 
 @pytest.mark.parametrize("kind", [kind for kind in sorted(HEADS) if kind != "energy"])

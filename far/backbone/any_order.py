@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from far.backbone.backbone import Backbone
 from far.backbone.causal import CausalBlock, initialize_branches, rotary_grid
 from far.backbone.config import AnyOrderConfig
+from far.devices import to_device
 from far.layers import KeyValueCache, SwiGLU, as_input, attend, rotate, take
 
 
@@ -101,9 +102,9 @@ class AnyOrderBackbone(Backbone):
         """
         orders = torch.rand(len(tokens), self.tokens, generator=generator).argsort(dim=1)
         raster = torch.rand(len(tokens), 1, generator=generator) < self.config.raster_fraction
-        orders = torch.where(raster, torch.arange(self.tokens), orders).to(tokens.device)
+        orders = to_device(torch.where(raster, torch.arange(self.tokens), orders), tokens.device)
         if self.config.input_noise > 0:
-            noise = torch.randn(tokens.shape, generator=generator).to(tokens.device)
+            noise = to_device(torch.randn(tokens.shape, generator=generator), tokens.device)
             tokens = tokens + self.config.input_noise * noise
         return tokens, orders[:, :-1], orders
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from far.backbone.backbone import Backbone
 from far.backbone.config import AnyOrderConfig, CausalConfig
+from far.devices import to_device
 from far.layers import KeyValueCache, SwiGLU, as_input, attend, rotary_table, rotate, take
 
 
@@ -73,7 +74,7 @@ class CausalBackbone(Backbone):
         """Return inputs for teacher forcing: one pass predicts every token from those before it."""
         positions = torch.arange(self.tokens, device=tokens.device).expand(len(tokens), -1)
         if self.config.input_noise > 0:
-            noise = torch.randn(tokens.shape, generator=generator).to(tokens.device)
+            noise = to_device(torch.randn(tokens.shape, generator=generator), tokens.device)
             tokens = tokens + self.config.input_noise * noise
         return tokens, positions[:, :-1], positions
 

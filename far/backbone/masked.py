@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from far.backbone.backbone import Backbone
 from far.backbone.config import MaskedConfig
+from far.devices import to_device
 from far.layers import Block, KeyValueCache, as_input, take
 from far.tokens import sample_mask_ratio
 
@@ -135,7 +136,8 @@ class MaskedBackbone(Backbone):
         """Return inputs that mask a random fraction of the tokens, the same one for the whole batch."""
         ratio = sample_mask_ratio(generator, self.config.mask_ratio_min, self.config.mask_ratio_std)
         masked = max(1, math.ceil(self.tokens * ratio))
-        orders = torch.rand(len(tokens), self.tokens, generator=generator).argsort(dim=1).to(tokens.device)
+        orders = torch.rand(len(tokens), self.tokens, generator=generator).argsort(dim=1)
+        orders = to_device(orders, tokens.device)
         return tokens, orders[:, masked:], orders[:, :masked]
 
 

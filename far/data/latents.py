@@ -16,7 +16,7 @@ from far.autoencoder import Autoencoder, Posterior
 from far.classes import check_same_classes
 from far.data.image_sets import check_labels, check_meta, fingerprint, open_image_set, read_images
 from far.data.shards import Pieces, ShardReader, ShardWriter
-from far.devices import resolve_device
+from far.devices import resolve_device, to_device
 from far.errors import InputError
 from far.processes import Processes
 
@@ -146,6 +146,6 @@ class LatentCache:
         device = next(self.autoencoder.parameters()).device
         flips = torch.randint(0, 1 + self.flip, (len(rows),), generator=generator)
         moments = self.reader.rows("moments", rows)[torch.arange(len(rows)), flips].float()
-        posterior = Posterior(moments.to(device))
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+        posterior = Posterior(to_device(moments, device))
+        noise = to_device(torch.randn(posterior.mean.shape, generator=generator), device)
         return self.autoencoder.normalize(posterior.sample(noise))

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from far.devices import to_device
 from far.heads.config import DiffusionConfig
 from far.heads.head import Condition, Draw, Head, Normal, TokenLoss
 from far.heads.network import HeadNetwork
@@ -37,8 +38,9 @@ class DiffusionHead(Head):
         self, x: Tensor, condition: Condition, generator: torch.Generator, teacher: Head, step: int = 0
     ) -> TokenLoss:
         samples = self.config.samples_per_token
-        t = torch.randint(0, TRAINING_STEPS, (samples, len(x)), generator=generator).to(x.device)
-        noise = torch.randn(samples, *x.shape, generator=generator).to(x.device)
+        t = torch.randint(0, TRAINING_STEPS, (samples, len(x)), generator=generator)
+        noise = torch.randn(samples, *x.shape, generator=generator)
+        t, noise = to_device(t, x.device), to_device(noise, x.device)
         mse, bound = self.loss_terms(x, condition.z, t, noise)
         return TokenLoss.mean_of(mse + bound, 1 - t / TRAINING_STEPS, mse=mse, bound=bound)
 

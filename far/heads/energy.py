@@ -7,6 +7,7 @@ of the backbone's learning rate (``training.head_learning_rate``), and uniform n
 import torch
 from torch import Tensor
 
+from far.devices import to_device
 from far.heads.config import EnergyConfig
 from far.heads.head import Condition, Draw, Head, Normal, TokenLoss
 from far.heads.network import HeadNetwork
@@ -32,7 +33,8 @@ class EnergyHead(Head):
         self, x: Tensor, condition: Condition, generator: torch.Generator, teacher: Head, step: int = 0
     ) -> TokenLoss:
         """Return the energy score of ``samples_per_token`` draws (for two, half of EAR's loss)."""
-        noise = torch.randn(self.config.samples_per_token, *x.shape, generator=generator).to(x.device)
+        noise = torch.randn(self.config.samples_per_token, *x.shape, generator=generator)
+        noise = to_device(noise, x.device)
         distance, spread = distance_and_spread(self.network(condition.z, noise).to(x.dtype), x)
         score = distance - spread / 2
         return TokenLoss.mean_of(score, torch.zeros_like(score.detach()), distance=distance, spread=spread)

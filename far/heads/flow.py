@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from far.devices import to_device
 from far.heads.config import FlowConfig
 from far.heads.head import Condition, Draw, Head, Normal, TokenLoss
 from far.heads.network import HeadNetwork
@@ -64,7 +65,7 @@ def draw_noise_and_time(x: Tensor, samples: int, generator: torch.Generator) -> 
     """Draw normal noise ``[samples, n, channels]`` and uniform times ``[samples, n]`` for tokens ``x``."""
     noise = torch.randn(samples, *x.shape, generator=generator)
     t = torch.rand(samples, len(x), generator=generator)
-    return noise.to(x.device), t.to(x.device)
+    return to_device(noise, x.device), to_device(t, x.device)
 
 
 def euler(velocity: Velocity, x: Tensor, steps: int) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from far.devices import to_device
 from far.heads.config import FlowMapConfig
 from far.heads.flow import interpolate
 from far.heads.head import Condition, Draw, Head, Normal, TokenLoss, without_gradient
@@ -170,14 +171,14 @@ def draw_noise_and_times(
     s[:off].masked_fill_(ends[0], 0.0)
     t[:off].masked_fill_(ends[1], 1.0)
     t[off:] = s[off:]
-    return noise.to(x.device), s.to(x.device), t.to(x.device)
+    return to_device(noise, x.device), to_device(s, x.device), to_device(t, x.device)
 
 
 def draw_scales(like: Tensor, count: int, max_guidance: float, generator: torch.Generator) -> Tensor:
     """Draw scales ``[samples, n]`` shaped as ``like``: uniform for the first ``count`` tokens, else 1."""
     scale = torch.ones_like(like)
     if count:
-        drawn = torch.rand(len(like), count, generator=generator).to(like.device)
+        drawn = to_device(torch.rand(len(like), count, generator=generator), like.device)
         scale[:, :count] += drawn * (max_guidance - 1)
     return scale
 

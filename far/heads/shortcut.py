@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from far.devices import to_device
 from far.heads.config import ShortcutConfig
 from far.heads.flow import TIME_UNIT, draw_noise_and_time, interpolate
 from far.heads.head import Condition, Draw, Head, Normal, TokenLoss, without_gradient
@@ -48,19 +49,21 @@ class ShortcutHead(Head):
         noise, t = draw_noise_and_time(x, self.config.samples_per_token, generator)
         target = x - noise
         # Random, because tokens lie in the order of the sequence: every eighth would be the same positions.
-        shuffled = torch.randperm(t.numel(), generator=generator)
-        chosen = shuffled[: -(-t.numel() // CONSISTENCY_EVERY)].to(x.device)
+        shuffled = to_device(torch.randperm(t.numel(), generator=generator), x.device)
+        chosen, others = shuffled.tensor_split([-(-t.numel() // CONSISTENCY_EVERY)])
         whole, start = draw_steps(len(chosen), generator)
-        t.view(-1)[chosen] = start.to(x.device)
+        t.view(-1)[chosen] = to_device(start, x.device)
         d = torch.zeros_like(t)
-        d.view(-1)[chosen] = whole.to(x.device)
+        d.view(-1)[chosen] = to_device(whole, x.device)
         x_t = interpolate(noise, x, t)
         with without_gradient():
             field = functools.partial(teacher.mean_velocity, z=condition.z.detach()[chosen % len(x)])
             points = x_t.view(-1, x.shape[-1])[chosen], t.view(-1)[chosen], d.view(-1)[chosen]
             target.view(-1, x.shape[-1])[chosen] = consistency_target(field, *points)
         losses = (self.mean_velocity(x_t, t, d, condition.z) - target).square().mean(dim=-1)
-        return TokenLoss.mean_of(losses, t, flow=losses[d == 0], consistency=losses[d > 0])
+        # By positions: the size of losses[d > 0] is on the device, and a GPU would be waited for.
+        flow, consistency = losses.flatten()[others], losses.flatten()[chosen]
+        return TokenLoss.mean_of(losses, t, flow=flow, consistency=consistency)
 
     def sampler(self, steps: int, like: Tensor) -> Draw:
         sizes = step_sizes(steps)

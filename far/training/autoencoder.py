@@ -13,6 +13,7 @@ from far.autoencoder import Autoencoder, Posterior
 from far.autoencoder_config import AutoencoderConfig
 from far.data.image_sets import fingerprint, open_held_out, open_image_set, read_images
 from far.data.shards import ShardReader
+from far.devices import to_device
 from far.errors import InputError
 from far.evaluation.features import SECOND_NETWORK, FeatureNetwork, load_feature_network
 from far.evaluation.metrics import FeatureStatistics, frechet_distance, psnr, ssim
@@ -78,7 +79,8 @@ class AutoencoderTask:
             flip = torch.rand(len(images), generator=generator) < 0.5
             images[flip] = images[flip].flip(-1)
         # Activations keep the layout of their input. On a CPU, this one trains about 1.15 times as fast.
-        return images.to(self.loop.device, memory_format=torch.channels_last)
+        images = images.to(memory_format=torch.channels_last)
+        return to_device(images, torch.device(self.loop.device))
 
     def loss(
         self, step: int, batch: Tensor, ema: nn.Module, generator: torch.Generator
@@ -89,7 +91,7 @@ class AutoencoderTask:
         """
         posterior = self.module.encode(batch)
         posterior = Posterior(torch.cat([posterior.mean, posterior.logvar], dim=1).float())
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(batch.device)
+        noise = to_device(torch.randn(posterior.mean.shape, generator=generator), batch.device)
         latents = posterior.sample(noise)
         if self.loss_config.latent_noise:
             latents = noisy(latents, self.loss_config.latent_noise, generator)
@@ -140,7 +142,7 @@ def noisy(latents: Tensor, most: float, generator: torch.Generator) -> Tensor:
     std = latents.detach().std(dim=(0, 2, 3), correction=0, keepdim=True)
     levels = most * torch.rand(len(latents), 1, 1, 1, generator=generator)
     noise = levels * torch.randn(latents.shape, generator=generator)
-    return latents + std * noise.to(latents.device)
+    return latents + std * to_device(noise, latents.device)
 
 
 def _discriminator(config: AutoencoderRecipe, size: int, device: str) -> Discriminator | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from far.data.shards import ShardReader
+from far.devices import to_device
 from far.heads import Condition, FlowMapConfig
 from far.heads.flow_map import FlowMapHead
 from far.model import FAR
@@ -75,9 +76,11 @@ class DistillationTask:
         rows = (groups.unsqueeze(1) * GROUP + torch.arange(GROUP)).flatten()
         names = ["paths", "scale", *(_BACKBONE_INPUTS if self.config.adapter_rank else ("z",))]
         tensors = {name: self.rows.rows(name, rows) for name in names}
+        tensors = {name: each.float() if each.is_floating_point() else each for name, each in tensors.items()}
+        # The counts of known tokens become shapes, so they stay on the CPU.
         return {
-            name: (tensor.float() if tensor.is_floating_point() else tensor).to(self.teacher.device)
-            for name, tensor in tensors.items()
+            name: each if name == "known" else to_device(each, self.teacher.device)
+            for name, each in tensors.items()
         }
 
     def loss(
@@ -89,7 +92,7 @@ class DistillationTask:
         paths, scale = batch["paths"].flatten(0, 1), batch["scale"].flatten()
         z = self._conditions(self.module, batch).flatten(0, 1)
         spans = draw_spans((self.config.samples_per_token, len(paths)), generator)
-        start, end = (points.to(paths.device) for points in spans)
+        start, end = (to_device(points, paths.device) for points in spans)
         s, t = start / (POINTS - 1), end / (POINTS - 1)
         token = torch.arange(len(paths), device=paths.device)
         x, goal = paths[token, start], paths[token, end]

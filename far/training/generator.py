@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from far.autoencoder import Autoencoder
 from far.data.image_sets import check_meta, fingerprint, open_held_out
 from far.data.latents import LatentCache
 from far.data.shards import ShardReader
+from far.devices import to_device
 from far.errors import InputError
 from far.evaluation.features import FeatureNetwork, load_feature_network
 from far.evaluation.metrics import FeatureStatistics, Neighborhoods, frechet_distance, squared_mmd
@@ -127,7 +129,8 @@ class GeneratorTask:
         """Return latents ``[b, c, h, w]``, half of them of mirror images if ``flip``, and labels ``[b]``."""
         loop = self.config.training
         rows = epoch_rows(number, loop.micro_batch_size, len(self.latents), loop.seed)
-        return self.latents.draw(rows, generator), self.latents.labels[rows].to(loop.device)
+        labels = to_device(self.latents.labels[rows], torch.device(loop.device))
+        return self.latents.draw(rows, generator), labels
 
     def loss(
         self, step: int, batch: tuple[Tensor, Tensor], ema: nn.Module, generator: torch.Generator
@@ -139,11 +142,8 @@ class GeneratorTask:
         module, label_drop = self.module, self.config.label_drop
         loss = module.loss(*batch, generator, label_drop=label_drop, teacher=module, step=step)
         values = {f"loss_{name}": term.mean() for name, term in loss.terms.items()}
-        buckets = (loss.t * _TIME_BUCKETS).long().clamp(max=_TIME_BUCKETS - 1)
-        for bucket in range(_TIME_BUCKETS):
-            chosen = loss.samples[buckets == bucket]
-            if len(chosen):
-                values[f"loss_t{bucket / _TIME_BUCKETS:.2f}"] = chosen.mean()
+        means = means_by_time(loss.samples, loss.t, _TIME_BUCKETS)
+        values |= {f"loss_t{bucket / _TIME_BUCKETS:.2f}": mean for bucket, mean in enumerate(means)}
         return loss.value.mean(), values
 
     @torch.no_grad()
@@ -180,6 +180,16 @@ class GeneratorTask:
     def _pipeline(self, ema: nn.Module) -> Pipeline:
         assert isinstance(ema, FAR)
         return Pipeline(ema, self.autoencoder, self.classes, self.config.sampling)
+
+
+def means_by_time(losses: Tensor, t: Tensor, buckets: int) -> Tensor:
+    """Return the means ``[buckets]`` of losses ``[n]`` in equal ranges of times ``t [n]`` in 0 … 1.
+
+    An empty range has the mean NaN.
+    """
+    # Not losses[bucket == 0]: a GPU would be waited for to know the size.
+    members = F.one_hot((t * buckets).long().clamp(max=buckets - 1), buckets).to(losses.dtype)
+    return (members * losses.unsqueeze(-1)).sum(dim=0) / members.sum(dim=0)
 
 
 def quick_figures(features: Tensor, real: Tensor) -> dict[str, float]:

@@ -39,13 +39,13 @@ class Meter:
             self.values.setdefault(name, []).append(value.detach())
 
     def read(self, processes: Processes) -> dict[str, float]:
-        """Return the means over all ranks and restart. A value may be missing on some ranks."""
+        """Return the means over all ranks and restart. A value may be missing or NaN on some ranks."""
         joined: dict[str, list[float]] = {}
         own = {name: torch.stack(values).float().tolist() for name, values in self.values.items()}
         for values in processes.gather(own):
             for name, numbers in values.items():
-                joined.setdefault(name, []).extend(numbers)
-        result = {name: statistics.fmean(numbers) for name, numbers in joined.items()}
+                joined.setdefault(name, []).extend(number for number in numbers if not math.isnan(number))
+        result = {name: statistics.fmean(numbers) for name, numbers in joined.items() if numbers}
         result["images_per_second"] = self.images / self.seconds
         result["loader_share"] = self.loading / self.seconds
         self.restart()

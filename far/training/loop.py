@@ -58,7 +58,7 @@ class Task(Protocol):
     def loss(
         self, step: int, batch: Any, ema: nn.Module, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the scalar loss, and named scalars to log."""
+        """Return the scalar loss, and named scalars to log; a NaN is not logged."""
 
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
         """Return figures of the EMA weights on held-out data. May write sample sheets into ``folder``.
@@ -323,7 +323,8 @@ class Trainer:
         norms = [
             whole(nn.utils.clip_grad_norm_(each.parameters(), config.gradient_clip)) for each in networks
         ]
-        finite = all(torch.isfinite(value) for value in (*norms, *(values["loss"] for values in losses)))
+        # The only value that a step reads from a GPU.
+        finite = bool(torch.stack([*norms, *(values["loss"] for values in losses)]).isfinite().all())
         # Gradients are averaged over ranks but losses are local, so ranks must agree before skipping.
         if self.processes.any(not finite):
             self.skipped_steps += 1

@@ -16,8 +16,10 @@ from far.config import from_dict
 from far.devices import resolve_training_dtype
 from far.files import read_json, write_json
 from far.pipeline import Pipeline
+from far.processes import Processes
 from far.recipe import GeneratorRecipe, load_recipe
-from far.training.generator import quick_figures
+from far.training.generator import means_by_time, quick_figures
+from far.training.log import Meter
 
 AUTO = ["generator.network.head.kind=diffusion", "generator.training.dtype=auto"]
 
@@ -43,6 +45,24 @@ def test_card_holds_every_value_of_the_recipe(recipe: Path) -> None:
         trained.training, device="cpu", dtype=resolve_training_dtype("auto", torch.device("cpu"))
     )
     assert from_dict(GeneratorRecipe, values, "the card") == dataclasses.replace(trained, training=loop)
+
+
+def test_losses_are_logged_as_means_within_ranges_of_times() -> None:
+    generator = torch.Generator().manual_seed(0)
+    losses, t = torch.rand(2, 1000, generator=generator)
+    t[0], t[1] = 0.0, 1.0
+    t[(t >= 0.25) & (t < 0.5)] = 0.6  # nothing is in the second quarter
+    means, meter = means_by_time(losses, t, 4), Meter()
+    assert means[1].isnan()
+    for bucket, low, high in ((0, 0.0, 0.25), (2, 0.5, 0.75), (3, 0.75, 1.1)):
+        inside = [float(loss) for loss, time in zip(losses, t) if low <= time < high]
+        assert float(means[bucket]) == pytest.approx(sum(inside) / len(inside), rel=1e-6)
+    meter.add_time(1, 0.0, 1.0)
+    meter.add_values({"loss_t0.00": means[0], "loss_t0.25": means[1]})
+    meter.add_values({"loss_t0.00": means[0]})
+    logged = meter.read(Processes())
+    assert logged["loss_t0.00"] == pytest.approx(float(means[0]))
+    assert "loss_t0.25" not in logged
 
 
 def test_quick_recall_and_kid_show_what_a_model_omits() -> None:
