@@ -39,10 +39,8 @@ class RandomLatents:
         latents = torch.randn(self.images, config.latent_channels, *config.grid, generator=generator)
         return latents, torch.zeros(self.images, dtype=torch.long)
 
-    def loss(
-        self, step: int, batch: Any, ema: Any, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.module.loss(*batch, generator, label_drop=0.1, teacher=ema, step=step).value.mean(), {}
+    def loss(self, step: int, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.module.loss(*batch, generator, label_drop=0.1, step=step).value.mean(), {}
 
 
 def memory_of_this_process(field: str) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu_training import RandomLatents
@@ -306,7 +306,7 @@ class PlainLoss(RandomLatents):
     """Task with MAR's plain loss at its mean masking ratio, 0.86."""
 
     def loss(
-        self, step: int, batch: tuple[Tensor, Tensor], ema: nn.Module, generator: torch.Generator
+        self, step: int, batch: tuple[Tensor, Tensor], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         mask = torch.ones(self.batch_size, self.module.config.tokens, device=self.device)
         mask[:, : self.module.config.tokens // 7] = 0

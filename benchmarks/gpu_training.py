@@ -1,6 +1,5 @@
 """Training checks of ``benchmarks.gpu``: losses, gradients, optimizer steps and checkpoints."""
 
-import copy
 import dataclasses
 import functools
 import itertools
@@ -49,10 +48,9 @@ class RandomLatents:
         return latents.to(self.device), labels.to(self.device)
 
     def loss(
-        self, step: int, batch: tuple[Tensor, Tensor], ema: nn.Module, generator: torch.Generator
+        self, step: int, batch: tuple[Tensor, Tensor], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        assert isinstance(ema, FAR)
-        found = self.module.loss(*batch, generator, label_drop=0.1, teacher=ema, step=step)
+        found = self.module.loss(*batch, generator, label_drop=0.1, step=step)
         return found.value.mean() * (torch.nan if self.poison else 1.0), {}
 
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
@@ -84,10 +82,10 @@ def gradient_case(
         model = tiny(backbone, **head)
         if all_masked:
             model.backbone.config = dataclasses.replace(model.backbone.config, mask_ratio_min=0.999)
-        teacher, model = copy.deepcopy(model).to(place), model.to(place)
+        model = model.to(place)
         latents = torch.randn(4, CHANNELS, *GRID, generator=torch.Generator().manual_seed(1)).to(place)
         labels, generator = torch.arange(4, device=place), torch.Generator().manual_seed(2)
-        loss = model.loss(latents, labels, generator, label_drop=0.1, teacher=teacher, step=1).value.mean()
+        loss = model.loss(latents, labels, generator, label_drop=0.1, step=1).value.mean()
         loss.backward()
         gradients = [
             parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None

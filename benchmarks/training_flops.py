@@ -30,7 +30,7 @@ def flops(model: FAR) -> float:
         with FlopCounterMode(display=False) as counter:
             # A step after those of plain flow matching. One of two images trains guidance in heads that learn
             # it.
-            loss = model.loss(latents, labels, generator, label_drop=0.1, teacher=model, step=1600)
+            loss = model.loss(latents, labels, generator, label_drop=0.1, step=1600)
             loss.value.mean().backward()
         total += counter.get_total_flops()
     return total / STEPS / len(latents)

@@ -50,7 +50,6 @@ class FAR(nn.Module):
         generator: torch.Generator,
         *,
         label_drop: float,
-        teacher: "FAR",
         step: int = 0,
     ) -> TokenLoss:
         """Return the head's loss at every query position of one training step.
@@ -61,7 +60,6 @@ class FAR(nn.Module):
             latents: normalized latents ``[b, c, h, w]``.
             labels: ``[b]``, 0 … classes − 1.
             label_drop: fraction of samples without class, which train the unconditional half of guidance.
-            teacher: model whose head provides targets for heads that bootstrap: in training this model.
             step: training step, from 0.
         """
         dropped = to_device(torch.rand(len(labels), generator=generator) < label_drop, labels.device)
@@ -75,4 +73,5 @@ class FAR(nn.Module):
                 null = torch.full_like(labels[:half], self.null_label)
                 uncond = self.backbone(fed[:half], known[:half], query[:half], null).flatten(0, 1)
         targets = take(tokens, query).flatten(0, 1)
-        return self.head.loss(targets, Condition(z, uncond), generator, teacher.head, step)
+        # The head is its own teacher: that of the EMA lags and does not know this backbone's conditions.
+        return self.head.loss(targets, Condition(z, uncond), generator, self.head, step)

@@ -33,9 +33,7 @@ class Slope:
     def batch(self, step: int, generator: torch.Generator) -> Tensor:
         return torch.randn(8, 4, generator=generator)
 
-    def loss(
-        self, step: int, batch: Tensor, ema: nn.Module, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, step: int, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self.factor * self.module(batch).float().mean(dim=0).sum()
         if step in self.faults:
             loss = self.faults[step](loss)

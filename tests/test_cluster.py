@@ -46,10 +46,8 @@ class Task:
             2, dtype=torch.long
         )
 
-    def loss(
-        self, step: int, batch: tuple, ema: FAR, generator: torch.Generator
-    ) -> tuple[torch.Tensor, dict]:
-        return self.module.loss(*batch, generator, label_drop=0.1, teacher=ema, step=step).value.mean(), {}
+    def loss(self, step: int, batch: tuple, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
+        return self.module.loss(*batch, generator, label_drop=0.1, step=step).value.mean(), {}
 
 
 @pytest.mark.parametrize("network", SMALL, ids=["masked", "causal"])
@@ -125,7 +123,7 @@ def test_computed_activations_are_what_the_forward_pass_keeps(network: NetworkCo
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16),
     ):
-        loss = model.loss(latents, labels, generator, label_drop=0.1, teacher=model).value.mean()
+        loss = model.loss(latents, labels, generator, label_drop=0.1).value.mean()
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     assert loss.isfinite()
     expected = sum(storage.nbytes() for key, storage in found.items() if key not in parameters)

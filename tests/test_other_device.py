@@ -112,13 +112,11 @@ def test_16_bit_models_make_no_float64(head: dict) -> None:
 @pytest.mark.parametrize("head", HEAD_CASES, ids=named)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_training_reads_nothing_and_makes_no_float64(backbone: str, head: dict) -> None:
-    network, teacher = model(backbone, **head), model(backbone, **head)
+    network = model(backbone, **head)
     labels = torch.zeros(BATCH, dtype=torch.long, device=DEVICE)
     with Watch() as watch:
         latents = torch.empty(BATCH, 3, *GRID, device=DEVICE)
-        loss = network.loss(
-            latents, labels, torch.Generator().manual_seed(0), label_drop=0.1, teacher=teacher, step=1
-        )
+        loss = network.loss(latents, labels, torch.Generator().manual_seed(0), label_drop=0.1, step=1)
         loss.value.mean().backward()
         means_by_time(loss.samples, loss.t, 4)
         for term in loss.terms.values():
@@ -193,9 +191,7 @@ def test_generation_and_training_use_only_operations_of_mps() -> None:
         network = model(backbone, **head)
         whole = draw(network, True, head_steps=min(2, network.head.max_steps))
         with Watch() as watch:
-            loss = network.loss(
-                latents, labels, torch.Generator().manual_seed(0), label_drop=0.1, teacher=network, step=1
-            )
+            loss = network.loss(latents, labels, torch.Generator().manual_seed(0), label_drop=0.1, step=1)
             loss.value.mean().backward()
         used |= whole.operations | watch.operations
     assert {"addmm", "native_layer_norm_backward"} <= used, "operations are not recorded"

@@ -82,9 +82,7 @@ class AutoencoderTask:
         images = images.to(memory_format=torch.channels_last)
         return to_device(images, torch.device(self.loop.device))
 
-    def loss(
-        self, step: int, batch: Tensor, ema: nn.Module, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, step: int, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its terms to log: reconstruction errors, KL divergence, adversarial losses.
 
         The discriminator's loss is added to the autoencoder's. Neither has a gradient in the other's weights.

@@ -84,7 +84,7 @@ class DistillationTask:
         }
 
     def loss(
-        self, step: int, batch: dict[str, Tensor], ema: nn.Module, generator: torch.Generator
+        self, step: int, batch: dict[str, Tensor], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the squared error of the mean velocity between two random points of each trajectory."""
         head = self.module.head

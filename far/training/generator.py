@@ -133,14 +133,10 @@ class GeneratorTask:
         return self.latents.draw(rows, generator), labels
 
     def loss(
-        self, step: int, batch: tuple[Tensor, Tensor], ema: nn.Module, generator: torch.Generator
+        self, step: int, batch: tuple[Tensor, Tensor], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the model's loss, and its terms and means within quarters of the head's time to log.
-
-        The head is its own teacher: the EMA lags, and its head does not know the conditions of this backbone.
-        """
-        module, label_drop = self.module, self.config.label_drop
-        loss = module.loss(*batch, generator, label_drop=label_drop, teacher=module, step=step)
+        """Return the model's loss, and its terms and means within quarters of the head's time to log."""
+        loss = self.module.loss(*batch, generator, label_drop=self.config.label_drop, step=step)
         values = {f"loss_{name}": term.mean() for name, term in loss.terms.items()}
         means = means_by_time(loss.samples, loss.t, _TIME_BUCKETS)
         values |= {f"loss_t{bucket / _TIME_BUCKETS:.2f}": mean for bucket, mean in enumerate(means)}

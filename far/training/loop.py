@@ -55,9 +55,7 @@ class Task(Protocol):
     def batch(self, number: int, generator: torch.Generator) -> Any:
         """Read micro-batch ``number``, counted from the run's start. Its time is logged as the loader's."""
 
-    def loss(
-        self, step: int, batch: Any, ema: nn.Module, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, step: int, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scalar loss, and named scalars to log; a NaN is not logged."""
 
     def evaluate(self, ema: nn.Module, folder: Path, step: int) -> dict[str, float]:
@@ -125,10 +123,8 @@ class Losses(nn.Module):
         super().__init__()
         self.task, self.module, self.discriminator = task, task.module, task.discriminator
 
-    def forward(
-        self, step: int, batch: Any, ema: nn.Module, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.task.loss(step, batch, ema, generator)
+    def forward(self, step: int, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.task.loss(step, batch, generator)
 
 
 class Trainer:
@@ -356,7 +352,7 @@ class Trainer:
         with gradients_together(self.losses, together):
             dtype = getattr(torch, config.dtype)
             with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-                loss, values = self.losses(self.step, batch, self.ema.module, generator)
+                loss, values = self.losses(self.step, batch, generator)
             self.scaler.scale(loss / parts).backward()
         meter.add_time(0, loaded - start, time.perf_counter() - start)
         return {"loss": loss.detach(), **values}

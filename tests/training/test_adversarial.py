@@ -103,7 +103,7 @@ def test_adversarial_term_pulls_as_strongly_as_its_weight_says(decoder_recipe: P
     last, batch = task.module.decoder.conv_out.weight, images(4, 16)
 
     def gradient(of: AutoencoderTask, step: int) -> torch.Tensor:
-        loss, _ = of.loss(step, batch, of.module, torch.Generator().manual_seed(0))
+        loss, _ = of.loss(step, batch, torch.Generator().manual_seed(0))
         return torch.autograd.grad(loss, of.module.decoder.conv_out.weight)[0]
 
     before = gradient(plain, 0)
@@ -118,7 +118,7 @@ def test_discriminator_learns_to_tell_images_from_reconstructions(decoder_recipe
     optimizer = torch.optim.AdamW(task.discriminator.parameters(), lr=1e-3)
     for step in range(40):
         batch = task.batch(step, torch.Generator().manual_seed(step))
-        loss, terms = task.loss(5, batch, task.module, torch.Generator().manual_seed(step))
+        loss, terms = task.loss(5, batch, torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -120,7 +120,7 @@ def loss_of(task: DistillationTask) -> float:
     losses = []
     for step in range(6):
         generator = torch.Generator().manual_seed(step)
-        losses.append(float(task.loss(step, task.batch(step, generator), task.module, generator)[0]))
+        losses.append(float(task.loss(step, task.batch(step, generator), generator)[0]))
     return sum(losses) / len(losses)
 
 
@@ -341,12 +341,12 @@ def test_adapted_backbone_starts_with_the_conditions_on_disk(diffusion_folder: P
             for parameter in module.parameters():
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     losses = [
-        float(each.loss(0, from_disk, each.module, torch.Generator().manual_seed(1))[0].detach())
+        float(each.loss(0, from_disk, torch.Generator().manual_seed(1))[0].detach())
         for each in (task, frozen)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
     shuffled = {**from_disk, "z": from_disk["z"].roll(1, 0)}
-    wrong = float(frozen.loss(0, shuffled, frozen.module, torch.Generator().manual_seed(1))[0].detach())
+    wrong = float(frozen.loss(0, shuffled, torch.Generator().manual_seed(1))[0].detach())
     assert wrong != pytest.approx(losses[1], rel=1e-2)
 
 
