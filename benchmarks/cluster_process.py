@@ -29,6 +29,7 @@ from far.training.loop import Trainer
 class RandomLatents:
     """Task that trains a generator on noise. See :class:`far.training.loop.Task`."""
 
+    discriminator = None
     parameter_groups = GeneratorTask.parameter_groups
 
     def __init__(self, config: ModelConfig, images: int) -> None:

@@ -35,6 +35,7 @@ SMALL = [
 
 
 class Task:
+    discriminator = None
     parameter_groups = GeneratorTask.parameter_groups
 
     def __init__(self, config: ModelConfig) -> None:
