@@ -10,7 +10,7 @@ import pytest
 import torch
 from other_device import DEVICE, Watch, without_mps_kernel
 from slope import Slope, loop
-from torch import Tensor
+from torch import Tensor, nn
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
@@ -126,22 +126,27 @@ def test_training_reads_nothing_and_makes_no_float64(backbone: str, head: dict) 
 
 
 class SlopeOnTheDevice(Slope):
-    def __init__(self) -> None:
+    def __init__(self, discriminator: nn.Module | None) -> None:
         super().__init__()
         self.module.to_empty(device=DEVICE)
+        self.discriminator = discriminator
 
     def batch(self, step: int, generator: torch.Generator) -> Tensor:
         return super().batch(step, generator).to(DEVICE)
 
 
-def test_optimizer_step_reads_one_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# A discriminator has no gradients before its training starts.
+@pytest.mark.parametrize("discriminator", [None, nn.Linear(4, 2, device=DEVICE)], ids=["alone", "idle"])
+def test_optimizer_step_reads_one_value(
+    discriminator: nn.Module | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = loop(micro_batches=4)
     object.__setattr__(config, "device", "meta")
     monkeypatch.setattr("far.training.loop.resolve_loop", lambda config, *_: config)
     # The meta device has neither autocast nor a fused AdamW.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **_: torch.optim.SGD(groups))
-    trainer, meter = Trainer(SlopeOnTheDevice(), config, tmp_path), Meter()
+    trainer, meter = Trainer(SlopeOnTheDevice(discriminator), config, tmp_path), Meter()
     with Watch() as watch:
         trainer.train_step(meter)
     assert trainer.skipped_steps == 0

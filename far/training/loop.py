@@ -317,7 +317,8 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         networks = [self.module] if self.discriminator is None else [self.module, self.discriminator]
         norms = [
-            whole(nn.utils.clip_grad_norm_(each.parameters(), config.gradient_clip)) for each in networks
+            whole(nn.utils.clip_grad_norm_(each.parameters(), config.gradient_clip)).to(self.device)
+            for each in networks  # without gradients yet, a discriminator's norm is a zero on the CPU
         ]
         # The only value that a step reads from a GPU.
         finite = bool(torch.stack([*norms, *(values["loss"] for values in losses)]).isfinite().all())
