@@ -6,11 +6,12 @@ seeded by (seed, p), so a resumed run repeats an uninterrupted one, and several 
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,12 +25,13 @@ from far.errors import InputError, NotFiniteError
 from far.files import remove_leftovers
 from far.interrupt import DeferredInterrupt, Interrupted
 from far.processes import Processes
-from far.seeds import seed_all, seeded_generator
+from far.seeds import seed_all
 from far.training.checkpoint import named_tensors, newest_values, open_checkpoint, save_checkpoint
 from far.training.config import LoopConfig
 from far.training.ema import Ema
 from far.training.log import Meter, TrainingLog
 from far.training.parallel import gradients_together, replicate, shard, whole, whole_copy
+from far.training.prefetch import MicroBatch, micro_batches
 from far.training.runs import check_unused, checkpoints_folder, list_checkpoints
 from far.training.schedule import learning_rate_scale
 
@@ -53,7 +55,10 @@ class Task(Protocol):
         """Return groups for AdamW, each with ``lr`` and ``weight_decay``."""
 
     def batch(self, number: int, generator: torch.Generator) -> Any:
-        """Read micro-batch ``number``, counted from the run's start. Its time is logged as the loader's."""
+        """Read micro-batch ``number``, counted from the run's start, possibly in a thread of its own.
+
+        The time that the training waits for it is logged as the loader's.
+        """
 
     def loss(self, step: int, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scalar loss, and named scalars to log; a NaN is not logged."""
@@ -304,11 +309,10 @@ class Trainer:
         """
         config = self.config
         self.optimizer.zero_grad()
-        parts = config.micro_batches // self.processes.count
-        first = self.step * config.micro_batches + self.processes.rank * parts
+        numbers = self._numbers(self.step)
         losses = [
-            self._accumulate(number, parts, meter, together=number + 1 == first + parts)
-            for number in range(first, first + parts)
+            self._accumulate(number, len(numbers), meter, together=number == numbers[-1])
+            for number in numbers
         ]
         start = time.perf_counter()
         scale = learning_rate_scale(config, self.step)
@@ -338,17 +342,30 @@ class Trainer:
         if self.skipped_in_a_row >= config.max_skipped_steps:
             raise InputError(self._diverged(scale))
 
+    def _numbers(self, step: int) -> range:
+        """Return the numbers of this rank's micro-batches of a step."""
+        parts = self.config.micro_batches // self.processes.count
+        first = step * self.config.micro_batches + self.processes.rank * parts
+        return range(first, first + parts)
+
+    @functools.cached_property
+    def _batches(self) -> Iterator[MicroBatch]:
+        """This rank's micro-batches from the step at which this is first read."""
+        numbers = itertools.chain.from_iterable(map(self._numbers, itertools.count(self.step)))
+        # A CPU has no time to spare for a thread.
+        ahead = self.device.type == "cuda"
+        return micro_batches(self.task.batch, numbers, self.config.seed, self.device, ahead=ahead)
+
     def _accumulate(self, number: int, parts: int, meter: Meter, *, together: bool) -> dict[str, Tensor]:
         """Add the gradient of micro-batch ``number``, one of this rank's ``parts``; return the values to log.
 
         With the last one, ``together``, gradients are averaged over ranks.
         """
         config = self.config
-        generator = seeded_generator(number, config.seed)
         # Dropout draws from the device's default generator. Seed it, so a step depends on its number only.
         seed_all(number, config.seed)
         start = time.perf_counter()
-        batch = self.task.batch(number, generator)
+        batch, generator = next(self._batches)
         loaded = time.perf_counter()
         with gradients_together(self.losses, together):
             dtype = getattr(torch, config.dtype)
