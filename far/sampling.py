@@ -158,7 +158,7 @@ def prepare_start(
     positions = [] if kept is None else kept.positions.tolist()
     config.check(model, len(positions))
     if not model.backbone.any_order and sorted(positions) != list(range(len(positions))):
-        raise InputError("a causal model redraws from one token to the end only. Use a masked model")
+        raise InputError("a causal model redraws from one token to the end only. Use another model")
     tokens, channels, device = model.config.tokens, model.config.token_channels, labels.device
     in_raster = config.order == "raster" or not model.backbone.any_order
     orders = raster_orders(tokens, len(labels)) if in_raster else noise.orders(tokens)

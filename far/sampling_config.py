@@ -62,7 +62,7 @@ class SamplingConfig:
         tokens = model.config.tokens - kept
         if not model.backbone.any_order and self.ar_steps != tokens:
             draws = f"a causal backbone draws its {tokens} tokens one by one"
-            raise InputError(f"ar_steps {self.ar_steps}: {draws}. Give {tokens}, or choose a masked model")
+            raise InputError(f"ar_steps {self.ar_steps}: {draws}. Give {tokens}, or choose another model")
         if not 1 <= self.ar_steps <= tokens:
             raise InputError(f"ar_steps {self.ar_steps} is out of range. Give 1 to {tokens}: tokens to draw")
         if not 1 <= len(self._head_ends) <= 2:

@@ -54,7 +54,8 @@ class AnyOrderBackbone(Backbone):
 
         The condition at a query position that is itself known depends on the tokens before it in ``known``
         only, as in training. With a cache, only tokens that it does not hold go through the encoder;
-        ``known`` must begin with the known positions of the last call, and query positions must be unknown.
+        ``known`` must begin with the known positions of the last call, and the condition at a known query
+        position then depends on itself and later tokens too, so it means nothing.
         If the cache has more rows than ``tokens``, the first rows are used.
         """
         buffer, start = self.config.buffer, 0 if cache is None else cache.length

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several: dict[str, Any] = {"type": int, "nargs": "+", "metavar": "N"}
     add("--models", nargs="+", metavar="MODEL", help="presets (far-b …), bundled names, folders or hub names")
     add("--batch", **several, default=[1], help="images drawn together (default 1)")
-    add("--ar-steps", **several, help="AR steps of masked models (default: the model's)")
+    add("--ar-steps", **several, help="AR steps of masked and any-order models (default: the model's)")
     add("--head-steps", **several, help="head steps (default: the model's)")
     add("--dtypes", nargs="+", choices=DTYPES[1:], help="dtypes of the weights (default float32)")
     add_sampling_arguments(parser, without=_NO_OPTIONS)
