@@ -21,18 +21,21 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_checks import autoencoders, bundled_models, heads
+from benchmarks.gpu_checks import autoencoders, bundled_models, heads, recordings
 from benchmarks.gpu_speed import SPEED
 from benchmarks.gpu_training import training
 from far.devices import device_title, resolve_device
 
 ROOT = Path(__file__).resolve().parents[1]
-CHECKS = {"heads": heads, "bundled models": bundled_models, "training": training, "autoencoder": autoencoders}
+CHECKS = {
+    "heads": heads, "bundled models": bundled_models, "recordings": recordings, "training": training,
+    "autoencoder": autoencoders,
+}  # fmt: skip
 
 # Seconds of each part. Later parts may use what earlier ones leave.
 PARTS = {
-    "machine": 15, "heads": 60, "bundled models": 40, "training": 30, "autoencoder": 20, "far-b": 75,
-    "far-causal-b": 60, "approximations": 25, "MAR's plain path": 80, "training speed": 75,
+    "machine": 15, "heads": 45, "bundled models": 35, "recordings": 35, "training": 30, "autoencoder": 20,
+    "far-b": 75, "far-causal-b": 60, "approximations": 25, "MAR's plain path": 75, "training speed": 65,
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from far.benchmark.mar_plain import PlainMar
 from far.heads import HEADS, HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pipeline import Pipeline
-from far.sampling import FAST, Kept, SamplingConfig, SeededNoise, sample
+from far.sampling import FAST, Kept, SamplingConfig, SeededNoise, ar_steps, prepare_start, sample
 from far.seeds import seeded
 
 Calls = dict[str, Callable[[], dict[str, Any]]]
@@ -255,6 +255,49 @@ def approximation_case(device: torch.device, count: int, sampling: dict[str, Any
     reference = pixels(bundled("avatars-64", "float32", "cpu"), count, **sampling)
     ours = pixels(bundled("avatars-64", "float32", str(device)), count, **sampling)
     return {"float32 pixels": check(float((ours - reference).abs().max()), 2e-3)}
+
+
+@torch.no_grad()
+def recording_case(name: str, device: torch.device, count: int, small: bool) -> dict[str, Any]:
+    """Compare recorded generations with eager ones to the bit: other seeds, and weights changed in place."""
+    recorded = copy.deepcopy(bundled(name, "float32", str(device)))
+    eager = Pipeline(recorded.model, recorded.autoencoder, recorded.classes, recorded.defaults, record=False)
+    sampling = SHORT if small else BUNDLED[name]
+
+    def differing(first: int) -> int:
+        ours, theirs = (pixels(pipeline, count, first, **sampling) for pipeline in (recorded, eager))
+        return int((ours != theirs).sum())
+
+    found = {f"differing numbers, call {call + 1}": check(differing(call * count), 0) for call in range(4)}
+    for parameter in recorded.model.parameters():
+        parameter.mul_(0.99)
+    found["differing numbers after an update of the weights"] = check(differing(0), 0)
+    noise, labels = SeededNoise(range(count), device), torch.arange(count, device=device)
+    config = recorded.sampling_config(**sampling)
+    start = prepare_start(recorded.model, labels, noise, config)
+    with _no_waits(device):
+        for _ in ar_steps(recorded.model, start, config):
+            pass
+    return found
+
+
+@contextlib.contextmanager
+def _no_waits(device: torch.device) -> Iterator[None]:
+    """Raise an error in the block if the host waits for a CUDA device."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def recordings(device: torch.device, small: bool) -> Calls:
+    names = [*BUNDLED][:1] if small else [*BUNDLED]
+    count = 1 if small else 4
+    return {name: functools.partial(recording_case, name, device, count, small) for name in names}
 
 
 def bundled_models(device: torch.device, small: bool) -> Calls:

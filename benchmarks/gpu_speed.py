@@ -171,18 +171,30 @@ def pipeline_of(name: str, device: torch.device, small: bool) -> Pipeline:
 def drawing_case(
     device: torch.device, small: bool, name: str, batch: int, sampling: dict[str, Any]
 ) -> dict[str, Any]:
-    """Time whole images, from labels to pixels."""
+    """Time whole images, from labels to pixels, of recorded generations and of eager ones."""
 
     def figures() -> dict[str, Any]:
         reset(device)
         pipeline = pipeline_of(name, device, small)
+        eager = Pipeline(
+            pipeline.model, pipeline.autoencoder, pipeline.classes, pipeline.defaults, record=False
+        )
         tokens = pipeline.model.config.tokens
         config = SamplingConfig(**{"guidance": GUIDANCE, "ar_steps": min(AR_STEPS, tokens), **sampling})
         if not pipeline.model.backbone.any_order:
             config = dataclasses.replace(config, ar_steps=tokens)
         labels = [number % len(pipeline.classes) for number in range(batch)]
-        took = seconds(device, lambda: pipeline.draw(labels, range(batch), config, batch_size=batch))
+        arguments = labels, range(batch), config
+        eager_took = seconds(device, lambda: eager.draw(*arguments, batch_size=batch))
+        eager_peak = peak(device)
+        reset(device)
+        pipeline.draw(*arguments, batch_size=batch)  # the next one is recorded
+        recording = seconds(device, lambda: pipeline.draw(*arguments, batch_size=batch), enough=0.0)
+        took = seconds(device, lambda: pipeline.draw(*arguments, batch_size=batch))
         return {
+            "eager seconds per batch": eager_took,
+            "eager GiB": eager_peak,
+            "seconds of the recorded batch": recording,
             "seconds per batch": took,
             "seconds per image": took / batch,
             "images/s": batch / took,

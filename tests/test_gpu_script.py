@@ -46,6 +46,7 @@ def test_script_runs_from_a_sparse_checkout_without_a_gpu(tmp_path: Path) -> Non
     parts = [
         "machine",
         "heads",
+        "recordings",
         "training",
         "autoencoder",
         "far-b",
