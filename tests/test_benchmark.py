@@ -503,7 +503,11 @@ def test_whole_generation_is_timed_without_readings_inside(plain: bool, tiny: st
     row = dataclasses.replace(row, plain=plain)
     drawn, readings = load_models([row], "cpu")[tiny, "float32"], itertools.count()
     plan = segments(row.sampling, full=True)
+    draws: list[int] = []
+    draw = drawn.draw
+    drawn.draw = lambda *values, **options: draws.append(1) or draw(*values, **options)  # type: ignore[method-assign]
     whole = whole_seconds(drawn, row, plan, lambda: float(next(readings)))
+    assert len(draws) == (0 if plain else 3), "the third generation of a shape replays a recording"
     watched = watched_seconds(drawn, row, plan, lambda: float(next(readings)))
     assert sum(whole.values()) == pytest.approx(1)
     assert sum(watched.values()) > 10

@@ -13,9 +13,10 @@ import torch
 from safetensors import safe_open
 
 import far
-from benchmarks import gpu, gpu_checks
+from benchmarks import gpu, gpu_checks, speed_report
 from far.benchmark.mar_plain import PlainMar
 from far.convert import convert_mar
+from tests.refusals import refused
 
 ROOT = Path(__file__).parents[1]
 
@@ -131,8 +132,33 @@ def test_deadline_skips_entries_that_do_not_fit_and_keeps_the_others() -> None:
 
 
 def test_parts_fit_into_eight_minutes() -> None:
-    assert sum(gpu.PARTS.values()) <= 480
+    assert sum(gpu.PARTS.values()) <= 460
     assert gpu.PARTS.keys() == gpu.CHECKS.keys() | gpu.SPEED.keys()
+
+
+def test_table_of_a_report_compares_with_mars_plain_path_at_the_same_batch() -> None:
+    entry = {"seconds per batch": 1.0, "images/s": 1.0, "GiB": 2.0}
+    parts = {
+        "MAR's plain path": {
+            f"{speed_report.PLAIN}, batch 1": {**entry, "seconds per image": 8.0},
+            f"{speed_report.PLAIN}, batch 64": {**entry, "seconds per image": 1.0},
+        },
+        "far-b": {
+            "4 head steps, batch 1": {**entry, "seconds per image": 0.5},
+            "4 head steps, batch 64": {"error": "out of memory", "holds": False},
+        },
+    }
+    report = {
+        "machine": {"device": "cuda (NVIDIA X)", "torch": "2", "cuda": "13", "commit": "0123456789"},
+        "parts": {part: {"entries": entries, "left_out": []} for part, entries in parts.items()},
+    }
+    text = speed_report.gpu_table(report)
+    assert "NVIDIA X" in text
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+    assert [row[-1] for row in rows[2:]] == ["1.0", "1.0", "16.0"]
+    assert rows[-1][:4] == ["far-b, 4 head steps", "1", "0.5", "2"]
+    with refused("cpu"):
+        speed_report.gpu_table({**report, "machine": {"device": "cpu"}})
 
 
 @pytest.mark.parametrize("kind", ["plain", "guided"])
