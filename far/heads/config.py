@@ -86,7 +86,7 @@ class FlowMapConfig(HeadConfig):
     Attributes:
         objective: MeanFlow (arXiv 2505.13447), or Lagrangian self-distillation (arXiv 2505.18825).
         time_balance: 0 is the plain mean squared error, in which times with large losses count most. 1
-            divides losses by their mean at like times, so that all times count alike.
+            divides losses by their mean at like times within the micro-batch, so that all times count alike.
         flow_steps: training steps of plain flow matching before its objective begins.
         max_guidance: largest guidance scale that it learns, so that guidance takes one pass of the backbone.
             Without it the head learns no guidance, which then takes two passes.
