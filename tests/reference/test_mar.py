@@ -173,9 +173,9 @@ class RecordedNoise:
         assert tokens == TOKENS
         return self.reference_orders.flip(1)
 
-    def normal(self, count: int, channels: int) -> Tensor:
+    def normals(self, counts: list[int], channels: int) -> list[Tensor]:
         # A guided generation also drew noise for its unconditional rows, which nothing depends on.
-        return self.draws.pop(0)[: BATCH * count].view(BATCH, count, channels)
+        return [self.draws.pop(0)[: BATCH * count].view(BATCH, count, channels) for count in counts]
 
 
 @pytest.mark.parametrize("kind", ["plain", "guided"])

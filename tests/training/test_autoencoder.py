@@ -135,7 +135,7 @@ def test_decoder_sees_latents_with_noise_in_training(
     monkeypatch.setattr(task.module, "decode", lambda latents: seen.append(latents) or decode(latents))
     batch = task.batch(0, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        task.loss(0, batch, task.module, torch.Generator().manual_seed(0))
+        task.loss(0, batch, torch.Generator().manual_seed(0))
         mean = task.module.encode(batch).mean
     noise = (seen[0] - mean).std(dim=(0, 2, 3)) / mean.std(dim=(0, 2, 3))
     assert ((noise > 0.2 * level) & (noise < level + 1e-4)).all()
