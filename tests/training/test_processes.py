@@ -139,7 +139,11 @@ def test_two_processes_train_an_autoencoder_as_one(options: list[str], recipe: P
     folders = [recipe.parent / name for name in ("alone", "both")]
     train_alone(recipe, f"run={folders[0]}", *values, command="train-autoencoder")
     run(2, "-m", "far", "train-autoencoder", recipe, f"run={folders[1]}", *values)
-    assert_close(*(folder / "autoencoder" for folder in reversed(folders)))
+    # Gradients of four micro-batches are summed in another order. Adam turns the rounding of the smallest
+    # ones of the discriminator into steps of the learning rate, which changes the losses by about 1e-4.
+    assert_close(
+        *(folder / "autoencoder" for folder in reversed(folders)), tolerance=2e-3 if options else 1e-5
+    )
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
