@@ -26,9 +26,9 @@ from safetensors.torch import load_file
 SERVER = f"""
 import json, os, resource, subprocess, sys, time
 import torch._dynamo
-import far.data.folders, far.data.latents, far.evaluation.extraction
+import far.data.packing, far.data.latents, far.evaluation.extraction
 from far.cli.main import main
-far.data.folders._SHARD_BYTES = 2 * 3 * 16 * 16
+far.data.packing._SHARD_BYTES = 2 * 3 * 16 * 16
 far.data.latents.SHARD_ROWS = far.evaluation.extraction.PART = 2
 for line in sys.stdin:
     folder, arguments, seconds, largest = json.loads(line)

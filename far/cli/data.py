@@ -1,29 +1,43 @@
-"""Write an image set: from a folder of your own images, Fashion-MNIST, or rendered avatars.
+"""Write an image set: from your own images (far data SOURCE OUT), Fashion-MNIST, or rendered avatars.
 
 An image set is a folder with train/ and held-out/ in it. The same command continues an interrupted run.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from far.data.avatar_styles import HELD_OUT_SEED
+from far.data.detection import open_source
+from far.data.image_folders import class_folder_source
+from far.data.sources import Source
 from far.files import check_exists
 
 _OUT = "folder of the image set"
+_KINDS = ("from", "folder", "fashion-mnist", "avatars")
+
+
+def with_kind(arguments: Sequence[str]) -> list[str]:
+    """Insert the word ``from`` that ``far data SOURCE OUT`` leaves out."""
+    kind, *others = arguments[1:] or [""]
+    if arguments[:1] != ["data"] or not kind or kind.startswith("-") or kind in _KINDS:
+        return list(arguments)
+    return ["data", "from", kind, *others]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
 
-    folder = sources.add_parser("folder", help="your own images, one subfolder per class", allow_abbrev=False)
-    add = folder.add_argument
-    add("images", type=Path, help="folder with one subfolder of images per class")
-    add("out", type=Path, help=_OUT)
-    add("--size", type=int, default=256, help="side of the images in pixels (default 256)")
-    share_help = "for evaluation (default 0.05)"
-    add("--held-out-share", type=float, default=0.05, metavar="FRACTION", help=share_help)
-    add("--strict", action="store_true", help="stop at the first unreadable file")
-    add("--keep-colors", action="store_true", help="ignore color profiles, as ADM does for ImageNet")
+    help_text = "your own images, whose kind is detected; leave out the word from"
+    images = sources.add_parser("from", help=help_text, allow_abbrev=False)
+    images.add_argument(
+        "images", help="folder of images, or .tar, .parquet, .csv or .jsonl files (* and {0..9})"
+    )
+    _add_preparation(images)
+    images.add_argument("--label", metavar="NAME", help="column or JSON key of the labels (default label)")
+    folder = sources.add_parser("folder", help="one subfolder of images per class", allow_abbrev=False)
+    folder.add_argument("images", help="folder with one subfolder of images per class")
+    _add_preparation(folder)
 
     fashion = sources.add_parser("fashion-mnist", help="Fashion-MNIST's IDX files", allow_abbrev=False)
     add = fashion.add_argument
@@ -38,14 +52,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--held-out-per-class", type=int, default=625, help="held-out images (default 625)")
 
 
+def _add_preparation(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("out", type=Path, help=_OUT)
+    add("--size", type=int, default=256, help="side of the images in pixels (default 256)")
+    share_help = "for evaluation (default 0.05, or the source's own part)"
+    add("--held-out-share", type=float, metavar="FRACTION", help=share_help)
+    add("--strict", action="store_true", help="stop at the first unreadable file")
+    add("--keep-colors", action="store_true", help="ignore color profiles, as ADM does for ImageNet")
+
+
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.source == "folder":
-        check_exists(arguments.images, "Give a folder with one subfolder of images per class")
+    if arguments.source in ("from", "folder"):
+        source = _open(arguments)
 
-        from far.data.folders import write_folder
+        from far.data.packing import Preparation, write_images
 
-        options = (arguments.size, arguments.held_out_share, arguments.strict, arguments.keep_colors)
-        summary = write_folder(arguments.images, arguments.out, *options)
+        options = (arguments.held_out_share, arguments.strict, arguments.keep_colors)
+        summary = write_images(source, arguments.out, Preparation(arguments.size, *options))
     elif arguments.source == "fashion-mnist":
         check_exists(arguments.files, "Give a folder with the four .gz files of Fashion-MNIST")
 
@@ -60,3 +84,12 @@ def run(arguments: argparse.Namespace) -> None:
     for hint in summary.hints:
         print(f"far: note: {hint}")
     print(f"{arguments.out}: {summary}")
+
+
+def _open(arguments: argparse.Namespace) -> Source:
+    if arguments.source == "folder":
+        check_exists(Path(arguments.images), "Give a folder with one subfolder of images per class")
+        return class_folder_source(Path(arguments.images))
+    source = open_source(arguments.images, arguments.label)
+    print(f"{arguments.images}: {source.found.kind}")
+    return source

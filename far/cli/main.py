@@ -69,7 +69,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         InputError: an argument is unknown, missing or malformed.
     """
-    parsed, unknown = build_parser().parse_known_args(arguments)
+    parsed, unknown = build_parser().parse_known_args(data.with_kind(list(arguments)))
     if hasattr(parsed, "overrides"):
         # argparse takes overrides in one piece only, and leaves those after an option: RECIPE --resume
         # KEY=VALUE.

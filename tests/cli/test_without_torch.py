@@ -30,6 +30,7 @@ GOOD = [
     ["--help"],
     ["generate", "--help"],
     ["data", "avatars", "--help"],
+    ["data", "--help"],
     ["distill", "--help"],
     ["benchmark", "--help"],
 ]
@@ -60,6 +61,8 @@ REFUSED = [
     ["convert", "mar", "nowhere.pth", "out"],
     ["convert", "to-diffusers", "nowhere", "out"],
     ["data", "folder", "nowhere", "out"],
+    ["data", "nowhere", "out"],
+    ["data", "nowhere-{0..9}.tar", "out"],
     ["data", "fashion-mnist", "out", "--from", "nowhere"],
     ["data", "avatars", "out", "--per-class", "many"],
     ["benchmark", "--rounds", "0"],

@@ -13,7 +13,8 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from far.data import images
-from far.data.images import center_crop, decode_image, find_images, read_image
+from far.data.image_folders import find_images
+from far.data.images import center_crop, decode_image, read_image
 from far.errors import InputError
 from far.pictures import to_rgb
 from tests.refusals import refused

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from checkpoints import VALUES, read_checkpoint
+from image_sources import image_table, samples, write_lines, write_pngs, write_tar
 from PIL import Image
 from profiles import EXCHANGED
 from safetensors.torch import load_file
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.convert import convert_kl16, convert_mar
+from far.data.detection import open_source
 from far.data.fashion_mnist import read_idx
 from far.data.image_sets import open_image_set
 from far.data.images import read_image
@@ -182,6 +185,14 @@ LOADERS = {
     "JPEG with a profile and EXIF": Loader(
         "profile.jpg", lambda at: read_image(at / "profile.jpg", 16), False
     ),
+    "tar": Loader("set.tar", lambda at: content(at / "set.tar"), False),
+    "CSV": Loader("photos/a.csv", lambda at: content(at / "photos/a.csv"), False, "at/photos"),
+    "JSON lines": Loader("photos/a.jsonl", lambda at: content(at / "photos/a.jsonl"), False, "at/photos"),
+    "parquet": Loader("set.parquet", lambda at: content(at / "set.parquet"), False),
+    "save_to_disk": Loader(
+        "saved/train/data-00000-of-00001.arrow", lambda at: content(at / "saved/train"), False
+    ),
+    "its state": Loader("saved/train/state.json", lambda at: content(at / "saved/train"), False, "at/saved"),
     "IDX": Loader("idx", lambda at: read_idx(at / "idx"), False),
     "gzipped IDX": Loader("idx.gz", lambda at: read_idx(at / "idx.gz"), True),
 }
@@ -206,6 +217,11 @@ def latents(at: Path) -> dict[str, Tensor]:
 def pixels(path: Path) -> np.ndarray:
     source = open_images(path)
     return source.read(range(source.count))
+
+
+def content(path: Path) -> list[tuple[int, str]]:
+    source = open_source(str(path))
+    return [(record.label, source.digest(record)) for record in source.records]
 
 
 def statistics(path: Path, at: Path) -> list[Any]:
@@ -283,6 +299,14 @@ def valid(
     idx = struct.pack(">HBBIII", 0, 8, 3, 3, 8, 8) + images[..., 0].tobytes()
     (at / "idx").write_bytes(idx)
     (at / "idx.gz").write_bytes(gzip.compress(idx))
+    write_tar(at / "set.tar", samples([1, 1, 2, 2]))
+    write_pngs(at / "photos", range(4))
+    rows = [{"file_name": f"0{index}.png", "label": "ab"[index % 2]} for index in range(4)]
+    write_lines(at / "photos/a.jsonl", rows)
+    lines = [",".join(map(str, row.values())) for row in rows]
+    (at / "photos/a.csv").write_text("\n".join(["file_name,label", *lines]))
+    pyarrow.parquet.write_table(image_table([0, 1] * 2, ["a", "b"]), at / "set.parquet", row_group_size=3)
+    shutil.copytree(Path(__file__).parents[1] / "data/fixtures/hugging_face/saved", at / "saved")
     return at
 
 

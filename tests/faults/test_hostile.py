@@ -24,10 +24,11 @@ from far.autoencoder import Autoencoder
 from far.cli.main import main
 from far.convert import convert_mar
 from far.data.fashion_mnist import read_idx
-from far.data.folders import write_folder
+from far.data.image_folders import class_folder_source, find_images
 from far.data.image_sets import open_image_set
-from far.data.images import find_images, read_image
+from far.data.images import read_image
 from far.data.latents import open_latents
+from far.data.packing import Preparation, write_images
 from far.data.shards import ShardReader
 from far.evaluation.extraction import part_path, read_parts
 from far.evaluation.images import open_images
@@ -455,5 +456,6 @@ def test_unprintable_folder_is_refused_and_unprintable_files_are_read(tmp_path: 
     with refused("photos"):
         find_images(tmp_path / "photos")
     os.rename(os.path.join(os.fsencode(tmp_path), b"photos", b"\xffb"), tmp_path / "photos" / "…b")
-    assert write_folder(tmp_path / "photos", tmp_path / "set", 8, held_out_share=0.5).train == 2
+    source = class_folder_source(tmp_path / "photos")
+    assert write_images(source, tmp_path / "set", Preparation(8, held_out_share=0.5)).train == 2
     assert open_images(tmp_path / "photos").count == 4  # those whose names begin with a dot are hidden

@@ -5,14 +5,17 @@ import dataclasses
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from far.cli.main import main
-from far.data import folders
-from far.data.folders import write_folder
+from far.data import packing
+from far.data.image_folders import class_folder_source
+from far.data.image_sets import Summary
+from far.data.packing import Preparation, write_images
 from far.data.shards import ShardReader
 from tests.refusals import refused
 
@@ -26,6 +29,10 @@ def photos(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 12), (index, 2 * index, 3 * index)).save(path)
     return folder
+
+
+def write_folder(source: Path, folder: Path, size: int, **options: Any) -> Summary:
+    return write_images(class_folder_source(source), folder, Preparation(size, **options))
 
 
 def contents(folder: Path) -> list[tuple[int, int]]:
@@ -50,19 +57,19 @@ def test_every_image_is_in_one_part(photos: Path, tmp_path: Path) -> None:
 def test_interrupted_run_resumes_to_the_same_result(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folders, "_SHARD_BYTES", 3 * 8 * 8 * 4)  # four images per shard
+    monkeypatch.setattr(packing, "_SHARD_BYTES", 3 * 8 * 8 * 4)  # four images per shard
     write_folder(photos, tmp_path / "whole", 8)
     calls = 0
-    original = folders.prepare_image
+    original = packing.prepare_image
 
-    def interrupted(path: Path, size: int, *, keep_colors: bool) -> tuple[np.ndarray, bool]:
+    def interrupted(*arguments: object, keep_colors: bool) -> tuple[np.ndarray, bool]:
         nonlocal calls
         calls += 1
         if calls == 20:  # the first four check the classes, two are held out, the rest is for training
             raise KeyboardInterrupt
-        return original(path, size, keep_colors=keep_colors)
+        return original(*arguments, keep_colors=keep_colors)
 
-    monkeypatch.setattr(folders, "prepare_image", interrupted)
+    monkeypatch.setattr(packing, "prepare_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_folder(photos, tmp_path / "parts", 8)
     assert len(list((tmp_path / "parts/train").glob("*.safetensors"))) >= 2
@@ -135,25 +142,25 @@ def test_two_readable_files_of_a_class_are_split_between_both_parts(
 def test_resuming_after_a_replacement_gives_the_same_set(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folders, "_SHARD_BYTES", 3 * 8 * 8 * 2)  # two images per shard
+    monkeypatch.setattr(packing, "_SHARD_BYTES", 3 * 8 * 8 * 2)  # two images per shard
     for index in (0, 5, 6, 15):
         (photos / ("cats" if index < 5 else "dogs") / f"{index:02d}.png").write_text("no image")
     whole = write_folder(photos, tmp_path / "whole", 8, held_out_share=0.4)
-    original = folders.ShardWriter.write
+    original = packing.ShardWriter.write
     for stop in range(1, 13, 3):
         writes = 0
 
-        def stopping(self: folders.ShardWriter, tensors: dict, cursor: int) -> None:
+        def stopping(self: packing.ShardWriter, tensors: dict, cursor: int) -> None:
             nonlocal writes
             writes += 1
             if writes == stop:
                 raise KeyboardInterrupt
             original(self, tensors, cursor)
 
-        monkeypatch.setattr(folders.ShardWriter, "write", stopping)
+        monkeypatch.setattr(packing.ShardWriter, "write", stopping)
         with pytest.raises(KeyboardInterrupt):
             write_folder(photos, tmp_path / f"parts-{stop}", 8, held_out_share=0.4)
-        monkeypatch.setattr(folders.ShardWriter, "write", original)
+        monkeypatch.setattr(packing.ShardWriter, "write", original)
         assert write_folder(photos, tmp_path / f"parts-{stop}", 8, held_out_share=0.4) == whole
         for part in ("train", "held-out"):
             assert contents(tmp_path / f"parts-{stop}" / part) == contents(tmp_path / "whole" / part)
@@ -201,7 +208,7 @@ def test_set_of_a_changed_folder_is_refused(
 ) -> None:
     with monkeypatch.context() as patch:
         if stopped:
-            patch.setattr(folders.ShardWriter, "finish", lambda self: exit())
+            patch.setattr(packing.ShardWriter, "finish", lambda self: exit())
         with contextlib.suppress(SystemExit):
             write_folder(photos, tmp_path / "set", 8)
     before = {path: path.read_bytes() for path in (tmp_path / "set").rglob("*") if path.is_file()}

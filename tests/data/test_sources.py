@@ -1,0 +1,255 @@
+"""Readers of images: each finds every image with its class, in place, or refuses in one line."""
+
+import gzip
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+from image_sources import color, image_table, png, samples, write_lines, write_pngs, write_tar
+from PIL import Image
+
+from far.cli.main import main
+from far.data.detection import open_source
+from far.data.shards import ShardReader
+from far.data.sources import Source
+from tests.refusals import refused
+
+# Written by datasets 5.2: DatasetDict.save_to_disk and Dataset.to_parquet. Classes owl and cat take turns;
+# images 0 to 6 are for training, 40 to 43 for testing.
+HUGGING_FACE = Path(__file__).parent / "fixtures/hugging_face"
+
+
+def found(source: Source, *, held_out: bool = False) -> list[tuple[int, str]]:
+    """The images of a part: index by color, and class, sorted by index."""
+    images = []
+    for record in source.records:
+        with source.found.open(record) as file, Image.open(file) as picture:
+            index = picture.convert("RGB").getpixel((3, 3))[0]
+            assert picture.convert("RGB").getpixel((3, 3)) == color(index)
+        if record.held_out == held_out:
+            images.append((index, source.classes[record.label]))
+    return sorted(images)
+
+
+@pytest.mark.parametrize("form", ["saved", "parquet"])
+def test_data_sets_of_hugging_face_are_read(form: str) -> None:
+    source = open_source(str(HUGGING_FACE / form))
+    assert source.classes == ["owl", "cat"]
+    assert found(source) == [(index, ["owl", "cat"][index % 2]) for index in range(7)]
+    assert found(source, held_out=True) == [(40 + index, ["owl", "cat"][index % 2]) for index in range(4)]
+    part = "saved/train" if form == "saved" else "parquet/data/train-00000-of-00001.parquet"
+    assert found(open_source(str(HUGGING_FACE / part))) == found(source)
+
+
+def test_tars_are_read_in_place_with_integer_classes_in_numerical_order(tmp_path: Path) -> None:
+    for number in range(3):
+        write_tar(tmp_path / f"set-{number:03d}.tar", samples([11, 2, 2, 11], first=4 * number))
+    everything = [(index, ("11", "2", "2", "11")[index % 4]) for index in range(12)]
+    for place in ("", "set-{000..002}.tar", "set-*.tar", "set-00{0,1,2}.tar"):
+        source = open_source(str(tmp_path / place))
+        assert source.classes == ["2", "11"]
+        assert found(source) == everything
+        assert not source.found.left_out
+    for record in source.records:
+        path, name = tmp_path / Path(record.key).parent, Path(record.key).name
+        with tarfile.open(path) as tar, source.found.open(record) as file:
+            assert file.read() == tar.extractfile(name).read()  # type: ignore[union-attr]
+    assert found(open_source(str(tmp_path / "set-00{1..1}.tar"))) == everything[4:8]
+    with refused(tmp_path / "set-003.tar"):
+        open_source(str(tmp_path / "set-{000..003}.tar"))
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".tar"] * 3
+
+
+def test_tar_is_labeled_by_json_text_or_folders(tmp_path: Path) -> None:
+    pairs = [json.dumps({"label": name, "size": number}) for name, number in (("b", 1), ("a", 2)) * 2]
+    place = str(write_tar(tmp_path / "json.tar", samples(pairs, "json")))
+    assert found(open_source(place)) == [(0, "b"), (1, "a"), (2, "b"), (3, "a")]
+    assert found(open_source(place, "size")) == [(0, "1"), (1, "2"), (2, "1"), (3, "2")]
+    with refused("weight"):
+        open_source(place, "weight")
+    place = str(write_tar(tmp_path / "text.tar", samples(["b", "a", "b\n", " a"], "txt")))
+    assert found(open_source(place)) == [(0, "b"), (1, "a"), (2, "b"), (3, "a")]
+    members = [(f"./top/{name}/{index}.PNG", png(index)) for index, name in enumerate("abab")]
+    others = [("notes.md", b"x"), ("top/._a.png", b"x"), ("top/a/0.seg.png", b"x"), ("top/a/0.mask", b"x")]
+    source = open_source(str(write_tar(tmp_path / "folders.tar", [*members, *others])))
+    assert found(source) == [(0, "a"), (1, "b"), (2, "a"), (3, "b")]
+    assert source.found.left_out == {".md": 1, "hidden": 1, ".png": 1, ".mask": 1}
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_table_lists_images_and_labels(form: str, tmp_path: Path) -> None:
+    write_pngs(tmp_path / "photos", range(5))
+    rows = [{"file_name": f"photos/0{index}.png", "label": "ba"[index % 2]} for index in range(4)]
+    path = tmp_path / f"metadata.{form}"
+    if form == "csv":
+        lines = [f'{number},"{row["file_name"]}",{row["label"]}' for number, row in enumerate(rows)]
+        path.write_text("\ufeff,file_name,label\r\n" + "\r\n".join(lines))  # as spreadsheets write it
+    else:
+        write_lines(path, rows)
+    for place in (path, tmp_path):
+        source = open_source(str(place))
+        assert source.classes == ["a", "b"]
+        assert found(source) == [(0, "b"), (1, "a"), (2, "b"), (3, "a")]
+        assert source.found.left_out == {f"not in metadata.{form}": 1}
+
+
+def test_folder_without_labels_is_one_class(tmp_path: Path) -> None:
+    write_pngs(tmp_path / "photos", range(4))
+    write_tar(tmp_path / "a.tar", [(f"{index}.png", png(index)) for index in range(4)])
+    write_lines(tmp_path / "a.jsonl", ({"path": f"photos/0{index}.png"} for index in range(4)))
+    pyarrow.parquet.write_table(image_table([0] * 4).drop_columns("label"), tmp_path / "a.parquet")
+    for name in ("photos", "a.tar", "a.jsonl", "a.parquet"):
+        source = open_source(str(tmp_path / name))
+        assert [index for index, _ in found(source)] == [0, 1, 2, 3]
+        assert len(source.classes) == 1
+
+
+def test_val_folder_is_held_out(tmp_path: Path) -> None:
+    for part, first in (("train", 0), ("val", 20), ("test", 40)):
+        for number, name in enumerate("ab"):
+            write_pngs(tmp_path / "net" / part / name, range(first + 3 * number, first + 3 * number + 3))
+    source = open_source(str(tmp_path / "net"))
+    assert found(source) == [(index, "ab"[index // 3]) for index in range(6)]
+    assert found(source, held_out=True) == [(20 + index, "ab"[index // 3]) for index in range(6)]
+    assert source.found.left_out == {"in test/": 6}
+    shutil.rmtree(tmp_path / "net/val")
+    assert found(open_source(str(tmp_path / "net")), held_out=True)[0] == (40, "a")
+    shutil.rmtree(tmp_path / "net/test/b")
+    with refused("'b'"):
+        open_source(str(tmp_path / "net"))
+
+
+def test_classes_named_like_parts_stay_classes(tmp_path: Path) -> None:
+    for number, name in enumerate(("train", "test", "station")):
+        write_pngs(tmp_path / name, range(3 * number, 3 * number + 3))
+    assert open_source(str(tmp_path)).classes == ["station", "test", "train"]
+
+
+Write = Callable[[Path], object]
+
+
+def parquet(table: pyarrow.Table) -> Write:
+    return lambda path: pyarrow.parquet.write_table(table, path / "a.parquet")
+
+
+def text(name: str, content: str) -> Write:
+    return lambda path: (path / name).write_text(content)
+
+
+def tar(members: list[tuple[str, bytes]], cut: int | None = None) -> Write:
+    def write(folder: Path) -> None:
+        path = write_tar(folder / "a.tar", members)
+        path.write_bytes(path.read_bytes()[:cut])
+
+    return write
+
+
+FLAWS: dict[str, tuple[Write, str, str]] = {
+    "tar cut within an image": (tar(samples([1, 1]), 600), "a.tar", "a.tar"),
+    "tar cut between images": (tar(samples([1, 1]), 2048), "a.tar", "a.tar"),
+    "tar cut to nothing": (tar(samples([1, 1]), 0), "a.tar", "a.tar"),
+    "tar with two files of one name": (tar(samples([1, 1]) * 2), "a.tar", "00.png"),
+    "tar with labels of two types": (tar(samples([1, 1, "x", "x"])), "a.tar", "a.tar/02.png"),
+    "tar with an unlabeled image": (tar([*samples([1, 1]), ("z.png", png(9))]), "a.tar", "a.tar/z.png"),
+    "tar with a label that is no text": (tar(samples(['{"label": [1]}'] * 2, "json")), "a.tar", "00.json"),
+    "tar without images": (tar([("a.txt", b"x")]), "a.tar", "a.tar"),
+    "compressed tar": (lambda path: (path / "a.tar").write_bytes(gzip.compress(b"x")), "a.tar", "a.tar"),
+    "archive of another kind": (text("a.zip", "x"), "a.zip", ".zip"),
+    "nothing": (text("a.txt", ""), "nowhere.tar", "nowhere.tar"),
+    "parquet without images": (parquet(pyarrow.table({"label": [1, 1]})), "a.parquet", "a.parquet"),
+    "parquet with two columns of images": (
+        parquet(pyarrow.table({"x": [b"1"], "y": [b"2"]})), "a.parquet", "'x', 'y'"
+    ),
+    "parquet with a missing label": (parquet(image_table([1, 1, None])), "a.parquet", "row 2"),
+    "parquet with an unknown class": (parquet(image_table([0, 0, 2], ["a", "b"])), "a.parquet", "row 2"),
+    "parquet with numbers as labels": (parquet(image_table([0.5, 0.5])), "a.parquet", "row 0"),
+    "no parquet": (text("a.parquet", "PAR1 PAR1"), "a.parquet", "a.parquet"),
+    "CSV with a missing file": (text("a.csv", "path,label\n00.png,a\n09.png,a\n"), "a.csv", "line 3"),
+    "CSV with a missing label": (text("a.csv", "path,label\n00.png,a\n01.png,\n"), "a.csv", "01.png"),
+    "CSV with a missing value": (text("a.csv", "path,label\n00.png,a\n01.png\n"), "a.csv", "line 3"),
+    "CSV with a file twice": (text("a.csv", "path,label\n00.png,a\n./00.png,b\n"), "a.csv", "00.png"),
+    "CSV without paths": (text("a.csv", "a,b\n1,2\n"), "a.csv", "'a', 'b'"),
+    "empty CSV": (text("a.csv", ""), "a.csv", "a.csv"),
+    "class with one image": (text("a.csv", "path,label\n00.png,a\n01.png,a\n02.png,b\n"), "a.csv", "'b'"),
+    "names that differ in case": (text("a.csv", "path,label\n00.png,A\n01.png,a\n"), "a.csv", "'A'"),
+    "JSON lines with labels of two types": (
+        text("a.jsonl", '{"path": "00.png", "label": 1}\n{"path": "01.png", "label": "1"}'),
+        "a.jsonl", "01.png",
+    ),
+    "JSON lines cut off": (text("a.jsonl", '{"path": "00.png"}\n{"path": "01.'), "a.jsonl", "line 2"),
+    "line that is a list": (text("a.jsonl", "[1]"), "a.jsonl", "line 1"),
+    "state without files": (text("state.json", "{}"), "", "state.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_flawed_source_is_refused_before_anything_is_written(
+    flaw: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    write, name, named = FLAWS[flaw]
+    (tmp_path / "in").mkdir()
+    write_pngs(tmp_path / "in", range(3))
+    write(tmp_path / "in")
+    assert main(["data", str(tmp_path / "in" / name), str(tmp_path / "set"), "--size", "8"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert named in error
+    assert not (tmp_path / "set").exists()
+
+
+def test_every_kind_of_source_gives_the_same_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    names = ["a", "b"] * 6
+    for index, name in enumerate(names):
+        write_pngs(tmp_path / "folders" / name, [index])
+    write_pngs(tmp_path / "photos", range(12))
+    write_tar(tmp_path / "a.tar", samples(names))
+    rows = ({"file_name": f"photos/{index:02d}.png", "label": name} for index, name in enumerate(names))
+    write_lines(tmp_path / "a.jsonl", rows)
+    labels = [index % 2 for index in range(12)]
+    pyarrow.parquet.write_table(image_table(labels, ["a", "b"]), tmp_path / "a.parquet", row_group_size=5)
+    expected = None
+    for number, name in enumerate(("folders", "a.tar", "a.jsonl", "a.parquet")):
+        command = ["data", str(tmp_path / name), str(tmp_path / f"set-{number}"), "--size", "8"]
+        assert main(command) == 0
+        contents = [sorted(images_of(tmp_path / f"set-{number}" / part)) for part in ("train", "held-out")]
+        assert sorted(contents[0] + contents[1]) == [(index, index % 2) for index in range(12)]
+        expected = expected or contents
+        assert contents == expected
+        assert main(command) == 0
+        assert "already complete" in capsys.readouterr().out
+
+
+def test_changed_labels_are_another_source(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The order of the images stays, and so do their keys and contents."""
+    for labels, status in (("aabb", 0), ("aaab", 2), ("aabb", 0)):
+        write_tar(tmp_path / "a.tar", samples(list(labels + "bb")))
+        assert main(["data", str(tmp_path / "a.tar"), str(tmp_path / "set"), "--size", "8"]) == status
+    assert str(tmp_path / "set") in capsys.readouterr().err
+
+
+def images_of(folder: Path) -> list[tuple[int, int]]:
+    reader = ShardReader(folder, "images", verify=True)
+    return list(zip(reader.all("images")[:, 0, 0, 0].tolist(), reader.all("labels").tolist()))
+
+
+def test_parts_of_a_source_are_kept_and_broken_images_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    broken = [("zz.png", b"no image"), ("zz.cls", b"a")]
+    write_tar(tmp_path / "x-train-0.tar", [*samples(["a", "b"] * 3), *broken])
+    write_tar(tmp_path / "x-val-0.tar", samples(["a", "b"] * 2, first=10))
+    command = ["data", str(tmp_path), str(tmp_path / "set"), "--size", "8"]
+    assert main(command) == 0
+    assert sorted(images_of(tmp_path / "set/train")) == [(index, index % 2) for index in range(6)]
+    assert sorted(images_of(tmp_path / "set/held-out")) == [(index, index % 2) for index in range(10, 14)]
+    out, error = capsys.readouterr()
+    assert "1 broken" in out.splitlines()[-1]
+    assert "x-train-0.tar/zz.png" in error
+    assert main([*command, "--held-out-share", "0.1"]) == 2
+    write_tar(tmp_path / "x-val-0.tar", [*broken, ("0.png", b"x"), ("0.cls", b"b")])
+    assert main(["data", str(tmp_path), str(tmp_path / "new"), "--size", "8"]) == 2
+    assert not (tmp_path / "new").exists()
