@@ -4,10 +4,12 @@ torchrun --nproc-per-node N -m far cache … shares the images among processes, 
 """
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 from far.cli.machine_arguments import add_machine_arguments, print_chosen, with_machine
 from far.cli.recipe_arguments import add_recipe_arguments, check_inputs, read_recipe
+from far.data.listing import describe
 from far.devices import device_title
 from far.processes import joined
 
@@ -32,7 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
             print_chosen(device=(loop.device, device_title(device)))
         images, latents = Path(recipe.data), recipe.latents_folder
         flip = recipe.generator.flip
-        write_latents(images, autoencoder, latents, device=device, processes=processes, flip=flip)
+        left_out = write_latents(images, autoencoder, latents, device=device, processes=processes, flip=flip)
         if processes.rank == 0:
             variants = "both flips" if flip else "not flipped"
-            print(f"{recipe.latents_folder}: moments of {recipe.autoencoder_folder}, {variants}")
+            end = f"; left out: {describe(Counter(left_out))}" if left_out else ""
+            print(f"{recipe.latents_folder}: moments of {recipe.autoencoder_folder}, {variants}{end}")

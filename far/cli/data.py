@@ -30,14 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     help_text = "your own images, whose kind is detected; leave out the word from"
     images = sources.add_parser("from", help=help_text, allow_abbrev=False)
-    images.add_argument(
-        "images", help="folder of images, or .tar, .parquet, .csv or .jsonl files (* and {0..9})"
-    )
+    images.add_argument("images", help="folder of images, or .tar, .parquet, .csv or .jsonl files")
     _add_preparation(images)
+    no_copy = "do not store the training images: far cache reads them from SOURCE"
+    images.add_argument("--no-copy", action="store_true", help=no_copy)
     images.add_argument("--label", metavar="NAME", help="column or JSON key of the labels (default label)")
     folder = sources.add_parser("folder", help="one subfolder of images per class", allow_abbrev=False)
     folder.add_argument("images", help="folder with one subfolder of images per class")
     _add_preparation(folder)
+    folder.set_defaults(no_copy=False)
 
     fashion = sources.add_parser("fashion-mnist", help="Fashion-MNIST's IDX files", allow_abbrev=False)
     add = fashion.add_argument
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         from far.data.packing import Preparation, write_images
 
-        options = (arguments.held_out_share, arguments.strict, arguments.keep_colors)
+        options = (arguments.held_out_share, arguments.strict, arguments.keep_colors, not arguments.no_copy)
         summary = write_images(source, arguments.out, Preparation(arguments.size, *options))
     elif arguments.source == "fashion-mnist":
         check_exists(arguments.files, "Give a folder with the four .gz files of Fashion-MNIST")

@@ -39,7 +39,7 @@ def check_inputs(
     tokenizer = recipe.autoencoder_folder if autoencoder else None
     for part in ("train", "held-out"):
         if not (Path(recipe.data) / part / "index.json").exists():
-            command = f"far data folder IMAGES {shlex.quote(recipe.data)}"
+            command = f"far data IMAGES {shlex.quote(recipe.data)}"
             others = "or far data avatars, far data fashion-mnist"
             raise InputError(f"{recipe.data} holds no image set. Write it first: {command} ({others})")
     if tokenizer is not None and not (tokenizer / "config.json").exists():

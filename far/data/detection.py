@@ -47,7 +47,7 @@ def open_source(place: str, label: str | None = None) -> Source:
         source = _open_files(place, Path(os.path.commonpath([path.parent for path in paths])), paths, label)
     if label is not None and (source.found.walked or source.classes == [UNLABELED]):
         raise InputError(f"{place} has no labels named {label!r}. Leave out --label, or give another name")
-    return source
+    return dataclasses.replace(source, label=label)
 
 
 def _open_folder(place: str, folder: Path, label: str | None) -> Source:

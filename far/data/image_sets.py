@@ -48,8 +48,11 @@ def open_image_set(folder: Path) -> ShardReader:
     """Open one part of an image set and verify its checksums.
 
     Raises:
-        InputError: the part is missing, unfinished or damaged.
+        InputError: the part is missing, unfinished or damaged, or was made without its pixels.
     """
+    if open_training_index(folder).meta["kind"] == "records":
+        wrong = f"{folder} has no pixels, because it was made with --no-copy"
+        raise InputError(f"{wrong}. Make the image set again without it")
     reader = ShardReader(folder, "images", verify=True)
     check_meta(reader, source=str)
     size = reader.meta["size"]
@@ -59,8 +62,21 @@ def open_image_set(folder: Path) -> ShardReader:
 
 
 def fingerprint(images: ShardReader) -> str:
-    """Return a digest of the classes, size and pixels of one part of an image set."""
-    return json_digest([images.meta["classes"], images.meta["size"], images.digest])[:16]
+    """Return a digest of the classes, size and pixels of one part of an image set.
+
+    Without pixels, it is one of the source's files and of how to decode them.
+    """
+    colors = [images.meta.get("colors")] if images.meta["kind"] == "records" else []
+    return json_digest([images.meta["classes"], images.meta["size"], images.digest, *colors])[:16]
+
+
+def open_training_index(folder: Path) -> ShardReader:
+    """Open the index of training images alone, of kind "images", or of "records" of a source without pixels.
+
+    Raises:
+        InputError: the index is missing, unfinished or damaged.
+    """
+    return ShardReader(folder, "images", "records", index_only=True)
 
 
 def open_held_out(data: Path, train: ShardReader) -> ShardReader:
@@ -100,4 +116,9 @@ def check_labels(reader: ShardReader) -> None:
 
 def read_images(reader: ShardReader, rows: Tensor) -> Tensor:
     """Return rows ``[n]`` of an image set as ``[n, 3, h, w]`` float32 in [−1, 1]."""
-    return reader.rows("images", rows).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+    return scaled(reader.rows("images", rows))
+
+
+def scaled(images: Tensor) -> Tensor:
+    """Return images ``[n, h, w, 3]`` uint8 as ``[n, 3, h, w]`` float32 in [−1, 1]."""
+    return images.permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()

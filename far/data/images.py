@@ -103,6 +103,11 @@ def prepare_image(
     return _made_of(open_file, title, make)
 
 
+def skip_reason(error: InputError) -> str:
+    """Return the reason to skip an image that could not be read, for counts by reason."""
+    return "in other formats under names of images" if isinstance(error, OtherFormat) else "broken"
+
+
 def center_crop(picture: Image.Image, size: int) -> Image.Image:
     """Return the central square scaled to ``size``, as ADM prepares ImageNet.
 

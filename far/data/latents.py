@@ -4,6 +4,7 @@ Moments are stored raw (unscaled, unsampled), so a new scale or shift needs no n
 draws new latents. ``far.data.shards`` describes the files.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from tqdm import tqdm
 
 from far.autoencoder import Autoencoder, Posterior
 from far.classes import check_same_classes
-from far.data.image_sets import check_labels, check_meta, fingerprint, open_image_set, read_images
-from far.data.shards import Pieces, ShardReader, ShardWriter
+from far.data.image_sets import check_labels, check_meta, fingerprint
+from far.data.shards import Piece, Pieces, ShardReader, ShardWriter
+from far.data.training_images import open_training_images, read_ahead
 from far.devices import resolve_device, to_device
 from far.errors import InputError
 from far.processes import Processes
@@ -33,17 +35,21 @@ def write_latents(
     processes: Processes = Processes(),
     *,
     flip: bool = True,
-) -> None:
+) -> Mapping[str, int]:
     """Encode ``images/train`` into ``folder``, shared among ``processes``. Resumes an interrupted call.
+
+    Return the numbers of images that are left out, by reason. An image set made with ``--no-copy`` has its
+    images in their source, where broken ones can still be found. The others are decoded while those before
+    them are encoded.
 
     Rows hold ``moments [2, 2c, h, w]`` float16 (of the image and its mirror image) and ``labels`` int64.
     Without ``flip`` they hold ``[1, 2c, h, w]``, in half of the time and space.
 
     Raises:
-        InputError: the images are missing or of a size that the autoencoder cannot encode, the folder holds
-            another autoencoder's moments, or a moment is not finite in float16.
+        InputError: the images are missing, changed or of a size that the autoencoder cannot encode, the
+            folder holds another autoencoder's moments, or a moment is not finite in float16.
     """
-    source = open_image_set(images / "train")
+    source, read = open_training_images(images / "train")
     config = autoencoder.config
     meta = {
         "kind": "moments", "classes": source.meta["classes"], "size": source.meta["size"],
@@ -56,7 +62,7 @@ def write_latents(
     writer = ShardWriter(folder, meta, processes)
     if writer.complete:
         _check_source(folder, writer.index["meta"], source)
-        return
+        return writer.report.get("left out", {})
     device = resolve_device(device)
     autoencoder.to(device)
     bar = tqdm(
@@ -65,13 +71,17 @@ def write_latents(
     )  # fmt: skip
 
     def pieces(numbers: range) -> Pieces:
-        for rows in torch.arange(numbers.start, numbers.stop).split(batch_size):
-            moments = _moments(autoencoder, read_images(source, rows).to(device), source, flip)
-            yield len(rows), {"moments": moments, "labels": source.rows("labels", rows)}
+        for rows, batch in read_ahead(read, torch.arange(numbers.start, numbers.stop).split(batch_size)):
+            encoded = {}
+            if len(batch.labels):
+                moments = _moments(autoencoder, batch.images.to(device), source, flip)
+                encoded = {"moments": moments, "labels": batch.labels}
+            yield Piece(len(rows), encoded, batch.left_out)
             bar.update(len(rows))
 
     with bar:
         writer.fill(len(source), SHARD_ROWS, pieces, bar)
+    return writer.report.get("left out", {})
 
 
 def _moments(autoencoder: Autoencoder, images: Tensor, source: ShardReader, flip: bool) -> Tensor:

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from far.data.image_folders import few_images
 from far.data.image_sets import PARTS, Summary
-from far.data.images import OtherFormat, prepare_image
+from far.data.images import prepare_image, skip_reason
 from far.data.listing import describe
 from far.data.shards import ShardWriter
 from far.data.sources import UNLABELED, Record, Source
@@ -27,12 +27,13 @@ from far.files import printable
 
 _SHARD_BYTES = 64 * 2**20
 _HASHED_TOGETHER = 4096
+# Records per shard of an image set without pixels.
+_LINKS = 1 << 20
 _SHARE = 0.05
 # Names of parts of data sets, which are rarely classes.
 _PART_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval", *PARTS}
 
 Found = tuple[np.ndarray, bool] | InputError  # pixels, and whether a color profile was ignored
-Read = Callable[[Record], Found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +46,15 @@ class Preparation:
             one image. ``None`` means 0.05, or the source's own part.
         strict: raise on the first unreadable image.
         keep_colors: ignore embedded color profiles instead of converting to sRGB, as ADM prepares ImageNet.
+        copy: store the pixels of the training images. Otherwise only their places and checksums are stored,
+            for :func:`far.data.latents.write_latents`.
     """
 
     size: int
     held_out_share: float | None = None
     strict: bool = False
     keep_colors: bool = False
+    copy: bool = True
 
     def __post_init__(self) -> None:
         if not 8 <= self.size <= 1024 or self.size % 4:
@@ -75,69 +79,98 @@ def write_images(source: Source, folder: Path, preparation: Preparation) -> Summ
     """
     if source.found.walked and folder.resolve().is_relative_to(source.root.resolve()):
         raise InputError(f"{folder} is inside the folder of images {source.root}. Choose a folder outside")
-    meta = _meta(source, preparation)
-    writers = {part: ShardWriter(folder / part, meta) for part in PARTS}
+    digests = _digests(source)
+    meta = _meta(source, preparation, digests)
+    writers = {part: ShardWriter(folder / part, meta[part]) for part in PARTS}
     complete = all(writer.found_complete for writer in writers.values())
     if not complete:
-        _pack(source, preparation, writers["held-out"], writers["train"])
+        train = _pack_held_out(source, preparation, writers["held-out"])
+        if preparation.copy:
+            _fill(writers["train"], source, train, preparation)
+        else:
+            _link(writers["train"], source, train, digests)
     left_out = Counter(source.found.left_out)
     for writer in writers.values():
         left_out.update(writer.report.get("left out", {}))
     ignored = sum(writer.report.get("profiles ignored", 0) for writer in writers.values())
     hints = _hints(source)
+    if not preparation.copy:
+        hints.append(f"the training images stay in {source.name}, where far cache reads them")
     if ignored:
         hints.append(f"{ignored} color profiles cannot be used. Their colors are read as sRGB.")
     counts = (writers["train"].count, writers["held-out"].count)
     return Summary(*counts, source.classes, dict(left_out), hints, complete)
 
 
-def _meta(source: Source, preparation: Preparation) -> dict[str, object]:
-    """Return the entries of both parts' indices, which identify the images and their preparation."""
+def _meta(source: Source, preparation: Preparation, digests: np.ndarray) -> dict[str, dict[str, object]]:
+    """Return the entries of each part's index, which identify the images and their preparation."""
     share: float | str | None = preparation.held_out_share
     if source.has_parts:
         if share is not None:
             raise InputError(f"{source.name} has a held-out part. Leave out --held-out-share")
         share = "the source's own part"
-    meta = {
+    meta: dict[str, object] = {
         "kind": "images", "size": preparation.size, "classes": source.classes, "source": source.name,
-        "image files": _content(source), "held-out share": _SHARE if share is None else share,
+        "image files": _content(source, digests), "held-out share": _SHARE if share is None else share,
         "colors": "as stored" if preparation.keep_colors else "sRGB",
     }  # fmt: skip
     if not source.found.walked:
         labels = np.array([record.label for record in source.records])
         meta["labels"] = hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
-    return meta
+    linked = {**meta, "kind": "records", "label": source.label}
+    return {"held-out": meta, "train": meta if preparation.copy else linked}
 
 
-def _content(source: Source) -> str:
-    """Return a SHA-256 of the keys and contents of all images."""
-    digest = hashlib.sha256()
+def _digests(source: Source) -> np.ndarray:
+    """Return the SHA-256 of all images by number, ``[n, 32]`` uint8; zeros if one cannot be read."""
+    digests = np.zeros((len(source.records), 32), np.uint8)
     records = source.in_order(source.records)
     bar = tqdm(total=len(records), desc="comparing files", unit="file", mininterval=1, delay=1)
     with ThreadPoolExecutor() as pool, bar:
         for start in range(0, len(records), _HASHED_TOGETHER):
             part = records[start : start + _HASHED_TOGETHER]
-            for record, content in zip(part, pool.map(source.digest, part)):
-                digest.update(os.fsencode(record.key) + b"\0" + content.encode() + b"\n")
+            for record, digest in zip(part, pool.map(source.digest, part)):
+                digests[record.number] = np.frombuffer(digest, np.uint8)
             bar.update(len(part))
-    return digest.hexdigest()
+    return digests
 
 
-def _pack(source: Source, preparation: Preparation, held_out: ShardWriter, train: ShardWriter) -> None:
-    """Write the missing images of both parts."""
-    read, strict = partial(_try_read, source, preparation), preparation.strict
-    held, trained = _split(source, preparation.held_out_share or _SHARE)
+def _content(source: Source, digests: np.ndarray) -> str:
+    """Return a SHA-256 of the keys and contents of all images."""
+    content = hashlib.sha256()
+    for record, digest in zip(source.records, map(bytes, digests)):
+        text = digest.hex() if any(digest) else "unreadable"
+        content.update(os.fsencode(record.key) + b"\0" + text.encode() + b"\n")
+    return content.hexdigest()
+
+
+def _pack_held_out(source: Source, preparation: Preparation, writer: ShardWriter) -> list[Record]:
+    """Write the missing held-out images, and return the training records."""
+    held_out, train = _split(source, preparation.held_out_share or _SHARE)
     if source.has_parts:
-        for name, records in (("held-out", held), ("training", trained)):
-            if all(isinstance(read(record), InputError) for record in records):
+        for name, records in (("held-out", held_out), ("training", train)):
+            if all(isinstance(_try_read(source, preparation, record), InputError) for record in records):
                 raise InputError(f"{source.name}: no {name} image can be read. Replace them")
-        _fill(held_out, source, held, read, strict, None)
-        _fill(train, source, trained, read, strict, None)
-        return
-    held, trained, needed = _with_both_parts(source, held, trained, read, strict)
-    spare = _Spare(trained, needed, held_out)
-    _fill(held_out, source, held, read, strict, spare)
-    _fill(train, source, spare.left(), read, strict, None)
+        _fill(writer, source, held_out, preparation)
+        return train
+    held_out, train, needed = _with_both_parts(source, held_out, train, preparation)
+    spare = _Spare(train, needed, writer)
+    _fill(writer, source, held_out, preparation, spare)
+    return spare.left()
+
+
+def _link(writer: ShardWriter, source: Source, records: Sequence[Record], digests: np.ndarray) -> None:
+    """Write labels, numbers and checksums of the training records, and finish."""
+    records = source.in_order(records)
+    while writer.cursor < len(records):
+        part = records[writer.cursor : writer.cursor + _LINKS]
+        numbers = torch.tensor([record.number for record in part])
+        tensors = {
+            "labels": torch.tensor([record.label for record in part]), "numbers": numbers,
+            "digests": torch.from_numpy(digests)[numbers],
+        }  # fmt: skip
+        writer.write(tensors, cursor=writer.cursor + len(part))
+    writer.finish()
 
 
 def _split(source: Source, share: float) -> tuple[list[Record], list[Record]]:
@@ -161,7 +194,7 @@ def _split(source: Source, share: float) -> tuple[list[Record], list[Record]]:
 
 
 def _with_both_parts(
-    source: Source, held_out: list[Record], train: list[Record], read: Read, strict: bool
+    source: Source, held_out: list[Record], train: list[Record], preparation: Preparation
 ) -> tuple[list[Record], list[Record], set[Record]]:
     """Ensure that both parts of each class will have an image, before anything is written.
 
@@ -171,13 +204,13 @@ def _with_both_parts(
 
     def readable(records: Iterable[Record]) -> Iterator[Record]:
         for record in records:
-            found = read(record)
+            found = _try_read(source, preparation, record)
             if not isinstance(found, InputError):
                 yield record
-            elif strict:
+            elif preparation.strict:
                 raise found
             else:
-                reasons[record] = _reason(found)
+                reasons[record] = skip_reason(found)
 
     reasons: dict[Record, str] = {}
     needed: set[Record] = set()
@@ -223,9 +256,8 @@ def _fill(
     writer: ShardWriter,
     source: Source,
     records: Sequence[Record],
-    read: Read,
-    strict: bool,
-    spare: _Spare | None,
+    preparation: Preparation,
+    spare: _Spare | None = None,
 ) -> None:
     """Write the missing images of ``records``, replace unreadable ones by those of ``spare``, and finish."""
     if writer.complete:
@@ -236,16 +268,16 @@ def _fill(
         # Mix the classes, so that the beginning is a fair sample. A fixed order lets packing resume.
         order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
         records = [records[index] for index in order]
-    size, report = writer.index["meta"]["size"], writer.report
+    size, report, read = preparation.size, writer.report, partial(_try_read, source, preparation)
     rows = max(1, _SHARD_BYTES // (3 * size * size))
 
     def skip(record: Record, error: InputError) -> None:
-        if strict:
+        if preparation.strict:
             raise error
-        tqdm.write(f"skipped: {printable(str(error))}", file=sys.stderr)
+        report_skipped(error)
         report.setdefault("skipped", []).append(record.key)
         reasons = report.setdefault("left out", {})
-        reasons[_reason(error)] = reasons.get(_reason(error), 0) + 1
+        reasons[skip_reason(error)] = reasons.get(skip_reason(error), 0) + 1
 
     bar = tqdm(records, f"packing {writer.folder.name}", initial=writer.cursor, unit="img", mininterval=1)
     with ThreadPoolExecutor() as pool, bar:
@@ -271,8 +303,9 @@ def _fill(
     writer.finish()
 
 
-def _reason(error: InputError) -> str:
-    return "in other formats under names of images" if isinstance(error, OtherFormat) else "broken"
+def report_skipped(error: InputError) -> None:
+    """Print on standard error which image is skipped, above the progress bar."""
+    tqdm.write(f"skipped: {printable(str(error))}", file=sys.stderr)
 
 
 def _try_read(source: Source, preparation: Preparation, record: Record) -> Found:

@@ -10,9 +10,10 @@ import functools
 import json
 import reprlib
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,8 +37,20 @@ from far.processes import Processes, started_by_torchrun
 INDEX = "index.json"
 _MADE_BY = {"images": "far data", "moments": "far cache RECIPE", "trajectories": "far distill"}
 _NUMPY_TYPES = {"U8": np.uint8, "I64": np.int64, "F16": np.float16, "F32": np.float32}
-# A number of items of a source, and their rows by tensor name.
-Pieces = Iterable[tuple[int, Mapping[str, torch.Tensor]]]
+
+
+class Piece(NamedTuple):
+    """Some items of a source: their number, their rows by tensor name, and unusable items by reason.
+
+    If no item is usable, there are no tensors.
+    """
+
+    items: int
+    rows: Mapping[str, torch.Tensor]
+    left_out: Mapping[str, int] = {}
+
+
+Pieces = Iterable[Piece]
 
 
 class ShardWriter:
@@ -112,38 +125,54 @@ class ShardWriter:
 
         In each round every process makes one shard from its own items, and then rank 0 lists them. So the
         files are the same at any number of processes, and a kill loses one round. Ctrl-C with one process
-        loses only the current piece: the finished pieces become a shorter shard.
+        loses only the current piece: the finished pieces become a shorter shard. The report counts the
+        items that are left out.
 
         Args:
-            make: items → pieces of their rows, each with its number of items. It may move ``bar``.
+            make: items → pieces of their rows. It may move ``bar``.
             bar: moved to the cursor after each round.
         """
         with self.processes.alone_in(self.folder):
             while self.cursor < total:
                 starts = range(self.cursor, total, step)[: self.processes.count]
                 parts = [range(start, min(start + step, total)) for start in starts]
-                shards = [shard for shard in self.processes.collect(self._save_own, parts, make) if shard]
-                self._list(shards, parts[-1].stop)
+                made = self.processes.collect(self._save_own, parts, make)[: len(parts)]
+                # A part without rows has no shard. Those after it have wrong numbers, and are made again.
+                empty = (number for number, (shard, _) in enumerate(made) if shard is None)
+                end = next(empty, len(made) - 1) + 1
+                self._add_left_out(counts for _, counts in made[:end])
+                self._list([shard for shard, _ in made[:end] if shard], parts[end - 1].stop)
                 bar.update(self.cursor - bar.n)
             self.finish()
         self.processes.wait()  # then all ranks can read the folder
 
-    def _save_own(self, parts: list[range], make: Callable[[range], Pieces]) -> dict[str, Any] | None:
-        """Write this process's shard of a round and return its index entry, or None if no shard is left."""
+    def _save_own(
+        self, parts: list[range], make: Callable[[range], Pieces]
+    ) -> tuple[dict[str, Any] | None, Counter[str]]:
+        """Write this process's shard of a round. Return its index entry, if any, and what is left out."""
         rank, number = self.processes.rank, len(self.index["shards"]) + self.processes.rank
-        if rank >= len(parts):
-            return None
         pieces: list[Mapping[str, torch.Tensor]] = []
+        left_out: Counter[str] = Counter()
         done = 0
         try:
-            for items, tensors in make(parts[rank]):
-                pieces.append(tensors)
-                done += items
+            for piece in make(parts[rank]) if rank < len(parts) else ():
+                pieces += [piece.rows] * bool(piece.rows)
+                left_out.update(piece.left_out)
+                done += piece.items
         except KeyboardInterrupt:
             if pieces and self.processes.count == 1:
+                self._add_left_out([left_out])
                 self._list([self._save(number, _joined(pieces))], parts[0].start + done)
             raise
-        return self._save(number, _joined(pieces))
+        return self._save(number, _joined(pieces)) if pieces else None, left_out
+
+    def _add_left_out(self, counts: Iterable[Mapping[str, int]]) -> None:
+        """Add counts by reason to the report, which stays empty if there are none."""
+        total = Counter(self.report.get("left out", {}))
+        for each in counts:
+            total.update(each)
+        if total:
+            self.report["left out"] = dict(sorted(total.items()))
 
     def _save(self, number: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Write a shard and return its index entry."""
@@ -174,7 +203,7 @@ class ShardReader:
     """Random access to the rows of a finished folder.
 
     Args:
-        kind: expected value of ``meta["kind"]``.
+        kinds: expected values of ``meta["kind"]``.
         verify: compare every shard's checksum first.
         index_only: read the index alone. Shards need not exist until a row is read.
 
@@ -182,15 +211,15 @@ class ShardReader:
         InputError: the folder does not exist, is unfinished or of another kind, or a shard is damaged.
     """
 
-    def __init__(self, folder: Path, kind: str, *, verify: bool = False, index_only: bool = False) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *kinds: str, verify: bool = False, index_only: bool = False) -> None:
+        self.folder, kind = folder, kinds[0]
         command = _MADE_BY.get(kind, "the command that writes it")
         if not (folder / INDEX).exists():
             raise InputError(f"{folder} has no {kind}: {INDEX} does not exist. Make it first with {command}")
         index = _read_index(folder / INDEX)
         self.meta: dict[str, Any] = index["meta"]
         found = self.meta.get("kind", "no data")
-        if found != kind:
+        if found not in kinds:
             raise InputError(f"{folder} has {found!r}, not {kind!r}. Give a folder of {kind}")
         if not index["complete"]:
             raise InputError(f"{folder} is unfinished. Run {command} again with the same arguments")

@@ -86,6 +86,7 @@ class Source:
         classes: names in the order of their numbers.
         records: sorted by label, and within a class in the reader's order.
         found: what the reader has found.
+        label: column or JSON key of the labels that the user chose.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Source:
     classes: Sequence[str]
     records: Sequence[Record]
     found: Found
+    label: str | None = None
 
     @cached_property
     def has_parts(self) -> bool:
@@ -103,13 +105,13 @@ class Source:
         """Return records in the order in which they are read fastest."""
         return sorted(records, key=lambda record: record.place) if self.found.sequential else records
 
-    def digest(self, record: Record) -> str:
-        """Return the SHA-256 of a record's content in hexadecimal, or "unreadable"."""
+    def digest(self, record: Record) -> bytes:
+        """Return the SHA-256 of a record's content; zeros if it cannot be read."""
         try:
             with self.found.open(record) as file:
-                return sha256_of(file)
+                return bytes.fromhex(sha256_of(file))
         except OSError:
-            return "unreadable"  # decoding will report it
+            return bytes(32)  # decoding will report it
 
     def title(self, record: Record) -> str:
         """Return a record's name for messages."""

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from far.autoencoder import Autoencoder
-from far.data.image_sets import check_meta, fingerprint, open_held_out
+from far.data.image_sets import check_meta, fingerprint, open_held_out, open_training_index
 from far.data.latents import LatentCache
-from far.data.shards import ShardReader
 from far.devices import to_device
 from far.errors import InputError
 from far.evaluation.features import FeatureNetwork, load_feature_network
@@ -62,7 +61,7 @@ class GeneratorTask:
         loop = resolve_loop(config.training)
         self.config = config = dataclasses.replace(config, training=loop)
         self.autoencoder = autoencoder.to(loop.device).requires_grad_(False)
-        train = ShardReader(images / "train", "images", index_only=True)
+        train = open_training_index(images / "train")
         check_meta(train)
         self.latents = LatentCache(latents, autoencoder, train)
         if self.latents.flip != config.flip:

@@ -16,7 +16,7 @@ from far.classes import check_same_classes
 from far.config import to_dict
 from far.data.image_sets import check_meta
 from far.data.latents import LatentCache
-from far.data.shards import Pieces, ShardReader, ShardWriter
+from far.data.shards import Piece, Pieces, ShardReader, ShardWriter
 from far.errors import InputError
 from far.files import sha256
 from far.heads import Condition
@@ -100,7 +100,7 @@ def write_trajectories(
             generator = seeded_generator(group, config.seed)
             drawn = images(group, generator, bar.ar_step)
             rows = group_rows(teacher.model, *drawn, config, teacher.defaults.ar_steps, generator)
-            yield 1, {name: tensor.cpu() for name, tensor in rows.items()}
+            yield Piece(1, {name: tensor.cpu() for name, tensor in rows.items()})
             bar.move_to(start + done)
 
     with bar:

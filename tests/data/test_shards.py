@@ -122,7 +122,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from far.data.shards import ShardWriter
+from far.data.shards import Piece, ShardWriter
 from far.errors import InputError
 from far.processes import joined
 
@@ -131,7 +131,7 @@ def make(part):
     if processes.rank == wrong and part.start > 3:
         raise InputError(f"no rows {part}")
     for row in part:
-        yield 1, {"rows": torch.tensor([row])}
+        yield Piece(1, {"rows": torch.tensor([row])})
 
 
 def attempt(folder, meta):

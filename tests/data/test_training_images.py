@@ -1,0 +1,169 @@
+"""Image sets without a copy of the pixels: the cache reads the training images from their source."""
+
+import io
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from image_sources import write_tar
+from PIL import Image
+from torchrun import kill_one, run, start, wait_for
+
+from far.cli.main import main
+from far.data import latents
+from far.data.latents import LatentCache
+from far.data.shards import ShardReader
+from far.data.training_images import Batch, read_ahead
+from far.files import read_json
+from far.folder import load_autoencoder
+
+COUNT, BROKEN = 30, (3, 17, 18, 29)
+
+
+def pixels(index: int) -> np.ndarray:
+    return np.random.default_rng(index).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+
+
+def members(broken: tuple[int, ...] = BROKEN) -> list[tuple[str, bytes]]:
+    """Images 0 to 29 of a tar, of classes a and b by turns. Broken ones are cut."""
+    found = []
+    for index in range(COUNT):
+        file = io.BytesIO()
+        Image.fromarray(pixels(index)).save(file, "PNG")
+        content = file.getvalue()[: 300 if index in broken else None]
+        found += [(f"{index:02d}.png", content), (f"{index:02d}.cls", b"ab"[index % 2 :][:1])]
+    return found
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    write_tar(tmp_path / "set.tar", members())
+    command = ["data", str(tmp_path / "set.tar"), str(tmp_path / "linked"), "--size", "16", "--no-copy"]
+    assert main(command) == 0
+    return tmp_path / "linked"
+
+
+def held_out_indices(folder: Path) -> set[int]:
+    images = ShardReader(folder / "held-out", "images").all("images").numpy()
+    return {index for index in range(COUNT) if (images == pixels(index)).all(axis=(1, 2, 3)).any()}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_cache_has_the_moments_of_every_readable_training_image(
+    linked: Path, recipe: Path, autoencoder_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    stored = ShardReader(linked / "train", "records")
+    assert sum(stored.all(name).nbytes for name in ("labels", "numbers", "digests")) == 48 * len(stored)
+    assert main(["cache", str(recipe), f"data={linked}", f"run={tmp_path / 'own'}"]) == 0
+    out, error = capsys.readouterr()
+    assert "4 broken" in out.splitlines()[-1]
+    assert all(f"set.tar/{index:02d}.png" in error for index in BROKEN)
+    autoencoder = load_autoencoder(autoencoder_folder)
+    cache = LatentCache(tmp_path / "own/latents", autoencoder)
+    kept = [index for index in range(COUNT) if index not in {*BROKEN, *held_out_indices(linked)}]
+    assert len(kept) == COUNT - len(BROKEN) - 2
+    assert cache.labels.tolist() == [index % 2 for index in kept]
+    images = torch.from_numpy(np.stack([pixels(index) for index in kept])).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        expected = autoencoder.moments(images)
+    torch.testing.assert_close(cache.reader.all("moments")[:, 0].float(), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_generator_trains_on_the_cache_and_the_autoencoder_refuses_missing_pixels(
+    linked: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = [f"data={linked}", f"run={tmp_path / 'own'}"]
+    assert main(["cache", str(recipe), *run]) == 0
+    short = ["generator.training.steps=2", "generator.training.evaluate_every=2"]
+    few = ["generator.evaluation.images=2", "generator.evaluation.references=2"]
+    (tmp_path / "set.tar").unlink()
+    assert main(["train", str(recipe), *run, *short, *few]) == 0
+    capsys.readouterr()
+    assert main(["train-autoencoder", str(recipe), *run, "autoencoder_from=null"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert str(linked / "train") in line
+
+
+@pytest.mark.parametrize("change", ["content", "label", "fewer", "missing", "repaired"])
+def test_changed_source_is_refused(
+    change: str, linked: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    changed = members()
+    if change == "content":
+        changed[10] = (changed[10][0], changed[12][1])
+    elif change == "label":
+        changed[11], changed[9] = (changed[11][0], b"a"), (changed[9][0], b"b")
+    elif change == "repaired":
+        changed = members(BROKEN[1:])
+    write_tar(tmp_path / "set.tar", changed[: 20 if change == "fewer" else None])
+    if change == "missing":
+        (tmp_path / "set.tar").unlink()
+    capsys.readouterr()
+    assert main(["cache", str(recipe), f"data={linked}", f"run={tmp_path / 'own'}"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("far: error")]
+    assert len(lines) == 1
+    assert "set.tar" in lines[0]
+    assert not list((tmp_path / "own").glob("latents/*.safetensors"))
+
+
+def test_resumed_image_set_without_pixels_is_the_same(linked: Path, tmp_path: Path) -> None:
+    command = ["data", str(tmp_path / "set.tar"), str(tmp_path / "again"), "--size", "16"]
+    assert main([*command, "--no-copy"]) == 0
+    assert files(tmp_path / "again") == files(linked)
+    shutil.rmtree(tmp_path / "again/train")
+    assert main([*command, "--no-copy"]) == 0
+    assert files(tmp_path / "again") == files(linked)
+    assert main(command) == 2  # the set has no pixels
+
+
+# One image per shard: every broken image is a part without a shard.
+SCRIPT = """
+import sys
+import far.data.latents
+from far.cli.main import main
+far.data.latents.SHARD_ROWS = 1
+sys.exit(main())
+"""
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_two_processes_write_the_files_of_one_also_after_a_kill(
+    linked: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latents, "SHARD_ROWS", 1)
+    script, killed = tmp_path / "cache.py", tmp_path / "killed"
+    script.write_text(SCRIPT)
+    assert main(["cache", str(recipe), f"data={linked}", f"run={tmp_path / 'alone'}"]) == 0
+    process = start(2, script, "cache", recipe, f"data={linked}", f"run={killed}")
+    index = killed / "latents" / "index.json"
+    wait_for(lambda: index.exists() and read_json(index)["cursor"] >= 6)
+    kill_one(process)
+    shutil.copytree(killed, tmp_path / "on")
+    assert main(["cache", str(recipe), f"data={linked}", f"run={tmp_path / 'on'}"]) == 0
+    assert "left out: 4 broken" in run(2, script, "cache", recipe, f"data={linked}", f"run={killed}")
+    expected = files(tmp_path / "alone")
+    assert len(expected) == COUNT - len(BROKEN) - 2 + 1
+    assert files(tmp_path / "on") == expected
+    assert files(killed) == expected
+
+
+def test_batches_are_read_while_those_before_them_are_used() -> None:
+    reading = [threading.Event() for _ in range(4)]
+
+    def read(rows: torch.Tensor) -> Batch:
+        reading[int(rows)].set()
+        return Batch(rows.float(), rows, {})
+
+    seen = []
+    for rows, batch in read_ahead(read, torch.arange(4).split(1)):
+        if int(rows) < 3:
+            assert reading[int(rows) + 1].wait(10), "the next batch is not read meanwhile"
+        assert int(rows) > 1 or not reading[3].is_set(), "reading does not run far ahead"
+        seen.append(int(batch.labels))
+    assert seen == [0, 1, 2, 3]
