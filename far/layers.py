@@ -4,6 +4,10 @@
 checkpoints, which are those of timm.
 """
 
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,11 +29,11 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, positions: Tensor | None = None, cache: "KeyValueCache | None" = None, index: int = 0
+        self, x: Tensor, positions: Tensor | None = None, cache: "BlockCache | None" = None
     ) -> Tensor:
         """Return ``[b, n, width]``, or ``[b, m, width]`` if ``positions [b, m]`` selects the queries.
 
-        Queries attend to all of ``x`` and to the keys and values of block ``index`` in ``cache``.
+        Queries attend to all of ``x`` and to the keys and values in ``cache``.
         """
         batch, count, width = x.shape
         qkv = self.qkv(x).view(batch, count, 3, self.heads, width // self.heads)
@@ -38,7 +42,7 @@ class Attention(nn.Module):
             q = take(qkv[:, :, 0].flatten(2), positions).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         bias = None
         if cache is not None:
-            k, v, bias = cache.write(index, k, v)
+            k, v, bias = cache.write(k, v)
         y = attend(q, k, v, bias, dropout=self.dropout if self.training else 0.0)
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
 
@@ -105,11 +109,11 @@ class Block(nn.Module):
         self.mlp = FeedForward(width, dropout)
 
     def forward(
-        self, x: Tensor, positions: Tensor | None = None, cache: "KeyValueCache | None" = None, index: int = 0
+        self, x: Tensor, positions: Tensor | None = None, cache: "BlockCache | None" = None
     ) -> Tensor:
         """Return ``x`` after attention and feed-forward; see :meth:`Attention.forward`."""
         residual = x if positions is None else take(x, positions)
-        x = residual + self.attn(self.norm1(x), positions, cache, index)
+        x = residual + self.attn(self.norm1(x), positions, cache)
         return x + self.mlp(self.norm2(x))
 
 
@@ -149,9 +153,9 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 class KeyValueCache:
     """Keys and values of all blocks of a Transformer, ``[depth, rows, heads, positions, head_width]`` each.
 
-    Call :meth:`extend` or :meth:`overwrite` once per pass, then :meth:`write` in each block. Memory grows by
-    ``growth`` positions at a time, so that kernels see few shapes. A pass may leave out the last rows, which
-    then have gaps and cannot be used again until :meth:`clear`.
+    Call :meth:`extend` or :meth:`overwrite` once per pass, then let each block write into its part, one of
+    :meth:`blocks`. Memory grows by ``growth`` positions at a time, so that kernels see few shapes. A pass may
+    leave out the last rows, which then have gaps and cannot be used again until :meth:`clear`.
 
     Attributes:
         start: number of positions held before this pass.
@@ -192,19 +196,49 @@ class KeyValueCache:
         self._keep(len(positions))
         self.start, self.positions = self.length, positions
 
-    def write(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Write a block's keys and values ``[b, heads, m, head_width]``, and return all to attend to.
-
-        The third value is a bias ``[positions]`` of the scores that hides unused memory, if there is any.
-        """
-        held = self.keys[block, : self.rows], self.values[block, : self.rows]
-        for memory, new in zip(held, (keys, values)):
-            if self.positions is None:
-                memory[:, :, self.start : self.length] = new
-            else:
-                memory.scatter_(2, self.positions[:, None, :, None].expand_as(new), new)
-        return (keys, values, None) if self.start == 0 else (*held, self.bias)
+    def blocks(self) -> "list[BlockCache]":
+        """Return the part of each block in this pass."""
+        state = self.start, self.length, self.positions, self.bias
+        return [
+            BlockCache(self.keys[block, : self.rows], self.values[block, : self.rows], *state)
+            for block in range(len(self.keys))
+        ]
 
     def _keep(self, rows: int) -> None:
         assert rows <= self.rows, f"{rows} rows after a pass with {self.rows}: the others have gaps"
         self.rows = rows
+
+
+class BlockCache(NamedTuple):
+    """Keys and values of one block in a pass, views of the memory of a :class:`KeyValueCache`.
+
+    Compiled blocks take no index of a block, for which torch would compile some of them again.
+
+    Attributes:
+        keys: ``[rows, heads, positions, head_width]``, and so ``values``.
+        start: number of positions held before this pass.
+        length: number of positions held after this pass.
+        positions: held positions ``[rows, m]`` that the pass overwrites, or None if it appends.
+        bias: ``[positions]``, hides unused memory in the scores, if there is any.
+    """
+
+    keys: Tensor
+    values: Tensor
+    start: int
+    length: int
+    positions: Tensor | None
+    bias: Tensor | None
+
+    def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Write keys and values ``[rows, heads, m, head_width]``. Return all to attend to, and ``bias``."""
+        for memory, new in ((self.keys, keys), (self.values, values)):
+            if self.positions is None:
+                memory[:, :, self.start : self.length] = new
+            else:
+                memory.scatter_(2, self.positions[:, None, :, None].expand_as(new), new)
+        return (keys, values, None) if self.start == 0 else (self.keys, self.values, self.bias)
+
+
+def block_caches(cache: KeyValueCache | None) -> Iterator[BlockCache | None]:
+    """Iterate over the parts of a cache, one per block, or over None without a cache."""
+    return itertools.repeat(None) if cache is None else iter(cache.blocks())

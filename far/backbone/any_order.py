@@ -14,7 +14,7 @@ from far.backbone.backbone import Backbone
 from far.backbone.causal import CausalBlock, initialize_branches, rotary_grid
 from far.backbone.config import AnyOrderConfig
 from far.devices import to_device
-from far.layers import KeyValueCache, SwiGLU, as_input, attend, rotate, take
+from far.layers import BlockCache, KeyValueCache, SwiGLU, as_input, attend, block_caches, rotate, take
 
 
 class AnyOrderBackbone(Backbone):
@@ -71,14 +71,15 @@ class AnyOrderBackbone(Backbone):
         rotary = self._rotary_at(places).to(x.dtype)
         if cache is not None:
             cache.extend(*x.shape[:2])
-        for index, block in enumerate(self.encoder_blocks):
-            x = block(x, rotary, cache, index)
+        caches = block_caches(cache)
+        for block in self.encoder_blocks:
+            x = block(x, rotary, next(caches))
         memory = self.encoder_norm(x)
         visible = self._visible(known, query) if cache is None else None
         x = F.embedding(query, self.query_embedding.weight)
         tables = self._rotary_at(query + buffer).to(x.dtype), rotary
-        for index, block in enumerate(self.decoder_blocks, start=len(self.encoder_blocks)):
-            x = block(x, memory, tables, visible, cache, index)
+        for block in self.decoder_blocks:
+            x = block(x, memory, tables, visible, next(caches))
         return self.decoder_norm(x)
 
     def _rotary_at(self, places: Tensor) -> Tensor:
@@ -137,21 +138,20 @@ class QueryBlock(nn.Module):
         memory: Tensor,
         rotary: tuple[Tensor, Tensor],
         visible: Tensor | None,
-        cache: KeyValueCache | None,
-        index: int,
+        cache: BlockCache | None,
     ) -> Tensor:
         """Return ``[b, m, width]`` from ``x [b, m, width]`` and ``memory [b, k, width]``.
 
         Args:
             rotary: tables of the positions of ``x`` and of ``memory``.
             visible: ``[b, 1, m, k]``, which of ``memory`` each query sees; all by default.
-            cache: receives keys and values of ``memory`` for block ``index``. Queries see all that it holds.
+            cache: receives keys and values of ``memory``. Queries see all that it holds.
         """
         query = self._heads(self.query(self.attention_norm(x)), 1)[0]
         key, value = self._heads(self.key_value(memory), 2)
         query, key, bias = rotate(query, rotary[0]), rotate(key, rotary[1]), None
         if cache is not None:
-            key, value, bias = cache.write(index, key, value)
+            key, value, bias = cache.write(key, value)
         if visible is None:
             y = attend(query, key, value, bias)
         else:

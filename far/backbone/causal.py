@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from far.backbone.backbone import Backbone
 from far.backbone.config import AnyOrderConfig, CausalConfig
 from far.devices import to_device
-from far.layers import KeyValueCache, SwiGLU, as_input, attend, rotary_table, rotate, take
+from far.layers import (
+    BlockCache,
+    KeyValueCache,
+    SwiGLU,
+    as_input,
+    attend,
+    block_caches,
+    rotary_table,
+    rotate,
+    take,
+)
 
 
 class CausalBackbone(Backbone):
@@ -66,8 +76,9 @@ class CausalBackbone(Backbone):
         rotary = self.rotary[:, start:end].to(x.dtype)
         if cache is not None:
             cache.extend(*x.shape[:2])
-        for index, block in enumerate(self.blocks):
-            x = block(x, rotary, cache, index)
+        caches = block_caches(cache)
+        for block in self.blocks:
+            x = block(x, rotary, next(caches))
         return self.norm(take(x, query + buffer - 1 - start))
 
     def training_inputs(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,8 +125,8 @@ class CausalBlock(nn.Module):
         self.feed_forward = SwiGLU(config.width, config.hidden_width)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None, index: int) -> Tensor:
-        x = x + self.drop(self.attention(self.attention_norm(x), rotary, cache, index))
+    def forward(self, x: Tensor, rotary: Tensor, cache: BlockCache | None) -> Tensor:
+        x = x + self.drop(self.attention(self.attention_norm(x), rotary, cache))
         return x + self.drop(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -128,14 +139,14 @@ class CausalAttention(nn.Module):
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.project = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None, index: int) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, cache: BlockCache | None) -> Tensor:
         batch, count, width = x.shape
         joint = self.query_key_value(x).view(batch, count, 3, self.heads, width // self.heads)
         joint = joint.permute(2, 0, 3, 1, 4)
         (query, key), value = rotate(joint[:2], rotary), joint[2]
         bias = mask = None
         if cache is not None:
-            key, value, bias = cache.write(index, key, value)
+            key, value, bias = cache.write(key, value)
             if cache.start and count > 1:  # the queries follow keys that the cache holds
                 visible = torch.ones(count, key.shape[2], dtype=torch.bool, device=x.device)
                 mask = visible.tril(cache.start)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from far.backbone.backbone import Backbone
 from far.backbone.config import MaskedConfig
 from far.devices import to_device
-from far.layers import Block, KeyValueCache, as_input, take
+from far.layers import Block, KeyValueCache, as_input, block_caches, take
 from far.tokens import sample_mask_ratio
 
 
@@ -75,8 +75,9 @@ class MaskedBackbone(Backbone):
         x = self.token_norm(x)
         if cache is not None:
             cache.extend(*x.shape[:2])
-        for index, block in enumerate(self.encoder_blocks):
-            x = block(x, None, cache, index)
+        caches = block_caches(cache)
+        for block in self.encoder_blocks:
+            x = block(x, None, next(caches))
         return self.encoder_norm(x)
 
     def decode(
@@ -104,10 +105,11 @@ class MaskedBackbone(Backbone):
             positions = torch.arange(encoded.shape[1], x.shape[1], device=x.device).expand(len(x), -1)
             cache.overwrite(new)
         *blocks, last = self.decoder_blocks
-        for index, block in enumerate(blocks):
-            x = block(x, None, cache, index)
+        caches = block_caches(cache)
+        for block in blocks:
+            x = block(x, None, next(caches))
         # After the last attention, positions no longer interact, so only the query positions continue.
-        x = last(x, positions, cache, len(blocks))
+        x = last(x, positions, next(caches))
         return self.decoder_norm(x) + F.embedding(query, self.condition_positions[0])
 
     def forward(
