@@ -13,6 +13,7 @@ from torch import Tensor
 
 from far.autoencoder import Autoencoder
 from far.classes import class_number
+from far.compiling import compile_blocks
 from far.config import check_count, counted_seeds, from_dict, listed, plain_value, whole_number
 from far.devices import resolve_device
 from far.editing import image_pixels, mask_pixels, paste_kept, touched_tokens
@@ -340,6 +341,7 @@ class Pipeline:
         revision: str | None = None,
         local_files_only: bool = False,
         record: bool = True,
+        compile: bool = False,
     ) -> "Pipeline":
         """Load a folder, a bundled model, or a model of the hub.
 
@@ -354,6 +356,7 @@ class Pipeline:
             revision: a branch, tag or commit on the hub; ``None`` is the one in the name, else main.
             local_files_only: take a model of the hub from the local cache alone, as HF_HUB_OFFLINE=1 does.
             record: on CUDA, record generations and replay them as graphs, from the second one of a shape on.
+            compile: compile the model's blocks when they first run; see :mod:`far.compiling`.
 
         Raises:
             InputError: the folder, name, revision, device or dtype does not exist, the hub cannot be reached,
@@ -364,6 +367,8 @@ class Pipeline:
         folder = ModelFolder.open(name, revision=revision, local_files_only=local_files_only)
         config = folder.config
         model = prepare(folder.load_model(), dtype, device)
+        if compile:
+            compile_blocks(model)
         autoencoder = folder.load_autoencoder() if folder.has_autoencoder else None
         if autoencoder is not None:
             autoencoder = prepare_autoencoder(autoencoder, dtype, device)
@@ -379,6 +384,7 @@ def load(
     revision: str | None = None,
     local_files_only: bool = False,
     record: bool = True,
+    compile: bool = False,
 ) -> Pipeline:
     """Load a folder, a bundled model, or a model of the hub, as :meth:`Pipeline.from_pretrained` does."""
     return Pipeline.from_pretrained(
@@ -388,4 +394,5 @@ def load(
         revision=revision,
         local_files_only=local_files_only,
         record=record,
+        compile=compile,
     )

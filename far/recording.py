@@ -114,7 +114,8 @@ class Recording:
         self._known = torch.zeros_like(start.orders, dtype=torch.bool)
         # Kept, because its frame holds tensors that the graphs read and write.
         self._steps = ar_steps(model, self._start, config)
-        record = recorder(start.labels.device, lambda: next(ar_steps(model, self._start, config)))
+        whole = ar_steps(model, self._start, config)
+        record = recorder(start.labels.device, lambda: collections.deque(whole, maxlen=0))
         self._graphs = [record(self._advance) for _ in range(config.ar_steps)]
 
     def _advance(self) -> None:
@@ -144,8 +145,8 @@ def can_record(device: torch.device) -> bool:
 def recorder(device: torch.device, warm_up: Callable[[], Any]) -> Callable[[Callable[[], None]], Any]:
     """Return a function that records a call as a CUDA graph; all graphs share memory.
 
-    ``warm_up`` runs first, on the stream that records. Libraries create handles per thread and stream, which
-    they cannot do in a recording.
+    ``warm_up`` runs first, on the stream that records. Libraries create handles per thread and stream, and
+    blocks may be compiled for the recording's own tensors. Neither can happen in a recording.
     """
     stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
     stream.wait_stream(torch.cuda.current_stream(device))

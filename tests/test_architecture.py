@@ -27,6 +27,7 @@ FLOORS = [
             "far.layers",
             "far.kernels",
             "far.packing",
+            "far.compiling",
             "far.colors",
             "far.pictures",
             "far.editing",

@@ -9,7 +9,7 @@ import socket
 import threading
 
 from far.cli.machine_arguments import add_machine_arguments, prepare_machine, print_chosen
-from far.cli.model_arguments import add_record_argument
+from far.cli.model_arguments import add_graph_arguments
 from far.devices import device_title
 from far.errors import InputError
 from far.names import bundled_names, find_folder
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     add("--port", type=int, default=7860, help="port to listen on (default 7860)")
     add_machine_arguments(parser, DTYPES)
-    add_record_argument(parser)
+    add_graph_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -43,7 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"the demo needs {error.name}. Run pip install 'far-image[demo]'") from error
     device = prepare_machine(arguments)
     with noticed(f"loading {', '.join(arguments.weights)}"):
-        models = load_models(arguments.weights, arguments.dtype, device, record=arguments.record)
+        graphs = {"record": arguments.record, "compile": arguments.compile}
+        models = load_models(arguments.weights, arguments.dtype, device, **graphs)
     print_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, models[0].dtype))
     address = Demo(models).launch(arguments.host, arguments.port)
     print(f"far demo: {address} (Ctrl-C ends it)", flush=True)

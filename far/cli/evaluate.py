@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import far
 from far.classes import unmatched_classes
 from far.cli.machine_arguments import add_machine_arguments, prepare_machine, print_chosen
-from far.cli.model_arguments import NAMES, add_record_argument
+from far.cli.model_arguments import NAMES, add_graph_arguments
 from far.cli.sampling_arguments import MOST_IMAGES, add_sampling_arguments, sampling_options
 from far.config import check_seed
 from far.data.listing import describe
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     path("--cache", metavar="FOLDER", help="folder for features (default: far in the user's cache folder)")
     add_sampling_arguments(parser)
     add_machine_arguments(parser, DTYPES[1:], "float32")
-    add_record_argument(parser)
+    add_graph_arguments(parser)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,12 +232,18 @@ def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: tor
 
     count = arguments.count or _DEFAULT_COUNT
     pipeline = Pipeline.from_pretrained(
-        arguments.weights, dtype=arguments.dtype, device=device, record=arguments.record
+        arguments.weights,
+        dtype=arguments.dtype,
+        device=device,
+        record=arguments.record,
+        compile=arguments.compile,
     )
     sampling = pipeline.sampling_config(**sampling_options(arguments))
     sampling.check(pipeline.model)
     check_class_balance(count, len(pipeline.classes))
-    generation = Generation(arguments.weights, sampling, arguments.seed * _IMAGE_SEEDS, arguments.dtype)
+    generation = Generation(
+        arguments.weights, sampling, arguments.seed * _IMAGE_SEEDS, arguments.dtype, arguments.compile
+    )
     keep = arguments.save_npz is not None
     parts = parts_folder(arguments.out, generation, extractor, keep_images=keep)
     processes = started_by_torchrun()

@@ -21,7 +21,7 @@ from far.classes import label_text
 from far.cli.machine_arguments import prepare_machine, print_chosen
 from far.cli.model_arguments import (
     add_drawing_arguments,
-    add_record_argument,
+    add_graph_arguments,
     add_weights_argument,
     load_pipeline,
 )
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, metavar="N", default=64, help="images drawn together (default 64)")
     add("--gif", type=Path, help="also write an animation of the first batch, token by token")
     add_drawing_arguments(parser)
-    add_record_argument(parser)
+    add_graph_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -75,7 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     device = prepare_machine(arguments)
     dtype = resolve_dtype(_dtype(arguments, device), device)
-    pipeline = load_pipeline(arguments.weights, weights, dtype, device, record=arguments.record)
+    graphs = {"record": arguments.record, "compile": arguments.compile}
+    pipeline = load_pipeline(arguments.weights, weights, dtype, device, **graphs)
     chosen, places = _labels(pipeline, arguments)
     labels = [chosen[place] for place in places]
     texts = [label_text(pipeline.classes, label) for label in labels]

@@ -32,17 +32,19 @@ def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
     add_machine_arguments(parser, DTYPES)
 
 
-def add_record_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--no-record``."""
+def add_graph_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--no-record`` and ``--compile``."""
     meaning = "on CUDA, run every AR step from Python instead of recording generations as graphs"
     parser.add_argument("--no-record", dest="record", action="store_false", help=meaning)
+    meaning = "compile the model's blocks; the first batch then takes longer, by a minute or more"
+    parser.add_argument("--compile", action="store_true", help=meaning)
 
 
 def load_pipeline(
-    name: str, folder: Path, dtype: str, device: torch.device, *, record: bool = True
+    name: str, folder: Path, dtype: str, device: torch.device, *, record: bool = True, compile: bool = False
 ) -> Pipeline:
     """Return the pipeline in ``folder``, with a line on stderr that names it if loading takes long."""
     from far.pipeline import Pipeline
 
     with noticed(f"loading {name}"):
-        return Pipeline.from_pretrained(folder, dtype=dtype, device=device, record=record)
+        return Pipeline.from_pretrained(folder, dtype=dtype, device=device, record=record, compile=compile)

@@ -34,7 +34,12 @@ class Model:
 
 
 def load_models(
-    names: Sequence[str], dtype: str, device: str | torch.device, *, record: bool = True
+    names: Sequence[str],
+    dtype: str,
+    device: str | torch.device,
+    *,
+    record: bool = True,
+    compile: bool = False,
 ) -> list[Model]:
     """Load models and draw a first token with each, so that the first click does not wait for a warm-up.
 
@@ -43,7 +48,7 @@ def load_models(
     """
     models = []
     for name in dict.fromkeys(names):
-        pipeline = Pipeline.from_pretrained(name, dtype=dtype, device=device, record=record)
+        pipeline = Pipeline.from_pretrained(name, dtype=dtype, device=device, record=record, compile=compile)
         pipeline.preview(next(pipeline.stream([0], [0])))
         models.append(Model(name, pipeline, resolve_dtype(dtype, device)))
     return models

@@ -22,12 +22,14 @@ class Generation:
     """Settings that determine a set of generated images, except its length.
 
     Image i has class i mod classes and seed ``seed`` + i. ``dtype`` is that of the generator's weights.
+    ``compile`` changes images by rounding.
     """
 
     weights: str
     sampling: SamplingConfig
     seed: int
     dtype: str
+    compile: bool = False
 
     def describe(self) -> dict[str, Any]:
         """Return all settings with the SHA-256 of every file of the weights, as JSON values."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from far.compiling import plain_blocks
 from far.devices import to_device
 from far.heads.config import FlowMapConfig
 from far.heads.flow import interpolate
@@ -135,9 +136,10 @@ def lagrangian_residual(
         s: starts ``[samples, n]``.
         t: ends ``[samples, n]``.
     """
-    mean, change = torch.func.jvp(  # type: ignore[misc]
-        lambda end: mean_velocity(point, s, end), (t,), (torch.ones_like(t),)
-    )
+    with plain_blocks():
+        mean, change = torch.func.jvp(  # type: ignore[misc]
+            lambda end: mean_velocity(point, s, end), (t,), (torch.ones_like(t),)
+        )
     length = (t - s).unsqueeze(-1)
     return mean + length * change - velocity((point + length * mean).detach(), t)
 
@@ -149,9 +151,10 @@ def mean_flow_residual(
 
     See :func:`lagrangian_residual` for the other arguments. Only ``v_{s,t}`` itself has a gradient.
     """
-    mean, change = torch.func.jvp(  # type: ignore[misc]
-        lambda x, start: mean_velocity(x, start, t), (point, s), (velocity, torch.ones_like(s))
-    )
+    with plain_blocks():
+        mean, change = torch.func.jvp(  # type: ignore[misc]
+            lambda x, start: mean_velocity(x, start, t), (point, s), (velocity, torch.ones_like(s))
+        )
     return mean - (velocity + (t - s).unsqueeze(-1) * change).detach()
 
 
