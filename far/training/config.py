@@ -42,6 +42,8 @@ class LoopConfig:
             the loss is scaled by a factor that adapts to the gradients.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, a ``torch.device``, or ``auto``: a GPU if there is
             one, else the CPU.
+        compile: compile the blocks of a generator's backbone and head. The first steps take longer, by a
+            minute or more; results change by rounding.
         parallel: with several processes, ``ddp`` replicates the module; ``fsdp`` shards it, trading
             communication for memory.
         seed: fixes weights, batches and noise; each step depends on the seed and its number only.
@@ -65,6 +67,7 @@ class LoopConfig:
     max_skipped_steps: int = 20
     dtype: TrainingDtype = "auto"
     device: str = "auto"
+    compile: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
     seed: int = 0
     log_every: int = 50

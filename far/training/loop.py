@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from far.compiling import compile_blocks
 from far.config import to_dict
 from far.devices import device_title, has_bfloat16_products, resolve_training_dtype
 from far.errors import InputError, NotFiniteError
@@ -144,6 +145,8 @@ class Trainer:
         self.checkpoints = checkpoints_folder(folder)
         self.module, self.discriminator = task.module.to(config.device).train(), task.discriminator
         self.ema = Ema(self.module, config.ema_decay)
+        if config.compile:
+            compile_blocks(self.module)
         self.losses: nn.Module = Losses(task)
         if processes.count > 1 and config.parallel == "fsdp":
             self.losses = shard(self.losses, self.module, self.ema.module)
