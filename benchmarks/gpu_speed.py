@@ -23,6 +23,7 @@ from benchmarks.gpu_training import RandomLatents
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.backbone import CausalConfig, MaskedConfig
 from far.benchmark.mar_plain import PlainMar
+from far.compiling import compile_blocks
 from far.heads import Condition, FlowMapConfig
 from far.model import FAR, ModelConfig, NetworkConfig, preset
 from far.pipeline import Pipeline
@@ -151,7 +152,7 @@ def model_config(name: str, small: bool) -> ModelConfig:
 
 
 @functools.lru_cache(maxsize=1)
-def pipeline_of(name: str, device: torch.device, small: bool) -> Pipeline:
+def pipeline_of(name: str, device: torch.device, small: bool, compiled: bool = False) -> Pipeline:
     """Return an untrained model in bfloat16 with an autoencoder of the published size."""
     config = model_config(name, small)
     sizes = (
@@ -162,6 +163,8 @@ def pipeline_of(name: str, device: torch.device, small: bool) -> Pipeline:
     with device:
         model, autoencoder = FAR(config), Autoencoder(sizes)
     dtype = torch.float32 if small else torch.bfloat16
+    if compiled:
+        compile_blocks(model)
     autoencoder = autoencoder.eval().to(dtype=dtype, memory_format=torch.channels_last)
     return Pipeline(
         model.to(dtype), autoencoder, [str(label) for label in range(config.classes)], SamplingConfig()
@@ -169,13 +172,18 @@ def pipeline_of(name: str, device: torch.device, small: bool) -> Pipeline:
 
 
 def drawing_case(
-    device: torch.device, small: bool, name: str, batch: int, sampling: dict[str, Any]
+    device: torch.device,
+    small: bool,
+    name: str,
+    batch: int,
+    sampling: dict[str, Any],
+    compiled: bool = False,
 ) -> dict[str, Any]:
-    """Time whole images, from labels to pixels, of recorded generations and of eager ones."""
+    """Time whole images, from labels to pixels, of recorded generations and of those run from Python."""
 
     def figures() -> dict[str, Any]:
         reset(device)
-        pipeline = pipeline_of(name, device, small)
+        pipeline = pipeline_of(name, device, small, compiled)
         eager = Pipeline(
             pipeline.model, pipeline.autoencoder, pipeline.classes, pipeline.defaults, record=False
         )
@@ -184,14 +192,19 @@ def drawing_case(
         if not pipeline.model.backbone.any_order:
             config = dataclasses.replace(config, ar_steps=tokens)
         labels = [number % len(pipeline.classes) for number in range(batch)]
-        arguments = labels, range(batch), config
-        eager_took = seconds(device, lambda: eager.draw(*arguments, batch_size=batch))
+        draw, draw_eagerly = (
+            functools.partial(each.draw, labels, range(batch), config, batch_size=batch)
+            for each in (pipeline, eager)
+        )
+        first = seconds(device, draw_eagerly, enough=0.0) if compiled else None
+        eager_took = seconds(device, draw_eagerly)
         eager_peak = peak(device)
         reset(device)
-        pipeline.draw(*arguments, batch_size=batch)  # the next one is recorded
-        recording = seconds(device, lambda: pipeline.draw(*arguments, batch_size=batch), enough=0.0)
-        took = seconds(device, lambda: pipeline.draw(*arguments, batch_size=batch))
+        draw()  # the next one is recorded
+        recording = seconds(device, draw, enough=0.0)
+        took = seconds(device, draw)
         return {
+            **({"seconds of the first batch, which compiles": first} if compiled else {}),
             "eager seconds per batch": eager_took,
             "eager GiB": eager_peak,
             "seconds of the recorded batch": recording,
@@ -211,6 +224,21 @@ def drawing(name: str, head_steps: tuple[int, ...], device: torch.device, small:
         )
         for batch in ((1, 2) if small else (1, 8, 64, 256))
         for steps in head_steps
+    }
+
+
+def compiled_case(device: torch.device, small: bool, name: str, batch: int) -> dict[str, Any]:
+    """Time images of compiled blocks. Without a GPU, their graphs run uncompiled, which is quicker."""
+    with torch.compiler.set_stance(force_backend="eager") if small else contextlib.nullcontext():
+        return drawing_case(device, small, name, batch, {"head_steps": 4}, compiled=True)
+
+
+def compiled_blocks(device: torch.device, small: bool) -> Calls:
+    case = functools.partial(compiled_case, device, small)
+    return {
+        f"{name}, 4 head steps, compiled, batch {batch}": functools.partial(case, name, batch)
+        for name in ("far-b", "far-causal-b")
+        for batch in ((1, 2) if small else (1, 64, 8, 256))
     }
 
 
@@ -368,4 +396,5 @@ SPEED: dict[str, Callable[[torch.device, bool], Calls]] = {
     "approximations": approximations,
     "MAR's plain path": mar_plain,
     "training speed": training_speed,
+    "compiled blocks": compiled_blocks,
 }

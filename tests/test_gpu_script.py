@@ -55,6 +55,7 @@ def test_script_runs_from_a_sparse_checkout_without_a_gpu(tmp_path: Path) -> Non
         "approximations",
         "MAR's plain path",
         "training speed",
+        "compiled blocks",
     ]
     report, done = run(tmp_path, root, *parts)
     assert done.returncode == 0, done.stdout + done.stderr
