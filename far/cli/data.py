@@ -53,10 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--held-out-per-class", type=int, default=625, help="held-out images (default 625)")
 
 
+def _pixels(text: str) -> int | tuple[int, int]:
+    """Return the side of squares, or (height, width)."""
+    width, height = map(int, text.split("x")) if "x" in text else (int(text),) * 2
+    return width if width == height else (height, width)
+
+
 def _add_preparation(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("out", type=Path, help=_OUT)
-    add("--size", type=int, default=256, help="side of the images in pixels (default 256)")
+    add("--size", type=_pixels, default=256, help="side in pixels, or WIDTHxHEIGHT (default 256)")
+    add("--resize-only", action="store_true", help="stretch images to the size instead of cropping them")
     share_help = "for evaluation (default 0.05, or the source's own part)"
     add("--held-out-share", type=float, metavar="FRACTION", help=share_help)
     add("--strict", action="store_true", help="stop at the first unreadable file")
@@ -69,8 +76,9 @@ def run(arguments: argparse.Namespace) -> None:
 
         from far.data.packing import Preparation, write_images
 
-        options = (arguments.held_out_share, arguments.strict, arguments.keep_colors, not arguments.no_copy)
-        summary = write_images(source, arguments.out, Preparation(arguments.size, *options))
+        options = (arguments.held_out_share, arguments.strict, arguments.keep_colors)
+        storing = (not arguments.no_copy, not arguments.resize_only)
+        summary = write_images(source, arguments.out, Preparation(arguments.size, *options, *storing))
     elif arguments.source == "fashion-mnist":
         check_exists(arguments.files, "Give a folder with the four .gz files of Fashion-MNIST")
 

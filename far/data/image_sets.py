@@ -55,8 +55,7 @@ def open_image_set(folder: Path) -> ShardReader:
         raise InputError(f"{wrong}. Make the image set again without it")
     reader = ShardReader(folder, "images", verify=True)
     check_meta(reader, source=str)
-    size = reader.meta["size"]
-    reader.require({"images": (np.uint8, (size, size, 3)), "labels": (np.int64, ())})
+    reader.require({"images": (np.uint8, (*sides(reader.meta["size"]), 3)), "labels": (np.int64, ())})
     check_labels(reader)
     return reader
 
@@ -66,8 +65,9 @@ def fingerprint(images: ShardReader) -> str:
 
     Without pixels, it is one of the source's files and of how to decode them.
     """
-    colors = [images.meta.get("colors")] if images.meta["kind"] == "records" else []
-    return json_digest([images.meta["classes"], images.meta["size"], images.digest, *colors])[:16]
+    linked = images.meta["kind"] == "records"
+    decoding = [images.meta.get("colors"), images.meta.get("crop", True)] if linked else []
+    return json_digest([images.meta["classes"], images.meta["size"], images.digest, *decoding])[:16]
 
 
 def open_training_index(folder: Path) -> ShardReader:
@@ -94,11 +94,20 @@ def open_held_out(data: Path, train: ShardReader) -> ShardReader:
     return held_out
 
 
+def sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Return (height, width) of images, given a side of squares or both."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
 def check_meta(reader: ShardReader, **kinds: type) -> None:
     """Raise an :class:`InputError` unless the index has size, classes and the entries ``kinds``, by type."""
     meta = reader.meta
-    kinds = {"size": int, "classes": list, **kinds}
+    kinds = {"classes": list, **kinds}
     wrong = [name for name, kind in kinds.items() if not isinstance(meta.get(name), kind)]
+    size = meta.get("size")
+    if not isinstance(size, int) and not (isinstance(size, list) and list(map(type, size)) == [int, int]):
+        wrong = ["size"]
     if not wrong and not all(isinstance(name, str) and is_plain(name) for name in meta["classes"]):
         wrong = ["classes"]
     if wrong:

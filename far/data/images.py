@@ -1,4 +1,4 @@
-"""Decode image files (PNG, JPEG, WebP) into square RGB arrays."""
+"""Decode image files (PNG, JPEG, WebP) into RGB arrays of one size."""
 
 import threading
 from collections.abc import Callable
@@ -27,6 +27,8 @@ _OTHER_FORMATS = {
 }  # fmt: skip
 _one_at_a_time = threading.Lock()
 T = TypeVar("T")
+# Side of a square, or (height, width), in pixels.
+Size = int | tuple[int, int]
 
 
 class OtherFormat(InputError):
@@ -72,8 +74,8 @@ def decode_image(path: Path, background: str = "white") -> Image.Image:
     return _made_of(lambda: path.open("rb"), path, lambda picture: to_rgb(picture, background))
 
 
-def read_image(path: Path, size: int, *, keep_colors: bool = False) -> np.ndarray:
-    """Read an image file as ``[size, size, 3]`` uint8, center-cropped. See :func:`far.pictures.to_rgb`.
+def read_image(path: Path, size: Size, *, keep_colors: bool = False) -> np.ndarray:
+    """Read an image file as ``[height, width, 3]`` uint8, center-cropped. See :func:`far.pictures.to_rgb`.
 
     ``keep_colors`` ignores embedded color profiles, as ADM prepares ImageNet.
 
@@ -84,20 +86,28 @@ def read_image(path: Path, size: int, *, keep_colors: bool = False) -> np.ndarra
 
 
 def prepare_image(
-    open_file: Callable[[], IO[bytes]], title: object, size: int, *, keep_colors: bool = False
+    open_file: Callable[[], IO[bytes]],
+    title: object,
+    size: Size,
+    *,
+    keep_colors: bool = False,
+    crop: bool = True,
 ) -> tuple[np.ndarray, bool]:
     """Return the pixels of :func:`read_image`, and whether an unusable color profile was ignored.
 
     Args:
         open_file: opens the file of the image. Its errors become :class:`InputError`.
         title: the image's name in messages.
+        crop: crop the center. Otherwise the whole image is scaled to the size, whatever its proportions.
     """
 
     def make(picture: Image.Image) -> tuple[np.ndarray, bool]:
         # The short side is scaled to the size, and the long side by the same factor.
         if min(picture.size) < 2 or max(picture.size) > 100 * min(picture.size):
-            raise ValueError(f"{picture.width}×{picture.height} pixels are too thin for an image of {size}")
-        pixels = np.asarray(center_crop(to_rgb(picture, keep_colors=keep_colors), size))
+            shown = f"{size}" if isinstance(size, int) else f"{size[1]}×{size[0]}"
+            raise ValueError(f"{picture.width}×{picture.height} pixels are too thin for an image of {shown}")
+        fit = center_crop if crop else stretch
+        pixels = np.asarray(fit(to_rgb(picture, keep_colors=keep_colors), size))
         return pixels, not keep_colors and has_unusable_profile(picture)
 
     return _made_of(open_file, title, make)
@@ -108,15 +118,27 @@ def skip_reason(error: InputError) -> str:
     return "in other formats under names of images" if isinstance(error, OtherFormat) else "broken"
 
 
-def center_crop(picture: Image.Image, size: int) -> Image.Image:
-    """Return the central square scaled to ``size``, as ADM prepares ImageNet.
+def center_crop(picture: Image.Image, size: Size) -> Image.Image:
+    """Return the largest central part of the size's proportions, scaled to it, as ADM prepares ImageNet.
 
-    The image is halved by averaging while the short side is at least twice the size, then scaled bicubically.
+    The image is halved by averaging while it stays as large as the size, then scaled bicubically.
     """
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
+    height, width = (size, size) if isinstance(size, int) else size
+    picture = _halved(picture, height, width)
+    scale = max(width / picture.width, height / picture.height)
     scaled = round(picture.width * scale), round(picture.height * scale)
     picture = picture.resize(scaled, Image.Resampling.BICUBIC)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
+
+
+def stretch(picture: Image.Image, size: Size) -> Image.Image:
+    """Return the whole image scaled to the size, as :func:`center_crop` scales, but without cropping."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return _halved(picture, height, width).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _halved(picture: Image.Image, height: int, width: int) -> Image.Image:
+    while picture.width >= 2 * width and picture.height >= 2 * height:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    return picture

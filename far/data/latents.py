@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from far.autoencoder import Autoencoder, Posterior
 from far.classes import check_same_classes
-from far.data.image_sets import check_labels, check_meta, fingerprint
+from far.data.image_sets import check_labels, check_meta, fingerprint, sides
 from far.data.shards import Piece, Pieces, ShardReader, ShardWriter
 from far.data.training_images import open_training_images, read_ahead
 from far.devices import resolve_device, to_device
@@ -119,8 +119,9 @@ def open_latents(folder: Path, autoencoder: Autoencoder, images: ShardReader | N
         raise InputError(f"{folder} was made by {other}. Remove it and run far cache again")
     if images is not None:
         _check_source(folder, reader.meta, images)
-    config, side = autoencoder.config, reader.meta["size"] // autoencoder.config.stride
-    shape = (2 if has_flips(reader) else 1, 2 * config.latent_channels, side, side)
+    config = autoencoder.config
+    grid = (side // config.stride for side in sides(reader.meta["size"]))
+    shape = (2 if has_flips(reader) else 1, 2 * config.latent_channels, *grid)
     reader.require({"moments": (np.float16, shape), "labels": (np.int64, ())})
     check_labels(reader)
     return reader

@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 from far.data.image_folders import few_images
-from far.data.image_sets import PARTS, Summary
-from far.data.images import prepare_image, skip_reason
+from far.data.image_sets import PARTS, Summary, sides
+from far.data.images import Size, prepare_image, skip_reason
 from far.data.listing import describe
 from far.data.shards import ShardWriter
 from far.data.sources import UNLABELED, Record, Source
@@ -41,24 +41,27 @@ class Preparation:
     """Settings for turning images into rows of an image set.
 
     Attributes:
-        size: side of the square images in pixels, a multiple of 4 from 8 to 1024.
+        size: side of square images, or (height, width), in pixels: multiples of 4 from 8 to 1024.
         held_out_share: fraction of each class to hold out, above 0 and at most 0.5. Each part gets at least
             one image. ``None`` means 0.05, or the source's own part.
         strict: raise on the first unreadable image.
         keep_colors: ignore embedded color profiles instead of converting to sRGB, as ADM prepares ImageNet.
         copy: store the pixels of the training images. Otherwise only their places and checksums are stored,
             for :func:`far.data.latents.write_latents`.
+        crop: crop images to the proportions of the size. Otherwise they are stretched.
     """
 
-    size: int
+    size: Size
     held_out_share: float | None = None
     strict: bool = False
     keep_colors: bool = False
     copy: bool = True
+    crop: bool = True
 
     def __post_init__(self) -> None:
-        if not 8 <= self.size <= 1024 or self.size % 4:
-            raise InputError(f"size {self.size} is not valid. Use a multiple of 4 from 8 to 1024")
+        for side in (self.size,) if isinstance(self.size, int) else self.size:
+            if not 8 <= side <= 1024 or side % 4:
+                raise InputError(f"size {side} is not valid. Use a multiple of 4 from 8 to 1024")
         share = self.held_out_share
         if share is not None and not 0 < share <= 0.5:
             raise InputError(f"held-out-share {share} is not valid. Use a number above 0, at most 0.5")
@@ -114,6 +117,8 @@ def _meta(source: Source, preparation: Preparation, digests: np.ndarray) -> dict
         "image files": _content(source, digests), "held-out share": _SHARE if share is None else share,
         "colors": "as stored" if preparation.keep_colors else "sRGB",
     }  # fmt: skip
+    if not preparation.crop:
+        meta["crop"] = False
     if not source.found.walked:
         labels = np.array([record.label for record in source.records])
         meta["labels"] = hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
@@ -268,8 +273,9 @@ def _fill(
         # Mix the classes, so that the beginning is a fair sample. A fixed order lets packing resume.
         order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
         records = [records[index] for index in order]
-    size, report, read = preparation.size, writer.report, partial(_try_read, source, preparation)
-    rows = max(1, _SHARD_BYTES // (3 * size * size))
+    height, width = sides(preparation.size)
+    report, read = writer.report, partial(_try_read, source, preparation)
+    rows = max(1, _SHARD_BYTES // (3 * height * width))
 
     def skip(record: Record, error: InputError) -> None:
         if preparation.strict:
@@ -297,7 +303,7 @@ def _fill(
                     images.append(result[0])
                     labels.append(record.label)
                     break
-            stacked = np.array(images, np.uint8).reshape(-1, size, size, 3)
+            stacked = np.array(images, np.uint8).reshape(-1, height, width, 3)
             tensors = {"images": torch.from_numpy(stacked), "labels": torch.tensor(labels, dtype=torch.int64)}
             writer.write(tensors, cursor=writer.cursor + len(chunk))
     writer.finish()
@@ -312,7 +318,7 @@ def _try_read(source: Source, preparation: Preparation, record: Record) -> Found
     try:
         return prepare_image(
             lambda: source.found.open(record), source.title(record), preparation.size,
-            keep_colors=preparation.keep_colors,
+            keep_colors=preparation.keep_colors, crop=preparation.crop,
         )  # fmt: skip
     except InputError as error:
         return error

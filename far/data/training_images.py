@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from far.data.detection import open_source
-from far.data.image_sets import check_labels, check_meta, open_image_set, open_training_index, scaled
+from far.data.image_sets import check_labels, check_meta, open_image_set, open_training_index, scaled, sides
 from far.data.images import prepare_image, skip_reason
 from far.data.packing import report_skipped
 from far.data.shards import ShardReader
@@ -75,7 +75,8 @@ def _changed(name: str, reader: ShardReader) -> str:
 
 def _reader_of(reader: ShardReader, source: Source) -> Read:
     """Return a function that decodes rows in several threads. Its errors name what has changed."""
-    size, keep_colors = reader.meta["size"], reader.meta["colors"] == "as stored"
+    meta, size = reader.meta, sides(reader.meta["size"])
+    settings = {"keep_colors": meta["colors"] == "as stored", "crop": meta.get("crop", True)}
     pool = ThreadPoolExecutor(thread_name_prefix="decode")
 
     def decode(number: int, digest: bytes) -> np.ndarray | InputError:
@@ -91,7 +92,7 @@ def _reader_of(reader: ShardReader, source: Source) -> Read:
         if found != digest:
             raise InputError(_changed(title, reader))
         try:
-            return prepare_image(lambda: io.BytesIO(content), title, size, keep_colors=keep_colors)[0]
+            return prepare_image(lambda: io.BytesIO(content), title, size, **settings)[0]
         except InputError as error:
             return error
 
@@ -104,7 +105,7 @@ def _reader_of(reader: ShardReader, source: Source) -> Read:
             if isinstance(error, InputError):
                 report_skipped(error)
                 left_out[skip_reason(error)] += 1
-        stacked = np.array(images, np.uint8).reshape(-1, size, size, 3)
+        stacked = np.array(images, np.uint8).reshape(-1, *size, 3)
         kept = torch.tensor([not isinstance(image, InputError) for image in found])
         return Batch(scaled(torch.from_numpy(stacked)), reader.rows("labels", rows[kept]), left_out)
 

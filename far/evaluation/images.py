@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from far.data.image_sets import open_image_set
+from far.data.image_sets import open_image_set, sides
 from far.data.images import decode_image
 from far.data.listing import SUFFIXES, class_folders, describe, images_in, images_within
 from far.data.shards import INDEX
@@ -80,7 +80,7 @@ def open_images(path: Path) -> ImageSource:
 
 def _open_image_set(folder: Path) -> ImageSource:
     reader = open_image_set(folder)
-    size, digest = (reader.meta["size"],) * 2, f"shards-{sha256(folder / INDEX)}"
+    size, digest = sides(reader.meta["size"]), f"shards-{sha256(folder / INDEX)}"
 
     def read(rows: range) -> np.ndarray:
         return reader.rows("images", torch.arange(rows.start, rows.stop)).numpy()

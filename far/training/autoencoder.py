@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from far.autoencoder import Autoencoder, Posterior
 from far.autoencoder_config import AutoencoderConfig
-from far.data.image_sets import fingerprint, open_held_out, open_image_set, read_images
+from far.data.image_sets import fingerprint, open_held_out, open_image_set, read_images, sides
 from far.data.shards import ShardReader
 from far.devices import to_device
 from far.errors import InputError
@@ -45,12 +45,13 @@ class AutoencoderTask:
         self.train_images = open_image_set(data / "train")
         self.held_out = open_held_out(data, self.train_images)
         self.identity: dict[str, Any] = {"images": fingerprint(self.train_images)}
-        size, stride = self.train_images.meta["size"], config.model.stride
-        if size % stride:
-            raise InputError(f"{data}: size {size} is not a multiple of the autoencoder's stride {stride}")
+        size, stride = sides(self.train_images.meta["size"]), config.model.stride
+        if any(side % stride for side in size):
+            shown = "×".join(map(str, reversed(size)))
+            raise InputError(f"{data}: size {shown} is not a multiple of the autoencoder's stride {stride}")
         with seeded(self.loop.seed):
             self.module = Autoencoder(config.model)
-            self.discriminator = _discriminator(config, size, self.loop.device)
+            self.discriminator = _discriminator(config, min(size), self.loop.device)
         self.discriminator_rate = config.discriminator.learning_rate or self.loop.learning_rate
         if config.start_from is not None:
             self.module = _trained_autoencoder(config.start_from, config.model)
@@ -144,7 +145,7 @@ def noisy(latents: Tensor, most: float, generator: torch.Generator) -> Tensor:
 
 
 def _discriminator(config: AutoencoderRecipe, size: int, device: str) -> Discriminator | None:
-    """Return the discriminator for images of ``size`` pixels a side, or None if its weight is 0."""
+    """Return the discriminator for images with a short side of ``size``, or None if its weight is 0."""
     if config.loss.adversarial_weight == 0:
         return None
     width, layers = config.discriminator.width, config.discriminator.layers

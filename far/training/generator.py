@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from far.autoencoder import Autoencoder
-from far.data.image_sets import check_meta, fingerprint, open_held_out, open_training_index
+from far.data.image_sets import check_meta, fingerprint, open_held_out, open_training_index, sides
 from far.data.latents import LatentCache
 from far.devices import to_device
 from far.errors import InputError
@@ -90,7 +90,8 @@ class GeneratorTask:
     def _network(self, latents: Path, run: Path | None) -> FAR:
         """Return the module to train, with the weights that it starts from."""
         config, autoencoder = self.config, self.autoencoder
-        grid = (self.latents.meta["size"] // autoencoder.config.stride,) * 2
+        height, width = sides(self.latents.meta["size"])
+        grid = height // autoencoder.config.stride, width // autoencoder.config.stride
         channels = autoencoder.config.latent_channels
         sizes = ModelConfig(config.network, len(self.classes), channels, grid)
         with seeded(config.training.seed):

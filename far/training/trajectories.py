@@ -14,7 +14,7 @@ from torch import Tensor
 
 from far.classes import check_same_classes
 from far.config import to_dict
-from far.data.image_sets import check_meta
+from far.data.image_sets import check_meta, sides
 from far.data.latents import LatentCache
 from far.data.shards import Piece, Pieces, ShardReader, ShardWriter
 from far.errors import InputError
@@ -127,10 +127,11 @@ def _cached(teacher: Pipeline, folder: Path, seed: int) -> Images:
     if teacher.autoencoder is None:
         raise InputError("the teacher has no autoencoder. Add one with far convert kl16 KL16.ckpt FOLDER")
     cache = LatentCache(folder, teacher.autoencoder)
-    size = cache.meta["size"]
-    height, width = (side * teacher.autoencoder.config.stride for side in teacher.model.config.grid)
-    if (size, size) != (height, width):
-        raise InputError(f"{folder} holds {size}×{size} images. Give {height}×{width}, as the teacher draws")
+    size = sides(cache.meta["size"])
+    drawn = tuple(side * teacher.autoencoder.config.stride for side in teacher.model.config.grid)
+    if size != drawn:
+        held = f"{folder} holds {size[1]}×{size[0]} images"
+        raise InputError(f"{held}. Give {drawn[1]}×{drawn[0]}, as the teacher draws")
     order = torch.randperm(len(cache), generator=seeded_generator(seed))
 
     def read(group: int, generator: torch.Generator, callback: Callback) -> tuple[Tensor, Tensor]:

@@ -62,12 +62,12 @@ def test_interrupted_run_resumes_to_the_same_result(
     calls = 0
     original = packing.prepare_image
 
-    def interrupted(*arguments: object, keep_colors: bool) -> tuple[np.ndarray, bool]:
+    def interrupted(*arguments: Any, **settings: Any) -> tuple[np.ndarray, bool]:
         nonlocal calls
         calls += 1
         if calls == 20:  # the first four check the classes, two are held out, the rest is for training
             raise KeyboardInterrupt
-        return original(*arguments, keep_colors=keep_colors)
+        return original(*arguments, **settings)
 
     monkeypatch.setattr(packing, "prepare_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
