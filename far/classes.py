@@ -1,7 +1,10 @@
-"""Class labels and class names: the class that a label means, and comparison of two lists of names."""
+"""Class labels and class names: the class that a label means, comparison of two lists of names, ImageNet."""
 
+import difflib
+import functools
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from far.config import whole_number
 from far.errors import InputError
@@ -26,7 +29,8 @@ def class_number(classes: Sequence[str], label: object) -> int:
     if match is None:
         if label in classes:
             return _named(classes, label)
-        choices = f"a number 0 to {len(classes) - 1} or one of: {_shown(classes)}"
+        names = shown_names(classes) if len(classes) <= _SHOWN else ", ".join(_nearest(classes, label[:80]))
+        choices = f"a number 0 to {len(classes) - 1} or one of: {names}"
         raise InputError(f"class {label[:80]!r} does not exist. Give {choices}")
     number = int(match[2])
     if match[1] is None and label in classes:
@@ -56,15 +60,20 @@ def check_same_classes(
 ) -> None:
     """Raise an :class:`InputError` that names the first difference unless names are equal and in order.
 
-    The message names where the names come from, ``source`` and ``other``, and ends with the ``remedy``.
+    WordNet IDs of ImageNet's classes equal their words. The message names where the names come from,
+    ``source`` and ``other``, and ends with the ``remedy``.
     """
-    if list(ours) == list(theirs):
+    if _in_words(ours) == _in_words(theirs):
         return
     if len(ours) == len(theirs):
-        number = next(index for index, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
+        number = next(
+            index for index, pair in enumerate(zip(_in_words(ours), _in_words(theirs))) if pair[0] != pair[1]
+        )
         difference = f"class {number} is {ours[number]!r} in {source} and {theirs[number]!r} in {other}"
     else:
-        ours_listed, theirs_listed = (f"{len(names)} classes ({_shown(names)})" for names in (ours, theirs))
+        ours_listed, theirs_listed = (
+            f"{len(names)} classes ({shown_names(names)})" for names in (ours, theirs)
+        )
         difference = f"{source} has {ours_listed} and {other} {theirs_listed}"
     raise InputError(f"{difference}. {remedy[0].upper()}{remedy[1:]}")
 
@@ -73,7 +82,7 @@ def unmatched_classes(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
     """Return the class names that only one side has; none if a side has no classes or only numbers."""
     if any(list(names) == [str(number) for number in range(len(names))] for names in (ours, theirs)):
         return []
-    return sorted({*ours} ^ {*theirs})
+    return sorted({*_in_words(ours)} ^ {*_in_words(theirs)})
 
 
 def _named(classes: Sequence[str], name: str) -> int:
@@ -87,9 +96,58 @@ def _named(classes: Sequence[str], name: str) -> int:
 
 def _within(classes: Sequence[str], number: int) -> int:
     if not 0 <= number < len(classes):
-        raise InputError(f"label {number} is out of range. Give 0 to {len(classes) - 1} ({_shown(classes)})")
+        raise InputError(
+            f"label {number} is out of range. Give 0 to {len(classes) - 1} ({shown_names(classes)})"
+        )
     return number
 
 
-def _shown(classes: Sequence[str]) -> str:
+def _nearest(classes: Sequence[str], label: str) -> list[str]:
+    """Return up to five names that resemble or contain a label; the first five if there are none."""
+    names = {name.lower(): name for name in classes}
+    alike = [names[name] for name in difflib.get_close_matches(label.lower(), names, n=5)]
+    alike += [name for name in classes if label.lower() in name.lower()]
+    return [*dict.fromkeys(alike or classes)][:5]
+
+
+def shown_names(classes: Sequence[str]) -> str:
+    """Return the first 20 names for a message."""
     return ", ".join(classes[:_SHOWN]) + (" …" if len(classes) > _SHOWN else "")
+
+
+@functools.cache
+def imagenet_classes() -> dict[str, str]:
+    """Return the names of ImageNet's 1,000 classes by WordNet ID, in the order of their numbers.
+
+    Two of the names, crane and maillot, occur twice.
+    """
+    lines = (Path(__file__).parent / "imagenet-classes.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
+
+
+def matched_classes(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None]:
+    """Return the number of the class of the same name in ``theirs`` for each of ``ours``; None if new.
+
+    If ``theirs`` are ImageNet's classes, ``ours`` may be WordNet IDs, as ImageNet's folders are named.
+
+    Raises:
+        InputError: one of ``ours`` is the name of several of ``theirs``.
+    """
+    if list(ours) == list(theirs):  # names may occur twice
+        return list(range(len(ours)))
+    numbers = {name: number for number, name in enumerate(theirs)}
+    imagenet = imagenet_classes()
+    if list(theirs) == list(imagenet.values()):
+        numbers |= {identifier: number for number, identifier in enumerate(imagenet)}
+    for name in ours:
+        if (count := list(theirs).count(name)) > 1:
+            choices = " or ".join(key for key, word in imagenet.items() if word == name and key in numbers)
+            remedy = f"Rename it {choices}" if choices else "Rename it"
+            raise InputError(f"class {name!r} is the name of {count} classes of the trained model. {remedy}")
+    return [numbers.get(name) for name in ours]
+
+
+def _in_words(classes: Sequence[str]) -> list[str]:
+    """Return names with WordNet IDs of ImageNet's classes replaced by their words."""
+    words = imagenet_classes()
+    return [words.get(name, name) if isinstance(name, str) else name for name in classes]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.backbone.masked import MaskedConfig
+from far.classes import imagenet_classes
 from far.errors import InputError, prefix_errors
 from far.folder import add_part, config_without
 from far.heads import DiffusionConfig
@@ -57,9 +58,10 @@ def convert_mar(source: Path, folder: Path, *, ema: bool = True) -> None:
     """Write a published MAR checkpoint as a model's folder.
 
     Sizes come from the tensors. What they cannot determine (attention heads, patch size) comes from the
-    checkpoint's ``args``, else from MAR's published models. Classes are named "0", "1", …. Default sampling
-    values are ``num_iter`` and ``num_sampling_steps`` of the ``args`` (else 64 and 100), and linear guidance
-    with the scale of the published evaluation (2.9, 3.0 and 3.2 for MAR-B, -L and -H, else 3.0).
+    checkpoint's ``args``, else from MAR's published models. 1,000 classes get ImageNet's names, others are
+    named "0", "1", …. Default sampling values are ``num_iter`` and ``num_sampling_steps`` of the ``args``
+    (else 64 and 100), and linear guidance with the scale of the published evaluation (2.9, 3.0 and 3.2 for
+    MAR-B, -L and -H, else 3.0).
 
     An autoencoder in the folder is kept, and a generator is never overwritten: this and
     :func:`convert_kl16`, in either order, make a complete model.
@@ -95,7 +97,8 @@ def convert_mar(source: Path, folder: Path, *, ema: bool = True) -> None:
         head_steps=min(_number(settings, "num_sampling_steps", 100), 1000),
         guidance=_MAR_GUIDANCE.get(backbone.encoder_width, 3.0),
     )
-    classes = tuple(map(str, range(config.classes)))
+    words = imagenet_classes().values()
+    classes = tuple(words if config.classes == len(words) else map(str, range(config.classes)))
     add_part(folder, existing, tensors, model=config, classes=classes, defaults=defaults)
 
 

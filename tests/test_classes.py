@@ -6,8 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
-from far.classes import check_same_classes, class_number, label_text, unmatched_classes
+from far.classes import (
+    check_same_classes,
+    class_number,
+    imagenet_classes,
+    label_text,
+    unmatched_classes,
+)
 from far.errors import InputError
 
 PLAIN = ["0", "1", "2"]
@@ -111,3 +118,37 @@ def test_unmatched_classes_are_those_that_one_side_names(
     ours: list[str], theirs: list[str], unmatched: list[str]
 ) -> None:
     assert unmatched_classes(ours, theirs) == unmatched_classes(theirs, ours) == unmatched
+
+
+def test_numbers_of_imagenet_have_their_published_names() -> None:
+    """The samples of DiT and MAR show these classes."""
+    words = list(imagenet_classes().values())
+    shown = {207: "golden retriever", 360: "otter", 387: "lesser panda", 974: "geyser", 88: "macaw",
+             979: "valley", 417: "balloon", 279: "Arctic fox"}  # fmt: skip
+    assert {number: words[number] for number in shown} == shown
+    assert all(class_number(words, word) == class_number(words, str(n)) == n for n, word in shown.items())
+    assert len(words) == 1000
+    assert sorted(imagenet_classes()) == list(imagenet_classes())
+    assert {word for word in words if words.count(word) > 1} == {"crane", "maillot"}
+
+
+@pytest.mark.parametrize(
+    ("label", "near"),
+    [
+        ("makaw", "macaw"),
+        ("Macaw", "macaw"),
+        ("golden_retriever", "golden retriever"),
+        ("retriever", "golden retriever"),
+    ],
+)
+def test_unknown_word_names_the_nearest_of_many_classes(label: str, near: str) -> None:
+    with refused(repr(label), near):
+        class_number(list(imagenet_classes().values()), label)
+
+
+def test_wordnet_ids_and_words_are_the_same_classes_of_imagenet() -> None:
+    ids, words = list(imagenet_classes()), list(imagenet_classes().values())
+    check_same_classes(ids, "set", words, "model", "nothing to do")
+    assert unmatched_classes(ids[:10], words[:10]) == []
+    with refused("class 1 ", "'goldfish'", "'n01440764'"):
+        check_same_classes(["n01440764", "goldfish"], "set", ["tench", "n01440764"], "model", "x")

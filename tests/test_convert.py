@@ -286,6 +286,16 @@ def test_hostile_plain_pickle_is_refused_and_not_executed(tmp_path: Path) -> Non
     assert not (tmp_path / "executed").exists()
 
 
+def test_thousand_classes_have_the_names_of_imagenet(tmp_path: Path) -> None:
+    checkpoint = read_mar()
+    checkpoint["args"].class_num = 1000
+    rows = checkpoint["model"]["class_emb.weight"]
+    checkpoint["model"]["class_emb.weight"] = rows.repeat(100, 1)
+    convert_mar(saved(tmp_path, checkpoint), tmp_path / "out", ema=False)
+    classes = far.load(tmp_path / "out").classes
+    assert (classes[88], classes[207]) == ("macaw", "golden retriever")
+
+
 def test_other_classes_are_refused_by_name(tmp_path: Path) -> None:
     checkpoint = read_mar()
     checkpoint["args"] = fractions.Fraction
