@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from far.errors import InputError
 from far.files import atomic_path
 from far.processes import Processes
 from far.training.config import LoopConfig
+from far.training.estimate import TimeLeft, duration, times_left
 
 
 class Meter:
@@ -63,13 +64,16 @@ class TrainingLog:
         self.config, self.first_step = config, step
         self.board: Any = None
         self.figures = ""
+        self.time_left, self.announced = TimeLeft(config), False
 
     def __enter__(self) -> "TrainingLog":
         self.processes.first(self._open)
-        self.bar = tqdm(
+        self.bar = _Bar(
+            self.time_left,
             total=self.config.steps, initial=self.first_step, desc=self.path.parent.name, unit="step",
             mininterval=1, disable=self.processes.rank > 0,
         )  # fmt: skip
+        self.mark = time.perf_counter()
         return self
 
     def _open(self) -> None:
@@ -91,6 +95,25 @@ class TrainingLog:
         if self.board is not None:
             self.board.close()
 
+    def advance(self) -> None:
+        """Count a finished step. Print the estimated time once enough steps have been measured."""
+        now = time.perf_counter()
+        self.time_left.add_step(now - self.mark)
+        self.mark = now
+        self.bar.update()
+        if not self.announced and self.time_left.measured:
+            self.announced = True
+            self._announce(self.first_step + self.time_left.steps)
+
+    def _announce(self, step: int) -> None:
+        config, seconds = self.config, self.time_left.seconds(step)
+        assert seconds is not None
+        line = f"{self.path.parent}: about {duration(seconds)} to step {config.steps:,}"
+        if unmeasured := times_left(step, config.steps, config.evaluate_every):
+            line += f", plus {unmeasured} evaluation{'s' if unmeasured > 1 else ''}"
+        if self.processes.rank == 0:
+            self.bar.write(line)
+
     def show(self, figures: str) -> None:
         """Show the newest figures behind the bar."""
         self.figures = figures
@@ -100,7 +123,10 @@ class TrainingLog:
     def doing(self, activity: str) -> Iterator[None]:
         """Show what happens between two steps in place of the figures."""
         self.bar.set_postfix_str(activity)
+        start = time.perf_counter()
         yield
+        self.mark = time.perf_counter()
+        self.time_left.add_pause(activity, self.mark - start)
         self.bar.set_postfix_str(self.figures)
 
     def write(self, entry: dict[str, Any]) -> None:
@@ -123,6 +149,22 @@ class TrainingLog:
             for name, value in entry.items():
                 if not isinstance(value, str):
                     self.board.add_scalar(name, value, entry["step"])
+
+
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """Progress bar of steps. Its remaining time counts evaluations and checkpoints; tqdm's own would jump."""
+
+    def __init__(self, time_left: TimeLeft, **options: Any) -> None:
+        self.time_left = time_left
+        super().__init__(**options)
+
+    @property
+    def format_dict(self) -> MutableMapping[str, Any]:
+        values = super().format_dict
+        step = int(self.n)
+        if not self.disable and (seconds := self.time_left.seconds(step)):
+            values["rate"] = (self.time_left.config.steps - step) / seconds
+        return values
 
 
 def _step(line: str) -> float:

@@ -30,6 +30,7 @@ from far.seeds import seed_all
 from far.training.checkpoint import named_tensors, newest_values, open_checkpoint, save_checkpoint
 from far.training.config import LoopConfig
 from far.training.ema import Ema
+from far.training.estimate import size_line
 from far.training.log import Meter, TrainingLog
 from far.training.parallel import gradients_together, replicate, shard, whole, whole_copy
 from far.training.prefetch import MicroBatch, micro_batches
@@ -239,6 +240,7 @@ class Trainer:
             self._print(f"{self.folder} is already trained to step {self.step}. Raise the recipe's steps")
             return
         self._print(self._machine())
+        self._print(self._size())
         log = TrainingLog(self.folder, config, self.step, self.processes)
         finishing = "finishing this step, and evaluating if that is due, then saving"
         interruption = DeferredInterrupt(finishing, rank=self.processes.rank, count=self.processes.count)
@@ -246,7 +248,7 @@ class Trainer:
             evaluated = saved = self.step
             while self.step < config.steps and not self._stopped(interrupt):
                 self.train_step(meter)
-                log.bar.update()
+                log.advance()
                 if self._due(config.log_every, self.step - 1):
                     self._report(meter, log)
                 # Skipped steps may mean divergence: keep the last good checkpoint until a step succeeds.
@@ -282,7 +284,7 @@ class Trainer:
         entry = {
             "step": self.step,
             **meter.read(self.processes),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.config.learning_rate * learning_rate_scale(self.config, self.step - 1),
             "skipped_steps": self.skipped_steps,
             "device": self.device.type,
             "dtype": self.config.dtype,
@@ -303,6 +305,11 @@ class Trainer:
         if config.dtype == "bfloat16" and not has_bfloat16_products(device):
             line += ". This device has no instructions for it: dtype float32 may be several times faster"
         return line
+
+    def _size(self) -> str:
+        modules = [self.module, *([] if self.discriminator is None else [self.discriminator])]
+        trained = itertools.chain(*(group["params"] for group in self.optimizer.param_groups))
+        return f"{self.folder}: {size_line(modules, self.ema.module, trained)}"
 
     def train_step(self, meter: Meter) -> None:
         """Take one optimizer step and one EMA step, or skip both if the loss or its gradient is not finite.
