@@ -68,7 +68,8 @@ def _type(hint: Any) -> str:
     if origin is typing.Literal:
         return ", ".join(arguments)
     if origin is tuple:
-        return f"list of {_type(arguments[0])}s"
+        of_words = typing.get_origin(arguments[0]) is typing.Literal
+        return f"list of {_type(arguments[0])}{'' if of_words else 's'}"
     if arguments:
         return " or ".join(_type(option) for option in arguments if option is not type(None))
     return {"str": "text", "int": "whole number", "float": "number", "bool": "true, false"}[hint.__name__]

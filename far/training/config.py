@@ -26,6 +26,7 @@ class LoopConfig:
             number of processes.
         learning_rate: of AdamW, reached after the warmup.
         head_learning_rate: of the head; ``null`` takes ``learning_rate``.
+        class_embedding_learning_rate: of a generator's class embedding; ``null`` takes ``learning_rate``.
         schedule: learning rate after the warmup: ``constant``; ``cosine``, which lowers it to zero along a
             half cosine; or ``wsd`` (warmup, stable, decay), which keeps it until the last ``decay_fraction``
             of the steps and then lowers it to zero as 1 − √progress. Before that, ``steps`` can be raised.
@@ -58,6 +59,7 @@ class LoopConfig:
     micro_batches: int = 1
     learning_rate: float = 1e-4
     head_learning_rate: float | None = None
+    class_embedding_learning_rate: float | None = None
     schedule: Literal["constant", "cosine", "wsd"] = "constant"
     decay_fraction: float = 0.2
     warmup_steps: int = 100
@@ -83,7 +85,9 @@ class LoopConfig:
             check_count(name, getattr(self, name), 2**20)
         for name in ("steps", "max_skipped_steps", "log_every", "checkpoint_every", "evaluate_every"):
             check_count(name, getattr(self, name), 2**40)
-        for name in ("learning_rate", "gradient_clip", "head_learning_rate"):
+        for name in (
+            "learning_rate", "gradient_clip", "head_learning_rate", "class_embedding_learning_rate"
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"{name} {value} must be positive")
@@ -185,6 +189,19 @@ class EvaluationConfig:
                 raise InputError(f"evaluation.{name} {getattr(self, name)} must be at least {least}")
 
 
+def _check_adapter_rank(rank: int) -> None:
+    if rank < 0:
+        raise InputError(f"adapter_rank {rank} must be at least 0")
+    check_count("adapter_rank", max(1, rank))
+
+
+def _check_rates(training: LoopConfig, *without: str, model: str) -> None:
+    """Raise an :class:`InputError` if a rate is given for a part that a training lacks or does not train."""
+    for part in without:
+        if (value := getattr(training, f"{part}_learning_rate")) is not None:
+            raise InputError(f"{part}_learning_rate {value} does not apply to {model}. Remove it")
+
+
 def check_label_drop(label_drop: float) -> None:
     """Raise an :class:`InputError` unless ``label_drop`` is a fraction of images that leaves some labeled."""
     if not 0 <= label_drop < 1:
@@ -216,6 +233,7 @@ class AutoencoderRecipe:
     stage: Literal["all", "decoder"] = "all"
 
     def __post_init__(self) -> None:
+        _check_rates(self.training, "head", "class_embedding", model="an autoencoder")
         if self.stage == "decoder" and self.start_from is None:
             raise InputError("stage decoder needs a trained autoencoder. Name it in autoencoder.start_from")
 
@@ -237,6 +255,11 @@ class GeneratorRecipe:
         start_from: a trained model (folder, bundled name or ``OWNER/NAME``) whose averaged weights a new
             training starts from: its backbone, and its head if kind and sizes agree. Classes are matched by
             name; new ones start from the mean of the trained ones. Not read when a run is resumed.
+        freeze: parts of the model in ``start_from`` that keep their weights: ``class_embedding``,
+            ``backbone`` (all of it but the class embedding) and ``head``.
+        adapter_rank: rank of low-rank adapters (LoRA, arXiv 2106.09685) that are trained in place of the
+            backbone of ``start_from``, one per linear layer; class embedding and head are trained as usual.
+            Saved models hold the sum of both, in plain layers. 0 trains the backbone itself.
     """
 
     network: NetworkConfig = NetworkConfig()
@@ -247,11 +270,25 @@ class GeneratorRecipe:
     flip: bool = True
     frozen_backbone: str | None = None
     start_from: str | None = None
+    freeze: tuple[Literal["class_embedding", "backbone", "head"], ...] = ()
+    adapter_rank: int = 0
 
     def __post_init__(self) -> None:
         check_label_drop(self.label_drop)
         if self.frozen_backbone is not None and self.start_from is not None:
             raise InputError("frozen_backbone and start_from are both given. Give one of them")
+        _check_adapter_rank(self.adapter_rank)
+        freeze = list(self.freeze)
+        if self.start_from is None and (freeze or self.adapter_rank):
+            needing = f"freeze {freeze}" if freeze else f"adapter_rank {self.adapter_rank}"
+            raise InputError(f"{needing} needs trained weights. Name a model in generator.start_from")
+        if "backbone" in freeze and self.adapter_rank:
+            problem = (
+                f"adapter_rank {self.adapter_rank} trains adapters of the backbone, which freeze excludes"
+            )
+            raise InputError(f"{problem}. Remove backbone from freeze: its own weights stay in any case")
+        if {"class_embedding", "backbone", "head"} <= {*freeze}:
+            raise InputError(f"freeze {freeze} leaves nothing to train. Remove a part")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,5 +357,5 @@ class DistillationConfig:
             raise InputError(f"trajectories.images {images} are all held out. Give more than {GROUP}")
         if self.samples_per_token < 1:
             raise InputError(f"samples_per_token {self.samples_per_token} must be positive")
-        if self.adapter_rank < 0:
-            raise InputError(f"adapter_rank {self.adapter_rank} must be at least 0")
+        _check_adapter_rank(self.adapter_rank)
+        _check_rates(self.training, "class_embedding", model="far distill, which keeps the embedding")

@@ -1,6 +1,7 @@
 """Training of the generator on cached latents: loss, optimizer groups, sample sheet and quick distance."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from far.model import FAR, ModelConfig
 from far.pipeline import Pipeline
 from far.progress import ImageBar
 from far.seeds import seeded
+from far.training.adapters import merged
 from far.training.config import GeneratorRecipe, LoopConfig
 from far.training.epochs import CHUNK, epoch_rows, image_chunks
 from far.training.loop import published, resolve_loop
 from far.training.sample_sheet import write_sample_sheet
-from far.training.start import copy_backbone, copy_model, local_name, recorded_start
+from far.training.start import copy_backbone, copy_model, freeze_parts, local_name, recorded_start
 
 _TIME_BUCKETS = 4
 # Images of each side that the quick KID compares. It has no bias, so few are enough.
@@ -102,26 +104,39 @@ class GeneratorTask:
         if config.start_from is not None:
             facts = None if run is None else recorded_start(run)
             if facts is None:
-                facts = copy_model(module, config.start_from, autoencoder, self.classes, latents)
+                facts = copy_model(
+                    module, config.start_from, autoencoder, self.classes, latents, config.freeze
+                )
             self.training |= facts
+            with seeded(config.training.seed):
+                freeze_parts(module, config.freeze, config.adapter_rank)
         if config.network.spherical and not autoencoder.config.spherical:
             raise InputError("network.spherical needs an autoencoder trained with model.spherical=true")
         config.sampling.check(module)
         return module
 
     def parameter_groups(self, config: LoopConfig) -> list[dict[str, Any]]:
-        """Return groups as in MAR: weight decay for the backbone's matrices, a learning rate for the head.
+        """Return groups as in MAR: weight decay for the backbone's matrices only. Rates depend on the part.
 
-        A frozen backbone has no group.
+        Frozen parameters have no group.
         """
-        trained = [parameter for parameter in self.module.backbone.parameters() if parameter.requires_grad]
-        decayed = [parameter for parameter in trained if parameter.dim() > 1]
-        plain = [parameter for parameter in trained if parameter.dim() <= 1]
-        rate, head_rate = config.learning_rate, config.head_learning_rate or config.learning_rate
-        groups = [
-            {"params": decayed, "lr": rate, "weight_decay": config.weight_decay},
-            {"params": plain, "lr": rate, "weight_decay": 0.0},
-            {"params": list(self.module.head.parameters()), "lr": head_rate, "weight_decay": 0.0},
+        backbone, head = (
+            [parameter for parameter in part.parameters() if parameter.requires_grad]
+            for part in (self.module.backbone, self.module.head)
+        )
+        embedding = self.module.backbone.get_parameter("class_embedding.weight")
+
+        def rate(matrix: Tensor) -> float:
+            return (matrix is embedding and config.class_embedding_learning_rate) or config.learning_rate
+
+        # Checkpoints number parameters in the order of groups, so the class embedding stays in its place.
+        matrices = itertools.groupby((matrix for matrix in backbone if matrix.dim() > 1), rate)
+        vectors = [parameter for parameter in backbone if parameter.dim() <= 1]
+        head_rate = config.head_learning_rate or config.learning_rate
+        groups: list[dict[str, Any]] = [
+            *({"params": list(run), "lr": lr, "weight_decay": config.weight_decay} for lr, run in matrices),
+            {"params": vectors, "lr": config.learning_rate, "weight_decay": 0.0},
+            {"params": head, "lr": head_rate, "weight_decay": 0.0},
         ]
         return [group for group in groups if group["params"]]
 
@@ -175,7 +190,8 @@ class GeneratorTask:
 
     def _pipeline(self, ema: nn.Module) -> Pipeline:
         assert isinstance(ema, FAR)
-        return Pipeline(ema, self.autoencoder, self.classes, self.config.sampling)
+        model = merged(ema) if self.config.adapter_rank else ema
+        return Pipeline(model, self.autoencoder, self.classes, self.config.sampling)
 
 
 def means_by_time(losses: Tensor, t: Tensor, buckets: int) -> Tensor:

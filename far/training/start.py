@@ -1,5 +1,6 @@
-"""A trained model that a training starts from: all of it, or its backbone alone, frozen."""
+"""A trained model that a training starts from: what is copied, what is frozen, what is adapted."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +8,16 @@ import torch
 from torch import Tensor
 
 from far.autoencoder import Autoencoder
-from far.classes import check_same_classes
+from far.classes import check_same_classes, matched_classes, shown_names
 from far.config import to_dict
-from far.errors import InputError
+from far.errors import InputError, prefix_errors
 from far.folder import ModelFolder
 from far.heads import Head
 from far.hub import is_hub_name
 from far.model import FAR
 from far.names import bundled_names
 from far.pipeline import Pipeline
+from far.training.adapters import add_adapters
 from far.training.runs import checkpoints_folder, list_checkpoints
 
 # Keys of a backbone that change its training only, not what its weights compute.
@@ -48,39 +50,58 @@ def copy_backbone(
 
 
 def copy_model(
-    module: FAR, weights: str, autoencoder: Autoencoder, classes: list[str], latents: Path
+    module: FAR,
+    weights: str,
+    autoencoder: Autoencoder,
+    classes: list[str],
+    latents: Path,
+    frozen: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Copy a trained model's backbone, and its head if that fits, into ``module``, and return facts.
 
     Class embeddings are matched by name. New classes start from the mean of the trained ones. The parameters
-    and errors are those of :func:`copy_backbone`, but the classes may differ.
+    and errors are those of :func:`copy_backbone`, but the classes may differ. Parts that will be ``frozen``
+    (see :func:`freeze_parts`) must not be new.
     """
     pipeline = _open_fitting(module, weights, autoencoder, latents)
-    trained, theirs = pipeline.model, pipeline.classes
+    trained, size = pipeline.model, pipeline.model.config.network.head
+    with prefix_errors(f"the model {weights}: "):
+        numbers = matched_classes(pipeline.classes, classes)
+    new = [name for name, number in zip(classes, numbers) if number is None]
+    dropped = [name for number, name in enumerate(pipeline.classes) if number not in numbers]
+    if "class_embedding" in frozen and new:
+        problem = f"the model {weights} has no class {new[0]!r}, so class_embedding must be trained"
+        raise InputError(f"{problem}. Remove it from freeze")
     state = trained.backbone.state_dict()
-    state["class_embedding.weight"] = match_classes(state["class_embedding.weight"], theirs, classes)
+    state["class_embedding.weight"] = match_embeddings(state["class_embedding.weight"], numbers)
     module.backbone.load_state_dict(state)
     fits = _same_shapes(trained.head, module.head)
+    head = "head copied" if fits else f"new head (theirs is {size.kind}, {size.depth} blocks of {size.width})"
     if fits:
         module.head.load_state_dict(trained.head.state_dict())
-    size = trained.config.network.head
-    head = "head copied" if fits else f"new head (theirs is {size.kind}, {size.depth} blocks of {size.width})"
+    elif "head" in frozen:
+        raise InputError(f"the model {weights} gives a {head}, to be trained. Remove head from freeze")
+    facts = [f"{len(classes) - len(new)} classes matched"]
+    for kind, names in (("new", new), ("dropped", dropped)):
+        facts += [f"{len(names)} {kind} ({shown_names(names)})"] if names else []
     return {
-        "started from": f"{local_name(weights)}: {_matched(theirs, classes)}, {head}",
+        "started from": f"{local_name(weights)}: {', '.join([*facts, head])}",
         "model": pipeline.training,
     }
 
 
-def _matched(theirs: list[str], ours: list[str]) -> str:
-    """Return how many classes two models share, and the names of the others."""
-    new, dropped = (
-        [name for name in names if name not in others] for names, others in ((ours, theirs), (theirs, ours))
-    )
-    parts = [f"{len(ours) - len(new)} classes matched"]
-    for kind, names in (("new", new), ("dropped", dropped)):
-        if names:
-            parts.append(f"{len(names)} {kind} ({', '.join(names)})")
-    return ", ".join(parts)
+def freeze_parts(module: FAR, parts: Sequence[str], adapter_rank: int = 0) -> None:
+    """Freeze parts of a model in place: ``class_embedding``, the rest of the ``backbone``, ``head``.
+
+    With an ``adapter_rank``, low-rank adapters are added to the frozen backbone and trained.
+    """
+    if adapter_rank:
+        add_adapters(module.backbone, adapter_rank)
+    elif "backbone" in parts:
+        module.backbone.requires_grad_(False)
+    embedding = module.backbone.get_parameter("class_embedding.weight")
+    embedding.requires_grad_("class_embedding" not in parts)
+    module.head.requires_grad_("head" not in parts)
 
 
 def recorded_start(run: Path) -> dict[str, Any] | None:
@@ -98,24 +119,25 @@ def local_name(weights: str) -> str:
     return weights
 
 
-def match_classes(trained: Tensor, theirs: list[str], ours: list[str]) -> Tensor:
-    """Return class embeddings ``[len(ours) + 1, width]`` from ``trained [len(theirs) + 1, width]``.
+def match_embeddings(trained: Tensor, numbers: Sequence[int | None]) -> Tensor:
+    """Return class embeddings ``[len(numbers) + 1, width]`` from ``trained [classes + 1, width]``.
 
-    Classes are matched by name, other classes get the mean. The last row, of "no class", is kept.
+    ``numbers`` are those of the trained classes. A new class (None) gets their mean. The last row, of "no
+    class", is kept.
     """
-    if ours == theirs:  # names can occur twice
-        return trained
-    by_name, mean = dict(zip(theirs, trained)), trained[:-1].mean(dim=0)
-    return torch.stack([*(by_name.get(name, mean) for name in ours), trained[-1]])
+    mean = trained[:-1].mean(dim=0)
+    return torch.stack([*(mean if number is None else trained[number] for number in numbers), trained[-1]])
 
 
 def _open_fitting(module: FAR, weights: str, autoencoder: Autoencoder, latents: Path) -> Pipeline:
     """Load a trained model whose backbone, grid and autoencoder are those of this training."""
     pipeline, source = Pipeline.from_pretrained(weights, device="cpu"), f"the model {weights}"
     theirs, ours = (_sizes(model) for model in (pipeline.model, module))
-    for key in [*theirs, *ours]:
-        if theirs.get(key) != (value := ours.get(key)):
-            raise InputError(f"{source} has {key} {theirs.get(key)}, not {value}. Give both the same {key}")
+    keys = [key for key in theirs | ours if theirs.get(key) != ours.get(key)]
+    if keys:
+        keys = keys[:1] if keys[0].endswith("kind") else keys
+        differences = ", ".join(f"{key}={theirs.get(key)} (here {ours.get(key)})" for key in keys)
+        raise InputError(f"{source} has {differences}. Give both the same values")
     grids = [list(model.config.grid) for model in (pipeline.model, module)]
     if grids[0] != grids[1]:
         raise InputError(
@@ -123,7 +145,10 @@ def _open_fitting(module: FAR, weights: str, autoencoder: Autoencoder, latents: 
             "Train on images of the same size"
         )
     if pipeline.autoencoder is not None and not pipeline.autoencoder.same_latents(autoencoder):
-        raise InputError(f"{source} is of another autoencoder than {latents}. Set the same autoencoder_from")
+        one, two = (to_dict(model.config) for model in (pipeline.autoencoder, autoencoder))
+        which = ", ".join(key for key in one if one[key] != two[key]) or "the encoder's weights"
+        problem = f"{source} is of another autoencoder than {latents} (different: {which})"
+        raise InputError(f"{problem}. Set autoencoder_from={weights} and make the latents again")
     return pipeline
 
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 from checkpoints import newest
 from conftest import RENAMED
+from hub_server import serve, use
 from refusals import refused
 
 from far.autoencoder import Autoencoder
 from far.autoencoder_config import AutoencoderConfig
 from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
+from far.classes import imagenet_classes, matched_classes
 from far.cli.main import main
 from far.folder import load_autoencoder
 from far.heads import ShortcutConfig
@@ -22,7 +24,7 @@ from far.pipeline import Pipeline
 from far.recipe import load_recipe
 from far.sampling_config import SamplingConfig
 from far.training.generator import GeneratorTask
-from far.training.start import copy_model, match_classes
+from far.training.start import copy_model, match_embeddings
 
 ANY_ORDER = AnyOrderConfig(width=16, encoder_depth=1, decoder_depth=1, heads=2)
 
@@ -214,7 +216,35 @@ def test_classes_are_matched_by_name_and_new_ones_start_from_the_mean(
 def test_equal_classes_keep_their_embeddings_although_names_repeat() -> None:
     trained = torch.randn(4, 5)
     names = ["crane", "crane", "maillot"]
-    assert torch.equal(match_classes(trained, names, names), trained)
+    assert torch.equal(match_embeddings(trained, matched_classes(names, names)), trained)
+
+
+def test_classes_of_imagenet_are_matched_by_word_or_by_wordnet_id() -> None:
+    words = list(imagenet_classes().values())
+    ours = ["golden retriever", "n01818515", "my dog", "n02012849", "n03126707"]
+    assert matched_classes(words, ours) == [207, 88, None, 134, 517]
+    with refused("crane", "n02012849", "n03126707"):
+        matched_classes(words, ["crane"])
+    with refused("crane"):
+        matched_classes(["crane", "crane"], ["crane"])
+    assert matched_classes(["a", "b"], ["n01818515"]) == [None]
+
+
+def test_training_starts_from_a_model_of_the_hub(
+    recipe: Path, pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve() as hub:
+        use(hub, monkeypatch, tmp_path / "cache")
+        hub.commit("someone/model", {path.name: path.read_bytes() for path in pipeline_folder.iterdir()})
+        started = task(recipe, "generator.start_from=someone/model")
+    assert_equal_weights(started.module, Pipeline.from_pretrained(pipeline_folder).model)
+    assert started.training["recipe"]["start_from"] == "someone/model"
+
+
+def test_every_difference_of_the_network_is_named(recipe: Path, pipeline_folder: Path) -> None:
+    other = ["generator.network.backbone.encoder_heads=4", "generator.network.backbone.buffer=3"]
+    with refused(pipeline_folder, "encoder_heads=2", "buffer=2"):
+        task(recipe, f"generator.start_from={pipeline_folder}", *other)
 
 
 @pytest.mark.parametrize(
@@ -244,8 +274,12 @@ def test_start_from_a_model_of_another_autoencoder_or_image_size_is_refused(
     with torch.no_grad():
         pipeline.autoencoder.encoder.conv_in.weight.mul_(1.1)
     pipeline.save_pretrained(tmp_path / "moved")
-    with refused(tmp_path / "moved", "autoencoder"):
+    with refused(tmp_path / "moved", "autoencoder", "encoder's weights"):
         task(recipe, f"generator.start_from={tmp_path / 'moved'}")
+    pipeline.autoencoder.config = dataclasses.replace(pipeline.autoencoder.config, scale=3.0)
+    pipeline.save_pretrained(tmp_path / "scaled")
+    with refused(tmp_path / "scaled", "autoencoder", "scale"):
+        task(recipe, f"generator.start_from={tmp_path / 'scaled'}")
     larger = dataclasses.replace(pipeline.model.config, grid=(8, 8))
     with refused(pipeline_folder, [4, 4], [8, 8]):
         copy_model(FAR(larger), str(pipeline_folder), pipeline.autoencoder, pipeline.classes, Path("latents"))
