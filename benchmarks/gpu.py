@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_checks import autoencoders, bundled_models, heads, recordings
+from benchmarks.gpu_compiled import compiled_blocks
 from benchmarks.gpu_speed import SPEED
 from benchmarks.gpu_training import training
 from far.devices import device_title, resolve_device
@@ -29,7 +30,7 @@ from far.devices import device_title, resolve_device
 ROOT = Path(__file__).resolve().parents[1]
 CHECKS = {
     "heads": heads, "bundled models": bundled_models, "recordings": recordings, "training": training,
-    "autoencoder": autoencoders,
+    "autoencoder": autoencoders, "compiled blocks": compiled_blocks,
 }  # fmt: skip
 
 # Seconds of each part. Later parts may use what earlier ones leave. Starting torch and CUDA takes the rest of

@@ -18,6 +18,7 @@ from torch import Tensor
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
 from far.benchmark.mar_plain import PlainMar
+from far.compiling import compile_blocks
 from far.heads import HEADS, HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pipeline import Pipeline
@@ -258,9 +259,17 @@ def approximation_case(device: torch.device, count: int, sampling: dict[str, Any
 
 
 @torch.no_grad()
-def recording_case(name: str, device: torch.device, count: int, small: bool) -> dict[str, Any]:
-    """Compare recorded generations with eager ones to the bit: other seeds, and weights changed in place."""
-    recorded = copy.deepcopy(bundled(name, "float32", str(device)))
+def recording_case(
+    name: str, device: torch.device, count: int, small: bool, compiled: bool = False
+) -> dict[str, Any]:
+    """Compare recorded generations with eager ones to the bit: other seeds, and weights changed in place.
+
+    If blocks are ``compiled``, eager ones are compared with those of plain blocks too.
+    """
+    plain = bundled(name, "float32", str(device))
+    recorded = copy.deepcopy(plain)
+    if compiled:
+        compile_blocks(recorded.model)
     eager = Pipeline(recorded.model, recorded.autoencoder, recorded.classes, recorded.defaults, record=False)
     sampling = SHORT if small else BUNDLED[name]
 
@@ -269,6 +278,9 @@ def recording_case(name: str, device: torch.device, count: int, small: bool) -> 
         return int((ours != theirs).sum())
 
     found = {f"differing numbers, call {call + 1}": check(differing(call * count), 0) for call in range(4)}
+    if compiled:
+        ours, theirs = (pixels(pipeline, count, 0, **sampling) for pipeline in (eager, plain))
+        found["pixels of plain blocks"] = check(float((ours - theirs).abs().max()), 2e-3)
     for parameter in recorded.model.parameters():
         parameter.mul_(0.99)
     found["differing numbers after an update of the weights"] = check(differing(0), 0)

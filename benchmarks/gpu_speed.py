@@ -227,21 +227,6 @@ def drawing(name: str, head_steps: tuple[int, ...], device: torch.device, small:
     }
 
 
-def compiled_case(device: torch.device, small: bool, name: str, batch: int) -> dict[str, Any]:
-    """Time images of compiled blocks. Without a GPU, their graphs run uncompiled, which is quicker."""
-    with torch.compiler.set_stance(force_backend="eager") if small else contextlib.nullcontext():
-        return drawing_case(device, small, name, batch, {"head_steps": 4}, compiled=True)
-
-
-def compiled_blocks(device: torch.device, small: bool) -> Calls:
-    case = functools.partial(compiled_case, device, small)
-    return {
-        f"{name}, 4 head steps, compiled, batch {batch}": functools.partial(case, name, batch)
-        for name in ("far-b", "far-causal-b")
-        for batch in ((1, 2) if small else (1, 64, 8, 256))
-    }
-
-
 def approximations(device: torch.device, small: bool) -> Calls:
     cases: dict[str, tuple[str, dict[str, Any]]] = {
         "--fast": ("far-b", {"head_steps": 4, **FAST}),
@@ -396,5 +381,4 @@ SPEED: dict[str, Callable[[torch.device, bool], Calls]] = {
     "approximations": approximations,
     "MAR's plain path": mar_plain,
     "training speed": training_speed,
-    "compiled blocks": compiled_blocks,
 }
