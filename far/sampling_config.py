@@ -36,8 +36,8 @@ class SamplingConfig:
             token per AR step.
         refresh_every: masked models: recompute all positions only every N AR steps. In between, only new
             tokens and query positions are computed, and the rest keep their keys and values. 1 is exact.
-        guidance_every: masked and any-order models: recompute the unconditional half only every N AR steps.
-            In between, its difference to the conditional half is reused. 1 is exact.
+        guidance_every: masked models: recompute the unconditional half only every N AR steps. In between, its
+            difference to the conditional half is reused. 1 is exact.
         guidance_passes: 2 runs the backbone with and without the class. 1 passes the scale to a head that has
             learned guidance. The default is 1 if the head has learned the scale, else 2.
     """
@@ -48,9 +48,9 @@ class SamplingConfig:
     guidance_schedule: Literal["linear", "constant"] = "linear"
     guidance_interval: tuple[float, ...] = _option((0.0, 1.0), names=("START", "END"))
     temperature: float = 1.0
-    order: Literal["random", "halton", "raster"] = _option("random", masked=True)
-    refresh_every: int = _option(1, masked=True)
-    guidance_every: int = _option(1, masked=True)
+    order: Literal["random", "halton", "raster"] = "random"
+    refresh_every: int = 1
+    guidance_every: int = 1
     guidance_passes: int | None = _option(None, choices=(1, 2))
 
     def check(self, model: "FAR", kept: int = 0) -> None:
@@ -80,7 +80,7 @@ class SamplingConfig:
             if (value := getattr(self, name)) != getattr(type(self), name):
                 kind = model.config.network.backbone.kind
                 raise InputError(f"{name} {value} does not apply to a model of kind {kind}. Omit {name}")
-        for name in ("refresh_every", "guidance_every"):
+        for name in FAST:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)} must be positive. 1 is exact")
         if self.guidance_passes not in (None, 1, 2):
@@ -126,9 +126,8 @@ class SamplingConfig:
 
 def unused_options(model: "FAR") -> tuple[str, ...]:
     """Return the names of the options that ``model`` does not take."""
-    if model.backbone.any_order:
-        return ("refresh_every",) if model.backbone.exact_cache else ()
-    return tuple(field.name for field in dataclasses.fields(SamplingConfig) if "masked" in field.metadata)
+    order = () if model.backbone.any_order else ("order",)
+    return (*order, *FAST) if model.backbone.exact_cache else order
 
 
 def fast_options(model: "FAR") -> dict[str, int]:
@@ -138,4 +137,5 @@ def fast_options(model: "FAR") -> dict[str, int]:
 
 
 # Approximations of masked models that work well together. docs/results.md has their effect on quality.
+# Beside an exact cache they would cost more than they save, because a refresh computes all positions.
 FAST: dict[str, int] = {"refresh_every": 4, "guidance_every": 4}

@@ -236,7 +236,6 @@ def test_generation_does_not_depend_on_the_cache(
         {},
         {"guidance": 3.0, "guidance_interval": (0.2, 0.6)},
         {"guidance": 3.0, "order": "halton"},
-        {"guidance": 3.0, "guidance_every": 3},
     ],
 )
 def test_any_order_generation_does_not_depend_on_the_cache(
@@ -255,12 +254,15 @@ def test_any_order_generation_does_not_depend_on_the_cache(
             assert torch.equal(tokens[:, kept.positions], given[:, kept.positions])
 
 
-def test_any_order_models_refuse_refreshing_an_exact_cache() -> None:
-    with refused("refresh_every 2", "any_order"):
-        draw(ANY_ORDER, [0], [1], SamplingConfig(8, 1, refresh_every=2))
-    assert fast_options(ANY_ORDER) == {"guidance_every": FAST["guidance_every"]}
+@pytest.mark.parametrize("name", FAST)
+def test_any_order_models_refuse_approximations_of_masked_ones(name: str) -> None:
+    with refused(f"{name} 2", "any_order"):
+        draw(ANY_ORDER, [0], [1], SamplingConfig(8, 1, **{name: 2}))
+
+
+def test_fast_adds_no_approximation_beside_an_exact_cache() -> None:
     assert fast_options(FLOW) == FAST
-    assert fast_options(CAUSAL_FLOW) == {}
+    assert fast_options(ANY_ORDER) == fast_options(CAUSAL_FLOW) == {}
 
 
 def test_causal_generation_drops_unconditional_rows_after_guidance(
