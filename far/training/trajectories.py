@@ -26,9 +26,9 @@ from far.model import FAR
 from far.pipeline import Pipeline
 from far.processes import Processes
 from far.progress import ImageBar
-from far.sampling import Progress, SeededNoise, sample
+from far.sampling import Progress, SamplingConfig, SeededNoise, sample
 from far.seeds import seeded_generator
-from far.tokens import cosine_token_counts, raster_orders
+from far.tokens import cosine_token_counts, halton_orders, raster_orders
 from far.training.config import GROUP, TrajectoryConfig
 
 # Trajectories are kept at times 0, 1/8 … 1, with this many Heun steps from one point to the next.
@@ -99,7 +99,7 @@ def write_trajectories(
         for done, group in enumerate(numbers, start=1):
             generator = seeded_generator(group, config.seed)
             drawn = images(group, generator, bar.ar_step)
-            rows = group_rows(teacher.model, *drawn, config, teacher.defaults.ar_steps, generator)
+            rows = group_rows(teacher.model, *drawn, config, teacher.defaults, generator)
             yield Piece(1, {name: tensor.cpu() for name, tensor in rows.items()})
             bar.move_to(start + done)
 
@@ -158,12 +158,12 @@ def group_rows(
     latents: Tensor,
     labels: Tensor,
     config: TrajectoryConfig,
-    ar_steps: int,
+    sampling: SamplingConfig,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """Return the rows of one group; see :func:`write_trajectories`."""
     tokens = model.constrain(model.tokens(latents))
-    order, known, query = draw_positions(model, len(tokens), config.tokens_per_image, ar_steps, generator)
+    order, known, query = draw_positions(model, len(tokens), config.tokens_per_image, sampling, generator)
     dropped = (torch.rand(len(labels), generator=generator) < config.label_drop).to(labels.device)
     labels = torch.where(dropped, model.null_label, labels)
     z = model.backbone(tokens, order[:, :known], query, labels)
@@ -185,25 +185,39 @@ def group_rows(
 
 
 def draw_positions(
-    model: FAR, batch: int, count: int, ar_steps: int, generator: torch.Generator
+    model: FAR, batch: int, count: int, sampling: SamplingConfig, generator: torch.Generator
 ) -> tuple[Tensor, int, Tensor]:
     """Draw orders ``[batch, n]``, the number of known positions, and query positions ``[batch, count]``.
 
-    As in sampling, the known tokens precede the AR step that draws a random token. Late AR steps leave fewer
-    than ``count`` unknown positions: these repeat, and each repetition later gets noise of its own. In causal
-    models, all tokens but the last are known.
+    As in sampling, the known tokens precede the AR step that draws a random token. If that step may draw
+    fewer than ``count`` positions, these repeat, and each repetition later gets noise of its own. If the
+    backbone has an exact cache and tokens are drawn one by one, all tokens but the last are known.
     """
     device, tokens = next(model.parameters()).device, model.config.tokens
-    count = min(count, tokens)
-    if not model.backbone.any_order:
+    count, ar_steps = min(count, tokens), min(sampling.ar_steps, tokens)
+    if model.backbone.exact_cache and ar_steps == tokens:
         # Teacher forcing: one pass gives z of every token from those before it, so all are equally likely.
         positions = torch.rand(batch, tokens, generator=generator).argsort(dim=1)[:, :count]
-        return raster_orders(tokens, batch).to(device), tokens - 1, positions.to(device)
+        return _draw_orders(model, batch, sampling.order, generator), tokens - 1, positions.to(device)
     chosen = int(torch.randint(0, tokens, (), generator=generator))
-    order = torch.rand(batch, tokens, generator=generator).argsort(dim=1).to(device)
-    starts = itertools.accumulate(cosine_token_counts(tokens, min(ar_steps, tokens)), initial=0)
-    known = max(start for start in starts if start <= chosen)
-    return order, known, order[:, known + torch.arange(count, device=device) % (tokens - known)]
+    order = _draw_orders(model, batch, sampling.order, generator)
+    counts = cosine_token_counts(tokens, ar_steps)
+    starts = [0, *itertools.accumulate(counts[:-1])]
+    known, drawn = max(step for step in zip(starts, counts) if step[0] <= chosen)
+    if sampling.order == "random":  # every unknown position may be the next
+        drawn = tokens - known
+    return order, known, order[:, known + torch.arange(count, device=device) % drawn]
+
+
+def _draw_orders(model: FAR, batch: int, order: str, generator: torch.Generator) -> Tensor:
+    """Return orders ``[batch, n]`` on the model's device, of the kind that sampling uses."""
+    tokens, device = model.config.tokens, next(model.parameters()).device
+    if order == "raster" or not model.backbone.any_order:
+        return raster_orders(tokens, batch).to(device)
+    orders = torch.rand(batch, tokens, generator=generator).argsort(dim=1)
+    if order == "halton":
+        orders = halton_orders(*model.config.token_grid, orders[:, 0])
+    return orders.to(device)
 
 
 def trajectories(

@@ -10,8 +10,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from far.backbone.causal import CausalConfig
-from far.backbone.masked import MaskedConfig
+from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
 from far.data.shards import ShardReader, ShardWriter
 from far.errors import InputError
 from far.files import json_digest, read_json, write_json
@@ -19,8 +18,8 @@ from far.heads import Condition, DiffusionConfig, FlowConfig, Head
 from far.heads.diffusion import DiffusionHead
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pipeline import Pipeline
-from far.sampling import SeededNoise, sample
-from far.tokens import cosine_token_counts
+from far.sampling import SamplingConfig, SeededNoise, sample
+from far.tokens import cosine_token_counts, halton_orders, raster_orders
 from far.training import trajectories as module
 from far.training.trajectories import (
     GROUP,
@@ -116,11 +115,17 @@ def test_trajectories_of_a_trained_teacher_are_close_to_a_fine_integration(train
 # --- Positions ---------------------------------------------------------------------------------------
 
 
-def small_model(causal: bool = False) -> FAR:
-    backbone = (
-        CausalConfig(width=16, depth=1, heads=2) if causal else MaskedConfig(16, 1, 2, 16, 1, 2, 2, 0.1)
-    )
-    return FAR(ModelConfig(NetworkConfig(backbone, FlowConfig(8, 1), patch=2), 3, 2, (8, 8)))
+BACKBONES = {
+    "masked": MaskedConfig(16, 1, 2, 16, 1, 2, 2, 0.1),
+    "any_order": AnyOrderConfig(width=16, encoder_depth=2, decoder_depth=1, heads=2),
+    "causal": CausalConfig(width=16, depth=1, heads=2),
+}
+
+
+def small_model(backbone: str = "masked") -> FAR:
+    """Return an untrained model of 4 × 4 tokens."""
+    network = NetworkConfig(BACKBONES[backbone], FlowConfig(8, 1), patch=2)
+    return FAR(ModelConfig(network, 3, 2, (8, 8))).eval()
 
 
 @pytest.mark.parametrize("queries", [1, 5, 16, 40])
@@ -130,7 +135,7 @@ def test_positions_of_a_masked_model_are_those_of_sampling(queries: int) -> None
     kept, counts = min(queries, tokens), cosine_token_counts(tokens, steps)
     found = {sum(counts[:step]): 0 for step in range(steps)}
     for _ in range(1500):
-        order, known, positions = draw_positions(model, 3, queries, steps, draws)
+        order, known, positions = draw_positions(model, 3, queries, SamplingConfig(steps), draws)
         assert torch.equal(order.sort(dim=1).values, torch.arange(tokens).expand(3, -1))
         assert positions.shape == (3, kept)
         unknown = tokens - known
@@ -146,20 +151,20 @@ def test_positions_of_a_masked_model_are_those_of_sampling(queries: int) -> None
 
 def test_orders_of_a_masked_model_are_random() -> None:
     model, draws = small_model(), generator()
-    first = torch.cat([draw_positions(model, 8, 2, 6, draws)[0][:, 0] for _ in range(200)])
+    first = torch.cat([draw_positions(model, 8, 2, SamplingConfig(6), draws)[0][:, 0] for _ in range(200)])
     assert scipy.stats.chisquare(first.bincount(minlength=16).numpy()).pvalue > 0.01
 
 
 def test_more_ar_steps_than_tokens_leave_tokens_to_draw() -> None:
-    assert draw_positions(small_model(), 2, 2, 64, generator())[1] < 16
+    assert draw_positions(small_model(), 2, 2, SamplingConfig(64), generator())[1] < 16
 
 
 @pytest.mark.parametrize("queries", [1, 5, 16, 40])
 def test_positions_of_a_causal_model_are_uniform(queries: int) -> None:
-    model, draws, kept = small_model(causal=True), generator(queries), min(queries, 16)
+    model, draws, kept = small_model("causal"), generator(queries), min(queries, 16)
     found = []
     for _ in range(400):
-        order, known, positions = draw_positions(model, 3, queries, 16, draws)
+        order, known, positions = draw_positions(model, 3, queries, SamplingConfig(16), draws)
         assert torch.equal(order, torch.arange(16).expand(3, -1))
         assert known == 15
         assert positions.shape == (3, kept)
@@ -167,6 +172,41 @@ def test_positions_of_a_causal_model_are_uniform(queries: int) -> None:
         found.append(positions)
     # All positions are equally frequent, including the first and the last.
     assert scipy.stats.chisquare(torch.cat(found).flatten().bincount(minlength=16).numpy()).pvalue > 0.01
+
+
+@pytest.mark.parametrize("backbone", ["masked", "any_order"])
+@pytest.mark.parametrize("kind", ["raster", "halton"])
+def test_positions_are_those_of_an_ar_step_in_the_order_of_sampling(backbone: str, kind: str) -> None:
+    model, draws, counts = small_model(backbone), generator(), cosine_token_counts(16, 6)
+    sampling, seen = SamplingConfig(6, order=kind), set()  # type: ignore[arg-type]
+    for _ in range(100):
+        order, known, positions = draw_positions(model, 3, 5, sampling, draws)
+        expected = raster_orders(16, 3) if kind == "raster" else halton_orders(4, 4, order[:, 0])
+        assert torch.equal(order, expected)
+        drawn = counts[[sum(counts[:step]) for step in range(6)].index(known)]
+        assert drawn <= 5
+        for row, chosen in zip(order, positions):
+            assert set(chosen.tolist()) == set(row[known : known + drawn].tolist())
+        seen.add(known)
+    assert len(seen) == 6, "every AR step occurs"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["random", "raster", "halton"])
+def test_tokens_of_an_any_order_model_drawn_one_by_one_depend_on_those_before(kind: str) -> None:
+    torch.manual_seed(0)
+    model, latents = small_model("any_order"), torch.randn(4, 2, 8, 8, generator=generator(1))
+    config, labels = TrajectoryConfig(tokens_per_image=6, label_drop=0.0), torch.tensor([0, 1, 2, 0])
+    sampling = SamplingConfig(16, order=kind)  # type: ignore[arg-type]
+    rows = group_rows(model, latents, labels, config, sampling, generator())
+    assert (rows["order"] == torch.arange(16)).all() == (kind == "raster")
+    for image, (order, query) in enumerate(zip(rows["order"], rows["query"])):
+        assert len(query.unique()) == 6
+        for position, z in zip(query, rows["z"][image]):
+            before = order[: int((order == position).nonzero())]
+            tokens = model.tokens(latents[image : image + 1])
+            only = model.backbone(tokens, before[None], position.view(1, 1), labels[image : image + 1])
+            torch.testing.assert_close(z.float(), only[0, 0], rtol=1e-2, atol=1e-2)
 
 
 # --- Rows ----------------------------------------------------------------------------------------------
@@ -410,11 +450,9 @@ def test_trajectories_beyond_float16_are_rejected(diffusion_folder: Path, tmp_pa
     with torch.no_grad():
         teacher.model.head.network.output.linear.weight.mul_(100)  # type: ignore[union-attr, operator]
     latents = torch.randn(GROUP, 2, 4, 4, generator=generator())
-    with (
-        torch.no_grad(),
-        pytest.raises(InputError, match="token_limit"),
-    ):
-        group_rows(teacher.model, latents, torch.zeros(GROUP, dtype=torch.long), config, 4, generator())
+    labels, sampling = torch.zeros(GROUP, dtype=torch.long), SamplingConfig(4)
+    with torch.no_grad(), pytest.raises(InputError, match="token_limit"):
+        group_rows(teacher.model, latents, labels, config, sampling, generator())
 
 
 def test_only_a_teacher_without_a_token_limit_gets_the_configured_one(
