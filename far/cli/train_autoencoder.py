@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     with joined() as processes:
         training = resolve_loop(with_machine(recipe.autoencoder.training, arguments), folder, processes)
         config = dataclasses.replace(recipe.autoencoder, training=training)
-        task = AutoencoderTask(config, Path(recipe.data))
+        task = AutoencoderTask(config, Path(recipe.data), folder)
         results = train(task, training, folder, resume=arguments.resume, processes=processes)
         if processes.rank == 0 and results:  # empty if the run was already finished
             shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in results.items()}

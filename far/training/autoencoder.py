@@ -17,7 +17,6 @@ from far.devices import to_device
 from far.errors import InputError
 from far.evaluation.features import SECOND_NETWORK, FeatureNetwork, load_feature_network
 from far.evaluation.metrics import FeatureStatistics, frechet_distance, psnr, ssim
-from far.files import json_digest
 from far.folder import load_autoencoder, save_autoencoder
 from far.pictures import check_finite, enlarge, grid, save_png
 from far.seeds import seeded
@@ -25,6 +24,7 @@ from far.training.config import AutoencoderRecipe, LoopConfig
 from far.training.discriminator import Discriminator, adaptive_weight, adversarial_losses
 from far.training.epochs import epoch_rows, image_chunks
 from far.training.loop import resolve_loop
+from far.training.runs import checkpoints_folder, list_checkpoints
 
 
 class AutoencoderTask:
@@ -33,13 +33,14 @@ class AutoencoderTask:
     Args:
         config: size of the autoencoder, weights of the loss terms, and training.
         data: folder of the image set, with ``train`` and ``held-out``.
+        run: the run's folder. If it holds a checkpoint, ``start_from`` is not read again.
 
     Raises:
         InputError: the images are missing, their size is not a multiple of the autoencoder's stride, they are
             too small for the discriminator, or ``start_from`` has other sizes than ``model``.
     """
 
-    def __init__(self, config: AutoencoderRecipe, data: Path) -> None:
+    def __init__(self, config: AutoencoderRecipe, data: Path, run: Path | None = None) -> None:
         self.loss_config, self.loop, self.stage = config.loss, resolve_loop(config.training), config.stage
         self.flip = config.flip
         self.train_images = open_image_set(data / "train")
@@ -54,9 +55,10 @@ class AutoencoderTask:
             self.discriminator = _discriminator(config, min(size), self.loop.device)
         self.discriminator_rate = config.discriminator.learning_rate or self.loop.learning_rate
         if config.start_from is not None:
-            self.module = _trained_autoencoder(config.start_from, config.model)
-            scale_and_shift = [self.module.config.scale, self.module.config.shift]
-            self.identity["start_from"] = json_digest([self.module.fingerprint(), scale_and_shift])[:16]
+            resumed = run is not None and list_checkpoints(checkpoints_folder(run))
+            # The published model has the scale and shift of its source, which no checkpoint holds.
+            self.module = _trained_autoencoder(str(run) if resumed else config.start_from, config.model)
+            self.identity["start_from"] = Path(config.start_from).name
         if config.stage == "decoder":
             self.module.encoder.requires_grad_(False)
             self.module.quant_conv.requires_grad_(False)
@@ -161,7 +163,7 @@ def _trained_autoencoder(source: str, sizes: AutoencoderConfig) -> Autoencoder:
     for name, ours in dataclasses.asdict(sizes).items():
         if name not in ("scale", "shift") and theirs[name] != ours:
             raise InputError(
-                f"start_from {source} has {name} {theirs[name]}. Set autoencoder.model.{name} to it"
+                f"the autoencoder {source} has {name} {theirs[name]}. Set autoencoder.model.{name} to it"
             )
     return trained
 

@@ -1,6 +1,7 @@
 """Adversarial training of the autoencoder, and training of its decoder alone."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -227,3 +228,25 @@ def test_resuming_from_another_autoencoder_is_rejected(
     options = [f"autoencoder.start_from={tmp_path / 'other'}", "autoencoder.training.steps=12", "--resume"]
     assert main(["train-autoencoder", str(decoder_recipe), *options]) == 2
     assert "start_from" in capsys.readouterr().err
+
+
+def test_run_that_started_from_an_autoencoder_resumes_without_it(
+    decoder_recipe: Path, autoencoder_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(autoencoder_folder, tmp_path / "source")
+    scale = load_autoencoder(tmp_path / "source").config.scale
+    options = [
+        "train-autoencoder", str(decoder_recipe), f"autoencoder.start_from={tmp_path / 'source'}",
+        "autoencoder.training.schedule=constant",
+    ]  # fmt: skip
+    whole, half = ([*options, f"run={tmp_path / name}"] for name in ("whole", "half"))
+    assert main(whole) == 0
+    assert main([*half, "autoencoder.training.steps=5"]) == 0
+    shutil.rmtree(tmp_path / "source")
+    assert main([*half, "--resume"]) == 0
+    folders = [tmp_path / name / "autoencoder" for name in ("whole", "half")]
+    expected, resumed = (newest(folder) for folder in folders)
+    assert expected["step"] == resumed["step"] == 10
+    for name, tensor in expected["tensors"].items():
+        assert torch.equal(resumed["tensors"][name], tensor), name
+    assert [load_autoencoder(folder).config.scale for folder in folders] == [scale, scale]
