@@ -12,6 +12,7 @@ from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from far.classes import label_text
 from far.colors import to_srgb
 from far.errors import InputError, NotFiniteError
 from far.files import atomic_path
@@ -179,6 +180,14 @@ def enlarge(picture: Image.Image) -> Image.Image:
     """Repeat every pixel until the picture is at least 1000 pixels wide; return a wider one as it is."""
     factor = -(-_SHEET_WIDTH // picture.width)
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def drawing_settings(
+    weights: str, sampling: Mapping[str, object], dtype: str, classes: Sequence[str], label: int, seed: int
+) -> dict[str, object]:
+    """Return the text entries of a PNG: everything that an image of class ``label`` was drawn with."""
+    drawn = {"label": label_text(classes, label), "class": classes[label], "seed": seed}
+    return {"weights": weights, **sampling, "dtype": dtype, **drawn}
 
 
 def encode_png(picture: Image.Image, settings: Mapping[str, object] | None = None) -> bytes:

@@ -11,7 +11,6 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from far.classes import label_text
 from far.cli.machine_arguments import prepare_machine, print_chosen
 from far.cli.model_arguments import add_drawing_arguments, add_weights_argument, load_pipeline
 from far.cli.sampling_arguments import sampling_options
@@ -57,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     weights = find_folder(arguments.weights)
 
-    from far.pictures import contact_sheet, save_png
+    from far.pictures import contact_sheet, drawing_settings, save_png
     from far.precision import resolve_dtype
     from far.progress import ImageBar
 
@@ -81,15 +80,9 @@ def run(arguments: argparse.Namespace) -> None:
         options = {**sampling, "seed": seeds, "paste": not arguments.no_paste, "callback": report}
         images = pipeline.edit(picture, mask, arguments.label, output="tensor", **options)
     label = pipeline.label(arguments.label)
-    settings = {
-        "weights": arguments.weights,
-        **dataclasses.asdict(pipeline.sampling_config(**{**sampling, "ar_steps": steps})),
-        "dtype": dtype,
-        "image": arguments.image.name,
-        "label": label_text(pipeline.classes, label),
-        "class": pipeline.classes[label],
-        "seed": arguments.seed,
-    }
+    used = dataclasses.asdict(pipeline.sampling_config(**{**sampling, "ar_steps": steps}))
+    settings = drawing_settings(arguments.weights, used, dtype, pipeline.classes, label, arguments.seed)
+    settings["image"] = arguments.image.name
     save_png(contact_sheet(images, [label] * len(images)), arguments.out, settings)
     print(f"wrote {arguments.out} ({arguments.count} {'version' if arguments.count == 1 else 'versions'})")
 

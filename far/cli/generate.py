@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from far.evaluation.images import write_npz
-    from far.pictures import contact_sheet, save_gif, save_png, to_pictures, to_uint8
+    from far.pictures import contact_sheet, drawing_settings, save_gif, save_png, to_pictures, to_uint8
     from far.precision import resolve_dtype
 
     device = prepare_machine(arguments)
@@ -85,9 +85,8 @@ def run(arguments: argparse.Namespace) -> None:
         options = {**fast_options(pipeline.model), **options}
     config = pipeline.sampling_config(**options)
     config.check(pipeline.model)  # before the bar appears
-    settings = {"weights": arguments.weights, **dataclasses.asdict(config), "dtype": dtype}
     print_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, dtype))
-    folder = _is_folder(arguments.out)
+    folder, sampling = _is_folder(arguments.out), dataclasses.asdict(config)
     parts: list[Tensor] = []
     frames: list[Tensor] = []
     # A folder is filled at the end, so that an interrupted run is not mistaken for a whole one.
@@ -98,8 +97,8 @@ def run(arguments: argparse.Namespace) -> None:
                 parts.append(images.cpu())
                 return
             for number, picture in enumerate(to_pictures(images), start):
-                label = {"label": texts[number], "class": pipeline.classes[labels[number]]}
-                made = {**settings, **label, "seed": arguments.seed + number}
+                label, seed = labels[number], arguments.seed + number
+                made = drawing_settings(arguments.weights, sampling, dtype, pipeline.classes, label, seed)
                 save_png(picture, out / f"{number:06d}.png", made)
 
         first = frames if arguments.gif is not None else None
@@ -107,7 +106,8 @@ def run(arguments: argparse.Namespace) -> None:
         for number in range(done, len(labels)) if folder else ():  # a batch whose writing was interrupted
             (out / f"{number:06d}.png").unlink(missing_ok=True)
     if not folder:
-        described = {**settings, "labels": " ".join(texts[:done]), "seed": arguments.seed}
+        drawn = {"labels": " ".join(texts[:done]), "seed": arguments.seed}
+        described = {"weights": arguments.weights, **sampling, "dtype": dtype, **drawn}
         images = torch.cat(parts)[:done]
         if arguments.out.suffix.lower() == ".png":
             save_png(contact_sheet(images, labels[:done]), arguments.out, described)

@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from far.classes import label_text
 from far.errors import InputError
+from far.pictures import drawing_settings
 from far.pipeline import Pipeline
 from far.precision import resolve_dtype
 from far.sampling import Progress, SamplingConfig
@@ -91,14 +91,8 @@ class Order:
 
     def settings(self, seed: int) -> dict[str, object]:
         """Return the text entries of a seed's PNG, as ``far generate`` writes them."""
-        return {
-            "weights": self.model.name,
-            **dataclasses.asdict(self.config),
-            "dtype": self.model.dtype,
-            "label": label_text(self.model.pipeline.classes, self.label),
-            "class": self.class_name,
-            "seed": seed,
-        }
+        model, sampling = self.model, dataclasses.asdict(self.config)
+        return drawing_settings(model.name, sampling, model.dtype, model.pipeline.classes, self.label, seed)
 
 
 def number(name: str, entry: object, kind: Callable[[str], Number]) -> Number:
