@@ -189,7 +189,7 @@ def _kernels_of_a_gpu() -> Iterator[None]:
 
 
 def mean_mask_ratio(config: ModelConfig) -> float:
-    """Return the mean masked fraction over 2,000 steps; 1 for causal backbones, which mask nothing."""
+    """Return the mean masked fraction over 2,000 steps; 1 for backbones that predict every token."""
     backbone, generator = config.network.backbone, torch.Generator().manual_seed(0)
     if not isinstance(backbone, MaskedConfig):
         return 1.0
@@ -265,19 +265,11 @@ def networks_table() -> str:
     rows = []
     for name, network in PRESETS.items():
         backbone, head = network.backbone, network.head
-        if isinstance(backbone, MaskedConfig):
-            sizes = {
-                "width": backbone.encoder_width,
-                "depth": backbone.encoder_depth,
-                "heads": backbone.encoder_heads,
-            }
-            values = ", ".join(
-                f"{part}_{key}: {size}" for part in ("encoder", "decoder") for key, size in sizes.items()
-            )
-        else:
-            values = (
-                f"kind: causal, width: {backbone.width}, depth: {backbone.depth}, heads: {backbone.heads}"
-            )
+        values = ", ".join(
+            f"{key}: {value}"
+            for key, value in dataclasses.asdict(backbone).items()
+            if key.endswith(("width", "depth", "heads")) or (key == "kind" and value != "masked")
+        )
         rows.append(
             [
                 f"`{name}`",

@@ -37,8 +37,8 @@ CHECKS = {
 # the eight minutes.
 PARTS = {
     "machine": 15, "heads": 40, "bundled models": 30, "recordings": 30, "training": 30, "autoencoder": 15,
-    "far-b": 65, "far-causal-b": 50, "approximations": 20, "MAR's plain path": 60, "training speed": 50,
-    "compiled blocks": 55,
+    "far-b": 65, "far-bc-b": 20, "far-causal-b": 45, "approximations": 20, "MAR's plain path": 55,
+    "training speed": 45, "compiled blocks": 50,
 }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from far.sampling import SamplingConfig, SeededNoise, sample
 DOCUMENT = Path("docs/gpu.md")
 META = torch.device("meta")
 # AR steps × head steps of each preset.
-STEPS = {"far-b": (64, 4), "far-l": (64, 4), "far-h": (64, 4), "far-causal-b": (256, 4)}
+STEPS = {"far-b": (64, 4), "far-l": (64, 4), "far-h": (64, 4), "far-bc-b": (64, 4), "far-causal-b": (256, 4)}
 BATCHES = (1, 8, 64, 256)
 GUIDANCE = 2.9
 # Bytes per second that an H100 SXM reads, from NVIDIA's data sheet.

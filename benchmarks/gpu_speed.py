@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu_training import RandomLatents
 from far.autoencoder import Autoencoder, AutoencoderConfig
-from far.backbone import CausalConfig, MaskedConfig
+from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
 from far.benchmark.mar_plain import PlainMar
 from far.compiling import compile_blocks
 from far.heads import Condition, FlowMapConfig
@@ -137,11 +137,11 @@ def network_of(name: str, small: bool) -> NetworkConfig:
         )
     if not small:
         return full
-    tiny = (
-        CausalConfig(width=16, depth=1, heads=2)
-        if isinstance(full.backbone, CausalConfig)
-        else MaskedConfig(16, 1, 2, 16, 1, 2, buffer=2)
-    )
+    tiny = {
+        "masked": MaskedConfig(16, 1, 2, 16, 1, 2, buffer=2),
+        "any_order": AnyOrderConfig(width=16, encoder_depth=1, decoder_depth=1, heads=2),
+        "causal": CausalConfig(width=16, depth=1, heads=2),
+    }[full.backbone.kind]
     return NetworkConfig(tiny, dataclasses.replace(full.head, width=16, depth=1))
 
 
@@ -165,7 +165,7 @@ def pipeline_of(name: str, device: torch.device, small: bool, compiled: bool = F
     dtype = torch.float32 if small else torch.bfloat16
     if compiled:
         compile_blocks(model)
-    autoencoder = autoencoder.eval().to(dtype=dtype, memory_format=torch.channels_last)
+    autoencoder.eval().to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Pipeline(
         model.to(dtype), autoencoder, [str(label) for label in range(config.classes)], SamplingConfig()
     )
@@ -290,9 +290,9 @@ def our_step(device: torch.device, small: bool, batch: int, step: int, ar_steps:
 
     @torch.no_grad()
     def call() -> None:
-        condition = Condition(*model.backbone(*twice, labels).chunk(2), GUIDANCE)
+        z, uncond = model.backbone(*twice, labels).chunk(2)
         draw = model.head.sampler(head_steps, tokens)
-        draw(condition, iter(normals).__next__, 1.0)
+        draw(Condition(z, uncond, GUIDANCE), iter(normals).__next__, 1.0)
 
     return call
 
@@ -366,7 +366,7 @@ def training_case(device: torch.device, small: bool, name: str, batch: int, plai
 def training_speed(device: torch.device, small: bool) -> Calls:
     calls: Calls = {}
     for batch in (2,) if small else (64, 128, 16, 32):
-        for name, plain in (("far-b", False), ("far-causal-b", False), ("mar-b", True)):
+        for name, plain in (("far-b", False), ("far-bc-b", False), ("far-causal-b", False), ("mar-b", True)):
             title = "MAR's plain loss" if plain else name
             calls[f"{title}, micro-batch {batch}"] = functools.partial(
                 training_case, device, small, name, batch, plain
@@ -377,6 +377,7 @@ def training_speed(device: torch.device, small: bool) -> Calls:
 SPEED: dict[str, Callable[[torch.device, bool], Calls]] = {
     "machine": machine,
     "far-b": functools.partial(drawing, "far-b", (4,)),
+    "far-bc-b": functools.partial(drawing, "far-bc-b", (4,)),
     "far-causal-b": functools.partial(drawing, "far-causal-b", (4, 1)),
     "approximations": approximations,
     "MAR's plain path": mar_plain,

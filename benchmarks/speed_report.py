@@ -18,7 +18,7 @@ from far.files import atomic_path, read_json
 
 GPU = Path("docs/results/gpu.json")
 # Parts of the report with whole images, and the entry that is the base of ratios.
-GPU_PARTS = ("MAR's plain path", "far-b", "far-causal-b", "compiled blocks", "approximations")
+GPU_PARTS = ("MAR's plain path", "far-b", "far-bc-b", "far-causal-b", "compiled blocks", "approximations")
 PLAIN = "MAR's plain path, float16 autocast"
 SPEED_COLUMNS = ("model", "steps", "dtype", "seconds per image", "memory", "times faster")
 

@@ -65,6 +65,12 @@ def _causal(width: int, depth: int, heads: int, head: HeadConfig) -> NetworkConf
     return NetworkConfig(CausalConfig(width=width, depth=depth, heads=heads), head)
 
 
+def _any_order(width: int, depth: int, heads: int, head: HeadConfig) -> NetworkConfig:
+    return NetworkConfig(
+        AnyOrderConfig(width=width, encoder_depth=depth, decoder_depth=depth, heads=heads), head
+    )
+
+
 # MAR's sizes (arXiv 2406.11838), at 16 × 16 tokens of 16 channels and 1000 classes.
 PRESETS: dict[str, NetworkConfig] = {
     # width, depth and attention heads of the backbone; width and depth of the head; parameters
@@ -78,6 +84,10 @@ PRESETS: dict[str, NetworkConfig] = {
     "far-causal-b":  _causal( 768, 12, 12, ShortcutConfig(1024,  6)),  # 123 M
     "far-causal-l":  _causal(1024, 24, 16, ShortcutConfig(1280,  8)),  # 384 M
     "far-causal-xl": _causal(1280, 36, 20, ShortcutConfig(1536, 12)),  # 887 M
+    # As many blocks, half of them for the known tokens and half for the query positions (arXiv 2503.10568).
+    "far-bc-b":  _any_order( 768,  6, 12, ShortcutConfig(1024,  6)),  # 123 M
+    "far-bc-l":  _any_order(1024, 12, 16, ShortcutConfig(1280,  8)),  # 384 M
+    "far-bc-xl": _any_order(1280, 18, 20, ShortcutConfig(1536, 12)),  # 887 M
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import torch
 from torchrun import run
 
 from benchmarks import cluster
-from far.backbone import CausalConfig, MaskedConfig
+from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
 from far.heads import DiffusionConfig, FlowConfig, ShortcutConfig
 from far.model import FAR, PRESETS, ModelConfig, NetworkConfig
 from far.recipe import load_recipe
@@ -31,7 +31,9 @@ DOCUMENT = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 SMALL = [
     NetworkConfig(MaskedConfig(32, 2, 2, 64, 3, 2, 2), ShortcutConfig(48, 2)),
     NetworkConfig(CausalConfig(width=32, depth=2, heads=2), DiffusionConfig(32, 1)),
+    NetworkConfig(AnyOrderConfig(width=32, encoder_depth=2, decoder_depth=1, heads=2), ShortcutConfig(32, 1)),
 ]
+each_network = pytest.mark.parametrize("network", SMALL, ids=["masked", "causal", "any_order"])
 
 
 class Task:
@@ -51,7 +53,7 @@ class Task:
         return self.module.loss(*batch, generator, label_drop=0.1, step=step).value.mean(), {}
 
 
-@pytest.mark.parametrize("network", SMALL, ids=["masked", "causal"])
+@each_network
 def test_computed_memory_at_rest_is_what_a_trainer_holds(network: NetworkConfig, tmp_path: Path) -> None:
     config = ModelConfig(network, 3, 4, (2, 2))
     trainer = Trainer(Task(config), LoopConfig(steps=1, batch_size=2), tmp_path)  # type: ignore[arg-type]
@@ -101,7 +103,7 @@ leave()
 """
 
 
-@pytest.mark.parametrize("network", SMALL, ids=["masked", "causal"])
+@each_network
 def test_computed_activations_are_what_the_forward_pass_keeps(network: NetworkConfig) -> None:
     """Fake tensors give the bytes that real tensors keep, and these grow linearly with the images."""
     config = ModelConfig(network, 3, 4, (4, 4))

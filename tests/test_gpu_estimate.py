@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from benchmarks import gpu_estimate
 from benchmarks.gpu_estimate import META, account, peak, pipeline_of, work
 from far.autoencoder import AutoencoderConfig
-from far.backbone import CausalConfig, MaskedConfig
+from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
 from far.benchmark.cost import flop_counter
 from far.benchmark.rows import Row
 from far.benchmark.watch import generate, segments
@@ -19,8 +19,10 @@ from far.sampling import SamplingConfig
 
 BACKBONES = {
     "masked": MaskedConfig(16, 1, 2, 24, 1, 2, buffer=2),
+    "any_order": AnyOrderConfig(width=16, encoder_depth=1, decoder_depth=2, heads=2, buffer=2),
     "causal": CausalConfig(width=16, depth=1, heads=2, buffer=2),
 }
+AR_STEPS = {"masked": 4, "any_order": 64, "causal": 256}
 
 
 def test_live_bytes_and_operations_of_a_known_sequence() -> None:
@@ -57,8 +59,7 @@ def row(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Row:
     monkeypatch.setattr(
         gpu_estimate, "AutoencoderConfig", lambda: AutoencoderConfig(width=8, blocks=1, norm_groups=4)
     )
-    ar_steps = 4 if request.param == "masked" else 256
-    return Row("tiny", SamplingConfig(ar_steps, 2, 2.9), "float32", 2)
+    return Row("tiny", SamplingConfig(AR_STEPS[request.param], 2, 2.9), "float32", 2)
 
 
 def test_arithmetic_equals_that_on_a_cpu(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,7 @@ def test_script_runs_from_a_sparse_checkout_without_a_gpu(tmp_path: Path) -> Non
         "training",
         "autoencoder",
         "far-b",
+        "far-bc-b",
         "far-causal-b",
         "approximations",
         "MAR's plain path",

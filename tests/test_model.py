@@ -58,6 +58,9 @@ def loss(model: FAR, latents: Tensor, labels: Tensor, label_drop: float = 0.1, s
         ("far-causal-b", 122_781_968, None),
         ("far-causal-l", 383_552_528, None),
         ("far-causal-xl", 886_716_176, None),
+        ("far-bc-b", 123_175_952, None),
+        ("far-bc-l", 384_077_840, None),
+        ("far-bc-xl", 887_372_816, None),
     ],
 )
 def test_presets_have_the_published_sizes(name: str, parameters: int, millions: int | None) -> None:
@@ -78,6 +81,16 @@ def test_causal_backbones_are_llamagens_but_for_its_vocabulary(name: str, publis
     assert round(
         (sum(parameter.numel() for parameter in backbone.parameters()) + vocabulary) / 1e6
     ) == pytest.approx(published, abs=1)
+
+
+@pytest.mark.parametrize("size", ["b", "l", "xl"])
+def test_any_order_presets_are_as_large_as_the_causal_ones(size: str) -> None:
+    networks = [preset(f"far-{kind}-{size}") for kind in ("bc", "causal")]
+    with torch.device("meta"):
+        models = [FAR(ModelConfig(network)) for network in networks]
+    any_order, causal = (sum(parameter.numel() for parameter in model.parameters()) for model in models)
+    assert any_order == pytest.approx(causal, rel=0.01)
+    assert networks[0].head == networks[1].head
 
 
 def test_every_preset_has_a_size_above() -> None:

@@ -1,8 +1,9 @@
 """Measure time, arithmetic and memory of generation by network, in a table that starts with MAR as released.
 
 Without --models, the rows are MAR's base model at 64 × 100 steps in float32, the same in bfloat16, with the
-shortcut head, with approximations, and with the causal backbone. They take less than ten minutes: rows in a
-dtype that the device has no instructions for are left out, and so is a second round that would end later.
+shortcut head, with approximations, and with the any-order and the causal backbone. They take less than ten
+minutes: rows in a dtype that the device has no instructions for are left out, and so is a second round that
+would end later.
 On CUDA, the first row computes MAR's base model as MAR's code does, and rows in int8 are in bfloat16.
 With --models, every combination of the given values is a row, and the first row is the base of ratios.
 Presets have random weights, 64 AR steps and guidance 2.9: they show time, not quality.
