@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 from unittest import mock
 
 import torch
@@ -40,7 +40,9 @@ class RandomLatents:
         latents = torch.randn(self.images, config.latent_channels, *config.grid, generator=generator)
         return latents, torch.zeros(self.images, dtype=torch.long)
 
-    def loss(self, step: int, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, step: int, batch: tuple[Tensor, Tensor], generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         return self.module.loss(*batch, generator, label_drop=0.1, step=step).value.mean(), {}
 
 
@@ -51,15 +53,20 @@ def memory_of_this_process(field: str) -> int:
 
 
 def main() -> None:
-    name, parallel = sys.argv[1], sys.argv[3]
+    name, parallel = sys.argv[1], cast(Literal["ddp", "fsdp"], sys.argv[3])
     images, micro_batches, steps = (int(sys.argv[place]) for place in (2, 4, 5))
     with joined() as processes, mock.patch("far.backbone.masked.sample_mask_ratio", return_value=1.0):
         parts = processes.count * micro_batches
         config = LoopConfig(steps=steps, batch_size=parts * images, micro_batches=parts, parallel=parallel)
+
+        def trainer_of(model: ModelConfig) -> Trainer:
+            # The task is never saved or evaluated.
+            return Trainer(cast(Any, RandomLatents(model, images)), config, Path("nowhere"), processes)
+
         # The first step of a process loads libraries, which are not the model's memory.
-        Trainer(RandomLatents(TINY, images), config, Path("nowhere"), processes).train_step(Meter())
+        trainer_of(TINY).train_step(Meter())
         before = memory_of_this_process("VmRSS")
-        trainer = Trainer(RandomLatents(models()[name][0], images), config, Path("nowhere"), processes)
+        trainer = trainer_of(models()[name][0])
         seconds = []
         for _ in range(steps):
             start = time.perf_counter()

@@ -6,6 +6,7 @@ runs/distance-sanity, so that an interrupted run continues.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,20 +42,17 @@ def kinds(real: Callable[[range], Tensor], size: tuple[int, int]) -> dict[str, C
     def seeded(rows: range) -> torch.Generator:
         return torch.Generator().manual_seed(rows.start)
 
-    def noisy(rows: range, sigma: float) -> Tensor:
+    def blurred(sigma: float, rows: range) -> Tensor:
+        return blur(real(rows), sigma)
+
+    def noisy(sigma: float, rows: range) -> Tensor:
         images = real(rows)
         return (images + sigma / 255 * torch.randn(images.shape, generator=seeded(rows))).clamp(0, 1)
 
     return {
         "real images": real,
-        **{
-            f"blur, σ {sigma:g} pixels": lambda rows, sigma=sigma: blur(real(rows), sigma)
-            for sigma in (0.5, 1.0, 2.0)
-        },
-        **{
-            f"noise, σ {sigma:g} of 255": lambda rows, sigma=sigma: noisy(rows, sigma)
-            for sigma in (5.0, 20.0, 60.0)
-        },
+        **{f"blur, σ {sigma:g} pixels": functools.partial(blurred, sigma) for sigma in (0.5, 1.0, 2.0)},
+        **{f"noise, σ {sigma:g} of 255": functools.partial(noisy, sigma) for sigma in (5.0, 20.0, 60.0)},
         "flat colors": lambda rows: torch.rand(len(rows), 3, 1, 1, generator=seeded(rows)).expand(
             -1, -1, *size
         ),
@@ -96,7 +94,7 @@ def main() -> None:
 
     def features(name: str, digest: str, images: Callable[[range], Tensor]) -> Tensor:
         folder = WORK / f"{digest}-{name}"
-        extract_parts(folder, most, images, network, description=name)
+        extract_parts(folder, most, lambda rows, _: images(rows), network, description=name)
         return read_parts(folder, most)
 
     reference = features("held-out", held_out.digest, held_out.tensor)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.recorded import TRAIN, WEIGHTS, checksums, made
+from far.backbone import MaskedConfig
 from far.cli.main import main as far_command
 from far.convert import mar_name
 from far.files import read_json, write_json
@@ -111,6 +112,7 @@ def write_published(model: FAR, path: Path) -> None:
     weights = {mar_name(name): tensor for name, tensor in state.items()}
     weights |= {"class_emb.weight": classes[:-1].clone(), "fake_latent": classes[-1:].clone()}
     backbone = config.network.backbone
+    assert isinstance(backbone, MaskedConfig)
     arguments = argparse.Namespace(
         class_num=config.classes, vae_embed_dim=config.latent_channels, patch_size=config.network.patch,
         num_iter=8, encoder_num_heads=backbone.encoder_heads, decoder_num_heads=backbone.decoder_heads,

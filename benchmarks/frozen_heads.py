@@ -44,8 +44,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     pairs = conditions(arguments.model, arguments.latents, arguments.images)
-    held_out = [tensor[: len(tensor) // 8] for tensor in pairs]
-    trained_on = [tensor[len(tensor) // 8 :] for tensor in pairs]
+    tokens, z = pairs
+    eighth = len(tokens) // 8
+    held_out, trained_on = (tokens[:eighth], z[:eighth]), (tokens[eighth:], z[eighth:])
     print(f"{len(trained_on[0])} tokens, {len(held_out[0])} held out, {arguments.steps} steps of {BATCH}")
     reference: Tensor | None = None
     for name in arguments.heads:

@@ -6,7 +6,9 @@ does not measure its quality. Batch 1 and a large batch are reported separately.
 
 import argparse
 import dataclasses
+import functools
 import statistics
+from collections.abc import Callable
 
 import torch
 
@@ -45,10 +47,11 @@ def main() -> None:
     )
     for batch in (1, 64):
         labels = [index % len(pipeline.classes) for index in range(batch)]
-        calls = {("diffusion", 100): lambda: baseline.generate(labels, head_steps=100, output="tensor")}
-        for steps in (4, 2, 1):
-            key = pipeline.model.config.network.head.kind, steps
-            calls[key] = lambda steps=steps: pipeline.generate(labels, head_steps=steps, output="tensor")
+        calls: dict[tuple[str, int], Callable[[], object]] = {}
+        for drawn, head_steps in ((baseline, (100,)), (pipeline, (4, 2, 1))):
+            for steps in head_steps:
+                key = drawn.model.config.network.head.kind, steps
+                calls[key] = functools.partial(drawn.generate, labels, head_steps=steps, output="tensor")
         seconds = paired(calls, arguments.rounds)
         for (kind, steps), times in seconds.items():
             ratio = median_ratio(seconds["diffusion", 100], times)

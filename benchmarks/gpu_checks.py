@@ -31,12 +31,12 @@ FLOAT32 = 1e-4
 # Half of the distance from 1 to the next representable value.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 CLASSES, CHANNELS, GRID, BATCH = 5, 3, (2, 4), 3
-BACKBONES = {
+BACKBONES: dict[str, MaskedConfig | CausalConfig | AnyOrderConfig] = {
     "masked": MaskedConfig(32, 2, 2, 48, 2, 2, buffer=2, dropout=0.0),
     "causal": CausalConfig(width=32, depth=2, heads=2, dropout=0.0),
     "any_order": AnyOrderConfig(width=32, encoder_depth=2, decoder_depth=2, heads=2, dropout=0.0),
 }
-HEAD_CASES = [
+HEAD_CASES: list[dict[str, Any]] = [
     *({"kind": kind} for kind in sorted(HEADS)),
     {"kind": "flow_map", "max_guidance": 4.0},
     {"kind": "flow", "solver": "heun"},
@@ -98,7 +98,7 @@ def drawn_tokens(
 
 @contextlib.contextmanager
 def _replaced(model: FAR, constrain: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    model.constrain = constrain  # type: ignore[method-assign]
+    model.constrain = constrain  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -320,7 +320,8 @@ def bundled_models(device: torch.device, small: bool) -> Calls:
     }
     calls["one seed, one image"] = functools.partial(batch_case, device, (2,) if small else (4, 16), small)
     calls["edit"] = functools.partial(edit_case, device, small)
-    for name, sampling in {"--fast": FAST, "Halton order": {"order": "halton"}}.items():
+    ways: dict[str, dict[str, Any]] = {"--fast": FAST, "Halton order": {"order": "halton"}}
+    for name, sampling in ways.items():
         calls[name] = functools.partial(
             approximation_case, device, count, {**sampling, **(SHORT if small else {})}
         )
@@ -361,7 +362,8 @@ def parts_case(device: torch.device, small: bool) -> dict[str, Any]:
         count, autoencoder.config.latent_channels, *[side // autoencoder.config.stride] * 2
     ).to(device)
     for dtype in (torch.float32,) if small else (torch.float32, torch.bfloat16):
-        there = copy.deepcopy(autoencoder).to(device, dtype).to(memory_format=torch.channels_last)
+        there = copy.deepcopy(autoencoder).to(device, dtype)
+        there.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         there.decode(latents[:1].to(dtype))
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

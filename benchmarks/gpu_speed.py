@@ -137,12 +137,12 @@ def network_of(name: str, small: bool) -> NetworkConfig:
         )
     if not small:
         return full
-    tiny = {
+    tiny: dict[str, MaskedConfig | CausalConfig | AnyOrderConfig] = {
         "masked": MaskedConfig(16, 1, 2, 16, 1, 2, buffer=2),
         "any_order": AnyOrderConfig(width=16, encoder_depth=1, decoder_depth=1, heads=2),
         "causal": CausalConfig(width=16, depth=1, heads=2),
-    }[full.backbone.kind]
-    return NetworkConfig(tiny, dataclasses.replace(full.head, width=16, depth=1))
+    }
+    return NetworkConfig(tiny[full.backbone.kind], dataclasses.replace(full.head, width=16, depth=1))
 
 
 def model_config(name: str, small: bool) -> ModelConfig:

@@ -5,7 +5,7 @@ import functools
 import itertools
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class RandomLatents:
 def trainer(
     folder: Path,
     device: torch.device,
-    dtype: str = "float32",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     kind: str = "shortcut",
     backbone: str = "masked",
 ) -> Trainer:
@@ -99,7 +99,7 @@ def gradient_case(
 
 def steps_case(device: torch.device, steps: int) -> dict[str, Any]:
     """Compare the losses of many optimizer steps, not weights: Adam's first steps are signs of gradients."""
-    found = []
+    found: list[Tensor] = []
     with tempfile.TemporaryDirectory() as folder:
         for place in (CPU, device):
             run, losses = trainer(Path(folder) / str(len(found)), place), []

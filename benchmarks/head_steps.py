@@ -48,6 +48,7 @@ def main() -> None:
 
     def reconstructed(rows: Tensor) -> Tensor:
         images = read_images(held_out, rows + arguments.references)
+        assert pipeline.autoencoder is not None
         return (pipeline.autoencoder.decode(pipeline.autoencoder.encode(images).mean) / 2 + 0.5).clamp(0, 1)
 
     reference = statistics("held-out images", arguments.references, real)

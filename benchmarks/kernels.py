@@ -5,6 +5,7 @@ Markdown table; takes about two minutes on one core.
 """
 
 import argparse
+import functools
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from far.benchmark import machine, paired
 from far.packing import Int8Linear, PackedLinear, quantize_linear_layers
 
 ROWS = (1, 16, 64, 256)
+INT8 = {f"int8, {kernel}": kernel for kernel in kernels.INT8_KERNELS}
 INPUTS, OUTPUTS = 768, 3072  # far-b's widest layers
 MASKS = {
     "all of this processor": {},
@@ -55,16 +57,16 @@ def report(instructions: str, rounds: int) -> None:
     low.weight.copy_(linear.weight)
     layers = {
         "float32": linear,
-        **{f"int8, {kernel}": Int8Linear(linear, kernel) for kernel in kernels.INT8_KERNELS},
+        **{name: Int8Linear(linear, kernel) for name, kernel in INT8.items()},
     }
     layers["bfloat16"] = PackedLinear(low) if kernels.bfloat16_fault() is None else low
     for name, layer in layers.items():
         inputs = x.to(torch.bfloat16) if name == "bfloat16" else x
-        seconds = paired({str(rows): lambda part=inputs[:rows]: layer(part) for rows in ROWS}, rounds)
+        seconds = paired({str(rows): functools.partial(layer, inputs[:rows]) for rows in ROWS}, rounds)
         times = [f"{1e6 * min(seconds[str(rows)]):.0f}" for rows in ROWS]
         error, difference, verdict = f"{relative_rms(layer(inputs), exact):.4f}", "", ""
-        if name.startswith("int8"):
-            kernel = name.removeprefix("int8, ")
+        if name in INT8:
+            kernel = INT8[name]
             wrong = kernels.int8_error(kernel)
             verdict = "exact" if kernels.int8_fault(kernel) is None else f"wrong by up to {wrong:.0%}"
             difference = f"{255 * F.l1_loss(images(kernel), plain):.2f}"

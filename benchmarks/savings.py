@@ -162,7 +162,7 @@ def measure_distances(images: ImageSet, store: Measurements) -> None:
 def measure_seconds(store: Measurements, names: list[str], batch: int, rounds: int) -> None:
     rows = []
     for way in map(WAYS.__getitem__, names):
-        steps = {"ar_steps": [round(AR_STEPS * way.ar_share)], "head_steps": [way.head_steps]}
+        steps: dict[str, Any] = {"ar_steps": [round(AR_STEPS * way.ar_share)], "head_steps": [way.head_steps]}
         rows += rows_of([PRESETS[way.model]], batches=[batch], dtypes=[way.dtype], **steps, **way.sampling)
     report = measure(rows, rounds=rounds)
     for name, result in zip(names, report.results):

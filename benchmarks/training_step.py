@@ -7,11 +7,13 @@ which is checked first. Prints a Markdown table; takes about three minutes on 2 
 
 import argparse
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from far.backbone import MaskedBackbone
 from far.benchmark import machine, median_ratio, paired, summary
 from far.heads.diffusion import DiffusionHead
 from far.layers import Block
@@ -33,6 +35,7 @@ def plain_block(block: Block, x: Tensor) -> Tensor:
 def plain_loss(model: FAR, tokens: Tensor, labels: Tensor, mask: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """Return the mean loss of the masked tokens (``mask [b, n]``); ``t`` and ``noise`` are per token."""
     backbone, head = model.backbone, model.head
+    assert isinstance(backbone, MaskedBackbone)
     assert isinstance(head, DiffusionHead)
     batch, count, _ = tokens.shape
     buffer = backbone.config.buffer
@@ -44,12 +47,14 @@ def plain_loss(model: FAR, tokens: Tensor, labels: Tensor, mask: Tensor, t: Tens
     kept = torch.cat([torch.ones(batch, buffer, dtype=torch.bool), ~mask], dim=1)
     x = backbone.token_norm(x)[kept].view(batch, -1, x.shape[-1])
     for block in backbone.encoder_blocks:
+        assert isinstance(block, Block)
         x = plain_block(block, x)
     x = backbone.decoder_projection(backbone.encoder_norm(x))
     full = backbone.mask_token.expand(batch, buffer + count, -1).clone().to(x.dtype)
     full[kept] = x.reshape(-1, x.shape[-1])
     x = full + backbone.decoder_positions
     for block in backbone.decoder_blocks:
+        assert isinstance(block, Block)
         x = plain_block(block, x)
     z = backbone.decoder_norm(x)[:, buffer:] + backbone.condition_positions
     samples = len(t)
@@ -96,7 +101,7 @@ def main() -> None:
             noise = torch.randn(4, arguments.batch_size * 256, 16, generator=generator)
             draws = (model, tokens, labels, mask, t, noise)
 
-            def step(loss) -> float:
+            def step(loss: Callable[..., Tensor]) -> float:
                 model.zero_grad()
                 with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                     value = loss(*draws)

@@ -2,9 +2,12 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
 
 import torch
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 def clock(device: torch.device) -> Callable[[], float]:
@@ -19,10 +22,10 @@ def clock(device: torch.device) -> Callable[[], float]:
 
 
 def paired(
-    alternatives: dict[str, Callable[[], object]], rounds: int, warmup: int = 1
-) -> dict[str, list[float]]:
+    alternatives: dict[Key, Callable[[], object]], rounds: int, warmup: int = 1
+) -> dict[Key, list[float]]:
     """Call the alternatives in turn, and return the seconds of each call after ``warmup`` untimed rounds."""
-    seconds: dict[str, list[float]] = {name: [] for name in alternatives}
+    seconds: dict[Key, list[float]] = {name: [] for name in alternatives}
     for turn in range(warmup + rounds):
         for name, call in alternatives.items():
             start = time.perf_counter()
