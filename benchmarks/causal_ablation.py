@@ -3,8 +3,8 @@
     python -m benchmarks.causal_ablation [--train]
 
 Figures are kept in docs/results/causal-ablation.json and measured again if their weights changed. ``--train``
-trains the models into runs/ (25 minutes each on one core, and 10 for an autoencoder). Until then, recorded
-figures are kept.
+trains the models into runs/ (half an hour each on one core, and 10 minutes for an autoencoder). Until all are
+trained, recorded figures are kept.
 """
 
 import argparse
@@ -14,19 +14,22 @@ from typing import Any
 
 import torch
 
-from benchmarks.comparison import RESULTS, SETS, SWEEP_SEED, WORK
-from benchmarks.recorded import TRAIN, Measurements, made
+from benchmarks.comparison import DTYPE, RESULTS, SETS, SWEEP_SEED, WORK
+from benchmarks.recorded import TRAIN, Measurements
 from benchmarks.results import run
 from benchmarks.results_measure import (
     Evaluator,
     current,
     current_rows,
+    described,
+    folder_training,
     generate,
     generation_of,
     measure_floors,
     reconstructed_features,
 )
 from benchmarks.results_report import replace_block
+from benchmarks.results_rows import training_text
 from far.evaluation.generated import Generation
 from far.evaluation.images import open_images
 from far.evaluation.metrics import FeatureStatistics, frechet_distance
@@ -89,16 +92,18 @@ def main() -> None:
         ):
             train(*variant)
     store = Measurements(RESULTS / "causal-ablation.json")
-    with torch.no_grad():
-        for name in arguments.variants:
-            if (VARIANTS[name].folder / "config.json").exists():
-                measure(name, store)
     missing = [name for name in arguments.variants if not (VARIANTS[name].folder / "config.json").exists()]
     if missing:
         print(
             f"{store.path}: no weights of {', '.join(missing)} in runs/. Recorded rows are kept."
             f" {TRAIN} trains them."
         )
+    else:
+        training = folder_training(VARIANTS[arguments.variants[0]].folder)
+        store.drop_other_weights(common={"training": training, "dtype": DTYPE})
+        with torch.no_grad():
+            for name in arguments.variants:
+                measure(name, store)
     report = Path("docs/results.md")
     text = replace_block(report.read_text(encoding="utf-8"), "causal-ablation", table(store.values))
     with atomic_path(report) as temporary:
@@ -133,9 +138,8 @@ def measure(name: str, store: Measurements) -> None:
             "deviations": deviations(folder, generation),
             "data deviations": data_deviations(folder),
             "count": IMAGES.sweep_count,
-            **made(),
         }
-        store.keep("rows", key, {**found, **generation.describe()})
+        store.keep("rows", key, {**found, **described(generation, folder_training(variant.folder))})
 
 
 def as_sampled(variant: Variant) -> Path:
@@ -206,6 +210,8 @@ def table(values: dict[str, Any]) -> str:
             _drift(found[-1]) if found[-1] else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    if values["rows"]:
+        lines += ["", f"Training: {training_text(next(iter(values['rows'].values())))}."]
     return "\n".join(lines) + "\n"
 
 

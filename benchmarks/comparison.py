@@ -21,50 +21,55 @@ class Model:
     """A model of the comparison: its training and the head steps of its rows.
 
     Attributes:
+        backbone: suffix of the recipe's name.
         head: kind of head, or ``distilled``.
         steps: head steps of each row.
         trainings: number of training seeds, from 0 on.
-        recipe: suffix of the recipe's name.
         overrides: of the recipe, besides the kind of head.
         passes: passes of the backbone with guidance; the default depends on the head.
         weights_of: model with the same weights, sampled with other ``passes``.
     """
 
+    backbone: str
     head: str
     steps: tuple[int, ...]
     trainings: int = 1
-    recipe: str = ""
     overrides: tuple[str, ...] = ()
     passes: int | None = None
     weights_of: str | None = None
 
 
-# In order of importance. Without the limit, a diffusion head trained this briefly draws tokens of hundreds of
-# standard deviations.
+# Without the limit, a diffusion head trained this briefly draws tokens of hundreds of standard deviations.
+LIMITED = ("generator.network.head.token_limit=5.0",)
+# In order of importance. Heads share the any-order backbone, which learns from every token of a pass, and
+# backbones the shortcut head. ``mar`` is MAR's recipe as published, ``masked`` is FAR's.
 MODELS = {
-    "diffusion": Model(
-        "diffusion", (100, 25, 10), trainings=3, overrides=("generator.network.head.token_limit=5.0",)
-    ),
-    "shortcut": Model("shortcut", (8, 4, 2, 1), trainings=3),
-    "causal": Model("shortcut", (8, 4, 2, 1), trainings=3, recipe="-causal"),
-    "flow": Model("flow", (8, 4, 2)),
+    "diffusion": Model("any-order", "diffusion", (100, 25, 10), trainings=3, overrides=LIMITED),
+    "shortcut": Model("any-order", "shortcut", (8, 4, 2, 1), trainings=3),
+    "causal": Model("causal", "shortcut", (8, 4, 2, 1), trainings=3),
+    "mar": Model("masked", "diffusion", (100,), overrides=LIMITED),
+    "masked": Model("masked", "shortcut", (8, 4)),
+    "flow": Model("any-order", "flow", (8, 4, 2)),
     "flow-map": Model(
+        "any-order",
         "flow_map",
         (4, 2, 1),
         trainings=2,
         overrides=("generator.network.head.max_guidance=4.0",),
         passes=1,
     ),
-    "flow-map-2-passes": Model("flow_map", (2,), passes=2, weights_of="flow-map"),
+    "flow-map-2-passes": Model("any-order", "flow_map", (2,), passes=2, weights_of="flow-map"),
     "energy": Model(
+        "any-order",
         "energy",
         (1,),
         # A quarter of the other heads' rate, as in EAR.
-        overrides=("generator.training.head_learning_rate=2.5e-4", "generator.sampling.head_steps=1"),
+        overrides=("generator.training.head_learning_rate=5.0e-4", "generator.sampling.head_steps=1"),
     ),
-    # The diffusion model, saved as a MAR checkpoint, converted and distilled.
-    "distilled": Model("distilled", (4, 2, 1), passes=1),
+    # The model TEACHER, saved as a MAR checkpoint, converted and distilled.
+    "distilled": Model("masked", "distilled", (4, 2, 1), passes=1),
 }
+TEACHER = "mar"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +108,7 @@ class ImageSet:
     sweep_count: int = 2_000
 
     def recipe(self, model: Model) -> Path:
-        return Path(f"recipes/comparison/{self.name}{model.recipe}.yaml")
+        return Path(f"recipes/comparison/{self.name}-{model.backbone}.yaml")
 
     def weights(self, name: str, seed: int = 0) -> Path:
         name = MODELS[name].weights_of or name
@@ -128,7 +133,7 @@ SETS = {
         Path("data/avatars-64"),
         (
             ("data", "avatars", "data/avatars-64"),
-            ("cache", "recipes/comparison/avatars-64.yaml"),
+            ("cache", "recipes/comparison/avatars-64-any-order.yaml"),
         ),
     ),
     "fashion-mnist": ImageSet(
@@ -136,8 +141,8 @@ SETS = {
         Path("data/fashion-mnist"),
         (
             ("data", "fashion-mnist", "data/fashion-mnist", "--from", "/usr/share/datasets/fashion-mnist"),
-            ("train-autoencoder", "recipes/comparison/fashion-mnist.yaml", "--resume"),
-            ("cache", "recipes/comparison/fashion-mnist.yaml"),
+            ("train-autoencoder", "recipes/comparison/fashion-mnist-any-order.yaml", "--resume"),
+            ("cache", "recipes/comparison/fashion-mnist-any-order.yaml"),
         ),
     ),
 }

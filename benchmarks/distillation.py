@@ -2,7 +2,7 @@
 
     python -m benchmarks.distillation [SET …]
 
-The comparison's diffusion models are written as pickles under MAR's names, converted with ``far convert
+The comparison's models of MAR's recipe are written as pickles under MAR's names, converted with ``far convert
 mar``, and distilled with ``far distill`` over the latent cache. The result goes to ``WEIGHTS``/SET/distilled,
 the seconds of each part to docs/results/distillation.json. ``benchmarks.results`` measures the distance.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.comparison import TEACHER
 from benchmarks.recorded import TRAIN, WEIGHTS, checksums, made
 from far.backbone import MaskedConfig
 from far.cli.main import main as far_command
@@ -43,14 +44,14 @@ def main() -> None:
 
 
 def distill(name: str) -> None:
-    """Convert and distill a diffusion model, unless it was done.
+    """Convert and distill the model of MAR's recipe, unless it was done.
 
     An interrupted distillation is resumed; its seconds are unknown.
 
     Raises:
-        SystemExit: the diffusion model is missing, or the distilled one comes from another.
+        SystemExit: that model is missing, or the distilled one comes from another.
     """
-    source, result, start = WEIGHTS / name / "diffusion", WEIGHTS / name / "distilled", time.perf_counter()
+    source, result, start = WEIGHTS / name / TEACHER, WEIGHTS / name / "distilled", time.perf_counter()
     if not source.is_dir():
         raise SystemExit(f"{source} is missing. Train it with: {TRAIN}")
     report = read_json(RESULTS) if RESULTS.exists() else {}
@@ -61,7 +62,7 @@ def distill(name: str) -> None:
         return
     folder = Path("runs/distillation") / f"{name}-{teacher[:8]}"
     interrupted = (folder / "distilled").exists()
-    recipe = load_recipe(Path(f"recipes/comparison/{name}.yaml"))
+    recipe = load_recipe(Path(f"recipes/comparison/{name}-masked.yaml"))
     convert(source, recipe, folder)
     converted = time.perf_counter()
     folders = [str(folder / part) for part in ("mar", "distilled")]

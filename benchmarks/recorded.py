@@ -33,20 +33,28 @@ class Measurements:
         self.values.setdefault(kind, {})[key] = value
         write_json(self.path, self.values)
 
-    def drop_other_weights(self, autoencoder: str | None = None, training_images: int | None = None) -> None:
+    def replace(self, kind: str, values: dict[str, Any]) -> None:
+        self.load()
+        self.values[kind] = values
+        write_json(self.path, self.values)
+
+    def drop_other_weights(
+        self, autoencoder: str | None = None, common: dict[str, Any] | None = None, within: Path = Path()
+    ) -> None:
         """Drop rows of models whose present weights differ from the recorded ones: tables mix no weights.
 
         Args:
             autoencoder: SHA-256 of the models' common autoencoder. Rows with another one are dropped too.
-            training_images: images that the models were trained on. Rows of models that were trained on
-                another number of images are dropped too.
+            common: values that all rows of a model have in common, such as their dtype. Rows with others are
+                dropped too.
+            within: folder of the weights whose rows are checked.
         """
         self.load()
         at_hand: dict[str, dict[str, str]] = {}
         dropped = 0
         for kind in ("rows", "sweeps"):
             for key, row in list(self.values.get(kind, {}).items()):
-                if "sha256" not in row:
+                if "sha256" not in row or not Path(row["weights"]).is_relative_to(within):
                     continue
                 folder = row["weights"]
                 if folder not in at_hand:
@@ -54,14 +62,14 @@ class Measurements:
                 found, recorded = at_hand[folder], row["sha256"]
                 changed = any(found.get(name, value) != value for name, value in recorded.items())
                 changed |= autoencoder not in (None, recorded["autoencoder.safetensors"])
-                length = row.get("training images")
-                changed |= "model.safetensors" in recorded and training_images not in (None, length)
+                if "model.safetensors" in recorded:  # not a row of reconstructions
+                    changed |= any(row.get(name) != value for name, value in (common or {}).items())
                 if changed:
                     del self.values[kind][key]
                     dropped += 1
         if dropped:
             print(
-                f"{self.path}: {dropped} rows come from other weights than those in {WEIGHTS}."
+                f"{self.path}: {dropped} rows have other weights, training or dtype than those in {WEIGHTS}."
                 " They are measured again."
             )
             write_json(self.path, self.values)

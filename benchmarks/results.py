@@ -7,7 +7,7 @@ the best are measured on 10,000 images from other seeds. Everything measured is 
 docs/results/SET.json with the SHA-256 of its weights, so an interrupted run resumes, and a row is measured
 again only if its weights changed. Rows keep their recorded figures while their weights are missing.
 ``--train`` trains the missing models by the recipes of recipes/comparison (hours), each before its rows are
-measured, and writes the weights to runs/results/weights/.
+measured, and writes the weights to runs/results/weights/. The documents are written after each model.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.comparison import MODELS, SETS, ImageSet, Row, add_rows, add_sets, selected_rows
+from benchmarks.comparison import MODELS, SETS, TEACHER, ImageSet, Row, add_rows, add_sets, selected_rows
 from benchmarks.distillation import distill
 from benchmarks.recorded import Measurements, tell_missing
 from benchmarks.results_estimate import estimate, keep_rate
@@ -26,8 +26,8 @@ from benchmarks.results_measure import (
     is_recorded,
     measure_floors,
     measure_row,
-    recipe_images,
-    training_images,
+    recipe_training,
+    training_of,
 )
 from benchmarks.results_report import write_report
 from far.cli.main import main as far_command
@@ -44,17 +44,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--train", action="store_true", help="train what is not trained yet")
     options = parser.parse_args(arguments)
     rows = selected_rows(options.only)
-    for name in options.sets:
-        print(estimate(SETS[name], rows, options.train), flush=True)
-    for name in options.sets:
-        complete(SETS[name], rows, options.train)
-        write_report([images.results for images in SETS.values()], Path("docs/results.md"), Path("README.md"))
+    sets = [SETS[name] for name in options.sets]
+    print(*estimate(sets, rows, options.train), sep="\n", flush=True)
+    for images in sets:
+        complete(images, rows, options.train)
+    report()
+
+
+def report() -> None:
+    write_report([images.results for images in SETS.values()], Path("docs/results.md"), Path("README.md"))
 
 
 def complete(images: ImageSet, rows: list[Row], train: bool) -> None:
     """Train missing models if ``train``, and measure the missing rows of all models that are present."""
     if train:
-        check_lengths(images, rows)
+        check_trainings(images, rows)
         for command in images.preparation:
             run(*command)
     else:
@@ -69,17 +73,18 @@ def complete(images: ImageSet, rows: list[Row], train: bool) -> None:
             with torch.no_grad():
                 for row in missing:
                     measure_row(images, store, evaluator(), row)
+            report()  # whenever this run ends, the documents have what was measured
 
 
-def check_lengths(images: ImageSet, rows: list[Row]) -> None:
-    """Raise a SystemExit if present weights were trained on another number of images than recipes have."""
+def check_trainings(images: ImageSet, rows: list[Row]) -> None:
+    """Raise a SystemExit if present weights were trained otherwise than their recipes say."""
     for row in rows:
-        length = recipe_images(images, row)
-        if images.trained(row.model, row.seed) and training_images(images, row) != length:
+        expected = recipe_training(images, row)
+        if images.trained(row.model, row.seed) and training_of(images, row) != expected:
             weights = images.weights(row.model, row.seed)
-            run = images.runs / weights.name
             raise SystemExit(
-                f"{weights} was not trained on {length} images as its recipe is now. Remove it and {run}"
+                f"{weights} was trained by another recipe ({training_of(images, row)}, now {expected})."
+                f" Remove it and {images.runs / weights.name}"
             )
 
 
@@ -91,7 +96,7 @@ def train_model(images: ImageSet, name: str, seed: int) -> None:
     name = model.weights_of or name
     model = MODELS[name]
     if name == "distilled":
-        train_model(images, "diffusion", seed)
+        train_model(images, TEACHER, seed)
         distill(images.name)
         return
     folder = images.weights(name, seed).name

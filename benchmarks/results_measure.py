@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.classifier import LinearClassifier
-from benchmarks.comparison import BATCH, DTYPE, MODELS, SWEEP_SEED, WORK, ImageSet, Row, all_rows
+from benchmarks.comparison import BATCH, DTYPE, MODELS, SWEEP_SEED, TEACHER, WORK, ImageSet, Row, all_rows
 from benchmarks.recorded import TRAIN, WEIGHTS, Measurements, checksums, made
 from far.config import from_dict
 from far.data.shards import ShardReader
@@ -34,6 +34,8 @@ GUIDANCES = (1.0, 2.0, 3.0, 4.0)
 TEMPERATURES = (0.6, 0.8, 1.0)
 START = (3.0, 0.8)
 UNLIMITED = "diffusion without limit"
+# What all trainings of an image set have in common.
+TRAINING = ("steps", "batch_size", "learning_rate", "ema_decay")
 Point: TypeAlias = tuple[float, float]
 
 
@@ -76,31 +78,55 @@ def recorded_choice(store: Measurements, row: Row) -> Point:
 
 
 def current_rows(images: ImageSet) -> Measurements:
-    """Return the recorded rows of an image set, without those of other weights.
+    """Return the recorded rows of an image set, without those that may not stand beside present models.
+
+    If models are present, these are rows of other weights, of another autoencoder, training or dtype.
 
     Raises:
-        SystemExit: the present models have different autoencoders or lengths of training.
+        SystemExit: the present models have different autoencoders or trainings.
     """
     store = Measurements(images.results)
-    present = [row for row in all_rows() if images.trained(row.model, row.seed)]
-    autoencoders = {
-        checksums(images.weights(row.model, row.seed))["autoencoder.safetensors"] for row in present
-    }
-    lengths = {training_images(images, row) for row in present}
-    for different, name in ((autoencoders, "autoencoders"), (lengths, "numbers of training images")):
-        if len(different) > 1:
-            raise SystemExit(
-                f"{WEIGHTS / images.name}: the models have different {name}. Remove it, then: {TRAIN}"
-            )
-    store.drop_other_weights(*autoencoders or [None], *lengths)
+    if (shared := shared_by_present(images)) is not None:
+        autoencoder, training = shared
+        store.drop_other_weights(autoencoder, {"training": training, "dtype": DTYPE})
     return store
 
 
-def training_images(images: ImageSet, row: Row) -> int:
-    """Return the number of images that a model was trained on; of a distilled one, its teacher."""
-    folder = images.weights("diffusion" if row.model == "distilled" else row.model, row.seed)
+def shared_by_present(images: ImageSet) -> tuple[str, dict[str, Any]] | None:
+    """Return the SHA-256 of the autoencoder and the training of the present models; ``None`` without any.
+
+    Raises:
+        SystemExit: they have different ones.
+    """
+    found: list[tuple[str, dict[str, Any]]] = []
+    for row in all_rows():
+        if images.trained(row.model, row.seed):
+            files = checksums(images.weights(row.model, row.seed))
+            found.append((files["autoencoder.safetensors"], training_of(images, row)))
+    if any(other != found[0] for other in found):
+        raise SystemExit(
+            f"{WEIGHTS / images.name}: the models have different autoencoders or trainings. Remove it, then:"
+            f" {TRAIN}"
+        )
+    return found[0] if found else None
+
+
+def training_of(images: ImageSet, row: Row) -> dict[str, Any]:
+    """Return the values ``TRAINING`` of a present model; of a distilled one, its teacher's."""
+    return folder_training(images.weights(TEACHER if row.model == "distilled" else row.model, row.seed))
+
+
+def folder_training(folder: Path) -> dict[str, Any]:
+    """Return the values ``TRAINING`` of a model's folder."""
     training = ModelFolder.open(folder).config.training["recipe"]["training"]
-    return int(training["steps"] * training["batch_size"])
+    return {name: training[name] for name in TRAINING}
+
+
+def recipe_training(images: ImageSet, row: Row) -> dict[str, Any]:
+    """Return the values ``TRAINING`` of a model's recipe; of a distilled one, its teacher's."""
+    model = MODELS[TEACHER if row.model == "distilled" else row.model]
+    training = load_recipe(images.recipe(model)).generator.training
+    return {name: getattr(training, name) for name in TRAINING}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +171,7 @@ def measure_floors(images: ImageSet, store: Measurements) -> Evaluator:
     statistics = FeatureStatistics.of(real)
     reference = Reference(held_out.name, held_out.digest, statistics, real, held_out.count, held_out.size)
     evaluator = Evaluator(network, reference, LinearClassifier(training, labels))
-    setting = {"count": images.count, "reference": held_out.count, "dtype": DTYPE, "batch size": BATCH}
+    setting = {"count": images.count, "reference": held_out.count, "batch size": BATCH}
     for key, value in {**setting, "distance": distance_name(network)}.items():
         store.keep("setting", key, value)
     present = [row for row in all_rows() if images.trained(row.model, row.seed)]
@@ -176,7 +202,8 @@ def reconstructed_features(weights: Path, images: ImageSet, count: int, network:
 def is_recorded(images: ImageSet, store: Measurements, row: Row) -> bool:
     """Return whether a row is recorded with the best sampling values of a complete sweep.
 
-    If its weights are present, it must be theirs. Otherwise its training must be as long as its recipe's.
+    If its weights are present, it must be theirs. Otherwise its backbone, training and dtype must be those of
+    today's recipe.
     """
     recorded = store.values["rows"].get(row.key)
     if recorded is None or not is_swept(store, row):
@@ -184,8 +211,9 @@ def is_recorded(images: ImageSet, store: Measurements, row: Row) -> bool:
     if images.trained(row.model, row.seed):
         return current(recorded, planned(images, store, row))
     sampling = recorded["sampling"]
+    today = (MODELS[row.model].backbone, recipe_training(images, row), DTYPE)
     return recorded_choice(store, row) == (sampling["guidance"], sampling["temperature"]) and (
-        recorded.get("training images") == recipe_images(images, row)
+        tuple(recorded[name] for name in ("backbone", "training", "dtype")) == today
     )
 
 
@@ -196,13 +224,6 @@ def is_swept(store: Measurements, row: Row) -> bool:
     except SystemExit:
         return False
     return True
-
-
-def recipe_images(images: ImageSet, row: Row) -> int:
-    """Return the number of images that a model's recipe trains on; of a distilled one, its teacher's."""
-    model = MODELS["diffusion" if row.model == "distilled" else row.model]
-    training = load_recipe(images.recipe(model)).generator.training
-    return training.steps * training.batch_size
 
 
 def planned(images: ImageSet, store: Measurements, row: Row) -> Generation:
@@ -261,7 +282,7 @@ def sweep(images: ImageSet, store: Measurements, evaluator: Evaluator, row: Row)
         generation = generation_of_row(images, row, guidance, temperature, SWEEP_SEED)
         if not current(store.values["sweeps"].get(key), generation):
             found = measure_point(images, evaluator, generation)
-            store.keep("sweeps", key, {**found, **described(images, row, generation)})
+            store.keep("sweeps", key, {**found, **described(generation, training_of(images, row))})
             print(
                 f"{images.name}, {key}: FD {found['distance']:.1f}, recall {found['recall']:.3f}", flush=True
             )
@@ -276,9 +297,18 @@ def measure_point(images: ImageSet, evaluator: Evaluator, generation: Generation
     return {**evaluator.sweep_figures(features), "count": images.sweep_count}
 
 
-def described(images: ImageSet, row: Row, generation: Generation) -> dict[str, Any]:
-    """Return what a recorded row says about its weights, their training, its sampling and the machine."""
-    return {"training images": training_images(images, row), **made(), **generation.describe()}
+def described(generation: Generation, training: dict[str, Any]) -> dict[str, Any]:
+    """Return what a recorded row says about its model, training, weights, sampling and machine."""
+    network = network_of(Path(generation.weights))
+    return {**network, "training": training, **made(), **generation.describe()}
+
+
+def network_of(folder: Path) -> dict[str, Any]:
+    """Return the backbone of a model's folder, as recipes are named after it, and its latent channels."""
+    config = ModelFolder.open(folder).config.model
+    assert config is not None
+    backbone = config.network.backbone.kind.replace("_", "-")
+    return {"backbone": backbone, "latent channels": config.latent_channels}
 
 
 def measure_row(images: ImageSet, store: Measurements, evaluator: Evaluator, row: Row) -> None:
@@ -290,7 +320,7 @@ def measure_row(images: ImageSet, store: Measurements, evaluator: Evaluator, row
     features, labels = generate(generation, evaluator.network, images.count)
     found = {"name": row.model, "steps": row.steps, **evaluator.figures(features, labels)}
     print(json.dumps({row.key: found}), flush=True)
-    store.keep("rows", row.key, {**found, **described(images, row, generation)})
+    store.keep("rows", row.key, {**found, **described(generation, training_of(images, row))})
     if row == Row("diffusion", 100):
         measure_unlimited(images, store, evaluator, generation)
 
@@ -308,4 +338,5 @@ def measure_unlimited(
     pipeline.save_pretrained(folder, torch.float16)
     unlimited = dataclasses.replace(generation, weights=str(folder), seed=SWEEP_SEED)
     found = measure_point(images, evaluator, unlimited)
-    store.keep("sweeps", UNLIMITED, {**found, **described(images, Row("diffusion", 100), unlimited)})
+    training = folder_training(Path(generation.weights))
+    store.keep("sweeps", UNLIMITED, {**found, **described(unlimited, training)})

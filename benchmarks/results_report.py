@@ -7,19 +7,22 @@ from typing import Any
 
 import torch
 
-from benchmarks.comparison import MODELS, Row, all_rows
+from benchmarks.comparison import Row, all_rows
 from benchmarks.recorded import TRAIN, WEIGHTS, Measurements, checksums
 from benchmarks.results_measure import GUIDANCES, TEMPERATURES, UNLIMITED, sweep_key
 from benchmarks.results_plot import plot
 from benchmarks.results_rows import (
-    TITLES,
+    HEADS,
     Rows,
     distance_of,
     figure_of,
     mean,
+    model_rows,
     ratio,
     rows_of,
     seconds_of,
+    title,
+    training_text,
     with_error,
     with_spread,
 )
@@ -29,25 +32,34 @@ from far.pictures import grid, save_png
 from far.pipeline import Pipeline
 from far.sampling import SamplingConfig
 
-# The shortcut head against the diffusion head, in head steps.
-CLAIM = [("shortcut", 8), ("shortcut", 4)]
 BASE = ("diffusion", 100)
+# The shortcut head against the diffusion head, in head steps, on one backbone.
+CLAIM = [
+    (("shortcut", 8), BASE),
+    (("shortcut", 4), BASE),
+    (("masked", 8), ("mar", 100)),
+    (("masked", 4), ("mar", 100)),
+]
 README_ROWS = [
-    BASE, ("diffusion", 10), ("flow", 8), ("shortcut", 8), ("shortcut", 4), ("flow-map", 2),
-    ("distilled", 2), ("causal", 4),
+    ("mar", 100), ("masked", 4), BASE, ("diffusion", 10), ("flow", 8), ("shortcut", 8), ("shortcut", 4),
+    ("flow-map", 2), ("distilled", 2), ("causal", 4),
 ]  # fmt: skip
 GRID_ROWS = [
-    BASE, ("diffusion", 10), ("flow", 8), ("shortcut", 8), ("shortcut", 1), ("causal", 4), ("flow-map", 2),
-    ("flow-map", 1), ("distilled", 2),
+    BASE, ("diffusion", 10), ("flow", 8), ("shortcut", 8), ("shortcut", 1), ("causal", 4), ("masked", 4),
+    ("flow-map", 2), ("flow-map", 1), ("distilled", 2),
 ]  # fmt: skip
-TEMPERATURE_ROWS = [BASE, ("flow", 8), ("shortcut", 8), ("causal", 8), ("flow-map", 2)]
+TEMPERATURE_ROWS = [BASE, ("flow", 8), ("shortcut", 8), ("causal", 8), ("masked", 8), ("flow-map", 2)]
 # FDs over 2,000 images that differ by less than 1 % are called equal.
 NEAR = 1.01
 
 
 def write_report(files: list[Path], page: Path, readme: Path) -> None:
-    """Replace the generated blocks of ``page`` and ``readme`` and draw the page's images."""
+    """Replace the generated blocks of ``page`` and ``readme`` and draw the page's images.
+
+    Blocks of image sets without any recorded model stay as they are.
+    """
     stores = {path.stem: Measurements(path) for path in files if path.exists()}
+    stores = {name: store for name, store in stores.items() if model_rows(store.values)}
     images = page.parent / "images"
     for name, store in stores.items():
         sample_grid(store, images / f"comparison-{name}.png")
@@ -56,8 +68,9 @@ def write_report(files: list[Path], page: Path, readme: Path) -> None:
     text = replace_block(text, "sweeps", sweep_table(measured))
     for name, values in measured.items():
         text = replace_block(text, name, main_table(values))
-        text = replace_block(text, f"{name}-samples", sample_caption(values))
-    timed = {name: values for name, values in measured.items() if "times" in values}
+        if "samples" in values["setting"]:
+            text = replace_block(text, f"{name}-samples", f"{values['setting']['samples']}\n")
+    timed = {name: values for name, values in measured.items() if is_timed(values)}
     if timed:
         plot(timed, images / "distance-against-seconds.png")
     write_text(page, text)
@@ -85,9 +98,8 @@ def claim_table(measured: dict[str, Any]) -> str:
     """Return what the shortcut head costs and saves relative to the diffusion head, per image set."""
     lines = []
     for name, values in measured.items():
-        base = rows_of(values, BASE[0]).get(BASE[1])
-        for model, steps in CLAIM:
-            rows = rows_of(values, model).get(steps)
+        for (model, steps), compared in CLAIM:
+            rows, base = (rows_of(values, key[0]).get(key[1]) for key in ((model, steps), compared))
             if not rows or not base:
                 continue
             sides = (rows, base)
@@ -95,6 +107,7 @@ def claim_table(measured: dict[str, Any]) -> str:
             lines.append(
                 [
                     name,
+                    rows[0]["backbone"],
                     str(steps),
                     pair(str(len(side)) for side in sides),
                     with_error(*ratio(*(distance_of(values, side) for side in sides))),
@@ -105,8 +118,9 @@ def claim_table(measured: dict[str, Any]) -> str:
                     *(times_faster(values, rows[0], base[0], batch) for batch in (1, 64)),
                 ]
             )
-    heads = ["image set", "shortcut steps", "trainings, both", "FD / diffusion's", "IS / diffusion's"]
-    heads += ["KID × 1000, both", "recall, both", "class accuracy, both", "times faster, batch 1", "batch 64"]
+    heads = ["image set", "backbone", "shortcut steps", "trainings, both", "FD / diffusion's"]
+    heads += ["IS / diffusion's", "KID × 1000, both", "recall, both", "class accuracy, both"]
+    heads += ["times faster, batch 1", "batch 64"]
     return table(heads, lines)
 
 
@@ -123,21 +137,23 @@ def times_faster(values: dict[str, Any], row: dict[str, Any], base: dict[str, An
 def main_table(values: dict[str, Any]) -> str:
     """Return the figures of all rows of an image set, and how they were measured."""
     distance = values["setting"]["distance"]
-    heads = ["head", "head steps", "trainings", distance, "ratio to diffusion, 100 steps", "KID × 1000", "IS"]
-    heads += ["recall", "class accuracy", "guidance", "temperature", "ms per image, batch 1", "batch 64"]
+    heads = ["backbone", "head", "head steps", "trainings", distance, "ratio to diffusion, 100 steps"]
+    heads += ["KID × 1000", "IS", "recall", "class accuracy", "guidance", "temperature"]
+    heads += ["ms per image, batch 1", "batch 64"]
     base = rows_of(values, BASE[0]).get(BASE[1], [])
     lines = []
-    for key, title in (("real", "real images"), ("reconstructions", "reconstructions")):
+    for key in ("real", "reconstructions"):
         if key in values["rows"]:
-            rows = [values["rows"][key]]
-            lines.append([title, "", "", *quality(values, rows, []), "", "", "", ""])
-    for model, title in TITLES.items():
+            row = values["rows"][key]
+            lines.append(["", row["name"], "", "", *quality(values, [row], []), "", "", "", ""])
+    for model in HEADS:
         for steps, rows in rows_of(values, model).items():
-            sampling = rows[0]["sampling"]
+            sampling, backbone = rows[0]["sampling"], rows[0]["backbone"]
             seconds = [seconds_of(values, rows[0], batch) for batch in (1, 64)]
             lines.append(
                 [
-                    title, str(steps), str(len(rows)), *quality(values, rows, base),
+                    backbone, title(model, backbone), str(steps), str(len(rows)),
+                    *quality(values, rows, base),
                     f"{sampling['guidance']:g}", f"{sampling['temperature']:g}",
                     *("" if value is None else f"{1000 * value:.1f}" for value in seconds),
                 ]
@@ -161,12 +177,13 @@ def quality(values: dict[str, Any], rows: Rows, base: Rows) -> list[str]:
 def conditions(values: dict[str, Any]) -> str:
     """Return how an image set was measured, and the diffusion head's distance without a token limit."""
     setting = values["setting"]
+    dtypes = {row["dtype"] for row in model_rows(values)}
     lines = [
         f"{setting['count']:,} images per row against {setting['reference']:,} held-out ones, weights in"
-        f" {setting['dtype']}, batch {setting['batch size']}."
+        f" {' and '.join(sorted(dtypes))}, batch {setting['batch size']}.",
+        f"Training: {training_text(model_rows(values)[0])}.",
+        *timing(values),
     ]
-    if "times" in setting:
-        lines.append(timing(setting))
     if UNLIMITED in values["sweeps"]:
         found = values["sweeps"][UNLIMITED]
         lines.append(
@@ -176,10 +193,19 @@ def conditions(values: dict[str, Any]) -> str:
     return " ".join(lines)
 
 
-def timing(setting: dict[str, Any]) -> str:
-    """Return on what and how times were measured."""
-    times = setting["times"]
-    return f"Times: {times['machine']}, {times['dtype']}, {times['rounds']} rounds in turn, pixels included."
+def is_timed(values: dict[str, Any]) -> bool:
+    """Return whether seconds of any recorded row were measured."""
+    return any(seconds_of(values, row, 1) is not None for row in model_rows(values))
+
+
+def timing(values: dict[str, Any]) -> list[str]:
+    """Return on what and how times were measured, a sentence if any were."""
+    if not is_timed(values):
+        return []
+    times = values["setting"]["times"]
+    return [
+        f"Times: {times['machine']}, {times['dtype']}, {times['rounds']} rounds in turn, pixels included."
+    ]
 
 
 def sweep_table(measured: dict[str, Any]) -> str:
@@ -193,13 +219,14 @@ def sweep_table(measured: dict[str, Any]) -> str:
             found = [values["sweeps"].get(key) for key in keys]
             if None not in found:
                 cells = [f"{point['distance']:.1f} ({point['recall']:.3f})" for point in found]
-                lines.append([name, TITLES[model], str(steps), f"{guidance:g}", *cells])
+                backbone = rows[0]["backbone"]
+                lines.append([name, backbone, title(model, backbone), str(steps), f"{guidance:g}", *cells])
     if not lines:
         return (
             "No sweep of temperature is recorded yet: all rows were measured at temperature 1 and at the best"
             " guidance over 2,000 images.\n"
         )
-    heads = ["image set", "head", "head steps", "guidance"]
+    heads = ["image set", "backbone", "head", "head steps", "guidance"]
     heads += [f"FD (recall), temperature {temperature:g}" for temperature in TEMPERATURES]
     return table(heads, lines) + "\n" + near_ties(measured) + "\n"
 
@@ -217,51 +244,53 @@ def near_ties(measured: dict[str, Any]) -> str:
 
 
 def readme_table(measured: dict[str, Any]) -> str:
-    """Return distance and milliseconds of the main rows on every image set."""
+    """Return distance and milliseconds of the main rows on every image set, one line per backbone."""
     heads = ["backbone", "head", "steps"]
     heads += [cell for name in measured for cell in (f"{name}: FD", "ms per image")]
     lines = []
     for model, steps in README_ROWS:
-        cells = ["causal" if MODELS[model].recipe == "-causal" else "masked", TITLES[model], str(steps)]
-        for values in measured.values():
-            rows = rows_of(values, model).get(steps, [])
-            seconds = seconds_of(values, rows[0], 1) if rows else None
-            cells.append(with_spread(distance_of(values, rows)) if rows else "")
-            cells.append("" if seconds is None else f"{1000 * seconds:.0f}")
-        if any(cells[3:]):
+        found = [(values, rows_of(values, model).get(steps, [])) for values in measured.values()]
+        for backbone in dict.fromkeys(rows[0]["backbone"] for _, rows in found if rows):
+            cells = [backbone, title(model, backbone), str(steps)]
+            for values, rows in found:
+                shown = rows if rows and rows[0]["backbone"] == backbone else []
+                seconds = seconds_of(values, shown[0], 1) if shown else None
+                cells.append(with_spread(distance_of(values, shown)) if shown else "")
+                cells.append("" if seconds is None else f"{1000 * seconds:.0f}")
             lines.append(cells)
     floors = [values["rows"].get("reconstructions") for values in measured.values()]
-    found = [
-        [with_spread(distance_of(values, [floor])) if floor else "", ""]
-        for values, floor in zip(measured.values(), floors)
-    ]
-    lines.append(["", "reconstructions", "", *(cell for cells in found for cell in cells)])
-    timed = [timing(values["setting"]) for values in measured.values() if "times" in values["setting"]]
-    return table(heads, lines) + "".join(f"\n{line}\n" for line in dict.fromkeys(timed))
+    cells = ["", "reconstructions", ""]
+    for values, floor in zip(measured.values(), floors):
+        cells += [with_spread(distance_of(values, [floor])) if floor else "", ""]
+    trainings = [f"{name}: {training_text(model_rows(values)[0])}" for name, values in measured.items()]
+    timed = dict.fromkeys(line for values in measured.values() for line in timing(values))
+    notes = "".join(f"\n{line}\n" for line in (f"Training on {'; on '.join(trainings)}.", *timed))
+    return table(heads, [*lines, cells]) + notes
 
 
 def sample_grid(store: Measurements, path: Path) -> None:
-    """Draw the same seeds with each head, one row per head, and keep which rows are shown.
+    """Draw the same seeds with each head, one row per head, and keep the caption.
 
     The existing image is kept unless all weights of the recorded rows are present.
     """
     found = {key: rows_of(store.values, key[0]).get(key[1], []) for key in GRID_ROWS}
     shown = {key: rows[0] for key, rows in found.items() if rows}
+    if not shown:
+        return
     if any(checksums(Path(row["weights"])) != row["sha256"] for row in shown.values()):
         print(f"{path} is kept: weights of its rows are missing in {WEIGHTS}. {TRAIN} trains them.")
         return
-    drawn = []
-    for row in shown.values():
+    drawn, names = [], []
+    for (model, steps), row in shown.items():
         pipeline = Pipeline.from_pretrained(row["weights"], dtype=row["dtype"])
         labels = [index % len(pipeline.classes) for index in range(16)]
         sampling = from_dict(SamplingConfig, row["sampling"], "a recorded row")
         drawn.append(pipeline.draw(labels, list(range(16)), sampling))
+        names.append(f"{row['backbone']}, {title(model, row['backbone'])}, {steps}")
     sheet = grid(torch.cat(drawn), columns=16)
     save_png(sheet.resize((1024, sheet.height * 1024 // sheet.width)), path)
-    store.keep("setting", "samples", list(shown))
-
-
-def sample_caption(values: dict[str, Any]) -> str:
-    """Return the caption of a sample grid."""
-    rows = "; ".join(f"{TITLES[model]}, {steps}" for model, steps in values["setting"].get("samples", []))
-    return f"Rows (head, head steps): {rows}. Columns: the classes in turn. Seeds 0 to 15.\n"
+    caption = (
+        f"Rows (backbone, head, head steps): {'; '.join(names)}. Columns: the classes in turn. Seeds 0 to 15."
+        f" Training: {training_text(next(iter(shown.values())))}."
+    )
+    store.keep("setting", "samples", caption)

@@ -4,17 +4,52 @@ import math
 import statistics
 from typing import Any
 
-TITLES = {
-    "diffusion": "diffusion (MAR)",
-    "shortcut": "shortcut (FAR)",
-    "causal": "shortcut (FAR-Causal)",
+from benchmarks.comparison import MODELS
+
+# Heads by model, in the order of the tables.
+HEADS = {
+    "diffusion": "diffusion",
+    "shortcut": "shortcut",
     "flow": "flow",
     "flow-map": "flow map",
     "flow-map-2-passes": "flow map, guided in two passes",
     "energy": "energy",
+    "causal": "shortcut",
+    "masked": "shortcut",
+    "mar": "diffusion",
     "distilled": "flow map, distilled from MAR",
 }
+# Combinations that are a published method.
+METHODS = {
+    ("masked", "diffusion"): "MAR",
+    ("masked", "shortcut"): "FAR",
+    ("causal", "shortcut"): "FAR-Causal",
+}
 Rows = list[dict[str, Any]]
+
+
+def title(model: str, backbone: str | None = None) -> str:
+    """Return a model's head and, if head and backbone together are a published method, its name.
+
+    ``backbone`` is that of the recorded rows; the default is today's.
+    """
+    head = HEADS[model]
+    method = METHODS.get((backbone or MODELS[model].backbone, head))
+    return head if method is None else f"{head} ({method})"
+
+
+def model_rows(values: dict[str, Any]) -> Rows:
+    """Return the recorded rows of models, without the floors."""
+    return [row for row in values["rows"].values() if "steps" in row]
+
+
+def training_text(row: dict[str, Any]) -> str:
+    """Return how the model of a recorded row was trained."""
+    training, channels = row["training"], row["latent channels"]
+    return (
+        f"{training['steps']:,} steps of {training['batch_size']} images, learning rate"
+        f" {training['learning_rate']:g}, EMA {training['ema_decay']:g}, latents of {channels} channels"
+    )
 
 
 def rows_of(values: dict[str, Any], model: str) -> dict[int, Rows]:
@@ -37,9 +72,15 @@ def figure_of(values: dict[str, Any], rows: Rows, name: str) -> float:
 
 
 def seconds_of(values: dict[str, Any], row: dict[str, Any], batch: int) -> float | None:
-    """Return the seconds per image, if they were measured with guidance as this row has it, on or off."""
+    """Return the seconds per image, if they were measured with the same network, dtype and guidance.
+
+    Only whether guidance is on matters, not its scale.
+    """
     times = values.get("times", {}).get(f"{row['name']} {row['steps']}")
-    if times is None or times["guided"] != (row["sampling"]["guidance"] != 1):
+    same = ("backbone", "latent channels", "dtype")
+    if times is None or any(times[name] != row[name] for name in same):
+        return None
+    if times["guided"] != (row["sampling"]["guidance"] != 1):
         return None
     return float(times[f"batch {batch}"])
 

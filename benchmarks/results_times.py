@@ -4,19 +4,20 @@
 
 Run nothing else on the machine meanwhile. ``make results TRAIN=1`` trains the weights and sweeps guidance.
 The rows of an image set are measured in turn. Times are of the whole pipeline, pixels included, in the dtype
-of the quality figures, and are stored with the rows in docs/results/SET.json.
+of the quality figures. They replace those of earlier runs in docs/results/SET.json.
 """
 
 import argparse
 import functools
 import statistics
 import time
+from typing import Any
 
 import torch
 
 from benchmarks.comparison import BATCH_SIZES, DTYPE, SETS, ImageSet, Row, add_sets, all_rows
 from benchmarks.recorded import Measurements, made, tell_missing
-from benchmarks.results_measure import generation_of_row, is_swept, recorded_choice
+from benchmarks.results_measure import generation_of_row, is_swept, network_of, recorded_choice
 from far.benchmark import Row as BenchmarkRow
 from far.benchmark import generate, segments, summary
 from far.pipeline import Pipeline
@@ -45,8 +46,9 @@ def measure_set(images: ImageSet, rows: list[Row], rounds: int) -> None:
     """Measure and keep the times of rows whose weights are present."""
     store = Measurements(images.results)
     choices = {row: recorded_choice(store, row) for row in rows}
-    times: dict[Row, dict[str, float | bool]] = {
-        row: {"guided": guidance != 1} for row, (guidance, _) in choices.items()
+    times: dict[Row, dict[str, Any]] = {
+        row: {"guided": guidance != 1, "dtype": DTYPE, **network_of(images.weights(row.model))}
+        for row, (guidance, _) in choices.items()
     }
     for batch in BATCH_SIZES:
         for row, found in measure(images, choices, batch, rounds).items():
@@ -62,8 +64,7 @@ def measure_set(images: ImageSet, rows: list[Row], rounds: int) -> None:
                 f"{images.name}, batch {batch}, {row.name}: {summary(seconds)}, head {head:.0%}", flush=True
             )
     store.keep("setting", "times", {**made(), "dtype": DTYPE, "rounds": rounds})
-    for row, values in times.items():
-        store.keep("times", row.name, values)
+    store.replace("times", {row.name: values for row, values in times.items()})
 
 
 def measure(

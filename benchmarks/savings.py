@@ -17,16 +17,20 @@ from typing import Any
 import torch
 
 from benchmarks.comparison import RESULTS, SETS, ImageSet, Row
-from benchmarks.recorded import Measurements, made, tell_missing
+from benchmarks.recorded import WEIGHTS, Measurements, made, tell_missing
 from benchmarks.results_measure import (
     current,
     current_rows,
+    described,
+    folder_training,
     generate,
     generation_of,
     measure_floors,
     recorded_choice,
+    shared_by_present,
 )
 from benchmarks.results_report import replace_block
+from benchmarks.results_rows import training_text
 from far.benchmark import FASTEST, measure, rows_of
 from far.evaluation.generated import Generation
 from far.evaluation.metrics import FeatureStatistics, frechet_distance
@@ -35,7 +39,7 @@ from far.sampling import FAST
 
 FILE = RESULTS / "savings.json"
 COUNT = 4_000
-PRESETS = {"diffusion": "mar-b", "shortcut": "far-b", "causal": "far-causal-b"}
+PRESETS = {"mar": "mar-b", "masked": "far-b", "causal": "far-causal-b"}
 AR_STEPS = 64
 BATCHES = (1, 16)
 
@@ -63,28 +67,24 @@ class Way:
 
 
 WAYS = {
-    "MAR": Way("diffusion", 100, "float32"),
-    "shortcut head": Way("shortcut", 4, "float32"),
-    "+ bfloat16": Way("shortcut", 4, "bfloat16"),
-    "+ int8": Way("shortcut", 4, "int8"),
-    "bfloat16, all positions every 2nd AR step": Way(
-        "shortcut", 4, "bfloat16", sampling={"refresh_every": 2}
-    ),
-    "bfloat16, all positions every 4th AR step": Way(
-        "shortcut", 4, "bfloat16", sampling={"refresh_every": 4}
-    ),
+    "MAR": Way("mar", 100, "float32"),
+    "shortcut head": Way("masked", 4, "float32"),
+    "+ bfloat16": Way("masked", 4, "bfloat16"),
+    "+ int8": Way("masked", 4, "int8"),
+    "bfloat16, all positions every 2nd AR step": Way("masked", 4, "bfloat16", sampling={"refresh_every": 2}),
+    "bfloat16, all positions every 4th AR step": Way("masked", 4, "bfloat16", sampling={"refresh_every": 4}),
     "bfloat16, guidance's difference every 4th AR step": Way(
-        "shortcut", 4, "bfloat16", sampling={"guidance_every": 4}
+        "masked", 4, "bfloat16", sampling={"guidance_every": 4}
     ),
     "bfloat16, guidance from a quarter on": Way(
-        "shortcut", 4, "bfloat16", sampling={"guidance_interval": (0.25, 1.0)}
+        "masked", 4, "bfloat16", sampling={"guidance_interval": (0.25, 1.0)}
     ),
-    "bfloat16, head steps from 4 to 2": Way("shortcut", (4, 2), "bfloat16"),
-    "bfloat16, Halton order": Way("shortcut", 4, "bfloat16", sampling={"order": "halton"}),
-    "bfloat16, half of the AR steps": Way("shortcut", 4, "bfloat16", 0.5),
-    "bfloat16, half of the AR steps, Halton order": Way("shortcut", 4, "bfloat16", 0.5, {"order": "halton"}),
-    "together": Way("shortcut", 4, "int8", sampling=FAST),
-    "together, half of the AR steps": Way("shortcut", 4, "int8", 0.5, FASTEST),
+    "bfloat16, head steps from 4 to 2": Way("masked", (4, 2), "bfloat16"),
+    "bfloat16, Halton order": Way("masked", 4, "bfloat16", sampling={"order": "halton"}),
+    "bfloat16, half of the AR steps": Way("masked", 4, "bfloat16", 0.5),
+    "bfloat16, half of the AR steps, Halton order": Way("masked", 4, "bfloat16", 0.5, {"order": "halton"}),
+    "together": Way("masked", 4, "int8", sampling=FAST),
+    "together, half of the AR steps": Way("masked", 4, "int8", 0.5, FASTEST),
     "FAR-Causal": Way("causal", 4, "float32"),
     "FAR-Causal, bfloat16": Way("causal", 2, "bfloat16"),
     "FAR-Causal, int8": Way("causal", 2, "int8"),
@@ -131,7 +131,9 @@ def main() -> None:
 
 
 def measure_distances(images: ImageSet, store: Measurements) -> None:
-    store.drop_other_weights()
+    if (shared := shared_by_present(images)) is not None:
+        autoencoder, training = shared
+        store.drop_other_weights(autoencoder, {"training": training}, WEIGHTS / images.name)
     tell_missing(images.name, [images.weights(way.model) for way in WAYS.values()])
     compared = current_rows(images)
     at_hand = {name: way for name, way in WAYS.items() if images.trained(way.model)}
@@ -153,8 +155,7 @@ def measure_distances(images: ImageSet, store: Measurements) -> None:
             "distance": distance,
             "class accuracy": accuracy,
             "count": COUNT,
-            **made(),
-            **generation.describe(),
+            **described(generation, folder_training(Path(generation.weights))),
         }
         store.keep("rows", f"{images.name}, {name}", row)
 
@@ -200,6 +201,9 @@ def table(values: dict[str, Any]) -> str:
             own, of_mar, of_plain = distances
             cells += [f"{own:.1f}", f"{own / of_mar:.3f}", f"{own / of_plain:.3f}"]
         lines.append("| " + " | ".join(cells) + " |")
+    for images in SETS:
+        if (row := values["rows"].get(f"{images}, MAR")) is not None:
+            lines += ["", f"Training on {images}: {training_text(row)}."]
     return "\n".join(lines) + "\n"
 
 

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.comparison import MODELS, SETS
 from benchmarks.results_report import replace_block, table, write_text
-from benchmarks.results_rows import TITLES
+from benchmarks.results_rows import title
+from far.backbone.config import MaskedConfig
 from far.model import FAR, ModelConfig
 from far.recipe import load_recipe
 from far.seeds import seeded
@@ -22,18 +23,19 @@ STEPS = 60
 
 
 def flops(model: FAR) -> float:
-    """Return the mean FLOP per image over ``STEPS`` training steps. All models see the same masks."""
+    """Return the mean FLOP per image over ``STEPS`` training steps if masks vary, else of one step."""
     config, total = model.config, 0
+    steps = STEPS if isinstance(config.network.backbone, MaskedConfig) else 1
     latents, labels = torch.randn(2, config.latent_channels, *config.grid), torch.zeros(2, dtype=torch.long)
-    for step in range(STEPS):
+    for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         with FlopCounterMode(display=False) as counter:
             # A step after those of plain flow matching. One of two images trains guidance in heads that learn
             # it.
-            loss = model.loss(latents, labels, generator, label_drop=0.1, step=1600)
+            loss = model.loss(latents, labels, generator, label_drop=0.1, step=3200)
             loss.value.mean().backward()
         total += counter.get_total_flops()
-    return total / STEPS / len(latents)
+    return total / steps / len(latents)
 
 
 def main() -> None:
@@ -41,8 +43,8 @@ def main() -> None:
     for name, choice in MODELS.items():
         if choice.weights_of or name == "distilled":
             continue
-        cells = [TITLES[name]]
-        for images, channels, classes in ((SETS["avatars-64"], 8, 16), (SETS["fashion-mnist"], 4, 10)):
+        cells = [choice.backbone, title(name)]
+        for images, channels, classes in ((SETS["avatars-64"], 12, 16), (SETS["fashion-mnist"], 4, 10)):
             overrides = [f"generator.network.head.kind={choice.head}", *choice.overrides]
             network = load_recipe(images.recipe(choice), overrides).generator.network
             model = FAR(ModelConfig(network, classes, channels, (8, 8)))
@@ -51,6 +53,7 @@ def main() -> None:
         lines.append(cells)
         print(*cells, flush=True)
     heads = [
+        "backbone",
         "head",
         "avatars-64: parameters",
         "GFLOP per image",

@@ -5,17 +5,23 @@ import itertools
 import json
 import math
 import shutil
+import signal
 import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import comparison, distillation, results, results_measure, results_times
 from benchmarks.comparison import MODELS, SETS, ImageSet, Row
 from benchmarks.results_measure import GUIDANCES, TEMPERATURES, descend, sweep_key
-from benchmarks.results_rows import ratio
+from benchmarks.results_rows import model_rows, ratio
+from far.model import FAR, ModelConfig
 from far.recipe import load_recipe
+from far.training.checkpoint import list_checkpoints
+from far.training.log import Meter
+from far.training.loop import Trainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,44 +35,48 @@ autoencoder:
 generator:
   network:
     patch: 2
-    backbone:
-      encoder_width: 16
-      encoder_depth: 1
-      encoder_heads: 2
-      decoder_width: 16
-      decoder_depth: 1
-      decoder_heads: 2
-      buffer: 2
+    backbone: {{{backbone}, buffer: 2}}
     head: {{width: 16, depth: 1, samples_per_token: 2}}
   training: {{steps: 4, batch_size: 8, learning_rate: 0.02, checkpoint_every: 2, log_every: 1}}
-  sampling: {{ar_steps: 2, head_steps: 2}}
+  sampling: {{ar_steps: {ar_steps}, head_steps: 2}}
   evaluation: {{images: 4, references: 6}}
 """
+SIZES = [
+    f"{part}_{size}" for part in ("encoder", "decoder") for size in ("width: 16", "depth: 1", "heads: 2")
+]
+BACKBONES = {
+    "any-order": "kind: any_order, width: 16, encoder_depth: 1, decoder_depth: 1, heads: 2",
+    "causal": "kind: causal, width: 16, depth: 2, heads: 2",
+    "masked": ", ".join(SIZES),
+}
 BLOCKS = ("claim", "sweeps", "tiny", "tiny-samples")
-ONLY = ["--train", "--only", "diffusion-100", "shortcut-1", "distilled-1"]
+ONLY = ["--train", "--only", "diffusion-100", "shortcut-1", "causal-1", "distilled-1"]
 
 
 @pytest.fixture
 def tiny(tmp_path: Path, image_set: Path, monkeypatch: pytest.MonkeyPatch) -> ImageSet:
     """Provide a folder with one image set of 60 images and 12 held-out ones, and pages to write."""
     monkeypatch.chdir(tmp_path)
-    recipe = Path("recipes/comparison/tiny.yaml")
-    recipe.parent.mkdir(parents=True)
-    recipe.write_text(RECIPE.format(data=image_set))
+    recipes = Path("recipes/comparison")
+    recipes.mkdir(parents=True)
+    for name, sizes in BACKBONES.items():
+        ar_steps = 4 if name == "causal" else 2
+        text = RECIPE.format(data=image_set, backbone=sizes, ar_steps=ar_steps)
+        (recipes / f"tiny-{name}.yaml").write_text(text)
     Path("docs/images").mkdir(parents=True)
     Path("docs/results").mkdir()
     Path("docs/results.md").write_text(
         "".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in BLOCKS)
     )
     Path("README.md").write_text("<!-- begin results -->\n<!-- end results -->\n")
-    preparation = tuple((name, str(recipe)) for name in ("train-autoencoder", "cache"))
-    preparation = ((*preparation[0], "--resume"), preparation[1])
+    recipe = str(recipes / "tiny-any-order.yaml")
+    preparation = (("train-autoencoder", recipe, "--resume"), ("cache", recipe))
     images = ImageSet("tiny", image_set, preparation, count=64, sweep_count=12)
     for name in list(SETS):
         monkeypatch.delitem(SETS, name)
     monkeypatch.setitem(SETS, "tiny", images)
-    monkeypatch.setitem(MODELS, "diffusion", dataclasses.replace(MODELS["diffusion"], trainings=1))
-    monkeypatch.setitem(MODELS, "shortcut", dataclasses.replace(MODELS["shortcut"], trainings=2))
+    for name, trainings in (("diffusion", 1), ("shortcut", 2), ("causal", 1)):
+        monkeypatch.setitem(MODELS, name, dataclasses.replace(MODELS[name], trainings=trainings))
     options = ["trajectories.images=128", "training.steps=1", "training.batch_size=64"]
     monkeypatch.setattr(distillation, "OPTIONS", options)
     monkeypatch.setattr(distillation, "RESULTS", Path("docs/results/distillation.json"))
@@ -76,20 +86,16 @@ def tiny(tmp_path: Path, image_set: Path, monkeypatch: pytest.MonkeyPatch) -> Im
 def test_comparison_trains_sweeps_measures_resumes_and_reports(
     tiny: ImageSet, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    trained = results.train_model
-
-    def interrupted(*arguments: Any) -> None:
-        if arguments[1:] == ("shortcut", 1):
-            raise KeyboardInterrupt
-        trained(*arguments)
-
-    monkeypatch.setattr(results, "train_model", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    train_step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", interrupted_step)
+    with pytest.raises(SystemExit):
         results.main(ONLY)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    assert list_checkpoints(tiny.runs / "shortcut-seed-1/checkpoints")[-1][0] == 3
     first = json.loads(tiny.results.read_text())
-    expected = {"diffusion 100 seed 0", "shortcut 1 seed 0", "distilled 1 seed 0"}
+    expected = {"diffusion 100 seed 0", "shortcut 1 seed 0", "causal 1 seed 0", "distilled 1 seed 0"}
     assert first["rows"].keys() == {"real", "reconstructions", *expected}
-    monkeypatch.setattr(results, "train_model", trained)
+    check_report(first["rows"], ["shortcut 1 seed 0"])
     monkeypatch.setattr(results_measure, "measure_point", None)  # no sweep is measured twice
     results.main(ONLY)
     second = json.loads(tiny.results.read_text())
@@ -99,12 +105,16 @@ def test_comparison_trains_sweeps_measures_resumes_and_reports(
     assert rows["shortcut 1 seed 1"]["sha256"] != rows["shortcut 1 seed 0"]["sha256"]
     assert rows["shortcut 1 seed 1"]["sampling"] == rows["shortcut 1 seed 0"]["sampling"]
     assert rows["shortcut 1 seed 1"]["seed"] == 64
+    steps = [json.loads(line)["step"] for line in (tiny.runs / "shortcut-seed-1/log.jsonl").open()]
+    assert sorted(set(steps[:4])) == [1, 2, 3, 4], "resumed at its checkpoint"
+    backbones = {row["name"]: row["backbone"] for row in rows.values() if "backbone" in row}
+    assert backbones == {name: MODELS[name].backbone for name in backbones}
     check_sweeps(second)
-    check_report(rows)
+    check_report(rows, ["shortcut 1 seed 0", "shortcut 1 seed 1"])
 
     results_times.main(["--rounds", "1"])
     times = json.loads(tiny.results.read_text())["times"]
-    assert times.keys() == {"diffusion 100", "shortcut 1", "distilled 1"}
+    assert times.keys() == {"diffusion 100", "shortcut 1", "causal 1", "distilled 1"}
     results.main(ONLY)
     assert Path("docs/images/distance-against-seconds.png").exists()
 
@@ -119,6 +129,16 @@ def test_comparison_trains_sweeps_measures_resumes_and_reports(
     assert output.count("tiny: 0 trainings") == 2
     assert "far train recipes" not in output
 
+    monkeypatch.setattr(results_measure, "DTYPE", "bfloat16")
+    assert not model_rows(results_measure.current_rows(tiny).values), "no table mixes dtypes"
+
+
+def interrupted_step(self: Trainer, meter: Meter, step: Any = Trainer.train_step) -> None:
+    """Take a step, and press Ctrl-C in the third one of the second shortcut model."""
+    step(self, meter)
+    if self.folder.name == "shortcut-seed-1" and self.step == 3:
+        signal.raise_signal(signal.SIGINT)
+
 
 def check_sweeps(values: dict[str, Any]) -> None:
     """Check that each row was sampled at the lowest distance of its sweep, from other seeds."""
@@ -128,31 +148,32 @@ def check_sweeps(values: dict[str, Any]) -> None:
         start = f"{row['name']} {row['steps']} guidance"
         points = [point for name, point in values["sweeps"].items() if name.startswith(start)]
         assert 6 <= len(points) <= 12
-        best = min(points, key=lambda point: point["distance"])
-        assert best["sampling"] == row["sampling"]
+        least = min(point["distance"] for point in points)
+        assert row["sampling"] in [point["sampling"] for point in points if point["distance"] == least]
         assert row["seed"] + 64 <= min(point["seed"] for point in points)
         assert all({"KID", "recall"} <= point.keys() for point in points)
 
 
-def check_report(rows: dict[str, Any]) -> None:
-    """Check the mean and standard deviation of two trainings in the table."""
-    name = "FD (EfficientNet-Lite0)"
-    found = [rows[f"shortcut 1 seed {seed}"][name] for seed in (0, 1)]
-    cell = f"{statistics.mean(found):.1f} ± {statistics.stdev(found):.1f}"
+def check_report(rows: dict[str, Any], trainings: list[str]) -> None:
+    """Check the mean and standard deviation of the trainings of a row in the table, and its images."""
+    found = [rows[key]["FD (EfficientNet-Lite0)"] for key in trainings]
+    cell = f"{statistics.mean(found):.1f}"
+    if len(found) > 1:
+        cell += f" ± {statistics.stdev(found):.1f}"
     lines = Path("docs/results.md").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith("| shortcut (FAR) | 1 | 2 |"))
+    (line,) = (line for line in lines if line.startswith(f"| any-order | shortcut | 1 | {len(found)} |"))
     assert f"| {cell} |" in line
     assert Path("docs/images/comparison-tiny.png").exists()
-    assert "diffusion (MAR)" in Path("README.md").read_text()
+    assert "| any-order | diffusion | 100 |" in Path("README.md").read_text()
 
 
-def test_other_length_of_training_is_an_error_that_names_the_weights(
+def test_other_training_is_an_error_that_names_the_weights(
     tiny: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(comparison.ImageSet, "trained", lambda *_: True)
-    monkeypatch.setattr(results, "training_images", lambda *_: 7)
+    monkeypatch.setattr(results, "training_of", lambda *_: {"steps": 7})
     with pytest.raises(SystemExit, match="runs/results/weights/tiny/shortcut"):
-        results.check_lengths(tiny, [Row("shortcut", 1)])
+        results.check_trainings(tiny, [Row("shortcut", 1)])
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "distilled"])
@@ -175,7 +196,27 @@ def test_recipes_accept_the_overrides_of_every_model(
         recipe = load_recipe(path, overrides)
         assert recipe.model == f"{MODELS[name].weights_of or name}-seed-1"
         assert recipe.generator.training.seed == 1
-        assert recipe.generator.network.head.kind == MODELS[name].head
+        network = recipe.generator.network
+        assert network.head.kind == MODELS[name].head
+        assert network.backbone.kind == MODELS[name].backbone.replace("-", "_")
+
+
+@pytest.mark.parametrize("images", SETS.values(), ids=SETS.keys())
+def test_recipes_train_backbones_of_equal_size_in_the_same_way(
+    images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    recipes = [load_recipe(images.recipe(MODELS[name])) for name in ("shortcut", "causal", "masked")]
+    first = recipes[0].generator
+    sizes = []
+    for recipe in recipes:
+        assert recipe.autoencoder == recipes[0].autoencoder
+        assert recipe.generator.training == first.training
+        assert recipe.generator.network.head.width == first.network.head.width
+        with torch.device("meta"):
+            model = FAR(ModelConfig(recipe.generator.network, 10, 4, (8, 8)))
+        sizes.append(sum(parameter.numel() for parameter in model.parameters()))
+    assert max(sizes) < 1.02 * min(sizes)
 
 
 @pytest.mark.parametrize("best", list(itertools.product(GUIDANCES, TEMPERATURES)))
@@ -217,8 +258,6 @@ def test_selection_takes_models_and_rows_in_order_of_importance() -> None:
 
 def test_error_of_a_ratio_is_that_of_many_simulated_comparisons() -> None:
     """The propagated error agrees with the spread of ratios of means of three normal draws."""
-    import torch
-
     generator = torch.Generator().manual_seed(0)
     a = 400 + 8 * torch.randn(20_000, 3, generator=generator, dtype=torch.float64)
     b = 440 + 5 * torch.randn(20_000, 3, generator=generator, dtype=torch.float64)

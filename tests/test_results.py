@@ -16,6 +16,7 @@ from benchmarks import (
     results_measure,
     results_plot,
     results_report,
+    results_rows,
     savings,
 )
 from benchmarks.comparison import Row
@@ -47,6 +48,15 @@ def test_all_recorded_rows_of_a_model_come_from_the_same_weights(name: str) -> N
     for row in rows_of(name).values():
         for file, value in row.get("sha256", {}).items():
             assert checksums.setdefault((row["weights"], file), value) == value
+
+
+@pytest.mark.parametrize("name", ["avatars-64", "fashion-mnist"])
+def test_recorded_rows_of_an_image_set_share_autoencoder_training_and_dtype(name: str) -> None:
+    rows = [row for row in rows_of(name).values() if "model.safetensors" in row.get("sha256", {})]
+    assert len(rows) > 10
+    for key in ("training", "dtype", "latent channels"):
+        assert {json.dumps(row[key]) for row in rows} == {json.dumps(rows[0][key])}
+    assert len({row["sha256"]["autoencoder.safetensors"] for row in rows}) == 1
 
 
 def write_model(folder: Path, content: str) -> dict[str, str]:
@@ -96,11 +106,19 @@ def test_other_shared_autoencoder_drops_the_rows_of_all_models(store: Any) -> No
     assert (set(left["rows"]), set(left["sweeps"])) == ({"real"}, set())
 
 
-def test_rows_of_another_number_of_training_images_are_dropped(store: Any) -> None:
-    row = store.values["rows"]["b 1"]
-    store.keep("rows", "b 1", {**row, "training images": 128})
-    store.drop_other_weights(training_images=128)
-    assert set(recorded.Measurements(store.path).values["rows"]) == {"real", "b 1"}
+@pytest.mark.parametrize("common", [{"training": {"steps": 2}}, {"dtype": "float32"}])
+def test_rows_of_another_training_or_dtype_are_dropped_even_without_weights(
+    store: Any, common: dict[str, Any]
+) -> None:
+    for name in "bc":
+        store.keep("rows", f"{name} 1", {**store.values["rows"][f"{name} 1"], **common})
+    store.drop_other_weights(common=common)
+    assert set(recorded.Measurements(store.path).values["rows"]) == {"real", "b 1", "c 1"}
+
+
+def test_rows_of_weights_in_other_folders_are_kept(store: Any) -> None:
+    store.drop_other_weights("1" * 64, within=Path("weights/a"))
+    assert set(recorded.Measurements(store.path).values["rows"]) == {"real", "b 1", "c 1"}
 
 
 @pytest.fixture
@@ -133,20 +151,58 @@ def test_tables_of_savings_and_ablation_have_the_recorded_figures(name: str, tab
     assert results_report.replace_block(page, name, table(values)) == page
 
 
-def test_labels_of_the_plot_overlap_nothing() -> None:
+def recorded_sets() -> dict[str, Any]:
+    names = ("avatars-64", "fashion-mnist")
+    return {name: json.loads((ROOT / f"docs/results/{name}.json").read_text()) for name in names}
+
+
+def with_twice_the_rows(values: dict[str, Any]) -> dict[str, Any]:
+    """Return recorded measurements with a second row close to each, at three times the head steps."""
+    distance, result = values["setting"]["distance"], json.loads(json.dumps(values))
+    for key, row in values["rows"].items():
+        if (times := values["times"].get(key.removesuffix(" seed 0"))) is not None:
+            more = {**row, "steps": 3 * row["steps"], distance: 1.01 * row[distance]}
+            result["rows"][f"{key} more"] = more
+            result["times"][f"{row['name']} {more['steps']}"] = {**times, "batch 1": 1.06 * times["batch 1"]}
+    return result
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_labels_of_the_plot_overlap_nothing(twice: bool) -> None:
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
-    names = ("avatars-64", "fashion-mnist")
-    measured = {name: json.loads((ROOT / f"docs/results/{name}.json").read_text()) for name in names}
+    measured = recorded_sets()
+    if twice:
+        measured = {name: with_twice_the_rows(values) for name, values in measured.items()}
     figure = results_plot.draw(measured)
     for panel in figure.axes:
         boxes = [label.get_window_extent() for label in panel.texts]
-        assert len(boxes) > 10
+        assert len(boxes) > (20 if twice else 10)
         assert not [1 for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
         ticks = [label.get_text() for axis in (panel.xaxis, panel.yaxis) for label in axis.get_ticklabels()]
         assert all(re.fullmatch(r"\d+(\.\d+)?", tick) for tick in ticks)
         for axis in (panel.xaxis, panel.yaxis):
             assert len(axis.get_ticklabels()) >= 4
+
+
+def test_times_of_another_network_or_dtype_are_not_those_of_a_row() -> None:
+    values = recorded_sets()["avatars-64"]
+    row = values["rows"]["shortcut 8 seed 0"]
+    assert results_rows.seconds_of(values, row, 1) == values["times"]["shortcut 8"]["batch 1"]
+    for change in ({"backbone": "any-order"}, {"latent channels": 12}, {"dtype": "float32"}):
+        assert results_rows.seconds_of(values, {**row, **change}, 1) is None
+
+
+def test_models_of_different_backbones_have_lines_of_their_own_in_the_readme() -> None:
+    measured = recorded_sets()
+    for row in measured["avatars-64"]["rows"].values():
+        if row["name"] == "shortcut":
+            row["backbone"] = "any-order"
+    lines = results_report.readme_table(measured).splitlines()
+    [any_order] = (line for line in lines if line.startswith("| any-order | shortcut | 8 |"))
+    [masked] = (line for line in lines if line.startswith("| masked | shortcut (FAR) | 8 |"))
+    assert any_order.split(" | ")[3:] == ["442.4", "", "", " |"]
+    assert masked.split(" | ")[3:] == ["", "", "180.3", "55 |"]
 
 
 def test_error_for_a_missing_sweep_names_the_row(store: Any) -> None:
