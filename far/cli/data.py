@@ -100,5 +100,5 @@ def _open(arguments: argparse.Namespace) -> Source:
         check_exists(Path(arguments.images), "Give a folder with one subfolder of images per class")
         return class_folder_source(Path(arguments.images))
     source = open_source(arguments.images, arguments.label)
-    print(f"{arguments.images}: {source.found.kind}")
+    print(f"{arguments.images}: {source.kind}")
     return source

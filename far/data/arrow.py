@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from tqdm import tqdm
+
 from far.data.sources import File, Found, Item, Record, Source, checked_label, make_source
 from far.errors import InputError
 from far.files import printable, read_json
@@ -127,7 +129,8 @@ def _source(
     tables: list[_Table] = []
     items: list[Item] = []
     columns: _Columns | None = None
-    for number, file in enumerate(files):
+    bar = tqdm(files, f"listing {kind} files", unit="file", mininterval=1, delay=1)
+    for number, file in enumerate(bar):
         with _readable(file.path):
             table = open_table(file.path)
             found = _columns(table.schema, file.path, label)

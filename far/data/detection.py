@@ -45,7 +45,7 @@ def open_source(place: str, label: str | None = None) -> Source:
     else:
         paths = _matches(place)
         source = _open_files(place, Path(os.path.commonpath([path.parent for path in paths])), paths, label)
-    if label is not None and (source.found.walked or source.classes == [UNLABELED]):
+    if label is not None and (source.walked or source.classes == [UNLABELED]):
         raise InputError(f"{place} has no labels named {label!r}. Leave out --label, or give another name")
     return dataclasses.replace(source, label=label)
 
@@ -86,8 +86,8 @@ def _noted(source: Source, others: Sequence[Path]) -> Source:
     """Return a source whose description names the parts that are not used."""
     if not others:
         return source
-    kind = f"{source.found.kind}; not used: {', '.join(path.name for path in others[:5])}"
-    return dataclasses.replace(source, found=dataclasses.replace(source.found, kind=kind))
+    kind = f"{source.kind}; not used: {', '.join(path.name for path in others[:5])}"
+    return dataclasses.replace(source, kind=kind)
 
 
 def _divided(paths: Sequence[Path], words: Callable[[Path], Sequence[str]]) -> tuple[list[File], list[Path]]:

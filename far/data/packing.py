@@ -80,7 +80,7 @@ def write_images(source: Source, folder: Path, preparation: Preparation) -> Summ
             of other images, the source has a held-out part but a share is given, or an image is unreadable
             and ``strict`` is set.
     """
-    if source.found.walked and folder.resolve().is_relative_to(source.root.resolve()):
+    if source.walked and folder.resolve().is_relative_to(source.root.resolve()):
         raise InputError(f"{folder} is inside the folder of images {source.root}. Choose a folder outside")
     digests = _digests(source)
     meta = _meta(source, preparation, digests)
@@ -92,7 +92,7 @@ def write_images(source: Source, folder: Path, preparation: Preparation) -> Summ
             _fill(writers["train"], source, train, preparation)
         else:
             _link(writers["train"], source, train, digests)
-    left_out = Counter(source.found.left_out)
+    left_out = Counter(source.left_out)
     for writer in writers.values():
         left_out.update(writer.report.get("left out", {}))
     ignored = sum(writer.report.get("profiles ignored", 0) for writer in writers.values())
@@ -119,7 +119,7 @@ def _meta(source: Source, preparation: Preparation, digests: np.ndarray) -> dict
     }  # fmt: skip
     if not preparation.crop:
         meta["crop"] = False
-    if not source.found.walked:
+    if not source.walked:
         labels = np.array([record.label for record in source.records])
         meta["labels"] = hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
     linked = {**meta, "kind": "records", "label": source.label}
@@ -267,7 +267,7 @@ def _fill(
     """Write the missing images of ``records``, replace unreadable ones by those of ``spare``, and finish."""
     if writer.complete:
         return
-    if source.found.sequential and writer.folder.name == "train":
+    if source.sequential and writer.folder.name == "train":
         records = source.in_order(records)
     else:
         # Mix the classes, so that the beginning is a fair sample. A fixed order lets packing resume.
@@ -317,7 +317,7 @@ def report_skipped(error: InputError) -> None:
 def _try_read(source: Source, preparation: Preparation, record: Record) -> Found:
     try:
         return prepare_image(
-            lambda: source.found.open(record), source.title(record), preparation.size,
+            lambda: source.open(record), source.title(record), preparation.size,
             keep_colors=preparation.keep_colors, crop=preparation.crop,
         )  # fmt: skip
     except InputError as error:
@@ -326,7 +326,7 @@ def _try_read(source: Source, preparation: Preparation, record: Record) -> Found
 
 def _hints(source: Source) -> list[str]:
     """Return warnings about class folders that may be parts of a data set, or folders of classes."""
-    if not source.found.walked or source.has_parts or source.classes == [UNLABELED]:
+    if not source.walked or source.has_parts or source.classes == [UNLABELED]:
         return []
     within = [Path(record.key).parts for record in source.records]
     parts = all(name.casefold().rstrip("0123456789-_ ") in _PART_NAMES for name in source.classes)

@@ -85,15 +85,20 @@ class Source:
         root: the folder that keys are relative to.
         classes: names in the order of their numbers.
         records: sorted by label, and within a class in the reader's order.
-        found: what the reader has found.
         label: column or JSON key of the labels that the user chose.
+
+    The others are those of :class:`Found`.
     """
 
     name: str
     root: Path
     classes: Sequence[str]
     records: Sequence[Record]
-    found: Found
+    kind: str
+    open: Callable[[Record], IO[bytes]]
+    left_out: Counter[str]
+    sequential: bool = False
+    walked: bool = False
     label: str | None = None
 
     @cached_property
@@ -103,12 +108,12 @@ class Source:
 
     def in_order(self, records: Sequence[Record]) -> Sequence[Record]:
         """Return records in the order in which they are read fastest."""
-        return sorted(records, key=lambda record: record.place) if self.found.sequential else records
+        return sorted(records, key=lambda record: record.place) if self.sequential else records
 
     def digest(self, record: Record) -> bytes:
         """Return the SHA-256 of a record's content; zeros if it cannot be read."""
         try:
-            with self.found.open(record) as file:
+            with self.open(record) as file:
                 return bytes.fromhex(sha256_of(file))
         except OSError:
             return bytes(32)  # decoding will report it
@@ -140,7 +145,8 @@ def make_source(name: str, root: Path, found: Found) -> Source:
     numbers = {text: number for number, text in enumerate(classes)}
     ordered = sorted(zip(texts, items), key=lambda pair: numbers[pair[0]])
     records = [Record(number, numbers[text], *item[1:]) for number, (text, item) in enumerate(ordered)]
-    source = Source(name, root, classes, records, found)
+    rest = (found.kind, found.open, found.left_out, found.sequential, found.walked)
+    source = Source(name, root, classes, records, *rest)
     _check_class_sizes(source)
     return source
 
@@ -202,7 +208,7 @@ def _check_class_names(classes: Sequence[str], source: str) -> None:
 def _check_class_sizes(source: Source) -> None:
     """Raise an :class:`InputError` unless every class can have an image in both parts."""
     if not source.records:
-        left_out = f" ({describe(source.found.left_out)})" if source.found.left_out else ""
+        left_out = f" ({describe(source.left_out)})" if source.left_out else ""
         raise InputError(f"{source.name} has no images{left_out}. Give PNG, JPEG or WebP files")
     count = Counter((record.label, record.held_out) for record in source.records)
     for label, name in enumerate(source.classes):

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from tqdm import tqdm
+
 from far.data.listing import SUFFIXES, is_hidden
 from far.data.sources import File, Found, Item, Record, Source, checked_label, make_source
 from far.errors import InputError
@@ -23,6 +25,8 @@ from far.files import printable
 _LABELS = ("cls", "json", "txt")
 _LABEL_BYTES = 1 << 20
 _BLOCK = 512
+# Some tars are padded with zeros, to 10 KiB as a rule.
+_REST_BYTES = 1 << 20
 
 
 class _Member(NamedTuple):
@@ -54,7 +58,9 @@ def tar_source(name: str, root: Path, files: Sequence[File], label: str | None =
     folders: list[str] = []
     left_out: Counter[str] = Counter()
     endings: set[str] = set()
-    for number, file in enumerate(files):
+    bar = tqdm(files, "listing tars", unit="file", mininterval=1, delay=1)
+    for number, file in enumerate(bar):
+        title = file.path.relative_to(root)
         for sample in _samples(file.path, left_out).values():
             images = _images(sample)
             value = None
@@ -63,8 +69,8 @@ def tar_source(name: str, root: Path, files: Sequence[File], label: str | None =
                 endings.add(ending)
             for each, member in sample.items():
                 if each in images:
-                    key = str(file.path.relative_to(root) / member.name)
-                    items.append(Item(value, key, (number, member.offset, member.size), file.held_out))
+                    place = number, member.offset, member.size
+                    items.append(Item(value, f"{title}/{member.name}", place, file.held_out))
                     folders.append(posixpath.basename(posixpath.dirname(member.name)))
                 elif not images or each not in _LABELS:
                     left_out["." + each.rpartition(".")[2] if each else "without a suffix"] += 1
@@ -88,7 +94,6 @@ def tar_source(name: str, root: Path, files: Sequence[File], label: str | None =
 def _samples(path: Path, left_out: Counter[str]) -> _Samples:
     """Return the files of a tar by sample; ``left_out`` counts members that are hidden or not plain files."""
     samples: _Samples = {}
-    names: set[str] = set()
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             end = 0
@@ -98,9 +103,6 @@ def _samples(path: Path, left_out: Counter[str]) -> _Samples:
                     raise tarfile.ReadError("a size is negative")  # some versions of tarfile would not end
                 end = tar.offset
                 name = posixpath.normpath(member.name)
-                if name in names:
-                    raise InputError(f"{path} has two files named {name!r}. Rename one")
-                names.add(name)
                 if member.isdir():
                     continue
                 if any(map(is_hidden, name.split("/"))):
@@ -109,10 +111,11 @@ def _samples(path: Path, left_out: Counter[str]) -> _Samples:
                     _add(samples, name, member, file)
                 else:
                     left_out["links or special files"] += 1
-            # tarfile ends silently at a damaged header. Every whole tar ends in zeros.
+            # tarfile ends silently at a damaged header, or before a second tar. A whole tar ends in zeros.
             file.seek(tar.offset)
-            if file.read(_BLOCK) != bytes(_BLOCK):
-                raise tarfile.ReadError(f"it has no end mark at byte {tar.offset}")
+            rest = file.read(_REST_BYTES)
+            if len(rest) < _BLOCK or rest.strip(b"\0"):
+                raise tarfile.ReadError(f"it has no end mark at byte {tar.offset}, or content after it")
     except InputError:
         raise
     except Exception as error:  # tarfile raises almost anything on damaged files
@@ -132,7 +135,8 @@ def _add(samples: _Samples, name: str, member: tarfile.TarInfo, file: IO[bytes])
     entry = _Member(name, member.offset_data, member.size, content)
     sample = samples.setdefault(posixpath.join(folder, stem), {})
     if ending in sample:
-        raise InputError(f"{file.name} has {sample[ending].name!r} and {name!r}. Rename one")
+        pair = f"{sample[ending].name!r} and {name!r}"
+        raise InputError(f"{file.name} has two files of one name, {pair}. Remove or rename one")
     sample[ending] = entry
 
 
@@ -150,13 +154,13 @@ def _label(sample: Mapping[str, _Member], path: Path, key: str | None) -> tuple[
     for ending in _LABELS if key is None else ("json",):
         if ending not in sample or (content := sample[ending].content) is None:
             continue
-        title = path / sample[ending].name
+        title = f"{path}/{sample[ending].name}"
         try:
             text = content.decode().strip()
             value = json.loads(text) if ending == "json" else text
         except (ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())
-            raise InputError(f"{printable(str(title))} is not readable ({reason}). Correct it") from error
+            raise InputError(f"{printable(title)} is not readable ({reason}). Correct it") from error
         if ending == "json":
             value = value.get(key or "label") if isinstance(value, dict) else None
         elif re.fullmatch("[0-9]{1,18}", text):

@@ -84,7 +84,7 @@ def _reader_of(reader: ShardReader, source: Source) -> Read:
         title = source.title(record)
         content, found = b"", bytes(32)
         try:
-            with source.found.open(record) as file:
+            with source.open(record) as file:
                 content = file.read()
             found = hashlib.sha256(content).digest()
         except OSError:

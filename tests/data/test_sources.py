@@ -27,7 +27,7 @@ def found(source: Source, *, held_out: bool = False) -> list[tuple[int, str]]:
     """The images of a part: index by color, and class, sorted by index."""
     images = []
     for record in source.records:
-        with source.found.open(record) as file, Image.open(file) as picture:
+        with source.open(record) as file, Image.open(file) as picture:
             index = picture.convert("RGB").getpixel((3, 3))[0]
             assert picture.convert("RGB").getpixel((3, 3)) == color(index)
         if record.held_out == held_out:
@@ -53,10 +53,10 @@ def test_tars_are_read_in_place_with_integer_classes_in_numerical_order(tmp_path
         source = open_source(str(tmp_path / place))
         assert source.classes == ["2", "11"]
         assert found(source) == everything
-        assert not source.found.left_out
+        assert not source.left_out
     for record in source.records:
         path, name = tmp_path / Path(record.key).parent, Path(record.key).name
-        with tarfile.open(path) as tar, source.found.open(record) as file:
+        with tarfile.open(path) as tar, source.open(record) as file:
             assert file.read() == tar.extractfile(name).read()  # type: ignore[union-attr]
     assert found(open_source(str(tmp_path / "set-00{1..1}.tar"))) == everything[4:8]
     with refused(tmp_path / "set-003.tar"):
@@ -77,7 +77,7 @@ def test_tar_is_labeled_by_json_text_or_folders(tmp_path: Path) -> None:
     others = [("notes.md", b"x"), ("top/._a.png", b"x"), ("top/a/0.seg.png", b"x"), ("top/a/0.mask", b"x")]
     source = open_source(str(write_tar(tmp_path / "folders.tar", [*members, *others])))
     assert found(source) == [(0, "a"), (1, "b"), (2, "a"), (3, "b")]
-    assert source.found.left_out == {".md": 1, "hidden": 1, ".png": 1, ".mask": 1}
+    assert source.left_out == {".md": 1, "hidden": 1, ".png": 1, ".mask": 1}
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
@@ -94,7 +94,7 @@ def test_table_lists_images_and_labels(form: str, tmp_path: Path) -> None:
         source = open_source(str(place))
         assert source.classes == ["a", "b"]
         assert found(source) == [(0, "b"), (1, "a"), (2, "b"), (3, "a")]
-        assert source.found.left_out == {f"not in metadata.{form}": 1}
+        assert source.left_out == {f"not in metadata.{form}": 1}
 
 
 def test_folder_without_labels_is_one_class(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_val_folder_is_held_out(tmp_path: Path) -> None:
     source = open_source(str(tmp_path / "net"))
     assert found(source) == [(index, "ab"[index // 3]) for index in range(6)]
     assert found(source, held_out=True) == [(20 + index, "ab"[index // 3]) for index in range(6)]
-    assert source.found.left_out == {"in test/": 6}
+    assert source.left_out == {"in test/": 6}
     shutil.rmtree(tmp_path / "net/val")
     assert found(open_source(str(tmp_path / "net")), held_out=True)[0] == (40, "a")
     shutil.rmtree(tmp_path / "net/test/b")
@@ -140,18 +140,19 @@ def text(name: str, content: str) -> Write:
     return lambda path: (path / name).write_text(content)
 
 
-def tar(members: list[tuple[str, bytes]], cut: int | None = None) -> Write:
+def tar(members: list[tuple[str, bytes]], cut: int | None = None, times: int = 1) -> Write:
     def write(folder: Path) -> None:
         path = write_tar(folder / "a.tar", members)
-        path.write_bytes(path.read_bytes()[:cut])
+        path.write_bytes(times * path.read_bytes()[:cut])
 
     return write
 
 
 FLAWS: dict[str, tuple[Write, str, str]] = {
     "tar cut within an image": (tar(samples([1, 1]), 600), "a.tar", "a.tar"),
-    "tar cut between images": (tar(samples([1, 1]), 2048), "a.tar", "a.tar"),
+    "tar cut between images": (tar(samples([1] * 4), 4096), "a.tar", "a.tar"),
     "tar cut to nothing": (tar(samples([1, 1]), 0), "a.tar", "a.tar"),
+    "two tars in one file": (tar(samples([1, 1]), times=2), "a.tar", "a.tar"),
     "tar with two files of one name": (tar(samples([1, 1]) * 2), "a.tar", "00.png"),
     "tar with labels of two types": (tar(samples([1, 1, "x", "x"])), "a.tar", "a.tar/02.png"),
     "tar with an unlabeled image": (tar([*samples([1, 1]), ("z.png", png(9))]), "a.tar", "a.tar/z.png"),
