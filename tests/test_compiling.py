@@ -26,6 +26,7 @@ from far.sampling import SamplingConfig, SeededNoise, sample, sampling_steps
 from tests.recorded_graphs import Recorder
 from tests.refusals import refused
 from tests.test_recording import assert_equal, sampling, tiny, values_of
+from tests.torchrun import run
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))),
@@ -231,3 +232,9 @@ def test_compiled_training_step_agrees_with_the_plain_one() -> None:
     assert not compiling._faults
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
     check_gradients(model, plain)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_replicas_and_shards_of_compiled_blocks_have_the_gradients_of_plain_ones(parallel: str) -> None:
+    script = Path(__file__).parent / "training/compiled_blocks.py"
+    assert run(2, script, parallel).count("2 graphs") == 2
