@@ -38,12 +38,17 @@ class TimeLeft:
         """Return whether enough steps have been measured for an estimate."""
         return len(self.recent) >= _STEPS and (sum(self.recent) >= _SECONDS or len(self.recent) == _RECENT)
 
+    @property
+    def steps_per_second(self) -> float:
+        """Return the speed of recent steps, of which there must be some."""
+        return len(self.recent) / max(sum(self.recent), 1e-9)
+
     def seconds(self, step: int) -> float | None:
         """Return the estimate after ``step`` finished steps; None before any step was measured."""
         if not self.recent:
             return None
         config = self.config
-        seconds = (config.steps - step) * sum(self.recent) / len(self.recent)
+        seconds = (config.steps - step) / self.steps_per_second
         for activity, every in (("evaluating", config.evaluate_every), ("saving", config.checkpoint_every)):
             seconds += self.pauses.get(activity, 0.0) * times_left(step, config.steps, every)
         return seconds

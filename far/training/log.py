@@ -19,6 +19,9 @@ from far.processes import Processes
 from far.training.config import LoopConfig
 from far.training.estimate import TimeLeft, duration, times_left
 
+# Shorter times left, in seconds, are not announced.
+_WORTH_SAYING = 10.0
+
 
 class Meter:
     """Means of the logged values, throughput and the loader's fraction of the time since the last reading."""
@@ -107,7 +110,8 @@ class TrainingLog:
 
     def _announce(self, step: int) -> None:
         config, seconds = self.config, self.time_left.seconds(step)
-        assert seconds is not None
+        if seconds is None or seconds < _WORTH_SAYING:
+            return
         line = f"{self.path.parent}: about {duration(seconds)} to step {config.steps:,}"
         if unmeasured := times_left(step, config.steps, config.evaluate_every):
             line += f", plus {unmeasured} evaluation{'s' if unmeasured > 1 else ''}"
@@ -152,18 +156,19 @@ class TrainingLog:
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]
-    """Progress bar of steps. Its remaining time counts evaluations and checkpoints; tqdm's own would jump."""
+    """Progress bar of steps. Its time left counts evaluations and checkpoints; tqdm's jumps after each."""
 
     def __init__(self, time_left: TimeLeft, **options: Any) -> None:
         self.time_left = time_left
-        super().__init__(**options)
+        form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}, {rate_fmt}{postfix}]"
+        super().__init__(bar_format=form, **options)
 
     @property
     def format_dict(self) -> MutableMapping[str, Any]:
         values = super().format_dict
-        step = int(self.n)
-        if not self.disable and (seconds := self.time_left.seconds(step)):
-            values["rate"] = (self.time_left.config.steps - step) / seconds
+        values["left"] = "?"
+        if not self.disable and (seconds := self.time_left.seconds(int(self.n))) is not None:
+            values.update(left=tqdm.format_interval(seconds), rate=self.time_left.steps_per_second)
         return values
 
 

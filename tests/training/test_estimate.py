@@ -52,7 +52,7 @@ def test_time_is_announced_after_a_short_measurement_and_kept_in_the_bar(
             training_log.advance()
         with training_log.doing("evaluating"):
             clock.now += 100.0
-        values = training_log.bar.format_dict
+        values, bar = training_log.bar.format_dict, str(training_log.bar)
         clock.now += 3.0
         training_log.advance()
     (line,) = [line for line in capsys.readouterr().out.splitlines() if str(tmp_path / "run") in line]
@@ -60,8 +60,10 @@ def test_time_is_announced_after_a_short_measurement_and_kept_in_the_bar(
     assert minutes is not None
     assert int(minutes[1]) == pytest.approx(997 * 3 / 60, abs=1)
     assert "2 evaluations" in line
-    # The bar's remaining time is (total - n) / rate: 400 steps and the last evaluation.
-    assert (values["total"] - values["n"]) / values["rate"] == pytest.approx(400 * 3.0 + 100.0)
+    # 400 steps of 3 seconds, and the last evaluation.
+    assert values["left"] == "21:40"
+    assert values["rate"] == pytest.approx(1 / 3)
+    assert "21:40" in str(bar)
 
 
 @pytest.mark.parametrize(
