@@ -1,6 +1,7 @@
 """Plot of distance against seconds per image, one panel per image set, readable at 400 pixels of width."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ def draw(measured: dict[str, Any]) -> Any:
     return figure
 
 
-def label_points(panel: Any, x: list[float], y: list[float], names: list[Any], color: str) -> None:
+def label_points(
+    panel: Any, x: Sequence[float], y: Sequence[float], names: Sequence[object], color: str
+) -> None:
     """Write a name on each point, which :func:`place_labels` moves beside it."""
     from matplotlib.patheffects import withStroke
 

@@ -213,8 +213,9 @@ def sweep_table(measured: dict[str, Any]) -> str:
     lines = []
     for name, values in measured.items():
         for model, steps in TEMPERATURE_ROWS:
-            rows = rows_of(values, model).get(steps)
-            guidance = rows[0]["sampling"]["guidance"] if rows else 0
+            if not (rows := rows_of(values, model).get(steps)):
+                continue
+            guidance = rows[0]["sampling"]["guidance"]
             keys = [sweep_key(Row(model, steps), guidance, temperature) for temperature in TEMPERATURES]
             found = [values["sweeps"].get(key) for key in keys]
             if None not in found:
