@@ -10,8 +10,9 @@ bfloat16.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.results_report import replace_block
@@ -30,6 +32,7 @@ from far.files import atomic_path
 from far.heads import DiffusionConfig, ShortcutConfig
 from far.model import FAR, PRESETS, ModelConfig, NetworkConfig
 from far.tokens import sample_mask_ratio
+from far.training.activations import checkpoint_activations
 
 DOCUMENT = Path("docs/cluster.md")
 GB = 10**9
@@ -113,39 +116,73 @@ def _parameters(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def kept_by(config: ModelConfig, mask_ratio: float, gpu: bool = True) -> Kept:
-    """Return what the forward pass keeps, from fake tensors: the growth from two images to four."""
-    two, four = (_saved(config, images, mask_ratio, gpu) for images in (2, 4))
-    image = (four - two) // 2
-    return Kept(two - 2 * image, image)
+def kept_by(config: ModelConfig, mask_ratio: float, gpu: bool = True, checkpointed: bool = False) -> Kept:
+    """Return what the forward pass keeps, from fake tensors: the growth from two images to four.
+
+    With ``checkpointed`` activations, each image keeps the inputs of all blocks, and all of the block that is
+    computed again. Autocast's copies of weights last until the forward pass ends.
+    """
+    two, four = (_saved(config, images, mask_ratio, gpu, checkpointed) for images in (2, 4))
+    outside, *blocks = [(more - less) // 2 for less, more in zip(two, four, strict=True)]
+    return Kept(sum(two) - 2 * (outside + sum(blocks)), outside + max(blocks, default=0))
 
 
-def _saved(config: ModelConfig, images: int, mask_ratio: float, gpu: bool) -> int:
-    """Return the bytes of the tensors that the loss keeps: each storage once, without parameters."""
-    kept: dict[int, torch.UntypedStorage] = {}  # keeps the storages, so that no id is reused
+Storages = dict[int, torch.UntypedStorage]  # keeps the storages, so that no id is reused
 
-    def note(tensor: Tensor) -> Tensor:
-        kept[id(tensor.untyped_storage())] = tensor.untyped_storage()
-        return tensor
+
+def _saved(config: ModelConfig, images: int, mask_ratio: float, gpu: bool, checkpointed: bool) -> list[int]:
+    """Return the bytes of the tensors that the loss keeps: each storage once, without parameters.
+
+    With ``checkpointed`` activations, the bytes of each block that is computed again follow.
+    """
+    kept: Storages = {}
+    blocks: list[Storages] = []
+
+    def block(forward: Callable[..., Tensor], *inputs: Any, use_reentrant: bool) -> Tensor:
+        """Replace torch's checkpoint: account for what it keeps and what it computes again."""
+        if not torch.is_grad_enabled():
+            return forward(*inputs)
+        blocks.append({})
+        for value in tree_leaves(inputs):
+            if isinstance(value, Tensor):
+                _note(kept, value)
+        with _noting(blocks[-1]):
+            return forward(*inputs)
 
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(_outline(config, mask_ratio))
+        if checkpointed:
+            checkpoint_activations(model)
+        stack.enter_context(mock.patch("far.training.activations.checkpoint", block))
         stack.enter_context(torch.autocast("cpu", torch.bfloat16))
         if gpu:
             stack.enter_context(_kernels_of_a_gpu())
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor))
+        stack.enter_context(_noting(kept))
         _loss(model, images)
         parameters = {id(parameter.untyped_storage()) for parameter in model.parameters()}
-        return sum(storage.nbytes() for key, storage in kept.items() if key not in parameters)
+    own = [{key: block[key] for key in block.keys() - kept.keys()} for block in blocks]
+    return [sum(part[key].nbytes() for key in part.keys() - parameters) for part in (kept, *own)]
 
 
-def flops(config: ModelConfig) -> float:
+def _note(storages: Storages, tensor: Tensor) -> Tensor:
+    storages[id(tensor.untyped_storage())] = tensor.untyped_storage()
+    return tensor
+
+
+def _noting(storages: Storages) -> contextlib.AbstractContextManager[None]:
+    """Note the tensors that the block's operations keep for the backward pass."""
+    return torch.autograd.graph.saved_tensors_hooks(functools.partial(_note, storages), lambda tensor: tensor)
+
+
+def flops(config: ModelConfig, checkpointed: bool = False) -> float:
     """Return the FLOP of a training step's matrix products (both passes), per image at the mean mask."""
     with (
         _outline(config, mean_mask_ratio(config)) as model,
         FlopCounterMode(display=False) as counter,
         sdpa_kernel(SDPBackend.MATH),
     ):
+        if checkpointed:
+            checkpoint_activations(model)
         _loss(model, 8).backward()
     return counter.get_total_flops() / 8
 
@@ -198,11 +235,11 @@ def mean_mask_ratio(config: ModelConfig) -> float:
     )
 
 
-def largest_kept(config: ModelConfig, gpu: bool = True) -> Kept:
+def largest_kept(config: ModelConfig, gpu: bool = True, checkpointed: bool = False) -> Kept:
     """Return what the largest step keeps: few masks enlarge the encoder's part, many the head's."""
     backbone = config.network.backbone
     ratios = (backbone.mask_ratio_min, 1.0) if isinstance(backbone, MaskedConfig) else (1.0,)
-    return max((kept_by(config, ratio, gpu) for ratio in ratios), key=lambda kept: kept.image)
+    return max((kept_by(config, ratio, gpu, checkpointed) for ratio in ratios), key=lambda kept: kept.image)
 
 
 # --- Tables ------------------------------------------------------------------------------------------
@@ -257,7 +294,22 @@ def computed_tables() -> dict[str, str]:
         ),
         "utilization": calibration(utilization),
         "mar-memory": mar_memory(),
+        "checkpointed": checkpointed_table(),
     }
+
+
+def checkpointed_table() -> str:
+    """Return memory and arithmetic with checkpointed activations, and the images that then fit."""
+    rows = []
+    for name, network in PRESETS.items():
+        config = ModelConfig(network)
+        sizes, kept = sizes_of(config), largest_kept(config, checkpointed=True)
+        images = [fits(sizes, kept, gpu, *way) for way in (("ddp", 8, 2), ("fsdp", 8, 1)) for gpu in GPUS]
+        work = flops(config, checkpointed=True)
+        rows.append([f"`{name}`", f"{kept.image / GB:.3f}", f"{work / 1e9:.0f}", *map(str, images)])
+        print(name, "checkpointed", flush=True)
+    columns = [f"{way}, {gpu} GB" for way in ("DDP", "FSDP2") for gpu in GPUS]
+    return table(["preset", "more GB per image", "GFLOP per image", *columns], rows)
 
 
 def networks_table() -> str:

@@ -13,7 +13,13 @@ from far.benchmark import machine, product_peak
 from far.model import PRESETS, ModelConfig
 from far.recipe import load_recipe
 
-WAYS = {"1 process": ("ddp", 1), "2 processes, DDP": ("ddp", 2), "2 processes, FSDP2": ("fsdp", 2)}
+# Engine, processes, and whether activations are checkpointed.
+WAYS = {
+    "1 process": ("ddp", 1, False),
+    "2 processes, DDP": ("ddp", 2, False),
+    "2 processes, FSDP2": ("fsdp", 2, False),
+    "1 process, checkpointed": ("ddp", 1, True),
+}
 
 
 def models() -> dict[str, tuple[ModelConfig, tuple[int, ...]]]:
@@ -29,15 +35,18 @@ def measured_tables() -> dict[str, str]:
     """Return the measured tables by name."""
     of_memory = []
     for name, (config, batches) in models().items():
-        sizes, kept = sizes_of(config), kept_by(config, 1.0, gpu=False)
+        sizes = sizes_of(config)
+        kept = [kept_by(config, 1.0, gpu=False, checkpointed=checkpointed) for checkpointed in (False, True)]
         for images in batches:
-            for way, (parallel, processes) in WAYS.items():
+            for way, (parallel, processes, checkpointed) in WAYS.items():
                 # One process accumulates, so that its gradients exist during the forward pass, as with DDP.
                 micro_batches = 1 if parallel == "fsdp" else 2
                 # Return freed memory to the system at once: glibc keeps much of it otherwise.
                 options = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-                found = train(name, images, parallel, processes, micro_batches, steps=2, **options)["bytes"]
-                computed = memory(sizes, kept, images, parallel, processes, micro_batches)
+                found = train(
+                    name, images, parallel, processes, micro_batches, 2, checkpointed=checkpointed, **options
+                )["bytes"]
+                computed = memory(sizes, kept[checkpointed], images, parallel, processes, micro_batches)
                 row = [
                     name,
                     way,
@@ -82,7 +91,15 @@ def measured_speed() -> str:
 
 
 def train(
-    name: str, images: int, parallel: str, processes: int, micro_batches: int, steps: int, **variables: str
+    name: str,
+    images: int,
+    parallel: str,
+    processes: int,
+    micro_batches: int,
+    steps: int,
+    *,
+    checkpointed: bool = False,
+    **variables: str,
 ) -> dict:
     """Return the measurements of ``benchmarks.cluster_process`` in new processes with these variables."""
     launcher = (
@@ -90,7 +107,7 @@ def train(
         if processes > 1
         else []
     )
-    arguments = [name, images, parallel, micro_batches, steps]
+    arguments = [name, images, parallel, micro_batches, steps, *(["checkpointed"] if checkpointed else [])]
     command = [sys.executable, *launcher, "-m", "benchmarks.cluster_process", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     printed = subprocess.run(

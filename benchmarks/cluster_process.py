@@ -1,6 +1,6 @@
 """A process that ``benchmarks.cluster --measure`` starts: measures training steps of random latents.
 
-    python -m benchmarks.cluster_process far-b IMAGES PARALLEL MICRO_BATCHES STEPS
+    python -m benchmarks.cluster_process far-b IMAGES PARALLEL MICRO_BATCHES STEPS [checkpointed]
 
 A step has MICRO_BATCHES of IMAGES per process. Everything is masked, so that all steps are equal. Prints as
 JSON the largest rise of the first process's memory in bytes, and the seconds of the steps.
@@ -57,7 +57,13 @@ def main() -> None:
     images, micro_batches, steps = (int(sys.argv[place]) for place in (2, 4, 5))
     with joined() as processes, mock.patch("far.backbone.masked.sample_mask_ratio", return_value=1.0):
         parts = processes.count * micro_batches
-        config = LoopConfig(steps=steps, batch_size=parts * images, micro_batches=parts, parallel=parallel)
+        config = LoopConfig(
+            steps=steps,
+            batch_size=parts * images,
+            micro_batches=parts,
+            parallel=parallel,
+            checkpoint_activations="checkpointed" in sys.argv,
+        )
 
         def trainer_of(model: ModelConfig) -> Trainer:
             # The task is never saved or evaluated.

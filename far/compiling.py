@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from far.errors import InputError
+from far.layers import blocks_of
 from far.packing import Int8Linear, PackedLinear
 
 # A block has variants by kind, state of the cache, number of axes, sizes of one, dtype and gradient mode.
@@ -28,20 +29,15 @@ _faults: list[str] = []
 def compile_blocks(module: nn.Module) -> None:
     """Compile the blocks of a backbone and a head in place, each when it first runs.
 
-    Blocks are the children of every ``ModuleList`` whose name ends in ``blocks``. Sizes are symbolic, so AR
-    steps and batches share compiled code. Parameters keep their names, and copies of the module are plain.
+    Sizes are symbolic, so AR steps and batches share compiled code. Parameters keep their names, and copies
+    of the module are plain.
     Blocks with packed or 8-bit weights stay plain, and all do if compiling fails, for example without a C++
     compiler: one line on stderr names the reason.
 
     Raises:
         InputError: the module has no such blocks, as an autoencoder.
     """
-    blocks = [
-        block
-        for name, children in module.named_modules()
-        if isinstance(children, nn.ModuleList) and name.endswith("blocks")
-        for block in children
-    ]
+    blocks = blocks_of(module)
     if not blocks:
         raise InputError(f"compile is for generators, not for {type(module).__name__}. Set it to false")
     if any(isinstance(part, PackedLinear | Int8Linear) for part in module.modules()):

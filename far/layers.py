@@ -85,6 +85,16 @@ def as_input(tokens: Tensor, dtype: torch.dtype) -> Tensor:
     return tokens.to(dtype)
 
 
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """Return the blocks of backbones and heads: children of every ``ModuleList`` named ``…blocks``."""
+    return [
+        block
+        for name, children in module.named_modules()
+        if isinstance(children, nn.ModuleList) and name.endswith("blocks")
+        for block in children
+    ]
+
+
 class FeedForward(nn.Module):
     """Linear, GELU, linear, with a hidden width of four times ``width``."""
 

@@ -13,13 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from torchrun import run
 
 from benchmarks import cluster
 from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
 from far.heads import DiffusionConfig, FlowConfig, ShortcutConfig
+from far.layers import blocks_of
 from far.model import FAR, PRESETS, ModelConfig, NetworkConfig
 from far.recipe import load_recipe
+from far.training.activations import checkpoint_activations
 from far.training.config import LoopConfig
 from far.training.generator import GeneratorTask
 from far.training.log import Meter
@@ -108,30 +111,68 @@ def test_computed_activations_are_what_the_forward_pass_keeps(network: NetworkCo
     """Fake tensors give the bytes that real tensors keep, and these grow linearly with the images."""
     config = ModelConfig(network, 3, 4, (4, 4))
     kept = cluster.kept_by(config, 1.0, gpu=False)
+    expected, _ = real_bytes(config, 6)
+    # With fake tensors, norms of mixed dtypes keep two values per row in the shorter dtype.
+    assert 0 <= expected - (kept.fixed + 6 * kept.image) <= 0.0012 * expected
+
+
+@each_network
+def test_computed_checkpoints_are_the_inputs_of_all_blocks_and_the_largest_block(
+    network: NetworkConfig,
+) -> None:
+    config = ModelConfig(network, 3, 4, (4, 4))
+    kept = cluster.kept_by(config, 1.0, gpu=False, checkpointed=True)
+    inputs = [real_bytes(config, images, checkpointed=True)[0] for images in (2, 6)]
+    blocks = zip(*(real_bytes(config, images)[1] for images in (2, 6)))
+    expected = (inputs[1] - inputs[0] + max(six - two for two, six in blocks)) / 4
+    assert 0 <= expected - kept.image <= 0.0012 * expected
+
+
+def real_bytes(config: ModelConfig, images: int, checkpointed: bool = False) -> tuple[int, list[int]]:
+    """Return what the loss of real tensors keeps, and what each block keeps beside its inputs."""
     torch.manual_seed(0)
-    model, found = FAR(config), {}
+    model = FAR(config)
+    if checkpointed:
+        checkpoint_activations(model)
+    storages: dict[int, torch.UntypedStorage] = {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    before: list[set[int]] = []
+    blocks: list[int] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    latents, labels, generator = (
-        torch.randn(6, 4, 4, 4),
-        torch.zeros(6, dtype=torch.long),
-        torch.Generator().manual_seed(0),
-    )
-    if isinstance(network.backbone, MaskedConfig):
+    def size(keys: set[int]) -> int:
+        return sum(storages[key].nbytes() for key in keys - parameters)
+
+    def before_block(block: torch.nn.Module, inputs: tuple) -> None:
+        before.append(set(storages))
+        if checkpointed and torch.is_grad_enabled():  # torch's hooks do not see tensors in tuples
+            for tensor in tree_leaves(inputs):
+                if isinstance(tensor, torch.Tensor):
+                    note(tensor)
+
+    def after_block(block: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        given = [value for value in tree_leaves(inputs) if isinstance(value, torch.Tensor)]
+        blocks.append(
+            size(storages.keys() - before.pop() - {value.untyped_storage().data_ptr() for value in given})
+        )
+
+    for block in blocks_of(model):
+        block.register_forward_pre_hook(before_block)
+        block.register_forward_hook(after_block)
+    generator = torch.Generator().manual_seed(0)
+    latents, labels = torch.randn(images, 4, *config.grid), torch.zeros(images, dtype=torch.long)
+    if isinstance(config.network.backbone, MaskedConfig):
         model.backbone.training_inputs = all_masked  # type: ignore[assignment]
     with (
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16),
     ):
         loss = model.loss(latents, labels, generator, label_drop=0.1).value.mean()
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     assert loss.isfinite()
-    expected = sum(storage.nbytes() for key, storage in found.items() if key not in parameters)
-    # With fake tensors, norms of mixed dtypes keep two values per row in the shorter dtype.
-    assert 0 <= expected - (kept.fixed + 6 * kept.image) <= 0.0012 * expected
+    return size(set(storages)), blocks
 
 
 def all_masked(

@@ -47,6 +47,9 @@ class LoopConfig:
             minute or more; results change by rounding.
         parallel: with several processes, ``ddp`` replicates the module; ``fsdp`` shards it, trading
             communication for memory.
+        checkpoint_activations: keep only the inputs of a generator's blocks for the backward pass, which
+            computes the rest again: at most a quarter of the memory per image, 1.3 times the arithmetic, the
+            same gradients. Not with ``compile``.
         seed: fixes weights, batches and noise; each step depends on the seed and its number only.
         log_every: steps between lines of log.jsonl.
         checkpoint_every: steps between checkpoints.
@@ -71,6 +74,7 @@ class LoopConfig:
     device: str = "auto"
     compile: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    checkpoint_activations: bool = False
     seed: int = 0
     log_every: int = 50
     checkpoint_every: int = 1000
@@ -98,6 +102,9 @@ class LoopConfig:
         if size % parts:
             raise InputError(f"batch_size {size} / micro_batches {parts} is not a whole number")
         check_seed("seed", self.seed)
+        # If compiling fails, torch's captured graphs would draw other dropout when they run again.
+        if self.compile and self.checkpoint_activations:
+            raise InputError("compile and checkpoint_activations are both true. Set one of them to false")
         if not 0 < self.decay_fraction <= 1:
             raise InputError(f"decay_fraction {self.decay_fraction} must be above 0 and at most 1")
         if not 0 <= self.ema_decay < 1:

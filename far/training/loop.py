@@ -27,6 +27,7 @@ from far.files import remove_leftovers
 from far.interrupt import DeferredInterrupt, Interrupted
 from far.processes import Processes
 from far.seeds import seed_all
+from far.training.activations import checkpoint_activations
 from far.training.checkpoint import named_tensors, newest_values, open_checkpoint, save_checkpoint
 from far.training.config import LoopConfig
 from far.training.ema import Ema
@@ -146,6 +147,8 @@ class Trainer:
         self.checkpoints = checkpoints_folder(folder)
         self.module, self.discriminator = task.module.to(config.device).train(), task.discriminator
         self.ema = Ema(self.module, config.ema_decay)
+        if config.checkpoint_activations:  # not in the average, which is evaluated
+            checkpoint_activations(self.module)
         if config.compile:
             compile_blocks(self.module)
         self.losses: nn.Module = Losses(task)
