@@ -69,7 +69,10 @@ class ShortcutHead(Head):
         sizes = step_sizes(steps)
         # Fill on the device: values of the host would be copied. Sums of powers of two are exact.
         d = torch.cat([like.new_full((sizes.count(size),), size) for size in dict.fromkeys(sizes)])
-        times = self.network.embed_times(*_times(d.cumsum(dim=0) - d, d))
+        # Starts of the steps. Not by cumsum, whose sums have no fixed order on CUDA.
+        index = torch.arange(steps, device=like.device, dtype=like.dtype)
+        t = (index + index.clamp(max=sizes.count(sizes[0]))) * (sizes[0] / 2)
+        times = self.network.embed_times(*_times(t, d))
 
         def draw(condition: Condition, normal: Normal, temperature: float) -> Tensor:
             embedded = condition.map(self.network.embed_condition)

@@ -30,6 +30,7 @@ from far.seeds import seed_all
 from far.training.activations import checkpoint_activations
 from far.training.checkpoint import named_tensors, newest_values, open_checkpoint, save_checkpoint
 from far.training.config import LoopConfig
+from far.training.determinism import deterministic_algorithms
 from far.training.ema import Ema
 from far.training.estimate import size_line
 from far.training.log import Meter, TrainingLog
@@ -89,12 +90,12 @@ def train(
 
     Raises:
         InputError: the folder holds a run and ``resume`` is false, another command is writing to it, too many
-            losses in a row are not finite, the processes cannot share the micro-batches evenly, or they do
-            not see the same folder.
+            losses in a row are not finite, the processes cannot share the micro-batches evenly, they do not
+            see the same folder, or an operation is not ``deterministic``.
         Interrupted: Ctrl-C or SIGTERM arrived. A checkpoint of the finished steps is saved.
     """
     trainer = Trainer(task, config, folder, processes)
-    with processes.alone_in(folder):
+    with processes.alone_in(folder), deterministic_algorithms(trainer.config.deterministic):
         trainer.restore(resume)
         trainer.run()
     return trainer.results
