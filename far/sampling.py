@@ -278,6 +278,7 @@ class _Conditions:
 
     def _pass(self, *inputs: Tensor, halves: int) -> tuple[Tensor, ...]:
         """Return ``z`` with the class and, for two ``halves``, also without it, from one pass."""
-        inputs = tuple(torch.cat([tensor] * halves) for tensor in inputs)
+        if halves > 1:
+            inputs = tuple(torch.cat([tensor] * halves) for tensor in inputs)
         z = self.backbone(*inputs, self.labels[: len(inputs[0])], self.cache)
         return z.chunk(halves)  # type: ignore[no-any-return]
