@@ -4,6 +4,7 @@ An image set is a folder with train/ and held-out/ in it. The same command conti
 """
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def with_kind(arguments: Sequence[str]) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
 
-    help_text = "your own images, whose kind is detected; leave out the word from"
+    help_text = "your own images, of any kind; the word from may be left out"
     images = sources.add_parser("from", help=help_text, allow_abbrev=False)
     images.add_argument("images", help="folder of images, or .tar, .parquet, .csv or .jsonl files")
     _add_preparation(images)
@@ -55,7 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _pixels(text: str) -> int | tuple[int, int]:
     """Return the side of squares, or (height, width)."""
-    width, height = map(int, text.split("x")) if "x" in text else (int(text),) * 2
+    match = re.fullmatch("([0-9]{1,9})(?:x([0-9]{1,9}))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a side nor WIDTHxHEIGHT")
+    width, height = int(match[1]), int(match[2] or match[1])
     return width if width == height else (height, width)
 
 
