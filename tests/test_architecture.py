@@ -79,7 +79,7 @@ FLOORS = [
             "far.evaluation*",
         ),
     ),
-    (6, ("far.recipe", "far.recipe_keys")),
+    (6, ("far.recipe", "far.recipe_keys", "far.recipe_new")),
     (7, ("far.cli*",)),
     (8, ("far.__main__",)),
 ]

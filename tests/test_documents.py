@@ -164,7 +164,8 @@ def test_broken_links_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def commands(document: Path) -> list[list[str]]:
     """Return every command of the sh blocks, in words."""
-    lines = "".join(block.code for block in blocks(document, "sh")).replace("\\\n", " ").splitlines()
+    code = "".join(block.code for block in blocks(document, "sh"))
+    lines = code.replace("\\\n", " ").replace(" && ", "\n").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 

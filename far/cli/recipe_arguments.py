@@ -37,12 +37,17 @@ def check_inputs(
     """
     same = shlex.join([str(arguments.recipe), *arguments.overrides])
     tokenizer = recipe.autoencoder_folder if autoencoder else None
-    for part in ("train", "held-out"):
-        if not (Path(recipe.data) / part / "index.json").exists():
-            command = f"far data IMAGES {shlex.quote(recipe.data)}"
-            others = "or far data avatars, far data fashion-mnist"
-            raise InputError(f"{recipe.data} holds no image set. Write it first: {command} ({others})")
+    check_image_set(recipe.data)
     if tokenizer is not None and not (tokenizer / "config.json").exists():
         raise InputError(f"{tokenizer} holds no autoencoder. Train it first: far train-autoencoder {same}")
     if latents and not (recipe.latents_folder / "index.json").exists():
         raise InputError(f"{recipe.latents_folder} holds no latents. Make them first: far cache {same}")
+
+
+def check_image_set(data: str) -> None:
+    """Raise an :class:`InputError` that names the command to run first unless ``data`` holds an image set."""
+    for part in ("train", "held-out"):
+        if not (Path(data) / part / "index.json").exists():
+            command = f"far data IMAGES {shlex.quote(data)}"
+            others = "or far data avatars, far data fashion-mnist"
+            raise InputError(f"{data} holds no image set. Write it first: {command} ({others})")

@@ -129,7 +129,7 @@ class AutoencoderTask:
         """Measure the latents' scale and shift if the encoder is trained, then write config and weights."""
         assert isinstance(ema, Autoencoder)
         if self.stage == "all":
-            rows = torch.arange(0, len(self.train_images), max(1, len(self.train_images) // 2000))
+            rows = statistics_rows(len(self.train_images))
             ema.config = dataclasses.replace(ema.config, **latent_statistics(ema, self.train_images, rows))
         save_autoencoder(ema, folder, results)
 
@@ -201,6 +201,12 @@ def reconstruction_figures(
     return {**means, **distances, "images": len(rows)}
 
 
+def statistics_rows(count: int) -> Tensor:
+    """Return the rows of ``count`` images for the latents' statistics: all, or some 2,000."""
+    return torch.arange(0, count, max(1, count // 2000))
+
+
+@torch.no_grad()
 def latent_statistics(autoencoder: Autoencoder, images: ShardReader, rows: Tensor) -> dict[str, Any]:
     """Return ``scale`` and ``shift`` that give every channel of sampled latents mean 0 and std 1.
 
