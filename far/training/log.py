@@ -113,8 +113,9 @@ class TrainingLog:
         if seconds is None or seconds < _WORTH_SAYING:
             return
         line = f"{self.path.parent}: about {duration(seconds)} to step {config.steps:,}"
-        if unmeasured := times_left(step, config.steps, config.evaluate_every):
-            line += f", plus {unmeasured} evaluation{'s' if unmeasured > 1 else ''}"
+        evaluations = times_left(step, config.steps, config.evaluate_every)
+        if "evaluating" not in self.time_left.pauses:  # else the seconds count them
+            line += f", plus {evaluations} evaluation{'s' if evaluations > 1 else ''}"
         if self.processes.rank == 0:
             self.bar.write(line)
 

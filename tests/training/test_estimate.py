@@ -66,6 +66,25 @@ def test_time_is_announced_after_a_short_measurement_and_kept_in_the_bar(
     assert "21:40" in str(bar)
 
 
+def test_announced_time_counts_evaluations_only_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = types.SimpleNamespace(now=0.0, perf_counter=lambda: clock.now, time=lambda: 0.0)
+    monkeypatch.setattr(log, "time", clock)
+    config = LoopConfig(steps=100, evaluate_every=2, checkpoint_every=100)
+    with TrainingLog(tmp_path / "run", config, 0, Processes()) as training_log:
+        for step in range(1, 5):
+            clock.now += 3.0
+            training_log.advance()
+            if step == 2:
+                with training_log.doing("evaluating"):
+                    clock.now += 300.0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if str(tmp_path / "run") in line]
+    # 96 steps of 3 seconds and 48 evaluations.
+    assert "4.1 hours" in line
+    assert "evaluation" not in line
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(40, "40 seconds"), (119, "119 seconds"), (150, "2 minutes"), (31 * 60, "31 minutes"),
