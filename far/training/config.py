@@ -244,6 +244,9 @@ class AutoencoderRecipe:
 
     def __post_init__(self) -> None:
         _check_rates(self.training, "head", "class_embedding", model="an autoencoder")
+        for name in ("compile", "checkpoint_activations"):
+            if getattr(self.training, name):
+                raise InputError(f"{name} is for generators, not for an autoencoder. Set it to false")
         if self.stage == "decoder" and self.start_from is None:
             raise InputError("stage decoder needs a trained autoencoder. Name it in autoencoder.start_from")
 
@@ -299,6 +302,8 @@ class GeneratorRecipe:
             raise InputError(f"{problem}. Remove backbone from freeze: its own weights stay in any case")
         if {"class_embedding", "backbone", "head"} <= {*freeze}:
             raise InputError(f"freeze {freeze} leaves nothing to train. Remove a part")
+        frozen = {*freeze} if self.frozen_backbone is None else {"class_embedding"}
+        _check_rates(self.training, *sorted(frozen - {"backbone"}), model="a part that is frozen")
 
 
 @dataclasses.dataclass(frozen=True)

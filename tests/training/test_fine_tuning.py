@@ -227,6 +227,11 @@ def test_new_parts_cannot_be_frozen(
         (["start_from=a", "adapter_rank=-1"], ["adapter_rank -1"]),
         (["start_from=a", "adapter_rank=1000000"], ["adapter_rank 1000000"]),
         (["training.class_embedding_learning_rate=0"], ["class_embedding_learning_rate"]),
+        (["start_from=a", "freeze=[head]", "training.head_learning_rate=0.1"], ["head_learning_rate 0.1"]),
+        (
+            ["frozen_backbone=a", "training.class_embedding_learning_rate=0.1"],
+            ["class_embedding_learning_rate 0.1"],
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(
@@ -236,10 +241,18 @@ def test_settings_that_contradict_each_other_are_refused(
         load_recipe(recipe, [f"generator.{option}" for option in options])
 
 
-def test_rates_of_missing_parts_are_refused(recipe: Path) -> None:
-    for part in ("head", "class_embedding"):
-        with refused(f"{part}_learning_rate"):
-            load_recipe(recipe, [f"autoencoder.training.{part}_learning_rate=0.1"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("head_learning_rate", "0.1"),
+        ("class_embedding_learning_rate", "0.1"),
+        ("compile", "true"),
+        ("checkpoint_activations", "true"),
+    ],
+)
+def test_settings_of_generators_are_refused_for_an_autoencoder(name: str, value: str, recipe: Path) -> None:
+    with refused(name):
+        load_recipe(recipe, [f"autoencoder.training.{name}={value}"])
 
 
 def test_converted_mar_is_fine_tuned_on_a_folder_of_images(tmp_path: Path) -> None:
