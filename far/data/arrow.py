@@ -200,8 +200,13 @@ def _columns(schema: Any, path: Path, label: str | None) -> _Columns:
         listed = ", ".join(map(repr, names))
         raise InputError(printable(f"{path} has no column {label!r}, only {listed}. Give another --label"))
     texts = features.get(label or "", {}).get("names")
-    plain = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
-    return _Columns(fields[chosen[0]], label, texts if plain else None)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return _Columns(fields[chosen[0]], label, None)
+    if len({*texts}) < len(texts):
+        twice = next(text for text in texts if texts.count(text) > 1)
+        wrong = f"{path} has the name {twice!r} for several classes of {label!r}"
+        raise InputError(printable(f"{wrong}. Rename one"))
+    return _Columns(fields[chosen[0]], label, texts)
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:

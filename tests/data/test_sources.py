@@ -167,6 +167,9 @@ FLAWS: dict[str, tuple[Write, str, str]] = {
     ),
     "parquet with a missing label": (parquet(image_table([1, 1, None])), "a.parquet", "row 2"),
     "parquet with an unknown class": (parquet(image_table([0, 0, 2], ["a", "b"])), "a.parquet", "row 2"),
+    "parquet with two classes of one name": (
+        parquet(image_table([0, 1, 2], ["crane", "macaw", "crane"])), "a.parquet", "'crane'"
+    ),
     "parquet with numbers as labels": (parquet(image_table([0.5, 0.5])), "a.parquet", "row 0"),
     "no parquet": (text("a.parquet", "PAR1 PAR1"), "a.parquet", "a.parquet"),
     "CSV with a missing file": (text("a.csv", "path,label\n00.png,a\n09.png,a\n"), "a.csv", "line 3"),
