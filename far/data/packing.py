@@ -92,6 +92,8 @@ def write_images(source: Source, folder: Path, preparation: Preparation) -> Summ
             _fill(writers["train"], source, train, preparation)
         else:
             _link(writers["train"], source, train, digests)
+    elif not preparation.copy:
+        writers["train"].finish()  # the images may have moved
     left_out = Counter(source.left_out)
     for writer in writers.values():
         left_out.update(writer.report.get("left out", {}))
@@ -122,7 +124,8 @@ def _meta(source: Source, preparation: Preparation, digests: np.ndarray) -> dict
     if not source.walked:
         labels = np.array([record.label for record in source.records])
         meta["labels"] = hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
-    linked = {**meta, "kind": "records", "label": source.label}
+    place = str(Path(source.name).absolute())  # far cache may run in another folder
+    linked = {**meta, "kind": "records", "label": source.label, "source": place}
     return {"held-out": meta, "train": meta if preparation.copy else linked}
 
 

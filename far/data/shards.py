@@ -61,7 +61,7 @@ class ShardWriter:
 
     Args:
         meta: describes the rows (kind, classes, size …). To continue a folder, it must be equal except for
-            ``"source"``, the place of the data: equal content is equal data.
+            ``"source"``, the place of the data: equal content is equal data, and the new place is stored.
         processes: ranks that open the folder together and then :meth:`fill` it. Rank 0 owns the index.
 
     Raises:
@@ -94,7 +94,7 @@ class ShardWriter:
         for shard in index["shards"]:
             if not (path := self.folder / shard["file"]).exists():
                 raise InputError(f"{path} is missing. Remove {self.folder} and make it again")
-        return index
+        return {**index, "meta": ours}
 
     @property
     def complete(self) -> bool:

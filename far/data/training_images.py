@@ -18,7 +18,7 @@ from far.data.images import prepare_image, skip_reason
 from far.data.packing import report_skipped
 from far.data.shards import ShardReader
 from far.data.sources import Source
-from far.errors import InputError
+from far.errors import InputError, prefix_errors
 
 
 class Batch(NamedTuple):
@@ -55,7 +55,8 @@ def open_training_images(folder: Path) -> tuple[ShardReader, Read]:
 
 def _source_of(reader: ShardReader) -> Source:
     """Open the source of an image set without pixels, and compare its list of images."""
-    source = open_source(reader.meta["source"], reader.meta.get("label"))
+    with prefix_errors(f"the images of {reader.folder.parent} (run far data again if they have moved): "):
+        source = open_source(reader.meta["source"], reader.meta.get("label"))
     numbers, labels = reader.all("numbers").tolist(), reader.all("labels").tolist()
     if (
         list(source.classes) != reader.meta["classes"]

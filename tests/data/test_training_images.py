@@ -124,6 +124,24 @@ def test_resumed_image_set_without_pixels_is_the_same(linked: Path, tmp_path: Pa
     assert main(command) == 2  # the set has no pixels
 
 
+def test_cache_finds_the_source_from_another_folder_and_after_a_move(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    write_tar(tmp_path / "set.tar", members())
+    assert main(["data", "set.tar", "linked", "--size", "16", "--no-copy"]) == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    cache = ["cache", str(recipe), f"data={tmp_path / 'linked'}"]
+    assert main([*cache, f"run={tmp_path / 'one'}"]) == 0
+    (tmp_path / "set.tar").rename("set.tar")
+    assert main([*cache, f"run={tmp_path / 'two'}"]) == 2
+    assert str(tmp_path / "linked") in capsys.readouterr().err.splitlines()[-1]
+    assert main(["data", "set.tar", str(tmp_path / "linked"), "--size", "16", "--no-copy"]) == 0
+    assert main([*cache, f"run={tmp_path / 'two'}"]) == 0
+    assert files(tmp_path / "two/latents") == files(tmp_path / "one/latents")
+
+
 # One image per shard: every broken image is a part without a shard.
 SCRIPT = """
 import sys
