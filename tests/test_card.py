@@ -150,12 +150,12 @@ def test_card_that_cannot_be_written_is_named_in_one_line(folder: Path) -> None:
 
 
 def test_bundled_models_card_shows_its_training_and_that_of_its_backbone(tmp_path: Path) -> None:
-    far.load("avatars-64").save_pretrained(tmp_path)
+    far.load("avatars-64-mar").save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert yaml.safe_load(text.split("---")[1])["tags"][-2:] == ["masked", "flow_map"]
+    assert yaml.safe_load(text.split("---")[1])["tags"][-2:] == ["any_order", "diffusion"]
     head, backbone = re.split("^### Training of the backbone.*$", text, flags=re.MULTILINE)
     assert "| data | DiceBear styles, CC0 1.0 |" in head
-    assert "| finished steps | 1000 |" in head
-    assert "| finished steps | 2600 |" in backbone
+    assert "| finished steps | 1500 |" in head
+    assert "| finished steps | 6000 |" in backbone
     recipes = [yaml.safe_load(part.split("```yaml\n")[1].split("```")[0]) for part in (head, backbone)]
-    assert [recipe["network"]["head"]["kind"] for recipe in recipes] == ["flow_map", "shortcut"]
+    assert [recipe["network"]["head"]["kind"] for recipe in recipes] == ["diffusion", "shortcut"]

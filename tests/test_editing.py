@@ -244,7 +244,7 @@ def test_stream_shows_gray_at_unknown_tokens_and_ends_with_the_image(pipeline: P
 def test_decoding_inverts_encoding(pipeline: Pipeline) -> None:
     images = pipeline.generate(["planets", "moods"], seed=3, output="tensor")
     latents = pipeline.encode(images)
-    assert latents.shape == (2, 8, 8, 8)
+    assert latents.shape == (2, 12, 8, 8)
     assert (pipeline.decode(latents) - images).pow(2).mean() < 0.003
     kept = Kept(latents, torch.arange(15))
     for progress in pipeline.stream([1, 10], [1, 2], SamplingConfig(1, 1), kept=kept):
