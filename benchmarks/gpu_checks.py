@@ -22,7 +22,7 @@ from far.compiling import compile_blocks
 from far.heads import HEADS, HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pipeline import Pipeline
-from far.sampling import FAST, Kept, SamplingConfig, SeededNoise, ar_steps, prepare_start, sample
+from far.sampling import Kept, SamplingConfig, SeededNoise, ar_steps, prepare_start, sample
 from far.seeds import seeded
 
 Calls = dict[str, Callable[[], dict[str, Any]]]
@@ -182,7 +182,7 @@ def plain_case(device: torch.device) -> dict[str, Any]:
     return found
 
 
-# Sampling of each bundled model, and a fast one.
+# Sampling of each bundled model.
 BUNDLED: dict[str, dict[str, Any]] = {
     "avatars-64": {},
     "avatars-64-causal": {},
@@ -252,7 +252,8 @@ def edit_case(device: torch.device, small: bool) -> dict[str, Any]:
     }
 
 
-def approximation_case(device: torch.device, count: int, sampling: dict[str, Any]) -> dict[str, Any]:
+def halton_case(device: torch.device, count: int, small: bool) -> dict[str, Any]:
+    sampling = {"order": "halton", **(SHORT if small else {})}
     reference = pixels(bundled("avatars-64", "float32", "cpu"), count, **sampling)
     ours = pixels(bundled("avatars-64", "float32", str(device)), count, **sampling)
     return {"float32 pixels": check(float((ours - reference).abs().max()), 2e-3)}
@@ -320,11 +321,7 @@ def bundled_models(device: torch.device, small: bool) -> Calls:
     }
     calls["one seed, one image"] = functools.partial(batch_case, device, (2,) if small else (4, 16), small)
     calls["edit"] = functools.partial(edit_case, device, small)
-    ways: dict[str, dict[str, Any]] = {"--fast": FAST, "Halton order": {"order": "halton"}}
-    for name, sampling in ways.items():
-        calls[name] = functools.partial(
-            approximation_case, device, count, {**sampling, **(SHORT if small else {})}
-        )
+    calls["Halton order"] = functools.partial(halton_case, device, count, small)
     return calls
 
 
