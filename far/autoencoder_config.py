@@ -1,8 +1,9 @@
 """Size and latent statistics of an autoencoder. Needs no torch: a recipe is checked without it."""
 
 import dataclasses
+from typing import Any
 
-from far.config import check_count
+from far.config import check_count, to_dict
 from far.errors import InputError
 
 
@@ -57,3 +58,18 @@ class AutoencoderConfig:
     def stride(self) -> int:
         """Pixels of image per latent, along a side."""
         return 2 ** (len(self.width_multipliers) - 1)
+
+    @property
+    def moment_channels(self) -> int:
+        """Channels of the cached moments: mean and log-variance."""
+        return 2 * self.latent_channels
+
+    @property
+    def arithmetic(self) -> str:
+        """Settings that moments depend on besides the encoder's weights, as text."""
+        return "spherical" if self.spherical else ""
+
+    @property
+    def latent_settings(self) -> dict[str, Any]:
+        """Settings that normalized latents depend on besides the encoder's weights."""
+        return to_dict(self)

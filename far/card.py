@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from far.classes import class_number
 from far.config import to_dict
+from far.diffusers_config import DiffusersConfig
 from far.errors import InputError
 from far.files import atomic_path
 from far.folder_config import FolderConfig
@@ -99,12 +100,18 @@ def model_card(
 def _use(config: FolderConfig, name: str | None) -> str:
     if config.autoencoder is None:
         return "It has no autoencoder. `far convert kl16 kl16.ckpt FOLDER` adds MAR's to a copy of it."
+    extra, source = "", config.autoencoder
+    package = "Python package `far-image`"
+    if isinstance(source, DiffusersConfig):
+        package = "Python package `far-image[diffusers]`"
+        if not source.included:
+            extra = f"\n\nIts autoencoder is read from `{source.source}`, which must not change."
     load = 'far.load(".")  # this folder' if name is None else f'far.load("{name}")'
     return (
-        "## Use\n\nWith the Python package `far-image` installed:\n\n```python\nimport far\n\n"
+        f"## Use\n\nWith the {package} installed:\n\n```python\nimport far\n\n"
         f"pipeline = {load}\n"
         f"images = pipeline.generate(labels=[{_example(config.classes)}], seed=0)  # Pillow images\n"
-        'images[0].save("image.png")\n```'
+        'images[0].save("image.png")\n```' + extra
     )
 
 
@@ -125,7 +132,9 @@ def _sizes(config: FolderConfig, folder: Path) -> Iterable[tuple[str, object]]:
     yield "tokens", f"{model.tokens} of {model.token_channels} channels"
     yield "backbone, head", f"{model.network.backbone.kind}, {model.network.head.kind}"
     yield "parameters of the generator", f"{_parameters(folder / 'model.safetensors'):,}"
-    if autoencoder is not None:
+    if isinstance(autoencoder, DiffusersConfig):
+        yield "autoencoder", f"`{autoencoder.class_name}` of diffusers, from `{autoencoder.source}`"
+    if autoencoder is not None and (folder / "autoencoder.safetensors").exists():
         yield "parameters of the autoencoder", f"{_parameters(folder / 'autoencoder.safetensors'):,}"
 
 

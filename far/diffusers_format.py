@@ -8,22 +8,18 @@ import dataclasses
 import re
 from pathlib import Path
 
-from torch import Tensor
-
-from far.autoencoder import Autoencoder, AutoencoderConfig
+from far.autoencoder_config import AutoencoderConfig
 from far.config import from_dict, to_dict
 from far.convert import add_autoencoder
+from far.diffusers_config import scale_and_shift
+from far.diffusers_files import find_weights, read_diffusers_config, read_weights
 from far.errors import InputError, prefix_errors
-from far.files import read_json, write_json
-from far.weights import read_tensors, save_tensors
+from far.files import write_json
+from far.tokenizer import Tokenizer
+from far.weights import save_tensors
 
 _CLASS = "AutoencoderKL"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-# Weights in one file or, listed by an index, in several; plain, or a variant such as fp16.
-_FILE = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?\.safetensors", re.ASCII)
-_SHARDS = re.compile(r"diffusion_pytorch_model\.safetensors\.index(?:\.(\w+))?\.json", re.ASCII)
-# Attention's tensors as older versions of diffusers saved them, and their names today.
-_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 # Our names and those of diffusers. All patterns that fit are applied in order, after the decoder's levels.
 _NAMES = (
@@ -70,7 +66,7 @@ class AutoencoderKLConfig:
 _SKIPPED = {"sample_size", "force_upcast", "scaling_factor", "shift_factor", "latents_mean", "latents_std"}
 
 
-def to_diffusers(autoencoder: Autoencoder, folder: Path) -> None:
+def to_diffusers(autoencoder: Tokenizer, folder: Path) -> None:
     """Write an autoencoder as a folder for ``diffusers.AutoencoderKL.from_pretrained``.
 
     Its latents become ours by ``(latent − mean) · scaling_factor / std``, with ``latents_mean`` and
@@ -83,9 +79,11 @@ def to_diffusers(autoencoder: Autoencoder, folder: Path) -> None:
 
     Raises:
         InputError: an ``AutoencoderKL`` cannot represent it (latents on a sphere, a first level that is wider
-            than the first convolution), or the folder holds another model.
+            than the first convolution), it is one of diffusers already, or the folder holds another model.
     """
     config = autoencoder.config
+    if not isinstance(config, AutoencoderConfig):
+        raise InputError(f"{config.source} is an autoencoder of diffusers already. Use it as it is")
     if config.spherical:
         raise InputError(f"a spherical autoencoder cannot become an {_CLASS}. Convert another one")
     multipliers = list(config.width_multipliers)
@@ -116,65 +114,19 @@ def from_diffusers(source: Path, folder: Path) -> str:
         InputError: a file is missing or damaged, an entry of the config requires arithmetic that ours lacks,
             a tensor does not fit, or the folder holds an autoencoder or a generator with other channels.
     """
-    path = source / "config.json"
-    if not path.exists():
-        raise InputError(f"{path} does not exist. Give an {_CLASS}'s folder (in a pipeline, its vae)")
-    values = read_json(path)
-    if not isinstance(values, dict) or values.get("_class_name") != _CLASS:
+    path, values = source / "config.json", read_diffusers_config(source)
+    if values.pop("_class_name", None) != _CLASS:
         raise InputError(f"{path}: _class_name is not {_CLASS!r}. Give the folder of an {_CLASS}")
-    entries = {key: value for key, value in values.items() if not key.startswith("_")}
-    config = _ours(from_dict(AutoencoderKLConfig, entries, str(path)), path)
-    weights, *others = _weights(source)
-    found = read_tensors(weights) if weights.suffix == ".safetensors" else _read_shards(weights)
+    config = _ours(from_dict(AutoencoderKLConfig, values, str(path)), path)
+    weights, *others = find_weights(source)
     # Their linear layers are 1 × 1 convolutions here.
     tensors = {
         name: tensor[:, :, None, None] if tensor.dim() == 2 else tensor
-        for name, tensor in _with_new_names(found, weights).items()
+        for name, tensor in read_weights(weights).items()
     }
     levels = len(config.width_multipliers)
     add_autoencoder(folder, config, tensors, lambda ours: _name(ours, levels), weights)
     return weights.name + (f", not {', '.join(path.name for path in others)}" if others else "")
-
-
-def _weights(source: Path) -> list[Path]:
-    """Return the files and indices of weights, best first: plain before variants, one file before shards."""
-    ranked = []
-    for path in source.iterdir():
-        for sharded, pattern in enumerate((_FILE, _SHARDS)):
-            if match := pattern.fullmatch(path.name):
-                ranked.append((match[1] or "", sharded, path))
-    if not ranked:
-        raise InputError(f"{source / _WEIGHTS} does not exist. Save the model as safetensors")
-    return [path for _, _, path in sorted(ranked)]
-
-
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    """Return the tensors of all files that an index lists."""
-    listed = read_json(index)
-    files = listed.get("weight_map") if isinstance(listed, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise InputError(f"{index} has no weight_map from tensors to files. Copy or save the weights again")
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(set(files.values())):
-        if not re.fullmatch(r"[\w.-]+\.safetensors", file, re.ASCII):
-            raise InputError(f"{index} lists {file[:80]!r}, not a safetensors file. Save the weights again")
-        shard = read_tensors(index.parent / file)
-        if shard.keys() != {name for name, place in files.items() if place == file}:
-            raise InputError(f"{index.parent / file} and {index.name} differ. Save the weights again")
-        tensors |= shard
-    return tensors
-
-
-def _with_new_names(tensors: dict[str, Tensor], weights: Path) -> dict[str, Tensor]:
-    """Return tensors under the names that diffusers uses today."""
-    old = re.compile(rf"(?<=\.attentions\.)(\d+)\.({'|'.join(_OLD_NAMES)})(?=\.)")
-    renamed = {
-        old.sub(lambda match: f"{match[1]}.{_OLD_NAMES[match[2]]}", name): tensor
-        for name, tensor in tensors.items()
-    }
-    if len(renamed) < len(tensors):
-        raise InputError(f"{weights} holds attention tensors under older and newer names. Save it again")
-    return renamed
 
 
 def _name(ours: str, levels: int) -> str:
@@ -209,7 +161,9 @@ def _ours(theirs: AutoencoderKLConfig, path: Path) -> AutoencoderConfig:
     widths = theirs.block_out_channels
     if not widths or min(widths) < 1 or any(width % widths[0] for width in widths):
         raise InputError(f"{path}: block_out_channels {list(widths)} must be multiples of the first")
-    scale, shift = _scale_and_shift(theirs, path)
+    with prefix_errors(f"{path}: "):
+        statistics = theirs.shift_factor, theirs.latents_mean, theirs.latents_std
+        scale, shift = scale_and_shift(theirs.latent_channels, theirs.scaling_factor, *statistics)
     with prefix_errors(f"{path} cannot be converted: "):
         config = AutoencoderConfig(
             width=widths[0],
@@ -225,17 +179,3 @@ def _ours(theirs: AutoencoderKLConfig, path: Path) -> AutoencoderConfig:
         if name not in _SKIPPED and values[name] != expected:
             raise InputError(f"{path}: {name} is {values[name]!r}, but far requires {expected!r}")
     return config
-
-
-def _scale_and_shift(
-    theirs: AutoencoderKLConfig, path: Path
-) -> tuple[float | tuple[float, ...], float | tuple[float, ...]]:
-    mean, std = theirs.latents_mean, theirs.latents_std
-    if mean is None and std is None:
-        return theirs.scaling_factor, theirs.shift_factor or 0.0
-    if mean is None or std is None or theirs.shift_factor:
-        raise InputError(f"{path}: give both latents_mean and latents_std, without shift_factor, or neither")
-    if len(std) != theirs.latent_channels or min(std) <= 0:
-        raise InputError(f"{path}: latents_std {list(std)} must be one positive value per channel")
-    scale = tuple(theirs.scaling_factor / value for value in std)
-    return scale if len(set(std)) > 1 else scale[0], mean

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from far.card import model_card, write_card
 from far.config import from_dict
 from far.devices import resolve_device
+from far.diffusers_config import PREFIX, DiffusersConfig
 from far.errors import InputError, prefix_errors
 from far.files import read_json, write_json
 from far.folder_config import Base, FolderConfig
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from far.autoencoder import Autoencoder
     from far.model import FAR
+    from far.tokenizer import Tokenizer
 
 _CONFIG = "config.json"
 _MODEL, _AUTOENCODER = "model.safetensors", "autoencoder.safetensors"
@@ -36,11 +37,13 @@ class ModelFolder:
         path: the folder.
         config: the content of its ``config.json``.
         base: the folder of the bundled model that it takes tensors from, if any.
+        local_files_only: read an autoencoder of the hub from the local cache alone.
     """
 
     path: Path
     config: FolderConfig
     base: "ModelFolder | None" = None
+    local_files_only: bool = False
 
     @classmethod
     def open(
@@ -54,11 +57,12 @@ class ModelFolder:
         path = find_folder(name, revision=revision, local_files_only=local_files_only)
         config = _read_config(path / _CONFIG)
         with prefix_errors(f"{path / _CONFIG}: "):
-            return cls(path, config, None if config.base is None else _open_base(config.base.weights))
+            base = None if config.base is None else _open_base(config.base.weights)
+        return cls(path, config, base, local_files_only)
 
     @property
     def has_autoencoder(self) -> bool:
-        """Return whether the folder or its base holds an autoencoder."""
+        """Return whether the folder or its base holds an autoencoder, or names one of diffusers."""
         return self.config.autoencoder is not None or (self.base is not None and self.base.has_autoencoder)
 
     def load_model(self) -> "FAR":
@@ -76,21 +80,30 @@ class ModelFolder:
         fallback = None if self.base is None else lambda: self._base_tensors(_MODEL)
         return build_module(lambda: FAR(config), self._tensors(_MODEL), self.path / _MODEL, fallback).eval()
 
-    def load_autoencoder(self) -> "Autoencoder":
+    def load_autoencoder(self) -> "Tokenizer":
         """Load the autoencoder of the folder or of its base, in float32 on the CPU, in evaluation mode.
 
+        One of diffusers is read from where the training read it, unless the folder holds a copy.
+
         Raises:
-            InputError: there is no autoencoder, or its file is damaged or does not fit the configuration.
+            InputError: there is no autoencoder, its file is damaged or does not fit the configuration, or
+                one of diffusers is missing or has changed.
         """
         from far.autoencoder import Autoencoder
+        from far.diffusers_files import build_diffusers, reopen_diffusers
         from far.weights import build_module
 
         owner = self if self.config.autoencoder is not None or self.base is None else self.base
         config = owner.config.autoencoder
         if config is None:
             raise InputError(f"{self.path / _CONFIG} describes no autoencoder. Give a folder that holds one")
+        if isinstance(config, DiffusersConfig) and not config.included:
+            return reopen_diffusers(config, owner.path / _CONFIG, local_files_only=self.local_files_only)
         tensors = self._tensors(_AUTOENCODER) if owner is self else self._base_tensors(_AUTOENCODER)
-        return build_module(lambda: Autoencoder(config), tensors, owner.path / _AUTOENCODER).eval()
+        file = owner.path / _AUTOENCODER
+        if isinstance(config, DiffusersConfig):
+            return build_diffusers(config, tensors, file)
+        return build_module(lambda: Autoencoder(config), tensors, file).eval()
 
     def _tensors(self, file: str) -> "dict[str, Tensor]":
         from far.weights import read_tensors
@@ -117,7 +130,7 @@ class ModelFolder:
         config: FolderConfig,
         *,
         model: "FAR | None" = None,
-        autoencoder: "Autoencoder | None" = None,
+        autoencoder: "Tokenizer | None" = None,
         dtype: "torch.dtype | None" = None,
         base: str | None = None,
     ) -> "ModelFolder":
@@ -127,7 +140,8 @@ class ModelFolder:
             path: the folder, made if missing.
             config: classes, defaults, results and training. The sizes are taken from the modules.
             model: the generator, if any.
-            autoencoder: the autoencoder, if any.
+            autoencoder: the autoencoder, if any. The weights of one of diffusers are left out unless its
+                configuration includes them.
             dtype: as in :meth:`far.Pipeline.save_pretrained`.
             base: as there.
 
@@ -141,11 +155,11 @@ class ModelFolder:
             raise InputError(f"{path}: int8 weights cannot be saved. Load the model in another dtype")
         modules = {_MODEL: model, _AUTOENCODER: autoencoder}
         tensors = {file: module.state_dict() for file, module in modules.items() if module is not None}
-        config = dataclasses.replace(
-            config,
-            model=None if model is None else model.config,
-            autoencoder=None if autoencoder is None else autoencoder.config,
-        )
+        described = None if autoencoder is None else autoencoder.config
+        if isinstance(described, DiffusersConfig) and not described.included:
+            del tensors[_AUTOENCODER]
+        sizes = None if model is None else model.config
+        config = dataclasses.replace(config, model=sizes, autoencoder=described)
         folder = cls(path, config)
         if base is not None:
             folder, tensors = folder._on_base(base, tensors)
@@ -177,8 +191,15 @@ class ModelFolder:
     def push(self, name: str, *, license: str, **upload_options: Any) -> str:
         """Publish the folder's files and a model card in one commit, and return the repository's address.
 
-        The other parameters are those of :func:`far.hub.upload`, and so are the errors.
+        The other parameters are those of :func:`far.hub.upload`.
+
+        Raises:
+            InputError: as there, or the autoencoder is in a folder of this machine.
         """
+        autoencoder = self.config.autoencoder
+        if isinstance(autoencoder, DiffusersConfig) and autoencoder.is_local and not autoencoder.included:
+            problem = f"others do not have the autoencoder {autoencoder.source}"
+            raise InputError(f"{problem}. Add --include-autoencoder, or train with one of the hub")
         files = [path for file in (_CONFIG, _MODEL, _AUTOENCODER) if (path := self.path / file).exists()]
         card = model_card(self.path, self.config, name, license)
         return upload(files, card, name, **upload_options)
@@ -210,10 +231,12 @@ def load_autoencoder(
     device: "str | torch.device" = "auto",
     revision: str | None = None,
     local_files_only: bool = False,
-) -> "Autoencoder":
+) -> "Tokenizer":
     """Load an autoencoder, alone or from a whole model's folder, in evaluation mode.
 
-    The parameters are those of :meth:`far.Pipeline.from_pretrained`. The dtype cannot be int8.
+    The parameters are those of :meth:`far.Pipeline.from_pretrained`. The dtype cannot be int8. The name may
+    also be ``diffusers:FOLDER`` or ``diffusers:OWNER/NAME[/SUBFOLDER][@REVISION]``: an ``AutoencoderKL`` or
+    ``AutoencoderDC`` of diffusers (extra ``diffusers``), as safetensors.
 
     Raises:
         InputError: the model, device or dtype does not exist, the model has no autoencoder, or a file is
@@ -223,11 +246,18 @@ def load_autoencoder(
     dtype = resolve_dtype(dtype, device)
     if dtype == "int8":
         raise InputError("dtype int8 is for generators. Give another dtype for an autoencoder")
-    folder = ModelFolder.open(name, revision=revision, local_files_only=local_files_only)
-    return folder.load_autoencoder().to(device, torch_dtype(dtype))
+    if isinstance(name, str) and name.startswith(PREFIX):
+        from far.diffusers_files import open_diffusers
+
+        name = name if revision is None else f"{name}@{revision}"
+        autoencoder: Tokenizer = open_diffusers(name, local_files_only=local_files_only)
+    else:
+        folder = ModelFolder.open(name, revision=revision, local_files_only=local_files_only)
+        autoencoder = folder.load_autoencoder()
+    return autoencoder.to(device, torch_dtype(dtype))
 
 
-def save_autoencoder(autoencoder: "Autoencoder", path: Path, results: dict[str, Any] | None = None) -> None:
+def save_autoencoder(autoencoder: "Tokenizer", path: Path, results: dict[str, Any] | None = None) -> None:
     """Write an autoencoder alone; ``results`` are figures to keep in ``config.json``."""
     ModelFolder.save(path, FolderConfig(results=results or {}), autoencoder=autoencoder)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from far.autoencoder_config import AutoencoderConfig
 from far.config import to_dict
+from far.diffusers_config import DiffusersConfig
 from far.errors import InputError
 from far.files import is_plain
 from far.model_config import ModelConfig
@@ -30,7 +31,8 @@ class FolderConfig:
 
     Attributes:
         model: sizes of the generator; None if the folder holds an autoencoder alone.
-        autoencoder: sizes and latent statistics of the autoencoder; None if the folder has none of its own.
+        autoencoder: sizes and latent statistics of the autoencoder, or identity of one of diffusers; None if
+            the folder has none of its own.
         classes: one name per class of the generator.
         defaults: the sampling values that a generation takes unless others are given.
         results: figures that were measured while training.
@@ -40,7 +42,7 @@ class FolderConfig:
     """
 
     model: ModelConfig | None = None
-    autoencoder: AutoencoderConfig | None = None
+    autoencoder: AutoencoderConfig | DiffusersConfig | None = None
     classes: tuple[str, ...] = ()
     defaults: SamplingConfig = SamplingConfig()
     results: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -14,11 +14,24 @@ from far.card import may_replace
 from far.errors import InputError
 
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.+))?", re.ASCII)
+_AUTOENCODER_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)((?:/\w[\w.-]*)*)(?:@(.+))?", re.ASCII)
+# Weights in one file or in several. A variant such as fp16 is not downloaded.
+_AUTOENCODER_FILES = (
+    "config.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model-*.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+)
 
 
 def is_hub_name(name: str) -> bool:
     """Return whether a name has the form ``OWNER/NAME`` or ``OWNER/NAME@REVISION``."""
     return _NAME.fullmatch(name) is not None
+
+
+def is_autoencoder_name(name: str) -> bool:
+    """Return whether a name has the form ``OWNER/NAME[/SUBFOLDER][@REVISION]``."""
+    return _AUTOENCODER_NAME.fullmatch(name) is not None
 
 
 def download(name: str, revision: str | None = None, *, local_files_only: bool = False) -> Path:
@@ -32,18 +45,48 @@ def download(name: str, revision: str | None = None, *, local_files_only: bool =
     Raises:
         InputError: the repository or revision is missing, private, unreachable or not a model of far.
     """
-    from huggingface_hub import snapshot_download
-
     repository, revision = _split(name, revision)
-    with _refusals_in_one_line(repository, revision):
-        # Files in the top folder only: ours are never deeper.
-        folder = snapshot_download(
-            repository, revision=revision, local_files_only=local_files_only,
-            allow_patterns=["config.json", "*.safetensors"], ignore_patterns=["*/*"],
-        )  # fmt: skip
-    if not ((Path(folder) / "config.json").is_file() and any(Path(folder).glob("*.safetensors"))):
+    # Files in the top folder only: ours are never deeper.
+    patterns, local = ["config.json", "*.safetensors"], local_files_only
+    folder = _snapshot(repository, revision, patterns, ignored=["*/*"], local_files_only=local)
+    if not ((folder / "config.json").is_file() and any(folder.glob("*.safetensors"))):
         remedy = "Download MAR's checkpoints and run far convert mar and far convert kl16"
         raise InputError(f"{repository} on the hub does not hold config.json and safetensors. {remedy}")
+    return folder
+
+
+def download_autoencoder(name: str, *, local_files_only: bool = False) -> tuple[Path, str]:
+    """Return the local folder of an autoencoder of diffusers, and its name with the commit as revision.
+
+    Args:
+        name: ``OWNER/NAME[/SUBFOLDER][@REVISION]``, such as a pipeline's subfolder ``vae``.
+        local_files_only: as for :func:`download`.
+
+    Raises:
+        InputError: the repository or revision is missing, private or unreachable, or holds no
+            ``config.json`` there.
+    """
+    match = _AUTOENCODER_NAME.fullmatch(name)
+    assert match is not None, name
+    repository, subfolder, revision = match[1], match[2].removeprefix("/"), match[3]
+    patterns = [f"{subfolder}/{file}" if subfolder else file for file in _AUTOENCODER_FILES]
+    snapshot = _snapshot(repository, revision, patterns, ignored=[], local_files_only=local_files_only)
+    if not (snapshot / subfolder / "config.json").is_file():
+        raise InputError(f"{name} holds no config.json. Name the subfolder, such as {repository}/vae")
+    return snapshot / subfolder, f"{repository}{match[2]}@{snapshot.name}"
+
+
+def _snapshot(
+    repository: str, revision: str | None, patterns: list[str], *, ignored: list[str], local_files_only: bool
+) -> Path:
+    """Download the files of some names, and return their folder, which is named by the commit."""
+    from huggingface_hub import snapshot_download
+
+    with _refusals_in_one_line(repository, revision):
+        folder = snapshot_download(
+            repository, revision=revision, local_files_only=local_files_only,
+            allow_patterns=patterns, ignore_patterns=ignored,
+        )  # fmt: skip
     return Path(folder)
 
 

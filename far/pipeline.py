@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from far.autoencoder import Autoencoder
 from far.classes import class_number
 from far.compiling import compile_blocks
 from far.config import check_count, counted_seeds, from_dict, listed, plain_value, whole_number
@@ -26,6 +25,7 @@ from far.pictures import Images, Output, check_output, convert_output
 from far.precision import prepare, prepare_autoencoder, resolve_dtype
 from far.recording import Recordings
 from far.sampling import Kept, Progress, SamplingConfig, SeededNoise, sampling_steps
+from far.tokenizer import Tokenizer
 
 Labels: TypeAlias = Sequence[int | str]
 Seeds: TypeAlias = int | Sequence[int]
@@ -48,7 +48,7 @@ class Pipeline:
     def __init__(
         self,
         model: FAR,
-        autoencoder: Autoencoder | None,
+        autoencoder: Tokenizer | None,
         classes: Sequence[str],
         defaults: SamplingConfig,
         results: dict[str, Any] | None = None,
@@ -87,7 +87,7 @@ class Pipeline:
         rows, columns = self.model.config.grid
         return rows * stride, columns * stride
 
-    def _autoencoder(self) -> Autoencoder:
+    def _autoencoder(self) -> Tokenizer:
         if self.autoencoder is None:
             raise InputError("this model has no autoencoder. Add one with: far convert kl16 KL16.ckpt FOLDER")
         return self.autoencoder
@@ -272,11 +272,11 @@ class Pipeline:
         return from_dict(SamplingConfig, values, "sampling values")
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return images ``[b, 3, H, W]`` in [0, 1]; see :meth:`far.autoencoder.Autoencoder.to_images`."""
+        """Return images ``[b, 3, H, W]`` in [0, 1]; see :meth:`far.tokenizer.Tokenizer.to_images`."""
         return self._autoencoder().to_images(latents)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return latents ``[b, c, h, w]``; see :meth:`far.autoencoder.Autoencoder.to_latents`."""
+        """Return latents ``[b, c, h, w]``; see :meth:`far.tokenizer.Tokenizer.to_latents`."""
         return self._autoencoder().to_latents(images)
 
     def save_pretrained(

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import yaml
 
 from far.config import from_dict, to_dict
+from far.diffusers_config import PREFIX
 from far.errors import InputError
 from far.names import find_folder
 from far.training.config import AutoencoderRecipe, GeneratorRecipe
@@ -29,8 +30,9 @@ class Recipe:
         run: folder that receives ``autoencoder/``, ``latents/`` and the model's folder.
         autoencoder: section of ``far train-autoencoder``.
         generator: section of ``far train``.
-        autoencoder_from: a finished autoencoder (folder, bundled name or ``OWNER/NAME``) to use instead of
-            training one.
+        autoencoder_from: a finished autoencoder to use instead of training one: a folder, bundled name or
+            ``OWNER/NAME``, or one of diffusers, as ``diffusers:FOLDER`` or
+            ``diffusers:OWNER/NAME[/SUBFOLDER][@REVISION]``.
         model: name of the model's folder within ``run``. Models of different names share a run's autoencoder
             and latents.
     """
@@ -52,14 +54,18 @@ class Recipe:
             raise InputError(f"model {self.model!r} is not a new folder in the run folder. Give a plain name")
 
     @property
-    def autoencoder_folder(self) -> Path:
-        """Folder of the autoencoder. A model on the hub is downloaded unless it is cached.
+    def autoencoder_folder(self) -> Path | str:
+        """Folder of the autoencoder, or its name if it is one of diffusers.
+
+        A model on the hub is downloaded unless it is cached.
 
         Raises:
             InputError: ``autoencoder_from`` does not name a folder or model.
         """
         own, other = Path(self.run) / "autoencoder", self.autoencoder_from
-        return own if other is None else find_folder(other)
+        if other is None:
+            return own
+        return other if other.startswith(PREFIX) else find_folder(other)
 
     @property
     def latents_folder(self) -> Path:

@@ -43,6 +43,9 @@ FLOORS = [
         (
             "far.autoencoder",
             "far.autoencoder_config",
+            "far.diffusers_autoencoder",
+            "far.diffusers_config",
+            "far.tokenizer",
             "far.backbone*",
             "far.heads*",
             "far.evaluation",
@@ -65,7 +68,7 @@ FLOORS = [
             "far.names",
         ),
     ),
-    (3, ("far.sampling", "far.recording", "far.weights", "far.folder", "far.testing")),
+    (3, ("far.sampling", "far.recording", "far.weights", "far.diffusers_files", "far.folder", "far.testing")),
     (4, ("far.pipeline", "far.progress", "far.data*")),
     (
         5,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import far.autoencoder
+import far.tokenizer
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.evaluation.features import FeatureNetwork
 
@@ -37,7 +37,7 @@ def test_decoding_in_parts_equals_decoding_whole(at_once: int, monkeypatch: pyte
     autoencoder, latents = Autoencoder(TINY), torch.randn(7, 2, 8, 4)
     images = autoencoder.decode(latents)
     moments = autoencoder.moments(images)
-    monkeypatch.setattr(far.autoencoder, "_ACTIVATION", at_once * TINY_LARGEST)
+    monkeypatch.setattr(far.tokenizer, "_ACTIVATION", at_once * TINY_LARGEST)
     assert autoencoder.images_at_once(32, 16) == at_once
     torch.testing.assert_close(
         autoencoder.decode(latents), images, rtol=0, atol=1e-5 * float(images.abs().max())
@@ -50,7 +50,7 @@ def test_decoding_in_parts_equals_decoding_whole(at_once: int, monkeypatch: pyte
 @torch.no_grad()
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_no_activation_is_larger_than_the_bound(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(far.autoencoder, "_ACTIVATION", (at_once + 1) * TINY_LARGEST - 1)
+    monkeypatch.setattr(far.tokenizer, "_ACTIVATION", (at_once + 1) * TINY_LARGEST - 1)
     autoencoder = Autoencoder(TINY)
     largest, calls = largest_activation(
         autoencoder.decoder, lambda: autoencoder.decode(torch.randn(7, 2, 8, 4))
@@ -85,7 +85,7 @@ def test_image_above_the_bound_is_decoded_alone_and_an_empty_batch_stays_empty()
 
 
 def test_training_does_not_split_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(far.autoencoder, "_ACTIVATION", TINY_LARGEST)
+    monkeypatch.setattr(far.tokenizer, "_ACTIVATION", TINY_LARGEST)
     autoencoder = Autoencoder(TINY)
     assert (
         largest_activation(autoencoder.decoder, lambda: autoencoder.decode(torch.randn(3, 2, 8, 4)))[1] == 1

@@ -31,6 +31,7 @@ from far.cli.sampling_arguments import MOST_IMAGES, add_sampling_arguments, samp
 from far.config import check_seed
 from far.data.listing import describe
 from far.devices import device_title
+from far.diffusers_config import PREFIX
 from far.errors import InputError
 from far.files import check_exists, check_writable, printable, write_json
 from far.names import find_folder
@@ -59,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number = functools.partial(parser.add_argument, type=int, metavar="N")
     path = functools.partial(parser.add_argument, type=Path)
     add = parser.add_argument
-    add("--autoencoder", metavar="MODEL", help="evaluate its reconstructions of --images or --npz instead")
+    add(
+        "--autoencoder",
+        metavar="MODEL",
+        help="evaluate its reconstructions of --images or --npz instead",
+    )
     path("--reference", metavar="PATH", help="images as above, or a statistics file (.npz with mu and sigma)")
     number("--count", help="number of images (default: 10000 of a model, all of a folder or .npz)")
     path("--out", metavar="FOLDER", default="evaluation", help="folder for result.json (default evaluation)")
@@ -170,7 +175,8 @@ def _check(arguments: argparse.Namespace) -> None:
     check_exists(arguments.reference, "Give a folder or .npz of images, an image set, or saved statistics")
     check_exists(arguments.inception, "Get pt_inception-2015-12-05-6726825d.pth from pytorch-fid's page")
     for model in filter(None, (arguments.weights, arguments.autoencoder)):
-        find_folder(model)
+        if not model.startswith(PREFIX):
+            find_folder(model)
     for path in filter(None, (arguments.out / "result.json", *outputs.values())):
         check_writable(path)
 

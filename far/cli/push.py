@@ -17,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--license", required=True, metavar="NAME", help=license_help)
     add("--private", action="store_true", help="create a private repository (default: the owner's setting)")
     dtype_help = "dtype of the published weights (default float32)"
+    include_help = "publish a copy of an autoencoder of diffusers too, not only its name"
+    add("--include-autoencoder", action="store_true", help=include_help)
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help=dtype_help)
 
 
@@ -25,7 +27,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     import torch
 
+    from far.diffusers_autoencoder import DiffusersAutoencoder
+
     pipeline = load_pipeline(arguments.weights, folder, "float32", torch.device("cpu"))
+    if arguments.include_autoencoder and isinstance(pipeline.autoencoder, DiffusersAutoencoder):
+        pipeline.autoencoder.include_weights()
     dtype, private = getattr(torch, arguments.dtype), arguments.private or None
     address = pipeline.push_to_hub(arguments.name, license=arguments.license, private=private, dtype=dtype)
     print(f"{address}: published. Generate images with far generate --weights {arguments.name}")

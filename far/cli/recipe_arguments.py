@@ -38,7 +38,7 @@ def check_inputs(
     same = shlex.join([str(arguments.recipe), *arguments.overrides])
     tokenizer = recipe.autoencoder_folder if autoencoder else None
     check_image_set(recipe.data)
-    if tokenizer is not None and not (tokenizer / "config.json").exists():
+    if isinstance(tokenizer, Path) and not (tokenizer / "config.json").exists():
         raise InputError(f"{tokenizer} holds no autoencoder. Train it first: far train-autoencoder {same}")
     if latents and not (recipe.latents_folder / "index.json").exists():
         raise InputError(f"{recipe.latents_folder} holds no latents. Make them first: far cache {same}")

@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     if recipe.autoencoder_from is not None:
         taken = f"{arguments.recipe} takes its autoencoder from {recipe.autoencoder_from}"
         raise InputError(f"{taken}. To train one, add autoencoder_from=null")
-    folder = recipe.autoencoder_folder
+    folder = Path(recipe.run) / "autoencoder"
     check_inputs(recipe, arguments)
     check_unused(folder, arguments.resume)
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from far.autoencoder import Autoencoder, Posterior
 from far.classes import check_same_classes
 from far.data.image_sets import check_labels, check_meta, fingerprint, sides
 from far.data.shards import Piece, Pieces, ShardReader, ShardWriter
@@ -21,6 +20,7 @@ from far.data.training_images import open_training_images, read_ahead
 from far.devices import resolve_device, to_device
 from far.errors import InputError
 from far.processes import Processes
+from far.tokenizer import Tokenizer
 
 SHARD_ROWS = 4096
 
@@ -28,7 +28,7 @@ SHARD_ROWS = 4096
 @torch.no_grad()
 def write_latents(
     images: Path,
-    autoencoder: Autoencoder,
+    autoencoder: Tokenizer,
     folder: Path,
     batch_size: int = 64,
     device: str | torch.device = "auto",
@@ -43,7 +43,8 @@ def write_latents(
     them are encoded.
 
     Rows hold ``moments [2, 2c, h, w]`` float16 (of the image and its mirror image) and ``labels`` int64.
-    Without ``flip`` they hold ``[1, 2c, h, w]``, in half of the time and space.
+    Without ``flip`` they hold ``[1, 2c, h, w]``, in half of the time and space. A tokenizer without variance
+    has ``c`` channels, not ``2c``.
 
     Raises:
         InputError: the images are missing, changed or of a size that the autoencoder cannot encode, the
@@ -84,7 +85,7 @@ def write_latents(
     return writer.report.get("left out", {})
 
 
-def _moments(autoencoder: Autoencoder, images: Tensor, source: ShardReader, flip: bool) -> Tensor:
+def _moments(autoencoder: Tokenizer, images: Tensor, source: ShardReader, flip: bool) -> Tensor:
     variants = [images, images.flip(-1)] if flip else [images]
     stored = torch.stack([autoencoder.moments(each) for each in variants], dim=1).to(torch.float16).cpu()
     if not torch.isfinite(stored).all():
@@ -103,7 +104,7 @@ def _check_source(folder: Path, meta: dict[str, Any], images: ShardReader) -> No
         raise InputError(f"{folder} was made from other images ({differing}). {remedy}")
 
 
-def open_latents(folder: Path, autoencoder: Autoencoder, images: ShardReader | None = None) -> ShardReader:
+def open_latents(folder: Path, autoencoder: Tokenizer, images: ShardReader | None = None) -> ShardReader:
     """Return the reader of a finished cache that ``autoencoder`` made, after verifying its checksums.
 
     ``images`` are the training images that the cache must come from; ``None`` accepts any.
@@ -121,7 +122,7 @@ def open_latents(folder: Path, autoencoder: Autoencoder, images: ShardReader | N
         _check_source(folder, reader.meta, images)
     config = autoencoder.config
     grid = (side // config.stride for side in sides(reader.meta["size"]))
-    shape = (2 if has_flips(reader) else 1, 2 * config.latent_channels, *grid)
+    shape = (2 if has_flips(reader) else 1, config.moment_channels, *grid)
     reader.require({"moments": (np.float16, shape), "labels": (np.int64, ())})
     check_labels(reader)
     return reader
@@ -141,7 +142,7 @@ class LatentCache:
         flip: whether it holds the mirror images too, so that half of the latents are theirs.
     """
 
-    def __init__(self, folder: Path, autoencoder: Autoencoder, images: ShardReader | None = None) -> None:
+    def __init__(self, folder: Path, autoencoder: Tokenizer, images: ShardReader | None = None) -> None:
         self.reader, self.autoencoder = open_latents(folder, autoencoder, images), autoencoder
         self.labels, self.meta = self.reader.all("labels"), self.reader.meta
         self.flip = has_flips(self.reader)
@@ -157,6 +158,6 @@ class LatentCache:
         device = next(self.autoencoder.parameters()).device
         flips = torch.randint(0, 1 + self.flip, (len(rows),), generator=generator)
         moments = self.reader.rows("moments", rows)[torch.arange(len(rows)), flips].float()
-        posterior = Posterior(to_device(moments, device))
+        posterior = self.autoencoder.posterior(to_device(moments, device))
         noise = to_device(torch.randn(posterior.mean.shape, generator=generator), device)
         return self.autoencoder.normalize(posterior.sample(noise))

@@ -5,18 +5,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from far.autoencoder import Autoencoder
 from far.config import to_dict
 from far.evaluation.extraction import extract_parts, part_ranges, read_part, read_parts
 from far.evaluation.features import Extractor
 from far.evaluation.images import ImageSource
 from far.evaluation.metrics import psnr, ssim
 from far.files import json_digest
+from far.tokenizer import Tokenizer
 from far.weights import digest
 
 
 def reconstructions_folder(
-    base: Path, source: ImageSource, autoencoder: Autoencoder, extractor: Extractor
+    base: Path, source: ImageSource, autoencoder: Tokenizer, extractor: Extractor
 ) -> Path:
     """Return the folder for the parts of reconstructions, unique to images, autoencoder and network."""
     weights = [to_dict(autoencoder.config), digest(autoencoder.state_dict())]
@@ -25,7 +25,7 @@ def reconstructions_folder(
 
 
 def reconstruction_features(
-    folder: Path, source: ImageSource, count: int, autoencoder: Autoencoder, extractor: Extractor
+    folder: Path, source: ImageSource, count: int, autoencoder: Tokenizer, extractor: Extractor
 ) -> Tensor:
     """Return features ``[count, d]`` of reconstructions from the posteriors' means, kept in ``folder``.
 

@@ -159,6 +159,8 @@ def _discriminator(config: AutoencoderRecipe, size: int, device: str) -> Discrim
 def _trained_autoencoder(source: str, sizes: AutoencoderConfig) -> Autoencoder:
     """Load the autoencoder to start from, which must have ``sizes``. Scale and shift are its own."""
     trained = load_autoencoder(source, device="cpu")
+    if not isinstance(trained, Autoencoder):
+        raise InputError(f"start_from {source} is an autoencoder of diffusers. Give one of far")
     theirs = dataclasses.asdict(trained.config)
     for name, ours in dataclasses.asdict(sizes).items():
         if name not in ("scale", "shift") and theirs[name] != ours:

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from far.autoencoder import Autoencoder
 from far.data.image_sets import check_meta, fingerprint, open_held_out, open_training_index, sides
 from far.data.latents import LatentCache
 from far.devices import to_device
@@ -21,6 +20,7 @@ from far.model import FAR, ModelConfig
 from far.pipeline import Pipeline
 from far.progress import ImageBar
 from far.seeds import seeded
+from far.tokenizer import Tokenizer
 from far.training.adapters import merged
 from far.training.config import GeneratorRecipe, LoopConfig
 from far.training.epochs import CHUNK, epoch_rows, image_chunks
@@ -57,7 +57,7 @@ class GeneratorTask:
         config: GeneratorRecipe,
         images: Path,
         latents: Path,
-        autoencoder: Autoencoder,
+        autoencoder: Tokenizer,
         run: Path | None = None,
     ) -> None:
         loop = resolve_loop(config.training)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from far.autoencoder import Autoencoder
 from far.classes import check_same_classes, matched_classes, shown_names
 from far.config import to_dict
 from far.errors import InputError, prefix_errors
@@ -17,6 +16,7 @@ from far.hub import is_hub_name
 from far.model import FAR
 from far.names import bundled_names
 from far.pipeline import Pipeline
+from far.tokenizer import Tokenizer
 from far.training.adapters import add_adapters
 from far.training.runs import checkpoints_folder, list_checkpoints
 
@@ -27,7 +27,7 @@ _FACTS = ("started from", "model")
 
 
 def copy_backbone(
-    module: FAR, weights: str, autoencoder: Autoencoder, classes: list[str], latents: Path
+    module: FAR, weights: str, autoencoder: Tokenizer, classes: list[str], latents: Path
 ) -> dict[str, Any]:
     """Copy a trained model's backbone into ``module``, freeze it, and return that model's training facts.
 
@@ -52,7 +52,7 @@ def copy_backbone(
 def copy_model(
     module: FAR,
     weights: str,
-    autoencoder: Autoencoder,
+    autoencoder: Tokenizer,
     classes: list[str],
     latents: Path,
     frozen: Sequence[str] = (),
@@ -129,7 +129,7 @@ def match_embeddings(trained: Tensor, numbers: Sequence[int | None]) -> Tensor:
     return torch.stack([*(mean if number is None else trained[number] for number in numbers), trained[-1]])
 
 
-def _open_fitting(module: FAR, weights: str, autoencoder: Autoencoder, latents: Path) -> Pipeline:
+def _open_fitting(module: FAR, weights: str, autoencoder: Tokenizer, latents: Path) -> Pipeline:
     """Load a trained model whose backbone, grid and autoencoder are those of this training."""
     pipeline, source = Pipeline.from_pretrained(weights, device="cpu"), f"the model {weights}"
     theirs, ours = (_sizes(model) for model in (pipeline.model, module))
@@ -145,8 +145,9 @@ def _open_fitting(module: FAR, weights: str, autoencoder: Autoencoder, latents: 
             "Train on images of the same size"
         )
     if pipeline.autoencoder is not None and not pipeline.autoencoder.same_latents(autoencoder):
-        one, two = (to_dict(model.config) for model in (pipeline.autoencoder, autoencoder))
-        which = ", ".join(key for key in one if one[key] != two[key]) or "the encoder's weights"
+        one, two = (model.config.latent_settings for model in (pipeline.autoencoder, autoencoder))
+        which = ", ".join(key for key in one | two if one.get(key) != two.get(key))
+        which = which or "the encoder's weights"
         problem = f"{source} is of another autoencoder than {latents} (different: {which})"
         raise InputError(f"{problem}. Set autoencoder_from={weights} and make the latents again")
     return pipeline

@@ -156,6 +156,12 @@ LOADERS = {
         False,
         "diffusion_pytorch_model.safetensors",
     ),
+    "config of a tokenizer": Loader(
+        "theirs/config.json",
+        lambda at: load_autoencoder(f"diffusers:{at / 'theirs'}"),
+        False,
+        "diffusion_pytorch_model.safetensors",
+    ),
     "shard of diffusers": Loader(
         "shards/one.safetensors", lambda at: converted(from_diffusers, at, "shards", "autoencoder"), True
     ),
