@@ -95,7 +95,7 @@ def account() -> Iterator[Account]:
 
     with (
         mock.patch.object(F, "scaled_dot_product_attention", attention),
-        mock.patch("far.autoencoder.check_finite", lambda images: images),
+        mock.patch("far.tokenizer.check_finite", lambda images: images),
         Account() as counted,
     ):
         yield counted
