@@ -27,6 +27,8 @@ test: $(VENV)/installed-dev $(VENV)/browser
 test-avx2: export ATEN_CPU_CAPABILITY = avx2
 test-avx2: export ONEDNN_MAX_CPU_ISA = AVX2
 test-avx2: export FBGEMM_ENABLE_INSTRUCTIONS = AVX2
+# torch.compile would reuse code that it compiled for other instructions.
+test-avx2: export TORCHINDUCTOR_CACHE_DIR = $(abspath $(VENV))/compiled-avx2
 test-avx2: test
 
 soak: $(VENV)/installed-dev
