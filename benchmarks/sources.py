@@ -12,6 +12,7 @@ import resource
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def caching(folder: Path, count: int, size: int, batch_size: int, rounds: int) -
             target = folder / f"latents {next(calls)}"
             write_latents(images, autoencoder, target, batch_size, device="cpu")
 
-        alternatives["encoder alone"] = lambda prepared=prepared: encode(autoencoder, prepared, batch_size)
+        alternatives["encoder alone"] = partial(encode, autoencoder, prepared, batch_size)
         alternatives[f"far cache from a {'tar' if place.suffix else 'folder'}"] = cache
     seconds = paired(alternatives, rounds)
     conditions = f"batches of {batch_size}, float32, {machine()}"
@@ -90,7 +91,7 @@ def listing(folder: Path, count: int, rounds: int) -> None:
         for record in source.in_order(source.records):
             source.digest(record)
 
-    seconds = paired({place.name: lambda place=place: read(place) for place in places}, rounds)
+    seconds = paired({place.name: partial(read, place) for place in places}, rounds)
     folder_name, tar_name = seconds
     print(f"\nlisting and hashing {count} files of 600 bytes, read before: {machine()}")
     for name, values in seconds.items():
