@@ -41,26 +41,26 @@ class Model:
 
 # Without the limit, a diffusion head trained this briefly draws tokens of hundreds of standard deviations.
 LIMITED = ("generator.network.head.token_limit=5.0",)
-# In order of importance. Heads share the any-order backbone, which learns from every token of a pass, and
+# In order of importance. Heads share the block-causal backbone, which learns from every token of a pass, and
 # backbones the shortcut head. ``mar`` is MAR's recipe as published, ``masked`` is FAR's.
 MODELS = {
-    "diffusion": Model("any-order", "diffusion", (100, 25, 10), trainings=3, overrides=LIMITED),
-    "shortcut": Model("any-order", "shortcut", (8, 4, 2, 1), trainings=3),
+    "diffusion": Model("block-causal", "diffusion", (100, 25, 10), trainings=3, overrides=LIMITED),
+    "shortcut": Model("block-causal", "shortcut", (8, 4, 2, 1), trainings=3),
     "causal": Model("causal", "shortcut", (8, 4, 2, 1), trainings=3),
     "mar": Model("masked", "diffusion", (100,), overrides=LIMITED),
     "masked": Model("masked", "shortcut", (8, 4)),
-    "flow": Model("any-order", "flow", (8, 4, 2)),
+    "flow": Model("block-causal", "flow", (8, 4, 2)),
     "flow-map": Model(
-        "any-order",
+        "block-causal",
         "flow_map",
         (4, 2, 1),
         trainings=2,
         overrides=("generator.network.head.max_guidance=4.0",),
         passes=1,
     ),
-    "flow-map-2-passes": Model("any-order", "flow_map", (2,), passes=2, weights_of="flow-map"),
+    "flow-map-2-passes": Model("block-causal", "flow_map", (2,), passes=2, weights_of="flow-map"),
     "energy": Model(
-        "any-order",
+        "block-causal",
         "energy",
         (1,),
         # A quarter of the other heads' rate, as in EAR.
@@ -133,7 +133,7 @@ SETS = {
         Path("data/avatars-64"),
         (
             ("data", "avatars", "data/avatars-64"),
-            ("cache", "recipes/comparison/avatars-64-any-order.yaml"),
+            ("cache", "recipes/comparison/avatars-64-block-causal.yaml"),
         ),
     ),
     "fashion-mnist": ImageSet(
@@ -141,8 +141,8 @@ SETS = {
         Path("data/fashion-mnist"),
         (
             ("data", "fashion-mnist", "data/fashion-mnist", "--from", "/usr/share/datasets/fashion-mnist"),
-            ("train-autoencoder", "recipes/comparison/fashion-mnist-any-order.yaml", "--resume"),
-            ("cache", "recipes/comparison/fashion-mnist-any-order.yaml"),
+            ("train-autoencoder", "recipes/comparison/fashion-mnist-block-causal.yaml", "--resume"),
+            ("cache", "recipes/comparison/fashion-mnist-block-causal.yaml"),
         ),
     ),
 }

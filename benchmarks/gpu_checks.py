@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
-from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
+from far.backbone import BlockCausalConfig, CausalConfig, MaskedConfig
 from far.benchmark.mar_plain import PlainMar
 from far.compiling import compile_blocks
 from far.heads import HEADS, HeadConfig
@@ -31,10 +31,10 @@ FLOAT32 = 1e-4
 # Half of the distance from 1 to the next representable value.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 CLASSES, CHANNELS, GRID, BATCH = 5, 3, (2, 4), 3
-BACKBONES: dict[str, MaskedConfig | CausalConfig | AnyOrderConfig] = {
+BACKBONES: dict[str, MaskedConfig | CausalConfig | BlockCausalConfig] = {
     "masked": MaskedConfig(32, 2, 2, 48, 2, 2, buffer=2, dropout=0.0),
     "causal": CausalConfig(width=32, depth=2, heads=2, dropout=0.0),
-    "any_order": AnyOrderConfig(width=32, encoder_depth=2, decoder_depth=2, heads=2, dropout=0.0),
+    "block_causal": BlockCausalConfig(width=32, encoder_depth=2, decoder_depth=2, heads=2, dropout=0.0),
 }
 HEAD_CASES: list[dict[str, Any]] = [
     *({"kind": kind} for kind in sorted(HEADS)),

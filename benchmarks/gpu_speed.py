@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu_training import RandomLatents
 from far.autoencoder import Autoencoder, AutoencoderConfig
-from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
+from far.backbone import BlockCausalConfig, CausalConfig, MaskedConfig
 from far.benchmark.mar_plain import PlainMar
 from far.compiling import compile_blocks
 from far.heads import Condition, FlowMapConfig
@@ -137,9 +137,9 @@ def network_of(name: str, small: bool) -> NetworkConfig:
         )
     if not small:
         return full
-    tiny: dict[str, MaskedConfig | CausalConfig | AnyOrderConfig] = {
+    tiny: dict[str, MaskedConfig | CausalConfig | BlockCausalConfig] = {
         "masked": MaskedConfig(16, 1, 2, 16, 1, 2, buffer=2),
-        "any_order": AnyOrderConfig(width=16, encoder_depth=1, decoder_depth=1, heads=2),
+        "block_causal": BlockCausalConfig(width=16, encoder_depth=1, decoder_depth=1, heads=2),
         "causal": CausalConfig(width=16, depth=1, heads=2),
     }
     return NetworkConfig(tiny[full.backbone.kind], dataclasses.replace(full.head, width=16, depth=1))

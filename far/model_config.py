@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from far.backbone.config import AnyOrderConfig, CausalConfig, MaskedConfig
+from far.backbone.config import BlockCausalConfig, CausalConfig, MaskedConfig
 from far.config import check_count
 from far.errors import InputError
 from far.heads.config import DiffusionConfig, HeadConfig, ShortcutConfig
@@ -20,7 +20,7 @@ class NetworkConfig:
             drawn tokens cannot drift. The autoencoder should be spherical too.
     """
 
-    backbone: MaskedConfig | CausalConfig | AnyOrderConfig = MaskedConfig()
+    backbone: MaskedConfig | CausalConfig | BlockCausalConfig = MaskedConfig()
     head: HeadConfig = ShortcutConfig()
     patch: int = 1
     spherical: bool = False
@@ -65,9 +65,9 @@ def _causal(width: int, depth: int, heads: int, head: HeadConfig) -> NetworkConf
     return NetworkConfig(CausalConfig(width=width, depth=depth, heads=heads), head)
 
 
-def _any_order(width: int, depth: int, heads: int, head: HeadConfig) -> NetworkConfig:
+def _block_causal(width: int, depth: int, heads: int, head: HeadConfig) -> NetworkConfig:
     return NetworkConfig(
-        AnyOrderConfig(width=width, encoder_depth=depth, decoder_depth=depth, heads=heads), head
+        BlockCausalConfig(width=width, encoder_depth=depth, decoder_depth=depth, heads=heads), head
     )
 
 
@@ -85,9 +85,9 @@ PRESETS: dict[str, NetworkConfig] = {
     "far-causal-l":  _causal(1024, 24, 16, ShortcutConfig(1280,  8)),  # 384 M
     "far-causal-xl": _causal(1280, 36, 20, ShortcutConfig(1536, 12)),  # 887 M
     # As many blocks, half of them for the known tokens and half for the query positions (arXiv 2503.10568).
-    "far-bc-b":  _any_order( 768,  6, 12, ShortcutConfig(1024,  6)),  # 123 M
-    "far-bc-l":  _any_order(1024, 12, 16, ShortcutConfig(1280,  8)),  # 384 M
-    "far-bc-xl": _any_order(1280, 18, 20, ShortcutConfig(1536, 12)),  # 887 M
+    "far-bc-b":  _block_causal( 768,  6, 12, ShortcutConfig(1024,  6)),  # 123 M
+    "far-bc-l":  _block_causal(1024, 12, 16, ShortcutConfig(1280,  8)),  # 384 M
+    "far-bc-xl": _block_causal(1280, 18, 20, ShortcutConfig(1536, 12)),  # 887 M
 }  # fmt: skip
 
 

@@ -42,7 +42,7 @@ _AUTOENCODER_BATCH, _GENERATOR_BATCH = 16, 64
 _AUTOENCODER_SHARE = 1 / 3
 # So many steps took one of width 16 to 28.5 dB on 47,900 images. A width that leaves fewer is too large.
 _AUTOENCODER_STEPS, _MOST_WIDTH = 7500, 128
-# Generators: width of the any-order backbone, depth of its encoder and decoder, and million parameters. The
+# Generators: width of the block-causal backbone, depth of its encoder and decoder, million parameters. The
 # right one sees about one token per parameter: 4 to 8 million in an hour or two of two CPU cores.
 _SIZES = ((128, 2, 1.7), (192, 3, 4.0), (256, 3, 7.4), (384, 4, 19), (512, 5, 43), (768, 6, 103))
 # Evaluations of a training, the fraction of its time for all of them, and the images of each.
@@ -54,7 +54,7 @@ _LEAST_STEPS = 100
 _MANY_PASSES = 200
 
 _TEMPLATE = Template("""\
-# $size pixels: $tokens tokens of $channels channels, any-order backbone, shortcut head.
+# $size pixels: $tokens tokens of $channels channels, block-causal backbone, shortcut head.
 # Measured on $machine: $times.
 #   far train-autoencoder $file
 #   far cache $file
@@ -89,9 +89,9 @@ autoencoder:
 generator:
   network:
     patch: $patch  # latents per token along a side; a smaller one: more tokens, slower and finer
-    # Larger width and depth: for more images, classes and time. kind: masked, causal or any_order.
+    # Larger width and depth: for more images, classes and time. kind: masked, causal or block_causal.
     backbone:
-      kind: any_order
+      kind: block_causal
       width: $backbone
       encoder_depth: $depth
       decoder_depth: $depth

@@ -31,7 +31,7 @@ class SamplingConfig:
             (``cfg_schedule``), ``constant`` uses the same scale at every AR step.
         guidance_interval: fractions of known tokens between which guidance is on.
         temperature: multiplies the head's noise.
-        order: masked and any-order models: the order in which positions become known. ``halton`` spreads the
+        order: not for causal models: the order in which positions become known. ``halton`` spreads the
             positions of an AR step evenly over the image. ``raster`` is left to right, top to bottom, for one
             token per AR step.
         refresh_every: masked models: recompute all positions only every N AR steps. In between, only new

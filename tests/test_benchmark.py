@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from far.autoencoder import AutoencoderConfig
-from far.backbone import AnyOrderConfig, CausalConfig, MaskedBackbone, MaskedConfig
+from far.backbone import BlockCausalConfig, CausalConfig, MaskedBackbone, MaskedConfig
 from far.benchmark import report
 from far.benchmark.cost import flop_counter, size, weights_read
 from far.benchmark.hardware import peak_memory, product_peak
@@ -33,7 +33,7 @@ from far.sampling import SamplingConfig, SeededNoise, sample
 BACKBONES = {
     "masked": MaskedConfig(32, 2, 2, 32, 3, 2, 3),
     "causal": CausalConfig(width=32, depth=2, heads=2),
-    "any_order": AnyOrderConfig(width=32, encoder_depth=2, decoder_depth=2, heads=2),
+    "block_causal": BlockCausalConfig(width=32, encoder_depth=2, decoder_depth=2, heads=2),
 }
 each_backbone = pytest.mark.parametrize("backbone", BACKBONES)
 

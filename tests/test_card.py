@@ -152,7 +152,7 @@ def test_card_that_cannot_be_written_is_named_in_one_line(folder: Path) -> None:
 def test_bundled_models_card_shows_its_training_and_that_of_its_backbone(tmp_path: Path) -> None:
     far.load("avatars-64-mar").save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert yaml.safe_load(text.split("---")[1])["tags"][-2:] == ["any_order", "diffusion"]
+    assert yaml.safe_load(text.split("---")[1])["tags"][-2:] == ["block_causal", "diffusion"]
     head, backbone = re.split("^### Training of the backbone.*$", text, flags=re.MULTILINE)
     assert "| data | DiceBear styles, CC0 1.0 |" in head
     assert "| finished steps | 1500 |" in head

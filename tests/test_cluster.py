@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torchrun import run
 
 from benchmarks import cluster
-from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
+from far.backbone import BlockCausalConfig, CausalConfig, MaskedConfig
 from far.heads import DiffusionConfig, FlowConfig, ShortcutConfig
 from far.layers import blocks_of
 from far.model import FAR, PRESETS, ModelConfig, NetworkConfig
@@ -34,9 +34,11 @@ DOCUMENT = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 SMALL = [
     NetworkConfig(MaskedConfig(32, 2, 2, 64, 3, 2, 2), ShortcutConfig(48, 2)),
     NetworkConfig(CausalConfig(width=32, depth=2, heads=2), DiffusionConfig(32, 1)),
-    NetworkConfig(AnyOrderConfig(width=32, encoder_depth=2, decoder_depth=1, heads=2), ShortcutConfig(32, 1)),
+    NetworkConfig(
+        BlockCausalConfig(width=32, encoder_depth=2, decoder_depth=1, heads=2), ShortcutConfig(32, 1)
+    ),
 ]
-each_network = pytest.mark.parametrize("network", SMALL, ids=["masked", "causal", "any_order"])
+each_network = pytest.mark.parametrize("network", SMALL, ids=["masked", "causal", "block_causal"])
 
 
 class Task:

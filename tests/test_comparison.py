@@ -45,7 +45,7 @@ SIZES = [
     f"{part}_{size}" for part in ("encoder", "decoder") for size in ("width: 16", "depth: 1", "heads: 2")
 ]
 BACKBONES = {
-    "any-order": "kind: any_order, width: 16, encoder_depth: 1, decoder_depth: 1, heads: 2",
+    "block-causal": "kind: block_causal, width: 16, encoder_depth: 1, decoder_depth: 1, heads: 2",
     "causal": "kind: causal, width: 16, depth: 2, heads: 2",
     "masked": ", ".join(SIZES),
 }
@@ -69,7 +69,7 @@ def tiny(tmp_path: Path, image_set: Path, monkeypatch: pytest.MonkeyPatch) -> Im
         "".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in BLOCKS)
     )
     Path("README.md").write_text("<!-- begin results -->\n<!-- end results -->\n")
-    recipe = str(recipes / "tiny-any-order.yaml")
+    recipe = str(recipes / "tiny-block-causal.yaml")
     preparation = (("train-autoencoder", recipe, "--resume"), ("cache", recipe))
     images = ImageSet("tiny", image_set, preparation, count=64, sweep_count=12)
     for name in list(SETS):
@@ -161,10 +161,10 @@ def check_report(rows: dict[str, Any], trainings: list[str]) -> None:
     if len(found) > 1:
         cell += f" ± {statistics.stdev(found):.1f}"
     lines = Path("docs/results.md").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(f"| any-order | shortcut | 1 | {len(found)} |"))
+    (line,) = (line for line in lines if line.startswith(f"| block-causal | shortcut | 1 | {len(found)} |"))
     assert f"| {cell} |" in line
     assert Path("docs/images/comparison-tiny.png").exists()
-    assert "| any-order | diffusion | 100 |" in Path("README.md").read_text()
+    assert "| block-causal | diffusion | 100 |" in Path("README.md").read_text()
 
 
 def test_other_training_is_an_error_that_names_the_weights(

@@ -87,7 +87,7 @@ def check_gradients(one: torch.nn.Module, other: torch.nn.Module) -> None:
         ("masked", "shortcut", {}),
         ("masked", "flow", {"refresh_every": 2, "guidance_every": 2}),
         ("causal", "diffusion", {}),
-        ("any_order", "flow_map", {}),
+        ("block_causal", "flow_map", {}),
     ],
 )
 def test_compiled_generation_equals_the_plain_one_also_recorded(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from far.autoencoder import AutoencoderConfig
-from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
+from far.backbone import BlockCausalConfig, CausalConfig, MaskedConfig
 from far.config import from_dict, to_dict
 from far.errors import InputError
 from far.heads import FlowConfig, ShortcutConfig
@@ -164,7 +164,7 @@ def test_kind_selects_the_backbone_and_the_default_is_masked() -> None:
     assert backbone(encoder_depth=3) == MaskedConfig(encoder_depth=3)
     assert backbone(kind="masked") == MaskedConfig()
     assert backbone(kind="causal", depth=3) == CausalConfig(depth=3)
-    assert backbone(kind="any_order", decoder_depth=3) == AnyOrderConfig(decoder_depth=3)
+    assert backbone(kind="block_causal", decoder_depth=3) == BlockCausalConfig(decoder_depth=3)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from benchmarks import gpu_estimate
 from benchmarks.gpu_estimate import META, account, peak, pipeline_of, work
 from far.autoencoder import AutoencoderConfig
-from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
+from far.backbone import BlockCausalConfig, CausalConfig, MaskedConfig
 from far.benchmark.cost import flop_counter
 from far.benchmark.rows import Row
 from far.benchmark.watch import generate, segments
@@ -19,10 +19,10 @@ from far.sampling import SamplingConfig
 
 BACKBONES = {
     "masked": MaskedConfig(16, 1, 2, 24, 1, 2, buffer=2),
-    "any_order": AnyOrderConfig(width=16, encoder_depth=1, decoder_depth=2, heads=2, buffer=2),
+    "block_causal": BlockCausalConfig(width=16, encoder_depth=1, decoder_depth=2, heads=2, buffer=2),
     "causal": CausalConfig(width=16, depth=1, heads=2, buffer=2),
 }
-AR_STEPS = {"masked": 4, "any_order": 64, "causal": 256}
+AR_STEPS = {"masked": 4, "block_causal": 64, "causal": 256}
 
 
 def test_live_bytes_and_operations_of_a_known_sequence() -> None:

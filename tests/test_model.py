@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
+from far.backbone import BlockCausalConfig, CausalConfig, MaskedConfig
 from far.heads import HEADS, Condition, FlowConfig, HeadConfig, ShortcutConfig, TokenLoss
 from far.model import FAR, PRESETS, ModelConfig, NetworkConfig, preset
 from far.sampling import SamplingConfig, SeededNoise, sample
@@ -17,15 +17,15 @@ from tests.refusals import refused
 KINDS = sorted(HEADS)
 BACKBONE = MaskedConfig(16, 1, 2, 24, 1, 2, buffer=2, dropout=0.0)
 CAUSAL = CausalConfig(width=16, depth=2, heads=2, buffer=2, dropout=0.0)
-ANY_ORDER = AnyOrderConfig("any_order", 16, 1, 1, 2, buffer=2, dropout=0.0)
-BACKBONES = {"masked": BACKBONE, "causal": CAUSAL, "any_order": ANY_ORDER}
+BLOCK_CAUSAL = BlockCausalConfig("block_causal", 16, 1, 1, 2, buffer=2, dropout=0.0)
+BACKBONES = {"masked": BACKBONE, "causal": CAUSAL, "block_causal": BLOCK_CAUSAL}
 
 
 def tiny(
     kind: str,
     patch: int = 1,
     grid: tuple[int, int] = (4, 6),
-    backbone: MaskedConfig | CausalConfig | AnyOrderConfig = BACKBONE,
+    backbone: MaskedConfig | CausalConfig | BlockCausalConfig = BACKBONE,
     **head: float,
 ) -> FAR:
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def test_causal_backbones_are_llamagens_but_for_its_vocabulary(name: str, publis
 
 
 @pytest.mark.parametrize("size", ["b", "l", "xl"])
-def test_any_order_presets_are_as_large_as_the_causal_ones(size: str) -> None:
+def test_block_causal_presets_are_as_large_as_the_causal_ones(size: str) -> None:
     networks = [preset(f"far-{kind}-{size}") for kind in ("bc", "causal")]
     with torch.device("meta"):
         models = [FAR(ModelConfig(network)) for network in networks]
@@ -237,10 +237,10 @@ def test_every_parameter_learns(kind: str, head: dict[str, float], backbone: str
     [
         MaskedConfig(32, 1, 4, 32, 1, 4, buffer=1, dropout=0.0),
         CausalConfig(width=32, depth=2, heads=4, dropout=0.0),
-        AnyOrderConfig("any_order", 32, 1, 1, 4, dropout=0.0),
+        BlockCausalConfig("block_causal", 32, 1, 1, 4, dropout=0.0),
     ],
 )
-def test_tokens_meet_their_own_conditions(backbone: MaskedConfig | CausalConfig | AnyOrderConfig) -> None:
+def test_tokens_meet_their_own_conditions(backbone: MaskedConfig | CausalConfig | BlockCausalConfig) -> None:
     """If each position always holds the same token, only a head with the right ``z`` can learn it."""
     torch.manual_seed(0)
     model = FAR(ModelConfig(NetworkConfig(backbone, FlowConfig(64, 2, 4)), 1, 2, (2, 3)))
@@ -282,12 +282,12 @@ def test_impossible_sizes_are_refused(values: dict, named: list[str]) -> None:
     [
         MaskedConfig(32, 1, 2, 32, 1, 2, 2),
         CausalConfig(width=32, depth=2, heads=2),
-        AnyOrderConfig("any_order", 32, 1, 1, 2),
+        BlockCausalConfig("block_causal", 32, 1, 1, 2),
     ],
-    ids=["masked", "causal", "any_order"],
+    ids=["masked", "causal", "block_causal"],
 )
 def test_blocks_are_compiled_whole_and_for_few_shapes(
-    backbone: MaskedConfig | CausalConfig | AnyOrderConfig,
+    backbone: MaskedConfig | CausalConfig | BlockCausalConfig,
 ) -> None:
     """torch.compile has no graph breaks, and does not recompile at each AR step although lengths change."""
     model = FAR(ModelConfig(NetworkConfig(backbone, ShortcutConfig(16, 1), patch=1), 3, 4, (8, 8))).eval()

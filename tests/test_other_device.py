@@ -13,7 +13,7 @@ from slope import Slope, loop
 from torch import Tensor, nn
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
-from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
+from far.backbone import BlockCausalConfig, CausalConfig, MaskedConfig
 from far.data.image_sets import open_image_set, read_images
 from far.evaluation.features import load_feature_network
 from far.heads import HEADS, Condition, HeadConfig
@@ -28,7 +28,7 @@ from far.training.loop import Trainer
 BACKBONES = {
     "masked": MaskedConfig(16, 1, 2, 24, 1, 2, buffer=2),
     "causal": CausalConfig(width=16, depth=1, heads=2, buffer=2),
-    "any_order": AnyOrderConfig("any_order", 16, 1, 1, 2, buffer=2),
+    "block_causal": BlockCausalConfig("block_causal", 16, 1, 1, 2, buffer=2),
 }
 GRID, BATCH, KEPT = (2, 4), 3, 3
 LABELS = torch.zeros(BATCH, dtype=torch.long, device=DEVICE)
@@ -94,7 +94,7 @@ APPROXIMATIONS = [
 
 
 @pytest.mark.parametrize("sampling", APPROXIMATIONS, ids=named)
-@pytest.mark.parametrize("backbone", ["masked", "any_order"])
+@pytest.mark.parametrize("backbone", ["masked", "block_causal"])
 def test_ar_steps_of_approximations_copy_and_read_nothing(backbone: str, sampling: dict) -> None:
     network = model(backbone, kind="shortcut")
     if set(sampling) & set(unused_options(network)):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import far
-from far.backbone import AnyOrderConfig
+from far.backbone import BlockCausalConfig
 from far.backbone.causal import CausalConfig
 from far.backbone.masked import MaskedConfig
 from far.errors import InputError
@@ -30,7 +30,7 @@ from far.weights import save_tensors
 BACKBONES = [
     MaskedConfig(32, 1, 2, 32, 1, 2, 2),
     CausalConfig(width=32, depth=2, heads=2),
-    AnyOrderConfig("any_order", 32, 1, 1, 2),
+    BlockCausalConfig("block_causal", 32, 1, 1, 2),
 ]
 packing = pytest.mark.skipif(
     bfloat16_fault() is not None, reason="the processor has no bfloat16 matrix instructions"
@@ -67,7 +67,7 @@ def test_other_dtypes_and_layers_are_not_packed() -> None:
 @packing
 @pytest.mark.parametrize("backbone", BACKBONES, ids=[config.kind for config in BACKBONES])
 def test_packed_model_draws_the_same_tokens(
-    backbone: MaskedConfig | CausalConfig | AnyOrderConfig,
+    backbone: MaskedConfig | CausalConfig | BlockCausalConfig,
 ) -> None:
     torch.manual_seed(0)
     plain = FAR(ModelConfig(NetworkConfig(backbone, ShortcutConfig(16, 1, 2), patch=2), 3, 2, (4, 4))).eval()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
+from far.backbone import BlockCausalConfig, CausalConfig, MaskedConfig
 from far.heads import HEADS, HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pipeline import Pipeline
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 BACKBONES: dict[str, Any] = {
     "masked": MaskedConfig(16, 2, 2, 24, 2, 2, buffer=2),
     "causal": CausalConfig(width=16, depth=2, heads=2, buffer=2),
-    "any_order": AnyOrderConfig("any_order", 16, 2, 2, 2, buffer=2),
+    "block_causal": BlockCausalConfig("block_causal", 16, 2, 2, 2, buffer=2),
 }
 HEAD_CASES: list[dict[str, Any]] = [
     *({"kind": kind} for kind in sorted(HEADS)),
@@ -177,7 +177,7 @@ def test_two_recordings_are_kept(recorder: Recorder) -> None:
 
 
 def test_overlapping_generations_do_not_share_memory(recorder: Recorder) -> None:
-    model, recordings = tiny("any_order", kind="flow"), Recordings()
+    model, recordings = tiny("block_causal", kind="flow"), Recordings()
     drawn(recordings, model, 0), drawn(recordings, model, 1)
     config = sampling(model)
     one, other = (recordings.sampling_steps(model, *values_of(seed), config) for seed in (2, 3))

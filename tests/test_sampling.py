@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from far.backbone import AnyOrderBackbone, AnyOrderConfig, CausalBackbone, CausalConfig, MaskedConfig
+from far.backbone import BlockCausalBackbone, BlockCausalConfig, CausalBackbone, CausalConfig, MaskedConfig
 from far.errors import InputError
 from far.heads import HEADS, Condition, Draw, HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
@@ -34,7 +34,7 @@ def tiny(
 
 
 def tiny_with(
-    backbone: MaskedConfig | CausalConfig | AnyOrderConfig,
+    backbone: MaskedConfig | CausalConfig | BlockCausalConfig,
     kind: str,
     patch: int = 1,
     spherical: bool = False,
@@ -57,7 +57,7 @@ MODELS = {kind: tiny(kind) for kind in KINDS}
 CAUSAL = {f"causal {kind}": tiny(kind, causal=True) for kind in KINDS}
 ALL = {**MODELS, **CAUSAL}
 FLOW, CAUSAL_FLOW = MODELS["flow"], CAUSAL["causal flow"]
-ANY_ORDER = tiny_with(AnyOrderConfig("any_order", 16, 2, 2, 2, buffer=2), "flow")
+BLOCK_CAUSAL = tiny_with(BlockCausalConfig("block_causal", 16, 2, 2, 2, buffer=2), "flow")
 
 
 def ar_steps(name: str, steps: int) -> int:
@@ -238,31 +238,31 @@ def test_generation_does_not_depend_on_the_cache(
         {"guidance": 3.0, "order": "halton"},
     ],
 )
-def test_any_order_generation_does_not_depend_on_the_cache(
+def test_block_causal_generation_does_not_depend_on_the_cache(
     steps: int, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     latents = torch.randn(3, 3, 4, 6, generator=torch.Generator().manual_seed(0))
     for kept in (None, Kept(latents, torch.tensor([20, 3, 8]))):
         config = SamplingConfig(ar_steps=min(steps, 24 - (3 if kept else 0)), head_steps=2, **values)
         with monkeypatch.context() as patch:
-            cached = draw(ANY_ORDER, [0, 3, 1], [1, 2, 3], config, kept=kept)
-            patch.setattr(AnyOrderBackbone, "new_cache", lambda self, rows: None)
-            plain = draw(ANY_ORDER, [0, 3, 1], [1, 2, 3], config, kept=kept)
+            cached = draw(BLOCK_CAUSAL, [0, 3, 1], [1, 2, 3], config, kept=kept)
+            patch.setattr(BlockCausalBackbone, "new_cache", lambda self, rows: None)
+            plain = draw(BLOCK_CAUSAL, [0, 3, 1], [1, 2, 3], config, kept=kept)
         torch.testing.assert_close(cached, plain, rtol=1e-4, atol=1e-4)
         if kept is not None:
-            tokens, given = ANY_ORDER.tokens(cached), ANY_ORDER.tokens(latents)
+            tokens, given = BLOCK_CAUSAL.tokens(cached), BLOCK_CAUSAL.tokens(latents)
             assert torch.equal(tokens[:, kept.positions], given[:, kept.positions])
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_any_order_models_refuse_approximations_of_masked_ones(name: str) -> None:
-    with refused(f"{name} 2", "any_order"):
-        draw(ANY_ORDER, [0], [1], SamplingConfig(8, 1, **{name: 2}))
+def test_block_causal_models_refuse_approximations_of_masked_ones(name: str) -> None:
+    with refused(f"{name} 2", "block_causal"):
+        draw(BLOCK_CAUSAL, [0], [1], SamplingConfig(8, 1, **{name: 2}))
 
 
 def test_fast_adds_no_approximation_beside_an_exact_cache() -> None:
     assert fast_options(FLOW) == FAST
-    assert fast_options(ANY_ORDER) == fast_options(CAUSAL_FLOW) == {}
+    assert fast_options(BLOCK_CAUSAL) == fast_options(CAUSAL_FLOW) == {}
 
 
 def test_causal_generation_drops_unconditional_rows_after_guidance(
@@ -563,7 +563,7 @@ def test_approximate_image_does_not_depend_on_its_batch(values: dict[str, Any]) 
 
 
 def test_raster_order_is_that_of_the_positions() -> None:
-    for model in (FLOW, ANY_ORDER):
+    for model in (FLOW, BLOCK_CAUSAL):
         seen: list[Progress] = []
         draw(model, [0, 0], [1, 2], SamplingConfig(24, 1, order="raster"), callback=seen.append)
         for count, progress in enumerate(seen, start=1):

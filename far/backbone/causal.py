@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from far.backbone.backbone import Backbone
-from far.backbone.config import AnyOrderConfig, CausalConfig
+from far.backbone.config import BlockCausalConfig, CausalConfig
 from far.devices import to_device
 from far.layers import (
     BlockCache,
@@ -117,7 +117,7 @@ def initialize_branches(module: nn.Module, depth: int) -> None:
 class CausalBlock(nn.Module):
     """Pre-norm block without biases: RMSNorm, causal attention, RMSNorm, SwiGLU."""
 
-    def __init__(self, config: CausalConfig | AnyOrderConfig) -> None:
+    def __init__(self, config: CausalConfig | BlockCausalConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.width, eps=1e-6)
         self.attention = CausalAttention(config.width, config.heads)

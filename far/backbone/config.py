@@ -102,8 +102,8 @@ class CausalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class AnyOrderConfig:
-    """Size of the any-order backbone, and its training.
+class BlockCausalConfig:
+    """Size of the block-causal backbone, and its training.
 
     Attributes:
         kind: selects this backbone; required.
@@ -118,7 +118,7 @@ class AnyOrderConfig:
             the head's errors in sampling.
     """
 
-    kind: Literal["any_order"] = "any_order"
+    kind: Literal["block_causal"] = "block_causal"
     width: int = 768
     encoder_depth: int = 12
     decoder_depth: int = 12

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from far.backbone import AnyOrderBackbone, MaskedBackbone
+from far.backbone import BlockCausalBackbone, MaskedBackbone
 from far.benchmark.rows import SEED, Row
 from far.heads import Condition, Draw, Normal
 from far.model import FAR
@@ -96,7 +96,7 @@ class Watch:
         start = self.reading()
         module = backbone.module
         hook: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if isinstance(module, MaskedBackbone | AnyOrderBackbone):  # the encoder ends with its norm
+        if isinstance(module, MaskedBackbone | BlockCausalBackbone):  # the encoder ends with its norm
             hook = module.encoder_norm.register_forward_hook(lambda *_: self._add("encoder", start))
         with hook:
             z: Tensor = module(tokens, known, query, *rest)

@@ -1,7 +1,7 @@
 """Measure time, arithmetic and memory of generation by network, in a table that starts with MAR as released.
 
 Without --models, the rows are MAR's base model at 64 × 100 steps in float32, the same in bfloat16, with the
-shortcut head, with approximations, and with the any-order and the causal backbone. They take less than ten
+shortcut head, with approximations, and with the block-causal and the causal backbone. They take less than ten
 minutes: rows in a dtype that the device has no instructions for are left out, and so is a second round that
 would end later.
 On CUDA, the first row computes MAR's base model as MAR's code does, and rows in int8 are in bfloat16.
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several: dict[str, Any] = {"type": int, "nargs": "+", "metavar": "N"}
     add("--models", nargs="+", metavar="MODEL", help="presets (far-b …), bundled names, folders or hub names")
     add("--batch", **several, default=[1], help="images drawn together (default 1)")
-    add("--ar-steps", **several, help="AR steps of masked and any-order models (default: the model's)")
+    add("--ar-steps", **several, help="AR steps of masked and block-causal models (default: the model's)")
     add("--head-steps", **several, help="head steps (default: the model's)")
     add("--dtypes", nargs="+", choices=DTYPES[1:], help="dtypes of the weights (default float32)")
     add_sampling_arguments(parser, without=_NO_OPTIONS)

@@ -11,7 +11,7 @@ from slope import Slope, loop
 from torch import Tensor
 from torchrun import run
 
-from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
+from far.backbone import BlockCausalConfig, CausalConfig, MaskedConfig
 from far.errors import InputError
 from far.heads import DiffusionConfig, FlowMapConfig, ShortcutConfig
 from far.model import FAR, ModelConfig, NetworkConfig
@@ -22,8 +22,8 @@ from far.training.loop import Trainer
 BACKBONES: dict[str, Any] = {
     "masked": MaskedConfig(16, 1, 2, 16, 2, 2, buffer=2, mask_ratio_min=0.99),
     "causal": CausalConfig(width=16, depth=2, heads=2, buffer=2),
-    "any_order": AnyOrderConfig(
-        "any_order", width=16, encoder_depth=2, decoder_depth=2, heads=2, buffer=2, dropout=0.1
+    "block_causal": BlockCausalConfig(
+        "block_causal", width=16, encoder_depth=2, decoder_depth=2, heads=2, buffer=2, dropout=0.1
     ),
 }
 HEADS = {
@@ -105,8 +105,8 @@ def test_another_block_keeps_only_its_input(backbone: str, deeper: str) -> None:
         sizes.append((plain, kept_bytes(network)))
     plain, checkpointed = (after - before for before, after in zip(*sizes))
     tokens = GRID[0] * GRID[1]
-    # Queries of the any-order decoder have no class copies, and the last causal token is not an input.
-    positions = {"masked": tokens + 2, "causal": tokens + 2 - 1, "any_order": tokens}[backbone]
+    # Queries of the block-causal decoder have no class copies, and the last causal token is not an input.
+    positions = {"masked": tokens + 2, "causal": tokens + 2 - 1, "block_causal": tokens}[backbone]
     values = BATCH * (2 * tokens if deeper == "head" else positions) * 16
     assert checkpointed == 4 * values
     assert plain > 5 * checkpointed

@@ -15,7 +15,7 @@ from refusals import refused
 from safetensors.torch import load_file
 from torchrun import run
 
-from far.backbone import AnyOrderConfig, CausalConfig
+from far.backbone import BlockCausalConfig, CausalConfig
 from far.cli.main import main
 from far.config import to_dict
 from far.convert import convert_kl16, convert_mar
@@ -152,12 +152,12 @@ def test_two_processes_train_adapters_as_one(
     "backbone",
     [
         CausalConfig(width=16, depth=1, heads=2),
-        AnyOrderConfig(width=16, encoder_depth=1, decoder_depth=1, heads=2),
+        BlockCausalConfig(width=16, encoder_depth=1, decoder_depth=1, heads=2),
     ],
     ids=type,
 )
 def test_adapters_fit_every_backbone(
-    backbone: CausalConfig | AnyOrderConfig, recipe: Path, pipeline_folder: Path, tmp_path: Path
+    backbone: CausalConfig | BlockCausalConfig, recipe: Path, pipeline_folder: Path, tmp_path: Path
 ) -> None:
     """The first step's gradient reaches adapters, class embedding and head, and nothing else."""
     source = Pipeline.from_pretrained(pipeline_folder)

@@ -15,7 +15,7 @@ from conftest import CLASSES, draw_images
 from slope import Slope, infinite_gradient, infinite_loss, loop, nan_loss, run_steps
 from torch import Tensor, nn
 
-from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
+from far.backbone import BlockCausalConfig, CausalConfig, MaskedConfig
 from far.errors import InputError
 from far.heads import DiffusionConfig, EnergyConfig, FlowConfig, FlowMapConfig, ShortcutConfig
 from far.interrupt import Interrupted
@@ -235,7 +235,7 @@ def test_run_in_bfloat16_resumes_in_float16(tmp_path: Path) -> None:
 BACKBONES = {
     "masked": MaskedConfig(16, 1, 2, 16, 1, 2, buffer=2, mask_ratio_min=0.1),
     "causal": CausalConfig(width=16, depth=1, heads=2),
-    "any_order": AnyOrderConfig("any_order", 16, 1, 1, 2),
+    "block_causal": BlockCausalConfig("block_causal", 16, 1, 1, 2),
 }
 HEADS = {
     "diffusion": DiffusionConfig(32, 2, token_limit=5.0),

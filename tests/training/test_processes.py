@@ -79,15 +79,15 @@ FLOW_MAP = [
     "generator.network.head.flow_steps=10",
     "generator.network.head.max_guidance=3.0",
 ]
-ANY_ORDER = [
-    "generator.network.backbone={kind: any_order, width: 16, encoder_depth: 1, decoder_depth: 1, heads: 2}"
+BLOCK_CAUSAL = [
+    "generator.network.backbone={kind: block_causal, width: 16, encoder_depth: 1, decoder_depth: 1, heads: 2}"
 ]
 FLOAT16 = ["generator.training.dtype=float16"]
 CASES = {
     "ddp, flow_map": ("ddp", FLOW_MAP),
     "fsdp, shortcut": ("fsdp", []),
     "fsdp, flow_map": ("fsdp", FLOW_MAP),
-    "fsdp, any_order": ("fsdp", ANY_ORDER),
+    "fsdp, block_causal": ("fsdp", BLOCK_CAUSAL),
     "ddp, float16": ("ddp", FLOAT16),
     "fsdp, float16": ("fsdp", FLOAT16),
 }

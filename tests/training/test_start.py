@@ -14,7 +14,7 @@ from refusals import refused
 
 from far.autoencoder import Autoencoder
 from far.autoencoder_config import AutoencoderConfig
-from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
+from far.backbone import BlockCausalConfig, CausalConfig, MaskedConfig
 from far.classes import imagenet_classes, matched_classes
 from far.cli.main import main
 from far.folder import load_autoencoder
@@ -26,7 +26,7 @@ from far.sampling_config import SamplingConfig
 from far.training.generator import GeneratorTask
 from far.training.start import copy_model, match_embeddings
 
-ANY_ORDER = AnyOrderConfig(width=16, encoder_depth=1, decoder_depth=1, heads=2)
+BLOCK_CAUSAL = BlockCausalConfig(width=16, encoder_depth=1, decoder_depth=1, heads=2)
 
 
 @pytest.fixture
@@ -151,11 +151,11 @@ def test_training_starts_from_the_averaged_weights_of_a_model(recipe: Path, pipe
 
 @pytest.mark.parametrize(
     "backbone",
-    [MaskedConfig(16, 1, 2, 16, 1, 2, 1), CausalConfig(width=16, depth=1, heads=2), ANY_ORDER],
+    [MaskedConfig(16, 1, 2, 16, 1, 2, 1), CausalConfig(width=16, depth=1, heads=2), BLOCK_CAUSAL],
     ids=type,
 )
 def test_backbone_may_differ_in_every_fraction_and_noise_of_its_training(
-    backbone: MaskedConfig | CausalConfig | AnyOrderConfig, tmp_path: Path
+    backbone: MaskedConfig | CausalConfig | BlockCausalConfig, tmp_path: Path
 ) -> None:
     """Keys of type float change how a backbone is trained, not what its weights compute."""
     config = ModelConfig(NetworkConfig(backbone, ShortcutConfig(16, 1)), 2, 4, (2, 2))

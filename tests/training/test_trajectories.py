@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from far.backbone import AnyOrderConfig, CausalConfig, MaskedConfig
+from far.backbone import BlockCausalConfig, CausalConfig, MaskedConfig
 from far.data.shards import ShardReader, ShardWriter
 from far.errors import InputError
 from far.files import json_digest, read_json, write_json
@@ -117,7 +117,7 @@ def test_trajectories_of_a_trained_teacher_are_close_to_a_fine_integration(train
 
 BACKBONES = {
     "masked": MaskedConfig(16, 1, 2, 16, 1, 2, 2, 0.1),
-    "any_order": AnyOrderConfig(width=16, encoder_depth=2, decoder_depth=1, heads=2),
+    "block_causal": BlockCausalConfig(width=16, encoder_depth=2, decoder_depth=1, heads=2),
     "causal": CausalConfig(width=16, depth=1, heads=2),
 }
 
@@ -174,7 +174,7 @@ def test_positions_of_a_causal_model_are_uniform(queries: int) -> None:
     assert scipy.stats.chisquare(torch.cat(found).flatten().bincount(minlength=16).numpy()).pvalue > 0.01
 
 
-@pytest.mark.parametrize("backbone", ["masked", "any_order"])
+@pytest.mark.parametrize("backbone", ["masked", "block_causal"])
 @pytest.mark.parametrize("kind", ["raster", "halton"])
 def test_positions_are_those_of_an_ar_step_in_the_order_of_sampling(backbone: str, kind: str) -> None:
     model, draws, counts = small_model(backbone), generator(), cosine_token_counts(16, 6)
@@ -193,9 +193,9 @@ def test_positions_are_those_of_an_ar_step_in_the_order_of_sampling(backbone: st
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["random", "raster", "halton"])
-def test_tokens_of_an_any_order_model_drawn_one_by_one_depend_on_those_before(kind: str) -> None:
+def test_tokens_of_a_block_causal_model_drawn_one_by_one_depend_on_those_before(kind: str) -> None:
     torch.manual_seed(0)
-    model, latents = small_model("any_order"), torch.randn(4, 2, 8, 8, generator=generator(1))
+    model, latents = small_model("block_causal"), torch.randn(4, 2, 8, 8, generator=generator(1))
     config, labels = TrajectoryConfig(tokens_per_image=6, label_drop=0.0), torch.tensor([0, 1, 2, 0])
     sampling = SamplingConfig(16, order=kind)  # type: ignore[arg-type]
     rows = group_rows(model, latents, labels, config, sampling, generator())

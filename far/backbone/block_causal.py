@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from far.backbone.backbone import Backbone
 from far.backbone.causal import CausalBlock, initialize_branches, rotary_grid
-from far.backbone.config import AnyOrderConfig
+from far.backbone.config import BlockCausalConfig
 from far.devices import to_device
 from far.layers import BlockCache, KeyValueCache, SwiGLU, as_input, attend, block_caches, rotate, take
 
 
-class AnyOrderBackbone(Backbone):
+class BlockCausalBackbone(Backbone):
     """Class and known tokens, in any order → ``z [b, m, width]``, on a ``grid`` of (rows, columns) tokens."""
 
     any_order = True
     exact_cache = True
     rotary: Tensor
 
-    def __init__(self, config: AnyOrderConfig, grid: tuple[int, int], channels: int, classes: int) -> None:
+    def __init__(self, config: BlockCausalConfig, grid: tuple[int, int], channels: int, classes: int) -> None:
         super().__init__()
         self.config, self.tokens, width = config, grid[0] * grid[1], config.width
         self.class_embedding = nn.Embedding(classes + 1, width)
@@ -120,7 +120,7 @@ class AnyOrderBackbone(Backbone):
 class QueryBlock(nn.Module):
     """Pre-norm block of query positions: RMSNorm, attention to the known tokens only, RMSNorm, SwiGLU."""
 
-    def __init__(self, config: AnyOrderConfig) -> None:
+    def __init__(self, config: BlockCausalConfig) -> None:
         super().__init__()
         width = config.width
         self.heads = config.heads

@@ -1,4 +1,4 @@
-"""The any-order backbone against a plain recomputation, and the dependencies of each ``z``."""
+"""The block-causal backbone against a plain recomputation, and the dependencies of each ``z``."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from far.backbone import AnyOrderBackbone, AnyOrderConfig
+from far.backbone import BlockCausalBackbone, BlockCausalConfig
 from tests.backbone.test_causal import rms_norm, turned
 from tests.refusals import refused
 
@@ -16,10 +16,10 @@ LABELS = torch.arange(BATCH)
 SIZES = {"width": 16, "encoder_depth": 2, "decoder_depth": 2, "heads": 2, "buffer": 2, "dropout": 0.0}
 
 
-def build(**values: object) -> AnyOrderBackbone:
+def build(**values: object) -> BlockCausalBackbone:
     torch.manual_seed(0)
-    config = AnyOrderConfig(**{**SIZES, "input_noise": 0.0, **values})  # type: ignore[arg-type]
-    backbone = AnyOrderBackbone(config, (ROWS, COLUMNS), CHANNELS, CLASSES).eval()
+    config = BlockCausalConfig(**{**SIZES, "input_noise": 0.0, **values})  # type: ignore[arg-type]
+    backbone = BlockCausalBackbone(config, (ROWS, COLUMNS), CHANNELS, CLASSES).eval()
     with torch.no_grad():  # freshly initialized, branches hardly count
         for parameter in backbone.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -43,7 +43,7 @@ def teacher_forced(tokens: Tensor, orders: Tensor = ORDERS) -> Tensor:
 class Plain:
     """``z`` of one image, computed vector by vector."""
 
-    def __init__(self, backbone: AnyOrderBackbone) -> None:
+    def __init__(self, backbone: BlockCausalBackbone) -> None:
         self.config, self.state = backbone.config, backbone.state_dict()
         self.width = self.config.width // self.config.heads
 
@@ -229,4 +229,4 @@ def test_dropout_acts_in_training_only() -> None:
 )
 def test_impossible_sizes_are_refused(values: dict, named: list[str]) -> None:
     with refused(*named):
-        AnyOrderConfig(**values)
+        BlockCausalConfig(**values)
