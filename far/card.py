@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from safetensors import safe_open
@@ -26,6 +26,15 @@ _MARK = (
     "<!-- far writes this card again whenever the model is saved. Delete this line to keep your edits. -->"
 )
 _CLASSES_SHOWN = 20
+# Libraries that load a folder, with the files of generator and autoencoder in it.
+Library = Literal["far", "diffusers"]
+_WEIGHTS: dict[Library, tuple[str, str]] = {
+    "far": ("model.safetensors", "autoencoder.safetensors"),
+    "diffusers": (
+        "transformer/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    ),
+}
 _CITATION = (
     "The method is Hang et al., *Fast Autoregressive Models for Continuous Latent Generation*, "
     "[arXiv 2504.18391](https://arxiv.org/abs/2504.18391) (2025). It builds on Li et al., "
@@ -54,7 +63,12 @@ def may_replace(card: str) -> bool:
 
 
 def model_card(
-    folder: Path, config: FolderConfig, name: str | None = None, license: str | None = None
+    folder: Path,
+    config: FolderConfig,
+    name: str | None = None,
+    license: str | None = None,
+    *,
+    library: Library = "far",
 ) -> str:
     """Return the card of a generator's folder as Markdown, beginning with the entries that the hub reads.
 
@@ -63,6 +77,7 @@ def model_card(
         config: the content of its ``config.json``.
         name: ``OWNER/NAME`` from which the model will be loaded; None is the folder itself.
         license: the hub's identifier of the license of the weights, such as ``"mit"``; None leaves it out.
+        library: the library that loads the folder.
     """
     from huggingface_hub import ModelCardData
 
@@ -71,7 +86,7 @@ def model_card(
     kinds = network.backbone.kind, network.head.kind
     entries = ModelCardData(
         license=license,
-        library_name="far",
+        library_name=library,
         # The hub has no task for images from class labels. It files such models here.
         pipeline_tag="unconditional-image-generation",
         tags=["image-generation", "class-conditional", "autoregressive", *kinds],
@@ -86,8 +101,8 @@ def model_card(
         "# Image generator" if name is None else f"# {name.rpartition('/')[2].partition('@')[0]}",
         "An image generator that predicts continuous latent tokens, several at a time. "
         f"{len(classes)} {'class' if len(classes) == 1 else 'classes'}: {shown}.",
-        _use(config, name),
-        "## Sizes\n\n" + _table(("property", "value"), _sizes(config, folder)),
+        _use(config, name) if library == "far" else _use_diffusers(config, name),
+        "## Sizes\n\n" + _table(("property", "value"), _sizes(config, folder, *_WEIGHTS[library])),
         "## Sampling\n\nDefault values:\n\n" + _table(("option", "value"), defaults),
         _training(config.training),
         _results(config.results),
@@ -115,6 +130,17 @@ def _use(config: FolderConfig, name: str | None) -> str:
     )
 
 
+def _use_diffusers(config: FolderConfig, name: str | None) -> str:
+    return (
+        "## Use\n\nWith the Python package `far-image[diffusers]` installed, which the pipeline's code calls:"
+        "\n\n```python\nimport torch\nfrom diffusers import DiffusionPipeline\n\n"
+        f'pipeline = DiffusionPipeline.from_pretrained("{name or "."}", trust_remote_code=True)\n'
+        "generator = torch.Generator().manual_seed(0)\n"
+        f"images = pipeline(class_labels=[{_example(config.classes)}], generator=generator).images\n"
+        'images[0].save("image.png")\n```'
+    )
+
+
 def _example(classes: tuple[str, ...]) -> str:
     """Return the first class as a label in Python: its name, unless that could mean another class too."""
     with contextlib.suppress(InputError):
@@ -123,7 +149,9 @@ def _example(classes: tuple[str, ...]) -> str:
     return "0"
 
 
-def _sizes(config: FolderConfig, folder: Path) -> Iterable[tuple[str, object]]:
+def _sizes(
+    config: FolderConfig, folder: Path, generator: str, autoencoder_file: str
+) -> Iterable[tuple[str, object]]:
     model, autoencoder = config.model, config.autoencoder
     assert model is not None
     if autoencoder is not None:
@@ -131,11 +159,11 @@ def _sizes(config: FolderConfig, folder: Path) -> Iterable[tuple[str, object]]:
         yield "images", f"{columns * autoencoder.stride} × {rows * autoencoder.stride} pixels"
     yield "tokens", f"{model.tokens} of {model.token_channels} channels"
     yield "backbone, head", f"{model.network.backbone.kind}, {model.network.head.kind}"
-    yield "parameters of the generator", f"{_parameters(folder / 'model.safetensors'):,}"
+    yield "parameters of the generator", f"{_parameters(folder / generator):,}"
     if isinstance(autoencoder, DiffusersConfig):
         yield "autoencoder", f"`{autoencoder.class_name}` of diffusers, from `{autoencoder.source}`"
-    if autoencoder is not None and (folder / "autoencoder.safetensors").exists():
-        yield "parameters of the autoencoder", f"{_parameters(folder / 'autoencoder.safetensors'):,}"
+    if autoencoder is not None and (folder / autoencoder_file).exists():
+        yield "parameters of the autoencoder", f"{_parameters(folder / autoencoder_file):,}"
 
 
 def _parameters(path: Path) -> int:

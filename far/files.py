@@ -185,6 +185,13 @@ def check_folder(path: Path) -> None:
         raise InputError(f"cannot write {path}: {there} {wrong}. Choose another path")
 
 
+def check_empty_folder(path: Path) -> None:
+    """Raise an :class:`InputError` before long work unless ``path`` is an empty folder or can become one."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{path} exists and is not an empty folder. Choose another one")
+    check_folder(path)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
     with atomic_path(path) as temporary:

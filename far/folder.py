@@ -200,7 +200,8 @@ class ModelFolder:
         if isinstance(autoencoder, DiffusersConfig) and autoencoder.is_local and not autoencoder.included:
             problem = f"others do not have the autoencoder {autoencoder.source}"
             raise InputError(f"{problem}. Add --include-autoencoder, or train with one of the hub")
-        files = [path for file in (_CONFIG, _MODEL, _AUTOENCODER) if (path := self.path / file).exists()]
+        written = [file for file in (_CONFIG, _MODEL, _AUTOENCODER) if (self.path / file).exists()]
+        files = {file: self.path / file for file in written}
         card = model_card(self.path, self.config, name, license)
         return upload(files, card, name, **upload_options)
 

@@ -7,7 +7,7 @@ needed. Only ``config.json`` and safetensors are downloaded: no pickle, no code.
 import contextlib
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from far.card import may_replace
@@ -91,7 +91,7 @@ def _snapshot(
 
 
 def upload(
-    files: Sequence[Path],
+    files: Mapping[str, Path],
     card: str,
     name: str,
     revision: str | None = None,
@@ -106,7 +106,7 @@ def upload(
     parameters are those of :meth:`far.Pipeline.push_to_hub`; ``message`` is its ``commit_message``.
 
     Args:
-        files: the files, published under their names.
+        files: the files by the paths under which they are published.
         card: the text of ``README.md``.
 
     Raises:
@@ -131,7 +131,7 @@ def upload(
                 published = Path(path).read_text(encoding="utf-8", errors="replace")
         except RemoteEntryNotFoundError:  # the hub answers that it has none; no answer raises another error
             published = ""
-        operations = [CommitOperationAdd(file.name, file) for file in files]
+        operations = [CommitOperationAdd(path, file) for path, file in files.items()]
         if may_replace(published):
             operations.append(CommitOperationAdd("README.md", card.encode()))
         api.create_commit(repository, operations, commit_message=message, revision=revision)

@@ -36,7 +36,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | No
         raise InputError(f"dtype {dtype!r} is not a floating point dtype of torch, such as torch.float16")
 
     def plain(tensor: Tensor) -> Tensor:
-        return _dense(tensor).to("cpu", dtype if tensor.is_floating_point() else None).contiguous().clone()
+        return dense(tensor).to("cpu", dtype if tensor.is_floating_point() else None).contiguous().clone()
 
     converted = {name: plain(tensor) for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
@@ -52,7 +52,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return made.hexdigest()
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
     """Return a weight as a plain tensor, also that of a packed linear layer."""
     tensor = tensor.detach()
     return tensor.to_dense() if tensor.is_mkldnn else tensor
@@ -141,5 +141,5 @@ def changed_tensors(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> di
     return {
         name: tensor
         for name, tensor in tensors.items()
-        if name not in others or not torch.equal(_dense(tensor).cpu().double(), others[name].double())
+        if name not in others or not torch.equal(dense(tensor).cpu().double(), others[name].double())
     }

@@ -102,7 +102,8 @@ class Handler(BaseHTTPRequestHandler):
             repository, kind, revision = "/".join(parts[2:4]), *(parts[4:6] or ["revision", "main"])
             commit = self.find(repository, revision)
             if kind == "revision":
-                return _json({"id": repository, "sha": commit, "siblings": []})
+                siblings = [{"rfilename": path} for path in self.hub.files[commit]]
+                return _json({"id": repository, "sha": commit, "siblings": siblings})
             listing = [
                 {"type": "file", "path": path, "size": len(data), "oid": _etag(data)}
                 for path, data in self.hub.files[commit].items()

@@ -78,6 +78,7 @@ FLOORS = [
             "far.convert",
             "far.demo*",
             "far.diffusers_format",
+            "far.diffusers_pipeline",
             "far.training*",
             "far.evaluation*",
         ),

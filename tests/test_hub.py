@@ -374,6 +374,7 @@ def test_command_line_pushes_and_draws_offline(hub: Hub, pipeline_folder: Path, 
         ["distill", "ann/nothing", "out"],
         ["push", "ann/nothing", "ann/shapes", "--license", "mit"],
         ["convert", "to-diffusers", "ann/nothing", "out"],
+        ["export", "diffusers", "ann/nothing", "out"],
     ],
 )
 def test_every_command_with_weights_looks_on_the_hub(

@@ -10,7 +10,7 @@ from typing import NoReturn
 import far
 
 from far.cli import (  # isort: skip
-    benchmark, cache, convert, data, demo, distill, edit, evaluate, generate, push, recipe, train,
+    benchmark, cache, convert, data, demo, distill, edit, evaluate, export, generate, push, recipe, train,
     train_autoencoder,
 )  # fmt: skip
 from far.devices import is_out_of_memory
@@ -22,8 +22,8 @@ from far.processes import leave, started_by_torchrun
 COMMANDS = {
     module.__name__.rpartition(".")[2].replace("_", "-"): module
     for module in (
-        generate, edit, evaluate, data, recipe, train_autoencoder, cache, train, distill, convert, benchmark,
-        demo, push,
+        generate, edit, evaluate, data, recipe, train_autoencoder, cache, train, distill, convert, export,
+        benchmark, demo, push,
     )
 }  # fmt: skip
 

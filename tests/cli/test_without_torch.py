@@ -64,6 +64,8 @@ REFUSED = [
     ["distill", "avatars-64-mar", "out", "training.stesp=3"],
     ["convert", "mar", "nowhere.pth", "out"],
     ["convert", "to-diffusers", "nowhere", "out"],
+    ["export", "diffusers", "nowhere", "out"],
+    ["export", "diffusers", "avatars-64", "/dev/null"],
     ["data", "folder", "nowhere", "out"],
     ["data", "nowhere", "out"],
     ["data", "nowhere-{0..9}.tar", "out"],
