@@ -15,7 +15,7 @@ from far.classes import class_number
 from far.compiling import compile_blocks
 from far.config import check_count, counted_seeds, from_dict, listed, plain_value, whole_number
 from far.devices import resolve_device
-from far.editing import image_pixels, mask_pixels, paste_kept, touched_tokens
+from far.editing import blend_kept, image_pixels, mask_pixels, paste_kept, touched_tokens
 from far.errors import InputError
 from far.folder import ModelFolder
 from far.folder_config import FolderConfig
@@ -235,7 +235,8 @@ class Pipeline:
                 redraw. Transparent parts are kept.
             label: the class to draw, number or name.
             seed: one seed, or several for as many versions.
-            paste: put the pixels of ``image`` back where tokens were kept, instead of decoding those tokens.
+            paste: put the pixels of ``image`` back where tokens were kept, blended at the seams
+                (:func:`far.editing.blend_kept`), instead of decoding those tokens.
             callback: called after each AR step.
             output: as in :meth:`generate`.
             sampling: as in :meth:`generate`; ``ar_steps`` is by default the model's, scaled to the fraction
@@ -257,7 +258,7 @@ class Pipeline:
         latents = self.encode(pixels.unsqueeze(0)).expand(len(seeds), -1, -1, -1)
         kept = Kept(latents, (~redrawn).nonzero().flatten())
         images = self._finish(self.stream([label] * len(seeds), seeds, config, kept=kept), callback)
-        return convert_output(paste_kept(images, pixels, redrawn, grid) if paste else images, output)
+        return convert_output(blend_kept(images, pixels, redrawn, grid) if paste else images, output)
 
     def sampling_config(self, **given: Any) -> SamplingConfig:
         """Return the model's default sampling values with those of ``given`` that are not ``None``.

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from far.editing import box_mask, paste_kept, place, touched_tokens
+from far.editing import blend_kept, box_mask, paste_kept, place, touched_tokens
 from far.errors import InputError
 from far.pictures import to_pictures, to_tensor
 from far.pipeline import Pipeline
@@ -63,6 +63,19 @@ def test_pasting_changes_kept_cells_only() -> None:
     assert (cells[:, :, ~redrawn] == 1).all()
 
 
+def test_blending_fades_over_a_quarter_of_a_token_beside_the_seam() -> None:
+    drawn, image = torch.zeros(2, 3, 32, 48), torch.ones(3, 32, 48)
+    redrawn = torch.tensor([False, True, False, False, True, False])  # the middle column of tokens
+    result = blend_kept(drawn, image, redrawn, (2, 3))
+    fading = [0.2, 0.4, 0.6, 0.8]
+    line = torch.tensor([1.0] * 12 + fading[::-1] + [0.0] * 16 + fading + [1.0] * 12)
+    torch.testing.assert_close(result, line.expand(2, 3, 32, 48))
+    beyond = (line == 0) | (line == 1)
+    assert torch.equal(result[..., beyond], line[beyond].expand(2, 3, 32, -1))  # to the last bit
+    same = blend_kept(image.expand(1, -1, -1, -1), image, redrawn, (2, 3))
+    torch.testing.assert_close(same[0], image)
+
+
 def test_small_image_is_placed_and_its_border_is_repeated() -> None:
     picture = Image.fromarray(np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3))
     canvas, mask = place(picture, (5, 6), 1, 2)
@@ -103,6 +116,8 @@ MASK = torch.zeros(64, 64)
 MASK[20:40, 33:50] = 1  # touches rows 1 and 2, columns 2 and 3 of the 4 × 4 tokens
 TOUCHED = np.zeros((64, 64), dtype=bool)
 TOUCHED[16:48, 32:64] = True
+BLENDED = np.zeros((64, 64), dtype=bool)
+BLENDED[12:52, 28:64] = True  # and a quarter of a token around them
 
 
 def test_pixels_of_kept_tokens_stay_and_others_change(pipeline: Pipeline, planet: Image.Image) -> None:
@@ -111,7 +126,7 @@ def test_pixels_of_kept_tokens_stay_and_others_change(pipeline: Pipeline, planet
     drawn = [np.asarray(version)[TOUCHED] for version in versions]
     for version in versions:
         assert isinstance(version, Image.Image)
-        assert np.array_equal(np.asarray(version)[~TOUCHED], before[~TOUCHED])
+        assert np.array_equal(np.asarray(version)[~BLENDED], before[~BLENDED])
     assert (drawn[0] != before[TOUCHED]).mean() > 0.5
     assert (drawn[0] != drawn[1]).mean() > 0.5
     again = pipeline.edit(planet, MASK, 1, seed=2)
@@ -158,6 +173,22 @@ def test_kept_tokens_are_those_of_the_encoded_image(pipeline: Pipeline, planet: 
     torch.testing.assert_close(torch.as_tensor(unpasted), pipeline.decode(seen[-1].latents))
     assert len(pipeline.edit(planet, MASK, 1, ar_steps=2, callback=seen.append)) == 1
     assert len(seen) == 6
+
+
+def test_edit_has_no_step_at_its_seam(pipeline: Pipeline, planet: Image.Image) -> None:
+    """Where the planet meets a face drawn into it, the step is about that of decoding everything."""
+    middle = box_mask((64, 64), (16, 16, 48, 48))
+
+    def step(edited: torch.Tensor) -> float:
+        steps = [(edited[..., y, 16:48] - edited[..., y + 1, 16:48]).abs() for y in (15, 47)]
+        steps += [(edited[..., 16:48, x] - edited[..., 16:48, x + 1]).abs() for x in (15, 47)]
+        return float(torch.stack(steps).mean())
+
+    versions = dict(seed=range(4), output="tensor")
+    blended = pipeline.edit(planet, middle, "moods", **versions)
+    decoded = pipeline.edit(planet, middle, "moods", paste=False, **versions)
+    pasted = torch.where(middle, decoded, to_tensor(planet))
+    assert step(blended) < (step(decoded) + step(pasted)) / 2
 
 
 def test_redrawn_part_fits_the_kept_part(pipeline: Pipeline) -> None:
@@ -215,7 +246,7 @@ def test_causal_model_can_only_redraw_to_the_end() -> None:
     lower = torch.zeros(64, 64)
     lower[40:] = 1
     edited = causal.edit(image, lower, "moods", output="tensor")[0]
-    assert torch.equal(edited[:, :32], image[:, :32])
+    assert torch.equal(edited[:, :28], image[:, :28])
     assert (edited - image)[:, 32:].abs().max() > 0.05
     with pytest.raises(InputError, match="causal"):
         causal.edit(image, lower.flip(0), "moods")

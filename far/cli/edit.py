@@ -1,7 +1,7 @@
 """Redraw a part of an image: inside it (inpainting), around it (outpainting), or as another class.
 
 Redraws the white of --mask, the inside of --redraw, the outside of --keep, or everything around a smaller
-image at --place. All tokens that this touches are drawn again, and the others stay exactly.
+image at --place. All tokens that this touches are drawn again. The others stay, blended at the seams.
 """
 
 from __future__ import annotations
