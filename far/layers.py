@@ -16,6 +16,8 @@ from torch import Tensor, nn
 _SCORES = 2_500_000
 # Largest absolute value of an input token in float16. Tokens of trained models stay below ten.
 _FLOAT16_TOKEN = 1000.0
+# The positions of a cache that a block sees are a multiple of this.
+_SHOWN = 64
 
 
 class Attention(nn.Module):
@@ -164,8 +166,9 @@ class KeyValueCache:
     """Keys and values of all blocks of a Transformer, ``[depth, rows, heads, positions, head_width]`` each.
 
     Call :meth:`extend` or :meth:`overwrite` once per pass, then let each block write into its part, one of
-    :meth:`blocks`. Memory grows by ``growth`` positions at a time, so that kernels see few shapes. A pass may
-    leave out the last rows, which then have gaps and cannot be used again until :meth:`clear`.
+    :meth:`blocks`. Memory is allocated once. Blocks see its first positions, a multiple of 64 of them, so
+    that kernels see few shapes. A pass may leave out the last rows, which then have gaps and cannot be used
+    again until :meth:`clear`.
 
     Attributes:
         start: number of positions held before this pass.
@@ -173,13 +176,11 @@ class KeyValueCache:
     """
 
     def __init__(
-        self, depth: int, rows: int, heads: int, head_width: int, like: Tensor, growth: int = 64
+        self, depth: int, rows: int, heads: int, positions: int, head_width: int, like: Tensor
     ) -> None:
-        """Create an empty cache in the dtype and on the device of ``like``."""
-        self.growth = growth
+        """Create an empty cache for at most ``positions``, in the dtype and on the device of ``like``."""
         # Zeros, because the bias hides unused positions by a product with zero, which NaNs would survive.
-        self.keys = like.new_zeros(depth, rows, heads, 0, head_width)
-        self.values = self.keys.clone()
+        self.keys, self.values = like.new_zeros(2, depth, rows, heads, positions, head_width)
         self.clear()
 
     def clear(self) -> None:
@@ -192,13 +193,10 @@ class KeyValueCache:
         """Let the blocks of this pass append ``count`` positions to the first ``rows`` rows."""
         self._keep(rows)
         self.start, self.length, self.positions = self.length, self.length + count, None
-        missing = self.length - self.keys.shape[3]
-        if missing > 0:
-            room = -(-missing // self.growth) * self.growth
-            self.keys, self.values = (F.pad(held, (0, 0, 0, room)) for held in (self.keys, self.values))
+        assert self.length <= self.keys.shape[3], f"{self.length} positions of {self.keys.shape[3]}"
         self.bias = None
-        if self.length < self.keys.shape[3]:
-            self.bias = self.keys.new_zeros(self.keys.shape[3])
+        if self.length < (shown := self._shown()):
+            self.bias = self.keys.new_zeros(shown)
             self.bias[self.length :].fill_(-torch.inf)
 
     def overwrite(self, positions: Tensor) -> None:
@@ -208,11 +206,13 @@ class KeyValueCache:
 
     def blocks(self) -> "list[BlockCache]":
         """Return the part of each block in this pass."""
-        state = self.start, self.length, self.positions, self.bias
-        return [
-            BlockCache(self.keys[block, : self.rows], self.values[block, : self.rows], *state)
-            for block in range(len(self.keys))
-        ]
+        state, shown = (self.start, self.length, self.positions, self.bias), self._shown()
+        keys, values = (held[:, : self.rows, :, :shown] for held in (self.keys, self.values))
+        return [BlockCache(key, value, *state) for key, value in zip(keys, values)]
+
+    def _shown(self) -> int:
+        """Return how many positions the blocks see in this pass."""
+        return min(-(-self.length // _SHOWN) * _SHOWN, self.keys.shape[3])
 
     def _keep(self, rows: int) -> None:
         assert rows <= self.rows, f"{rows} rows after a pass with {self.rows}: the others have gaps"

@@ -14,7 +14,8 @@ from far.benchmark.cost import flop_counter
 from far.benchmark.rows import Row
 from far.benchmark.watch import generate, segments
 from far.heads import ShortcutConfig
-from far.model import PRESETS, NetworkConfig
+from far.model import FAR, PRESETS, ModelConfig, NetworkConfig
+from far.pipeline import Pipeline
 from far.sampling import SamplingConfig
 
 BACKBONES = {
@@ -76,3 +77,15 @@ def test_memory_grows_by_the_image(row: Row) -> None:
     pipeline = pipeline_of("tiny")
     one, two, four = (peak(pipeline, dataclasses.replace(row, batch=batch)) for batch in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.01)
+
+
+def test_block_causal_preset_draws_eight_guided_images_within_a_gigabyte() -> None:
+    with META:
+        model = FAR(ModelConfig(PRESETS["far-bc-b"])).eval()
+    pipeline = Pipeline(model, None, [str(label) for label in range(1000)], SamplingConfig())
+    row = Row("far-bc-b", SamplingConfig(64, 4, 2.9), "float32", 8)
+    with META:
+        cache = model.backbone.new_cache(16)
+    held = cache.keys.nbytes + cache.values.nbytes
+    assert held == 2 * 4 * 12 * 16 * 257 * 768, "keys and values of 12 blocks, 16 rows, 257 positions"
+    assert held < peak(pipeline, row) < 10**9

@@ -114,7 +114,8 @@ class BlockCausalBackbone(Backbone):
         """Return an empty cache in the dtype and on the device of the weights."""
         config = self.config
         depth, head_width = config.encoder_depth + config.decoder_depth, config.width // config.heads
-        return KeyValueCache(depth, rows, config.heads, head_width, self.encoder_norm.weight)
+        positions = config.buffer + self.tokens
+        return KeyValueCache(depth, rows, config.heads, positions, head_width, self.encoder_norm.weight)
 
 
 class QueryBlock(nn.Module):

@@ -92,7 +92,8 @@ class CausalBackbone(Backbone):
     def new_cache(self, rows: int) -> KeyValueCache:
         """Return an empty cache in the dtype and on the device of the weights."""
         config = self.config
-        return KeyValueCache(config.depth, rows, config.heads, config.width // config.heads, self.norm.weight)
+        positions, head_width = self.rotary.shape[1], config.width // config.heads
+        return KeyValueCache(config.depth, rows, config.heads, positions, head_width, self.norm.weight)
 
 
 def rotary_grid(grid: tuple[int, int], buffer: int, width: int) -> Tensor:

@@ -127,8 +127,8 @@ class MaskedBackbone(Backbone):
     def new_cache(self, rows: int) -> "MaskedCache":
         """Return an empty cache in the dtype and on the device of the weights."""
         config, like, positions = self.config, self.encoder_norm.weight, self.config.buffer + self.tokens
-        encoder = config.encoder_heads, config.encoder_width // config.encoder_heads, like
-        decoder = config.decoder_heads, config.decoder_width // config.decoder_heads, like, positions
+        encoder = config.encoder_heads, positions, config.encoder_width // config.encoder_heads, like
+        decoder = config.decoder_heads, positions, config.decoder_width // config.decoder_heads, like
         return MaskedCache(
             KeyValueCache(config.encoder_depth, rows, *encoder),
             KeyValueCache(config.decoder_depth, rows, *decoder),
