@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
-from far.backbone.causal import CausalConfig
-from far.backbone.masked import MaskedConfig
+from far.backbone import BlockCausalConfig, CausalConfig, MaskedConfig
 from far.data.latents import write_latents
 from far.data.shards import ShardWriter
 from far.files import json_digest, read_json, write_json
@@ -125,6 +124,13 @@ def diffusion_folder(tmp_path_factory: pytest.TempPathFactory, autoencoder_folde
 def causal_diffusion_folder(tmp_path_factory: pytest.TempPathFactory, autoencoder_folder: Path) -> Path:
     network = NetworkConfig(CausalConfig(width=16, depth=1, heads=2), patch=2)
     return save_diffusion_model(network, autoencoder_folder, tmp_path_factory.mktemp("causal-diffusion"))
+
+
+@pytest.fixture(scope="session")
+def block_causal_diffusion_folder(tmp_path_factory: pytest.TempPathFactory, autoencoder_folder: Path) -> Path:
+    backbone = BlockCausalConfig(width=16, encoder_depth=1, decoder_depth=1, heads=2)
+    folder = tmp_path_factory.mktemp("block-causal-diffusion")
+    return save_diffusion_model(NetworkConfig(backbone, patch=2), autoencoder_folder, folder)
 
 
 def write_recipe(path: Path, data: Path, run: Path, autoencoder: Path) -> Path:

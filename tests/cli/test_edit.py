@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from far.backbone import BlockCausalBackbone
 from far.cli.main import main
 from far.data.images import center_crop
 
@@ -165,6 +166,18 @@ def test_error_of_an_unsuitable_size_names_the_image_or_the_mask(
     Image.new("RGB", (9, 12)).save(picture)
     assert main([*base, *BOX]) == 2
     assert str(picture) in one_line(capsys)
+
+
+def test_edit_by_a_block_causal_model_does_not_depend_on_its_cache(
+    block_causal_diffusion_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = ["--redraw", 0, 4, 8, 12]  # the left two of four tokens, which are not next to each other in raster
+    cached, text = edit(block_causal_diffusion_folder, picture, *box, "--order", "raster")
+    assert changed(np.asarray(Image.open(picture)), cached) == [[True, False], [True, False]]
+    assert text["ar_steps"] == "2"
+    monkeypatch.setattr(BlockCausalBackbone, "new_cache", lambda self, rows: None)
+    plain, _ = edit(block_causal_diffusion_folder, picture, *box, "--order", "raster")
+    assert np.abs(cached.astype(int) - plain).max() <= 1
 
 
 def test_causal_model_rejects_an_edit_in_the_middle(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import far
 from far.cli.main import main
 from far.data.images import read_image
 from far.evaluation.features import load_feature_network
@@ -46,6 +47,36 @@ def evaluate(tmp_path: Path, *arguments: object) -> dict:
         == 0
     )
     return json.loads((tmp_path / "out" / "result.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "options", [["--ar-steps", 2], ["--order", "halton", "--ar-steps", 3, "--guidance", 1]]
+)
+def test_block_causal_model_is_evaluated_in_fewer_steps_than_tokens(
+    options: list[Any], block_causal_diffusion_folder: Path, image_set: Path, tmp_path: Path
+) -> None:
+    """Its images are those that the pipeline draws with the same values."""
+    weights, saved = block_causal_diffusion_folder, tmp_path / "samples.npz"
+    settings = [
+        "--reference",
+        image_set,
+        "--count",
+        6,
+        "--seed",
+        5,
+        "--dtype",
+        "float32",
+        "--save-npz",
+        saved,
+    ]
+    result = evaluate(tmp_path, "--weights", weights, *settings, *options)
+    names = [name.removeprefix("--").replace("-", "_") for name in options[::2]]
+    sampling = dict(zip(names, options[1::2], strict=True))
+    assert sampling.items() <= result["evaluated"]["sampling"].items()
+    pipeline, seeds = far.load(weights), [5 * 2**32 + number for number in range(6)]
+    drawn = pipeline.draw([0, 1, 2] * 2, seeds, pipeline.sampling_config(**sampling))
+    pixels = torch.from_numpy(np.load(saved)["arr_0"]).permute(0, 3, 1, 2) / 255
+    torch.testing.assert_close(pixels, drawn, rtol=0, atol=0.6 / 255)
 
 
 def test_result_of_a_model_has_figures_settings_and_checksums(

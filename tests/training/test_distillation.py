@@ -221,7 +221,9 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return Pipeline.from_pretrained(folder).model.state_dict()
 
 
-@pytest.mark.parametrize("teacher", ["diffusion_folder", "causal_diffusion_folder"])
+@pytest.mark.parametrize(
+    "teacher", ["diffusion_folder", "causal_diffusion_folder", "block_causal_diffusion_folder"]
+)
 def test_distilled_model_keeps_the_teachers_backbone_and_draws_in_few_steps(
     teacher: str,
     latents_folder: Path,

@@ -87,6 +87,7 @@ CASES = {
     "ddp, flow_map": ("ddp", FLOW_MAP),
     "fsdp, shortcut": ("fsdp", []),
     "fsdp, flow_map": ("fsdp", FLOW_MAP),
+    "ddp, block_causal": ("ddp", BLOCK_CAUSAL),
     "fsdp, block_causal": ("fsdp", BLOCK_CAUSAL),
     "ddp, float16": ("ddp", FLOAT16),
     "fsdp, float16": ("fsdp", FLOAT16),
