@@ -6,6 +6,7 @@ data/avatars-64``). Writes an image with one row per step count and one column p
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ import far
 from far.benchmark import machine
 from far.data.image_sets import read_images
 from far.data.shards import ShardReader
-from far.evaluation.features import load_feature_network
+from far.evaluation.features import FeatureNetwork, load_feature_network
 from far.evaluation.metrics import FeatureStatistics, frechet_distance
 from far.pictures import grid, save_png
 
@@ -37,12 +38,6 @@ def main() -> None:
     network = load_feature_network()
     held_out = ShardReader(arguments.data / "held-out", "images")
 
-    def statistics(name: str, count: int, images_of) -> FeatureStatistics:  # type: ignore[no-untyped-def]
-        found = FeatureStatistics.empty(network.dimensions)
-        for rows in tqdm(torch.arange(count).split(CHUNK), desc=name, unit="batch"):
-            found.add(network(images_of(rows)))
-        return found
-
     def real(rows: Tensor) -> Tensor:
         return read_images(held_out, rows) / 2 + 0.5
 
@@ -51,11 +46,13 @@ def main() -> None:
         assert pipeline.autoencoder is not None
         return (pipeline.autoencoder.decode(pipeline.autoencoder.encode(images).mean) / 2 + 0.5).clamp(0, 1)
 
-    reference = statistics("held-out images", arguments.references, real)
+    reference = feature_statistics(network, "held-out images", arguments.references, real)
     other = min(arguments.count, len(held_out) - arguments.references)
     results = {
-        "real images": statistics("real", other, lambda rows: real(rows + arguments.references)),
-        "reconstructions": statistics("reconstructions", other, reconstructed),
+        "real images": feature_statistics(
+            network, "real", other, lambda rows: real(rows + arguments.references)
+        ),
+        "reconstructions": feature_statistics(network, "reconstructions", other, reconstructed),
     }
     classes = len(pipeline.classes)
     for steps in STEPS:
@@ -66,7 +63,8 @@ def main() -> None:
                 [row % classes for row in rows.tolist()], rows.tolist(), config, batch_size=CHUNK
             )
 
-        results[f"{steps} head steps"] = statistics(f"{steps} head steps", arguments.count, drawn)
+        name = f"{steps} head steps"
+        results[name] = feature_statistics(network, name, arguments.count, drawn)
     defaults = pipeline.defaults
     print(
         f"{arguments.weights}: {arguments.count} images of seeds 0 …, against {arguments.references} held-out"
@@ -84,6 +82,19 @@ def main() -> None:
         arguments.picture,
         {"rows": f"head steps {STEPS}", "weights": arguments.weights},
     )
+
+
+def feature_statistics(
+    network: FeatureNetwork, name: str, count: int, images_of: Callable[[Tensor], Tensor]
+) -> FeatureStatistics:
+    """Return statistics of the features of images 0 … ``count`` − 1, with a progress bar of that ``name``.
+
+    ``images_of`` returns the images ``[b, 3, h, w]`` in [0, 1] of row numbers ``[b]``.
+    """
+    found = FeatureStatistics.empty(network.dimensions)
+    for rows in tqdm(torch.arange(count).split(CHUNK), desc=name, unit="batch"):
+        found.add(network(images_of(rows)))
+    return found
 
 
 if __name__ == "__main__":
