@@ -3,6 +3,7 @@
 Arithmetic and parameter names are those of the latent-diffusion autoencoder that MAR uses as KL-16.
 """
 
+import dataclasses
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable
@@ -12,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from far.autoencoder_config import AutoencoderConfig
+from far.autoencoder_config import AutoencoderConfig, SmallDecoderConfig
 from far.tokenizer import Posterior, Tokenizer
 
-__all__ = ["Autoencoder", "AutoencoderConfig", "Posterior"]
+__all__ = ["Autoencoder", "AutoencoderConfig", "Posterior", "SmallDecoderConfig"]
 
 
 class Autoencoder(Tokenizer):
@@ -31,6 +32,13 @@ class Autoencoder(Tokenizer):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.small_decoder = SmallDecoder(config) if config.small_decoder.width else None
+
+    def set_small_decoder(self, size: SmallDecoderConfig) -> None:
+        """Put an untrained small decoder, or none, in place of any other, and use the full one."""
+        self.config = dataclasses.replace(self.config, small_decoder=size)
+        self.small_decoder = SmallDecoder(self.config) if size.width else None
+        self.use_decoder("full")
 
 
 class Encoder(nn.Module):
@@ -203,3 +211,43 @@ def transposed_weight(weight: Tensor) -> Tensor:
     """
     taps = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
     return torch.einsum("ak,bl,oikl->ioab", taps, taps, weight)
+
+
+class SmallDecoder(nn.Module):
+    """Latents → images by convolutions and ReLUs at half the images' resolution and below (after TAESD).
+
+    No layer normalizes or attends, so pixels depend on nearby latents only.
+    """
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        size = config.small_decoder
+        widths = [size.width * multiplier for multiplier in config.width_multipliers[:-1]]
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.levels = nn.ModuleList()
+        for index in reversed(range(len(widths))):
+            level = nn.Sequential(*(PlainBlock(widths[index]) for _ in range(size.blocks)))
+            if index:
+                level.append(nn.ConvTranspose2d(widths[index], widths[index - 1], 4, stride=2, padding=1))
+                level.append(nn.ReLU(inplace=True))
+            self.levels.append(level)
+        self.conv_out = nn.Conv2d(widths[0], 2 * 2 * 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv_in(x), inplace=True)
+        for level in self.levels:
+            x = level(x)
+        return F.pixel_shuffle(self.conv_out(x), 2)
+
+
+class PlainBlock(nn.Module):
+    """Residual block ``relu(x + conv(relu(conv(x))))``, at first the identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.conv2(F.relu(self.conv1(x), inplace=True)), inplace=True)

@@ -1,10 +1,34 @@
 """Size and latent statistics of an autoencoder. Needs no torch: a recipe is checked without it."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from far.config import check_count, to_dict
 from far.errors import InputError
+
+# The networks of an autoencoder that turn latents into images.
+DecoderName = Literal["full", "small"]
+DECODERS: tuple[DecoderName, ...] = ("full", "small")
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallDecoderConfig:
+    """Size of a second, faster decoder, which the stage ``small-decoder`` trains to imitate the first.
+
+    Attributes:
+        width: channels at half the image's resolution; at coarser ones they are multiplied by the
+            autoencoder's ``width_multipliers``. 0 is no small decoder.
+        blocks: residual blocks per resolution.
+    """
+
+    width: int = 0
+    blocks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.width < 0:
+            raise InputError(f"small_decoder width {self.width} must be at least 0")
+        check_count("small_decoder width", max(1, self.width))
+        check_count("small_decoder blocks", self.blocks, 2**8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +47,7 @@ class AutoencoderConfig:
         shift: see ``scale``; one number, or one per channel.
         spherical: scale every latent vector to the norm √latent_channels, in encoding and decoding
             (SphereAR, arXiv 2509.24335).
+        small_decoder: size of a second, faster decoder, if there is one.
     """
 
     width: int = 128
@@ -33,6 +58,7 @@ class AutoencoderConfig:
     scale: float | tuple[float, ...] = 0.2325
     shift: float | tuple[float, ...] = 0.0
     spherical: bool = False
+    small_decoder: SmallDecoderConfig = SmallDecoderConfig()
 
     def __post_init__(self) -> None:
         multipliers = list(self.width_multipliers)
@@ -72,4 +98,4 @@ class AutoencoderConfig:
     @property
     def latent_settings(self) -> dict[str, Any]:
         """Settings that normalized latents depend on besides the encoder's weights."""
-        return to_dict(self)
+        return {name: value for name, value in to_dict(self).items() if name != "small_decoder"}

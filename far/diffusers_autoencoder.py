@@ -30,7 +30,7 @@ class DiffusersAutoencoder(Tokenizer):
         except Exception as error:  # diffusers raises anything, such as ZeroDivisionError
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"diffusers cannot build this {config.class_name} ({reason})") from error
-        self.encoder, self.decoder = network.encoder, network.decoder
+        self.encoder, self.decoder, self.small_decoder = network.encoder, network.decoder, None
         self.quant_conv, self.post_quant_conv = (
             getattr(network, name, None) or nn.Identity() for name in ("quant_conv", "post_quant_conv")
         )

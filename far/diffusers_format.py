@@ -67,7 +67,7 @@ _SKIPPED = {"sample_size", "force_upcast", "scaling_factor", "shift_factor", "la
 
 
 def to_diffusers(autoencoder: Tokenizer, folder: Path) -> None:
-    """Write an autoencoder as a folder for ``diffusers.AutoencoderKL.from_pretrained``.
+    """Write an autoencoder as a folder for ``diffusers.AutoencoderKL.from_pretrained``; no small decoder.
 
     Its latents become ours by ``(latent − mean) · scaling_factor / std``, with ``latents_mean`` and
     ``latents_std`` if scale or shift has one value per channel, else with ``shift_factor`` and 1. One scale
@@ -94,6 +94,7 @@ def to_diffusers(autoencoder: Tokenizer, folder: Path) -> None:
     tensors = {
         _name(ours, len(multipliers)): tensor.flatten(1) if ".attn" in ours and tensor.dim() == 4 else tensor
         for ours, tensor in autoencoder.state_dict().items()
+        if not ours.startswith("small_decoder.")
     }
     save_tensors(folder / _WEIGHTS, tensors)
     write_json(folder / "config.json", {"_class_name": _CLASS, **to_dict(_theirs(config))})

@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from far.autoencoder_config import DecoderName
 from far.card import model_card, write_card
 from far.config import from_dict
 from far.devices import resolve_device
@@ -232,6 +233,7 @@ def load_autoencoder(
     device: "str | torch.device" = "auto",
     revision: str | None = None,
     local_files_only: bool = False,
+    decoder: DecoderName = "full",
 ) -> "Tokenizer":
     """Load an autoencoder, alone or from a whole model's folder, in evaluation mode.
 
@@ -240,8 +242,8 @@ def load_autoencoder(
     ``AutoencoderDC`` of diffusers (extra ``diffusers``), as safetensors.
 
     Raises:
-        InputError: the model, device or dtype does not exist, the model has no autoencoder, or a file is
-            damaged.
+        InputError: the model, device, dtype or decoder does not exist, the model has no autoencoder, or a
+            file is damaged.
     """
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
@@ -255,6 +257,8 @@ def load_autoencoder(
     else:
         folder = ModelFolder.open(name, revision=revision, local_files_only=local_files_only)
         autoencoder = folder.load_autoencoder()
+    with prefix_errors(f"{name}: "):
+        autoencoder.use_decoder(decoder)
     return autoencoder.to(device, torch_dtype(dtype))
 
 

@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from far.autoencoder_config import DecoderName
 from far.classes import class_number
 from far.compiling import compile_blocks
 from far.config import check_count, counted_seeds, from_dict, listed, plain_value, whole_number
 from far.devices import resolve_device
 from far.editing import blend_kept, image_pixels, mask_pixels, paste_kept, touched_tokens
-from far.errors import InputError
+from far.errors import InputError, prefix_errors
 from far.folder import ModelFolder
 from far.folder_config import FolderConfig
 from far.model import FAR
@@ -343,6 +344,7 @@ class Pipeline:
         local_files_only: bool = False,
         record: bool = True,
         compile: bool = False,
+        decoder: DecoderName = "full",
     ) -> "Pipeline":
         """Load a folder, a bundled model, or a model of the hub.
 
@@ -358,6 +360,7 @@ class Pipeline:
             local_files_only: take a model of the hub from the local cache alone, as HF_HUB_OFFLINE=1 does.
             record: on CUDA, record generations and replay them as graphs, from the second one of a shape on.
             compile: compile the model's blocks when they first run; see :mod:`far.compiling`.
+            decoder: ``"small"`` decodes with the autoencoder's small decoder, if it has one.
 
         Raises:
             InputError: the folder, name, revision, device or dtype does not exist, the hub cannot be reached,
@@ -372,6 +375,8 @@ class Pipeline:
             compile_blocks(model)
         autoencoder = folder.load_autoencoder() if folder.has_autoencoder else None
         if autoencoder is not None:
+            with prefix_errors(f"{name}: "):
+                autoencoder.use_decoder(decoder)
             autoencoder = prepare_autoencoder(autoencoder, dtype, device)
         facts = config.classes, config.defaults, config.results, config.training
         return cls(model, autoencoder, *facts, record=record)
@@ -386,14 +391,10 @@ def load(
     local_files_only: bool = False,
     record: bool = True,
     compile: bool = False,
+    decoder: DecoderName = "full",
 ) -> Pipeline:
     """Load a folder, a bundled model, or a model of the hub, as :meth:`Pipeline.from_pretrained` does."""
     return Pipeline.from_pretrained(
-        name,
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        local_files_only=local_files_only,
-        record=record,
-        compile=compile,
-    )
+        name, dtype=dtype, device=device, revision=revision, local_files_only=local_files_only,
+        record=record, compile=compile, decoder=decoder,
+    )  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from far.autoencoder_config import AutoencoderConfig
+from far.autoencoder_config import DECODERS, AutoencoderConfig, DecoderName
 from far.diffusers_config import DiffusersConfig
 from far.errors import InputError
 from far.pictures import check_finite
@@ -54,6 +54,8 @@ class Tokenizer(nn.Module):
         decoder: what ``post_quant_conv`` makes of latents → images.
         quant_conv: 1×1 convolution, or the identity.
         post_quant_conv: as ``quant_conv``.
+        small_decoder: a faster, approximate network in place of ``decoder``, or None.
+        active_decoder: the one that decodes; see :meth:`use_decoder`.
     """
 
     config: AutoencoderConfig | DiffusersConfig
@@ -61,6 +63,20 @@ class Tokenizer(nn.Module):
     decoder: nn.Module
     quant_conv: nn.Module
     post_quant_conv: nn.Module
+    small_decoder: nn.Module | None
+    active_decoder: DecoderName = "full"
+
+    def use_decoder(self, name: DecoderName) -> None:
+        """Decode with ``full`` or ``small`` from now on.
+
+        Raises:
+            InputError: there is no such decoder.
+        """
+        if name not in DECODERS:
+            raise InputError(f"decoder {name!r} does not exist. Choose one of {', '.join(DECODERS)}")
+        if name == "small" and self.small_decoder is None:
+            raise InputError("decoder 'small' is missing in this autoencoder. Train one, or use 'full'")
+        self.active_decoder = name
 
     def encode(self, images: Tensor) -> Posterior:
         """Return the posterior of images ``[b, 3, H, W]`` in [−1, 1]; see :meth:`moments`."""
@@ -88,12 +104,17 @@ class Tokenizer(nn.Module):
         mean, logvar = moments.chunk(2, dim=1)
         return torch.cat([on_sphere(mean, dim=1), logvar], dim=1)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return images ``[b, 3, H, W]``, about [−1, 1], from unscaled latents ``[b, c, h, w]``."""
+    def decode(self, latents: Tensor, decoder: DecoderName | None = None) -> Tensor:
+        """Return images ``[b, 3, H, W]``, about [−1, 1], from unscaled latents ``[b, c, h, w]``.
+
+        ``decoder`` is one that the autoencoder has, by default ``active_decoder``.
+        """
+        network = self.small_decoder if (decoder or self.active_decoder) == "small" else self.decoder
+        assert network is not None
         if self.config.spherical:
             latents = on_sphere(latents, dim=1)
         height, width = (self.config.stride * side for side in latents.shape[-2:])
-        return self._in_parts(lambda part: self.decoder(self.post_quant_conv(part)), latents, height, width)
+        return self._in_parts(lambda part: network(self.post_quant_conv(part)), latents, height, width)
 
     def images_at_once(self, height: int, width: int) -> int:
         """Return how many images of ``height × width`` pixels the networks take at once without gradients.

@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     device = prepare_machine(arguments)
     dtype = resolve_dtype(arguments.dtype, device)
-    pipeline = load_pipeline(arguments.weights, weights, dtype, device)
+    pipeline = load_pipeline(arguments.weights, weights, dtype, device, decoder=arguments.decoder)
     picture, mask = _image_and_mask(arguments, pipeline.image_size)
     seeds = [arguments.seed + index for index in range(arguments.count)]
     sampling = sampling_options(arguments)
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
     label = pipeline.label(arguments.label)
     used = dataclasses.asdict(pipeline.sampling_config(**{**sampling, "ar_steps": steps}))
     settings = drawing_settings(arguments.weights, used, dtype, pipeline.classes, label, arguments.seed)
-    settings["image"] = arguments.image.name
+    settings |= {"decoder": arguments.decoder, "image": arguments.image.name}
     save_png(contact_sheet(images, [label] * len(images)), arguments.out, settings)
     print(f"wrote {arguments.out} ({arguments.count} {'version' if arguments.count == 1 else 'versions'})")
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import far
 from far.classes import unmatched_classes
 from far.cli.machine_arguments import add_machine_arguments, prepare_machine, print_chosen
-from far.cli.model_arguments import NAMES, add_graph_arguments
+from far.cli.model_arguments import NAMES, add_decoder_argument, add_graph_arguments
 from far.cli.sampling_arguments import MOST_IMAGES, add_sampling_arguments, sampling_options
 from far.config import check_seed
 from far.data.listing import describe
@@ -80,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser)
     add_machine_arguments(parser, DTYPES[1:], "float32")
     add_graph_arguments(parser)
+    add_decoder_argument(parser)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,9 +219,10 @@ def _open_reconstructions(
     from far.folder import load_autoencoder
     from far.weights import digest
 
-    autoencoder, count = load_autoencoder(arguments.autoencoder, device="cpu"), described["count"]
+    autoencoder = load_autoencoder(arguments.autoencoder, device="cpu", decoder=arguments.decoder)
+    count = described["count"]
     parts = reconstructions_folder(arguments.out, images, autoencoder, extractor)
-    described = {**described, "autoencoder": arguments.autoencoder}
+    described = {**described, "autoencoder": arguments.autoencoder, "decoder": arguments.decoder}
     described["autoencoder sha256"] = digest(autoencoder.state_dict())
     autoencoder.to(device)
     extract = functools.partial(reconstruction_features, parts, images, count, autoencoder, extractor)
@@ -243,13 +245,15 @@ def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: tor
         device=device,
         record=arguments.record,
         compile=arguments.compile,
+        decoder=arguments.decoder,
     )
     sampling = pipeline.sampling_config(**sampling_options(arguments))
     sampling.check(pipeline.model)
     check_class_balance(count, len(pipeline.classes))
     generation = Generation(
-        arguments.weights, sampling, arguments.seed * _IMAGE_SEEDS, arguments.dtype, arguments.compile
-    )
+        arguments.weights, sampling, arguments.seed * _IMAGE_SEEDS, arguments.dtype, arguments.compile,
+        arguments.decoder,
+    )  # fmt: skip
     keep = arguments.save_npz is not None
     parts = parts_folder(arguments.out, generation, extractor, keep_images=keep)
     processes = started_by_torchrun()

@@ -75,8 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     device = prepare_machine(arguments)
     dtype = resolve_dtype(_dtype(arguments, device), device)
-    graphs = {"record": arguments.record, "compile": arguments.compile}
-    pipeline = load_pipeline(arguments.weights, weights, dtype, device, **graphs)
+    options = {name: getattr(arguments, name) for name in ("record", "compile", "decoder")}
+    pipeline = load_pipeline(arguments.weights, weights, dtype, device, **options)
     chosen, places = _labels(pipeline, arguments)
     labels = [chosen[place] for place in places]
     texts = [label_text(pipeline.classes, label) for label in labels]
@@ -86,7 +86,8 @@ def run(arguments: argparse.Namespace) -> None:
     config = pipeline.sampling_config(**options)
     config.check(pipeline.model)  # before the bar appears
     print_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, dtype))
-    folder, sampling = _is_folder(arguments.out), dataclasses.asdict(config)
+    folder = _is_folder(arguments.out)
+    sampling = {**dataclasses.asdict(config), "decoder": arguments.decoder}
     parts: list[Tensor] = []
     frames: list[Tensor] = []
     # A folder is filled at the end, so that an interrupted run is not mistaken for a whole one.

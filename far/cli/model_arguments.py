@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from far.autoencoder_config import DECODERS
 from far.cli.machine_arguments import add_machine_arguments
 from far.cli.sampling_arguments import add_sampling_arguments
 from far.notices import noticed
@@ -26,10 +27,17 @@ def add_weights_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="MODEL", default="avatars-64", help=meaning)
 
 
+def add_decoder_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--decoder``."""
+    meaning = "decoder of latents: small is faster and approximate, if the model has one (default full)"
+    parser.add_argument("--decoder", choices=DECODERS, default="full", help=meaning)
+
+
 def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sampling options and the options of the machine."""
     add_sampling_arguments(parser)
     add_machine_arguments(parser, DTYPES)
+    add_decoder_argument(parser)
 
 
 def add_graph_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,11 +48,12 @@ def add_graph_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help=meaning)
 
 
-def load_pipeline(
-    name: str, folder: Path, dtype: str, device: torch.device, *, record: bool = True, compile: bool = False
-) -> Pipeline:
-    """Return the pipeline in ``folder``, with a line on stderr that names it if loading takes long."""
+def load_pipeline(name: str, folder: Path, dtype: str, device: torch.device, **options: Any) -> Pipeline:
+    """Return the pipeline in ``folder``, with a line on stderr that names it if loading takes long.
+
+    ``options`` are further parameters of :meth:`far.Pipeline.from_pretrained`.
+    """
     from far.pipeline import Pipeline
 
     with noticed(f"loading {name}"):
-        return Pipeline.from_pretrained(folder, dtype=dtype, device=device, record=record, compile=compile)
+        return Pipeline.from_pretrained(folder, dtype=dtype, device=device, **options)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from far.autoencoder_config import DecoderName
 from far.config import to_dict
 from far.errors import InputError
 from far.evaluation.extraction import extract_parts
@@ -21,8 +22,8 @@ from far.sampling import Progress, SamplingConfig
 class Generation:
     """Settings that determine a set of generated images, except its length.
 
-    Image i has class i mod classes and seed ``seed`` + i. ``dtype`` is that of the generator's weights.
-    ``compile`` changes images by rounding.
+    Image i has class i mod classes and seed ``seed`` + i. ``dtype`` is that of the generator's weights,
+    ``decoder`` the autoencoder's. ``compile`` changes images by rounding.
     """
 
     weights: str
@@ -30,6 +31,7 @@ class Generation:
     seed: int
     dtype: str
     compile: bool = False
+    decoder: DecoderName = "full"
 
     def describe(self) -> dict[str, Any]:
         """Return all settings with the SHA-256 of every file of the weights, as JSON values."""

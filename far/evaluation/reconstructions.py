@@ -19,7 +19,7 @@ def reconstructions_folder(
     base: Path, source: ImageSource, autoencoder: Tokenizer, extractor: Extractor
 ) -> Path:
     """Return the folder for the parts of reconstructions, unique to images, autoencoder and network."""
-    weights = [to_dict(autoencoder.config), digest(autoencoder.state_dict())]
+    weights = [to_dict(autoencoder.config), digest(autoencoder.state_dict()), autoencoder.active_decoder]
     identity = json_digest([weights, source.digest, extractor.name, extractor.digest])
     return base / f"parts-{identity[:16]}"
 

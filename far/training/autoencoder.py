@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from far.autoencoder import Autoencoder, Posterior
+from far.autoencoder import Autoencoder, Decoder, Posterior, SmallDecoder
 from far.autoencoder_config import AutoencoderConfig
 from far.data.image_sets import fingerprint, open_held_out, open_image_set, read_images, sides
 from far.data.shards import ShardReader
@@ -59,9 +59,8 @@ class AutoencoderTask:
             # The published model has the scale and shift of its source, which no checkpoint holds.
             self.module = _trained_autoencoder(str(run) if resumed else config.start_from, config.model)
             self.identity["start_from"] = Path(config.start_from).name
-        if config.stage == "decoder":
-            self.module.encoder.requires_grad_(False)
-            self.module.quant_conv.requires_grad_(False)
+        with seeded(self.loop.seed):
+            self.trained = _set_stage(self.module, config)
         self.features: FeatureNetwork = load_feature_network().to(self.loop.device)
         self.unseen: FeatureNetwork = load_feature_network(SECOND_NETWORK).to(self.loop.device)
 
@@ -88,14 +87,19 @@ class AutoencoderTask:
     def loss(self, step: int, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its terms to log: reconstruction errors, KL divergence, adversarial losses.
 
+        A small decoder is compared with the images of the full decoder, not with those of the batch.
         The discriminator's loss is added to the autoencoder's. Neither has a gradient in the other's weights.
         """
-        posterior = self.module.encode(batch)
+        with torch.set_grad_enabled(self.stage == "all"):
+            posterior = self.module.encode(batch)
         posterior = Posterior(torch.cat([posterior.mean, posterior.logvar], dim=1).float())
         noise = to_device(torch.randn(posterior.mean.shape, generator=generator), batch.device)
         latents = posterior.sample(noise)
         if self.loss_config.latent_noise:
             latents = noisy(latents, self.loss_config.latent_noise, generator)
+        if self.stage == "small-decoder":
+            with torch.no_grad():
+                batch = self.module.decode(latents, "full").float()
         output = self.module.decode(latents).float()
         terms = {
             "l1": F.l1_loss(output, batch),
@@ -108,7 +112,7 @@ class AutoencoderTask:
         if self.discriminator is None or step < self.loss_config.adversarial_start:
             return total, terms
         losses = adversarial_losses(self.discriminator, batch, output)
-        adaptive = adaptive_weight(total, losses["adversarial"], self.module.decoder.conv_out.weight)
+        adaptive = adaptive_weight(total, losses["adversarial"], self.trained.conv_out.weight)
         weight = self.loss_config.adversarial_weight * adaptive
         total = total + weight * losses["adversarial"] + losses["discriminator"]
         return total, {**terms, **losses, "adaptive_weight": adaptive}
@@ -146,6 +150,24 @@ def noisy(latents: Tensor, most: float, generator: torch.Generator) -> Tensor:
     return latents + std * to_device(noise, latents.device)
 
 
+def _set_stage(module: Autoencoder, config: AutoencoderRecipe) -> Decoder | SmallDecoder:
+    """Leave gradients only to the networks that a stage trains, and return the decoder among them.
+
+    Stage ``all`` changes the latents, so it removes the small decoder of the autoencoder that it starts from.
+    """
+    if config.stage != "decoder":
+        module.set_small_decoder(config.model.small_decoder)
+    if config.stage == "all":
+        return module.decoder
+    module.requires_grad_(False)
+    if config.stage == "decoder":
+        module.post_quant_conv.requires_grad_(True)
+        return module.decoder.requires_grad_(True)
+    module.use_decoder("small")
+    assert module.small_decoder is not None
+    return module.small_decoder.requires_grad_(True)
+
+
 def _discriminator(config: AutoencoderRecipe, size: int, device: str) -> Discriminator | None:
     """Return the discriminator for images with a short side of ``size``, or None if its weight is 0."""
     if config.loss.adversarial_weight == 0:
@@ -163,7 +185,7 @@ def _trained_autoencoder(source: str, sizes: AutoencoderConfig) -> Autoencoder:
         raise InputError(f"start_from {source} is an autoencoder of diffusers. Give one of far")
     theirs = dataclasses.asdict(trained.config)
     for name, ours in dataclasses.asdict(sizes).items():
-        if name not in ("scale", "shift") and theirs[name] != ours:
+        if name not in ("scale", "shift", "small_decoder") and theirs[name] != ours:
             raise InputError(
                 f"the autoencoder {source} has {name} {theirs[name]}. Set autoencoder.model.{name} to it"
             )

@@ -230,8 +230,9 @@ class AutoencoderRecipe:
         flip: train on mirror images too.
         start_from: a trained autoencoder (folder, bundled name or ``OWNER/NAME``) to start from; it has the
             sizes in ``model``.
-        stage: ``all``, or ``decoder`` to train the decoder of ``start_from`` only. Its encoder, scale and
-            shift stay, and with them all cached latents and generators.
+        stage: ``all``; ``decoder`` to train the decoder of ``start_from`` only; or ``small-decoder`` to train
+            a small one of the size ``model.small_decoder``, which learns the images of the full one. In both,
+            the encoder, scale and shift stay, and with them all cached latents and generators.
     """
 
     model: AutoencoderConfig = AutoencoderConfig()
@@ -240,15 +241,20 @@ class AutoencoderRecipe:
     training: LoopConfig = LoopConfig()
     flip: bool = True
     start_from: str | None = None
-    stage: Literal["all", "decoder"] = "all"
+    stage: Literal["all", "decoder", "small-decoder"] = "all"
 
     def __post_init__(self) -> None:
         _check_rates(self.training, "head", "class_embedding", model="an autoencoder")
         for name in ("compile", "checkpoint_activations"):
             if getattr(self.training, name):
                 raise InputError(f"{name} is for generators, not for an autoencoder. Set it to false")
-        if self.stage == "decoder" and self.start_from is None:
-            raise InputError("stage decoder needs a trained autoencoder. Name it in autoencoder.start_from")
+        if self.stage != "all" and self.start_from is None:
+            needs = f"stage {self.stage} needs a trained autoencoder"
+            raise InputError(f"{needs}. Name it in autoencoder.start_from")
+        width = self.model.small_decoder.width
+        if (self.stage == "small-decoder") != (width > 0):
+            either = "Set stage to small-decoder and the width above 0, or neither"
+            raise InputError(f"stage {self.stage} does not fit model.small_decoder.width {width}. {either}")
 
 
 @dataclasses.dataclass(frozen=True)
