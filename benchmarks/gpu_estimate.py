@@ -165,8 +165,8 @@ def tables() -> dict[str, str]:
         pipeline = pipeline_of(name)
         assert pipeline.autoencoder is not None
         flop, operations = work(pipeline, row_of(name))
-        read = weights_read(pipeline.model, row_of(name).sampling) / BANDWIDTH
-        seconds = [max(batch * flop / PEAKS["H100"], read) for batch in BATCHES]
+        read = {batch: weights_read(pipeline.model, row_of(name, batch)) / BANDWIDTH for batch in BATCHES}
+        seconds = [max(batch * flop / PEAKS["H100"], read[batch]) for batch in BATCHES]
         times.append([
             name, f"{ar_steps} × {head_steps}", f"{flop / 1e12:.3g}", f"{operations / ar_steps:.0f}",
             f"{operations * LAUNCH:.2g}", *(f"{value:.2g}" for value in seconds),

@@ -1,5 +1,7 @@
 """Base class of networks in closed form, which replace a head's network."""
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -15,3 +17,6 @@ class ExactNetwork(nn.Module):
 
     def conditioned(self, x: Tensor, condition: Tensor, times: Tensor) -> Tensor:
         return self(x, condition, *times.unbind(-1))
+
+    def at_times(self, condition: Tensor, times: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+        return (lambda x, time=time: self.conditioned(x, condition, time) for time in times)  # type: ignore[misc]

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from far.benchmark.rows import Row
 from far.heads.flow import FlowHead
-from far.heads.network import HeadNetwork
+from far.heads.network import HeadNetwork, times_together
 from far.kernels import product_operators
 from far.model import FAR
 from far.packing import Int8Linear
-from far.sampling_config import SamplingConfig
+from far.tokens import cosine_token_counts
 
 
 def flop_counter() -> FlopCounterMode:
@@ -39,23 +40,41 @@ def size(module: nn.Module) -> int:
     return integers + sum(tensor.nbytes for tensor in itertools.chain(module.parameters(), module.buffers()))
 
 
-def weights_read(model: FAR, config: SamplingConfig) -> int:
-    """Return the bytes of weights that one generation reads.
+def weights_read(model: FAR, row: Row) -> int:
+    """Return the bytes of weights that one generation of a row's batch reads.
 
-    Each AR step reads the backbone and the head's embedding of the condition, each head step the rest of the
-    head's network, and each number of head steps the embeddings of times once. A head with a network of
-    another form is read as a whole in each head step.
+    Each AR step reads the backbone and the head's embedding of the condition, each number of head steps the
+    embeddings of times once, and each evaluation of the head's network the rest of it, except that several
+    evaluations share one reading of the modulations. A head with a network of another form is read as a whole
+    in each head step.
     """
-    network = getattr(model.head, "network", None)
+    network = getattr(model.head, "network", model.head)
+    parts = dict.fromkeys(("time_embeddings", "condition_embedding", "modulation"), 0)
     if isinstance(network, HeadNetwork):
-        times, condition = size(network.time_embeddings), size(network.condition_embedding)
-    else:
-        network, times, condition = model.head, 0, 0
+        for name, part in network.named_modules():
+            if (kind := name.rpartition(".")[2]) in parts:
+                parts[kind] += size(part)
+    times, condition, modulations = parts.values()
     # Besides its network, a head has at most an embedding of guidance.
     guidance = size(model.head) - size(network)
-    passes = sum(config.head_steps_at(step) for step in range(config.ar_steps))
-    embedded = len({config.head_steps_at(step) for step in range(config.ar_steps)})
-    if isinstance(model.head, FlowHead):
-        passes *= 2 if model.head.config.solver == "heun" else 1
-    per_step = size(model.backbone) + condition + guidance
-    return config.ar_steps * per_step + embedded * times + passes * (size(network) - times - condition)
+    steps = [row.sampling.head_steps_at(step) for step in range(row.sampling.ar_steps)]
+    twice = isinstance(model.head, FlowHead) and model.head.config.solver == "heun"
+    evaluations = [2 * count if twice else count for count in steps]
+    readings = [math.ceil(n / together) for n, together in zip(evaluations, _modulated_together(model, row))]
+    return (
+        len(steps) * (size(model.backbone) + condition + guidance)
+        + len(set(steps)) * times
+        + sum(evaluations) * (size(network) - times - condition - modulations)
+        + sum(readings) * modulations
+    )
+
+
+def _modulated_together(model: FAR, row: Row) -> list[int]:
+    """Return how many evaluations of the head's network share one product of modulations, by AR step."""
+    config = row.sampling
+    counts = cosine_token_counts(model.config.tokens, config.ar_steps)
+    if row.plain:
+        return [1] * len(counts)
+    in_head = config.guided_in_head(model)
+    halves = [1 if in_head or scale == 1.0 else 2 for scale in config.guidance_scales(counts)]
+    return [times_together(two * row.batch * count) for two, count in zip(halves, counts)]

@@ -171,7 +171,7 @@ def _first_run(pipeline: Pipeline, row: Row, full: bool, report: Report) -> RowR
     """Warm up a row and return all of its result but the time."""
     autocast = torch.float16 if row.plain and pipeline.device.type == "cuda" else None
     speeds = {part: _peak_of(pipeline.model, report, autocast) for part in PARTS}
-    weights, read = size(pipeline.model), weights_read(pipeline.model, row.sampling)
+    weights, read = size(pipeline.model), weights_read(pipeline.model, row)
     if pipeline.autoencoder is not None:
         speeds["autoencoder"] = _peak_of(pipeline.autoencoder, report, autocast)
         weights += size(pipeline.autoencoder)

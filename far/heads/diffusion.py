@@ -80,13 +80,17 @@ class DiffusionHead(Head):
 
     def sampler(self, steps: int, like: Tensor) -> Draw:
         schedule = Schedule.respaced(steps)
-        times = self.network.embed_times(schedule.tables(like.device, like.dtype)["time"])
+        times = self.network.embed_times(schedule.tables(like.device, like.dtype)["time"].flip(0))
 
         def draw(condition: Condition, normal: Normal, temperature: float) -> Tensor:
             embedded = condition.map(self.network.embed_condition)
             x = normal()
-            for index in reversed(range(steps)):
-                epsilon, fraction = self._predict(x, times[index], embedded)
+            networks = self.network.at_times(embedded.stacked(), times)
+            for index, network in zip(reversed(range(steps)), networks):
+                epsilons, fractions = network(x).to(x.dtype).chunk(2, dim=-1)
+                # Only ε is guided. The variance is that with the class.
+                epsilon = embedded.combine(epsilons)
+                fraction = fractions if fractions.shape == x.shape else fractions[0]
                 mean, logvar = schedule.model_posterior(x, epsilon, fraction, index, self.config.token_limit)
                 noise = normal()
                 x = mean + (0.5 * logvar).exp() * noise * temperature if index else mean
@@ -96,18 +100,6 @@ class DiffusionHead(Head):
 
     def noise_draws(self, steps: int) -> int:
         return 1 + steps
-
-    def _predict(self, x: Tensor, time: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """Return ε and the fraction of the variance for an embedded time and condition. Only ε is guided."""
-        fraction = x
-
-        def epsilon_of(c: Tensor) -> Tensor:
-            nonlocal fraction
-            epsilon, fractions = self.network.conditioned(x, c, time).to(x.dtype).chunk(2, dim=-1)
-            fraction = fractions if c.shape == condition.z.shape else fractions[0]
-            return epsilon
-
-        return condition.guide(epsilon_of), fraction
 
     def limited(self, token_limit: float | None) -> "DiffusionHead":
         """Return a head with the same network and another ``token_limit``."""

@@ -40,10 +40,22 @@ class Condition:
 
         Both halves go through it in one pass, stacked along a new first axis.
         """
-        if self.uncond is None or (not isinstance(self.scale, Tensor) and self.scale == 1.0):
-            return network(self.z)
-        cond, uncond = network(torch.stack([self.z, self.uncond]))
+        return self.combine(network(self.stacked()))
+
+    def stacked(self) -> Tensor:
+        """Return ``z``, or ``[2, …, channels]`` of ``z`` and ``uncond`` if guidance needs both."""
+        return self.z if (uncond := self._needed_uncond()) is None else torch.stack([self.z, uncond])
+
+    def combine(self, prediction: Tensor) -> Tensor:
+        """Return the guided prediction, from that for :meth:`stacked`."""
+        if self._needed_uncond() is None:
+            return prediction
+        cond, uncond = prediction
         return uncond + self.scale * (cond - uncond)
+
+    def _needed_uncond(self) -> Tensor | None:
+        off = not isinstance(self.scale, Tensor) and self.scale == 1.0
+        return None if off else self.uncond
 
 
 # Each call returns fresh standard normal noise ``[…, channels]``.

@@ -77,8 +77,8 @@ class ShortcutHead(Head):
         def draw(condition: Condition, normal: Normal, temperature: float) -> Tensor:
             embedded = condition.map(self.network.embed_condition)
             x = normal() * temperature
-            for size, time in zip(sizes, times):
-                x = x + size * embedded.guide(lambda c: self.network.conditioned(x, c, time).to(x.dtype))
+            for size, network in zip(sizes, self.network.at_times(embedded.stacked(), times)):
+                x = x + size * embedded.combine(network(x).to(x.dtype))
             return x
 
         return draw
