@@ -211,6 +211,8 @@ def _read_config(path: Path) -> FolderConfig:
     values = read_json(path)
     if isinstance(values, dict) and "format" in values:  # a key of version 0.1
         raise InputError(f"{path} is of far 0.1, whose models are no longer read. Train or convert it again")
+    if isinstance(values, dict) and "onnx" in values:  # see far.onnx.config
+        raise InputError(f"{path} is that of an ONNX export. Load it with far.onnx.load")
     config = from_dict(FolderConfig, values, str(path))
     if config.model is None and config.autoencoder is None:
         raise InputError(f"{path} describes no model. Give a folder that far wrote")

@@ -99,7 +99,7 @@ def build_module(
     Raises:
         InputError: a name, shape or dtype differs; the message names the first.
     """
-    with _NoInitialization():
+    with NoInitialization():
         with torch.device("meta"):
             expected = build().state_dict()
         if fallback is not None and not expected.keys() <= tensors.keys():
@@ -110,7 +110,7 @@ def build_module(
     return module
 
 
-class _NoInitialization(TorchFunctionMode):
+class NoInitialization(TorchFunctionMode):
     """Skips initializing weights that will be replaced; torch's first draw on "meta" takes a second."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

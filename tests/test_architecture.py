@@ -81,6 +81,7 @@ FLOORS = [
             "far.diffusers_pipeline",
             "far.training*",
             "far.evaluation*",
+            "far.onnx*",
         ),
     ),
     (6, ("far.recipe", "far.recipe_keys", "far.recipe_new")),

@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from far.cli.machine_arguments import prepare_machine, print_chosen
-from far.cli.model_arguments import add_drawing_arguments, add_weights_argument, load_pipeline
+from far.cli.model_arguments import (
+    add_drawing_arguments,
+    add_weights_argument,
+    check_export,
+    load_model_or_export,
+)
 from far.cli.sampling_arguments import sampling_options
 from far.config import check_count, check_seed
 from far.devices import device_title
@@ -55,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     weights = find_folder(arguments.weights)
+    check_export(arguments, weights)
 
     from far.pictures import contact_sheet, drawing_settings, save_png
     from far.precision import resolve_dtype
@@ -62,7 +68,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     device = prepare_machine(arguments)
     dtype = resolve_dtype(arguments.dtype, device)
-    pipeline = load_pipeline(arguments.weights, weights, dtype, device, decoder=arguments.decoder)
+    pipeline = load_model_or_export(arguments.weights, weights, dtype, device, decoder=arguments.decoder)
+    device, dtype = pipeline.device, pipeline.dtype
     picture, mask = _image_and_mask(arguments, pipeline.image_size)
     seeds = [arguments.seed + index for index in range(arguments.count)]
     sampling = sampling_options(arguments)

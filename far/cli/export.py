@@ -1,6 +1,8 @@
 """Write a model for another library, into a new folder.
 
 diffusers: for DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True), which needs far installed.
+onnx: ONNX files, with a config.json that specifies the loop around them. far generate and far edit draw from
+such a folder with ONNX Runtime, other programs in any language that has it.
 """
 
 from __future__ import annotations
@@ -8,23 +10,36 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from far.cli.model_arguments import NAMES, load_pipeline
 from far.errors import InputError
 from far.files import check_empty_folder
 from far.names import find_folder
 from far.notices import noticed
+from far.onnx.config import DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
-    command = formats.add_parser("diffusers", help="a pipeline of diffusers", allow_abbrev=False)
+    written = "dtype of the written weights (default float32)"
+    command = _add_format(formats, "diffusers", "a pipeline of diffusers")
+    dtypes = ("float32", "bfloat16", "float16")
+    command.add_argument("--dtype", choices=dtypes, default="float32", help=written)
+    command.set_defaults(export=_to_diffusers)
+    command = _add_format(formats, "onnx", "files for ONNX Runtime")
+    command.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help=f"{written}; int8 also computes in it"
+    )
+    command.set_defaults(export=_to_onnx)
+
+
+def _add_format(formats: Any, name: str, summary: str) -> argparse.ArgumentParser:
+    """Add the parser of a format, with the arguments of all formats."""
+    command: argparse.ArgumentParser = formats.add_parser(name, help=summary, allow_abbrev=False)
     command.add_argument("weights", help=NAMES)
     command.add_argument("out", type=Path, help="folder to write, new or empty")
-    dtypes = ("float32", "bfloat16", "float16")
-    help = "dtype of the written weights (default float32)"
-    command.add_argument("--dtype", choices=dtypes, default="float32", help=help)
-    command.set_defaults(export=_to_diffusers)
+    return command
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -41,6 +56,15 @@ def _to_diffusers(arguments: argparse.Namespace, folder: Path) -> None:
     with noticed(f"exporting {arguments.weights}"):
         export(pipeline, arguments.out, getattr(torch, arguments.dtype))
     print(f"{arguments.out}: exported from {arguments.weights}. Load it with trust_remote_code=True")
+
+
+def _to_onnx(arguments: argparse.Namespace, folder: Path) -> None:
+    from far.onnx import export
+
+    with noticed(f"exporting {arguments.weights}"):
+        export(folder, arguments.out, dtype=arguments.dtype)
+    size = sum(path.stat().st_size for path in arguments.out.iterdir()) / 1e6
+    print(f"{arguments.out}: exported from {arguments.weights} ({size:.1f} MB)")
 
 
 def diffusers_pipeline() -> ModuleType:

@@ -23,7 +23,8 @@ from far.cli.model_arguments import (
     add_drawing_arguments,
     add_graph_arguments,
     add_weights_argument,
-    load_pipeline,
+    check_export,
+    load_model_or_export,
 )
 from far.cli.sampling_arguments import MOST_IMAGES, sampling_options
 from far.config import check_count, check_seed
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     earlier = _check(arguments)
     weights = find_folder(arguments.weights)
+    check_export(arguments, weights)
 
     import torch
 
@@ -76,7 +78,8 @@ def run(arguments: argparse.Namespace) -> None:
     device = prepare_machine(arguments)
     dtype = resolve_dtype(_dtype(arguments, device), device)
     options = {name: getattr(arguments, name) for name in ("record", "compile", "decoder")}
-    pipeline = load_pipeline(arguments.weights, weights, dtype, device, **options)
+    pipeline = load_model_or_export(arguments.weights, weights, dtype, device, **options)
+    device, dtype = pipeline.device, pipeline.dtype
     chosen, places = _labels(pipeline, arguments)
     labels = [chosen[place] for place in places]
     texts = [label_text(pipeline.classes, label) for label in labels]

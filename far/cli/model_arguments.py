@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from far.autoencoder_config import DECODERS
 from far.cli.machine_arguments import add_machine_arguments
 from far.cli.sampling_arguments import add_sampling_arguments
+from far.errors import InputError
 from far.notices import noticed
+from far.onnx.config import is_export
 from far.precision import DTYPES
 
 if TYPE_CHECKING:
@@ -48,6 +50,20 @@ def add_graph_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help=meaning)
 
 
+def check_export(arguments: argparse.Namespace, folder: Path) -> None:
+    """Raise an :class:`InputError` for an option that does not apply if ``folder`` is an ONNX export."""
+    if not is_export(folder):
+        return
+    allowed: dict[str, tuple[str | bool, ...]] = {
+        "device": ("auto", "cpu"), "dtype": ("auto",), "decoder": ("full",), "fast": (False,),
+        "compile": (False,),
+    }  # fmt: skip
+    for name, values in allowed.items():
+        if (given := getattr(arguments, name, values[0])) not in values:
+            option = f"--{name}" if given is True else f"--{name} {given}"
+            raise InputError(f"{option} does not apply to the ONNX export {folder}. Omit it")
+
+
 def load_pipeline(name: str, folder: Path, dtype: str, device: torch.device, **options: Any) -> Pipeline:
     """Return the pipeline in ``folder``, with a line on stderr that names it if loading takes long.
 
@@ -57,3 +73,18 @@ def load_pipeline(name: str, folder: Path, dtype: str, device: torch.device, **o
 
     with noticed(f"loading {name}"):
         return Pipeline.from_pretrained(folder, dtype=dtype, device=device, **options)
+
+
+def load_model_or_export(
+    name: str, folder: Path, dtype: str, device: torch.device, **options: Any
+) -> Pipeline:
+    """Return the pipeline in ``folder`` as :func:`load_pipeline`, or that of an ONNX export.
+
+    An export has its own dtype and device; see :func:`check_export`.
+    """
+    if not is_export(folder):
+        return load_pipeline(name, folder, dtype, device, **options)
+    from far.onnx import load
+
+    with noticed(f"loading {name}"):
+        return load(folder)

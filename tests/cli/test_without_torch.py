@@ -66,6 +66,8 @@ REFUSED = [
     ["convert", "to-diffusers", "nowhere", "out"],
     ["export", "diffusers", "nowhere", "out"],
     ["export", "diffusers", "avatars-64", "/dev/null"],
+    ["export", "onnx", "nowhere", "out"],
+    ["export", "onnx", "avatars-64", "/dev/null"],
     ["data", "folder", "nowhere", "out"],
     ["data", "nowhere", "out"],
     ["data", "nowhere-{0..9}.tar", "out"],

@@ -1,0 +1,341 @@
+"""Exports to ONNX against torch: every backbone with every head, dtypes, errors."""
+
+import copy
+import dataclasses
+import itertools
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from refusals import refused
+from torch import nn
+
+import far.onnx
+from far.autoencoder import Autoencoder, AutoencoderConfig
+from far.backbone import BlockCausalConfig, CausalConfig, MaskedConfig
+from far.cli.main import main
+from far.folder_config import FolderConfig
+from far.heads import (
+    DiffusionConfig,
+    EnergyConfig,
+    FlowConfig,
+    FlowMapConfig,
+    HeadConfig,
+    ShortcutConfig,
+)
+from far.heads.network import HeadNetwork
+from far.model import FAR, ModelConfig, NetworkConfig
+from far.names import bundled_names
+from far.onnx.config import OnnxConfig, OnnxFile, export_values, open_export
+from far.onnx.exporter import write_graphs
+from far.onnx.graphs import BACKBONE, DECODER, ENCODER, HEAD, Graph, _Step, graphs_of
+from far.onnx.pipeline import Session
+from far.pipeline import Pipeline, load
+from far.sampling import Kept, SamplingConfig, SeededNoise, sample
+
+CLASSES = ("circle", "square", "stripes")
+TOLERANCE = 1e-3
+BACKBONES = {
+    "masked": MaskedConfig(32, 1, 2, 32, 1, 2, buffer=2, dropout=0.0),
+    "causal": CausalConfig(width=32, depth=1, heads=2, buffer=2),
+    "block_causal": BlockCausalConfig(width=32, encoder_depth=1, decoder_depth=1, heads=2, buffer=2),
+}
+SIZE = {"width": 24, "depth": 1}
+HEADS: dict[str, HeadConfig] = {
+    "shortcut": ShortcutConfig(**SIZE),
+    "flow": FlowConfig(**SIZE, solver="heun"),
+    "diffusion": DiffusionConfig(**SIZE, token_limit=3.0),
+    "flow_map": FlowMapConfig(**SIZE, max_guidance=3.0),
+    "energy": EnergyConfig(**SIZE),
+}
+
+
+def config_of(backbone: str, head: str) -> ModelConfig:
+    network = NetworkConfig(BACKBONES[backbone], HEADS[head], spherical=head == "flow")
+    return ModelConfig(network, len(CLASSES), latent_channels=4, grid=(3, 4))
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> FAR:
+    """A model none of whose weights is zero, unlike an untrained one's."""
+    model, generator = FAR(config), torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small random model with an autoencoder."""
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    statistics = {"scale": (0.5, 1.0, 2.0, 3.0), "shift": (0.1, 0.2, -0.3, 0.0)}
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(AutoencoderConfig(8, (1, 1, 2), 1, 4, norm_groups=4, **statistics)).eval()
+    model, defaults = random_model(config_of("causal", "energy")), SamplingConfig(12, 1, guidance=2.0)
+    Pipeline(model, autoencoder, CLASSES, defaults).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "onnx"
+    assert main(["export", "onnx", str(whole), str(folder)]) == 0
+    return folder
+
+
+class Parts:
+    """Every backbone and every head, in torch and as ONNX files. Any two make a model.
+
+    Exporting takes seconds per file, so each part is exported once: those of ``exported`` by that fixture.
+    """
+
+    def __init__(self, whole: Path, exported: Path, folder: Path) -> None:
+        pipeline, described = load(whole, device="cpu"), open_export(exported)[2].files
+        self.models = {name: random_model(config_of(name, "shortcut")) for name in BACKBONES}
+        self.models |= {name: random_model(config_of("masked", name)) for name in HEADS}
+        self.models |= {"causal": pipeline.model, "energy": pipeline.model}
+        self.files: dict[str, dict[str, OnnxFile]] = {"causal": described, "energy": described}
+        self.folders = {"causal": exported, "energy": exported}
+        for name in self.models.keys() - self.files:
+            graphs = graphs_of(self.models[name], None)
+            own = {file: graphs[file] for file in graphs if (file == BACKBONE) == (name in BACKBONES)}
+            self.folders[name] = folder / name
+            self.folders[name].mkdir()
+            self.files[name] = write_graphs(own, folder / name, "float32")
+
+    def torch(self, backbone: str, head: str) -> FAR:
+        model = random_model(config_of(backbone, head))
+        model.backbone = copy.deepcopy(self.models[backbone].backbone)
+        model.head = copy.deepcopy(self.models[head].head)
+        return model
+
+    def onnx(self, backbone: str, head: str, folder: Path) -> far.onnx.OnnxPipeline:
+        files = {}
+        for name in (backbone, head):
+            for file, described in self.files[name].items():
+                if (file == BACKBONE) == (name in BACKBONES) and file not in (DECODER, ENCODER):
+                    shutil.copy(self.folders[name] / file, folder)
+                    files[file] = described
+        config = FolderConfig(config_of(backbone, head), classes=CLASSES)
+        values = export_values(config, OnnxConfig("float32", files))
+        (folder / "config.json").write_text(json.dumps(values))
+        return far.onnx.load(folder)
+
+
+@pytest.fixture(scope="session")
+def parts(whole: Path, exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    return Parts(whole, exported, tmp_path_factory.mktemp("parts"))
+
+
+def latents(model: FAR, config: SamplingConfig, kept: Kept | None = None) -> torch.Tensor:
+    return sample(
+        model, torch.tensor([2, 0]), SeededNoise([5, 2**40], torch.device("cpu")), config, kept=kept
+    )
+
+
+def sampling(model: FAR, **given: object) -> SamplingConfig:
+    steps = 5 if model.backbone.any_order else 12
+    head_steps = min(3, model.head.max_steps)
+    return dataclasses.replace(
+        SamplingConfig(steps, head_steps, guidance=2.0, temperature=0.9),
+        **given,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(("backbone", "head"), [*itertools.product(BACKBONES, HEADS)])
+def test_onnx_draws_the_latents_of_torch(parts: Parts, backbone: str, head: str, tmp_path: Path) -> None:
+    model, exported = parts.torch(backbone, head), parts.onnx(backbone, head, tmp_path).model
+    for given in ({}, {"guidance": 1.0}, {"guidance_interval": (0.0, 0.6), "guidance_passes": 2}):
+        config = sampling(model, **given)
+        expected = latents(model, config)
+        torch.testing.assert_close(latents(exported, config), expected, atol=TOLERANCE, rtol=0)
+        assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_onnx_redraws_around_kept_tokens_as_torch_does(parts: Parts, backbone: str, tmp_path: Path) -> None:
+    model, exported = parts.torch(backbone, "shortcut"), parts.onnx(backbone, "shortcut", tmp_path).model
+    given = torch.randn(2, 4, 3, 4, generator=torch.Generator().manual_seed(1))
+    kept = Kept(given, torch.arange(5) if backbone == "causal" else torch.tensor([7, 2, 11]))
+    config = sampling(model, ar_steps=12 - len(kept.positions))
+    expected = latents(model, config, kept)
+    torch.testing.assert_close(latents(exported, config, kept), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_onnx_reuses_the_guidance_of_earlier_steps_as_torch_does(parts: Parts, tmp_path: Path) -> None:
+    model, exported = parts.torch("masked", "shortcut"), parts.onnx("masked", "shortcut", tmp_path).model
+    config = sampling(model, guidance_every=2)
+    torch.testing.assert_close(latents(exported, config), latents(model, config), atol=TOLERANCE, rtol=0)
+
+
+def test_masked_exports_refuse_an_approximate_cache(parts: Parts, tmp_path: Path) -> None:
+    pipeline = parts.onnx("masked", "shortcut", tmp_path)
+    with refused("refresh_every 2"):
+        pipeline.stream([0], [0], SamplingConfig(refresh_every=2))
+
+
+def test_exports_draw_and_edit_the_images_of_torch(whole: Path, exported: Path) -> None:
+    ours, theirs = far.onnx.load(exported), load(whole, device="cpu")
+    assert ours.image_size == theirs.image_size
+    assert ours.defaults == theirs.defaults
+    labels, seeds = ["square", 2], [3, 4]
+    images = ours.generate(labels, seed=seeds, output="tensor")
+    expected = theirs.generate(labels, seed=seeds, output="tensor")
+    torch.testing.assert_close(images, expected, atol=TOLERANCE, rtol=0)
+    mask = torch.zeros(ours.image_size)
+    mask[ours.image_size[0] // 2 :] = 1  # a causal model redraws to the end
+    edits = [
+        pipeline.edit(expected[0], mask, "circle", paste=False, output="tensor")
+        for pipeline in (ours, theirs)
+    ]
+    torch.testing.assert_close(*edits, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(ours.encode(expected), theirs.encode(expected), atol=TOLERANCE, rtol=0)
+
+
+def test_generate_and_edit_take_an_export(whole: Path, exported: Path, tmp_path: Path) -> None:
+    drawn = []
+    for weights, dtype in ((whole, ["--dtype", "float32"]), (exported, [])):
+        out = tmp_path / f"{len(drawn)}.png"
+        command = ["generate", "--weights", str(weights), "--labels", "1", "--out", str(out), *dtype]
+        assert main(command) == 0
+        drawn.append(np.asarray(Image.open(out)).astype(int))
+        edited = tmp_path / "edited.png"
+        box = ["--redraw", "0", "8", "16", "12"]
+        command = ["edit", str(out), "--weights", str(weights), "--label", "0", *box, "--out", str(edited)]
+        assert main([*command, *dtype]) == 0
+    assert abs(drawn[0] - drawn[1]).max() <= 1
+
+
+def test_the_loop_names_every_file_and_input(exported: Path) -> None:
+    onnx = json.loads((exported / "config.json").read_text())["onnx"]
+    text = " ".join(onnx["loop"])
+    for file, described in onnx["files"].items():
+        if file != "encoder.onnx":  # for edits only
+            assert file in text
+        if file == "backbone.onnx":
+            assert all(name in text for name in described["inputs"])
+
+
+@pytest.mark.parametrize(("dtype", "most", "fraction"), [("float16", 1e-3, 0.55), ("int8", 0.05, 0.35)])
+def test_smaller_dtypes_shrink_the_files_and_stay_near(
+    dtype: str, most: float, fraction: float, tmp_path: Path
+) -> None:
+    network = HeadNetwork(8, 8, 48, width=128, depth=1)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    inputs = {"x": ("rows", 8), "condition": ("rows", 128), "time": (128,)}
+    graph = Graph(_Step(network), inputs, {"output": ("rows", 8)})
+    outputs, sizes = [], []
+    for name in ("float32", dtype):
+        (tmp_path / name).mkdir()
+        (described,) = write_graphs({HEAD: graph}, tmp_path / name, name).values()
+        outputs.append(Session(tmp_path / name / HEAD, described)(**graph.examples())[0])
+        sizes.append((tmp_path / name / HEAD).stat().st_size)
+    error = (outputs[1] - outputs[0]).square().mean().sqrt() / outputs[0].std()
+    assert 0 < error < most
+    assert sizes[1] < fraction * sizes[0]
+
+
+# --- Errors
+# ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_not_empty_is_refused(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "kept.txt").write_text("kept")
+    assert main(["export", "onnx", str(whole), str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path) in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_a_kind_that_cannot_be_exported_leaves_nothing(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("far.onnx.graphs._HEADS", ())
+    with refused("energy"):
+        far.onnx.export(whole, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_exporting_without_the_extra_names_it(
+    package: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "far.onnx.stored", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with refused(package, "far-image[onnx]"):
+        far.onnx.export(whole, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_drawing_without_the_extra_names_it(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with refused("onnxruntime", "far-image[onnx]"):
+        far.onnx.load(exported)
+
+
+@pytest.mark.parametrize("file", ["backbone.onnx", "head_condition.onnx"])
+def test_a_truncated_or_missing_file_is_named(exported: Path, file: str, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(exported, folder)
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[: len(content) // 2])
+    with refused(folder / file):
+        far.onnx.load(folder)
+    (folder / file).unlink()
+    with refused(folder / file):
+        far.onnx.load(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values["onnx"].pop("files"),
+        lambda values: values["onnx"]["files"].pop("backbone.onnx"),
+        lambda values: values["onnx"].update(dtype="int4"),
+        lambda values: values.pop("model"),
+        lambda values: values.update(onnx=[]),
+    ],
+)
+def test_a_damaged_config_is_named(exported: Path, change: object, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(exported, folder)
+    values = json.loads((folder / "config.json").read_text())
+    change(values)  # type: ignore[operator]
+    (folder / "config.json").write_text(json.dumps(values))
+    with refused(folder / "config.json"):
+        far.onnx.load(folder)
+
+
+def test_models_and_exports_are_not_mistaken_for_each_other(whole: Path, exported: Path) -> None:
+    with refused(whole / "config.json"):
+        far.onnx.load(whole)
+    with refused(exported / "config.json", "far.onnx.load"):
+        load(exported)
+
+
+@pytest.mark.parametrize("option", [["--dtype", "int8"], ["--device", "cuda"], ["--fast"], ["--compile"]])
+def test_options_of_torch_are_refused_for_an_export(
+    option: list[str], exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out.png"
+    assert main(["generate", "--weights", str(exported), "--out", str(out), *option]) == 2
+    assert " ".join(option) in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", bundled_names())
+def test_bundled_models_draw_the_images_of_torch(name: str, tmp_path: Path) -> None:
+    far.onnx.export(name, tmp_path / "onnx")
+    ours, theirs = far.onnx.load(tmp_path / "onnx"), load(name, device="cpu")
+    labels = range(len(theirs.classes))
+    images, expected = (pipeline.generate(labels, seed=0, output="tensor") for pipeline in (ours, theirs))
+    torch.testing.assert_close(images, expected, atol=TOLERANCE, rtol=0)
