@@ -58,8 +58,8 @@ def listing(folder: Path, count: int, rounds: int) -> None:
 
     def read(place: Path) -> None:
         source = open_source(str(place))
-        for record in source.in_order(source.records):
-            source.digest(record)
+        for number in source.in_order(range(len(source.records))):
+            source.digest(source.records[number])
 
     seconds = paired({place.name: partial(read, place) for place in places}, rounds, warmup=0)
     folder_name, tar_name = seconds

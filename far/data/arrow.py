@@ -13,7 +13,8 @@ from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
-from far.data.sources import File, Found, Item, Record, Source, checked_label, make_source
+from far.data.records import Item, Items, Record
+from far.data.sources import File, Found, Source, checked_label, make_source
 from far.errors import InputError
 from far.files import printable, read_json
 
@@ -127,7 +128,7 @@ def _source(
     open_table: Callable[[Path], _Table],
 ) -> Source:
     tables: list[_Table] = []
-    items: list[Item] = []
+    items = Items()
     columns: _Columns | None = None
     bar = tqdm(files, f"listing {kind} files", unit="file", mininterval=1, delay=1)
     for number, file in enumerate(bar):
@@ -139,8 +140,9 @@ def _source(
                 pair = f"{files[0].path} and {file.path}"
                 raise InputError(f"{pair} have different columns or class names. Give files of one data set")
             tables.append(table)
+            path = file.path.relative_to(root)
             for row, (place, each) in enumerate(_labels(table, found.label, number, file.path)):
-                items.append(Item(each, f"{file.path.relative_to(root)} row {row}", place, file.held_out))
+                items.append(Item(each, f"{path} row {row}", place, file.held_out))
     assert columns is not None
     title = f"{len(files)} {kind} file{'s' * (len(files) > 1)}, images from {columns.image.split('.')[0]!r}"
     labels = f"labels from {columns.label!r}" if columns.label else "without labels"

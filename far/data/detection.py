@@ -10,13 +10,10 @@ from pathlib import Path
 
 from far.data import arrow, tables, tars
 from far.data.image_folders import class_folder_source, has_class_folders, image_folder_source, parts_source
-from far.data.listing import class_folders, is_hidden
-from far.data.sources import UNLABELED, File, Source
+from far.data.listing import class_folders, images_within, is_hidden
+from far.data.sources import HELD_OUT, TRAIN, UNLABELED, File, Source, held_out_name
 from far.errors import InputError
 
-# Names of the parts of data sets. Of those to hold out, the first one that exists is used.
-_TRAIN = ("train", "training")
-_HELD_OUT = ("val", "valid", "validation", "dev", "test", "testing", "eval")
 _READERS: dict[str, Callable[..., Source]] = {
     ".tar": tars.tar_source,
     ".parquet": arrow.parquet_source,
@@ -62,16 +59,33 @@ def _open_folder(place: str, folder: Path, label: str | None) -> Source:
             return _noted(arrow.saved_source(place, folder, files, label), others)
         if holders:
             listed = [File(file.path / name, file.held_out) for file in files]
-            return _noted(tables.table_source(place, folder, listed, label), others)
+            source = _noted(tables.table_source(place, folder, listed, label), others)
+            _check_table(source, listed[0].path, subfolders)
+            return source
     files, others = _divided(subfolders, _folder_words)
     if any(file.held_out for file in files):
-        return parts_source(folder, files, others)
+        return _with_unread(parts_source(folder, files, others), folder)
     if has_class_folders(folder):
-        return class_folder_source(folder)
+        return _with_unread(class_folder_source(folder), folder)
     for suffix in (".tar", ".parquet"):
         if paths := [path for parent in (folder, folder / "data") for path in _with_suffix(parent, suffix)]:
             return _open_files(place, folder, paths, label)
-    return image_folder_source(folder)
+    return _with_unread(image_folder_source(folder), folder)
+
+
+def _check_table(source: Source, table: Path, subfolders: Sequence[Path]) -> None:
+    """Raise an :class:`InputError` if a table without labels hides class folders beside it."""
+    beside = [path for path in subfolders if path.parent == table.parent]
+    if source.classes == [UNLABELED] and sum(bool(images_within(path, Counter())) for path in beside) > 1:
+        wrong = f"{table} has no labels, but {table.parent} has class folders"
+        raise InputError(f"{wrong}. Choose a column by --label, or remove the table")
+
+
+def _with_unread(source: Source, folder: Path) -> Source:
+    """Return a source with a hint about tables in its folder that are not read."""
+    unread = [path for suffix in tables.SUFFIXES for path in _with_suffix(folder, suffix)]
+    remedy = "If it has the labels, give it in place of the folder"
+    return dataclasses.replace(source, hints=[f"{path} is not read. {remedy}" for path in unread[:5]])
 
 
 def _open_files(place: str, root: Path, paths: Sequence[Path], label: str | None) -> Source:
@@ -95,11 +109,12 @@ def _divided(paths: Sequence[Path], words: Callable[[Path], Sequence[str]]) -> t
 
     All are for training unless each path has the name of a part among its words, and both parts exist.
     """
-    parts = [next((word for word in words(path) if word in (*_TRAIN, *_HELD_OUT)), None) for path in paths]
-    held_out = next((name for name in _HELD_OUT if name in parts), None)
-    if None in parts or held_out is None or not {*_TRAIN} & {*parts}:
+    names = {*TRAIN, *HELD_OUT}
+    parts = [next((word for word in words(path) if word in names), None) for path in paths]
+    held_out = held_out_name(parts)
+    if held_out is None:
         return [File(path, False) for path in paths], []
-    used = (*_TRAIN, held_out)
+    used = (*TRAIN, held_out)
     files = [File(path, part == held_out) for path, part in zip(paths, parts) if part in used]
     return files, [path for path, part in zip(paths, parts) if part not in used]
 

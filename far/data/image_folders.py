@@ -2,12 +2,13 @@
 
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 from far.data.listing import SUFFIXES, class_folders, describe, images_in, images_within
-from far.data.sources import File, Found, Item, Record, Source, make_source
+from far.data.records import Item, Items, Record
+from far.data.sources import File, Found, Source, make_source
 from far.errors import InputError
 from far.files import is_plain
 
@@ -29,7 +30,7 @@ def image_folder_source(folder: Path) -> Source:
         InputError: the folder has fewer than two images.
     """
     left_out: Counter[str] = Counter()
-    items = [Item(None, str(path.relative_to(folder))) for path in images_within(folder, left_out)]
+    items = (Item(None, str(path.relative_to(folder))) for path in images_within(folder, left_out))
     return _source(folder, "a folder of images without classes", items, left_out)
 
 
@@ -43,14 +44,15 @@ def parts_source(root: Path, parts: Sequence[File], others: Sequence[Path]) -> S
         InputError: the parts have different classes, or one cannot be read.
     """
     left_out: Counter[str] = Counter()
-    items: list[Item] = []
+    items = Items()
     labeled = any(has_class_folders(part.path) for part in parts)
     for part in parts:
+        found: Iterable[Item]
         if labeled:
             found = _class_items(part.path, root, left_out, 1)
         else:
-            found = [Item(None, str(path.relative_to(root))) for path in images_within(part.path, left_out)]
-        items += [item._replace(held_out=part.held_out) for item in found]
+            found = (Item(None, str(path.relative_to(root))) for path in images_within(part.path, left_out))
+        items.extend(item._replace(held_out=part.held_out) for item in found)
     for path in others:
         left_out[f"in {path.name}/"] += len(images_within(path, left_out))
     held_out = " and ".join(f"{part.path.name}/" for part in parts if part.held_out)
@@ -63,16 +65,17 @@ def has_class_folders(folder: Path) -> bool:
     return any(images_within(subfolder, Counter()) for subfolder in class_folders(folder, Counter()))
 
 
-def _source(root: Path, kind: str, items: list[Item], left_out: Counter[str]) -> Source:
+def _source(root: Path, kind: str, items: Iterable[Item], left_out: Counter[str]) -> Source:
     def open_file(record: Record) -> IO[bytes]:
         return (root / record.key).open("rb")
 
-    return make_source(str(root), root, Found(kind, items, open_file, left_out, walked=True))
+    return make_source(str(root), root, Found(kind, Items(items), open_file, left_out, walked=True))
 
 
-def _class_items(folder: Path, root: Path, left_out: Counter[str], least: int) -> list[Item]:
-    classes, files = find_images(folder, left_out, least)
-    return [Item(classes[label], str(path.relative_to(root))) for path, label in files]
+def _class_items(folder: Path, root: Path, left_out: Counter[str], least: int) -> Iterator[Item]:
+    for name, paths in _images_by_class(folder, left_out, least):
+        for path in paths:
+            yield Item(name, str(path.relative_to(root)))
 
 
 def find_images(
@@ -87,30 +90,34 @@ def find_images(
             images (1 or 2), is a dead link or a link to a parent folder or another class, or has a name that
             cannot be printed or differs from another only in case.
     """
+    by_class = list(_images_by_class(folder, Counter() if left_out is None else left_out, least))
+    files = [(path, label) for label, (_, paths) in enumerate(by_class) for path in paths]
+    return [name for name, _ in by_class], files
+
+
+def _images_by_class(folder: Path, left_out: Counter[str], least: int) -> Iterator[tuple[str, list[Path]]]:
+    """Yield the name and the images of each class. Some errors of :func:`find_images` come at the end."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder. Give a folder with one subfolder of images per class")
-    left_out = Counter() if left_out is None else left_out
     subfolders = class_folders(folder, left_out)
     _check_names(subfolders)
     others: Counter[str] = Counter()
     if outside := len(images_in(folder, others)) + others.total():
         left_out["outside the class folders"] += outside
-    files: list[tuple[Path, int]] = []
     too_few: list[str] = []
-    for label, subfolder in enumerate(subfolders):
+    for subfolder in subfolders:
         others = Counter()
         images = images_within(subfolder, others)
         if len(images) < least:
             has = f"1 image, {describe(others)}" if images else describe(others)
             too_few.append(f"{subfolder.name!r} ({has.removesuffix(', ') or 'empty'})")
-        files += [(path, label) for path in images]
         left_out.update(others)
+        yield subfolder.name, images
     if not subfolders:
         names = ", ".join(SUFFIXES)
         raise InputError(f"{folder} has no class folders. Put images ({names}) into one subfolder per class")
     if too_few:
         raise InputError(few_images(folder, too_few, least))
-    return [path.name for path in subfolders], files
 
 
 def few_images(folder: object, classes: list[str], least: int = 2) -> str:

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,9 @@ from far.data.image_folders import few_images
 from far.data.image_sets import PARTS, Summary, sides
 from far.data.images import Size, prepare_image, skip_reason
 from far.data.listing import describe
+from far.data.records import Record
 from far.data.shards import ShardWriter
-from far.data.sources import UNLABELED, Record, Source
+from far.data.sources import UNLABELED, Source
 from far.errors import InputError
 from far.files import printable
 
@@ -122,7 +123,7 @@ def _meta(source: Source, preparation: Preparation, digests: np.ndarray) -> dict
     if not preparation.crop:
         meta["crop"] = False
     if not source.walked:
-        labels = np.array([record.label for record in source.records])
+        labels = np.array(source.records.labels)
         meta["labels"] = hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
     place = str(Path(source.name).absolute())  # far cache may run in another folder
     linked = {**meta, "kind": "records", "label": source.label, "source": place}
@@ -132,11 +133,11 @@ def _meta(source: Source, preparation: Preparation, digests: np.ndarray) -> dict
 def _digests(source: Source) -> np.ndarray:
     """Return the SHA-256 of all images by number, ``[n, 32]`` uint8; zeros if one cannot be read."""
     digests = np.zeros((len(source.records), 32), np.uint8)
-    records = source.in_order(source.records)
-    bar = tqdm(total=len(records), desc="comparing files", unit="file", mininterval=1, delay=1)
+    numbers = np.fromiter(source.in_order(range(len(source.records))), np.int64)
+    bar = tqdm(total=len(numbers), desc="comparing files", unit="file", mininterval=1, delay=1)
     with ThreadPoolExecutor() as pool, bar:
-        for start in range(0, len(records), _HASHED_TOGETHER):
-            part = records[start : start + _HASHED_TOGETHER]
+        for start in range(0, len(numbers), _HASHED_TOGETHER):
+            part = [source.records[number] for number in numbers[start : start + _HASHED_TOGETHER]]
             for record, digest in zip(part, pool.map(source.digest, part)):
                 digests[record.number] = np.frombuffer(digest, np.uint8)
             bar.update(len(part))
@@ -152,130 +153,134 @@ def _content(source: Source, digests: np.ndarray) -> str:
     return content.hexdigest()
 
 
-def _pack_held_out(source: Source, preparation: Preparation, writer: ShardWriter) -> list[Record]:
-    """Write the missing held-out images, and return the training records."""
+def _pack_held_out(source: Source, preparation: Preparation, writer: ShardWriter) -> np.ndarray:
+    """Write the missing held-out images, and return the numbers of the training records."""
     held_out, train = _split(source, preparation.held_out_share or _SHARE)
     if source.has_parts:
-        for name, records in (("held-out", held_out), ("training", train)):
-            if all(isinstance(_try_read(source, preparation, record), InputError) for record in records):
+        for name, numbers in (("held-out", held_out), ("training", train)):
+            if all(isinstance(_try_read(source, preparation, number), InputError) for number in numbers):
                 raise InputError(f"{source.name}: no {name} image can be read. Replace them")
         _fill(writer, source, held_out, preparation)
         return train
     held_out, train, needed = _with_both_parts(source, held_out, train, preparation)
-    spare = _Spare(train, needed, writer)
+    spare = _Spare(source, train, needed, writer)
     _fill(writer, source, held_out, preparation, spare)
-    return spare.left()
+    return spare.left(train)
 
 
-def _link(writer: ShardWriter, source: Source, records: Sequence[Record], digests: np.ndarray) -> None:
+def _link(writer: ShardWriter, source: Source, train: np.ndarray, digests: np.ndarray) -> None:
     """Write labels, numbers and checksums of the training records, and finish."""
-    records = source.in_order(records)
-    while writer.cursor < len(records):
-        part = records[writer.cursor : writer.cursor + _LINKS]
-        numbers = torch.tensor([record.number for record in part])
+    numbers, labels = np.fromiter(source.in_order(train), np.int64), np.array(source.records.labels)
+    while writer.cursor < len(numbers):
+        part = numbers[writer.cursor : writer.cursor + _LINKS]
         tensors = {
-            "labels": torch.tensor([record.label for record in part]), "numbers": numbers,
-            "digests": torch.from_numpy(digests)[numbers],
+            "labels": torch.from_numpy(labels[part].astype(np.int64)), "numbers": torch.from_numpy(part),
+            "digests": torch.from_numpy(digests[part]),
         }  # fmt: skip
         writer.write(tensors, cursor=writer.cursor + len(part))
     writer.finish()
 
 
-def _split(source: Source, share: float) -> tuple[list[Record], list[Record]]:
-    """Return held-out and training records: the source's own parts, or spaced evenly in each class.
+def _split(source: Source, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return numbers of held-out and training records: the source's parts, or spaced evenly in each class.
 
     The share of a class is rounded to whole images.
     """
+    numbers = np.arange(len(source.records))
     if source.has_parts:
-        return (
-            [record for record in source.records if record.held_out],
-            [record for record in source.records if not record.held_out],
-        )
-    held_out: list[Record] = []
-    train: list[Record] = []
-    for members in _by_class(source.records):
-        count = min(len(members) - 1, max(1, int(len(members) * share + 0.5)))
-        chosen = {index * len(members) // count for index in range(count)}
-        for index, record in enumerate(members):
-            (held_out if index in chosen else train).append(record)
-    return held_out, train
+        held_out = np.frombuffer(source.records.held_out, bool)
+    else:
+        held_out = np.zeros(len(numbers), bool)
+        for members in _by_class(source, numbers):
+            count = min(len(members) - 1, max(1, int(len(members) * share + 0.5)))
+            held_out[members[np.arange(count) * len(members) // count]] = True
+    return numbers[held_out], numbers[~held_out]
 
 
 def _with_both_parts(
-    source: Source, held_out: list[Record], train: list[Record], preparation: Preparation
-) -> tuple[list[Record], list[Record], set[Record]]:
+    source: Source, held_out: np.ndarray, train: np.ndarray, preparation: Preparation
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Ensure that both parts of each class will have an image, before anything is written.
 
     Return held-out records; training records, with a held-out one if the class has no other readable image;
-    and one training record per class that must not replace a broken held-out one.
+    and one training record per class that must not replace a broken held-out one. All are numbers.
     """
 
-    def readable(records: Iterable[Record]) -> Iterator[Record]:
-        for record in records:
-            found = _try_read(source, preparation, record)
+    def readable(numbers: Iterable[int]) -> Iterator[int]:
+        for number in numbers:
+            found = _try_read(source, preparation, number)
             if not isinstance(found, InputError):
-                yield record
+                yield number
             elif preparation.strict:
                 raise found
             else:
-                reasons[record] = skip_reason(found)
+                reasons[number] = skip_reason(found)
 
-    reasons: dict[Record, str] = {}
-    needed: set[Record] = set()
+    reasons: dict[int, str] = {}
+    needed: list[int] = []
     too_few = []
     names = tqdm(source.classes, desc="checking classes", unit="class", mininterval=1, delay=1)
-    for name, held, trained in zip(names, _by_class(held_out), _by_class(train)):
-        trains = next(readable(itertools.chain(reversed(trained), reversed(held))), None)
+    for name, held, trained in zip(names, _by_class(source, held_out), _by_class(source, train)):
+        trains = next(readable(itertools.chain(trained[::-1], held[::-1])), None)
         stays = next((each for each in readable(itertools.chain(held, trained)) if each != trains), None)
         if trains is None or stays is None:
-            unread = Counter(reasons[record] for record in held + trained if record in reasons)
+            unread = Counter(reasons[number] for number in (*held, *trained) if number in reasons)
             too_few.append(f"{name!r} ({describe(unread)})")
         else:
-            needed.add(trains)
+            needed.append(trains)
     if too_few:
         raise InputError(few_images(source.name, too_few))
-    stay = [record for record in held_out if record not in needed]
-    return stay, sorted([*train, *needed.intersection(held_out)]), needed
+    moved = np.isin(held_out, needed)
+    return held_out[~moved], np.sort(np.concatenate([train, held_out[moved]])), needed
 
 
-def _by_class(records: Iterable[Record]) -> Iterator[list[Record]]:
-    return (list(group) for _, group in itertools.groupby(records, key=lambda record: record.label))
+def _by_class(source: Source, numbers: np.ndarray) -> list[np.ndarray]:
+    """Return the numbers of records by class. They are sorted, and every class has some."""
+    labels = np.array(source.records.labels)[numbers]
+    return np.split(numbers, np.flatnonzero(np.diff(labels)) + 1)
 
 
 class _Spare:
-    """Training records that can replace broken held-out ones; the held-out part's report lists those used."""
+    """Training records that can replace broken held-out ones; the held-out part's report lists those used.
 
-    def __init__(self, train: list[Record], needed: set[Record], held_out: ShardWriter) -> None:
-        self.train, self.needed, self.report = train, needed, held_out.report
+    All records are numbers. Those in ``needed`` replace none.
+    """
+
+    def __init__(self, source: Source, train: np.ndarray, needed: list[int], held_out: ShardWriter) -> None:
+        self.source, self.train, self.needed, self.report = source, train, needed, held_out.report
 
     def __call__(self, broken: Record) -> Iterator[Record]:
         """Yield training records of the class of ``broken``, those after it first."""
-        same = [record for record in self.left(broken.label) if record not in self.needed]
-        yield from [each for each in same if each > broken] + [each for each in same if each < broken]
+        labels = np.array(self.source.records.labels)
+        same = self.left(self.train[labels[self.train] == broken.label])
+        same = same[~np.isin(same, self.needed)]
+        order = np.concatenate([same[same > broken.number], same[same < broken.number]])
+        yield from map(self.source.records.__getitem__, order)
 
-    def left(self, label: int | None = None) -> list[Record]:
-        """Return the unbroken training records of all classes, or one, that replaced no held-out one."""
-        records = [record for record in self.train if label is None or record.label == label]
+    def left(self, numbers: np.ndarray) -> np.ndarray:
+        """Return those of some training records that are unbroken and replaced no held-out one."""
         gone = {*self.report.get("taken instead", ()), *self.report.get("skipped", ())}
-        return [record for record in records if record.key not in gone] if gone else records
+        if not gone:
+            return numbers
+        return numbers[[self.source.records[number].key not in gone for number in numbers]]
 
 
 def _fill(
     writer: ShardWriter,
     source: Source,
-    records: Sequence[Record],
+    numbers: np.ndarray,
     preparation: Preparation,
     spare: _Spare | None = None,
 ) -> None:
-    """Write the missing images of ``records``, replace unreadable ones by those of ``spare``, and finish."""
+    """Write the missing images of records, replace unreadable ones by those of ``spare``, and finish."""
     if writer.complete:
         return
     if source.sequential and writer.folder.name == "train":
-        records = source.in_order(records)
+        numbers = np.fromiter(source.in_order(numbers), np.int64)
     else:
         # Mix the classes, so that the beginning is a fair sample. A fixed order lets packing resume.
-        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
-        records = [records[index] for index in order]
+        order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0))
+        numbers = numbers[order.numpy()]
     height, width = sides(preparation.size)
     report, read = writer.report, partial(_try_read, source, preparation)
     rows = max(1, _SHARD_BYTES // (3 * height * width))
@@ -288,14 +293,20 @@ def _fill(
         reasons = report.setdefault("left out", {})
         reasons[skip_reason(error)] = reasons.get(skip_reason(error), 0) + 1
 
-    bar = tqdm(records, f"packing {writer.folder.name}", initial=writer.cursor, unit="img", mininterval=1)
+    bar = tqdm(numbers, f"packing {writer.folder.name}", initial=writer.cursor, unit="img", mininterval=1)
     with ThreadPoolExecutor() as pool, bar:
-        while writer.cursor < len(records):
-            chunk = records[writer.cursor : writer.cursor + rows]
-            images, labels = [], []
-            for record, found in zip(chunk, pool.map(read, chunk)):
+        while writer.cursor < len(numbers):
+            chunk = numbers[writer.cursor : writer.cursor + rows]
+            # Within a shard the order of reading is free.
+            reading = np.fromiter(source.in_order(chunk), np.int64)
+            results = {}
+            for number, found in zip(reading, pool.map(read, reading)):
+                results[number] = found
                 bar.update()
-                others = ((other, read(other)) for other in (spare(record) if spare else ()))
+            images, labels = [], []
+            for record in map(source.records.__getitem__, chunk):
+                found = results.pop(record.number)
+                others = ((other, read(other.number)) for other in (spare(record) if spare else ()))
                 for taken, result in itertools.chain([(record, found)], others):
                     if isinstance(result, InputError):
                         skip(taken, result)
@@ -317,7 +328,8 @@ def report_skipped(error: InputError) -> None:
     tqdm.write(f"skipped: {printable(str(error))}", file=sys.stderr)
 
 
-def _try_read(source: Source, preparation: Preparation, record: Record) -> Found:
+def _try_read(source: Source, preparation: Preparation, number: int) -> Found:
+    record = source.records[number]
     try:
         return prepare_image(
             lambda: source.open(record), source.title(record), preparation.size,
@@ -328,14 +340,15 @@ def _try_read(source: Source, preparation: Preparation, record: Record) -> Found
 
 
 def _hints(source: Source) -> list[str]:
-    """Return warnings about class folders that may be parts of a data set, or folders of classes."""
+    """Return the source's hints, and one about class folders that may be parts, or folders of classes."""
+    hints = list(source.hints)
     if not source.walked or source.has_parts or source.classes == [UNLABELED]:
-        return []
-    within = [Path(record.key).parts for record in source.records]
+        return hints
     parts = all(name.casefold().rstrip("0123456789-_ ") in _PART_NAMES for name in source.classes)
-    if not parts and any(len(names) < 3 for names in within):
-        return []
-    nested = f"are folders of folders, such as {printable('/'.join(within[0][:2]))}"
+    if not parts and any(len(Path(record.key).parts) < 3 for record in source.records):
+        return hints
+    first = Path(source.records[0].key).parts
+    nested = f"are folders of folders, such as {printable('/'.join(first[:2]))}"
     what = "have names of parts of a data set" if parts else nested
     command = f"far data {shlex.quote(str(source.root / source.classes[0]))} OUT"
-    return [f"the classes {what}. If the folders in them are the classes, run: {command}"]
+    return [*hints, f"the classes {what}. If the folders in them are the classes, run: {command}"]

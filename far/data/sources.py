@@ -6,44 +6,23 @@ Each reader is a module: ``image_folders``, ``tars``, ``tables`` and ``arrow``. 
 import dataclasses
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 from far.data.listing import describe, natural_order
+from far.data.records import Items, Record, Records
 from far.errors import InputError
 from far.files import is_plain, printable, sha256_of
 
 # The class of images without labels.
 UNLABELED = "images"
-
-
-class Record(NamedTuple):
-    """One image of a source. Records compare by their number.
-
-    Attributes:
-        number: position in the source.
-        label: number of its class.
-        key: its name within the source, which is unique.
-        place: where its reader finds it. Places are sorted as they lie on disk.
-        held_out: whether the source itself holds it out from training.
-    """
-
-    number: int
-    label: int
-    key: str
-    place: Any = ()
-    held_out: bool = False
-
-
-class Item(NamedTuple):
-    """One image that a reader has found: its label, and the fields of :class:`Record`."""
-
-    label: str | int | None
-    key: str
-    place: Any = ()
-    held_out: bool = False
+# Names of the parts of data sets. Of those to hold out, the first one that exists is used.
+TRAIN = ("train", "training")
+HELD_OUT = ("val", "valid", "validation", "dev", "test", "testing", "eval")
+# The library datasets gives this label to images without one, as in test parts.
+_NO_LABEL = (-1, "-1")
 
 
 class File(NamedTuple):
@@ -63,17 +42,19 @@ class Found:
         open: returns the content of a record's image. An ``OSError`` means that this image cannot be read.
         left_out: number of skipped files by reason.
         names: names of integer labels.
-        sequential: reading in the order of places is much faster than in any other.
+        sequential: reading in the reader's order is much faster than in any other.
         walked: the root was searched for files: keys begin with the labels, and new files would be found.
+        hints: sentences about what may be a mistake.
     """
 
     kind: str
-    items: Sequence[Item]
+    items: Items
     open: Callable[[Record], IO[bytes]]
     left_out: Counter[str]
     names: Sequence[str] | None = None
     sequential: bool = False
     walked: bool = False
+    hints: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,22 +74,23 @@ class Source:
     name: str
     root: Path
     classes: Sequence[str]
-    records: Sequence[Record]
+    records: Records
     kind: str
     open: Callable[[Record], IO[bytes]]
     left_out: Counter[str]
     sequential: bool = False
     walked: bool = False
+    hints: Sequence[str] = ()
     label: str | None = None
 
     @cached_property
     def has_parts(self) -> bool:
         """True if the source itself divides its images into a training and a held-out part."""
-        return any(record.held_out for record in self.records)
+        return any(self.records.held_out)
 
-    def in_order(self, records: Sequence[Record]) -> Sequence[Record]:
-        """Return records in the order in which they are read fastest."""
-        return sorted(records, key=lambda record: record.place) if self.sequential else records
+    def in_order(self, numbers: Iterable[int]) -> Iterable[int]:
+        """Return numbers of records in the order in which they are read fastest."""
+        return sorted(numbers, key=self.records.positions.__getitem__) if self.sequential else numbers
 
     def digest(self, record: Record) -> bytes:
         """Return the SHA-256 of a record's content; zeros if it cannot be read."""
@@ -123,29 +105,38 @@ class Source:
         return str(self.root / record.key)
 
 
+def held_out_name(names: Iterable[str | None]) -> str | None:
+    """Return the name of the part to hold out, if all names are those of parts and one is for training."""
+    found = {*names}
+    if not found <= {*TRAIN, *HELD_OUT} or not found & {*TRAIN}:
+        return None
+    return next((name for name in HELD_OUT if name in found), None)
+
+
 def make_source(name: str, root: Path, found: Found) -> Source:
     """Return a source with numbers for the images of ``found`` and for their classes.
 
     Classes are in natural order of their names, or in the order of ``found.names``. Without any labels all
-    images are of one class.
+    images are of one class. Images with the label −1 are left out, unless it is the name of a folder.
 
     Raises:
-        InputError: two images have the same key, only some have a label, labels are of different types, an
-            integer has no name, a class has a name that cannot be printed or differs from another only in
-            case or spaces, or a class has too few images for two parts.
+        InputError: only some images have a label, labels are of different types, an integer has no name, a
+            class has a name that cannot be printed or differs from another only in case or spaces, or a class
+            has too few images for two parts.
     """
-    items, names = found.items, found.names
-    _check_keys(items, root)
-    _check_types(items, root)
-    named = names is not None and any(isinstance(item.label, int) for item in items)
-    texts = [_class_name(item, names if named else None, root) for item in items]
+    items, names, left_out = found.items, found.names, found.left_out.copy()
+    labels = [label for label in items.labels if found.walked or label not in _NO_LABEL]
+    _check_types(items, labels, root)
+    named = names is not None and any(isinstance(label, int) for label in labels)
+    texts = {label: _class_name(items, label, names if named else None, root) for label in labels}
     positions = {text: number for number, text in enumerate(names or ())}
-    classes = sorted(set(texts), key=positions.__getitem__ if named else natural_order)
+    classes = sorted({*texts.values()}, key=positions.__getitem__ if named else natural_order)
     _check_class_names(classes, name)
     numbers = {text: number for number, text in enumerate(classes)}
-    ordered = sorted(zip(texts, items), key=lambda pair: numbers[pair[0]])
-    records = [Record(number, numbers[text], *item[1:]) for number, (text, item) in enumerate(ordered)]
-    rest = (found.kind, found.open, found.left_out, found.sequential, found.walked)
+    records = Records(items, [numbers[texts[each]] if each in texts else None for each in items.labels])
+    if len(records) < len(items):
+        left_out["labeled -1 (no label)"] += len(items) - len(records)
+    rest = (found.kind, found.open, left_out, found.sequential, found.walked, found.hints)
     source = Source(name, root, classes, records, *rest)
     _check_class_sizes(source)
     return source
@@ -165,32 +156,31 @@ def checked_label(value: object, title: object) -> str | int | None:
     raise InputError(f"{shown}. Give a text or an integer")
 
 
-def _check_keys(items: Sequence[Item], root: Path) -> None:
-    if len(keys := {item.key for item in items}) < len(items):
-        count = Counter(item.key for item in items)
-        key = next(key for key in keys if count[key] > 1)
-        raise InputError(f"{printable(str(root / key))} occurs {count[key]} times. Give every image one name")
-
-
-def _check_types(items: Sequence[Item], root: Path) -> None:
-    for item in items:
-        if type(item.label) is not type((first := items[0]).label):
-            titles = (f"{printable(str(root / each.key))} has {_form(each)}" for each in (first, item))
+def _check_types(items: Items, labels: Sequence[str | int | None], root: Path) -> None:
+    for label in labels:
+        if type(label) is not type(labels[0]):
+            titles = (f"{_title(items, each, root)} has {_form(each)}" for each in (labels[0], label))
             raise InputError(f"{' and '.join(titles)}. Give all images labels of one type")
 
 
-def _form(item: Item) -> str:
-    return "no label" if item.label is None else f"the label {item.label!r}"
+def _title(items: Items, label: str | int | None, root: Path) -> str:
+    """Return the name of the first image with a label."""
+    position = items.codes.index(items.labels.index(label))
+    return printable(str(root / items[position].key))
 
 
-def _class_name(item: Item, names: Sequence[str] | None, root: Path) -> str:
-    """Return the name of an item's class."""
-    if names is None or not isinstance(item.label, int):
-        return UNLABELED if item.label is None else str(item.label)
-    if not 0 <= item.label < len(names):
-        wrong = f"{printable(str(root / item.key))} has the label {item.label}"
+def _form(label: str | int | None) -> str:
+    return "no label" if label is None else f"the label {label!r}"
+
+
+def _class_name(items: Items, label: str | int | None, names: Sequence[str] | None, root: Path) -> str:
+    """Return the name of the class with a label."""
+    if names is None or not isinstance(label, int):
+        return UNLABELED if label is None else str(label)
+    if not 0 <= label < len(names):
+        wrong = f"{_title(items, label, root)} has the label {label}"
         raise InputError(f"{wrong}, but there are {len(names)} class names. Correct the labels")
-    return names[item.label]
+    return names[label]
 
 
 def _check_class_names(classes: Sequence[str], source: str) -> None:
@@ -207,12 +197,12 @@ def _check_class_names(classes: Sequence[str], source: str) -> None:
 
 def _check_class_sizes(source: Source) -> None:
     """Raise an :class:`InputError` unless every class can have an image in both parts."""
-    if not source.records:
+    if not len(source.records):
         left_out = f" ({describe(source.left_out)})" if source.left_out else ""
         raise InputError(f"{source.name} has no images{left_out}. Give PNG, JPEG or WebP files")
-    count = Counter((record.label, record.held_out) for record in source.records)
+    count = Counter(zip(source.records.labels, source.records.held_out))
     for label, name in enumerate(source.classes):
-        train, held_out = count[label, False], count[label, True]
+        train, held_out = count[label, 0], count[label, 1]
         if source.has_parts and not (train and held_out):
             missing = "training" if held_out else "held-out"
             wrong = f"the class {name!r} has no {missing} images"

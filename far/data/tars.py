@@ -1,14 +1,17 @@
 """Read WebDataset tars in place, with the standard library's tarfile. Nothing is unpacked to disk.
 
 Files of one name up to the first dot are a sample: ``0001.jpg`` and its label ``0001.cls``, ``0001.json`` or
-``0001.txt``. If no image has such a label, images are labeled by the folder that they are in.
+``0001.txt``. If no image has such a label, images are labeled by their outermost folder, as those of a folder
+are. Folders around all images are skipped, and train/ and val/ are parts.
 """
 
 import io
+import itertools
 import json
 import posixpath
 import re
 import tarfile
+from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +20,8 @@ from typing import IO, NamedTuple
 from tqdm import tqdm
 
 from far.data.listing import SUFFIXES, is_hidden
-from far.data.sources import File, Found, Item, Record, Source, checked_label, make_source
+from far.data.records import Item, Items, Record
+from far.data.sources import TRAIN, File, Found, Source, checked_label, held_out_name, make_source
 from far.errors import InputError
 from far.files import printable
 
@@ -54,8 +58,7 @@ def tar_source(name: str, root: Path, files: Sequence[File], label: str | None =
         InputError: a tar is compressed, cut off or damaged, has two files of one name or an unusable label,
             or as :func:`far.data.sources.make_source`.
     """
-    items: list[Item] = []
-    folders: list[str] = []
+    items, folders = Items(), _Folders()
     left_out: Counter[str] = Counter()
     endings: set[str] = set()
     bar = tqdm(files, "listing tars", unit="file", mininterval=1, delay=1)
@@ -71,15 +74,12 @@ def tar_source(name: str, root: Path, files: Sequence[File], label: str | None =
                 if each in images:
                     place = number, member.offset, member.size
                     items.append(Item(value, f"{title}/{member.name}", place, file.held_out))
-                    folders.append(posixpath.basename(posixpath.dirname(member.name)))
+                    folders.append(member.name, file.held_out)
                 elif not images or each not in _LABELS:
                     left_out["." + each.rpartition(".")[2] if each else "without a suffix"] += 1
-    labels = "without labels"
+    items, labels = _placed(items, folders, left_out, by_folder=not endings and label is None)
     if endings:
-        labels = f"labels from .{' and .'.join(sorted(endings))}"
-    elif any(folders):
-        labels = "labels from folders"
-        items = [item._replace(label=folder or None) for item, folder in zip(items, folders)]
+        labels = labels.replace("without labels", f"labels from .{' and .'.join(sorted(endings))}")
 
     def open_member(record: Record) -> IO[bytes]:
         number, offset, size = record.place
@@ -91,13 +91,74 @@ def tar_source(name: str, root: Path, files: Sequence[File], label: str | None =
     return make_source(name, root, Found(kind, items, open_member, left_out, sequential=True))
 
 
+class _Folders:
+    """Folders of images within their tars, as tuples of names.
+
+    Attributes:
+        distinct: the different ones, each with whether its file is held out.
+        codes: position in ``distinct`` of each image's.
+    """
+
+    def __init__(self) -> None:
+        self.distinct: dict[tuple[tuple[str, ...], bool], int] = {}
+        self.codes = array("i")
+
+    def append(self, name: str, held_out: bool) -> None:
+        folder = tuple(name.split("/")[:-1])
+        self.codes.append(self.distinct.setdefault((folder, held_out), len(self.distinct)))
+
+    def within(self) -> list[tuple[str, ...]]:
+        """Return the distinct folders without those around all images of their part.
+
+        If all images are in one folder, its name stays.
+        """
+        if len(self.distinct) == 1:
+            return [folder[-1:] for folder, _ in self.distinct]
+        around = {
+            part: _shared([folder for folder, held_out in self.distinct if held_out == part])
+            for part in {held_out for _, held_out in self.distinct}
+        }
+        return [folder[around[held_out] :] for folder, held_out in self.distinct]
+
+
+def _shared(folders: Sequence[tuple[str, ...]]) -> int:
+    """Return how many names all folders begin with."""
+    first, last = min(folders), max(folders)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last)))
+
+
+def _placed(items: Items, folders: _Folders, left_out: Counter[str], *, by_folder: bool) -> tuple[Items, str]:
+    """Return the images with the parts and, if ``by_folder``, the labels that their folders give.
+
+    Also return a description. ``left_out`` counts images of further parts and outside of class folders.
+    """
+    within = folders.within()
+    part = None if any(items.held_out) else held_out_name(path[0] if path else None for path in within)
+    depth = 0 if part is None else 1
+    labeled = by_folder and any(len(path) > depth for path in within)
+    kind = "labels from folders" if labeled else "without labels"
+    chosen = Items()
+    for item, code in zip(items, folders.codes):
+        path, held_out = within[code], item.held_out
+        if part is not None:
+            held_out = path[0] == part
+            if not held_out and path[0] not in TRAIN:
+                left_out[f"in {path[0]}/"] += 1
+                continue
+        if labeled and len(path) <= depth:
+            left_out["outside the class folders"] += 1
+            continue
+        chosen.append(item._replace(label=path[depth] if labeled else item.label, held_out=held_out))
+    return chosen, kind if part is None else f"{kind}, {part}/ held out"
+
+
 def _samples(path: Path, left_out: Counter[str]) -> _Samples:
     """Return the files of a tar by sample; ``left_out`` counts members that are hidden or not plain files."""
     samples: _Samples = {}
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             end = 0
-            while (member := tar.next()) is not None:
+            while (member := _next(tar, file, start=not end)) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps them all
                 if member.size < 0 or tar.offset <= end:
                     raise tarfile.ReadError("a size is negative")  # some versions of tarfile would not end
@@ -123,6 +184,33 @@ def _samples(path: Path, left_out: Counter[str]) -> _Samples:
         remedy = "Copy or download it again; decompress a compressed one first"
         raise InputError(f"{path} is cut off, damaged or not a tar ({reason}). {remedy}") from error
     return samples
+
+
+def _next(tar: tarfile.TarFile, file: IO[bytes], *, start: bool) -> tarfile.TarInfo | None:
+    """Return the next member, as ``tar.next`` does, but plain files several times as fast."""
+    if not start and not tar.pax_headers:  # opening a tar reads its first member
+        file.seek(tar.offset)
+        if (found := _plain(file.read(_BLOCK))) is not None:
+            member = tarfile.TarInfo(found[0])
+            member.size, member.offset_data = found[1], tar.offset + _BLOCK
+            tar.offset = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+            return member
+    return tar.next()
+
+
+def _plain(header: bytes) -> tuple[str, int] | None:
+    """Return name and size of a plain file from its header; ``None`` if tarfile has to read it."""
+    fields = header[124:136].strip(b" \0"), header[148:156].strip(b" \0")
+    if len(header) < _BLOCK or header[156] not in b"0\0" or not all(field.isdigit() for field in fields):
+        return None
+    try:
+        size, checksum = (int(field, 8) for field in fields)
+    except ValueError:
+        return None
+    prefix, name = (text.partition(b"\0")[0] for text in (header[345:500], header[:100]))
+    if name.endswith(b"/") or sum(header) - sum(header[148:156]) + 8 * ord(" ") != checksum:
+        return None
+    return (prefix + b"/" * bool(prefix) + name).decode("utf-8", "surrogateescape"), size
 
 
 def _add(samples: _Samples, name: str, member: tarfile.TarInfo, file: IO[bytes]) -> None:

@@ -53,15 +53,33 @@ def open_training_images(folder: Path) -> tuple[ShardReader, Read]:
     return reader, _reader_of(reader, _source_of(reader))
 
 
+def read_full(read: Read, count: int, rows: Tensor) -> Tensor:
+    """Return as many images ``[n, 3, h, w]`` as there are rows ``[n]`` of ``count``.
+
+    The next readable rows replace unreadable ones, which depends on the images and rows only.
+
+    Raises:
+        InputError: no image can be read, or as ``read``.
+    """
+    images = read(rows).images
+    for step in range(1, count):
+        if not (missing := len(rows) - len(images)):
+            break
+        images = torch.cat([images, read((rows[-missing:] + step) % count).images])
+    if len(images) < len(rows):
+        raise InputError("No training image can be read. Replace them, and run far data again")
+    return images
+
+
 def _source_of(reader: ShardReader) -> Source:
     """Open the source of an image set without pixels, and compare its list of images."""
     with prefix_errors(f"the images of {reader.folder.parent} (run far data again if they have moved): "):
         source = open_source(reader.meta["source"], reader.meta.get("label"))
-    numbers, labels = reader.all("numbers").tolist(), reader.all("labels").tolist()
+    numbers, labels = reader.all("numbers").numpy(), reader.all("labels").numpy()
     if (
         list(source.classes) != reader.meta["classes"]
-        or max(numbers) >= len(source.records)
-        or [source.records[number].label for number in numbers] != labels
+        or numbers.max() >= len(source.records)
+        or (np.array(source.records.labels)[numbers] != labels).any()
     ):
         raise InputError(_changed(source.name, reader))
     return source
@@ -79,6 +97,7 @@ def _reader_of(reader: ShardReader, source: Source) -> Read:
     meta, size = reader.meta, sides(reader.meta["size"])
     settings = {"keep_colors": meta["colors"] == "as stored", "crop": meta.get("crop", True)}
     pool = ThreadPoolExecutor(thread_name_prefix="decode")
+    reported: set[str] = set()  # a training reads an image once per epoch
 
     def decode(number: int, digest: bytes) -> np.ndarray | InputError:
         record = source.records[number]
@@ -104,7 +123,9 @@ def _reader_of(reader: ShardReader, source: Source) -> Read:
         left_out: Counter[str] = Counter()
         for error in found:
             if isinstance(error, InputError):
-                report_skipped(error)
+                if str(error) not in reported:
+                    report_skipped(error)
+                reported.add(str(error))
                 left_out[skip_reason(error)] += 1
         stacked = np.array(images, np.uint8).reshape(-1, *size, 3)
         kept = torch.tensor([not isinstance(image, InputError) for image in found])

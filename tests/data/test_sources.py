@@ -1,9 +1,11 @@
 """Readers of images: each finds every image with its class, in place, or refuses in one line."""
 
 import gzip
+import io
 import json
 import shutil
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from PIL import Image
 
 from far.cli.main import main
 from far.data.detection import open_source
+from far.data.packing import _split
 from far.data.shards import ShardReader
 from far.data.sources import Source
 from tests.refusals import refused
@@ -64,6 +67,33 @@ def test_tars_are_read_in_place_with_integer_classes_in_numerical_order(tmp_path
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".tar"] * 3
 
 
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tar_of_every_form_is_read_as_tarfile_reads_it(form: int, tmp_path: Path) -> None:
+    names = ["a/1.png", "b/größe 2.png", f"{'c' * 90}/{'3' * 90}.png", "a/4.png", "b/5.png", "b/6.png"]
+    names += [] if form == tarfile.USTAR_FORMAT else [f"{'c' * 90}/{'7' * 200}.png"]
+    names += [f"{'c' * 90}/8.png", "a/9.png"]
+    with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+        for number, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(png(number)), number + 0.5 * (form == tarfile.PAX_FORMAT)
+            tar.addfile(info, io.BytesIO(png(number)))
+            folder = tarfile.TarInfo(f"folder {number}")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+        link = tarfile.TarInfo("a/link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "1.png"
+        tar.addfile(link)
+    source = open_source(str(tmp_path / "a.tar"))
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        expected = {f"a.tar/{each.name}": tar.extractfile(each).read() for each in tar if each.isreg()}  # type: ignore[union-attr]
+    contents = {}
+    for record in source.records:
+        with source.open(record) as file:
+            contents[record.key] = file.read()
+    assert contents == expected
+    assert source.left_out == {"links or special files": 1}
+
+
 def test_tar_is_labeled_by_json_text_or_folders(tmp_path: Path) -> None:
     pairs = [json.dumps({"label": name, "size": number}) for name, number in (("b", 1), ("a", 2)) * 2]
     place = str(write_tar(tmp_path / "json.tar", samples(pairs, "json")))
@@ -78,6 +108,100 @@ def test_tar_is_labeled_by_json_text_or_folders(tmp_path: Path) -> None:
     source = open_source(str(write_tar(tmp_path / "folders.tar", [*members, *others])))
     assert found(source) == [(0, "a"), (1, "b"), (2, "a"), (3, "b")]
     assert source.left_out == {".md": 1, "hidden": 1, ".png": 1, ".mask": 1}
+
+
+def test_tar_and_folder_have_the_same_classes_and_parts(tmp_path: Path) -> None:
+    names = ["b/1.png", "a/deep/2.png", "a/3.png", "b/4.png", "10/5.png", "10/x/6.png", "7.png"]
+    trees = {"classes": names}
+    for form, deeper in (("parts", "c/"), ("unlabeled", "")):
+        parts = (("train", 2), ("val", 10), ("test", 20))
+        trees[form] = [f"{part}/{deeper}{first + i}.png" for part, first in parts for i in range(3)]
+    for form, tree in trees.items():
+        folder = tmp_path / form
+        members = [(name, png(int(Path(name).stem))) for name in tree]
+        for name, content in members:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        expected = open_source(str(folder))
+        for top in ("", "./", "downloads/set/"):
+            path = write_tar(tmp_path / f"{form}.tar", [(top + name, content) for name, content in members])
+            source = open_source(str(path))
+            assert source.classes == expected.classes
+            assert source.left_out == expected.left_out
+            for held_out in (False, True):
+                assert found(source, held_out=held_out) == found(expected, held_out=held_out)
+        assert ("val/ held out" in source.kind) == (form != "classes")
+
+
+def test_labels_in_tars_go_with_parts_by_folder_or_by_file(tmp_path: Path) -> None:
+    train, val = samples(["a", "b"] * 2), samples(["a", "b"], first=20)
+    members = [("x/train/" + name, content) for name, content in train]
+    members += [("x/val/" + name, content) for name, content in val]
+    write_tar(tmp_path / "all.tar", members)
+    for part, content in (("train", train), ("val", val)):
+        write_tar(tmp_path / f"set-{part}.tar", [(f"x/{part}/{name}", each) for name, each in content])
+    for place in ("all.tar", "set-*.tar"):
+        source = open_source(str(tmp_path / place))
+        assert found(source) == [(0, "a"), (1, "b"), (2, "a"), (3, "b")]
+        assert found(source, held_out=True) == [(20, "a"), (21, "b")]
+
+
+def test_images_labeled_minus_one_are_left_out_and_counted(tmp_path: Path) -> None:
+    labels = [1, -1, 0, 1, -1, 0]
+    write_pngs(tmp_path / "photos", range(6))
+    write_tar(tmp_path / "a.tar", samples(labels))
+    rows = [{"path": f"photos/0{index}.png", "label": label} for index, label in enumerate(labels)]
+    write_lines(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.csv").write_text("path,label\n" + "\n".join(f"{r['path']},{r['label']}" for r in rows))
+    pyarrow.parquet.write_table(image_table(labels), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(image_table(labels, ["0", "1"]), tmp_path / "named.parquet")
+    for name in ("a.tar", "a.jsonl", "a.csv", "a.parquet", "named.parquet"):
+        source = open_source(str(tmp_path / name))
+        assert found(source) == [(0, "1"), (2, "0"), (3, "1"), (5, "0")]
+        assert source.left_out == {"labeled -1 (no label)": 2}
+    for name in ("-1", "0"):
+        write_pngs(tmp_path / "folders" / name, range(3))
+    assert {*open_source(str(tmp_path / "folders")).classes} == {"-1", "0"}
+
+
+def test_notes_name_a_table_that_is_not_read_or_has_no_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    write_pngs(tmp_path / "flat", range(4))
+    (tmp_path / "flat/labels.csv").write_text("id,class\n00,a\n")
+    for name in "ab":
+        write_pngs(tmp_path / "classes" / name, range(2))
+    shutil.copy(tmp_path / "flat/labels.csv", tmp_path / "classes")
+    write_pngs(tmp_path / "captions", range(4))
+    rows = "".join(f"0{index}.png,a cat\n" for index in range(4))
+    (tmp_path / "captions/metadata.csv").write_text("file_name,text\n" + rows)
+    for name, table, classes in (
+        ("flat", "labels", 1),
+        ("classes", "labels", 2),
+        ("captions", "metadata", 1),
+    ):
+        assert len(open_source(str(tmp_path / name)).classes) == classes
+        assert main(["data", str(tmp_path / name), str(tmp_path / "out" / name), "--size", "8"]) == 0
+        notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("far: note")]
+        assert len(notes) == 1
+        assert f"{name}/{table}.csv" in notes[0]
+    assert "'text'" in notes[0]
+
+
+def test_list_of_images_takes_little_memory(tmp_path: Path) -> None:
+    count = 50_000
+    table = pyarrow.table({"image": [b"x"] * count, "label": [index % 100 for index in range(count)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=5000)
+    del table
+    open_source(str(HUGGING_FACE / "parquet"))  # imports what the reader needs
+    tracemalloc.start()
+    source = open_source(str(tmp_path / "a.parquet"))
+    held_out, train = _split(source, 0.05)
+    size, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(held_out) + len(train) == len(source.records) == count
+    assert size < 110 * count
+    assert peak < 160 * count
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
@@ -148,6 +272,12 @@ def tar(members: list[tuple[str, bytes]], cut: int | None = None, times: int = 1
     return write
 
 
+def hiding(folder: Path) -> None:
+    for name in "ab":
+        write_pngs(folder / name, range(2))
+    (folder / "metadata.csv").write_text("file_name,size\na/00.png,1\nb/00.png,2\n")
+
+
 FLAWS: dict[str, tuple[Write, str, str]] = {
     "tar cut within an image": (tar(samples([1, 1]), 600), "a.tar", "a.tar"),
     "tar cut between images": (tar(samples([1] * 4), 4096), "a.tar", "a.tar"),
@@ -177,6 +307,23 @@ FLAWS: dict[str, tuple[Write, str, str]] = {
     "CSV with a missing value": (text("a.csv", "path,label\n00.png,a\n01.png\n"), "a.csv", "line 3"),
     "CSV with a file twice": (text("a.csv", "path,label\n00.png,a\n./00.png,b\n"), "a.csv", "00.png"),
     "CSV without paths": (text("a.csv", "a,b\n1,2\n"), "a.csv", "'a', 'b'"),
+    "CSV that is not UTF-8": (
+        lambda path: (path / "a.csv").write_bytes("path,label\n00.png,größer\n".encode("latin-1")),
+        "a.csv", "UTF-8",
+    ),
+    "CSV in UTF-16": (
+        lambda path: (path / "a.csv").write_bytes("path,label\n00.png,a\n".encode("utf-16")), "a.csv", "UTF-8"
+    ),
+    "CSV whose images all have no label": (
+        text("a.csv", "path,label\n00.png,-1\n01.png,-1\n"), "a.csv", "2 labeled -1"
+    ),
+    "JSON lines with a truth value as label": (
+        text("a.jsonl", '{"path": "00.png", "label": true}'), "a.jsonl", "line 1"
+    ),
+    "JSON lines without a path": (
+        text("a.jsonl", '{"path": "00.png"}\n{"label": 1}'), "a.jsonl", "line 2"
+    ),
+    "table without labels beside class folders": (hiding, "", "metadata.csv"),
     "empty CSV": (text("a.csv", ""), "a.csv", "a.csv"),
     "class with one image": (text("a.csv", "path,label\n00.png,a\n01.png,a\n02.png,b\n"), "a.csv", "'b'"),
     "names that differ in case": (text("a.csv", "path,label\n00.png,A\n01.png,a\n"), "a.csv", "'A'"),
