@@ -311,7 +311,7 @@ def new_recipe(data: Path, minutes: float, device: str, file: Path) -> tuple[str
         file: name of the recipe in the commands of its first lines.
 
     Raises:
-        InputError: the image set is missing, damaged or without its pixels, no stride divides its sides, the
+        InputError: the image set is missing or damaged, no stride divides its sides, the
             device cannot be used, or the minutes are too few.
     """
     images, hardware = read_images(data), resolve_device(device)
@@ -335,18 +335,18 @@ def _measured_plan(
 ) -> tuple[Plan, dict[str, float]]:
     """Return the plan for a time in seconds, and the seconds of its parts. ``folder`` receives the trials."""
     plan, sample = Plan(*stride_and_patch(images)), folder / "images"
-    write_sample(images.folder, sample)
+    reading = write_sample(images.folder, sample)
 
     def recipe() -> Recipe:
         text = recipe_text(images, plan, device, {"file": "", "machine": "", "times": ""})
         return from_dict(Recipe, yaml.safe_load(text), "the new recipe")
 
     run = folder / "narrow"
-    autoencoder, cache = time_autoencoder(recipe().autoencoder, sample, run, images.train)
+    autoencoder, cache = time_autoencoder(recipe().autoencoder, sample, run, images.train, reading)
     width = autoencoder_width(autoencoder.step, _AUTOENCODER_SHARE * (seconds - cache))
     if width > plan.width:
         plan, run = dataclasses.replace(plan, width=width), folder / "wide"
-        autoencoder, cache = time_autoencoder(recipe().autoencoder, sample, run, images.train)
+        autoencoder, cache = time_autoencoder(recipe().autoencoder, sample, run, images.train, reading)
     first, second = (share * (seconds - cache) for share in (_AUTOENCODER_SHARE, 1 - _AUTOENCODER_SHARE))
     parameters, step = parameters_and_step(recipe().generator, sample, run)
     tokens_per_second = plan.tokens(images) * _GENERATOR_BATCH / step

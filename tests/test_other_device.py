@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -180,7 +181,7 @@ def test_evaluation_of_an_autoencoder_makes_no_float64(image_set: Path) -> None:
                 / 2
                 + 0.5
             )
-            latent_statistics(autoencoder, images, torch.arange(4))
+            latent_statistics(autoencoder, partial(read_images, images), torch.arange(4))
         assert watch.float64 == []
 
 

@@ -1,7 +1,8 @@
 """Training of the KL autoencoder: loss, figures on held-out images, and scale and shift of the latents."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from far.autoencoder import Autoencoder, Decoder, Posterior, SmallDecoder
 from far.autoencoder_config import AutoencoderConfig
-from far.data.image_sets import fingerprint, open_held_out, open_image_set, read_images, sides
+from far.data.image_sets import fingerprint, open_held_out, read_images, sides
 from far.data.shards import ShardReader
+from far.data.training_images import open_training_images, read_full
 from far.devices import to_device
 from far.errors import InputError
 from far.evaluation.features import SECOND_NETWORK, FeatureNetwork, load_feature_network
@@ -36,14 +38,16 @@ class AutoencoderTask:
         run: the run's folder. If it holds a checkpoint, ``start_from`` is not read again.
 
     Raises:
-        InputError: the images are missing, their size is not a multiple of the autoencoder's stride, they are
-            too small for the discriminator, or ``start_from`` has other sizes than ``model``.
+        InputError: the images are missing or changed, their size is not a multiple of the autoencoder's
+            stride, they are too small for the discriminator, or ``start_from`` has sizes other than
+            ``model``.
     """
 
     def __init__(self, config: AutoencoderRecipe, data: Path, run: Path | None = None) -> None:
         self.loss_config, self.loop, self.stage = config.loss, resolve_loop(config.training), config.stage
         self.flip = config.flip
-        self.train_images = open_image_set(data / "train")
+        self.train_images, read = open_training_images(data / "train")
+        self._read = partial(read_full, read, len(self.train_images))
         self.held_out = open_held_out(data, self.train_images)
         self.identity: dict[str, Any] = {"images": fingerprint(self.train_images)}
         size, stride = sides(self.train_images.meta["size"]), config.model.stride
@@ -76,7 +80,7 @@ class AutoencoderTask:
     def batch(self, number: int, generator: torch.Generator) -> Tensor:
         """Return images ``[b, 3, h, w]`` in [−1, 1], half of them mirrored at random if ``flip``."""
         rows = epoch_rows(number, self.loop.micro_batch_size, len(self.train_images), self.loop.seed)
-        images = read_images(self.train_images, rows)
+        images = self._read(rows)
         if self.flip:
             flip = torch.rand(len(images), generator=generator) < 0.5
             images[flip] = images[flip].flip(-1)
@@ -134,7 +138,7 @@ class AutoencoderTask:
         assert isinstance(ema, Autoencoder)
         if self.stage == "all":
             rows = statistics_rows(len(self.train_images))
-            ema.config = dataclasses.replace(ema.config, **latent_statistics(ema, self.train_images, rows))
+            ema.config = dataclasses.replace(ema.config, **latent_statistics(ema, self._read, rows))
         save_autoencoder(ema, folder, results)
 
 
@@ -206,7 +210,7 @@ def reconstruction_figures(
         raise InputError(f"{images.folder} holds {len(rows)} image. A Fréchet distance needs two or more")
     sides = [[FeatureStatistics.empty(network.dimensions) for _ in range(2)] for network in networks]
     ratios, similarities = [], []
-    for batch in image_chunks(images, rows, "reconstructions"):
+    for batch in image_chunks(partial(read_images, images), rows, "reconstructions"):
         batch = batch.to(device)
         output = check_finite(autoencoder.decode(autoencoder.encode(batch).mean)).clamp(-1, 1)
         output, batch = output / 2 + 0.5, batch / 2 + 0.5
@@ -231,17 +235,19 @@ def statistics_rows(count: int) -> Tensor:
 
 
 @torch.no_grad()
-def latent_statistics(autoencoder: Autoencoder, images: ShardReader, rows: Tensor) -> dict[str, Any]:
+def latent_statistics(
+    autoencoder: Autoencoder, read: Callable[[Tensor], Tensor], rows: Tensor
+) -> dict[str, Any]:
     """Return ``scale`` and ``shift`` that give every channel of sampled latents mean 0 and std 1.
 
-    Spherical latents keep scale 1 and shift 0.
+    ``read`` returns the images ``[n, 3, h, w]`` of rows. Spherical latents keep scale 1 and shift 0.
     """
     if autoencoder.config.spherical:
         return {"scale": 1.0, "shift": 0.0}
     device = next(autoencoder.parameters()).device
     generator = torch.Generator().manual_seed(0)
     latents = []
-    for batch in image_chunks(images, rows, "scale and shift"):
+    for batch in image_chunks(read, rows, "scale and shift"):
         posterior = autoencoder.encode(batch.to(device))
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
         latents.append(posterior.sample(noise).cpu().double())  # not every device has float64

@@ -47,9 +47,9 @@ class Checkpoint:
         remedy = "Resume with the original, or choose another folder"
         if "classes" in ours and "classes" in theirs:
             check_same_classes(theirs["classes"], str(self.path), ours["classes"], "this run's data", remedy)
-        for name, value in ours.items():
-            if theirs.get(name) != value:
-                raise InputError(f"{self.path} has {name} {theirs.get(name)}, not {value}. {remedy}")
+        for name in {**theirs, **ours}:
+            if (there := theirs.get(name)) != (here := ours.get(name)):
+                raise InputError(f"{self.path} has {name}={there}, but this run has {here}. {remedy}")
 
     def fill(self, targets: dict[str, Tensor], processes: Processes = Processes()) -> None:
         """Copy the tensors into ``targets``, whole or each rank its shards. All ranks take part.

@@ -1,14 +1,12 @@
 """Data order: rows of each training batch, by its number and the seed, and images in chunks."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from far.data.image_sets import read_images
-from far.data.shards import ShardReader
 from far.seeds import seeded_generator
 
 CHUNK = 100
@@ -35,9 +33,9 @@ def _permutation(rows: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(rows, generator=seeded_generator(epoch, seed))
 
 
-def image_chunks(images: ShardReader, rows: Tensor, description: str) -> Iterator[Tensor]:
-    """Yield images ``[n, 3, h, w]`` of ``rows``, at most 100 at a time, with a progress bar."""
+def image_chunks(read: Callable[[Tensor], Tensor], rows: Tensor, description: str) -> Iterator[Tensor]:
+    """Yield the images ``[n, 3, h, w]`` of ``rows`` that ``read`` returns, at most 100 at a time."""
     with tqdm(total=len(rows), desc=description, unit="img", leave=False) as bar:
         for chunk in rows.split(CHUNK):
-            yield read_images(images, chunk)
+            yield read(chunk)
             bar.update(len(chunk))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from far.data.image_sets import check_meta, fingerprint, open_held_out, open_training_index, sides
+from far.data.image_sets import (
+    check_meta,
+    fingerprint,
+    open_held_out,
+    open_training_index,
+    read_images,
+    sides,
+)
 from far.data.latents import LatentCache
 from far.devices import to_device
 from far.errors import InputError
@@ -78,6 +86,8 @@ class GeneratorTask:
             "autoencoder": json_digest([autoencoder.fingerprint(), scale_and_shift])[:16],
             "start_from": config.start_from and Path(config.start_from).name,
         }
+        trained = {"generator.freeze": sorted(config.freeze), "generator.adapter_rank": config.adapter_rank}
+        self.identity |= {key: value for key, value in trained.items() if value}
         self.training: dict[str, Any] = {
             "command": "far train",
             "data": Path(self.held_out.meta["source"]).name,  # the name only: a model does not reveal paths
@@ -176,7 +186,7 @@ class GeneratorTask:
 
     def _held_out_features(self) -> Tensor:
         rows = torch.arange(min(self.config.evaluation.references, len(self.held_out)))
-        chunks = image_chunks(self.held_out, rows, "features of held-out images")
+        chunks = image_chunks(partial(read_images, self.held_out), rows, "features of held-out images")
         device = self.config.training.device
         return torch.cat([self.features(images.to(device) / 2 + 0.5).cpu() for images in chunks])
 

@@ -4,14 +4,17 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from far.data.image_sets import PARTS, open_held_out, open_image_set
+from far.data.image_sets import open_held_out
 from far.data.latents import write_latents
 from far.data.shards import ShardWriter
+from far.data.training_images import open_training_images
 from far.folder import load_autoencoder
 from far.training.autoencoder import AutoencoderTask, statistics_rows
 from far.training.config import AutoencoderRecipe, GeneratorRecipe, LoopConfig
@@ -52,28 +55,47 @@ class Speed:
         return config.steps * self.step + evaluating + checkpoints * self.saving
 
 
-def write_sample(data: Path, folder: Path) -> None:
+def write_sample(data: Path, folder: Path) -> float:
     """Write an image set of :data:`IMAGES` rows of each part of the set ``data``, evenly spaced.
 
-    Smaller parts repeat their rows.
+    Smaller parts repeat their rows. Unreadable images are left out. Return the seconds that reading a
+    training image takes, which matters if it is decoded from its source.
 
     Raises:
-        InputError: the set is missing or damaged, or was made without its pixels.
+        InputError: the set is missing or damaged, or its source is missing or changed.
     """
-    train = open_image_set(data / "train")
-    for part, reader in zip(PARTS, (open_held_out(data, train), train)):
-        rows = torch.arange(IMAGES) * max(1, len(reader) // IMAGES) % len(reader)
-        writer = ShardWriter(folder / part, reader.meta)
-        writer.write({name: reader.rows(name, rows) for name in ("images", "labels")}, cursor=IMAGES)
-        writer.finish()
+    train, read = open_training_images(data / "train")
+    held_out = open_held_out(data, train)
+    rows = _spaced(len(held_out))
+    tensors = {name: held_out.rows(name, rows) for name in ("images", "labels")}
+    _write_part(folder / "held-out", held_out.meta, tensors)
+    start = time.perf_counter()
+    batch = read(_spaced(len(train)))
+    reading = (time.perf_counter() - start) / IMAGES
+    pixels = batch.images.add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+    _write_part(folder / "train", train.meta | {"kind": "images"}, {"images": pixels, "labels": batch.labels})
+    return reading
 
 
-def time_autoencoder(section: AutoencoderRecipe, sample: Path, run: Path, images: int) -> tuple[Speed, float]:
+def _spaced(count: int) -> Tensor:
+    return torch.arange(IMAGES) * max(1, count // IMAGES) % count
+
+
+def _write_part(folder: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    writer = ShardWriter(folder, meta)
+    writer.write(tensors, cursor=IMAGES)
+    writer.finish()
+
+
+def time_autoencoder(
+    section: AutoencoderRecipe, sample: Path, run: Path, images: int, reading: float = 0.0
+) -> tuple[Speed, float]:
     """Return the speed of an autoencoder's training, and the seconds that a cache of ``images`` images takes.
 
     Args:
         sample: image set of :func:`write_sample`.
         run: receives ``autoencoder`` and ``latents``, as the folder of a run.
+        reading: seconds that reading an image takes. The cache reads while it encodes.
     """
     training = section.training
 
@@ -88,7 +110,8 @@ def time_autoencoder(section: AutoencoderRecipe, sample: Path, run: Path, images
     # encodes each image twice: as it is and mirrored.
     more = max(0, len(statistics_rows(images)) - IMAGES)
     saving = speed.saving + more * encoding / IMAGES / 2
-    return dataclasses.replace(speed, saving=saving), images * encoding / IMAGES
+    step = speed.step + reading * training.batch_size
+    return dataclasses.replace(speed, step=step, saving=saving), images * encoding / IMAGES
 
 
 def time_generator(section: GeneratorRecipe, sample: Path, run: Path) -> Speed:

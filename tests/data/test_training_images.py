@@ -1,4 +1,4 @@
-"""Image sets without a copy of the pixels: the cache reads the training images from their source."""
+"""Image sets without a copy of the pixels: the training images are read from their source."""
 
 import io
 import shutil
@@ -15,11 +15,13 @@ from torchrun import kill_one, run, start, wait_for
 
 from far.cli.main import main
 from far.data import latents
+from far.data.image_sets import scaled
 from far.data.latents import LatentCache
 from far.data.shards import ShardReader
-from far.data.training_images import Batch, read_ahead
+from far.data.training_images import Batch, open_training_images, read_ahead, read_full
 from far.files import read_json
 from far.folder import load_autoencoder
+from far.training.trial import write_sample
 
 # Of three in a row, two fall into one round of two processes.
 COUNT, BROKEN = 30, (3, 17, 18, 19, 29)
@@ -77,19 +79,61 @@ def test_cache_has_the_moments_of_every_readable_training_image(
     torch.testing.assert_close(cache.reader.all("moments")[:, 0].float(), expected, atol=2e-3, rtol=2e-3)
 
 
-def test_generator_trains_on_the_cache_and_the_autoencoder_refuses_missing_pixels(
-    linked: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_generator_trains_on_the_cache_without_the_source(linked: Path, recipe: Path, tmp_path: Path) -> None:
     run = [f"data={linked}", f"run={tmp_path / 'own'}"]
     assert main(["cache", str(recipe), *run]) == 0
     short = ["generator.training.steps=2", "generator.training.evaluate_every=2"]
     few = ["generator.evaluation.images=2", "generator.evaluation.references=2"]
     (tmp_path / "set.tar").unlink()
     assert main(["train", str(recipe), *run, *short, *few]) == 0
-    capsys.readouterr()
-    assert main(["train-autoencoder", str(recipe), *run, "autoencoder_from=null"]) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert str(linked / "train") in line
+
+
+def test_read_full_replaces_unreadable_images_by_the_next(linked: Path) -> None:
+    reader, read = open_training_images(linked / "train")
+    kept = [index for index in range(COUNT) if index not in held_out_indices(linked)]
+    readable = [index for index in kept if index not in BROKEN]
+    images = read_full(read, len(reader), torch.arange(len(reader)))
+    assert len(images) == len(reader)
+    found = {image.numpy().tobytes() for image in images}
+    assert found == {scaled(torch.from_numpy(pixels(index)[None])).numpy().tobytes() for index in readable}
+    alone = read_full(read, len(reader), torch.tensor([kept.index(17)]))  # 17, 18 and 19 are broken
+    assert torch.equal(alone, scaled(torch.from_numpy(pixels(20)[None])))
+
+
+def test_autoencoder_trained_from_the_source_is_the_same_when_resumed(
+    linked: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"""
+data: {linked}
+run: {tmp_path}
+autoencoder:
+  model: {{width: 8, width_multipliers: [1, 1, 2], blocks: 1, latent_channels: 2, norm_groups: 4}}
+  loss: {{perceptual_weight: 0.0, evaluation_images: 2}}
+  training: {{steps: 4, batch_size: 8, checkpoint_every: 2, evaluate_every: 4, dtype: float32, device: cpu}}
+""")
+    command = ["train-autoencoder", str(tmp_path / "recipe.yaml")]
+    assert main([*command, f"run={tmp_path / 'whole'}"]) == 0
+    error = capsys.readouterr().err
+    assert [error.count(f"set.tar/{index:02d}.png") for index in BROKEN] == [1] * len(BROKEN)
+    stopped = [*command, f"run={tmp_path / 'stopped'}"]
+    assert main([*stopped, "autoencoder.training.steps=2"]) == 0
+    assert main([*stopped, "--resume"]) == 0
+    name = "autoencoder/autoencoder.safetensors"
+    assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    (tmp_path / "set.tar").unlink()
+    assert main([*command, f"run={tmp_path / 'other'}"]) == 2
+    assert str(linked) in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_sample_of_a_trial_has_the_pixels_of_the_source(linked: Path, tmp_path: Path) -> None:
+    assert write_sample(linked, tmp_path / "sample") > 0
+    images = ShardReader(tmp_path / "sample/train", "images").all("images").numpy()
+    labels = ShardReader(tmp_path / "sample/train", "images").all("labels").tolist()
+    kept = [index for index in range(COUNT) if index not in held_out_indices(linked)]
+    rows = [kept[row % len(kept)] for row in range(256)]
+    rows = [index for index in rows if index not in BROKEN]
+    assert np.array_equal(images, np.stack([pixels(index) for index in rows]))
+    assert labels == [index % 2 for index in rows]
 
 
 @pytest.mark.parametrize("change", ["content", "label", "fewer", "missing", "repaired"])

@@ -125,8 +125,9 @@ def test_adapter_training_resumes_to_the_bit_without_its_source(
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor), name
-    with refused(recipe.parent / "run" / "half", [RANK, 16], [3, 16]):
-        trainer(recipe, "model=half", *options, "generator.adapter_rank=3").restore(resume=True)
+    for key, change in (("adapter_rank", "3"), ("adapter_rank", "0"), ("freeze", "[]"), ("freeze", "[head]")):
+        with refused(recipe.parent / "run" / "half", f"generator.{key}"):
+            trainer(recipe, "model=half", *options, f"generator.{key}={change}").restore(resume=True)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
