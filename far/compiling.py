@@ -26,13 +26,16 @@ _VARIANTS = 64
 _faults: list[str] = []
 
 
-def compile_blocks(module: nn.Module) -> None:
+def compile_blocks(module: nn.Module, *, checkpointed: bool = False) -> None:
     """Compile the blocks of a backbone and a head in place, each when it first runs.
 
     Sizes are symbolic, so AR steps and batches share compiled code. Parameters keep their names, and copies
     of the module are plain.
     Blocks with packed or 8-bit weights stay plain, and all do if compiling fails, for example without a C++
     compiler: one line on stderr names the reason.
+
+    With ``checkpointed``, only forward methods are compiled, in copies of the module too, so that activation
+    checkpointing can wrap them. Within a compiled block it would repeat other dropout if compiling fails.
 
     Raises:
         InputError: the module has no such blocks, as an autoencoder.
@@ -44,12 +47,22 @@ def compile_blocks(module: nn.Module) -> None:
         return _print_once("blocks are not compiled: their weights are packed for this processor")
     try:
         for block in blocks:
-            block.compile(backend=_inductor, dynamic=True)
+            if checkpointed:
+                # Not a bound method, which a copy of the block would call with the block's own weights.
+                forward = torch.compile(type(block).forward, backend=_inductor, dynamic=True)
+                block.forward = functools.partial(forward, block)
+            else:
+                block.compile(backend=_inductor, dynamic=True)
         dynamo = torch._dynamo.config
     except RuntimeError as error:  # torch.compile does not support this Python or platform
         return _stay_plain(error)
     dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)
     dynamo.optimize_ddp = False  # would cut blocks at the borders of gradient buckets
+
+
+def compile_fault() -> str | None:
+    """Return why compiling failed in this process, after which all blocks are plain, or None."""
+    return _faults[0] if _faults else None
 
 
 def plain_blocks() -> contextlib.AbstractContextManager[Any]:

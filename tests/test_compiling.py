@@ -23,6 +23,7 @@ from far.model import FAR, ModelConfig, NetworkConfig
 from far.packing import quantize_linear_layers
 from far.recording import Recordings
 from far.sampling import SamplingConfig, SeededNoise, sample, sampling_steps
+from far.training.activations import checkpoint_activations
 from tests.recorded_graphs import Recorder
 from tests.refusals import refused
 from tests.test_recording import assert_equal, sampling, tiny, values_of
@@ -41,6 +42,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     compiling._print_once.cache_clear()
     limits = torch._dynamo.config.recompile_limit, torch._dynamo.config.optimize_ddp
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit, torch._dynamo.config.optimize_ddp = limits
@@ -232,6 +234,21 @@ def test_compiled_training_step_agrees_with_the_plain_one() -> None:
     assert not compiling._faults
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
     check_gradients(model, plain)
+
+
+def test_checkpointed_compiled_blocks_have_the_gradients_of_plain_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All of torch's default compiler runs, but for its generated code."""
+    monkeypatch.setattr(compiling, "_inductor", torch._dynamo.lookup_backend("aot_eager_decomp_partition"))
+    made = network()
+    plain = copy.deepcopy(made)
+    compile_blocks(made, checkpointed=True)
+    checkpoint_activations(made)
+    for each in (made, plain):
+        each(*inputs(5)).square().mean().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    check_gradients(made, plain)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

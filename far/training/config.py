@@ -49,7 +49,7 @@ class LoopConfig:
             communication for memory.
         checkpoint_activations: keep only the inputs of a generator's blocks for the backward pass, which
             computes the rest again: at most a quarter of the memory per image, 1.3 times the arithmetic, the
-            same gradients. Not with ``compile``.
+            same gradients.
         deterministic: use deterministic algorithms only, or end at an operation that has none. A resumed run
             then repeats an uninterrupted one to the bit on CUDA too, as it always does on a CPU.
         seed: fixes weights, batches and noise; each step depends on the seed and its number only.
@@ -105,9 +105,6 @@ class LoopConfig:
         if size % parts:
             raise InputError(f"batch_size {size} / micro_batches {parts} is not a whole number")
         check_seed("seed", self.seed)
-        # If compiling fails, torch's captured graphs would draw other dropout when they run again.
-        if self.compile and self.checkpoint_activations:
-            raise InputError("compile and checkpoint_activations are both true. Set one of them to false")
         if not 0 < self.decay_fraction <= 1:
             raise InputError(f"decay_fraction {self.decay_fraction} must be above 0 and at most 1")
         if not 0 <= self.ema_decay < 1:

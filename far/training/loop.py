@@ -148,10 +148,10 @@ class Trainer:
         self.checkpoints = checkpoints_folder(folder)
         self.module, self.discriminator = task.module.to(config.device).train(), task.discriminator
         self.ema = Ema(self.module, config.ema_decay)
-        if config.checkpoint_activations:  # not in the average, which is evaluated
+        if config.compile:  # neither in the average, which is evaluated
+            compile_blocks(self.module, checkpointed=config.checkpoint_activations)
+        if config.checkpoint_activations:
             checkpoint_activations(self.module)
-        if config.compile:
-            compile_blocks(self.module)
         self.losses: nn.Module = Losses(task)
         if processes.count > 1 and config.parallel == "fsdp":
             self.losses = shard(self.losses, self.module, self.ema.module)
