@@ -18,10 +18,11 @@ from torch import Tensor
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.backbone import BlockCausalConfig, CausalConfig, MaskedConfig
 from far.benchmark.mar_plain import PlainMar
-from far.compiling import compile_blocks
+from far.compiling import compile_blocks, compile_fault
 from far.heads import HEADS, HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pipeline import Pipeline
+from far.recording import can_record
 from far.sampling import Kept, SamplingConfig, SeededNoise, ar_steps, prepare_start, sample
 from far.seeds import seeded
 
@@ -279,6 +280,7 @@ def recording_case(
         return int((ours != theirs).sum())
 
     found = {f"differing numbers, call {call + 1}": check(differing(call * count), 0) for call in range(4)}
+    check_not_plain(recorded, compiled)
     if compiled:
         ours, theirs = (pixels(pipeline, count, 0, **sampling) for pipeline in (eager, plain))
         found["pixels of plain blocks"] = check(float((ours - theirs).abs().max()), 2e-3)
@@ -292,6 +294,18 @@ def recording_case(
         for _ in ar_steps(recorded.model, start, config):
             pass
     return found
+
+
+def check_not_plain(pipeline: Pipeline, compiled: bool) -> None:
+    """Raise an error if a pipeline on a GPU fell back to eager generations, or to plain blocks if compiled.
+
+    Both fall back by themselves, with the same images, so no comparison would notice.
+    """
+    recordings = pipeline.recordings
+    if recordings is not None and can_record(pipeline.device) and not len(recordings):
+        raise RuntimeError(f"generations are not recorded: {recordings.fault}")
+    if compiled and (fault := compile_fault()):
+        raise RuntimeError(f"blocks are not compiled: {fault}")
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ and no figure is kept.
 import contextlib
 import dataclasses
 import functools
+import gc
 import math
 import statistics
 import tempfile
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.gpu_checks import check_not_plain
 from benchmarks.gpu_training import RandomLatents
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.backbone import BlockCausalConfig, CausalConfig, MaskedConfig
@@ -72,12 +74,13 @@ def entry(small: bool, figures: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def peak(device: torch.device) -> float:
-    """Return the peak memory in GiB since :func:`reset`."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else math.nan
+    """Return the most GiB that torch held since :func:`reset`, unused memory of recordings included."""
+    return torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else math.nan
 
 
 def reset(device: torch.device) -> None:
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -182,11 +185,13 @@ def drawing_case(
     """Time whole images, from labels to pixels, of recorded generations and of those run from Python."""
 
     def figures() -> dict[str, Any]:
-        reset(device)
-        pipeline = pipeline_of(name, device, small, compiled)
-        eager = Pipeline(
-            pipeline.model, pipeline.autoencoder, pipeline.classes, pipeline.defaults, record=False
+        made = pipeline_of(name, device, small, compiled)
+        # New pipelines, without recordings of other batches.
+        pipeline, eager = (
+            Pipeline(made.model, made.autoencoder, made.classes, made.defaults, record=record)
+            for record in (True, False)
         )
+        reset(device)
         tokens = pipeline.model.config.tokens
         config = SamplingConfig(**{"guidance": GUIDANCE, "ar_steps": min(AR_STEPS, tokens), **sampling})
         if not pipeline.model.backbone.any_order:
@@ -203,6 +208,7 @@ def drawing_case(
         draw()  # the next one is recorded
         recording = seconds(device, draw, enough=0.0)
         took = seconds(device, draw)
+        check_not_plain(pipeline, compiled)
         return {
             **({"seconds of the first batch, which compiles": first} if compiled else {}),
             "eager seconds per batch": eager_took,
@@ -303,9 +309,9 @@ def mar_case(
     """Extrapolate a generation of 64 × 100 steps, without decoding, from four of its AR steps."""
 
     def figures() -> dict[str, Any]:
-        reset(device)
         ar_steps, steps = (4, (1, 2)) if small else (AR_STEPS, STAND_FOR)
         make(device, small, batch, steps[0], ar_steps)()
+        reset(device)
         took = [seconds(device, make(device, small, batch, step, ar_steps), enough=0.0) for step in steps]
         whole = sum(took) * ar_steps / len(steps)
         return {
@@ -342,6 +348,8 @@ def training_case(device: torch.device, small: bool, name: str, batch: int, plai
     """Time whole training steps: batch, loss, gradients, AdamW, EMA."""
 
     def figures() -> dict[str, Any]:
+        for earlier in (pipeline_of, mar_b):
+            earlier.cache_clear()
         reset(device)
         with device:
             model = FAR(model_config(name, small))

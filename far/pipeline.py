@@ -60,7 +60,7 @@ class Pipeline:
         self.model, self.autoencoder = model.eval(), autoencoder
         self.classes, self.defaults = list(classes), defaults
         self.results, self.training = results or {}, training or {}
-        self._steps = Recordings().sampling_steps if record else sampling_steps
+        self.recordings = Recordings() if record else None
 
     def __repr__(self) -> str:
         network = self.model.config.network
@@ -194,7 +194,8 @@ class Pipeline:
         """
         numbers, seeds = self._numbers(labels, seeds)
         classes, noise = torch.tensor(numbers, device=self.device), SeededNoise(seeds, self.device)
-        return self._steps(self.model, classes, noise, config or self.defaults, kept=kept)
+        steps = sampling_steps if self.recordings is None else self.recordings.sampling_steps
+        return steps(self.model, classes, noise, config or self.defaults, kept=kept)
 
     def _numbers(self, labels: Labels, seeds: Sequence[int]) -> tuple[list[int], list[int]]:
         """Return class numbers and seeds, after checking that there are as many of both, and at least one."""

@@ -31,6 +31,9 @@ class Recordings:
 
     The first generation of a shape runs eagerly, which loads all kernels. The second is recorded, and the
     later ones replay it.
+
+    Attributes:
+        fault: reason why a recording failed, after which nothing is recorded, or None.
     """
 
     def __init__(self) -> None:
@@ -38,7 +41,10 @@ class Recordings:
         self._weights: Hashable = None
         self._seen: collections.deque[Hashable] = collections.deque(maxlen=_MOST_SEEN)
         self._recordings: dict[Hashable, Recording] = {}
-        self._failed = False
+        self.fault: str | None = None
+
+    def __len__(self) -> int:
+        return len(self._recordings)
 
     def __reduce__(self) -> tuple[type["Recordings"], tuple[()]]:
         """Copy and pickle as empty: graphs stay with their process and their weights."""
@@ -80,7 +86,7 @@ class Recordings:
                 self._recordings.clear()
                 self._seen.clear()
             recording = self._recordings.pop(key, None)
-            if recording is None and key in self._seen and not self._failed:
+            if recording is None and key in self._seen and self.fault is None:
                 while len(self._recordings) >= _MOST:
                     self._recordings.pop(next(iter(self._recordings)))
                 recording = self._record(model, start, config)
@@ -92,9 +98,8 @@ class Recordings:
         try:
             return Recording(model, start, config)
         except RuntimeError as error:  # an operation that cannot be recorded, or too little memory
-            self._failed = True
-            reason = str(error).partition("\n")[0]
-            print(f"far: generation runs without CUDA graphs, more slowly: {reason}", file=sys.stderr)
+            self.fault = str(error).partition("\n")[0]
+            print(f"far: generation runs without CUDA graphs, more slowly: {self.fault}", file=sys.stderr)
             return None
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import far
 from benchmarks import gpu, gpu_checks, speed_report
 from far.benchmark.mar_plain import PlainMar
 from far.convert import convert_mar
+from far.pipeline import Pipeline
 from tests.refusals import refused
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +90,26 @@ def test_wrong_result_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(gpu_checks.copy, "deepcopy", slightly_wrong)
     assert not gpu_checks.head_case(*case)["float32"]["holds"]
+
+
+def test_recordings_and_compiled_blocks_that_fall_back_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager generations and plain blocks draw the same images, so no comparison of images would notice."""
+
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError("operation not permitted")
+
+    monkeypatch.setattr("far.recording.recorder", fail)
+    for module in ("far.recording", "benchmarks.gpu_checks"):
+        monkeypatch.setattr(f"{module}.can_record", lambda device: True)
+    with pytest.raises(RuntimeError, match="not recorded: operation not permitted"):
+        gpu_checks.recording_case("avatars-64", torch.device("cpu"), 1, True)
+    pipeline = gpu_checks.bundled("avatars-64", "float32", "cpu")
+    eager = Pipeline(pipeline.model, None, pipeline.classes, pipeline.defaults, record=False)
+    gpu_checks.check_not_plain(eager, compiled=True)
+    monkeypatch.setattr("far.compiling._faults", ["no compiler"])
+    gpu_checks.check_not_plain(eager, compiled=False)
+    with pytest.raises(RuntimeError, match="not compiled: no compiler"):
+        gpu_checks.check_not_plain(eager, compiled=True)
 
 
 def test_16_bit_weights_fail_the_float32_limit() -> None:

@@ -43,7 +43,7 @@ class FlowHead(Head):
         ends = torch.arange(steps + 1, device=like.device, dtype=like.dtype) / steps
         times = self.network.embed_times(ends * TIME_UNIT)
         # One per evaluation, in the solver's order. Heun evaluates both ends of each step.
-        times = times.repeat_interleave(2, dim=0)[1:-1] if is_heun else times[:-1]
+        times = torch.stack([times, times], dim=1).flatten(0, 1)[1:-1] if is_heun else times[:-1]
 
         def draw(condition: Condition, normal: Normal, temperature: float) -> Tensor:
             embedded = condition.map(self.network.embed_condition)
