@@ -302,7 +302,7 @@ def check_not_plain(pipeline: Pipeline, compiled: bool) -> None:
     Both fall back by themselves, with the same images, so no comparison would notice.
     """
     recordings = pipeline.recordings
-    if recordings is not None and can_record(pipeline.device) and not len(recordings):
+    if recordings.enabled and can_record(pipeline.device) and not len(recordings):
         raise RuntimeError(f"generations are not recorded: {recordings.fault}")
     if compiled and (fault := compile_fault()):
         raise RuntimeError(f"blocks are not compiled: {fault}")

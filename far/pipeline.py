@@ -25,7 +25,7 @@ from far.packing import has_int8, parameter_count, unpack_linear_layers
 from far.pictures import Images, Output, check_output, convert_output
 from far.precision import prepare, prepare_autoencoder, resolve_dtype
 from far.recording import Recordings
-from far.sampling import Kept, Progress, SamplingConfig, SeededNoise, sampling_steps
+from far.sampling import Kept, Progress, SamplingConfig, SeededNoise
 from far.tokenizer import Tokenizer
 
 Labels: TypeAlias = Sequence[int | str]
@@ -60,7 +60,7 @@ class Pipeline:
         self.model, self.autoencoder = model.eval(), autoencoder
         self.classes, self.defaults = list(classes), defaults
         self.results, self.training = results or {}, training or {}
-        self.recordings = Recordings() if record else None
+        self.recordings = Recordings(enabled=record)
 
     def __repr__(self) -> str:
         network = self.model.config.network
@@ -194,8 +194,7 @@ class Pipeline:
         """
         numbers, seeds = self._numbers(labels, seeds)
         classes, noise = torch.tensor(numbers, device=self.device), SeededNoise(seeds, self.device)
-        steps = sampling_steps if self.recordings is None else self.recordings.sampling_steps
-        return steps(self.model, classes, noise, config or self.defaults, kept=kept)
+        return self.recordings.sampling_steps(self.model, classes, noise, config or self.defaults, kept=kept)
 
     def _numbers(self, labels: Labels, seeds: Sequence[int]) -> tuple[list[int], list[int]]:
         """Return class numbers and seeds, after checking that there are as many of both, and at least one."""

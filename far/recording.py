@@ -8,6 +8,7 @@ replay the graphs with other labels, orders, noise and kept tokens in the same m
 
 import collections
 import dataclasses
+import functools
 import gc
 import sys
 import threading
@@ -33,10 +34,12 @@ class Recordings:
     later ones replay it.
 
     Attributes:
+        enabled: if not, all generations run eagerly.
         fault: reason why a recording failed, after which nothing is recorded, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, enabled: bool = True) -> None:
+        self.enabled = enabled
         self._lock = threading.Lock()
         self._weights: Hashable = None
         self._seen: collections.deque[Hashable] = collections.deque(maxlen=_MOST_SEEN)
@@ -46,9 +49,9 @@ class Recordings:
     def __len__(self) -> int:
         return len(self._recordings)
 
-    def __reduce__(self) -> tuple[type["Recordings"], tuple[()]]:
+    def __reduce__(self) -> tuple[Callable[[], "Recordings"], tuple[()]]:
         """Copy and pickle as empty: graphs stay with their process and their weights."""
-        return Recordings, ()
+        return functools.partial(Recordings, enabled=self.enabled), ()
 
     def sampling_steps(
         self, model: FAR, labels: Tensor, noise: Noise, config: SamplingConfig, *, kept: Kept | None = None
@@ -59,9 +62,8 @@ class Recordings:
             InputError: see :func:`far.sampling.prepare_start`.
         """
         start = prepare_start(model, labels, noise, config, kept=kept)
-        return (
-            self._steps(model, start, config) if can_record(labels.device) else ar_steps(model, start, config)
-        )
+        record = self.enabled and can_record(labels.device)
+        return self._steps(model, start, config) if record else ar_steps(model, start, config)
 
     def _steps(self, model: FAR, start: Start, config: SamplingConfig) -> Iterator[Progress]:
         key = config, len(start.labels), start.kept

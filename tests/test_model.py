@@ -245,17 +245,17 @@ def test_tokens_meet_their_own_conditions(backbone: MaskedConfig | CausalConfig 
     torch.manual_seed(0)
     model = FAR(ModelConfig(NetworkConfig(backbone, FlowConfig(64, 2, 4)), 1, 2, (2, 3)))
     latents = torch.randn(1, 2, 2, 3).expand(16, -1, -1, -1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
     generator = torch.Generator().manual_seed(0)
     labels, values = torch.zeros(16, dtype=torch.long), []
-    for _ in range(250):
+    for _ in range(80):
         optimizer.zero_grad()
         value = model.loss(latents, labels, generator, label_drop=0.0).value.mean()
         value.backward()
         optimizer.step()
         values.append(value.item())
-    # Not knowing which of the tokens it is costs about half of the initial loss.
-    assert sum(values[-20:]) / 20 < 0.2 * values[0]
+    # About 0.06. Conditions of other tokens leave 0.3 (block-causal) to 0.6 (masked) of the initial loss.
+    assert sum(values[-15:]) / 15 < 0.2 * values[0]
 
 
 @pytest.mark.parametrize(
