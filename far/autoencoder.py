@@ -25,6 +25,7 @@ class Autoencoder(Tokenizer):
     config: AutoencoderConfig
     encoder: "Encoder"
     decoder: "Decoder"
+    small_decoder: "SmallDecoder | None"
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()

@@ -78,6 +78,12 @@ class Tokenizer(nn.Module):
             raise InputError("decoder 'small' is missing in this autoencoder. Train one, or use 'full'")
         self.active_decoder = name
 
+    def decoder_network(self, name: DecoderName) -> nn.Module:
+        """Return the decoder of a name, which the autoencoder must have."""
+        network = self.small_decoder if name == "small" else self.decoder
+        assert network is not None
+        return network
+
     def encode(self, images: Tensor) -> Posterior:
         """Return the posterior of images ``[b, 3, H, W]`` in [−1, 1]; see :meth:`moments`."""
         return self.posterior(self.moments(images))
@@ -109,8 +115,7 @@ class Tokenizer(nn.Module):
 
         ``decoder`` is one that the autoencoder has, by default ``active_decoder``.
         """
-        network = self.small_decoder if (decoder or self.active_decoder) == "small" else self.decoder
-        assert network is not None
+        network = self.decoder_network(decoder or self.active_decoder)
         if self.config.spherical:
             latents = on_sphere(latents, dim=1)
         height, width = (self.config.stride * side for side in latents.shape[-2:])

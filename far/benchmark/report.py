@@ -68,7 +68,8 @@ def _cells(result: RowResult, report: Report) -> tuple[str, ...]:
 
 
 def _model(row: Row) -> str:
-    return f"{row.model} as MAR computes it" if row.plain else row.model
+    name = f"{row.model} as MAR computes it" if row.plain else row.model
+    return name if row.decoder == "full" else f"{name}, {row.decoder} decoder"
 
 
 def _steps(result: RowResult) -> str:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from far.benchmark.cost import flop_counter, size, weights_read
 from far.benchmark.hardware import peak_device_memory, peak_memory, product_peak, read_bandwidth
 from far.benchmark.mar_plain import draw_plain, generate_plain
-from far.benchmark.rows import SEED, Row, load_models
+from far.benchmark.rows import SEED, Row, load_models, select_decoder
 from far.benchmark.timing import clock, median_ratio
 from far.benchmark.watch import PARTS, Segment, generate, segments
 from far.devices import resolve_device
@@ -116,7 +116,9 @@ def measure(
     with tqdm(total=len(rows) * (1 + (rounds or 2)), desc="benchmark", unit="run") as bar:
         for row in rows:
             bar.set_postfix_str(f"warm-up, {row.model}")
-            report.results.append(_first_run(pipelines[row.model, row.dtype], row, full, report))
+            pipeline = pipelines[row.model, row.dtype]
+            select_decoder(pipeline, row)
+            report.results.append(_first_run(pipeline, row, full, report))
             bar.update()
         for turn in range(rounds or 2):
             start = time.perf_counter()
@@ -124,6 +126,7 @@ def measure(
                 row = result.row
                 bar.set_postfix_str(f"round {turn + 1}, {row.model}")
                 plan, pipeline = segments(row.sampling, full=full), pipelines[row.model, row.dtype]
+                select_decoder(pipeline, row)
                 timed = watched_seconds if device.type == "cpu" else whole_seconds
                 result.rounds.append(timed(pipeline, row, plan, clock(device)))
                 bar.update()
@@ -172,10 +175,10 @@ def _first_run(pipeline: Pipeline, row: Row, full: bool, report: Report) -> RowR
     autocast = torch.float16 if row.plain and pipeline.device.type == "cuda" else None
     speeds = {part: _peak_of(pipeline.model, report, autocast) for part in PARTS}
     weights, read = size(pipeline.model), weights_read(pipeline.model, row)
-    if pipeline.autoencoder is not None:
-        speeds["autoencoder"] = _peak_of(pipeline.autoencoder, report, autocast)
-        weights += size(pipeline.autoencoder)
-        read += size(pipeline.autoencoder.decoder) + size(pipeline.autoencoder.post_quant_conv)
+    if (autoencoder := pipeline.autoencoder) is not None:
+        speeds["autoencoder"] = _peak_of(autoencoder, report, autocast)
+        weights += size(autoencoder)
+        read += size(autoencoder.decoder_network(row.decoder)) + size(autoencoder.post_quant_conv)
     # An exact cache would catch up with many skipped tokens in one pass, which takes too much memory.
     exact = pipeline.model.backbone.exact_cache
     plan = segments(row.sampling, full=full or exact)

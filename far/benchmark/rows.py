@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
+from far.autoencoder_config import DecoderName, SmallDecoderConfig
 from far.devices import has_bfloat16_products, resolve_device
 from far.errors import InputError, prefix_errors
 from far.model import FAR, PRESETS, ModelConfig, preset
@@ -27,7 +28,8 @@ SEED = 0
 class Row:
     """One line of the table: a batch of images of one model, a preset or a name for :func:`find_folder`.
 
-    A ``plain`` row is computed as in MAR's released code; see :mod:`far.benchmark.mar_plain`.
+    A ``plain`` row is computed as in MAR's released code; see :mod:`far.benchmark.mar_plain`. ``decoder`` is
+    the autoencoder's.
     """
 
     model: str
@@ -35,11 +37,14 @@ class Row:
     dtype: str
     batch: int = 1
     plain: bool = False
+    decoder: DecoderName = "full"
 
 
 # MAR's number of AR steps, and the guidance scale of its published results.
 _PRESET_AR_STEPS = 64
 _PRESET_GUIDANCE = 2.9
+# Size of a preset's small decoder: a 20th of the arithmetic of KL-16's decoder.
+_PRESET_SMALL_DECODER = SmallDecoderConfig(width=64, blocks=3)
 # Used with half of the AR steps.
 FASTEST: dict[str, Any] = {"order": "halton", "refresh_every": 2, "guidance_every": 4}
 # Model, AR steps, head steps, dtype and other options. MAR as released comes first: it is the base of ratios.
@@ -101,6 +106,7 @@ def rows_of(
     ar_steps: Sequence[int] | None = None,
     head_steps: Sequence[int] | None = None,
     dtypes: Sequence[str] = ("float32",),
+    decoders: Sequence[DecoderName] = ("full",),
     **options: Any,
 ) -> list[Row]:
     """Return every combination of the given values, models outermost.
@@ -114,6 +120,7 @@ def rows_of(
         ar_steps: numbers of AR steps.
         head_steps: numbers of head steps.
         dtypes: dtypes of the weights.
+        decoders: decoders of the autoencoder.
         options: further values of :class:`far.SamplingConfig`.
 
     Raises:
@@ -130,10 +137,11 @@ def rows_of(
         left_out = unused_options(model)
         given = {name: value for name, value in options.items() if value is not None and name not in left_out}
         head_choices: Sequence[int | tuple[int, ...]] = head_steps or [defaults.head_steps]
-        for batch, ar, head, dtype in itertools.product(batches, ar_choices, head_choices, dtypes):
+        choices = itertools.product(batches, ar_choices, head_choices, dtypes, decoders)
+        for batch, ar, head, dtype, decoder in choices:
             config = dataclasses.replace(defaults, ar_steps=ar, head_steps=head, **given)
             config.check(model)
-            rows.append(Row(model_name, config, dtype, batch))
+            rows.append(Row(model_name, config, dtype, batch, decoder=decoder))
     return rows
 
 
@@ -156,6 +164,9 @@ def load_models(rows: Sequence[Row], device: str | torch.device) -> dict[tuple[s
     """Return the pipeline of each model and dtype of ``rows``.
 
     Presets get random weights of a fixed seed, which suffice for timing, and an autoencoder of KL-16's size.
+
+    Raises:
+        InputError: a model cannot be loaded, or lacks the decoder of a row.
     """
     device = resolve_device(device)
     pipelines = {}
@@ -165,8 +176,20 @@ def load_models(rows: Sequence[Row], device: str | torch.device) -> dict[tuple[s
             pipelines[name, dtype] = Pipeline.from_pretrained(_folder(name), dtype=dtype, device=device)
             continue
         with seeded(SEED):
-            autoencoder = prepare_autoencoder(Autoencoder(AutoencoderConfig()).eval(), dtype, device)
+            autoencoder = Autoencoder(AutoencoderConfig()).eval()
             model = prepare(FAR(ModelConfig(preset(name))), dtype, device)
+            if any(row.model == name and row.decoder == "small" for row in rows):
+                autoencoder.set_small_decoder(_PRESET_SMALL_DECODER)
+            autoencoder = prepare_autoencoder(autoencoder, dtype, device)
         classes = [str(label) for label in range(model.config.classes)]
         pipelines[name, dtype] = Pipeline(model, autoencoder, classes, SamplingConfig())
+    for row in rows:
+        with prefix_errors(f"{row.model}: "):
+            select_decoder(pipelines[row.model, row.dtype], row)
     return pipelines
+
+
+def select_decoder(pipeline: Pipeline, row: Row) -> None:
+    """Let the pipeline of a row decode with the row's decoder."""
+    if pipeline.autoencoder is not None:
+        pipeline.autoencoder.use_decoder(row.decoder)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import far
+from far.autoencoder_config import DECODERS
 from far.cli.machine_arguments import add_machine_arguments, prepare_machine, print_chosen
 from far.cli.sampling_arguments import add_sampling_arguments, sampling_options
 from far.devices import device_title
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", **several, default=[1], help="images drawn together (default 1)")
     add("--ar-steps", **several, help="AR steps of masked and block-causal models (default: the model's)")
     add("--head-steps", **several, help="head steps (default: the model's)")
+    add("--decoders", nargs="+", choices=DECODERS, help="decoders of the autoencoder (default full)")
     add("--dtypes", nargs="+", choices=DTYPES[1:], help="dtypes of the weights (default float32)")
     add_sampling_arguments(parser, without=_NO_OPTIONS)
     add("--rounds", type=int, metavar="N", help="timed rounds (default 2, or 1 if 2 take over 10 minutes)")
@@ -87,7 +89,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib, which is not installed: pip install matplotlib")
     if arguments.models is None:
-        given = [name for name in ("dtypes", *_ROWS) if getattr(arguments, name) is not None]
+        given = [name for name in ("dtypes", "decoders", *_ROWS) if getattr(arguments, name) is not None]
         given += sampling_options(arguments, without=(*_NO_OPTIONS, "guidance"))
         if given:
             raise InputError(f"--{given[0].replace('_', '-')} needs --models. Name the models, or omit it")
@@ -106,6 +108,7 @@ def _rows(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Row
         return rows.usable_rows(usual, device)
     options = sampling_options(arguments, without=_NO_OPTIONS)
     options |= {"ar_steps": arguments.ar_steps, "head_steps": arguments.head_steps}
+    options["decoders"] = arguments.decoders or ["full"]
     dtypes = arguments.dtypes or ["float32"]
     for dtype in dtypes:
         resolve_dtype(dtype, device)  # raises before anything is loaded

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from far.autoencoder import AutoencoderConfig
+from far.autoencoder import AutoencoderConfig, SmallDecoderConfig
 from far.backbone import CausalConfig
 from far.benchmark import default_rows, rows_of
 from far.cli.main import main
@@ -100,6 +100,26 @@ def test_table_json_and_plot_agree(
     assert found["rows"][1]["weights bytes"] < found["rows"][0]["weights bytes"]
     assert Image.open(picture).format == "PNG"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.png"]
+
+
+def test_small_decoder_is_a_row_of_its_own(
+    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("far.benchmark.rows._PRESET_SMALL_DECODER", SmallDecoderConfig(2, 1))
+    options = ["benchmark", "--models", "tiny", "--head-steps", "1", "--rounds", "1", "--decoders"]
+    figures = tmp_path / "a.json"
+    assert main([*options, "full", "small", "--json", str(figures)]) == 0
+    names = [row["model"] for row in table(capsys.readouterr().out)]
+    assert names == ["tiny", "tiny, small decoder"]
+    full, small = json.loads(figures.read_text())["rows"]
+    assert (full["decoder"], small["decoder"]) == ("full", "small")
+    assert 0 < small["flop per image"]["autoencoder"] < full["flop per image"]["autoencoder"] / 3
+    assert small["flop per image"]["head"] == full["flop per image"]["head"]
+    # A folder without one is refused before anything is drawn.
+    options[2] = str(pipeline_folder)
+    assert main([*options, "small"]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert str(pipeline_folder) in line
 
 
 def test_a_causal_preset_is_estimated_unless_full(capsys: pytest.CaptureFixture) -> None:
