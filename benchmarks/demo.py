@@ -68,7 +68,7 @@ def main() -> None:
             expect(page.locator("#generated .empty")).to_be_visible(timeout=60_000)
             measure(page, arguments.clicks)
             compare(page)
-            page.screenshot(path=arguments.picture)
+            edit(page, arguments.picture)
         finally:
             browser.close()
             server.terminate()
@@ -90,16 +90,32 @@ def measure(page: Page, clicks: int) -> None:
 
 def compare(page: Page) -> None:
     """Draw the same seeds with both heads, each with its model's default steps."""
-    page.get_by_role("tab", name="Compare").click()
-    tab = page.get_by_role("tabpanel").filter(has=page.get_by_role("button", name="Compare"))
-    tab.get_by_label("Class").click()
+    page.get_by_role("tab", name="Heads").click()
+    panel = page.get_by_role("tabpanel")
+    panel.get_by_label("Class").click()
     page.get_by_role("option", name="voxel-bot", exact=True).click()
     for seed in ("6", "7"):
-        tab.get_by_label("Seed").fill(seed)
-        tab.get_by_role("button", name="Compare").click()
-        expect(page.locator("#right").get_by_text(f"seed {seed}")).to_be_visible(timeout=60_000)
-        expect(page.locator(".verdict")).to_be_visible(timeout=60_000)
-    print(page.locator(".verdict").inner_text())
+        panel.get_by_label("Seed").fill(seed)
+        panel.get_by_role("button", name="Compare").click()
+        expect(page.locator("#heads-right").get_by_text(f"seed {seed}")).to_be_visible(timeout=60_000)
+        expect(page.locator("#heads-verdict .verdict")).to_be_visible(timeout=60_000)
+    print(page.locator("#heads-verdict .verdict").inner_text())
+
+
+def edit(page: Page, path: str) -> None:
+    """Take the screenshot: a picture with parts marked to be redrawn. It shows no times."""
+    page.get_by_role("tab", name="Edit").click()
+    panel = page.get_by_role("tabpanel")
+    panel.get_by_label("Class").click()
+    page.get_by_role("option", name="planets", exact=True).click()
+    panel.get_by_label("Seed").fill("3")
+    panel.get_by_role("button", name="New picture").click()
+    with page.expect_download(timeout=60_000) as download:
+        panel.get_by_text("↓ PNG").click(timeout=60_000)
+    panel.get_by_label("Open an image").set_input_files(download.value.path())
+    for token in (5, 6, 9, 10):
+        panel.locator(f"[data-token='{token}']").click()
+    page.screenshot(path=path)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Demo:
         """Request a drawing, follow it, and return its outcome."""
         label, seed = str(draw.randrange(16)), str(draw.randrange(2**63 - 16))
         if draw.random() < 0.25:
-            name, entries = "compare", [label, seed, self.weights[0], 2, self.weights[-1], 2]
+            name, entries = "compare_heads", [label, seed, self.weights[0], 2, self.weights[-1], 2]
         else:
             name, entries = "generate", [draw.choice(self.weights), label, seed, draw.randint(1, 4), 2, 16, 2]
         leaves = draw.random() < 0.1

@@ -8,11 +8,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from far.editing import blend_kept, paste_kept
 from far.errors import InputError
 from far.pictures import drawing_settings
 from far.pipeline import Pipeline
 from far.precision import resolve_dtype
-from far.sampling import Progress, SamplingConfig
+from far.sampling import Kept, Progress, SamplingConfig
 
 MOST_IMAGES = 16
 
@@ -30,7 +31,13 @@ class Model:
     @property
     def head(self) -> str:
         """Kind of the head in words."""
-        return self.pipeline.model.config.network.head.kind.replace("_", " ")
+        return self.kinds["heads"].replace("_", " ")
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Kind of the head and of the backbone."""
+        network = self.pipeline.model.config.network
+        return {"heads": network.head.kind, "backbones": network.backbone.kind}
 
 
 def load_models(
@@ -136,9 +143,47 @@ def draw(order: Order) -> Iterator[Frame]:
         InputError: a seed is out of range.
     """
     pipeline = order.model.pipeline
+    steps = pipeline.stream([order.label] * len(order.seeds), order.seeds, order.config)
+    return _frames(steps, lambda progress: pipeline.decode(progress.latents), pipeline.preview)
+
+
+def redraw(order: Order, image: Tensor, marked: Sequence[int]) -> tuple[Order, Iterator[Frame]]:
+    """Return an order with the AR steps that redrawing takes, and its frames, like :meth:`Pipeline.edit`.
+
+    Args:
+        order: one seed, and the model's own AR steps.
+        image: ``[3, H, W]`` in [0, 1], of the model's size.
+        marked: the tokens to redraw, at least one. If it is all of them, the image counts for nothing.
+
+    Raises:
+        InputError: a seed is out of range, or a causal model would have to draw before kept tokens.
+    """
+    pipeline, config = order.model.pipeline, order.model.pipeline.model.config
+    redrawn = torch.zeros(config.tokens, dtype=torch.bool)
+    redrawn[list(marked)] = True
+    ar_steps = max(1, round(order.config.ar_steps * len(marked) / config.tokens))
+    order = dataclasses.replace(order, config=dataclasses.replace(order.config, ar_steps=ar_steps))
+    kept = None
+    if not redrawn.all():
+        kept = Kept(pipeline.encode(image.unsqueeze(0)), (~redrawn).nonzero().flatten())
+
+    def finished(progress: Progress) -> Tensor:
+        return blend_kept(pipeline.decode(progress.latents), image, redrawn, config.token_grid)
+
+    def preview(progress: Progress) -> Tensor:
+        return paste_kept(finished(progress), torch.full_like(image, 0.5), progress.known, config.token_grid)
+
+    steps = pipeline.stream([order.label], order.seeds, order.config, kept=kept)
+    return order, _frames(steps, finished, preview)
+
+
+def _frames(
+    steps: Iterator[Progress], finished: Callable[[Progress], Tensor], preview: Callable[[Progress], Tensor]
+) -> Iterator[Frame]:
+    """Yield the frames of a drawing from its AR steps, with the seconds that the model takes."""
     seconds, start = 0.0, time.perf_counter()
-    for progress in pipeline.stream([order.label] * len(order.seeds), order.seeds, order.config):
-        finished = pipeline.decode(progress.latents) if progress.step + 1 == progress.steps else None
+    for progress in steps:
+        images = finished(progress) if progress.step + 1 == progress.steps else None
         seconds += time.perf_counter() - start
-        yield Frame(pipeline.preview(progress) if finished is None else finished, progress, seconds)
+        yield Frame(preview(progress) if images is None else images, progress, seconds)
         start = time.perf_counter()

@@ -10,11 +10,13 @@ import html
 import math
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from far.demo.drawing import MOST_IMAGES, Frame, Model, Order, draw
+from far.demo.drawing import MOST_IMAGES, Frame, Model, Order, draw, redraw
+from far.demo.editor import PNG_ADDRESS, editor, empty, opened
 from far.errors import InputError
 from far.pictures import encode_png, to_pictures
 
@@ -34,24 +36,7 @@ THEME = gr.themes.Base(
     font=[gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")],
     font_mono=[gr.themes.Font("ui-monospace"), gr.themes.Font("monospace")],
 )
-CSS = """
-.gradio-container { max-width: 1080px !important; margin: 0 auto; }
-.beside { align-self: center; }
-.pictures { display: grid; gap: 10px; }
-.pictures figure { margin: 0; }
-.pictures img { width: 100%; border-radius: 6px; display: block; }
-.pictures figcaption {
-  display: flex; justify-content: space-between; align-items: center; padding: 2px; font-size: 13px;
-}
-.status { margin-top: 8px; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
-.status b { color: var(--body-text-color); }
-.empty {
-  aspect-ratio: 1; border-radius: 6px; background: var(--background-fill-secondary);
-  display: grid; place-items: center; color: var(--body-text-color-subdued);
-}
-#left > *, #right > * { max-width: 400px; margin: 0 auto; }
-.verdict { text-align: center; font-size: 20px; min-height: 30px; }
-"""
+CSS = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
 
 class Demo:
@@ -63,8 +48,12 @@ class Demo:
             gr.Markdown(INTRODUCTION)
             with gr.Tab("Generate"):
                 self._generate_tab()
-            with gr.Tab("Compare"):
-                self._compare_tab()
+            with gr.Tab("Edit"):
+                self._edit_tab()
+            with gr.Tab("Heads"):
+                self._compare_tab("heads", "diffusion", head_steps_field, self.compare_heads)
+            with gr.Tab("Backbones"):
+                self._compare_tab("backbones", "causal", ar_steps_field, self.compare_backbones)
 
     def launch(self, host: str, port: int) -> str:
         """Serve the page from a new thread and return its address."""
@@ -81,13 +70,39 @@ class Demo:
         for frame in draw(order):
             yield pictures(order, frame)
 
-    def compare(
-        self, label: str, seed: str, left: str, left_steps: Any, right: str, right_steps: Any
+    def new_picture(self, weights: str, label: str, seed: str, *sampling: Any) -> Iterator[dict[str, Any]]:
+        """Yield the editor's value after each AR step of a new picture."""
+        model = self.models[weights]
+        order = Order.of_entries(model, label, seed, **dict(zip(EDIT_FIELDS, sampling, strict=True)))
+        for frame in draw(order):
+            yield {**empty(model), **edited(order, frame)}
+
+    def redraw(
+        self, weights: str, label: str, seed: str, guidance: Any, head_steps: Any, value: Any
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the editor's value after each AR step that redraws the marked tokens."""
+        model = self.models[weights]
+        image, marked = opened(value, model)
+        order = Order.of_entries(model, label, seed, guidance=guidance, head_steps=head_steps)
+        order, frames = redraw(order, image, marked)
+        for frame in frames:
+            yield {**empty(model), "marked": marked, "drawn": True, **edited(order, frame, marked)}
+
+    def compare_heads(self, *entries: Any) -> Iterator[tuple[str, str, str]]:
+        """Yield what :meth:`_compare` yields, with the head steps of both sides."""
+        yield from self._compare("head_steps", *entries)
+
+    def compare_backbones(self, *entries: Any) -> Iterator[tuple[str, str, str]]:
+        """Yield what :meth:`_compare` yields, with the AR steps of both sides."""
+        yield from self._compare("ar_steps", *entries)
+
+    def _compare(
+        self, option: str, label: str, seed: str, left: str, left_steps: Any, right: str, right_steps: Any
     ) -> Iterator[tuple[str, str, str]]:
         """Yield the left image, the right image and the verdict as HTML after each AR step."""
         # Check both orders before drawing either.
         sides = ((left, left_steps), (right, right_steps))
-        orders = [Order.of_entries(self.models[name], label, seed, head_steps=n) for name, n in sides]
+        orders = [Order.of_entries(self.models[name], label, seed, **{option: n}) for name, n in sides]
         shown = [WAITING, WAITING]
         seconds = [0.0, 0.0]
         for side, order in enumerate(orders):
@@ -109,47 +124,94 @@ class Demo:
                     count = gr.Number(1, label="Images", info=f"1 to {MOST_IMAGES}", min_width=100)
                 with gr.Row():
                     sampling = sampling_fields(model)
-                button = gr.Button("Generate", variant="primary")
+                button, stop = start_and_stop("Generate")
             with gr.Column(scale=3):
                 shown = gr.HTML(WAITING, elem_id="generated")
         weights.input(self._chosen, [weights, label], [label, *sampling], **AT_ONCE)
         entries = [weights, label, seed, count, *sampling]
-        gr.on([button.click, seed.submit], shows_errors(self.generate), entries, shown, **DRAWING)
+        drawing = gr.on([button.click, seed.submit], shows_errors(self.generate), entries, shown, **DRAWING)
+        stop.click(None, cancels=drawing, **AT_ONCE)
 
     def _chosen(self, weights: str, label: str) -> list[gr.components.Component]:
         model = self.models[weights]
         return [class_field(model, label), *sampling_fields(model)]
 
-    def _compare_tab(self) -> None:
+    def _edit_tab(self) -> None:
+        model = next(iter(self.models.values()))
+        with gr.Row():
+            with gr.Column(scale=2):
+                weights = self._weights_field(model)
+                label = class_field(model)
+                with gr.Row():
+                    seed = seed_field()
+                with gr.Row():
+                    sampling = [guidance_field(model), head_steps_field(model)]
+                new = gr.Button("New picture")
+                button, stop = start_and_stop("Redraw marked parts")
+                gr.Markdown(
+                    "Mark parts with the pointer, or with Tab and Space. They are redrawn as the class."
+                )
+            with gr.Column(scale=3):
+                shown = editor(model)
+        fields = [label, *sampling]
+        weights.input(self._chosen_to_edit, [weights, label], [*fields, shown], **AT_ONCE)
+        entries = [weights, label, seed, *sampling]
+        started = [
+            new.click(shows_errors(self.new_picture), entries, shown, **DRAWING),
+            button.click(shows_errors(self.redraw), [*entries, shown], shown, **DRAWING),
+        ]
+        stop.click(None, cancels=started, **AT_ONCE)
+
+    def _chosen_to_edit(self, weights: str, label: str) -> list[Any]:
+        model = self.models[weights]
+        return [class_field(model, label), guidance_field(model), head_steps_field(model), empty(model)]
+
+    def _compare_tab(
+        self,
+        name: str,
+        other: str,
+        steps_field: Callable[[Model], gr.Number],
+        compare: Callable[..., Iterator[tuple[str, str, str]]],
+    ) -> None:
+        """Add fields and two images. The left model has another kind, ``other`` if possible."""
         right = next(iter(self.models.values()))
-        others = [model for model in self.models.values() if model is not right]
-        left = next((model for model in others if model.head == "diffusion"), (others or [right])[0])
+        kinds = {model: model.kinds[name] for model in self.models.values()}
+        others = [model for model, kind in kinds.items() if kind != kinds[right]]
+        left = next((model for model in others if kinds[model] == other), (others or [right])[0])
         with gr.Row():
             label = class_field(left)
             seed = seed_field()
-            button = gr.Button("Compare", variant="primary", elem_classes="beside", min_width=100)
-        said = gr.HTML(elem_id="verdict")
+            button, stop = start_and_stop("Compare")
+        said = gr.HTML(elem_id=f"{name}-verdict")
         weights, steps, shown = [], [], []
         with gr.Row():
             for side, model in (("left", left), ("right", right)):
-                with gr.Column():
+                with gr.Column(min_width=300):
                     with gr.Row():
                         weights.append(self._weights_field(model, scale=2, min_width=100))
-                        steps.append(head_steps_field(model))
-                    shown.append(gr.HTML(WAITING, elem_id=side))
+                        steps.append(steps_field(model))
+                    shown.append(gr.HTML(WAITING, elem_id=f"{name}-{side}", elem_classes="side"))
         for names, field in zip(weights, steps):
-            names.input(lambda name: head_steps_field(self.models[name]), names, field, **AT_ONCE)
+            names.input(lambda chosen: steps_field(self.models[chosen]), names, field, **AT_ONCE)
         weights[0].input(
             lambda name, chosen: class_field(self.models[name], chosen), [weights[0], label], label, **AT_ONCE
         )
         entries = [label, seed, weights[0], steps[0], weights[1], steps[1]]
-        gr.on([button.click, seed.submit], shows_errors(self.compare), entries, [*shown, said], **DRAWING)
+        starts, outputs = [button.click, seed.submit], [*shown, said]
+        stop.click(None, cancels=gr.on(starts, shows_errors(compare), entries, outputs, **DRAWING), **AT_ONCE)
 
 
 # One drawing at a time. A click during the page's own drawing is handled after it.
 DRAWING: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 1, "trigger_mode": "always_last"}
 DRAWING |= {"show_progress": "minimal", "api_visibility": "private"}
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+
+
+def start_and_stop(name: str) -> tuple[gr.Button, gr.Button]:
+    """Return a button that starts drawing, and one that ends it after the AR step that is being computed."""
+    with gr.Row(elem_classes="beside"):
+        start = gr.Button(name, variant="primary", min_width=100)
+        return start, gr.Button("Stop", variant="stop", min_width=60, scale=0)
 
 
 def class_field(model: Model, chosen: str | None = None) -> gr.Dropdown:
@@ -169,18 +231,29 @@ def seed_field() -> gr.Textbox:
 
 # The sampling options that have a field, in the order of the page.
 SAMPLING_FIELDS = ("guidance", "ar_steps", "head_steps")
+EDIT_FIELDS = ("guidance", "head_steps")
 
 
 def sampling_fields(model: Model) -> list[gr.Number]:
     """Return one field per name in :data:`SAMPLING_FIELDS`, with the model's value and range."""
-    defaults, network = model.pipeline.defaults, model.pipeline.model
-    learned = network.head.max_guidance
+    return [guidance_field(model), ar_steps_field(model), head_steps_field(model)]
+
+
+def guidance_field(model: Model) -> gr.Number:
+    """Return a field for the guidance scale of a model."""
+    learned = model.pipeline.model.head.max_guidance
     scales = "1: off" + (f", ≤ {learned:g}: fast" if learned > 1 else "")
-    guidance = gr.Number(defaults.guidance, label="Guidance", info=scales, step=0.5, min_width=100)
+    value = model.pipeline.defaults.guidance
+    return gr.Number(value, label="Guidance", info=scales, step=0.5, min_width=100)
+
+
+def ar_steps_field(model: Model) -> gr.Number:
+    """Return a field for the AR steps of a model."""
+    network = model.pipeline.model
     tokens, free = network.config.tokens, network.backbone.any_order
     info = f"1 to {tokens}" if free else f"{tokens}: one per token"
-    ar_steps = gr.Number(defaults.ar_steps, label="AR steps", info=info, interactive=free, min_width=100)
-    return [guidance, ar_steps, head_steps_field(model)]
+    value = model.pipeline.defaults.ar_steps
+    return gr.Number(value, label="AR steps", info=info, interactive=free, min_width=100)
 
 
 def head_steps_field(model: Model) -> gr.Number:
@@ -193,14 +266,26 @@ def head_steps_field(model: Model) -> gr.Number:
 def pictures(order: Order, frame: Frame) -> str:
     """Return a frame's images and status as HTML. Finished images contain their settings and can be saved."""
     name, figures = html.escape(order.class_name), []
-    for picture, seed in zip(to_pictures(frame.images), order.seeds):
-        data = encode_png(picture, order.settings(seed) if frame.finished else None)
-        address = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    for address, seed in zip(addresses(order, frame), order.seeds):
         save = f'<a download="{name}-{seed}.png" href="{address}">↓ PNG</a>' if frame.finished else ""
         caption = f"<figcaption><span>seed {seed}</span>{save}</figcaption>"
         figures.append(f'<figure><img src="{address}" alt="{name}">{caption}</figure>')
     columns = f"grid-template-columns: repeat({math.ceil(math.sqrt(len(figures)))}, 1fr)"
     return f'<div class="pictures" style="{columns}">{"".join(figures)}</div>{status(order, frame)}'
+
+
+def addresses(order: Order, frame: Frame, **further: object) -> list[str]:
+    """Return a frame's images as PNGs in data URLs. Finished ones contain their settings, and ``further``."""
+    settings = [{**order.settings(seed), **further} if frame.finished else None for seed in order.seeds]
+    files = [encode_png(*pair) for pair in zip(to_pictures(frame.images), settings)]
+    return [PNG_ADDRESS + base64.b64encode(file).decode() for file in files]
+
+
+def edited(order: Order, frame: Frame, marked: Sequence[int] = ()) -> dict[str, str]:
+    """Return the entries of the editor's value that a frame changes. ``marked`` are the redrawn tokens."""
+    (address,) = addresses(order, frame, **({"redrawn": list(marked)} if marked else {}))
+    download = f"{html.escape(order.class_name)}-{order.seeds[0]}.png" if frame.finished else ""
+    return {"picture": address, "download": download, "status": status(order, frame)}
 
 
 def status(order: Order, frame: Frame) -> str:

@@ -1,15 +1,19 @@
 """Orders of the demo: entries, frames that end on the pipeline's images, and the model's own seconds."""
 
+import base64
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from refusals import refused
 
 from far.demo import drawing
-from far.demo.drawing import Model, Order, draw, load_models
+from far.demo.drawing import Model, Order, draw, load_models, redraw
+from far.demo.editor import PNG_ADDRESS, empty, opened
 from far.errors import InputError
+from far.pictures import encode_png, to_pictures
 from far.sampling import Progress, SamplingConfig
 
 
@@ -99,6 +103,61 @@ def test_seconds_include_drawing_only(model: Model, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(model.pipeline, "preview", lambda progress: passing(100.0, preview(progress)))
     seconds = [passing(1000.0, frame.seconds) for frame in draw(Order.of_entries(model, "circle", "0"))]
     assert seconds == [1.0, 2.0, 3.0, 14.0]
+
+
+def test_redrawn_frames_end_on_the_edit_of_the_pipeline(model: Model) -> None:
+    image = model.pipeline.generate(["circle"], seed=1, output="tensor")[0]
+    mask = torch.zeros(16, 16)
+    mask[:8] = 1  # tokens 0 and 1 of four
+    order, frames = redraw(Order.of_entries(model, "square", "3", guidance=2.0), image, [0, 1])
+    *_, before, last = frames
+    assert order.config.ar_steps == 2
+    expected = model.pipeline.edit(image, mask, "square", seed=3, guidance=2.0, output="tensor")
+    assert torch.equal(last.images, expected)
+    assert torch.equal(before.images[0, :, 12:], image[:, 12:])
+    drawn = before.images[0, :, :8].reshape(3, 8, 2, 8)
+    assert (drawn == 0.5).all(dim=0).all(dim=0).all(
+        dim=-1
+    ).sum() == 1  # the missing one of two tokens is gray
+
+
+def test_image_whose_parts_are_all_marked_is_drawn_anew(model: Model) -> None:
+    order = Order.of_entries(model, "square", "3")
+    _, frames = redraw(order, torch.rand(3, 16, 16), range(4))
+    *_, last = frames
+    torch.testing.assert_close(last.images, model.pipeline.draw(["square"], [3], order.config))
+
+
+def png_address(size: tuple[int, int]) -> str:
+    picture = to_pictures(torch.zeros(1, 3, *size))[0]
+    return PNG_ADDRESS + base64.b64encode(encode_png(picture)).decode()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"picture": ""}, "no picture"),
+        ({"picture": "data:image/svg+xml,<svg/>"}, "no picture"),
+        ({"picture": PNG_ADDRESS + "not base64!"}, "PNG"),
+        ({"picture": PNG_ADDRESS + base64.b64encode(b"GIF89a").decode()}, "PNG"),
+        ({"picture": png_address((16, 16))[:80]}, "PNG"),
+        ({"picture": png_address((16, 17))}, "16×16"),
+        ({"marked": []}, "no part"),
+        ({"marked": [4]}, "0 … 3"),
+        ({"marked": [-1]}, "0 … 3"),
+        ({"marked": [True]}, "0 … 3"),
+        ({"marked": "5"}, "0 … 3"),
+        ({"marked": None}, "0 … 3"),
+    ],
+)
+def test_unusable_values_of_the_editor_are_errors(model: Model, changes: dict, sentence: str) -> None:
+    value = {**empty(model), "picture": png_address((16, 16)), "marked": [2, 0, 2]}
+    image, marked = opened(value, model)
+    assert (image.shape, marked) == ((3, 16, 16), [0, 2])
+    with refused(sentence):
+        opened({**value, **changes}, model)
+    with refused("no picture"):
+        opened("", model)
 
 
 def test_settings_have_the_seed_of_each_image(model: Model) -> None:

@@ -83,11 +83,13 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(
-    pipeline_folder: Path, diffusion_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    pipeline_folder: Path,
+    diffusion_folder: Path,
+    causal_diffusion_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
-    server = Server(
-        ["avatars-64", str(pipeline_folder), str(diffusion_folder)], tmp_path_factory.mktemp("server")
-    )
+    folders = [pipeline_folder, diffusion_folder, causal_diffusion_folder]
+    server = Server(["avatars-64", *map(str, folders)], tmp_path_factory.mktemp("server"))
     yield server
     assert "Traceback" not in server.stop()
 
@@ -127,13 +129,13 @@ def enter(page: Page, **entries: str) -> None:
         page.get_by_label(field.replace("_", " ")).first.fill(value)
 
 
-def click(page: Page, button: str = "Generate") -> None:
+def click(page: Page | Locator, button: str = "Generate") -> None:
     page.get_by_role("button", name=button, exact=True).click()
 
 
-def open_compare(page: Page) -> Locator:
-    page.get_by_role("tab", name="Compare").click()
-    return page.get_by_role("tabpanel").filter(has=page.get_by_role("button", name="Compare"))
+def open_tab(page: Page, name: str) -> Locator:
+    page.get_by_role("tab", name=name).click()
+    return page.get_by_role("tabpanel")  # hidden ones have no role
 
 
 def saved(page: Page, link: str = "#generated a[download]", nth: int = 0) -> Image.Image:
@@ -233,7 +235,7 @@ def test_wrong_entries_are_messages_on_the_page_and_the_server_continues(page: P
 
 
 def test_two_models_draw_side_by_side(page: Page, pipeline_folder: Path, diffusion_folder: Path) -> None:
-    compare = open_compare(page)
+    compare = open_tab(page, "Heads")
     weights = compare.get_by_label("Weights")
     expect(weights.first).to_have_value(
         str(diffusion_folder)
@@ -245,18 +247,114 @@ def test_two_models_draw_side_by_side(page: Page, pipeline_folder: Path, diffusi
     expect(compare.get_by_label("Head steps").last).to_have_value("2")
     compare.get_by_label("Seed").fill("11")
     compare.get_by_label("Head steps").first.fill("50")
-    click(page, "Compare")
-    verdict = page.locator(".verdict").inner_text()
-    left, right = saved(page, "#left a[download]"), saved(page, "#right a[download]")
+    click(compare, "Compare")
+    verdict = page.locator("#heads-verdict .verdict").inner_text()
+    left, right = saved(page, "#heads-left a[download]"), saved(page, "#heads-right a[download]")
     assert (left.text["weights"], right.text["weights"]) == (str(diffusion_folder), str(pipeline_folder))  # type: ignore[attr-defined]
     assert (left.text["head_steps"], right.text["head_steps"]) == ("50", "2")  # type: ignore[attr-defined]
     assert left.text["seed"] == right.text["seed"] == "11"  # type: ignore[attr-defined]
     assert left.text["class"] == right.text["class"]  # type: ignore[attr-defined]
-    times = {side: page.locator(f"#{side} .status b").inner_text() for side in ("left", "right")}
+    times = {side: page.locator(f"#heads-{side} .status b").inner_text() for side in ("left", "right")}
     found = re.fullmatch(r"(\d+\.\d) × faster: (\S+) (\d+\.\d\d s) against (\S+) (\d+\.\d\d s)", verdict)
     assert found is not None, verdict
     assert found.groups()[1:] == (str(pipeline_folder), times["right"], str(diffusion_folder), times["left"])
     assert float(found[1]) > 1
+
+
+def test_backbones_are_compared_at_their_ar_steps(
+    page: Page, causal_diffusion_folder: Path, diffusion_folder: Path
+) -> None:
+    compare = open_tab(page, "Backbones")
+    weights, steps = compare.get_by_label("Weights"), compare.get_by_label("AR steps")
+    expect(weights.first).to_have_value(str(causal_diffusion_folder))  # against the first weights' backbone
+    expect(weights.last).to_have_value("avatars-64")
+    expect(steps.first).to_be_disabled()  # one step per token
+    weights.last.click()
+    page.get_by_role("option", name=str(diffusion_folder), exact=True).click()
+    steps.last.fill("2")
+    click(compare, "Compare")
+    left, right = (saved(page, f"#backbones-{side} a[download]") for side in ("left", "right"))
+    assert (left.text["ar_steps"], right.text["ar_steps"]) == ("4", "2")  # type: ignore[attr-defined]
+    expect(page.locator("#backbones-verdict")).to_contain_text("faster")
+
+
+def editor_picture(page: Page) -> Image.Image:
+    address = page.locator("#editor img").get_attribute("src") or ""
+    return Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])))
+
+
+def test_marked_parts_of_a_picture_are_redrawn(page: Page) -> None:
+    edit = open_tab(page, "Edit")
+    click(edit, "Redraw marked parts")
+    message = page.get_by_test_id("toast-body").filter(has_text="no picture")
+    expect(message).to_be_visible(timeout=PATIENCE * 1000)
+    edit.get_by_label("Seed").fill("3")
+    click(edit, "New picture")
+    first = saved(page, "#editor a[download]")
+    assert (first.text["seed"], first.text["class"]) == ("3", "critters")  # type: ignore[attr-defined]
+    token = page.locator("#editor [data-token]")
+    assert token.count() == 16
+    start, end = (token.nth(number).bounding_box() for number in (4, 6))
+    assert start is not None
+    assert end is not None
+    page.mouse.move(start["x"] + 9, start["y"] + 9)  # a stroke over three parts
+    page.mouse.down()
+    page.mouse.move(end["x"] + 9, end["y"] + 9, steps=20)
+    page.mouse.up()
+    token.nth(4).click()  # unmarks it
+    token.nth(7).focus()
+    page.keyboard.press("Space")
+    marked = page.locator("#editor [data-token][aria-pressed=true]")
+    expect(marked).to_have_count(3)
+    page.evaluate("document.querySelector('#editor a[download]').remove()")  # wait for that of the edit
+    edit.get_by_label("Seed").fill("5")
+    click(edit, "Redraw marked parts")
+    second = saved(page, "#editor a[download]")
+    assert (second.text["seed"], second.text["redrawn"]) == ("5", "[5, 6, 7]")  # type: ignore[attr-defined]
+    changes = np.abs(np.asarray(second).astype(int) - np.asarray(first)).max(axis=2)
+    tokens = changes.reshape(4, 16, 4, 16)[:, 4:12, :, 4:12].max(axis=(1, 3)).flatten()  # without the seams
+    assert np.flatnonzero(tokens).tolist() == [5, 6, 7]
+    expect(marked).to_have_count(3)  # to redraw them once more
+
+
+def test_visitors_image_is_opened_in_the_browser_alone(page: Page, server: Server, tmp_path: Path) -> None:
+    edit = open_tab(page, "Edit")
+    uploads: list[str] = []
+    page.on("request", lambda request: uploads.append(request.url) if "upload" in request.url else None)
+    pixels = np.zeros((96, 160, 3), dtype=np.uint8)
+    pixels[:, 32:128] = (200, 40, 90)  # the middle, which the crop keeps
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    edit.get_by_label("Open an image").set_input_files(tmp_path / "wide.png")
+    expect(page.locator("#editor img")).to_be_visible()
+    picture = np.asarray(editor_picture(page).convert("RGB")).astype(int)
+    assert picture.shape == (64, 64, 3)
+    assert np.abs(picture - [200, 40, 90]).max() <= 2
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    edit.get_by_label("Open an image").set_input_files(tmp_path / "broken.png")
+    expect(page.locator("#editor [role=status]")).to_contain_text("cannot open")
+    click(edit, "Mark all")
+    expect(page.locator("#editor [aria-pressed=true]")).to_have_count(16)
+    click(edit, "Unmark all")
+    page.locator("#editor [data-token='15']").click()
+    click(edit, "Redraw marked parts")
+    edited = np.asarray(saved(page, "#editor a[download]")).astype(int)
+    assert np.array_equal(edited[:40, :40], picture[:40, :40])
+    assert uploads == []
+
+
+def test_page_fits_a_phone(browser: Browser, server: Server) -> None:
+    context = browser.new_context(viewport={"width": 400, "height": 800}, has_touch=True)
+    page = context.new_page()
+    page.goto(server.address)
+    expect(page.locator("#generated .empty")).to_be_visible(timeout=PATIENCE * 1000)
+    for name in ("Generate", "Edit", "Heads", "Backbones"):
+        tab = open_tab(page, name)
+        expect(tab.get_by_role("button", name="Stop")).to_be_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400, name
+        for button in tab.get_by_role("button").all():
+            box = button.bounding_box()
+            assert box is None or box["x"] + box["width"] <= 400
+    context.close()
 
 
 def test_nothing_leaves_the_machine(page: Page, server: Server) -> None:
@@ -265,12 +363,12 @@ def test_nothing_leaves_the_machine(page: Page, server: Server) -> None:
     page.reload()
     click(page)
     expect(page.locator("#generated a[download]")).to_have_count(1, timeout=PATIENCE * 1000)
-    compare = open_compare(page)
+    compare = open_tab(page, "Heads")
     compare.get_by_label("Weights").first.click()
     page.get_by_role("option", name="avatars-64", exact=True).click()
     expect(compare.get_by_label("Class")).to_have_value("critters")  # the classes are those of the left model
-    click(page, "Compare")
-    expect(page.locator(".verdict")).to_be_visible(timeout=PATIENCE * 1000)
+    click(compare, "Compare")
+    expect(page.locator("#heads-verdict .verdict")).to_be_visible(timeout=PATIENCE * 1000)
     page.wait_for_load_state("networkidle")
     others = {
         url
@@ -359,7 +457,7 @@ def endless(
         address,
         {
             "generate": (functions["generate"], [model.name, "circle", "0", 1, 2, 4, 2]),
-            "compare": (functions["compare"], ["circle", "0", model.name, 2, model.name, 2]),
+            "compare": (functions["compare_heads"], ["circle", "0", model.name, 2, model.name, 2]),
         },
     )
     demo.blocks.close(verbose=False)
@@ -380,6 +478,25 @@ def test_one_drawing_at_a_time_and_a_closed_page_stops_its_own(endless: tuple) -
             assert kind in ("estimation", "process_starts", "heartbeat")
     assert stream.closed.acquire(timeout=PATIENCE)
     assert stream.most == 1
+
+
+def test_stop_button_ends_the_drawing_and_keeps_its_image(endless: tuple, browser: Browser) -> None:
+    stream, address, _ = endless
+    page = browser.new_page()
+    page.goto(address)
+    for name, start, image in (
+        ("Generate", "Generate", "#generated img"),
+        ("Edit", "New picture", "#editor img"),
+    ):
+        tab = open_tab(page, name)
+        click(tab, start)
+        expect(page.locator(image)).to_be_visible(timeout=PATIENCE * 1000)
+        assert stream.running == 1
+        click(tab, "Stop")
+        assert stream.closed.acquire(timeout=PATIENCE)
+        assert stream.running == 0
+        expect(page.locator(image)).to_be_visible()
+    page.close()
 
 
 def test_full_queue_rejects_a_click(endless: tuple) -> None:
