@@ -1,7 +1,7 @@
 """MkDocs hooks: add pages made from the repository's files and from the code.
 
-README.md and CONTRIBUTING.md become pages. Links out of docs/ point to these pages or to copies of the files.
-The command-line reference is written from the parser.
+README.md, CONTRIBUTING.md and examples/README.md become pages. Links out of docs/ point to these pages or to
+copies of the files. The command-line reference is written from the parser.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 # Files of the repository that are pages of the site.
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
+PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "examples/README.md": "examples.md"}
 _LINK = re.compile(r"(\]\(|\bhref=\"|\bsrc=\")(?!\w+:|#)([^)\"\s#]+)")
 _CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 

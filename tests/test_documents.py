@@ -30,6 +30,7 @@ DOCUMENTS = sorted(
     [
         *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "PYPI")),
         *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "examples").rglob("*.md"),
         *(ROOT / "notebooks").glob("*.ipynb"),
     ]
 )
@@ -57,14 +58,19 @@ class Block:
 
 
 def text_of(document: Path) -> str:
-    """Return a document's Markdown. Shell commands in the code of a notebook become an ``sh`` block."""
+    """Return a document's Markdown.
+
+    Shell commands in the code of a notebook become an ``sh`` block, with the values of its variables.
+    """
     text = document.read_text(encoding="utf-8")
     if document.suffix != ".ipynb":
         return text
-    parts = []
+    parts, values = [], {}
     for cell in json.loads(text)["cells"]:
         source = "".join(cell["source"])
+        values |= dict(re.findall(r"^([A-Z]+) = \"?([\w-]+)", source, re.MULTILINE))
         commands = re.findall(r"^ *!(.+)$", source, re.MULTILINE) if cell["cell_type"] == "code" else []
+        commands = [re.sub(r"\{([A-Z]+)\}", lambda name: values[name[1]], line) for line in commands]
         parts.append(source if cell["cell_type"] == "markdown" else "\n".join(["```sh", *commands, "```"]))
     return "\n\n".join(parts)
 
@@ -129,7 +135,10 @@ def test_links_and_anchors_lead_somewhere(document: Path) -> None:
 def test_links_and_commands_of_a_notebook_are_found(tmp_path: Path) -> None:
     cells = [
         {"cell_type": "markdown", "source": ["# A\n", "[b](c.md)"]},
-        {"cell_type": "code", "source": ["!far generate --count 3\n", "x = 1"]},
+        {
+            "cell_type": "code",
+            "source": ["COUNT = 3  # few\n", "!far generate --count {COUNT}\n", "x = 1"],
+        },
     ]
     (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}))
     assert list(links(tmp_path / "a.ipynb")) == ["c.md"]

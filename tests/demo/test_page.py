@@ -178,9 +178,10 @@ def test_an_image_appears_step_by_step_and_is_the_one_that_generate_draws(page: 
 
 
 def test_other_weights_set_classes_and_ranges(page: Page, pipeline_folder: Path, tmp_path: Path) -> None:
-    expect(page.get_by_text("1 to 16", exact=True)).to_have_count(2)  # images and AR steps
+    panel = page.get_by_role("tabpanel")
+    expect(panel.get_by_text("1 to 16", exact=True)).to_have_count(2)  # images and AR steps
     choose(page, "Weights", str(pipeline_folder))
-    expect(page.get_by_text("1 to 4", exact=True)).to_be_visible()
+    expect(panel.get_by_text("1 to 4", exact=True)).to_be_visible()
     expect(page.get_by_label("AR steps").first).to_have_value("4")
     expect(page.get_by_label("Class").first).to_have_value("circle")
     choose(page, "Class", "stripes")
