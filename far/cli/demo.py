@@ -1,5 +1,7 @@
 """Serve a web page that shows images token by token, and two models on the same image.
 
+With --static, serve a page that far export web wrote, which draws in the visitor's browser.
+
 It serves this machine only unless --host is given, and loads nothing from other hosts.
 """
 
@@ -7,6 +9,7 @@ import argparse
 import os
 import socket
 import threading
+from pathlib import Path
 
 from far.cli.machine_arguments import add_machine_arguments, prepare_machine, print_chosen
 from far.cli.model_arguments import add_graph_arguments
@@ -21,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     names = "bundled names, folders or hub names (default: all bundled models)"
     add("--weights", nargs="+", default=bundled_names(), metavar="MODEL", help=names)
+    add("--static", type=Path, metavar="FOLDER", help="a page of far export web, instead of drawing here")
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     add("--port", type=int, default=7860, help="port to listen on (default 7860)")
     add_machine_arguments(parser, DTYPES)
@@ -30,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if not 1 <= arguments.port <= 65535:
         raise InputError(f"--port {arguments.port} is out of range. Give 1 to 65535")
+    if arguments.static is not None:
+        return _serve_static(arguments.static, arguments.host, arguments.port)
     for name in arguments.weights:
         find_folder(name)
     _check_address(arguments.host, arguments.port)
@@ -49,6 +55,18 @@ def run(arguments: argparse.Namespace) -> None:
     address = Demo(models).launch(arguments.host, arguments.port)
     print(f"far demo: {address} (Ctrl-C ends it)", flush=True)
     threading.Event().wait()
+
+
+def _serve_static(folder: Path, host: str, port: int) -> None:
+    if not (folder / "index.html").is_file():
+        raise InputError(f"--static {folder} holds no page (index.html). Make one with far export web")
+    _check_address(host, port)
+
+    from far.demo.static import serve
+
+    with serve(folder, host, port) as server:
+        print(f"far demo: http://{host}:{port}/ (Ctrl-C ends it)", flush=True)
+        server.serve_forever()
 
 
 def _check_address(host: str, port: int) -> None:

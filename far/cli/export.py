@@ -1,6 +1,7 @@
 """Write a model for another library, into a new folder.
 
 diffusers: for DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True), which needs far installed.
+web: a page that draws in the browser, for any static web server. Try it with far demo --static FOLDER.
 onnx: ONNX files, with a config.json that specifies the loop around them. far generate and far edit draw from
 such a folder with ONNX Runtime, other programs in any language that has it.
 """
@@ -32,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, default="float32", help=f"{written}; int8 also computes in it"
     )
     command.set_defaults(export=_to_onnx)
+    command = _add_format(formats, "web", "a page that draws in the browser")
+    stored = "dtype of the weights (default int8, the smallest)"
+    command.add_argument("--dtype", choices=DTYPES, default="int8", help=stored)
+    runtime = "folder dist of the npm package onnxruntime-web (default: npm downloads it)"
+    command.add_argument("--runtime-files", type=Path, metavar="FOLDER", help=runtime)
+    command.set_defaults(export=_to_web)
 
 
 def _add_format(formats: Any, name: str, summary: str) -> argparse.ArgumentParser:
@@ -65,6 +72,16 @@ def _to_onnx(arguments: argparse.Namespace, folder: Path) -> None:
         export(folder, arguments.out, dtype=arguments.dtype)
     size = sum(path.stat().st_size for path in arguments.out.iterdir()) / 1e6
     print(f"{arguments.out}: exported from {arguments.weights} ({size:.1f} MB)")
+
+
+def _to_web(arguments: argparse.Namespace, folder: Path) -> None:
+    from far.onnx.web import export_web
+
+    with noticed(f"exporting {arguments.weights}"):
+        export_web(folder, arguments.out, dtype=arguments.dtype, runtime_files=arguments.runtime_files)
+    size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file()) / 1e6
+    how = f"Try it with far demo --static {arguments.out}"
+    print(f"{arguments.out}: exported from {arguments.weights} ({size:.1f} MB). {how}")
 
 
 def diffusers_pipeline() -> ModuleType:

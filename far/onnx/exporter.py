@@ -17,7 +17,7 @@ from far.errors import InputError
 from far.files import atomic_folder, check_empty_folder, sha256, write_json
 from far.folder import ModelFolder
 from far.onnx.config import CONFIG, DTYPES, OnnxConfig, OnnxFile, export_values
-from far.onnx.graphs import BACKBONE, HEAD, Graph, graphs_of
+from far.onnx.graphs import BACKBONE, ENCODER, HEAD, Graph, graphs_of
 from far.onnx.loop import loop
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _MATRICES = (BACKBONE, HEAD)
 
 
-def export(name: Path | str, out: Path | str, *, dtype: str = "float32") -> None:
+def export(name: Path | str, out: Path | str, *, dtype: str = "float32", encoder: bool = True) -> None:
     """Write a model as ONNX files into the folder ``out``, all of them or none.
 
     Args:
@@ -35,6 +35,7 @@ def export(name: Path | str, out: Path | str, *, dtype: str = "float32") -> None
         out: a folder that does not exist or is empty.
         dtype: ``float32``; ``float16``, which halves the files and is computed in float32; or ``int8``, which
             also quantizes the matrix products of backbone and head.
+        encoder: export the encoder too, which only edits need.
 
     Raises:
         InputError: the model does not exist, its kind cannot be exported, ``out`` is not empty or cannot be
@@ -48,6 +49,8 @@ def export(name: Path | str, out: Path | str, *, dtype: str = "float32") -> None
     model = folder.load_model()
     autoencoder = folder.load_autoencoder() if folder.has_autoencoder else None
     graphs = graphs_of(model, autoencoder)
+    if not encoder:
+        graphs.pop(ENCODER, None)
     with atomic_folder(out) as temporary:
         files = write_graphs(graphs, temporary, dtype)
         # Exports have no approximate cache. One with an exact cache has this default already.

@@ -134,12 +134,25 @@ class Session:
         except Exception as error:  # ONNX Runtime's errors share no class
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"ONNX Runtime cannot read {path} ({reason}). Update onnxruntime") from error
-        self.inputs = described.inputs
+        self._path = path
+
+    def axes(self, name: str) -> list[int | str]:
+        """Return the axes of an input: sizes, or names of axes of any size."""
+        return next(entry.shape for entry in self._session.get_inputs() if entry.name == name)
 
     def __call__(self, **inputs: Tensor) -> list[Tensor]:
-        """Return the outputs for inputs by name."""
+        """Return the outputs for inputs by name.
+
+        Raises:
+            InputError: ONNX Runtime fails, as it does if ``config.json`` describes another model.
+        """
         given = {name: tensor.detach().contiguous().numpy() for name, tensor in inputs.items()}
-        return [torch.from_numpy(output) for output in self._session.run(None, given)]
+        try:
+            outputs = self._session.run(None, given)
+        except Exception as error:  # ONNX Runtime's errors share no class
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"ONNX Runtime cannot run {self._path} ({reason}). Export it again") from error
+        return [torch.from_numpy(output) for output in outputs]
 
 
 class _Cache:
@@ -191,7 +204,7 @@ class _OnnxBackbone(Backbone):
 
     def new_cache(self, rows: int) -> _Cache:
         """Return an empty cache for ``rows`` sequences."""
-        depth, _, heads, _, head_width = self._session.inputs["keys"]
+        depth, _, heads, _, head_width = self._session.axes("keys")
         return _Cache(torch.zeros(int(depth), rows, int(heads), 0, int(head_width)))
 
 

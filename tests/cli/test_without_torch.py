@@ -67,6 +67,8 @@ REFUSED = [
     ["export", "diffusers", "nowhere", "out"],
     ["export", "diffusers", "avatars-64", "/dev/null"],
     ["export", "onnx", "nowhere", "out"],
+    ["export", "web", "nowhere", "out"],
+    ["demo", "--static", "nowhere"],
     ["export", "onnx", "avatars-64", "/dev/null"],
     ["data", "folder", "nowhere", "out"],
     ["data", "nowhere", "out"],

@@ -1,7 +1,5 @@
 """Exports to ONNX against torch: every backbone with every head, dtypes, errors."""
 
-import copy
-import dataclasses
 import itertools
 import json
 import shutil
@@ -11,139 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onnx_parts import BACKBONES, HEADS, Parts, latents, sampling
 from PIL import Image
 from refusals import refused
 from torch import nn
 
 import far.onnx
-from far.autoencoder import Autoencoder, AutoencoderConfig
-from far.backbone import BlockCausalConfig, CausalConfig, MaskedConfig
 from far.cli.main import main
-from far.folder_config import FolderConfig
-from far.heads import (
-    DiffusionConfig,
-    EnergyConfig,
-    FlowConfig,
-    FlowMapConfig,
-    HeadConfig,
-    ShortcutConfig,
-)
 from far.heads.network import HeadNetwork
-from far.model import FAR, ModelConfig, NetworkConfig
 from far.names import bundled_names
-from far.onnx.config import OnnxConfig, OnnxFile, export_values, open_export
 from far.onnx.exporter import write_graphs
-from far.onnx.graphs import BACKBONE, DECODER, ENCODER, HEAD, Graph, _Step, graphs_of
+from far.onnx.graphs import HEAD, Graph, _Step
 from far.onnx.pipeline import Session
-from far.pipeline import Pipeline, load
-from far.sampling import Kept, SamplingConfig, SeededNoise, sample
+from far.pipeline import load
+from far.sampling import Kept, SamplingConfig
 
-CLASSES = ("circle", "square", "stripes")
 TOLERANCE = 1e-3
-BACKBONES = {
-    "masked": MaskedConfig(32, 1, 2, 32, 1, 2, buffer=2, dropout=0.0),
-    "causal": CausalConfig(width=32, depth=1, heads=2, buffer=2),
-    "block_causal": BlockCausalConfig(width=32, encoder_depth=1, decoder_depth=1, heads=2, buffer=2),
-}
-SIZE = {"width": 24, "depth": 1}
-HEADS: dict[str, HeadConfig] = {
-    "shortcut": ShortcutConfig(**SIZE),
-    "flow": FlowConfig(**SIZE, solver="heun"),
-    "diffusion": DiffusionConfig(**SIZE, token_limit=3.0),
-    "flow_map": FlowMapConfig(**SIZE, max_guidance=3.0),
-    "energy": EnergyConfig(**SIZE),
-}
-
-
-def config_of(backbone: str, head: str) -> ModelConfig:
-    network = NetworkConfig(BACKBONES[backbone], HEADS[head], spherical=head == "flow")
-    return ModelConfig(network, len(CLASSES), latent_channels=4, grid=(3, 4))
-
-
-def random_model(config: ModelConfig, seed: int = 0) -> FAR:
-    """A model none of whose weights is zero, unlike an untrained one's."""
-    model, generator = FAR(config), torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2, generator=generator)
-    return model.eval()
-
-
-@pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a small random model with an autoencoder."""
-    folder = tmp_path_factory.mktemp("whole") / "model"
-    statistics = {"scale": (0.5, 1.0, 2.0, 3.0), "shift": (0.1, 0.2, -0.3, 0.0)}
-    torch.manual_seed(0)
-    autoencoder = Autoencoder(AutoencoderConfig(8, (1, 1, 2), 1, 4, norm_groups=4, **statistics)).eval()
-    model, defaults = random_model(config_of("causal", "energy")), SamplingConfig(12, 1, guidance=2.0)
-    Pipeline(model, autoencoder, CLASSES, defaults).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def exported(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exported") / "onnx"
-    assert main(["export", "onnx", str(whole), str(folder)]) == 0
-    return folder
-
-
-class Parts:
-    """Every backbone and every head, in torch and as ONNX files. Any two make a model.
-
-    Exporting takes seconds per file, so each part is exported once: those of ``exported`` by that fixture.
-    """
-
-    def __init__(self, whole: Path, exported: Path, folder: Path) -> None:
-        pipeline, described = load(whole, device="cpu"), open_export(exported)[2].files
-        self.models = {name: random_model(config_of(name, "shortcut")) for name in BACKBONES}
-        self.models |= {name: random_model(config_of("masked", name)) for name in HEADS}
-        self.models |= {"causal": pipeline.model, "energy": pipeline.model}
-        self.files: dict[str, dict[str, OnnxFile]] = {"causal": described, "energy": described}
-        self.folders = {"causal": exported, "energy": exported}
-        for name in self.models.keys() - self.files:
-            graphs = graphs_of(self.models[name], None)
-            own = {file: graphs[file] for file in graphs if (file == BACKBONE) == (name in BACKBONES)}
-            self.folders[name] = folder / name
-            self.folders[name].mkdir()
-            self.files[name] = write_graphs(own, folder / name, "float32")
-
-    def torch(self, backbone: str, head: str) -> FAR:
-        model = random_model(config_of(backbone, head))
-        model.backbone = copy.deepcopy(self.models[backbone].backbone)
-        model.head = copy.deepcopy(self.models[head].head)
-        return model
-
-    def onnx(self, backbone: str, head: str, folder: Path) -> far.onnx.OnnxPipeline:
-        files = {}
-        for name in (backbone, head):
-            for file, described in self.files[name].items():
-                if (file == BACKBONE) == (name in BACKBONES) and file not in (DECODER, ENCODER):
-                    shutil.copy(self.folders[name] / file, folder)
-                    files[file] = described
-        config = FolderConfig(config_of(backbone, head), classes=CLASSES)
-        values = export_values(config, OnnxConfig("float32", files))
-        (folder / "config.json").write_text(json.dumps(values))
-        return far.onnx.load(folder)
-
-
-@pytest.fixture(scope="session")
-def parts(whole: Path, exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Parts:
-    return Parts(whole, exported, tmp_path_factory.mktemp("parts"))
-
-
-def latents(model: FAR, config: SamplingConfig, kept: Kept | None = None) -> torch.Tensor:
-    return sample(
-        model, torch.tensor([2, 0]), SeededNoise([5, 2**40], torch.device("cpu")), config, kept=kept
-    )
-
-
-def sampling(model: FAR, **given: object) -> SamplingConfig:
-    steps = 5 if model.backbone.any_order else 12
-    head_steps = min(3, model.head.max_steps)
-    return dataclasses.replace(
-        SamplingConfig(steps, head_steps, guidance=2.0, temperature=0.9),
-        **given,  # type: ignore[arg-type]
-    )
 
 
 @pytest.mark.parametrize(("backbone", "head"), [*itertools.product(BACKBONES, HEADS)])

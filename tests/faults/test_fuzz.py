@@ -48,7 +48,8 @@ from far.evaluation.features import FeatureNetwork
 from far.evaluation.images import open_images, write_npz
 from far.evaluation.references import open_reference, write_statistics
 from far.files import write_json
-from far.folder import load_autoencoder
+from far.folder import ModelFolder, load_autoencoder
+from far.onnx.config import OnnxConfig, OnnxFile, export_values, open_export
 from far.pipeline import Pipeline
 from far.recipe import find_recipe, load_recipe
 from far.training.checkpoint import named_tensors, save_checkpoint
@@ -117,6 +118,7 @@ LOADERS = {
         False,
         "autoencoder.safetensors",
     ),
+    "export's config": Loader("export/config.json", lambda at: repr(open_export(at / "export")), False),
     "images": Loader(
         "images/shard-00000.safetensors", lambda at: everything(open_image_set(at / "images")), True
     ),
@@ -267,6 +269,10 @@ def valid(
     at = tmp_path_factory.mktemp("valid")
     shutil.copytree(pipeline_folder, at / "pipeline")
     shutil.copytree(autoencoder_folder, at / "autoencoder")
+    (at / "export").mkdir()
+    exported = OnnxConfig("float32", {"head.onnx": OnnxFile("0" * 64, {"x": ("rows", 8)}, {})}, ("loop",))
+    described = ModelFolder.open(pipeline_folder).config
+    write_json(at / "export" / "config.json", export_values(described, exported))
     shutil.copytree(image_set / "train", at / "images")
     shutil.copytree(latents_folder, at / "latents")
     writer = ShardWriter(at / "rows", {"kind": "rows"})

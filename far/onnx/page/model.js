@@ -1,0 +1,49 @@
+// Loads config.json and the ONNX files beside this script, and runs them with ONNX Runtime Web.
+
+import * as ort from "./runtime/ort.wasm.min.mjs";
+
+// Smallest module with an instruction of WebAssembly SIMD, which ONNX Runtime Web needs.
+const SIMD = [
+  0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11,
+];
+const MOST_THREADS = 4;
+
+/**
+ * Load the model.
+ *
+ * @param {(loaded: number, files: number) => void} progress called before each file
+ * @returns {Promise<{config: object, run: (file: string, inputs: object) => Promise<object>}>} `run` takes and
+ *   returns tensors {type, data, dims} by name
+ */
+export async function loadModel(progress = () => {}) {
+  if (!globalThis.WebAssembly || !WebAssembly.validate(new Uint8Array(SIMD))) {
+    throw new Error("This browser has no WebAssembly SIMD. Use a current Firefox, Chrome, Edge or Safari.");
+  }
+  ort.env.wasm.wasmPaths = new URL("runtime/", import.meta.url).href;
+  // Threads need shared memory, which browsers allow to isolated pages only.
+  const cores = navigator.hardwareConcurrency || 1;
+  ort.env.wasm.numThreads = globalThis.crossOriginIsolated ? Math.min(MOST_THREADS, cores) : 1;
+  const config = await (await fetched("config.json")).json();
+  const files = Object.keys(config.onnx.files), sessions = {};
+  for (const [index, file] of files.entries()) {
+    progress(index, files.length);
+    const content = await (await fetched(file)).arrayBuffer();
+    sessions[file] = await ort.InferenceSession.create(content, { executionProviders: ["wasm"] });
+  }
+  const run = async (file, inputs) => {
+    const tensors = mapped(inputs, ({ type, data, dims }) => new ort.Tensor(type, data, dims));
+    const outputs = await sessions[file].run(tensors);
+    return mapped(outputs, ({ type, data, dims }) => ({ type, data, dims }));
+  };
+  return { config, run };
+}
+
+async function fetched(file) {
+  const response = await fetch(new URL(file, import.meta.url));
+  if (!response.ok) throw new Error(`The file ${file} is missing. Copy the whole folder to the server.`);
+  return response;
+}
+
+function mapped(values, change) {
+  return Object.fromEntries(Object.entries(values).map(([name, value]) => [name, change(value)]));
+}

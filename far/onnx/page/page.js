@@ -1,0 +1,120 @@
+// The page: reads the form, draws, and shows the tokens as they become known.
+
+import { loadModel } from "./model.js";
+import { sample } from "./sampler.js";
+
+const element = (id) => document.getElementById(id);
+const FIELDS = ["seed", "ar_steps", "head_steps", "guidance"];
+const SHARE = 0.3; // of the drawing time, at most, is spent on previews
+
+let config, run;
+
+function fillForm() {
+  config.classes.forEach((name, number) => element("label").add(new Option(name, number)));
+  const { defaults, model } = config, tokens = model.grid[0] * model.grid[1] / model.network.patch ** 2;
+  element("ar_steps").max = tokens;
+  element("ar_steps").value = defaults.ar_steps;
+  element("ar_steps").disabled = model.network.backbone.kind === "causal";
+  element("head_steps").value = [defaults.head_steps].flat()[0];
+  element("guidance").value = defaults.guidance;
+}
+
+/** Return the values of the form, or null after showing which entry is invalid. */
+function entries() {
+  const values = { label: Number(element("label").value) };
+  let wrong = null;
+  for (const name of FIELDS) {
+    const field = element(name), valid = field.value !== "" && field.checkValidity();
+    field.setAttribute("aria-invalid", String(!valid));
+    if (!valid) wrong ??= field;
+    values[name] = Number(field.value);
+  }
+  const range = wrong && `from ${wrong.min} to ${wrong.max}`;
+  const whole = wrong && wrong.step === "1" ? "a whole number" : "a number";
+  error(wrong ? `${wrong.labels[0].textContent.trim()}: give ${whole} ${range}.` : "");
+  wrong?.focus();
+  return wrong ? null : values;
+}
+
+async function draw() {
+  const options = entries();
+  if (options === null) return;
+  busy(true);
+  const begin = performance.now();
+  let previews = 0;
+  try {
+    const latents = await sample(config, run, options, async (partial, known, step) => {
+      status(`Drawing: step ${step + 1} of ${options.ar_steps} …`);
+      const now = performance.now();
+      if (step + 1 < options.ar_steps && previews <= SHARE * (now - begin)) {
+        await show(partial, known);
+        previews += performance.now() - now;
+      }
+      await new Promise((resolve) => setTimeout(resolve)); // lets the browser paint
+    });
+    await show(latents, null);
+    const name = config.classes[options.label];
+    element("image").setAttribute("aria-label", `Image of the class ${name}, seed ${options.seed}`);
+    await offer(`${name.replaceAll(/[^\w-]+/g, "-")}-${options.seed}.png`);
+    status(`Drawn in ${((performance.now() - begin) / 1000).toFixed(1)} seconds.`);
+  } catch (problem) {
+    error(`The image could not be drawn: ${problem.message}`);
+  } finally {
+    busy(false);
+  }
+}
+
+/** Decode latents onto the canvas, gray where tokens are not known. */
+async function show(latents, known) {
+  const { images } = await run("decoder.onnx", { latents });
+  const [, , height, width] = images.dims, plane = height * width;
+  const { grid, network: { patch } } = config.model;
+  const [rows, columns] = grid.map((side) => side / patch);
+  const picture = new ImageData(width, height); // its array clamps and rounds
+  for (let i = 0; i < plane; i++) {
+    const y = Math.floor(Math.floor(i / width) * rows / height), x = Math.floor((i % width) * columns / width);
+    const drawn = known === null || known[y * columns + x];
+    for (let c = 0; c < 3; c++) picture.data[4 * i + c] = drawn ? 255 * images.data[c * plane + i] : 128;
+    picture.data[4 * i + 3] = 255;
+  }
+  const canvas = element("image");
+  [canvas.width, canvas.height] = [width, height];
+  canvas.getContext("2d").putImageData(picture, 0, 0);
+}
+
+async function offer(name) {
+  const blob = await new Promise((resolve) => element("image").toBlob(resolve, "image/png"));
+  const link = element("save");
+  URL.revokeObjectURL(link.href);
+  link.href = URL.createObjectURL(blob);
+  link.download = name;
+  link.hidden = false;
+}
+
+function busy(is) {
+  element("draw").disabled = element("another").disabled = is;
+  if (is) element("save").hidden = true;
+}
+
+const status = (text) => { element("status").textContent = text; };
+const error = (text) => { element("error").textContent = text; };
+
+element("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (!element("draw").disabled) draw();
+});
+element("another").addEventListener("click", () => {
+  const seed = element("seed");
+  seed.value = seed.checkValidity() && seed.value !== "" ? (Number(seed.value) + 1) % 2 ** 32 : 0;
+  draw();
+});
+
+loadModel((loaded, files) => status(`Loading the model: file ${loaded + 1} of ${files} …`)).then(
+  (model) => {
+    ({ config, run } = model);
+    fillForm();
+    status("Ready.");
+    busy(false);
+  },
+  (problem) => { status(""); error(problem.message); },
+);
