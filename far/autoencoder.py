@@ -190,7 +190,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.conv.weight
-        plain = torch.is_grad_enabled() or weight.is_inference()  # inference tensors do not count changes
+        # Inference tensors do not count their changes, and traced ones have no address.
+        plain = torch.is_grad_enabled() or weight.is_inference() or torch.compiler.is_compiling()
         if plain or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
             return self.conv(F.interpolate(x, scale_factor=2.0))
         version = weight.data_ptr(), weight._version

@@ -61,6 +61,15 @@ def test_upsampling_follows_its_weight() -> None:
         check(made)
 
 
+@torch.no_grad()
+def test_upsampling_is_exported_as_repetition_and_convolution() -> None:
+    torch.manual_seed(0)
+    layer, x = Upsample(3), torch.randn(1, 3, 4, 4)
+    layer(x)
+    exported = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close(exported(x), repeated(layer, x), rtol=1e-5, atol=1e-6)
+
+
 def test_decoding_with_gradients_equals_decoding_without() -> None:
     torch.manual_seed(0)
     autoencoder, latents = Autoencoder(TINY), torch.randn(2, 2, 4, 3)
