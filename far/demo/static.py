@@ -4,7 +4,7 @@ import functools
 import http.server
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 
 def serve(folder: Path, host: str, port: int) -> http.server.ThreadingHTTPServer:
@@ -23,7 +23,7 @@ class _Server(http.server.ThreadingHTTPServer):
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    extensions_map: ClassVar[dict[str, str]] = {
+    extensions_map = {  # noqa: RUF012 (the base class declares it as an instance's)
         **http.server.SimpleHTTPRequestHandler.extensions_map,
         ".js": "text/javascript",
         ".mjs": "text/javascript",

@@ -50,8 +50,8 @@ def export_web(
         check_runtime(runtime)
         with atomic_folder(out) as folder:
             export(name, folder, dtype=dtype, encoder=False)  # the page does not edit
-            for file in _PAGE.iterdir():
-                shutil.copy(file, folder)
+            for part in _PAGE.iterdir():
+                shutil.copy(part, folder)
             (folder / "runtime").mkdir()
             for file in RUNTIME_FILES:
                 shutil.copy(runtime / file, folder / "runtime")
