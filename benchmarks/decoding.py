@@ -8,6 +8,7 @@ minutes on two cores.
 import argparse
 import copy
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -48,7 +49,9 @@ def rows(config: AutoencoderConfig, side: int, batch: int, dtype: str, rounds: i
     small = copy.deepcopy(full)
     small.use_decoder("small")
     networks = {"repetition": with_repetition(full), "full": full, "small": small}
-    calls = {name: functools.partial(network.to_images, latents) for name, network in networks.items()}
+    calls: dict[str, Callable[[], object]] = {
+        name: functools.partial(network.to_images, latents) for name, network in networks.items()
+    }
     seconds = paired(calls, rounds)
     base = seconds["repetition"]
     return [f"{summary(times)}, {median_ratio(base, times):.2f}" for times in seconds.values()]
