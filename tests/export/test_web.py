@@ -220,6 +220,15 @@ def test_a_missing_file_is_reported_on_the_page(browser: Browser, site: Path, tm
         page.close()
 
 
+def test_a_browser_without_simd_is_told_so(browser: Browser, address: str) -> None:
+    page = browser.new_page()
+    page.add_init_script("WebAssembly.validate = () => false")
+    page.goto(address)
+    expect(page.get_by_role("alert")).to_contain_text("SIMD", timeout=PATIENCE)
+    expect(page.get_by_role("button", name="Draw")).to_be_disabled()
+    page.close()
+
+
 @pytest.mark.parametrize(
     ("backbone", "head"), [("masked", "shortcut"), ("causal", "flow_map"), ("masked", "flow_map")]
 )
