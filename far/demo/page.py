@@ -156,7 +156,7 @@ class Demo:
         fields = [label, *sampling]
         weights.input(self._chosen_to_edit, [weights, label], [*fields, shown], **AT_ONCE)
         entries = [weights, label, seed, *sampling]
-        started = [
+        started: list[dict[str, Any]] = [
             new.click(shows_errors(self.new_picture), entries, shown, **DRAWING),
             button.click(shows_errors(self.redraw), [*entries, shown], shown, **DRAWING),
         ]
