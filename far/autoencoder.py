@@ -211,8 +211,10 @@ def transposed_weight(weight: Tensor) -> Tensor:
     It is for a transposed convolution of stride 2 and padding 1. Each output pixel reads 2 × 2 input pixels,
     whose weights are sums of one or two weights per axis.
     """
-    taps = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-    return torch.einsum("ak,bl,oikl->ioab", taps, taps, weight)
+    first, middle, last = weight.permute(0, 2, 3, 1).unbind(1)
+    rows = torch.stack([last, middle + last, first + middle, first], dim=1)
+    first, middle, last = rows.unbind(2)
+    return torch.stack([last, middle + last, first + middle, first], dim=2).permute(3, 0, 1, 2)
 
 
 class SmallDecoder(nn.Module):
