@@ -76,7 +76,7 @@ def write_graphs(graphs: dict[str, Graph], folder: Path, dtype: str) -> dict[str
 
         from far.onnx.stored import store
     files = {}
-    with _quiet():
+    with needs_extra(), _quiet():  # int8 needs onnxruntime too
         for file, graph in graphs.items():
             store(_traced(graph, file), dtype, folder / file, matrices=file in _MATRICES)
             files[file] = OnnxFile(sha256(folder / file), graph.inputs, graph.outputs)

@@ -21,6 +21,9 @@ def loop(model: FAR) -> tuple[str, ...]:
         *_backbone(model),
         f"No class is the label {model.null_label}. With guidance g ≠ 1, z_uncond is z without class, and a "
         "prediction p of the head becomes p_uncond + g · (p − p_uncond).",
+        "g = 1 + (guidance − 1) · min(m, n − 1)/n if guidance_schedule is linear, where m tokens are known "
+        "after the AR step, else guidance. g = 1 if the fraction known before is outside guidance_interval.",
+        "S = head_steps. Two values change linearly from the first AR step to the last, rounded.",
         *_head(model),
         *_constraint(model),
         f"In the end, latents [batch, {config.latent_channels}, {config.grid[0]}, {config.grid[1]}] hold the "
@@ -52,14 +55,17 @@ def _head(model: FAR) -> tuple[str, ...]:
                 "c = head_condition.onnx(temperature · normal noise).",)  # fmt: skip
     if isinstance(config, DiffusionConfig):
         return (
-            f"{condition} x = normal noise. For each time t of S times from {TRAINING_STEPS - 1} down to 0: "
-            "ε, v = head.onnx(x, c, head_time.onnx([t])), and x is drawn as a DDPM step does, its noise "
-            "multiplied by the temperature. Only ε is guided.",
+            f"{condition} x = normal noise. For each time t of S times from {TRAINING_STEPS - 1} down to 0, "
+            "evenly spaced and rounded: ε, v = head.onnx(x, c, head_time.onnx([t])), and x is drawn as a "
+            "step of a DDPM does, its noise multiplied by the temperature. Only ε is guided.",
+            f"The DDPM has the cosine schedule of {TRAINING_STEPS} steps with β ≤ 0.999, respaced to the S "
+            "times. The log-variance is (v + 1)/2 of the way from that of the posterior to log β.",
+            *_limit(config),
         )
     if isinstance(config, FlowMapConfig):
         learned = () if config.max_guidance is None else (
-            f"Add head_guidance.onnx({FLOW_MAP_UNIT:g} · (g − 1)) to c: with g ≤ {config.max_guidance:g} "
-            "there, z_uncond is not needed; with 1 there, guide as above.",
+            f"Add head_guidance.onnx([{FLOW_MAP_UNIT:g} · (g − 1)]) to c. If 1 ≤ guidance ≤ "
+            f"{config.max_guidance:g}, z_uncond is then not needed. Else give it 0, and guide as above.",
         )  # fmt: skip
         return (
             f"{temperature} {condition}",
@@ -78,6 +84,12 @@ def _head(model: FAR) -> tuple[str, ...]:
         f"x += d · head.onnx(x, c, head_time.onnx([{TIME_UNIT:g} t, {TIME_UNIT:g} d])); t += d. "
         f"d = 1/{FINEST} is given as 0.",
     )
+
+
+def _limit(config: DiffusionConfig) -> tuple[str, ...]:
+    if config.token_limit is None:
+        return ()
+    return (f"Clip the token that each step predicts from ε to ±{config.token_limit:g}.",)
 
 
 def _constraint(model: FAR) -> tuple[str, ...]:
