@@ -40,10 +40,10 @@ def export_web(
     """
     out = Path(out)
     check_empty_folder(out)
-    config = ModelFolder.open(name)
-    if config.config.model is None or not config.has_autoencoder:
+    model = ModelFolder.open(name)
+    if model.config.model is None or not model.has_autoencoder:
         raise InputError(f"{name} has no autoencoder or no generator. Give a whole model")
-    if (kind := config.config.model.network.head.kind) not in _HEADS:
+    if (kind := model.config.model.network.head.kind) not in _HEADS:
         raise InputError(f"the page cannot draw with a head of kind {kind!r}. Use {' or '.join(_HEADS)}")
     with tempfile.TemporaryDirectory() as temporary:
         runtime = _downloaded(Path(temporary)) if runtime_files is None else runtime_files
