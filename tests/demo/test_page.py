@@ -103,6 +103,7 @@ def browser() -> Iterator[Browser]:
                 "no Chromium for the browser tests: apt-get install chromium, or playwright install chromium"
             )
             pytest.fail(reason) if os.environ.get("FAR_REQUIRE_BROWSER") == "1" else pytest.skip(reason)
+        expect.set_options(timeout=PATIENCE * 1000)  # 5 s are not enough on a busy machine
         browser = playwright.chromium.launch(executable_path=program, args=FLAGS.split())
         yield browser
         browser.close()
