@@ -53,7 +53,7 @@ def test_images_of_a_class_are_more_similar_than_those_of_two(name: str) -> None
     assert float(within) > float(likeness[:8, 8:].mean()) + 0.5
 
 
-@pytest.mark.parametrize("name", ["avatars-64-mar"])
+@pytest.mark.parametrize("name", ["avatars-64-causal", "avatars-64-mar"])
 def test_bundled_models_share_the_autoencoder_of_the_first(name: str) -> None:
     assert not (BUNDLED / name / "autoencoder.safetensors").exists()
     ours, theirs = load_autoencoder(BUNDLED / name), load_autoencoder(BUNDLED / "avatars-64")

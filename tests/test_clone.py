@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 60 * 2**20
+LIMIT = 50 * 2**20
 
 
-def test_tracked_files_stay_below_60_mib() -> None:
+def test_tracked_files_stay_below_50_mib() -> None:
     """A shallow clone downloads all of them."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a clone")

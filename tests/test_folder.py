@@ -70,7 +70,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ("name", "files"),
     [
         ("avatars-64", ["avatars-64/autoencoder", "avatars-64/model"]),
-        ("avatars-64-causal", ["avatars-64-causal/autoencoder", "avatars-64-causal/model"]),
+        ("avatars-64-causal", ["avatars-64-causal/model", "avatars-64/autoencoder"]),
         ("avatars-64-mar", ["avatars-64-mar/model", "avatars-64/autoencoder", "avatars-64/model"]),
     ],
 )
