@@ -56,7 +56,7 @@ def load(name: Path | str) -> "OnnxPipeline":
             model.head.guidance_embedding = _OnnxGuidance(sessions[HEAD_GUIDANCE])
         autoencoder = None
         if config.autoencoder is not None:
-            autoencoder = _OnnxTokenizer(config.autoencoder, sessions[DECODER], sessions[ENCODER])
+            autoencoder = _OnnxTokenizer(config.autoencoder, sessions[DECODER], sessions.get(ENCODER))
     except KeyError as error:
         missing = f"{folder / CONFIG} names no {error.args[0]}"
         raise InputError(f"{missing}. Export the model again") from None
@@ -259,7 +259,7 @@ class _OnnxTokenizer(Tokenizer):
     """An autoencoder whose networks are ONNX files, from and to unit-variance latents."""
 
     def __init__(
-        self, config: AutoencoderConfig | DiffusersConfig, decoder: Session, encoder: Session
+        self, config: AutoencoderConfig | DiffusersConfig, decoder: Session, encoder: Session | None
     ) -> None:
         super().__init__()
         self.config, self.small_decoder = config, None
@@ -271,5 +271,11 @@ class _OnnxTokenizer(Tokenizer):
         return check_finite(torch.cat(parts)).clamp(0, 1)
 
     def to_latents(self, images: Tensor) -> Tensor:
-        """Return unit-variance latents ``[b, c, h, w]``; see :meth:`Tokenizer.to_latents`."""
+        """Return unit-variance latents ``[b, c, h, w]``; see :meth:`Tokenizer.to_latents`.
+
+        Raises:
+            InputError: the export has no encoder, like that of a web page.
+        """
+        if self._encode is None:
+            raise InputError(f"this export has no {ENCODER}, which edits need. Use far export onnx")
         return torch.cat([self._encode(images=part)[0] for part in images.split(_CHUNK)])

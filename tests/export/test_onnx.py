@@ -77,6 +77,21 @@ def test_exports_draw_and_edit_the_images_of_torch(whole: Path, exported: Path) 
     torch.testing.assert_close(ours.encode(expected), theirs.encode(expected), atol=TOLERANCE, rtol=0)
 
 
+def test_exports_without_an_encoder_draw_but_do_not_edit(exported: Path, tmp_path: Path) -> None:
+    """Check the folder of a web page, which has no encoder."""
+    folder = tmp_path / "page"
+    shutil.copytree(exported, folder)
+    (folder / "encoder.onnx").unlink()
+    values = json.loads((folder / "config.json").read_text())
+    del values["onnx"]["files"]["encoder.onnx"]
+    (folder / "config.json").write_text(json.dumps(values))
+    pipeline = far.onnx.load(folder)
+    images = pipeline.generate(["circle"], seed=0, output="tensor")
+    assert torch.equal(images, far.onnx.load(exported).generate(["circle"], seed=0, output="tensor"))
+    with refused("encoder.onnx"):
+        pipeline.encode(images)
+
+
 def test_generate_and_edit_take_an_export(whole: Path, exported: Path, tmp_path: Path) -> None:
     drawn = []
     for weights, dtype in ((whole, ["--dtype", "float32"]), (exported, [])):
