@@ -157,10 +157,10 @@ def noisy(latents: Tensor, most: float, generator: torch.Generator) -> Tensor:
 def _set_stage(module: Autoencoder, config: AutoencoderRecipe) -> Decoder | SmallDecoder:
     """Leave gradients only to the networks that a stage trains, and return the decoder among them.
 
-    Stage ``all`` changes the latents, so it removes the small decoder of the autoencoder that it starts from.
+    The small decoder of the autoencoder that the stage starts from is removed: it has learned the images of a
+    decoder that the other stages change, and its input passes ``post_quant_conv``, which they change too.
     """
-    if config.stage != "decoder":
-        module.set_small_decoder(config.model.small_decoder)
+    module.set_small_decoder(config.model.small_decoder)
     if config.stage == "all":
         return module.decoder
     module.requires_grad_(False)
