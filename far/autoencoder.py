@@ -190,8 +190,11 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.conv.weight
+        traced, training = torch.compiler.is_compiling(), torch.is_grad_enabled()
+        if training and not traced:
+            self._transposed = None  # fused optimizers change weights without counting it
         # Inference tensors do not count their changes, and traced ones have no address.
-        plain = torch.is_grad_enabled() or weight.is_inference() or torch.compiler.is_compiling()
+        plain = training or traced or weight.is_inference()
         if plain or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
             return self.conv(F.interpolate(x, scale_factor=2.0))
         version = weight.data_ptr(), weight._version

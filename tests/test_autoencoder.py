@@ -56,6 +56,10 @@ def test_upsampling_follows_its_weight() -> None:
     layer.conv.weight = torch.nn.Parameter(torch.randn(3, 3, 3, 3))
     check(layer)
     check(layer.to(torch.bfloat16).to(torch.float32))
+    with torch.enable_grad():
+        layer(x).sum().backward()
+    torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True).step()
+    check(layer)
     with torch.inference_mode():
         made = Upsample(3)
         check(made)
