@@ -122,7 +122,7 @@ class _Folders:
 
         If all images are in one folder, its name stays.
         """
-        if len(self.distinct) == 1:
+        if len({folder for folder, _ in self.distinct}) == 1:
             return [folder[-1:] for folder, _ in self.distinct]
         around = {
             part: _shared([folder for folder, held_out in self.distinct if held_out == part])

@@ -144,6 +144,12 @@ def test_labels_in_tars_go_with_parts_by_folder_or_by_file(tmp_path: Path) -> No
         source = open_source(str(tmp_path / place))
         assert found(source) == [(0, "a"), (1, "b"), (2, "a"), (3, "b")]
         assert found(source, held_out=True) == [(20, "a"), (21, "b")]
+    for part, numbers in (("train", (1, 2)), ("val", (3, 4))):
+        images = [(f"x/cats/{number}.png", png(number)) for number in numbers]
+        write_tar(tmp_path / f"one-{part}.tar", images)
+    source = open_source(str(tmp_path / "one-*.tar"))
+    assert found(source) == [(1, "cats"), (2, "cats")]
+    assert found(source, held_out=True) == [(3, "cats"), (4, "cats")]
 
 
 def test_images_labeled_minus_one_are_left_out_and_counted(tmp_path: Path) -> None:
