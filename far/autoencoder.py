@@ -6,8 +6,6 @@ Arithmetic and parameter names are those of the latent-diffusion autoencoder tha
 import dataclasses
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -186,38 +184,28 @@ class Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self._transposed: tuple[tuple[int, int], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.conv.weight
-        traced, training = torch.compiler.is_compiling(), torch.is_grad_enabled()
-        if training and not traced:
-            self._transposed = None  # fused optimizers change weights without counting it
-        # Inference tensors do not count their changes, and traced ones have no address.
-        plain = training or traced or weight.is_inference()
+        plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if plain or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
             return self.conv(F.interpolate(x, scale_factor=2.0))
-        version = weight.data_ptr(), weight._version
-        if self._transposed is None or self._transposed[0] != version:
-            joint = transposed_weight(weight).contiguous(memory_format=torch.channels_last)
-            self._transposed = version, joint
-        return F.conv_transpose2d(x, self._transposed[1], self.conv.bias, stride=2, padding=1)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Upsample":
-        self._transposed = None  # a moved weight may have the address and version of the one before it
-        return super()._apply(fn, recurse)  # type: ignore[return-value]
+        # Made at every call: a copy that is kept would miss changes that torch does not count.
+        return F.conv_transpose2d(x, transposed_weight(weight), self.conv.bias, stride=2, padding=1)
 
 
 def transposed_weight(weight: Tensor) -> Tensor:
     """Return the weight ``[in, out, 4, 4]`` that convolves ``[out, in, 3, 3]`` after repeating every pixel.
 
-    It is for a transposed convolution of stride 2 and padding 1. Each output pixel reads 2 × 2 input pixels,
-    whose weights are sums of one or two weights per axis.
+    It is for a transposed convolution of stride 2 and padding 1, in the memory order of channels_last. Each
+    output pixel reads 2 × 2 input pixels, whose weights are sums of one or two weights per axis.
     """
-    first, middle, last = weight.permute(0, 2, 3, 1).unbind(1)
-    rows = torch.stack([last, middle + last, first + middle, first], dim=1)
-    first, middle, last = rows.unbind(2)
-    return torch.stack([last, middle + last, first + middle, first], dim=2).permute(3, 0, 1, 2)
+    last = torch.channels_last
+    flipped = weight.transpose(0, 1).flip(2, 3).contiguous(memory_format=last)
+    joint = flipped.new_zeros(*flipped.shape[:2], 4, 4).contiguous(memory_format=last)
+    for rows, columns in itertools.product((slice(0, 3), slice(1, 4)), repeat=2):
+        joint[:, :, rows, columns] += flipped
+    return joint
 
 
 class SmallDecoder(nn.Module):
