@@ -29,7 +29,7 @@ def test_outputs_are_the_same_images_in_three_forms(pipeline: Pipeline) -> None:
     mask[8:] = True
     edited = pipeline.edit(array[0], mask, 1, output="np")
     assert edited.dtype == np.uint8
-    assert np.array_equal(edited[0, :8], array[0, :8])
+    assert np.array_equal(edited[0, :4], array[0, :4])  # the seam blends
 
 
 @pytest.mark.parametrize("output", ["jpeg", "PIL", None])

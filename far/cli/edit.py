@@ -16,6 +16,7 @@ from far.cli.model_arguments import (
     add_drawing_arguments,
     add_weights_argument,
     check_export,
+    decoder_setting,
     load_model_or_export,
 )
 from far.cli.sampling_arguments import sampling_options
@@ -68,8 +69,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     device = prepare_machine(arguments)
     dtype = resolve_dtype(arguments.dtype, device)
-    pipeline = load_model_or_export(arguments.weights, weights, dtype, device, decoder=arguments.decoder)
-    device, dtype = pipeline.device, pipeline.dtype
+    pipeline, device, dtype = load_model_or_export(
+        arguments.weights, weights, dtype, device, decoder=arguments.decoder
+    )
     picture, mask = _image_and_mask(arguments, pipeline.image_size)
     seeds = [arguments.seed + index for index in range(arguments.count)]
     sampling = sampling_options(arguments)
@@ -89,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
     label = pipeline.label(arguments.label)
     used = dataclasses.asdict(pipeline.sampling_config(**{**sampling, "ar_steps": steps}))
     settings = drawing_settings(arguments.weights, used, dtype, pipeline.classes, label, arguments.seed)
-    settings |= {"decoder": arguments.decoder, "image": arguments.image.name}
+    settings |= decoder_setting(arguments) | {"image": arguments.image.name}
     save_png(contact_sheet(images, [label] * len(images)), arguments.out, settings)
     print(f"wrote {arguments.out} ({arguments.count} {'version' if arguments.count == 1 else 'versions'})")
 

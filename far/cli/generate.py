@@ -24,6 +24,7 @@ from far.cli.model_arguments import (
     add_graph_arguments,
     add_weights_argument,
     check_export,
+    decoder_setting,
     load_model_or_export,
 )
 from far.cli.sampling_arguments import MOST_IMAGES, sampling_options
@@ -78,8 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
     device = prepare_machine(arguments)
     dtype = resolve_dtype(_dtype(arguments, device), device)
     options = {name: getattr(arguments, name) for name in ("record", "compile", "decoder")}
-    pipeline = load_model_or_export(arguments.weights, weights, dtype, device, **options)
-    device, dtype = pipeline.device, pipeline.dtype
+    pipeline, device, dtype = load_model_or_export(arguments.weights, weights, dtype, device, **options)
     chosen, places = _labels(pipeline, arguments)
     labels = [chosen[place] for place in places]
     texts = [label_text(pipeline.classes, label) for label in labels]
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
     config.check(pipeline.model)  # before the bar appears
     print_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, dtype))
     folder = _is_folder(arguments.out)
-    sampling = {**dataclasses.asdict(config), "decoder": arguments.decoder}
+    sampling = dataclasses.asdict(config) | decoder_setting(arguments)
     parts: list[Tensor] = []
     frames: list[Tensor] = []
     # A folder is filled at the end, so that an interrupted run is not mistaken for a whole one.

@@ -29,6 +29,11 @@ def add_weights_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="MODEL", default="avatars-64", help=meaning)
 
 
+def decoder_setting(arguments: argparse.Namespace) -> dict[str, object]:
+    """Return the decoder to record with an image, unless it is the full one."""
+    return {} if arguments.decoder == "full" else {"decoder": arguments.decoder}
+
+
 def add_decoder_argument(parser: argparse.ArgumentParser) -> None:
     """Add ``--decoder``."""
     meaning = "decoder of latents: small is faster and approximate, if the model has one (default full)"
@@ -77,14 +82,15 @@ def load_pipeline(name: str, folder: Path, dtype: str, device: torch.device, **o
 
 def load_model_or_export(
     name: str, folder: Path, dtype: str, device: torch.device, **options: Any
-) -> Pipeline:
-    """Return the pipeline in ``folder`` as :func:`load_pipeline`, or that of an ONNX export.
+) -> tuple[Pipeline, torch.device, str]:
+    """Return the pipeline in ``folder`` as :func:`load_pipeline` or that of an ONNX export; device and dtype.
 
     An export has its own dtype and device; see :func:`check_export`.
     """
     if not is_export(folder):
-        return load_pipeline(name, folder, dtype, device, **options)
+        return load_pipeline(name, folder, dtype, device, **options), device, dtype
     from far.onnx import load
 
     with noticed(f"loading {name}"):
-        return load(folder)
+        pipeline = load(folder)
+    return pipeline, pipeline.device, pipeline.dtype

@@ -273,6 +273,7 @@ def test_backbones_are_compared_at_their_ar_steps(
     expect(steps.first).to_be_disabled()  # one step per token
     weights.last.click()
     page.get_by_role("option", name=str(diffusion_folder), exact=True).click()
+    expect(steps.last).to_have_value("4")  # those of the weights, which arrive after the choice
     steps.last.fill("2")
     click(compare, "Compare")
     left, right = (saved(page, f"#backbones-{side} a[download]") for side in ("left", "right"))
