@@ -6,7 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
+from made_once import made_once
 from torch import nn
 
 import far.onnx
@@ -24,7 +26,6 @@ from far.model import FAR, ModelConfig, NetworkConfig
 from far.onnx.config import OnnxConfig, OnnxFile, export_values, open_export
 from far.onnx.exporter import write_graphs
 from far.onnx.graphs import BACKBONE, DECODER, ENCODER, graphs_of
-from far.pipeline import load
 from far.sampling import Kept, SamplingConfig, SeededNoise, sample
 
 CLASSES = ("circle", "square", "stripes & dots")
@@ -59,22 +60,15 @@ def random_model(config: ModelConfig, seed: int = 0) -> FAR:
 class Parts:
     """Every backbone and every head, in torch and as ONNX files. Any two make a model.
 
-    Exporting takes seconds per file, so each part is exported once: those of ``exported`` by that fixture.
+    Exporting takes seconds per file, so each part is exported once in a test run: ``causal`` and ``energy``
+    by the fixture ``exported``, the others when a test first needs them.
     """
 
-    def __init__(self, whole: Path, exported: Path, folder: Path) -> None:
-        pipeline, described = load(whole, device="cpu"), open_export(exported)[2].files
+    def __init__(self, exported: Path, factory: pytest.TempPathFactory) -> None:
+        self.exported, self.factory = exported, factory
         self.models = {name: random_model(config_of(name, "shortcut")) for name in BACKBONES}
         self.models |= {name: random_model(config_of("masked", name)) for name in HEADS}
-        self.models |= {"causal": pipeline.model, "energy": pipeline.model}
-        self.files: dict[str, dict[str, OnnxFile]] = {"causal": described, "energy": described}
-        self.folders = {"causal": exported, "energy": exported}
-        for name in self.models.keys() - self.files:
-            graphs = graphs_of(self.models[name], None)
-            own = {file: graphs[file] for file in graphs if (file == BACKBONE) == (name in BACKBONES)}
-            self.folders[name] = folder / name
-            self.folders[name].mkdir()
-            self.files[name] = write_graphs(own, folder / name, "float32")
+        self.models |= dict.fromkeys(("causal", "energy"), random_model(config_of("causal", "energy")))
 
     def torch(self, backbone: str, head: str) -> FAR:
         model = random_model(config_of(backbone, head))
@@ -85,14 +79,28 @@ class Parts:
     def onnx(self, backbone: str, head: str, folder: Path) -> far.onnx.OnnxPipeline:
         files = {}
         for name in (backbone, head):
-            for file, described in self.files[name].items():
+            part = self._exported(name)
+            for file, described in open_export(part)[2].files.items():
                 if (file == BACKBONE) == (name in BACKBONES) and file not in (DECODER, ENCODER):
-                    shutil.copy(self.folders[name] / file, folder)
+                    shutil.copy(part / file, folder)
                     files[file] = described
-        config = FolderConfig(config_of(backbone, head), classes=CLASSES)
-        values = export_values(config, OnnxConfig("float32", files))
-        (folder / "config.json").write_text(json.dumps(values))
+        _write_config(files, config_of(backbone, head), folder)
         return far.onnx.load(folder)
+
+    def _exported(self, name: str) -> Path:
+        if name in ("causal", "energy"):
+            return self.exported
+        return made_once(self.factory, f"onnx-{name}", lambda folder: self._export(name, folder))
+
+    def _export(self, name: str, folder: Path) -> None:
+        graphs = graphs_of(self.models[name], None)
+        own = {file: graphs[file] for file in graphs if (file == BACKBONE) == (name in BACKBONES)}
+        _write_config(write_graphs(own, folder, "float32"), self.models[name].config, folder)
+
+
+def _write_config(files: dict[str, OnnxFile], config: ModelConfig, folder: Path) -> None:
+    values = export_values(FolderConfig(config, classes=CLASSES), OnnxConfig("float32", files))
+    (folder / "config.json").write_text(json.dumps(values))
 
 
 def latents(model: FAR, config: SamplingConfig, kept: Kept | None = None) -> torch.Tensor:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_once import made_once
 from onnx_parts import CLASSES, Parts, config_of, random_model
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
@@ -15,22 +16,25 @@ from far.sampling import SamplingConfig
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a small random model with an autoencoder."""
-    folder = tmp_path_factory.mktemp("whole") / "model"
+    return made_once(tmp_path_factory, "whole", save_whole)
+
+
+def save_whole(folder: Path) -> None:
     statistics = {"scale": (0.5, 1.0, 2.0, 3.0), "shift": (0.1, 0.2, -0.3, 0.0)}
     torch.manual_seed(0)
     autoencoder = Autoencoder(AutoencoderConfig(8, (1, 1, 2), 1, 4, norm_groups=4, **statistics)).eval()
     model, defaults = random_model(config_of("causal", "energy")), SamplingConfig(12, 1, guidance=2.0)
     Pipeline(model, autoencoder, CLASSES, defaults).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
 def exported(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exported") / "onnx"
-    assert main(["export", "onnx", str(whole), str(folder)]) == 0
-    return folder
+    def export(folder: Path) -> None:
+        assert main(["export", "onnx", str(whole), str(folder)]) == 0
+
+    return made_once(tmp_path_factory, "exported", export)
 
 
 @pytest.fixture(scope="session")
-def parts(whole: Path, exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Parts:
-    return Parts(whole, exported, tmp_path_factory.mktemp("parts"))
+def parts(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    return Parts(exported, tmp_path_factory)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_once import made_once
 from onnx_parts import CLASSES, Parts, random_model, sampling
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -125,9 +126,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def site(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("web") / "site"
-    export_web(model, folder, dtype="float32", runtime_files=runtime_files())
-    return folder
+    runtime = runtime_files()
+
+    def export(out: Path) -> None:
+        export_web(model, out, dtype="float32", runtime_files=runtime)
+
+    return made_once(tmp_path_factory, "site", export)
 
 
 @pytest.fixture(scope="module")
