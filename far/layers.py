@@ -199,6 +199,17 @@ class KeyValueCache:
             self.bias = self.keys.new_zeros(shown)
             self.bias[self.length :].fill_(-torch.inf)
 
+    def causal_mask(self) -> Tensor | None:
+        """Return which positions each one appended by this pass sees, ``[m, positions]``.
+
+        None if the pass appends a single position, or if the cache was empty: then attention among the new
+        positions is plainly causal.
+        """
+        count = self.length - self.start
+        if self.start == 0 or count == 1:
+            return None
+        return self.keys.new_ones(count, self._shown(), dtype=torch.bool).tril(self.start)
+
     def overwrite(self, positions: Tensor) -> None:
         """Let the blocks of this pass overwrite held ``positions [b, m]`` of the first b rows."""
         self._keep(len(positions))

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from far.backbone.backbone import Backbone
-from far.backbone.causal import CausalBlock, initialize_branches, rotary_grid
+from far.backbone.causal import CausalBlock, extended, initialize_branches, rotary_grid
 from far.backbone.config import BlockCausalConfig
 from far.devices import to_device
-from far.layers import BlockCache, KeyValueCache, SwiGLU, as_input, attend, block_caches, rotate, take
+from far.layers import BlockCache, KeyValueCache, SwiGLU, as_input, attend, rotate, take
 
 
 class BlockCausalBackbone(Backbone):
@@ -69,11 +69,9 @@ class BlockCausalBackbone(Backbone):
             copies = torch.arange(buffer, device=places.device).expand(len(places), -1)
             places = torch.cat([copies, places], dim=1)
         rotary = self._rotary_at(places).to(x.dtype)
-        if cache is not None:
-            cache.extend(*x.shape[:2])
-        caches = block_caches(cache)
+        mask, caches = extended(cache, x)
         for block in self.encoder_blocks:
-            x = block(x, rotary, next(caches))
+            x = block(x, rotary, mask, next(caches))
         memory = self.encoder_norm(x)
         visible = self._visible(known, query) if cache is None else None
         x = F.embedding(query, self.query_embedding.weight)

@@ -5,6 +5,7 @@ condition ``z`` of the next token.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -74,11 +75,9 @@ class CausalBackbone(Backbone):
             prefix = self.class_embedding(labels).unsqueeze(1) + self.class_positions
             x = torch.cat([prefix, x.to(prefix.dtype)], dim=1)
         rotary = self.rotary[:, start:end].to(x.dtype)
-        if cache is not None:
-            cache.extend(*x.shape[:2])
-        caches = block_caches(cache)
+        mask, caches = extended(cache, x)
         for block in self.blocks:
-            x = block(x, rotary, next(caches))
+            x = block(x, rotary, mask, next(caches))
         return self.norm(take(x, query + buffer - 1 - start))
 
     def training_inputs(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,6 +93,15 @@ class CausalBackbone(Backbone):
         config = self.config
         positions, head_width = self.rotary.shape[1], config.width // config.heads
         return KeyValueCache(config.depth, rows, config.heads, positions, head_width, self.norm.weight)
+
+
+def extended(cache: KeyValueCache | None, x: Tensor) -> tuple[Tensor | None, Iterator[BlockCache | None]]:
+    """Let a cache append the positions of ``x [b, m, width]``. Return their mask and each block's part."""
+    mask = None
+    if cache is not None:
+        cache.extend(*x.shape[:2])
+        mask = cache.causal_mask()
+    return mask, block_caches(cache)
 
 
 def rotary_grid(grid: tuple[int, int], buffer: int, width: int) -> Tensor:
@@ -126,8 +134,9 @@ class CausalBlock(nn.Module):
         self.feed_forward = SwiGLU(config.width, config.hidden_width)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: Tensor, cache: BlockCache | None) -> Tensor:
-        x = x + self.drop(self.attention(self.attention_norm(x), rotary, cache))
+    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: BlockCache | None) -> Tensor:
+        """Return ``[b, m, width]``; see :class:`CausalAttention`."""
+        x = x + self.drop(self.attention(self.attention_norm(x), rotary, mask, cache))
         return x + self.drop(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -140,17 +149,21 @@ class CausalAttention(nn.Module):
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.project = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, rotary: Tensor, cache: BlockCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: BlockCache | None) -> Tensor:
+        """Return ``[b, m, width]`` from ``x [b, m, width]``.
+
+        Args:
+            rotary: tables of the positions of ``x``.
+            mask: of the pass, from :meth:`KeyValueCache.causal_mask`.
+            cache: receives keys and values of ``x``.
+        """
         batch, count, width = x.shape
         joint = self.query_key_value(x).view(batch, count, 3, self.heads, width // self.heads)
         joint = joint.permute(2, 0, 3, 1, 4)
         (query, key), value = rotate(joint[:2], rotary), joint[2]
-        bias = mask = None
+        bias = None
         if cache is not None:
             key, value, bias = cache.write(key, value)
-            if cache.start and count > 1:  # the queries follow keys that the cache holds
-                visible = torch.ones(count, key.shape[2], dtype=torch.bool, device=x.device)
-                mask = visible.tril(cache.start)
         if count == 1:
             y = attend(query, key, value, bias)
         else:

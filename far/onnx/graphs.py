@@ -159,7 +159,7 @@ class _GraphCache:
     """Cache of one block whose memory is an input of the graph, as :class:`far.layers.BlockCache`."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values, self.start = keys, values, keys.shape[2]
+        self.keys, self.values = keys, values
 
     def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, None]:
         self.keys = torch.cat([self.keys, keys], dim=2)
@@ -173,6 +173,12 @@ def _caches(keys: Tensor, values: Tensor) -> list[_GraphCache]:
 
 def _joined(caches: list[_GraphCache]) -> tuple[Tensor, Tensor]:
     return torch.stack([cache.keys for cache in caches]), torch.stack([cache.values for cache in caches])
+
+
+def _mask(places: Tensor, keys: Tensor) -> Tensor:
+    """Return which positions, held ones first, each of ``places [b, m]`` sees."""
+    count, held = places.shape[1], keys.shape[3]
+    return torch.ones(count, held + count, dtype=torch.bool, device=keys.device).tril(held)
 
 
 def _inputs(
@@ -204,8 +210,9 @@ class _Causal(nn.Module):
         backbone, caches = self.backbone, _caches(keys, values)
         x = _inputs(backbone, backbone.token_projection(tokens), places, labels)
         rotary = _rotary(backbone, places)
+        mask = _mask(places, keys)
         for block, cache in zip(backbone.blocks, caches, strict=True):
-            x = block(x, rotary, cache)
+            x = block(x, rotary, mask, cache)
         return backbone.norm(x[:, -1:]), *_joined(caches)
 
 
@@ -226,9 +233,9 @@ class _BlockCausal(nn.Module):
         x = x + F.embedding((places - buffer).clamp(min=0), backbone.token_positions.weight)
         x = _inputs(backbone, x, places, labels)
         rotary = _rotary(backbone, places)
-        left = iter(caches)
+        mask, left = _mask(places, keys), iter(caches)
         for block in backbone.encoder_blocks:
-            x = block(x, rotary, next(left))
+            x = block(x, rotary, mask, next(left))
         memory = backbone.encoder_norm(x)
         x = F.embedding(query, backbone.query_embedding.weight)
         tables = _rotary(backbone, query + buffer), rotary
