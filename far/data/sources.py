@@ -105,7 +105,7 @@ class Source:
         return str(self.root / record.key)
 
 
-def held_out_name(names: Iterable[str | None]) -> str | None:
+def held_out_name(names: Iterable[str]) -> str | None:
     """Return the name of the part to hold out, if all names are those of parts and one is for training."""
     found = {*names}
     if not found <= {*TRAIN, *HELD_OUT} or not found & {*TRAIN}:
@@ -125,7 +125,7 @@ def make_source(name: str, root: Path, found: Found) -> Source:
             has too few images for two parts.
     """
     items, names, left_out = found.items, found.names, found.left_out.copy()
-    labels = [label for label in items.labels if found.walked or label not in _NO_LABEL]
+    labels = _given_labels(found)
     _check_types(items, labels, root)
     named = names is not None and any(isinstance(label, int) for label in labels)
     texts = {label: _class_name(items, label, names if named else None, root) for label in labels}
@@ -140,6 +140,14 @@ def make_source(name: str, root: Path, found: Found) -> Source:
     source = Source(name, root, classes, records, *rest)
     _check_class_sizes(source)
     return source
+
+
+def _given_labels(found: Found) -> list[str | int | None]:
+    """Return the different labels without −1, which means no label, unless −1 is a class."""
+    labels = found.items.labels
+    rest = [label for label in labels if label not in _NO_LABEL]
+    signs = found.names is None and {*map(str, rest)} == {"1"}
+    return labels if found.walked or signs else rest
 
 
 def checked_label(value: object, title: object) -> str | int | None:

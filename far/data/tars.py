@@ -120,12 +120,13 @@ class _Folders:
     def within(self) -> list[tuple[str, ...]]:
         """Return the distinct folders without those around all images of their part.
 
-        If all images are in one folder, its name stays.
+        Images beside the outermost folder, such as a preview, do not count. If all others are in one
+        folder, its name stays.
         """
-        if len({folder for folder, _ in self.distinct}) == 1:
+        if len({folder for folder, _ in self.distinct if folder}) == 1:
             return [folder[-1:] for folder, _ in self.distinct]
         around = {
-            part: _shared([folder for folder, held_out in self.distinct if held_out == part])
+            part: _shared([folder for folder, held_out in self.distinct if folder and held_out == part])
             for part in {held_out for _, held_out in self.distinct}
         }
         return [folder[around[held_out] :] for folder, held_out in self.distinct]
@@ -133,7 +134,7 @@ class _Folders:
 
 def _shared(folders: Sequence[tuple[str, ...]]) -> int:
     """Return how many names all folders begin with."""
-    first, last = min(folders), max(folders)
+    first, last = min(folders, default=()), max(folders, default=())
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last)))
 
 
@@ -143,21 +144,21 @@ def _placed(items: Items, folders: _Folders, left_out: Counter[str], *, by_folde
     Also return a description. ``left_out`` counts images of further parts and outside of class folders.
     """
     within = folders.within()
-    part = None if any(items.held_out) else held_out_name(path[0] if path else None for path in within)
+    part = None if any(items.held_out) else held_out_name(path[0] for path in within if path)
     depth = 0 if part is None else 1
     labeled = by_folder and any(len(path) > depth for path in within)
     kind = "labels from folders" if labeled else "without labels"
     chosen = Items()
     for item, code in zip(items, folders.codes):
         path, held_out = within[code], item.held_out
+        if len(path) < depth + labeled:
+            left_out["outside the class folders"] += 1
+            continue
         if part is not None:
             held_out = path[0] == part
             if not held_out and path[0] not in TRAIN:
                 left_out[f"in {path[0]}/"] += 1
                 continue
-        if labeled and len(path) <= depth:
-            left_out["outside the class folders"] += 1
-            continue
         chosen.append(item._replace(label=path[depth] if labeled else item.label, held_out=held_out))
     return chosen, kind if part is None else f"{kind}, {part}/ held out"
 

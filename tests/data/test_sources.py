@@ -152,6 +152,17 @@ def test_labels_in_tars_go_with_parts_by_folder_or_by_file(tmp_path: Path) -> No
     assert found(source, held_out=True) == [(3, "cats"), (4, "cats")]
 
 
+def test_an_image_beside_the_outermost_folder_of_a_tar_is_left_out(tmp_path: Path) -> None:
+    classes = [(f"x/{name}/{number}.png", png(number)) for name in ("a", "b") for number in (1, 2)]
+    parts = [(f"y/{part}/a/{number}.png", png(number)) for part in ("train", "val") for number in (3, 4)]
+    for members in (classes, classes[:2], parts):
+        write_tar(tmp_path / "stray.tar", [("preview.png", png(9)), *members])
+        source = open_source(str(tmp_path / "stray.tar"))
+        assert source.left_out == {"outside the class folders": 1}
+        assert source.has_parts == (members is parts)
+        assert source.classes == (["a", "b"] if members is classes else ["a"])
+
+
 def test_images_labeled_minus_one_are_left_out_and_counted(tmp_path: Path) -> None:
     labels = [1, -1, 0, 1, -1, 0]
     write_pngs(tmp_path / "photos", range(6))
@@ -168,6 +179,18 @@ def test_images_labeled_minus_one_are_left_out_and_counted(tmp_path: Path) -> No
     for name in ("-1", "0"):
         write_pngs(tmp_path / "folders" / name, range(3))
     assert {*open_source(str(tmp_path / "folders")).classes} == {"-1", "0"}
+
+
+def test_minus_one_beside_one_is_a_class(tmp_path: Path) -> None:
+    labels = [1, -1, 1, -1]
+    write_pngs(tmp_path / "photos", range(4))
+    rows = [f"photos/0{index}.png,{label}" for index, label in enumerate(labels)]
+    (tmp_path / "a.csv").write_text("\n".join(["path,label", *rows]))
+    pyarrow.parquet.write_table(image_table(labels), tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        source = open_source(str(tmp_path / name))
+        assert found(source) == [(0, "1"), (1, "-1"), (2, "1"), (3, "-1")]
+        assert not source.left_out
 
 
 def test_notes_name_a_table_that_is_not_read_or_has_no_labels(
