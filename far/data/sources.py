@@ -105,7 +105,7 @@ class Source:
         return str(self.root / record.key)
 
 
-def held_out_name(names: Iterable[str]) -> str | None:
+def held_out_name(names: Iterable[str | None]) -> str | None:
     """Return the name of the part to hold out, if all names are those of parts and one is for training."""
     found = {*names}
     if not found <= {*TRAIN, *HELD_OUT} or not found & {*TRAIN}:
