@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 from far.cli.machine_arguments import add_machine_arguments, prepare_machine, print_chosen
-from far.cli.model_arguments import add_graph_arguments
+from far.cli.model_arguments import add_graph_arguments, check_applies
 from far.devices import device_title
 from far.errors import InputError
 from far.names import bundled_names, find_folder
@@ -23,7 +23,7 @@ from far.precision import DTYPES
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     names = "bundled names, folders or hub names (default: all bundled models)"
-    add("--weights", nargs="+", default=bundled_names(), metavar="MODEL", help=names)
+    add("--weights", nargs="+", metavar="MODEL", help=names)
     add("--static", type=Path, metavar="FOLDER", help="a page of far export web, instead of drawing here")
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     add("--port", type=int, default=7860, help="port to listen on (default 7860)")
@@ -35,8 +35,9 @@ def run(arguments: argparse.Namespace) -> None:
     if not 1 <= arguments.port <= 65535:
         raise InputError(f"--port {arguments.port} is out of range. Give 1 to 65535")
     if arguments.static is not None:
-        return _serve_static(arguments.static, arguments.host, arguments.port)
-    for name in arguments.weights:
+        return _serve_static(arguments)
+    weights = arguments.weights or bundled_names()
+    for name in weights:
         find_folder(name)
     _check_address(arguments.host, arguments.port)
     # gradio reads these when it is imported: no telemetry, and few remembered clicks (10,000 by default).
@@ -48,16 +49,22 @@ def run(arguments: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise InputError(f"the demo needs {error.name}. Run pip install 'far-image[demo]'") from error
     device = prepare_machine(arguments)
-    with noticed(f"loading {', '.join(arguments.weights)}"):
+    with noticed(f"loading {', '.join(weights)}"):
         graphs = {"record": arguments.record, "compile": arguments.compile}
-        models = load_models(arguments.weights, arguments.dtype, device, **graphs)
+        models = load_models(weights, arguments.dtype, device, **graphs)
     print_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, models[0].dtype))
     address = Demo(models).launch(arguments.host, arguments.port)
     print(f"far demo: {address} (Ctrl-C ends it)", flush=True)
     threading.Event().wait()
 
 
-def _serve_static(folder: Path, host: str, port: int) -> None:
+def _serve_static(arguments: argparse.Namespace) -> None:
+    folder, host, port = arguments.static, arguments.host, arguments.port
+    allowed: dict[str, list[object]] = {
+        "weights": [None], "device": ["auto"], "dtype": ["auto"], "threads": [None],
+        "record": [True], "compile": [False],
+    }  # fmt: skip
+    check_applies(arguments, allowed, f"--static {folder}")
     if not (folder / "index.html").is_file():
         raise InputError(f"--static {folder} holds no page (index.html). Make one with far export web")
     _check_address(host, port)

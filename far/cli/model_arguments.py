@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from far.autoencoder_config import DECODERS
@@ -59,14 +60,27 @@ def check_export(arguments: argparse.Namespace, folder: Path) -> None:
     """Raise an :class:`InputError` for an option that does not apply if ``folder`` is an ONNX export."""
     if not is_export(folder):
         return
-    allowed: dict[str, tuple[str | bool, ...]] = {
+    allowed: dict[str, tuple[object, ...]] = {
         "device": ("auto", "cpu"), "dtype": ("auto",), "decoder": ("full",), "fast": (False,),
         "compile": (False,),
     }  # fmt: skip
+    check_applies(arguments, allowed, f"the ONNX export {folder}")
+
+
+def check_applies(arguments: argparse.Namespace, allowed: Mapping[str, Sequence[object]], place: str) -> None:
+    """Raise an :class:`InputError` for an option with a value other than the ``allowed`` ones.
+
+    Args:
+        allowed: values by option; the first one is the default.
+        place: where other values do not apply, for the message.
+    """
     for name, values in allowed.items():
         if (given := getattr(arguments, name, values[0])) not in values:
-            option = f"--{name}" if given is True else f"--{name} {given}"
-            raise InputError(f"{option} does not apply to the ONNX export {folder}. Omit it")
+            if isinstance(given, bool):
+                option = f"--{name}" if given else f"--no-{name}"
+            else:
+                option = f"--{name} {' '.join(map(str, given)) if isinstance(given, list) else given}"
+            raise InputError(f"{option} does not apply to {place}. Omit it")
 
 
 def load_pipeline(name: str, folder: Path, dtype: str, device: torch.device, **options: Any) -> Pipeline:

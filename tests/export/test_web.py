@@ -289,3 +289,14 @@ def test_without_npm_the_other_way_is_named(
 def test_a_folder_without_a_page_is_not_served(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["demo", "--static", str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", ["--weights avatars-64", "--device cpu", "--dtype float32", "--threads 1", "--no-record"]
+)
+def test_options_of_drawing_are_refused_for_a_page(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "index.html").touch()
+    assert main(["demo", "--static", str(tmp_path), *option.split()]) == 2
+    assert option in capsys.readouterr().err
