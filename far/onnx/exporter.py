@@ -58,8 +58,9 @@ def export(name: Path | str, out: Path | str, *, dtype: str = "float32", encoder
         tokenizer = None if autoencoder is None else autoencoder.config
         if isinstance(tokenizer, DiffusersConfig):
             tokenizer = tokenizer.including_weights()
+        changes: dict[str, Any] = {"results": {}} if dtype == "int8" else {}  # int8 draws other images
         config = dataclasses.replace(
-            folder.config, defaults=defaults, autoencoder=tokenizer, base=None, sha256={}
+            folder.config, defaults=defaults, autoencoder=tokenizer, base=None, sha256={}, **changes
         )
         onnx = OnnxConfig(dtype, files, loop(model))  # type: ignore[arg-type]
         write_json(temporary / CONFIG, export_values(config, onnx))

@@ -18,6 +18,7 @@ import far.onnx
 from far.cli.main import main
 from far.heads.network import HeadNetwork
 from far.names import bundled_names
+from far.onnx.config import open_export
 from far.onnx.exporter import write_graphs
 from far.onnx.graphs import HEAD, Graph, _Step
 from far.onnx.pipeline import Session
@@ -134,6 +135,15 @@ def test_smaller_dtypes_shrink_the_files_and_stay_near(
     error = (outputs[1] - outputs[0]).square().mean().sqrt() / outputs[0].std()
     assert 0 < error < most
     assert sizes[1] < fraction * sizes[0]
+
+
+def test_figures_of_the_model_are_not_those_of_an_int8_export(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("far.onnx.exporter.write_graphs", lambda graphs, folder, dtype: {})
+    for dtype, results in (("float32", {"loss": 1.5}), ("int8", {})):
+        far.onnx.export(whole, tmp_path / dtype, dtype=dtype)
+        assert open_export(tmp_path / dtype)[1].results == results
 
 
 # --- Errors
