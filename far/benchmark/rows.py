@@ -56,6 +56,8 @@ _DEFAULT_ROWS: tuple[tuple[str, int, int, str, dict[str, Any]], ...] = (
     ("far-b", 64, 4, "int8", FAST),
     ("far-b", 32, 4, "int8", FASTEST),
     ("far-bc-b", 64, 4, "bfloat16", {}),
+    ("far-bc-b", 64, 2, "int8", {}),
+    ("far-bc-b", 64, 2, "int8", {"decoders": ("small",)}),
     ("far-causal-b", 256, 4, "bfloat16", {}),
     ("far-causal-b", 256, 2, "bfloat16", {}),
     ("far-causal-b", 256, 2, "int8", {}),

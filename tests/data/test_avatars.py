@@ -42,6 +42,13 @@ def test_image_depends_on_style_and_seed_only() -> None:
     assert np.abs(large - a).max() <= 1
 
 
+def test_processes_render_the_images_of_this_one(tmp_path: Path) -> None:
+    avatars._render(tmp_path, 8, 5, 1, None)
+    rendered = [render_avatar((label, 5), size=8) for label in range(16)]
+    assert np.array_equal(ShardReader(tmp_path, "images").all("images").numpy(), np.stack(rendered))
+
+
+@pytest.mark.usefixtures("in_threads")
 def test_parts_are_balanced_and_share_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Seeds 0 and 1 are for training, 2 and 3 are held out. At 8 pixels, simple styles repeat images.
     monkeypatch.setattr(avatars, "HELD_OUT_SEED", 2)
