@@ -51,17 +51,17 @@ def _open_folder(place: str, folder: Path, label: str | None) -> Source:
     if (folder / "train" / "index.json").exists():
         raise InputError(f"{place} is already an image set. Give {_KINDS}")
     subfolders = class_folders(folder, Counter())
-    for name in (*tables.NAMES, "state.json"):
-        whole = [folder] if (folder / name).exists() else []
-        holders = whole or [each for each in subfolders if (each / name).exists()]
+    if found := _described(folder, subfolders):
+        name, holders = found
         files, others = _divided(holders, _folder_words)
-        if holders and name == "state.json":
-            return _noted(arrow.saved_source(place, folder, files, label), others)
-        if holders:
+        if name == "state.json":
+            source = arrow.saved_source(place, folder, files, label)
+        else:
             listed = [File(file.path / name, file.held_out) for file in files]
-            source = _noted(tables.table_source(place, folder, listed, label), others)
+            source = tables.table_source(place, folder, listed, label)
             _check_table(source, listed[0].path, subfolders)
-            return source
+        _check_others(source, name, holders, subfolders)
+        return _noted(source, others)
     files, others = _divided(subfolders, _folder_words)
     if any(file.held_out for file in files):
         return _with_unread(parts_source(folder, files, others), folder)
@@ -71,6 +71,27 @@ def _open_folder(place: str, folder: Path, label: str | None) -> Source:
         if paths := [path for parent in (folder, folder / "data") for path in _with_suffix(parent, suffix)]:
             return _open_files(place, folder, paths, label)
     return _with_unread(image_folder_source(folder), folder)
+
+
+def _described(folder: Path, subfolders: Sequence[Path]) -> tuple[str, list[Path]] | None:
+    """Return the name of the file that lists images, and what has one: ``folder``, or some subfolders."""
+    for places in ([folder], subfolders):
+        for name in (*tables.NAMES, "state.json"):
+            if found := [place for place in places if (place / name).exists()]:
+                return name, found
+    return None
+
+
+def _check_others(source: Source, name: str, holders: Sequence[Path], subfolders: Sequence[Path]) -> None:
+    """Raise an :class:`InputError` if only some subfolders list their images, and others have images too."""
+    rest = [path for path in subfolders if path not in holders and images_within(path, Counter())]
+    if holders[0] in subfolders and rest:
+        tops = {record.key.partition("/")[0] for record in source.records}
+        if ignored := [path for path in rest if path.name not in tops]:
+            wrong = (
+                f"{holders[0]} has a {name}, but {' and '.join(map(str, ignored[:5]))} with images has none"
+            )
+            raise InputError(f"{wrong}. Add or remove one, or give {holders[0]} alone")
 
 
 def _check_table(source: Source, table: Path, subfolders: Sequence[Path]) -> None:

@@ -270,7 +270,7 @@ def _label(sample: Mapping[str, _Member], path: Path, key: str | None) -> tuple[
             raise InputError(f"{printable(title)} is not readable ({reason}). Correct it") from error
         if ending == "json":
             value = value.get(key or "label") if isinstance(value, dict) else None
-        elif re.fullmatch("[0-9]{1,18}", text):
+        elif re.fullmatch("-?[0-9]{1,18}", text):
             value = int(text)
         if (label := checked_label(value, title)) is not None:
             return label, ending

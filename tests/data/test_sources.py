@@ -181,13 +181,33 @@ def test_images_labeled_minus_one_are_left_out_and_counted(tmp_path: Path) -> No
     assert {*open_source(str(tmp_path / "folders")).classes} == {"-1", "0"}
 
 
+def test_a_table_in_one_of_several_folders_is_refused(tmp_path: Path) -> None:
+    for name in ("cats", "dogs"):
+        write_pngs(tmp_path / name, range(2))
+    (tmp_path / "cats" / "metadata.csv").write_text("file_name,label\n00.png,a\n01.png,a\n")
+    with refused(tmp_path / "cats", "metadata.csv", tmp_path / "dogs"):
+        open_source(str(tmp_path))
+    (tmp_path / "cats" / "metadata.csv").write_text("file_name,label\n../dogs/00.png,a\n01.png,a\n")
+    assert len(open_source(str(tmp_path)).records) == 2
+
+
+def test_a_table_of_the_folder_comes_before_those_of_subfolders(tmp_path: Path) -> None:
+    write_pngs(tmp_path / "photos", range(4))
+    rows = [{"file_name": f"0{index}.png", "label": "within"} for index in range(4)]
+    write_lines(tmp_path / "photos" / "metadata.jsonl", rows)
+    lines = [f"photos/0{index}.png,{'ab'[index // 2]}" for index in range(4)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+    assert list(open_source(str(tmp_path)).classes) == ["a", "b"]
+
+
 def test_minus_one_beside_one_is_a_class(tmp_path: Path) -> None:
     labels = [1, -1, 1, -1]
     write_pngs(tmp_path / "photos", range(4))
     rows = [f"photos/0{index}.png,{label}" for index, label in enumerate(labels)]
     (tmp_path / "a.csv").write_text("\n".join(["path,label", *rows]))
     pyarrow.parquet.write_table(image_table(labels), tmp_path / "a.parquet")
-    for name in ("a.csv", "a.parquet"):
+    write_tar(tmp_path / "a.tar", samples(labels))
+    for name in ("a.csv", "a.parquet", "a.tar"):
         source = open_source(str(tmp_path / name))
         assert found(source) == [(0, "1"), (1, "-1"), (2, "1"), (3, "-1")]
         assert not source.left_out
