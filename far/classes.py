@@ -128,22 +128,28 @@ def imagenet_classes() -> dict[str, str]:
 def matched_classes(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None]:
     """Return the number of the class of the same name in ``theirs`` for each of ``ours``; None if new.
 
-    If ``theirs`` are ImageNet's classes, ``ours`` may be WordNet IDs, as ImageNet's folders are named.
+    WordNet IDs, as ImageNet's folders are named, and their words are the same names, if ``theirs`` are such
+    IDs or all of ImageNet's words.
 
     Raises:
-        InputError: one of ``ours`` is the name of several of ``theirs``.
+        InputError: one of ``ours`` is the name of several of ``theirs``, or the other way round.
     """
     if list(ours) == list(theirs):  # names may occur twice
         return list(range(len(ours)))
-    numbers = {name: number for number, name in enumerate(theirs)}
-    imagenet = imagenet_classes()
-    if list(theirs) == list(imagenet.values()):
+    imagenet, words = imagenet_classes(), _in_words(theirs)
+    numbers = {name: number for names in (words, theirs) for number, name in enumerate(names)}
+    if words == list(imagenet.values()):
         numbers |= {identifier: number for number, identifier in enumerate(imagenet)}
     for name in ours:
-        if (count := list(theirs).count(name)) > 1:
+        if (count := words.count(name)) > 1:
             choices = " or ".join(key for key, word in imagenet.items() if word == name and key in numbers)
             remedy = f"Rename it {choices}" if choices else "Rename it"
             raise InputError(f"class {name!r} is the name of {count} classes of the trained model. {remedy}")
+    found: dict[int, str] = {}
+    for name in ours:
+        if name in numbers and (other := found.setdefault(numbers[name], name)) != name:
+            wrong = f"classes {other!r} and {name!r} are one class of the trained model"
+            raise InputError(f"{wrong}. Merge them or rename one")
     return [numbers.get(name) for name in ours]
 
 

@@ -1,5 +1,6 @@
 """Pure functions of token sequences: latents ↔ tokens, generation orders, schedules of masks and AR steps."""
 
+import functools
 import math
 from fractions import Fraction
 
@@ -43,14 +44,20 @@ def halton_orders(rows: int, columns: int, first: Tensor) -> Tensor:
     Cells are in the order of the Halton sequence of bases 2 and 3, which spreads any run of consecutive ones
     over the grid (arXiv 2503.17076). Each order is shifted, wrapping at the edges, to begin at its first.
     """
+    y, x = torch.tensor(_halton_cells(rows, columns), device=first.device).unbind(-1)
+    first = first.unsqueeze(-1)
+    return (y + first // columns) % rows * columns + (x + first % columns) % columns
+
+
+@functools.cache
+def _halton_cells(rows: int, columns: int) -> list[tuple[int, int]]:
+    """Return the cells (row, column) of a grid in the order in which the Halton sequence meets them."""
     cells: dict[tuple[int, int], None] = {}
     index = 0
     while len(cells) < rows * columns:
         cells.setdefault((int(_radical_inverse(index, 2) * rows), int(_radical_inverse(index, 3) * columns)))
         index += 1
-    y, x = torch.tensor(list(cells), device=first.device).unbind(-1)
-    first = first.unsqueeze(-1)
-    return (y + first // columns) % rows * columns + (x + first % columns) % columns
+    return list(cells)
 
 
 def _radical_inverse(number: int, base: int) -> Fraction:

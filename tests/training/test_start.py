@@ -228,6 +228,9 @@ def test_classes_of_imagenet_are_matched_by_word_or_by_wordnet_id() -> None:
     with refused("crane"):
         matched_classes(["crane", "crane"], ["crane"])
     assert matched_classes(["a", "b"], ["n01818515"]) == [None]
+    assert matched_classes(["n02099601", "n01818515"], ["macaw", "mine", "golden retriever"]) == [1, None, 0]
+    with refused("macaw", "n01818515"):
+        matched_classes(words, ["macaw", "n01818515"])
 
 
 def test_training_starts_from_a_model_of_the_hub(
