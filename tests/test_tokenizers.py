@@ -146,7 +146,8 @@ def test_model_is_trained_and_draws_through_the_autoencoder(
         model = tmp_path / "run" / f"patch-{patch}"
         assert not (model / "autoencoder.safetensors").exists()
         out = tmp_path / f"images-{patch}"
-        assert main(["generate", "--weights", str(model), "--labels", "square", "--out", str(out)]) == 0
+        command = ["generate", "--weights", str(model), "--labels", "square", "--dtype", "float32"]
+        assert main([*command, "--out", str(out)]) == 0
         (drawn,) = out.rglob("*.png")
         assert Image.open(drawn).size == (SIZE, SIZE)
         pipeline = far.load(model)

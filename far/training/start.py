@@ -135,8 +135,10 @@ def _open_fitting(module: FAR, weights: str, autoencoder: Tokenizer, latents: Pa
     theirs, ours = (_sizes(model) for model in (pipeline.model, module))
     keys = [key for key in theirs | ours if theirs.get(key) != ours.get(key)]
     if keys:
-        keys = keys[:1] if keys[0].endswith("kind") else keys
-        differences = ", ".join(f"{key}={theirs.get(key)} (here {ours.get(key)})" for key in keys)
+        if keys[0].endswith("kind"):  # then all of its values are others
+            keys = [key for key in theirs if key.startswith("network.backbone.")]
+        here = {key: f" (here {ours[key]})" for key in keys if key in ours}
+        differences = ", ".join(f"{key}={theirs.get(key)}{here.get(key, '')}" for key in keys)
         raise InputError(f"{source} has {differences}. Give both the same values")
     grids = [list(model.config.grid) for model in (pipeline.model, module)]
     if grids[0] != grids[1]:

@@ -95,7 +95,8 @@ def time_autoencoder(
     Args:
         sample: image set of :func:`write_sample`.
         run: receives ``autoencoder`` and ``latents``, as the folder of a run.
-        reading: seconds that reading an image takes. The cache reads while it encodes.
+        reading: seconds that reading an image takes. The cache reads while it encodes, on the same cores if
+            it is made on a CPU. Elsewhere it may take less time than returned.
     """
     training = section.training
 
@@ -109,9 +110,9 @@ def time_autoencoder(
     # A checkpoint encodes more images than the sample has, for the statistics of the latents. The cache
     # encodes each image twice: as it is and mirrored.
     more = max(0, len(statistics_rows(images)) - IMAGES)
-    saving = speed.saving + more * encoding / IMAGES / 2
+    saving = speed.saving + more * (encoding / IMAGES / 2 + reading)
     step = speed.step + reading * training.batch_size
-    return dataclasses.replace(speed, step=step, saving=saving), images * encoding / IMAGES
+    return dataclasses.replace(speed, step=step, saving=saving), images * (encoding / IMAGES + reading)
 
 
 def time_generator(section: GeneratorRecipe, sample: Path, run: Path) -> Speed:
