@@ -3,11 +3,16 @@
 import io
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 from PIL import Image
+
+from far.data.image_folders import class_folder_source
+from far.data.images import prepare_image
 
 
 def color(index: int) -> tuple[int, int, int]:
@@ -58,3 +63,15 @@ def image_table(labels: Sequence[object], names: list[str] | None = None) -> pya
     label = {"_type": "ClassLabel", "names": names}
     features = {"image": {"_type": "Image"}, "label": label if names else {"_type": "Value"}}
     return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def read_image(path: Path, size: int, **options: bool) -> np.ndarray:
+    """Pixels ``[size, size, 3]`` of an image file, as far data stores them."""
+    return prepare_image(lambda: path.open("rb"), path, size, **options)[0]
+
+
+def find_images(folder: Path) -> tuple[list[str], list[tuple[Path, int]], Counter[str]]:
+    """Classes, (path, label) of every image, and skipped files by reason, of a folder with class folders."""
+    source = class_folder_source(folder)
+    files = [(source.root / record.key, record.label) for record in source.records]
+    return list(source.classes), files, source.left_out

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from image_sources import read_image
 from PIL import Image
 from profiles import EXCHANGED, GRAY, RGB_TAGS, SRGB, profile
 
 from far.colors import has_unusable_profile, to_srgb
-from far.data.images import decode_image, read_image
+from far.data.images import decode_image
 from far.editing import place
 from far.errors import InputError
 from far.pictures import to_rgb, to_tensor

@@ -22,6 +22,8 @@ from far.files import printable, read_json
 _IMAGE_COLUMNS = ("image", "img")
 # Images are read in the order of their groups, and two groups meet between two images.
 _GROUPS_IN_MEMORY = 2
+# A process may have few files open at a time, 256 on some systems.
+_OPEN_FILES = 16
 
 
 class _Table(NamedTuple):
@@ -127,7 +129,6 @@ def _source(
     kind: str,
     open_table: Callable[[Path], _Table],
 ) -> Source:
-    tables: list[_Table] = []
     items = Items()
     columns: _Columns | None = None
     bar = tqdm(files, f"listing {kind} files", unit="file", mininterval=1, delay=1)
@@ -139,14 +140,13 @@ def _source(
             if found != columns:
                 pair = f"{files[0].path} and {file.path}"
                 raise InputError(f"{pair} have different columns or class names. Give files of one data set")
-            tables.append(table)
             path = file.path.relative_to(root)
             for row, (place, each) in enumerate(_labels(table, found.label, number, file.path)):
                 items.append(Item(each, f"{path} row {row}", place, file.held_out))
     assert columns is not None
     title = f"{len(files)} {kind} file{'s' * (len(files) > 1)}, images from {columns.image.split('.')[0]!r}"
     labels = f"labels from {columns.label!r}" if columns.label else "without labels"
-    open_row = _opener(tables, [file.path for file in files], columns.image)
+    open_row = _opener(open_table, [file.path for file in files], columns.image)
     found_all = Found(f"{title}, {labels}", items, open_row, Counter(), columns.names, sequential=True)
     return make_source(name, root, found_all)
 
@@ -163,13 +163,22 @@ def _labels(
             row += 1
 
 
-def _opener(tables: Sequence[_Table], paths: Sequence[Path], column: str) -> Callable[[Record], IO[bytes]]:
-    """Return a function that opens the image of a record. It keeps the last groups of rows in memory."""
+def _opener(
+    open_table: Callable[[Path], _Table], paths: Sequence[Path], column: str
+) -> Callable[[Record], IO[bytes]]:
+    """Return a function that opens the image of a record.
+
+    It keeps the last files open, and the last groups of rows in memory.
+    """
     lock = threading.Lock()
+
+    @functools.lru_cache(_OPEN_FILES)
+    def table(number: int) -> _Table:
+        return open_table(paths[number])
 
     @functools.lru_cache(_GROUPS_IN_MEMORY)
     def values(number: int, group: int) -> Any:
-        return tables[number].read(group, column)
+        return table(number).read(group, column)
 
     def open_row(record: Record) -> IO[bytes]:
         number, group, index = record.place

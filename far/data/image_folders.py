@@ -17,7 +17,9 @@ def class_folder_source(folder: Path) -> Source:
     """Return the images of a folder with one subfolder per class.
 
     Raises:
-        InputError: as :func:`find_images`.
+        InputError: ``folder`` is not a folder or has no class folders; or a class has fewer than two images,
+            is a dead link or a link to a parent folder or another class, or has a name that cannot be printed
+            or differs from another only in case.
     """
     left_out: Counter[str] = Counter()
     return _source(folder, "class folders", _class_items(folder, folder, left_out, 2), left_out)
@@ -78,25 +80,8 @@ def _class_items(folder: Path, root: Path, left_out: Counter[str], least: int) -
             yield Item(name, str(path.relative_to(root)))
 
 
-def find_images(
-    folder: Path, left_out: Counter[str] | None = None, least: int = 2
-) -> tuple[list[str], list[tuple[Path, int]]]:
-    """Return class names in natural order, and (path, label) of every image, sorted by label and path.
-
-    ``folder`` has one subfolder per class. ``left_out`` counts the skipped files by reason.
-
-    Raises:
-        InputError: ``folder`` is not a folder or has no class folders; or a class has fewer than ``least``
-            images (1 or 2), is a dead link or a link to a parent folder or another class, or has a name that
-            cannot be printed or differs from another only in case.
-    """
-    by_class = list(_images_by_class(folder, Counter() if left_out is None else left_out, least))
-    files = [(path, label) for label, (_, paths) in enumerate(by_class) for path in paths]
-    return [name for name, _ in by_class], files
-
-
 def _images_by_class(folder: Path, left_out: Counter[str], least: int) -> Iterator[tuple[str, list[Path]]]:
-    """Yield the name and the images of each class. Some errors of :func:`find_images` come at the end."""
+    """Yield the name and the images of each class. An error about too few images comes at the end."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder. Give a folder with one subfolder of images per class")
     subfolders = class_folders(folder, left_out)

@@ -74,17 +74,6 @@ def decode_image(path: Path, background: str = "white") -> Image.Image:
     return _made_of(lambda: path.open("rb"), path, lambda picture: to_rgb(picture, background))
 
 
-def read_image(path: Path, size: Size, *, keep_colors: bool = False) -> np.ndarray:
-    """Read an image file as ``[height, width, 3]`` uint8, center-cropped. See :func:`far.pictures.to_rgb`.
-
-    ``keep_colors`` ignores embedded color profiles, as ADM prepares ImageNet.
-
-    Raises:
-        InputError: the file cannot be decoded, is not PNG, JPEG or WebP, is too large, or is one pixel thin.
-    """
-    return prepare_image(lambda: path.open("rb"), path, size, keep_colors=keep_colors)[0]
-
-
 def prepare_image(
     open_file: Callable[[], IO[bytes]],
     title: object,

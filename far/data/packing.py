@@ -22,7 +22,7 @@ from far.data.images import Size, prepare_image, skip_reason
 from far.data.listing import describe
 from far.data.records import Record
 from far.data.shards import ShardWriter
-from far.data.sources import UNLABELED, Source
+from far.data.sources import HELD_OUT, TRAIN, UNLABELED, Source
 from far.errors import InputError
 from far.files import printable
 
@@ -32,7 +32,7 @@ _HASHED_TOGETHER = 4096
 _LINKS = 1 << 20
 _SHARE = 0.05
 # Names of parts of data sets, which are rarely classes.
-_PART_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval", *PARTS}
+_PART_NAMES = {*TRAIN, *HELD_OUT, *PARTS}
 
 Found = tuple[np.ndarray, bool] | InputError  # pixels, and whether a color profile was ignored
 

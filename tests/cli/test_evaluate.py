@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from image_sources import read_image
 from PIL import Image
 
 import far
 from far.cli.main import main
-from far.data.images import read_image
 from far.evaluation.features import load_feature_network
 from far.evaluation.images import open_images
 from far.evaluation.metrics import FeatureStatistics, frechet_distance

@@ -4,17 +4,16 @@ import os
 import threading
 import time
 import tracemalloc
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from image_sources import find_images, read_image
 from PIL import EpsImagePlugin, Image
 
 from far.data import images
-from far.data.image_folders import find_images
-from far.data.images import center_crop, decode_image, read_image
+from far.data.images import center_crop, decode_image
 from far.errors import InputError
 from far.pictures import to_rgb
 from tests.refusals import refused
@@ -197,7 +196,7 @@ def test_pipes_devices_and_links_to_parents_are_not_read(tmp_path: Path) -> None
     (folder / "real" / "nothing.png").symlink_to("/nowhere")
     (folder / "real" / "all").symlink_to("/")
     (folder / "linked").symlink_to(elsewhere)
-    classes, files = find_images(folder)
+    classes, files, _ = find_images(folder)
     assert classes == ["linked", "real"]
     assert [(path.parent.name, path.name) for path, _ in files] == [
         (name, f"{x}.png") for name in classes for x in "ab"
@@ -220,7 +219,7 @@ def test_classes_are_the_subfolders_in_natural_order(tmp_path: Path) -> None:
             (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name / file).touch()
     (tmp_path / ".hidden").mkdir()
-    classes, files = find_images(tmp_path)
+    classes, files, _ = find_images(tmp_path)
     assert classes == names
     assert [path.relative_to(tmp_path).as_posix() for path, _ in files] == [
         f"{n}/{f}" for n in names for f in ("deep/y.JPG", "x.png")
@@ -239,7 +238,7 @@ def test_every_suffix_of_the_three_formats_is_read(tmp_path: Path) -> None:
     ):
         (tmp_path / "a").mkdir(exist_ok=True)
         Image.fromarray(gradient(16, 16)).save(tmp_path / "a" / f"{form}{suffix}", format=form)
-    _, files = find_images(tmp_path)
+    _, files, _ = find_images(tmp_path)
     assert len(files) == 6
     for path, _ in files:
         assert np.abs(read_image(path, 16).astype(int) - gradient(16, 16)).mean() < 12
@@ -277,7 +276,7 @@ def test_skipped_files_are_counted_by_reason(tmp_path: Path) -> None:
     os.mkfifo(folder / "pipe.png")
     (tmp_path / "loose.png").touch()
     (tmp_path / "README").touch()
-    classes, files = find_images(tmp_path, left_out := Counter())
+    classes, files, left_out = find_images(tmp_path)
     assert classes == ["a"]
     assert [path.name for path, _ in files] == ["x.png", "y.png"]
     assert left_out == {
@@ -293,7 +292,7 @@ def test_unreadable_files_are_counted_and_an_unreadable_class_is_refused(tmp_pat
         (tmp_path / name).touch()
     (tmp_path / "a/z.png").chmod(0)
     (tmp_path / "a/deep").chmod(0)
-    find_images(tmp_path, left_out := Counter())
+    *_, left_out = find_images(tmp_path)
     assert left_out == {"that cannot be read": 1, "folders that cannot be read": 1}
     (tmp_path / "b").chmod(0)
     with refused("'b'"):

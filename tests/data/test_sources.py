@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import shutil
 import tarfile
 import tracemalloc
@@ -179,6 +180,16 @@ def test_images_labeled_minus_one_are_left_out_and_counted(tmp_path: Path) -> No
     for name in ("-1", "0"):
         write_pngs(tmp_path / "folders" / name, range(3))
     assert {*open_source(str(tmp_path / "folders")).classes} == {"-1", "0"}
+
+
+def test_few_of_many_parquet_files_are_open_at_a_time(tmp_path: Path) -> None:
+    for number in range(40):
+        pyarrow.parquet.write_table(image_table([0, 1]), tmp_path / f"{number:02d}.parquet")
+    before = len(os.listdir("/proc/self/fd"))
+    source = open_source(str(tmp_path))
+    for record in source.records:
+        source.open(record).close()
+    assert len(os.listdir("/proc/self/fd")) - before <= 20
 
 
 def test_a_table_in_one_of_several_folders_is_refused(tmp_path: Path) -> None:

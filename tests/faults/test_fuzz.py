@@ -26,7 +26,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from checkpoints import VALUES, read_checkpoint
-from image_sources import image_table, samples, write_lines, write_pngs, write_tar
+from image_sources import image_table, read_image, samples, write_lines, write_pngs, write_tar
 from PIL import Image
 from profiles import EXCHANGED
 from safetensors.torch import load_file
@@ -37,7 +37,6 @@ from far.convert import convert_kl16, convert_mar
 from far.data.detection import open_source
 from far.data.fashion_mnist import read_idx
 from far.data.image_sets import open_image_set
-from far.data.images import read_image
 from far.data.latents import open_latents
 from far.data.shards import ShardReader, ShardWriter
 from far.diffusers_format import from_diffusers, to_diffusers

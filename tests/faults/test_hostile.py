@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from image_sources import find_images, read_image
 from PIL import Image
 from refusals import refused
 from slope import Slope, loop, run_steps
@@ -24,9 +25,8 @@ from far.autoencoder import Autoencoder
 from far.cli.main import main
 from far.convert import convert_mar
 from far.data.fashion_mnist import read_idx
-from far.data.image_folders import class_folder_source, find_images
+from far.data.image_folders import class_folder_source
 from far.data.image_sets import open_image_set
-from far.data.images import read_image
 from far.data.latents import open_latents
 from far.data.packing import Preparation, write_images
 from far.data.shards import ShardReader
