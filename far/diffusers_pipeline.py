@@ -133,6 +133,7 @@ class FARPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **sampling: Any,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw one image per label, all in one batch.
@@ -142,24 +143,29 @@ class FARPipeline(DiffusionPipeline):
             num_inference_steps: AR steps, that is steps of the progress bar. None takes the model's own, as
                 it does for the other values. A causal model has one per token.
             guidance_scale: 1 turns guidance off.
-            generator: one per image, each of which gives the image that far draws from its seed; or one for
-                all images. One on a GPU only seeds others on the CPU.
+            generator: one per image, each of which gives the image that far draws from its seed, if the seed
+                is below 2³²; or one for all images. One on a GPU only seeds others on the CPU.
             output_type: ``"pil"``; ``"np"`` for ``[n, h, w, 3]`` or ``"pt"`` for ``[n, 3, h, w]``, both in
                 [0, 1]; ``"latent"`` for unit-variance latents ``[n, c, h, w]``.
             return_dict: False returns a tuple.
             callback_on_step_end: called after each AR step with the pipeline, the step (twice, since there
                 are no timesteps) and ``{"latents": …}``. Setting ``_interrupt`` of the pipeline ends the
                 drawing. What it returns is not used.
+            callback_on_step_end_tensor_inputs: ``["latents"]`` or empty: what the callback gets.
             sampling: other values of :class:`far.SamplingConfig` by name, such as ``head_steps=4``.
 
         Raises:
-            InputError: an unknown class or name, a value out of range, or another number of generators than
-                of labels.
+            InputError: an unknown class or name, a value out of range or given under two names, or another
+                number of generators than of labels.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise InputError(f"output_type {output_type!r} does not exist. Choose pil, np, pt or latent")
+        if unknown := {*callback_on_step_end_tensor_inputs} - {"latents"}:
+            wrong = f"callback_on_step_end_tensor_inputs has {unknown.pop()!r}"
+            raise InputError(f"{wrong}. Give ['latents'] or nothing")
         drawing = self._drawing
-        values = {"ar_steps": num_inference_steps, "guidance": guidance_scale, **sampling}
+        given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        values = _sampling_values(given, sampling)
         numbers = [drawing.label(name) for name in listed("class_labels", class_labels)]
         if not numbers:
             raise InputError("class_labels is empty. Give at least one class")
@@ -172,7 +178,8 @@ class FARPipeline(DiffusionPipeline):
                 bar.update()
                 if callback_on_step_end is not None:
                     step = progress.step
-                    callback_on_step_end(self, step, step, {"latents": progress.latents})
+                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, progress.latents)
+                    callback_on_step_end(self, step, step, tensors)
                 if self._interrupt:
                     break
         images = self._output(progress, output_type)
@@ -219,6 +226,15 @@ class FARPipeline(DiffusionPipeline):
             (path / f"{module}.py").write_text(_CODE.format(name=name), encoding="utf-8")
 
 
+def _sampling_values(given: dict[str, Any], sampling: dict[str, Any]) -> dict[str, Any]:
+    """Return sampling values by our names, from those with names of diffusers and the others."""
+    ours = {"num_inference_steps": "ar_steps", "guidance_scale": "guidance"}
+    for name, value in given.items():
+        if value is not None and ours[name] in sampling:
+            raise InputError(f"{name} and {ours[name]} are the same value. Give one of them")
+    return {**{ours[name]: value for name, value in given.items()}, **sampling}
+
+
 class _GivenNoise(SeededNoise):
     """Noise from CPU generators that the caller holds, one per image."""
 
@@ -261,7 +277,7 @@ def _entries(vae: Any) -> dict[str, Any]:
 
 def export_diffusers(
     pipeline: Pipeline,
-    folder: Path,
+    folder: Path | str,
     dtype: torch.dtype = torch.float32,
     *,
     name: str | None = None,
@@ -280,6 +296,7 @@ def export_diffusers(
         InputError: the folder is not empty, or the model cannot be exported; see
             :meth:`FARPipeline.from_far`.
     """
+    folder = Path(folder)
     check_empty_folder(folder)
     exported = FARPipeline.from_far(pipeline)
     for part in (exported.transformer, exported.vae):

@@ -189,6 +189,8 @@ def check_empty_folder(path: Path) -> None:
     """Raise an :class:`InputError` before long work unless ``path`` is an empty folder or can become one."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{path} exists and is not an empty folder. Choose another one")
+    if path.absolute() == Path.cwd():
+        raise InputError(f"{str(path)!r} is the current folder, which cannot be replaced. Choose another one")
     check_folder(path)
 
 

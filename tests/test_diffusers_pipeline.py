@@ -82,7 +82,7 @@ def test_causal_model_with_diffusion_head_draws_the_same(
     causal_diffusion_folder: Path, tmp_path: Path
 ) -> None:
     reference = far.load(causal_diffusion_folder)
-    export_diffusers(reference, tmp_path / "out")
+    export_diffusers(reference, str(tmp_path / "out"))
     pipeline = opened(tmp_path / "out")
     check_same_images(pipeline, reference)
     with refused("ar_steps 3"):
@@ -118,7 +118,8 @@ def test_bar_and_callback_move_with_ar_steps(folder: Path, capsys: pytest.Captur
         seen.append((given is pipeline, step, int((tensors["latents"] == 0).sum())))
 
     capsys.readouterr()
-    pipeline([0], num_inference_steps=3, callback_on_step_end=callback)
+    names = {"callback_on_step_end_tensor_inputs": ["latents"]}
+    pipeline([0], num_inference_steps=3, callback_on_step_end=callback, **names)
     assert "3/3" in capsys.readouterr().err
     assert [(same, step) for same, step, _ in seen] == [(True, 0), (True, 1), (True, 2)]
     missing = [zeros for *_, zeros in seen]
@@ -216,6 +217,9 @@ def test_packed_weights_are_exported_as_plain_ones(pipeline_folder: Path) -> Non
         ({"class_labels": [0], "gudance": 2.0}, "'gudance'"),
         ({"class_labels": [0], "output_type": "jpg"}, "'jpg'"),
         ({"class_labels": [0, 1], "generator": seeded(0)}, "1 generators for 2"),
+        ({"class_labels": [0], "num_inference_steps": 2, "ar_steps": 3}, "ar_steps"),
+        ({"class_labels": [0], "guidance_scale": 2.0, "guidance": 3.0}, "guidance_scale"),
+        ({"class_labels": [0], "callback_on_step_end_tensor_inputs": ["timesteps"]}, "'timesteps'"),
     ],
 )
 def test_bad_calls_are_errors_of_one_line(folder: Path, call: dict[str, Any], named: str) -> None:

@@ -67,6 +67,8 @@ class OnnxPipeline(Pipeline):
     """A :class:`far.Pipeline` that computes with ONNX Runtime, on the CPU; made by :func:`load`.
 
     It draws the same images from the same seeds, up to rounding. Masked models have no ``refresh_every``.
+    In int8, it draws the images of a batch one by one: products in 8 bits have one scale per call, so images
+    drawn together would depend on each other.
     """
 
     def __init__(
@@ -111,7 +113,21 @@ class OnnxPipeline(Pipeline):
         """Draw one batch, one AR step at a time; see :meth:`far.Pipeline.stream`."""
         if not self.model.backbone.exact_cache and (every := (config or self.defaults).refresh_every) > 1:
             raise InputError(f"refresh_every {every} does not apply to an export. Omit refresh_every")
-        return super().stream(labels, seeds, config, kept=kept)
+        numbers, seeds = self._numbers(labels, seeds)
+        if self.dtype != "int8" or len(numbers) == 1:
+            return super().stream(numbers, seeds, config, kept=kept)
+        latents = [None] * len(numbers) if kept is None else kept.latents.split(1)
+        singles = []
+        for number, seed, given in zip(numbers, seeds, latents):
+            one = None if kept is None or given is None else Kept(given, kept.positions)
+            singles.append(super().stream([number], [seed], config, kept=one))
+        return map(_together, zip(*singles))
+
+
+def _together(single: Sequence[Progress]) -> Progress:
+    """Return the state of a batch from those of its images."""
+    latents, known = (torch.cat(parts) for parts in zip(*((one.latents, one.known) for one in single)))
+    return Progress(single[0].step, single[0].steps, latents, known)
 
 
 class Session:

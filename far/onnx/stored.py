@@ -11,8 +11,8 @@ from far.errors import InputError
 
 # Smaller tensors, such as biases, keep their dtype.
 _LEAST_VALUES = 1024
-# Protocol buffers, and so ONNX files, hold less than 2 GiB.
-_MOST_BYTES = 2**31 - 2**20
+# Protocol buffers, and so ONNX files, hold less than 2 GiB. The graph beside the weights is small.
+_MOST_BYTES = 2**31 - 2**24
 
 
 def store(model: onnx.ModelProto, dtype: str, path: Path, *, matrices: bool) -> None:
@@ -23,16 +23,23 @@ def store(model: onnx.ModelProto, dtype: str, path: Path, *, matrices: bool) -> 
     output channel, inputs one per call. All other weights are then stored as float16.
 
     Raises:
-        InputError: the file would be too large.
+        InputError: the file, or that of float32 weights to be quantized, would be too large.
     """
     if dtype == "int8" and matrices:
+        _check_size(model, path, "--dtype float16")
         model = _quantized(model)
     if dtype != "float32":
         _store_as_float16(model)
-    if (size := model.ByteSize()) > _MOST_BYTES:
-        most = "an ONNX file holds less than 2 GiB"
-        raise InputError(f"{path.name} would have {size / 2**30:.1f} GiB: {most}. Give a smaller --dtype")
+    _check_size(model, path, "a smaller --dtype")
     onnx.save(model, path)
+
+
+def _check_size(model: onnx.ModelProto, path: Path, remedy: str) -> None:
+    # The size of the whole model cannot be computed once it is too large.
+    size = sum(tensor.ByteSize() for tensor in model.graph.initializer)
+    if size > _MOST_BYTES:
+        most = "an ONNX file holds less than 2 GiB"
+        raise InputError(f"{path.name} would have {size / 2**30:.1f} GiB: {most}. Give {remedy}")
 
 
 def _store_as_float16(model: onnx.ModelProto) -> None:

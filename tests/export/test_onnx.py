@@ -137,6 +137,37 @@ def test_smaller_dtypes_shrink_the_files_and_stay_near(
     assert sizes[1] < fraction * sizes[0]
 
 
+def test_int8_images_do_not_depend_on_the_batch(whole: Path, tmp_path: Path) -> None:
+    far.onnx.export(whole, tmp_path / "int8", dtype="int8")
+    pipeline = far.onnx.load(tmp_path / "int8")
+    labels, seeds = [0, 1, 2], [3, 4, 5]
+    together = pipeline.generate(labels, seed=seeds, output="tensor")
+    for label, seed, image in zip(labels, seeds, together, strict=True):
+        assert torch.equal(pipeline.generate([label], seed=seed, output="tensor")[0], image)
+    expected = load(whole, device="cpu").generate(labels, seed=seeds, output="tensor")
+    assert 0 < (together - expected).square().mean().sqrt() < 0.3 * expected.std()
+    mask = torch.zeros(pipeline.image_size)
+    mask[pipeline.image_size[0] // 2 :] = 1
+    edits = [pipeline.edit(expected[0], mask, 1, seed=seed, output="tensor") for seed in (seeds, seeds[1])]
+    assert torch.equal(edits[0][1:2], edits[1])
+
+
+def test_a_model_too_large_for_a_file_is_refused(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("far.onnx.stored._MOST_BYTES", 1000)
+    with refused("GiB", "--dtype"):
+        far.onnx.export(whole, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_current_folder_is_refused(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with refused("current folder"):
+        far.onnx.export(whole, ".")
+    assert tmp_path.is_dir()
+
+
 def test_figures_of_the_model_are_not_those_of_an_int8_export(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
