@@ -247,22 +247,27 @@ class _Spare:
     """
 
     def __init__(self, source: Source, train: np.ndarray, needed: list[int], held_out: ShardWriter) -> None:
-        self.source, self.train, self.needed, self.report = source, train, needed, held_out.report
+        self.source, self.needed, self.report = source, needed, held_out.report
+        self.train, self.labels = train, np.array(source.records.labels)[train]
 
     def __call__(self, broken: Record) -> Iterator[Record]:
         """Yield training records of the class of ``broken``, those after it first."""
-        labels = np.array(self.source.records.labels)
-        same = self.left(self.train[labels[self.train] == broken.label])
+        same = self.train[self.labels == broken.label]
         same = same[~np.isin(same, self.needed)]
-        order = np.concatenate([same[same > broken.number], same[same < broken.number]])
-        yield from map(self.source.records.__getitem__, order)
+        gone = self._gone()
+        for number in np.concatenate([same[same > broken.number], same[same < broken.number]]):
+            if (record := self.source.records[number]).key not in gone:
+                yield record
 
     def left(self, numbers: np.ndarray) -> np.ndarray:
         """Return those of some training records that are unbroken and replaced no held-out one."""
-        gone = {*self.report.get("taken instead", ()), *self.report.get("skipped", ())}
+        gone = self._gone()
         if not gone:
             return numbers
         return numbers[[self.source.records[number].key not in gone for number in numbers]]
+
+    def _gone(self) -> set[str]:
+        return {*self.report.get("taken instead", ()), *self.report.get("skipped", ())}
 
 
 def _fill(
