@@ -1,8 +1,9 @@
 """Read WebDataset tars in place, with the standard library's tarfile. Nothing is unpacked to disk.
 
 Files of one name up to the first dot are a sample: ``0001.jpg`` and its label ``0001.cls``, ``0001.json`` or
-``0001.txt``. If no image has such a label, images are labeled by their outermost folder, as those of a folder
-are. Folders around all images are skipped, and train/ and val/ are parts.
+``0001.txt``. If no image has such a label, or if most texts in .txt files differ, as captions do, images are
+labeled by their outermost folder, as those of a folder are. Folders around all images are skipped, and train/
+and val/ are parts.
 """
 
 import io
@@ -87,6 +88,10 @@ def tar_source(name: str, root: Path, files: Sequence[File], label: str | None =
                     folders.append(member.name, file.held_out)
                 elif not images or each not in _LABELS:
                     left_out["." + each.rpartition(".")[2] if each else "without a suffix"] += 1
+    hints = []
+    if endings == {"txt"} and len(items.labels) > len(items) / 2:  # else some class would have one image
+        hints.append(f"the texts of the .txt files in {name} differ, so they are no labels but captions")
+        items, endings = Items(item._replace(label=None) for item in items), set()
     items, labels = _placed(items, folders, left_out, by_folder=not endings and label is None)
     if endings:
         labels = labels.replace("without labels", f"labels from .{' and .'.join(sorted(endings))}")
@@ -98,7 +103,7 @@ def tar_source(name: str, root: Path, files: Sequence[File], label: str | None =
             return io.BytesIO(tar.read(size))
 
     kind = f"{len(files)} tar{'s' * (len(files) > 1)}, {labels}"
-    return make_source(name, root, Found(kind, items, open_member, left_out, sequential=True))
+    return make_source(name, root, Found(kind, items, open_member, left_out, sequential=True, hints=hints))
 
 
 class _Folders:

@@ -211,6 +211,19 @@ def test_a_table_of_the_folder_comes_before_those_of_subfolders(tmp_path: Path) 
     assert list(open_source(str(tmp_path)).classes) == ["a", "b"]
 
 
+def test_captions_in_a_tar_are_no_labels(tmp_path: Path) -> None:
+    members = [(f"{i}.png", png(i)) for i in range(4)]
+    members += [(f"{i}.txt", f"a photo of {i} dogs".encode()) for i in range(4)]
+    write_tar(tmp_path / "a.tar", members)
+    source = open_source(str(tmp_path / "a.tar"))
+    assert found(source) == [(i, "images") for i in range(4)]
+    (hint,) = source.hints
+    assert "captions" in hint
+    write_tar(tmp_path / "b.tar", [(f"{'xy'[i // 2]}/{name}", content) for name, content in members
+                                   for i in (int(name[0]),)])  # fmt: skip
+    assert found(open_source(str(tmp_path / "b.tar"))) == [(0, "x"), (1, "x"), (2, "y"), (3, "y")]
+
+
 def test_minus_one_beside_one_is_a_class(tmp_path: Path) -> None:
     labels = [1, -1, 1, -1]
     write_pngs(tmp_path / "photos", range(4))
