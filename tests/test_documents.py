@@ -251,7 +251,8 @@ def test_commands_are_valid(document: Path) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_in_the_head_of_a_recipe_are_valid(recipe: Path) -> None:
-    for line in re.findall(r"^# {2,}(far .+)$", recipe.read_text(encoding="utf-8"), re.MULTILINE):
+    text = re.sub(r" \\\n# +", " ", recipe.read_text(encoding="utf-8"))  # continued lines
+    for line in re.findall(r"^# {2,}(far .+)$", text, re.MULTILINE):
         check_command(shlex.split(line, comments=True))
 
 
