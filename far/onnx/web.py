@@ -54,7 +54,8 @@ def export_web(
                 shutil.copy(part, folder)
             (folder / "runtime").mkdir()
             for file in RUNTIME_FILES:
-                shutil.copy(runtime / file, folder / "runtime")
+                # Many web servers have no MIME type for .mjs, and browsers then refuse the script.
+                shutil.copy(runtime / file, folder / "runtime" / file.replace(".mjs", ".js"))
 
 
 def check_runtime(folder: Path) -> None:

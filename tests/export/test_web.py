@@ -1,10 +1,12 @@
 """The exported page in headless Chromium: its arithmetic against torch, and what a visitor does."""
 
 import dataclasses
+import http.server
 import os
 import shutil
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +46,26 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-def serving(folder: Path) -> Iterator[str]:
-    """Yield the address of a server of ``folder``, as far demo --static runs it."""
-    server = serve(folder, "127.0.0.1", 0)
+class Plain(http.server.SimpleHTTPRequestHandler):
+    """Serves files as many web servers do: pages are not isolated, and newer files have no MIME type."""
+
+    extensions_map = {  # noqa: RUF012 (the base class declares it as an instance's)
+        **http.server.SimpleHTTPRequestHandler.extensions_map,
+        ".mjs": "application/octet-stream",
+        ".wasm": "application/octet-stream",
+    }
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Print nothing per request."""
+
+
+def serving(folder: Path, *, plain: bool = False) -> Iterator[str]:
+    """Yield the address of a server of ``folder``, as far demo --static runs it or a plain one."""
+    if plain:
+        handler = partial(Plain, directory=str(folder))
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    else:
+        server = serve(folder, "127.0.0.1", 0)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_address[1]}/"
@@ -175,6 +194,26 @@ def test_the_page_draws_the_images_of_torch(page: Page, model: Path, tmp_path: P
         assert abs(image - expected).max() <= 1
         assert expected.std() > 5
         expect(page.get_by_role("img", name=f"Image of the class {label}, seed {seed}")).to_be_visible()
+
+
+def test_the_page_works_without_newer_mime_types(site: Path, browser: Browser, tmp_path: Path) -> None:
+    for address in serving(site, plain=True):
+        page = browser.new_page()
+        page.goto(address)
+        expect(page.get_by_role("button", name="Draw")).to_be_enabled(timeout=PATIENCE)
+        assert drawn(page, tmp_path / "drawn.png").std() > 5
+        assert not page.workers
+        page.close()
+
+
+def test_an_isolated_page_starts_threads(address: str, browser: Browser, tmp_path: Path) -> None:
+    page = browser.new_page()
+    page.add_init_script("Object.defineProperty(navigator, 'hardwareConcurrency', { value: 3 })")
+    page.goto(address)
+    expect(page.get_by_role("button", name="Draw")).to_be_enabled(timeout=PATIENCE)
+    assert len(page.workers) == 2
+    assert drawn(page, tmp_path / "drawn.png").std() > 5
+    page.close()
 
 
 def test_the_page_works_offline_once_it_is_loaded(page: Page, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 // Loads config.json and the ONNX files beside this script, and runs them with ONNX Runtime Web.
 
-import * as ort from "./runtime/ort.wasm.min.mjs";
+import * as ort from "./runtime/ort.wasm.min.js";
 
 // Smallest module with an instruction of WebAssembly SIMD, which ONNX Runtime Web needs.
 const SIMD = [
@@ -19,7 +19,8 @@ export async function loadModel(progress = () => {}) {
   if (!globalThis.WebAssembly || !WebAssembly.validate(new Uint8Array(SIMD))) {
     throw new Error("This browser has no WebAssembly SIMD. Use a current Firefox, Chrome, Edge or Safari.");
   }
-  ort.env.wasm.wasmPaths = new URL("runtime/", import.meta.url).href;
+  const runtime = (ending) => new URL(`runtime/ort-wasm-simd-threaded.${ending}`, import.meta.url);
+  ort.env.wasm.wasmPaths = { mjs: runtime("js"), wasm: runtime("wasm") };
   // Threads need shared memory, which browsers allow to isolated pages only.
   const cores = navigator.hardwareConcurrency || 1;
   ort.env.wasm.numThreads = globalThis.crossOriginIsolated ? Math.min(MOST_THREADS, cores) : 1;

@@ -1,13 +1,10 @@
 // The page: reads the form, draws, and shows the tokens as they become known.
 
-import { loadModel } from "./model.js";
-import { sample } from "./sampler.js";
-
 const element = (id) => document.getElementById(id);
 const FIELDS = ["seed", "ar_steps", "head_steps", "guidance"];
 const SHARE = 0.3; // of the drawing time, at most, is spent on previews
 
-let config, run;
+let config, run, sample;
 
 function fillForm() {
   config.classes.forEach((name, number) => element("label").add(new Option(name, number)));
@@ -109,12 +106,20 @@ element("another").addEventListener("click", () => {
   draw();
 });
 
-loadModel((loaded, files) => status(`Loading the model: file ${loaded + 1} of ${files} …`)).then(
-  (model) => {
-    ({ config, run } = model);
-    fillForm();
-    status("Ready.");
-    busy(false);
-  },
-  (problem) => { status(""); error(problem.message); },
-);
+async function load() {
+  ({ sample } = await script("sampler.js"));
+  const { loadModel } = await script("model.js");
+  ({ config, run } = await loadModel((loaded, files) => status(`Loading the model: file ${loaded + 1} of ${files} …`)));
+  fillForm();
+  status("Ready.");
+  busy(false);
+}
+
+/** Import a script here, not at the top, so that a failure shows on the page. */
+async function script(file) {
+  return import(`./${file}`).catch(() => {
+    throw new Error(`The script ${file} or one that it imports cannot be loaded. Copy the whole folder again.`);
+  });
+}
+
+load().catch((problem) => { status(""); error(problem.message); });
