@@ -251,14 +251,25 @@ def test_the_page_fits_a_phone(page: Page) -> None:
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 400
 
 
-def test_a_missing_file_is_reported_on_the_page(browser: Browser, site: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["head.onnx", "config.json", "noise.js", "runtime/ort.wasm.min.js"])
+@pytest.mark.parametrize("change", ["missing", "damaged"])
+def test_a_missing_or_damaged_file_is_reported_on_the_page(
+    browser: Browser, site: Path, file: str, change: str, tmp_path: Path
+) -> None:
     folder = tmp_path / "site"
     shutil.copytree(site, folder)
-    (folder / "head.onnx").unlink()
+    content = (folder / file).read_bytes()
+    (folder / file).unlink()
+    if change == "damaged":
+        (folder / file).write_bytes(content[: len(content) // 2])
+    importing = {"noise.js": "sampler.js", "runtime/ort.wasm.min.js": "model.js"}
     for address in serving(folder):
         page = browser.new_page()
         page.goto(address)
-        expect(page.get_by_role("alert")).to_contain_text("head.onnx", timeout=PATIENCE)
+        alert = page.get_by_role("alert")
+        expect(alert).to_contain_text(importing.get(file, file), timeout=PATIENCE)
+        if file not in importing:
+            expect(alert).to_contain_text(change)
         expect(page.get_by_role("button", name="Draw")).to_be_disabled()
         page.close()
 

@@ -7,6 +7,8 @@ const SIMD = [
   0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11,
 ];
 const MOST_THREADS = 4;
+// ONNX Runtime's errors of an empty file (invalid argument) and of a broken one (invalid protobuf).
+const DAMAGE = /ERROR_CODE: [27],/;
 
 /**
  * Load the model.
@@ -24,12 +26,13 @@ export async function loadModel(progress = () => {}) {
   // Threads need shared memory, which browsers allow to isolated pages only.
   const cores = navigator.hardwareConcurrency || 1;
   ort.env.wasm.numThreads = globalThis.crossOriginIsolated ? Math.min(MOST_THREADS, cores) : 1;
-  const config = await (await fetched("config.json")).json();
+  const response = await fetched("config.json");
+  const config = await response.json().catch(() => { throw damaged("config.json"); });
   const files = Object.keys(config.onnx.files), sessions = {};
   for (const [index, file] of files.entries()) {
     progress(index, files.length);
     const content = await (await fetched(file)).arrayBuffer();
-    sessions[file] = await ort.InferenceSession.create(content, { executionProviders: ["wasm"] });
+    sessions[file] = await session(file, content);
   }
   const run = async (file, inputs) => {
     const tensors = mapped(inputs, ({ type, data, dims }) => new ort.Tensor(type, data, dims));
@@ -37,6 +40,19 @@ export async function loadModel(progress = () => {}) {
     return mapped(outputs, ({ type, data, dims }) => ({ type, data, dims }));
   };
   return { config, run };
+}
+
+async function session(file, content) {
+  try {
+    return await ort.InferenceSession.create(content, { executionProviders: ["wasm"] });
+  } catch (problem) {
+    if (DAMAGE.test(problem.message)) throw damaged(file);
+    throw new Error(`The file ${file} cannot be loaded (${problem.message}). Copy the whole folder again.`);
+  }
+}
+
+function damaged(file) {
+  return new Error(`The file ${file} is damaged. Copy the whole folder again.`);
 }
 
 async function fetched(file) {
