@@ -216,6 +216,34 @@ def test_an_isolated_page_starts_threads(address: str, browser: Browser, tmp_pat
     page.close()
 
 
+def test_drawing_by_keyboard_keeps_the_focus(page: Page) -> None:
+    """Check also what a screen reader announces, and the label of the picture while it is drawn."""
+    page.evaluate("""() => {
+        const live = document.querySelector("[aria-live]"), image = document.querySelector("canvas");
+        window.said = [];
+        window.labels = [];
+        new MutationObserver(() => said.push(live.textContent)).observe(live, { childList: true });
+        const label = { attributeFilter: ["aria-label"] };
+        new MutationObserver(() => labels.push(image.getAttribute("aria-label"))).observe(image, label);
+    }""")
+    for name in ("Draw", "Next seed"):
+        button = page.get_by_role("button", name=name)
+        button.focus()
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("link", name="Download PNG")).to_be_visible()
+        expect(button).to_be_focused()
+    said, labels = page.evaluate("[said, labels]")
+    assert len(said) == 4  # start and end of each
+    assert len(set(labels)) == 4
+    assert all("seed 1" in label for label in labels[2:])
+
+
+def test_a_second_click_while_drawing_is_ignored(page: Page) -> None:
+    page.get_by_role("button", name="Next seed").evaluate("(button) => { button.click(); button.click(); }")
+    expect(page.get_by_role("link", name="Download PNG")).to_be_visible()
+    expect(page.get_by_label("Seed", exact=True)).to_have_value("1")
+
+
 def test_the_page_works_offline_once_it_is_loaded(page: Page, tmp_path: Path) -> None:
     page.context.set_offline(True)
     first = drawn(page, tmp_path / "first.png")

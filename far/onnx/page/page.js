@@ -37,11 +37,14 @@ async function draw() {
   const options = entries();
   if (options === null) return;
   busy(true);
-  const begin = performance.now();
+  status("Drawing …");
+  const begin = performance.now(), name = config.classes[options.label];
+  const subject = `of the class ${name}, seed ${options.seed}`;
+  element("image").setAttribute("aria-label", `Unfinished drawing ${subject}`);
   let previews = 0;
   try {
     const latents = await sample(config, run, options, async (partial, known, step) => {
-      status(`Drawing: step ${step + 1} of ${options.ar_steps} …`);
+      progress(`Step ${step + 1} of ${options.ar_steps}`);
       const now = performance.now();
       if (step + 1 < options.ar_steps && previews <= SHARE * (now - begin)) {
         await show(partial, known);
@@ -50,11 +53,11 @@ async function draw() {
       await new Promise((resolve) => setTimeout(resolve)); // lets the browser paint
     });
     await show(latents, null);
-    const name = config.classes[options.label];
-    element("image").setAttribute("aria-label", `Image of the class ${name}, seed ${options.seed}`);
+    element("image").setAttribute("aria-label", `Image ${subject}`);
     await offer(`${name.replaceAll(/[^\w-]+/g, "-")}-${options.seed}.png`);
     status(`Drawn in ${((performance.now() - begin) / 1000).toFixed(1)} seconds.`);
   } catch (problem) {
+    status("");
     error(`The image could not be drawn: ${problem.message}`);
   } finally {
     busy(false);
@@ -88,19 +91,24 @@ async function offer(name) {
   link.hidden = false;
 }
 
+/** Mark the buttons as disabled or not. A real `disabled` would take the focus from them. */
 function busy(is) {
-  element("draw").disabled = element("another").disabled = is;
+  for (const id of ["draw", "another"]) element(id).setAttribute("aria-disabled", String(is));
   if (is) element("save").hidden = true;
 }
 
-const status = (text) => { element("status").textContent = text; };
+const isBusy = () => element("draw").getAttribute("aria-disabled") === "true";
+// Screen readers announce the status, but not the progress.
+const status = (text) => { element("status").textContent = text; progress(""); };
+const progress = (text) => { element("progress").textContent = text; };
 const error = (text) => { element("error").textContent = text; };
 
 element("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (!element("draw").disabled) draw();
+  if (!isBusy()) draw();
 });
 element("another").addEventListener("click", () => {
+  if (isBusy()) return;
   const seed = element("seed");
   seed.value = seed.checkValidity() && seed.value !== "" ? (Number(seed.value) + 1) % 2 ** 32 : 0;
   draw();
@@ -109,10 +117,10 @@ element("another").addEventListener("click", () => {
 async function load() {
   ({ sample } = await script("sampler.js"));
   const { loadModel } = await script("model.js");
-  ({ config, run } = await loadModel((loaded, files) => status(`Loading the model: file ${loaded + 1} of ${files} …`)));
+  ({ config, run } = await loadModel((loaded, files) => progress(`File ${loaded + 1} of ${files}`)));
   fillForm();
+  element("draw").disabled = element("another").disabled = false;
   status("Ready.");
-  busy(false);
 }
 
 /** Import a script here, not at the top, so that a failure shows on the page. */
