@@ -2,6 +2,7 @@
 
 import dataclasses
 import http.server
+import json
 import os
 import shutil
 import threading
@@ -194,6 +195,28 @@ def test_the_page_draws_the_images_of_torch(page: Page, model: Path, tmp_path: P
         assert abs(image - expected).max() <= 1
         assert expected.std() > 5
         expect(page.get_by_role("img", name=f"Image of the class {label}, seed {seed}")).to_be_visible()
+
+
+def test_an_int8_page_draws_images_near_those_of_torch(
+    model: Path, browser: Browser, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """Check what the command writes by default."""
+    runtime = runtime_files()
+
+    def export(out: Path) -> None:
+        given = [] if runtime is None else ["--runtime-files", str(runtime)]
+        assert main(["export", "web", str(model), str(out), *given]) == 0
+
+    folder = made_once(tmp_path_factory, "int8_site", export)
+    assert json.loads((folder / "config.json").read_text())["onnx"]["dtype"] == "int8"
+    expected, other = load(model, device="cpu").generate([0, 0], seed=[0, 1], output="np").astype(int)
+    for address in serving(folder):
+        page = browser.new_page()
+        page.goto(address)
+        expect(page.get_by_role("button", name="Draw")).to_be_enabled(timeout=PATIENCE)
+        image = drawn(page, tmp_path / "drawn.png")  # of seed 0
+        page.close()
+    assert 0 < abs(image - expected).mean() < 0.1 * abs(other - expected).mean()  # 0.8 and 27 of 255
 
 
 def test_the_page_works_without_newer_mime_types(site: Path, browser: Browser, tmp_path: Path) -> None:
