@@ -9,8 +9,9 @@ import tempfile
 from pathlib import Path
 
 from far.errors import InputError
-from far.files import atomic_folder, check_empty_folder
+from far.files import atomic_folder, check_empty_folder, read_json, write_json
 from far.folder import ModelFolder
+from far.onnx.config import CONFIG
 from far.onnx.exporter import export
 
 _PAGE = Path(__file__).parent / "page"
@@ -50,6 +51,9 @@ def export_web(
         check_runtime(runtime)
         with atomic_folder(out) as folder:
             export(name, folder, dtype=dtype, encoder=False)  # the page does not edit
+            config = read_json(folder / CONFIG)
+            config["defaults"]["guidance_every"] = 1  # the page computes guidance at every step
+            write_json(folder / CONFIG, config)
             for part in _PAGE.iterdir():
                 shutil.copy(part, folder)
             (folder / "runtime").mkdir()

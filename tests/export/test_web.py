@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from made_once import made_once
-from onnx_parts import CLASSES, Parts, random_model, sampling
+from onnx_parts import CLASSES, Parts, config_of, random_model, sampling
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from refusals import refused
@@ -360,6 +360,23 @@ def test_the_sampler_draws_the_latents_of_torch(
 
 # --- Errors of the export
 # ----------------------------------------------------------------------------------------------------
+
+
+def test_approximations_are_off_in_the_defaults_of_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("far.onnx.exporter.write_graphs", lambda graphs, folder, dtype: {})
+    runtime = tmp_path / "runtime"
+    runtime.mkdir()
+    for file in RUNTIME_FILES:
+        (runtime / file).write_text("")
+    autoencoder = Autoencoder(AutoencoderConfig(8, (1, 1, 2), 1, 4, norm_groups=4)).eval()
+    defaults = SamplingConfig(5, refresh_every=4, guidance_every=2)
+    model = random_model(config_of("masked", "shortcut"))
+    Pipeline(model, autoencoder, CLASSES, defaults).save_pretrained(tmp_path / "model")
+    export_web(tmp_path / "model", tmp_path / "page", runtime_files=runtime)
+    written = json.loads((tmp_path / "page" / "config.json").read_text())["defaults"]
+    assert (written["refresh_every"], written["guidance_every"]) == (1, 1)
 
 
 def test_missing_runtime_files_are_named_before_the_export(model: Path, tmp_path: Path) -> None:
