@@ -352,7 +352,7 @@ class Pipeline:
             name: a folder that :meth:`save_pretrained` wrote, the name of a bundled model, or
                 ``OWNER/NAME[@REVISION]`` of the hub, tried in this order. A ``Path`` is always a folder.
             dtype: dtype of the generator's weights: float32, bfloat16, float16, int8 (an approximation for
-                CPUs), or auto: bfloat16 if the device has instructions for it, else float32. The autoencoder
+                CPUs), or auto: bfloat16 if the device multiplies it faster, else float32. The autoencoder
                 is bfloat16 beside bfloat16, or beside int8 with such instructions, else float32.
             device: such as ``"cpu"``, ``"cuda:1"`` or a ``torch.device``; ``"auto"`` takes a GPU if there is
                 one, see :func:`far.devices.resolve_device`.

@@ -16,7 +16,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 
 def resolve_dtype(name: str, device: "str | torch.device") -> str:
-    """Return ``name``, or for ``auto`` bfloat16 if the device has instructions for it, else float32.
+    """Return ``name``, or for ``auto`` bfloat16 if the device multiplies it faster, else float32.
 
     Raises:
         InputError: the dtype or device is not available, or the dtype cannot be used on this device.
@@ -62,7 +62,7 @@ def prepare(model: M, dtype: str, device: "str | torch.device") -> M:
 def prepare_autoencoder(autoencoder: M, dtype: str, device: "str | torch.device") -> M:
     """Move the autoencoder of a generator of some dtype to a device, in place, with channels last.
 
-    It becomes bfloat16 beside bfloat16 and, if the device has instructions for it, beside int8; otherwise
+    It becomes bfloat16 beside bfloat16 and, if the device multiplies it faster, beside int8; otherwise
     float32. In float16 its values could overflow.
 
     Raises:

@@ -15,7 +15,7 @@ from far import devices
 from far.devices import (
     check_device_name,
     device_title,
-    has_bfloat16_products,
+    has_fast_bfloat16,
     resolve_device,
     resolve_training_dtype,
     set_threads,
@@ -148,16 +148,18 @@ def test_processes_without_cuda_take_the_cpu(monkeypatch: pytest.MonkeyPatch) ->
     not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64",
     reason="reads the flags of Linux on x86",
 )
-def test_bfloat16_products_are_those_that_the_system_reports() -> None:
+def test_fast_bfloat16_follows_from_what_the_system_reports() -> None:
     flags = set(Path("/proc/cpuinfo").read_text().split())
     if os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL") != "ALL":
         pytest.skip("instructions are masked")
-    assert has_bfloat16_products(CPU) == bool(flags & {"avx512_bf16", "amx_bf16"})
+    assert has_fast_bfloat16(CPU) == (
+        "amx_bf16" in flags or ("avx512_bf16" in flags and "GenuineIntel" not in flags)
+    )
 
 
 def test_auto_is_float32_if_the_instructions_are_masked() -> None:
     code = "from far.devices import *; from far.precision import resolve_dtype; d = resolve_device('cpu'); "
-    code += "print(has_bfloat16_products(d), resolve_training_dtype('auto', d), resolve_dtype('auto', 'cpu'))"
+    code += "print(has_fast_bfloat16(d), resolve_training_dtype('auto', d), resolve_dtype('auto', 'cpu'))"
     found = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **AVX2}, capture_output=True, text=True, check=True
     )
@@ -168,7 +170,7 @@ def test_auto_is_float32_if_the_instructions_are_masked() -> None:
 def test_auto_is_bfloat16_only_with_instructions_for_it(
     native: bool, monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path
 ) -> None:
-    monkeypatch.setattr(devices, "has_bfloat16_products", lambda device: native)
+    monkeypatch.setattr(devices, "has_fast_bfloat16", lambda device: native)
     expected = "bfloat16" if native else "float32"
     assert resolve_loop(LoopConfig(dtype="auto")) == resolve_loop(LoopConfig(dtype=expected))  # type: ignore[arg-type]
     assert (
@@ -193,7 +195,7 @@ def test_dtypes_that_training_does_not_have_are_refused() -> None:
 def test_training_in_auto_equals_training_in_the_chosen_dtype(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "has_bfloat16_products", lambda device: False)
+    monkeypatch.setattr(devices, "has_fast_bfloat16", lambda device: False)
     weights = {}
     for dtype in ("auto", "float32", "bfloat16"):
         trainer = Trainer(Slope(), loop(dtype=dtype), tmp_path / dtype)
@@ -236,7 +238,7 @@ def test_missing_instructions_are_reported_if_bfloat16_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     for native in (True, False):
-        monkeypatch.setattr("far.training.loop.has_bfloat16_products", lambda device, native=native: native)
+        monkeypatch.setattr("far.training.loop.has_fast_bfloat16", lambda device, native=native: native)
         Trainer(Slope(), loop(dtype="bfloat16", steps=1), tmp_path / str(native)).run()
         assert ("float32" in capsys.readouterr().out) != native
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
 from far.autoencoder_config import DecoderName, SmallDecoderConfig
-from far.devices import has_bfloat16_products, resolve_device
+from far.devices import has_fast_bfloat16, resolve_device
 from far.errors import InputError, prefix_errors
 from far.model import FAR, PRESETS, ModelConfig, preset
 from far.names import find_folder
@@ -88,7 +88,7 @@ def default_rows(
 
 
 def usable_rows(rows: Sequence[Row], device: str | torch.device = "auto") -> tuple[list[Row], dict[str, str]]:
-    """Return the rows whose dtypes the device has instructions for, and a reason for each dtype it lacks."""
+    """Return the rows whose dtypes make sense on a device, and a reason for each dtype left out."""
     device = resolve_device(device)
     reasons = {}
     for dtype in dict.fromkeys(row.dtype for row in rows):
@@ -96,8 +96,8 @@ def usable_rows(rows: Sequence[Row], device: str | torch.device = "auto") -> tup
             resolve_dtype(dtype, device)
         except InputError as error:
             reasons[dtype] = str(error)
-        if dtype == "bfloat16" and not has_bfloat16_products(device):
-            reasons[dtype] = f"device {device} has no instructions for it"
+        if dtype == "bfloat16" and not has_fast_bfloat16(device):
+            reasons[dtype] = f"device {device} multiplies float32 faster"
     return [row for row in rows if row.dtype not in reasons], reasons
 
 

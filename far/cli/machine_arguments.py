@@ -29,7 +29,7 @@ def add_machine_arguments(
     device, default = (None, "the recipe's") if recipe else ("auto", "auto: a GPU if there is one")
     names = "auto, cpu, cuda, cuda:1 …, mps or xpu"
     add("--device", type=_device, metavar="NAME", default=device, help=f"{names} (default {default})")
-    auto = ": bfloat16 if the device supports it natively, else float32" if dtype == "auto" else ""
+    auto = ": bfloat16 if the device multiplies it faster, else float32" if dtype == "auto" else ""
     weights = f"dtype of the weights (default {dtype}{auto})"
     meaning = "dtype of training (default the recipe's)" if recipe else weights
     if dtypes:

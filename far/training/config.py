@@ -39,8 +39,8 @@ class LoopConfig:
             such steps change nothing. The default exceeds the 16 halvings from float16's first loss factor,
             65536, to 1.
         dtype: autocast type of the forward pass; weights stay in float32. ``auto`` is bfloat16 if the device
-            has instructions that multiply it, else float32; a resumed run keeps its checkpoint's. In float16
-            the loss is scaled by a factor that adapts to the gradients.
+            multiplies it faster, else float32; a resumed run keeps its checkpoint's. In float16 the loss is
+            scaled by a factor that adapts to the gradients.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, a ``torch.device``, or ``auto``: a GPU if there is
             one, else the CPU.
         compile: compile the blocks of a generator's backbone and head. The first steps take longer, by a

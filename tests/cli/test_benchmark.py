@@ -144,7 +144,7 @@ def test_default_rows_run_without_models(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr("far.benchmark.measure", stop)
     for native in (True, False):
-        monkeypatch.setattr("far.benchmark.rows.has_bfloat16_products", lambda device, native=native: native)
+        monkeypatch.setattr("far.benchmark.rows.has_fast_bfloat16", lambda device, native=native: native)
         assert (
             main(
                 ["benchmark", "--batch", "2", "--guidance", "1", "--rounds", "5", "--full", "--device", "cpu"]
@@ -167,7 +167,7 @@ def test_unsupported_dtypes_and_a_late_second_round_are_left_out_with_a_note(
     usual = rows_of([str(pipeline_folder)], dtypes=["float32", "bfloat16"])
     monkeypatch.setattr("far.benchmark.rows.default_rows", lambda **options: usual)
     for native, seconds in ((False, 0), (True, 1000)):
-        monkeypatch.setattr("far.benchmark.rows.has_bfloat16_products", lambda device, native=native: native)
+        monkeypatch.setattr("far.benchmark.rows.has_fast_bfloat16", lambda device, native=native: native)
         monkeypatch.setattr("far.benchmark.results._MOST_SECONDS", seconds)
         assert main(["benchmark", "--device", "cpu", "--json", str(tmp_path / "a.json")]) == 0
         text, found = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
