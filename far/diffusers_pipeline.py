@@ -158,11 +158,7 @@ class FARPipeline(DiffusionPipeline):
             InputError: an unknown class or name, a value out of range or given under two names, or another
                 number of generators than of labels.
         """
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise InputError(f"output_type {output_type!r} does not exist. Choose pil, np, pt or latent")
-        if unknown := {*callback_on_step_end_tensor_inputs} - {"latents"}:
-            wrong = f"callback_on_step_end_tensor_inputs has {unknown.pop()!r}"
-            raise InputError(f"{wrong}. Give ['latents'] or nothing")
+        _check_forms(output_type, callback_on_step_end_tensor_inputs)
         drawing = self._drawing
         given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         values = _sampling_values(given, sampling)
@@ -177,9 +173,8 @@ class FARPipeline(DiffusionPipeline):
             for progress in steps:
                 bar.update()
                 if callback_on_step_end is not None:
-                    step = progress.step
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, progress.latents)
-                    callback_on_step_end(self, step, step, tensors)
+                    callback_on_step_end(self, progress.step, progress.step, tensors)
                 if self._interrupt:
                     break
         images = self._output(progress, output_type)
@@ -224,6 +219,15 @@ class FARPipeline(DiffusionPipeline):
         write_json(folder / _INDEX, {**read_json(folder / _INDEX), **components})
         for path, (module, name) in ((folder, _PIPELINE), (folder / "transformer", _TRANSFORMER)):
             (path / f"{module}.py").write_text(_CODE.format(name=name), encoding="utf-8")
+
+
+def _check_forms(output_type: str, tensor_inputs: Sequence[str]) -> None:
+    """Raise an :class:`InputError` unless a call asks for what there is."""
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise InputError(f"output_type {output_type!r} does not exist. Choose pil, np, pt or latent")
+    if unknown := {*tensor_inputs} - {"latents"}:
+        wrong = f"callback_on_step_end_tensor_inputs has {unknown.pop()!r}"
+        raise InputError(f"{wrong}. Give ['latents'] or nothing")
 
 
 def _sampling_values(given: dict[str, Any], sampling: dict[str, Any]) -> dict[str, Any]:
