@@ -113,6 +113,7 @@ def has_fast_bfloat16(device: "torch.device") -> bool:
     CUDA devices do from compute capability 8.0, processors with AMX, and others than Intel's with
     AVX512_BF16, unless the environment keeps oneDNN from using AVX-512 (``ONEDNN_MAX_CPU_ISA=AVX2``). Intel's
     AVX512_BF16 multiplies no faster than its float32 instructions, and models take up to 1.7 times as long.
+    Processors that are not x86 are taken to, if oneDNN multiplies bfloat16 there; MPS and XPU are not.
     """
     import torch
 

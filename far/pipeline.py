@@ -353,7 +353,7 @@ class Pipeline:
                 ``OWNER/NAME[@REVISION]`` of the hub, tried in this order. A ``Path`` is always a folder.
             dtype: dtype of the generator's weights: float32, bfloat16, float16, int8 (an approximation for
                 CPUs), or auto: bfloat16 if the device multiplies it faster, else float32. The autoencoder
-                is bfloat16 beside bfloat16, or beside int8 with such instructions, else float32.
+                is bfloat16 beside bfloat16, or beside int8 on such a device, else float32.
             device: such as ``"cpu"``, ``"cuda:1"`` or a ``torch.device``; ``"auto"`` takes a GPU if there is
                 one, see :func:`far.devices.resolve_device`.
             revision: a branch, tag or commit on the hub; ``None`` is the one in the name, else main.

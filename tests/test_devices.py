@@ -234,7 +234,7 @@ def test_resumed_run_reports_that_its_dtype_changes(tmp_path: Path, capsys: pyte
         assert (before in line.replace(dtype, "", 1)) == (before != dtype)
 
 
-def test_missing_instructions_are_reported_if_bfloat16_is_given(
+def test_slow_bfloat16_is_reported_if_it_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     for native in (True, False):

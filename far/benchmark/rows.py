@@ -97,7 +97,7 @@ def usable_rows(rows: Sequence[Row], device: str | torch.device = "auto") -> tup
         except InputError as error:
             reasons[dtype] = str(error)
         if dtype == "bfloat16" and not has_fast_bfloat16(device):
-            reasons[dtype] = f"device {device} multiplies float32 faster"
+            reasons[dtype] = f"device {device} is not known to multiply it faster than float32"
     return [row for row in rows if row.dtype not in reasons], reasons
 
 

@@ -84,14 +84,15 @@ def _described(folder: Path, subfolders: Sequence[Path]) -> tuple[str, list[Path
 
 def _check_others(source: Source, name: str, holders: Sequence[Path], subfolders: Sequence[Path]) -> None:
     """Raise an :class:`InputError` if only some subfolders list their images, and others have images too."""
-    rest = [path for path in subfolders if path not in holders and images_within(path, Counter())]
+    rest = [path for path in subfolders if path not in holders]
     if holders[0] in subfolders and rest:
         tops = {record.key.partition("/")[0] for record in source.records}
-        if ignored := [path for path in rest if path.name not in tops]:
+        unused = (path for path in rest if path.name not in tops)
+        if ignored := [path for path in unused if images_within(path, Counter())]:
             wrong = (
-                f"{holders[0]} has a {name}, but {' and '.join(map(str, ignored[:5]))} with images has none"
+                f"{holders[0]} has a {name}, and none is in {', '.join(map(str, ignored[:5]))} with images"
             )
-            raise InputError(f"{wrong}. Add or remove one, or give {holders[0]} alone")
+            raise InputError(f"{wrong}. Give every folder one of this name, or {holders[0]} alone")
 
 
 def _check_table(source: Source, table: Path, subfolders: Sequence[Path]) -> None:

@@ -26,11 +26,11 @@ def store(model: onnx.ModelProto, dtype: str, path: Path, *, matrices: bool) -> 
         InputError: the file, or that of float32 weights to be quantized, would be too large.
     """
     if dtype == "int8" and matrices:
-        _check_size(model, path, "--dtype float16")
+        _check_size(model, path, "Give --dtype float16")  # quantization writes the float32 model
         model = _quantized(model)
     if dtype != "float32":
         _store_as_float16(model)
-    _check_size(model, path, "a smaller --dtype")
+    _check_size(model, path, "Give --dtype float16" if dtype == "float32" else "Export a smaller model")
     onnx.save(model, path)
 
 
@@ -39,7 +39,7 @@ def _check_size(model: onnx.ModelProto, path: Path, remedy: str) -> None:
     size = sum(tensor.ByteSize() for tensor in model.graph.initializer)
     if size > _MOST_BYTES:
         most = "an ONNX file holds less than 2 GiB"
-        raise InputError(f"{path.name} would have {size / 2**30:.1f} GiB: {most}. Give {remedy}")
+        raise InputError(f"{path.name} would have {size / 2**30:.1f} GiB: {most}. {remedy}")
 
 
 def _store_as_float16(model: onnx.ModelProto) -> None:

@@ -307,7 +307,7 @@ class Trainer:
         if self.resumed_dtype not in (None, config.dtype):
             line += f", up to step {self.step} in {self.resumed_dtype}"
         if config.dtype == "bfloat16" and not has_fast_bfloat16(device):
-            line += ". This device multiplies float32 faster: dtype float32 may take a fraction of the time"
+            line += ", which may be slow on this device: float32 may take a fraction of the time"
         return line
 
     def _size(self) -> str:

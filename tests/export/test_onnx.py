@@ -152,12 +152,17 @@ def test_int8_images_do_not_depend_on_the_batch(whole: Path, tmp_path: Path) -> 
     assert torch.equal(edits[0][1:2], edits[1])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "remedy"), [("float32", "float16"), ("float16", "smaller model"), ("int8", "float16")]
+)
 def test_a_model_too_large_for_a_file_is_refused(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    inputs = {"x": ("rows", 8), "condition": ("rows", 24), "time": (24,)}
+    graph = Graph(_Step(HeadNetwork(8, 8, 48, width=24, depth=1)), inputs, {"output": ("rows", 8)})
     monkeypatch.setattr("far.onnx.stored._MOST_BYTES", 1000)
-    with refused("GiB", "--dtype"):
-        far.onnx.export(whole, tmp_path / "out")
+    with refused(HEAD, "GiB", remedy):
+        write_graphs({HEAD: graph}, tmp_path, dtype)
     assert not list(tmp_path.iterdir())
 
 
