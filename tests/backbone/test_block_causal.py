@@ -1,5 +1,6 @@
 """The block-causal backbone against a plain recomputation, and the dependencies of each ``z``."""
 
+import copy
 import math
 
 import pytest
@@ -161,18 +162,22 @@ def test_z_depends_on_label_and_on_positions_of_known_tokens() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(6))
 def test_cached_conditions_equal_uncached_ones(seed: int) -> None:
-    """They do at every unknown position, for random batches, orders, kept tokens and tokens per step."""
+    """They do at every unknown position, for random batches, orders, kept tokens and tokens per step.
+
+    In float64, because rounding of float32 reaches 1e-5 on some processors.
+    """
+    backbone = copy.deepcopy(BACKBONE).double()
     generator = torch.Generator().manual_seed(seed)
     batch = 1 + int(torch.randint(BATCH, (), generator=generator))
-    tokens = torch.randn(batch, TOKENS, CHANNELS, generator=generator)
+    tokens = torch.randn(batch, TOKENS, CHANNELS, generator=generator).double()
     orders = torch.rand(batch, TOKENS, generator=generator).argsort(dim=1)
     labels = torch.randint(CLASSES + 1, (batch,), generator=generator)
     cuts = (torch.rand(TOKENS, generator=generator) < torch.rand((), generator=generator)).tolist()
-    cache = BACKBONE.new_cache(batch)
+    cache = backbone.new_cache(batch)
     for known in [number for number, cut in enumerate(cuts) if cut] or [3]:
         inputs = tokens, orders[:, :known], orders[:, known:], labels
-        z, expected = BACKBONE(*inputs, cache), BACKBONE(*inputs)
-        torch.testing.assert_close(z, expected, rtol=0, atol=1e-5)
+        z, expected = backbone(*inputs, cache), backbone(*inputs)
+        torch.testing.assert_close(z, expected, rtol=0, atol=1e-10)
 
 
 @torch.no_grad()
