@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import multiprocessing.dummy
+import multiprocessing.pool  # takes the original get_context before a test replaces it
 from pathlib import Path
 
 import numpy as np
