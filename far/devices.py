@@ -35,15 +35,16 @@ def resolve_device(device: "str | torch.device" = "auto") -> "torch.device":
     """
     import torch
 
-    name = str(device)
+    name, remedy = str(device), "cpu, or auto"
     check_device_name(name)
     if name == "auto":
+        remedy = "cpu"
         works = torch.backends.mps.is_available() and _refusal("mps") is None
         name = "cuda" if torch.cuda.is_available() else "mps" if works else "cpu"
     if name.startswith("cuda"):
         _turn_tf32_off()
     if reason := _refusal(name):
-        raise InputError(f"device {name!r} cannot be used here ({reason}). Give cpu, or auto")
+        raise InputError(f"device {name!r} cannot be used here ({reason}). Give {remedy}")
     return torch.device(name)
 
 

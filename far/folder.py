@@ -132,7 +132,7 @@ class ModelFolder:
         *,
         model: "FAR | None" = None,
         autoencoder: "Tokenizer | None" = None,
-        dtype: "torch.dtype | None" = None,
+        dtype: "torch.dtype | str | None" = None,
         base: str | None = None,
     ) -> "ModelFolder":
         """Write a folder: the weights first, then ``config.json``, then the model card of a whole generator.
@@ -231,7 +231,7 @@ def _open_base(name: str) -> ModelFolder:
 def load_autoencoder(
     name: Path | str,
     *,
-    dtype: str = "float32",
+    dtype: "str | torch.dtype" = "float32",
     device: "str | torch.device" = "auto",
     revision: str | None = None,
     local_files_only: bool = False,

@@ -93,15 +93,19 @@ class Pipeline:
             raise InputError("this model has no autoencoder. Add one with: far convert kl16 KL16.ckpt FOLDER")
         return self.autoencoder
 
-    def to(self, device: str | torch.device | None = None, dtype: str | None = None) -> "Pipeline":
+    def to(
+        self, device: str | torch.device | torch.dtype | None = None, dtype: str | torch.dtype | None = None
+    ) -> "Pipeline":
         """Move the pipeline to a device and a dtype, in place, and return it.
 
-        None keeps a value, others are as in :meth:`from_pretrained`. A lower precision is not undone by a
-        higher one: load the model again for its original weights.
+        None keeps a value, others are as in :meth:`from_pretrained`. As in torch, a dtype may come first. A
+        lower precision is not undone by a higher one: load the model again for its original weights.
 
         Raises:
             InputError: the device or dtype is not available here, or int8 weights had to be converted back.
         """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
         device = self.device if device is None else resolve_device(device)
         dtype = self.dtype if dtype is None else resolve_dtype(dtype, device)
         if self.dtype == "int8" and (dtype, device) != ("int8", self.device):
@@ -214,15 +218,19 @@ class Pipeline:
     # fmt: off
     @overload
     def edit(self, image: Picture, mask: Picture, label: int | str, *, seed: Seeds = 0, paste: bool = True,
-             callback: Callback = None, output: Literal["pil"] = "pil", **sampling: Any) -> Pictures: ...
+             batch_size: int = 64, callback: Callback = None, output: Literal["pil"] = "pil",
+             **sampling: Any) -> Pictures: ...
     @overload
     def edit(self, image: Picture, mask: Picture, label: int | str, *, seed: Seeds = 0, paste: bool = True,
-             callback: Callback = None, output: Literal["tensor"], **sampling: Any) -> Tensor: ...
+             batch_size: int = 64, callback: Callback = None, output: Literal["tensor"],
+             **sampling: Any) -> Tensor: ...
     @overload
     def edit(self, image: Picture, mask: Picture, label: int | str, *, seed: Seeds = 0, paste: bool = True,
-             callback: Callback = None, output: Literal["np"], **sampling: Any) -> np.ndarray: ...
+             batch_size: int = 64, callback: Callback = None, output: Literal["np"],
+             **sampling: Any) -> np.ndarray: ...
     def edit(self, image: Picture, mask: Picture, label: int | str, *, seed: Seeds = 0, paste: bool = True,
-             callback: Callback = None, output: Output = "pil", **sampling: Any) -> Images:
+             batch_size: int = 64, callback: Callback = None, output: Output = "pil",
+             **sampling: Any) -> Images:
         # fmt: on
         """Redraw a part of an image: inside it (inpainting), around it (outpainting), or as another class.
 
@@ -238,7 +246,8 @@ class Pipeline:
             seed: one seed, or several for as many versions.
             paste: put the pixels of ``image`` back where tokens were kept, blended at the seams
                 (:func:`far.editing.blend_kept`), instead of decoding those tokens.
-            callback: called after each AR step.
+            batch_size: versions drawn together.
+            callback: called after each AR step of each batch.
             output: as in :meth:`generate`.
             sampling: as in :meth:`generate`; ``ar_steps`` is by default the model's, scaled to the fraction
                 of redrawn tokens.
@@ -248,6 +257,7 @@ class Pipeline:
                 class is unknown, a value is out of range, or a causal backbone cannot redraw there.
         """
         check_output(output)
+        check_count("batch_size", whole_number("batch_size", batch_size), 2**40)
         seeds = counted_seeds(seed)
         grid = self.model.config.token_grid
         pixels = image_pixels(image, self.image_size)
@@ -256,9 +266,13 @@ class Pipeline:
             fraction = int(redrawn.sum()) / self.model.config.tokens
             sampling["ar_steps"] = max(1, round(self.defaults.ar_steps * fraction))
         config = self.sampling_config(**sampling)
-        latents = self.encode(pixels.unsqueeze(0)).expand(len(seeds), -1, -1, -1)
-        kept = Kept(latents, (~redrawn).nonzero().flatten())
-        images = self._finish(self.stream([label] * len(seeds), seeds, config, kept=kept), callback)
+        latents, known = self.encode(pixels.unsqueeze(0)), (~redrawn).nonzero().flatten()
+        parts = []
+        for start in range(0, len(seeds), batch_size):
+            chunk = seeds[start : start + batch_size]
+            kept = Kept(latents.expand(len(chunk), -1, -1, -1), known)
+            parts.append(self._finish(self.stream([label] * len(chunk), chunk, config, kept=kept), callback))
+        images = torch.cat(parts)
         return convert_output(blend_kept(images, pixels, redrawn, grid) if paste else images, output)
 
     def sampling_config(self, **given: Any) -> SamplingConfig:
@@ -282,7 +296,7 @@ class Pipeline:
         return self._autoencoder().to_latents(images)
 
     def save_pretrained(
-        self, folder: Path | str, dtype: torch.dtype | None = None, *, base: str | None = None
+        self, folder: Path | str, dtype: torch.dtype | str | None = None, *, base: str | None = None
     ) -> None:
         """Write a folder that :func:`far.load` reads, with a model card in ``README.md``.
 
@@ -309,7 +323,7 @@ class Pipeline:
         private: bool | None = None,
         revision: str | None = None,
         commit_message: str = "Upload a model of far",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         token: str | None = None,
     ) -> str:
         """Publish what :meth:`save_pretrained` writes, in one commit, and return the repository's address.
@@ -338,7 +352,7 @@ class Pipeline:
         cls,
         name: Path | str,
         *,
-        dtype: str = "float32",
+        dtype: str | torch.dtype = "float32",
         device: str | torch.device = "auto",
         revision: str | None = None,
         local_files_only: bool = False,

@@ -15,12 +15,13 @@ M = TypeVar("M", bound="nn.Module")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 
-def resolve_dtype(name: str, device: "str | torch.device") -> str:
-    """Return ``name``, or for ``auto`` bfloat16 if the device multiplies it faster, else float32.
+def resolve_dtype(dtype: "str | torch.dtype", device: "str | torch.device") -> str:
+    """Return the name of a dtype; for ``auto`` bfloat16 if the device multiplies it faster, else float32.
 
     Raises:
         InputError: the dtype or device is not available, or the dtype cannot be used on this device.
     """
+    name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise InputError(f"dtype {name!r} does not exist. Choose one of {', '.join(DTYPES)}")
     device = resolve_device(device)
@@ -42,7 +43,7 @@ def torch_dtype(name: str) -> "torch.dtype":
     return dtype
 
 
-def prepare(model: M, dtype: str, device: "str | torch.device") -> M:
+def prepare(model: M, dtype: "str | torch.dtype", device: "str | torch.device") -> M:
     """Move a generator to a device and dtype, in place, and lay out its weights for inference.
 
     Raises:
@@ -59,7 +60,7 @@ def prepare(model: M, dtype: str, device: "str | torch.device") -> M:
     return model
 
 
-def prepare_autoencoder(autoencoder: M, dtype: str, device: "str | torch.device") -> M:
+def prepare_autoencoder(autoencoder: M, dtype: "str | torch.dtype", device: "str | torch.device") -> M:
     """Move the autoencoder of a generator of some dtype to a device, in place, with channels last.
 
     It becomes bfloat16 beside bfloat16 and, if the device multiplies it faster, beside int8; otherwise

@@ -142,10 +142,13 @@ class Recording:
 
 
 def can_record(device: torch.device) -> bool:
-    """Return whether generations on a device can be recorded: on CUDA, outside of streams of the caller.
+    """Return whether generations on a device can be recorded: on CUDA, outside of streams and autocast.
 
-    A recording's memory is read and written in the order of one stream, the default one.
+    A recording's memory is read and written in the order of one stream, the default one. Autocast keeps
+    converted weights until its block ends, which would leave graphs that read freed memory.
     """
+    if torch.is_autocast_enabled(device.type):
+        return False
     return device.type == "cuda" and torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
 
 

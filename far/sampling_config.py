@@ -27,8 +27,9 @@ class SamplingConfig:
         head_steps: steps of the head per token. Two values change linearly from the first to the last AR
             step.
         guidance: guidance scale (``cfg``). 1 turns guidance off.
-        guidance_schedule: ``linear`` raises guidance with the fraction of known tokens up to ``guidance``
-            (``cfg_schedule``), ``constant`` uses the same scale at every AR step.
+        guidance_schedule: ``linear`` raises guidance with the fraction of known tokens, as MAR does
+            (``cfg_schedule``): toward ``guidance``, which n tokens miss by 1/n of its distance from 1.
+            ``constant`` uses the same scale at every AR step.
         guidance_interval: fractions of known tokens between which guidance is on.
         temperature: multiplies the head's noise.
         order: not for causal models: the order in which positions become known. ``halton`` spreads the
@@ -52,6 +53,11 @@ class SamplingConfig:
     refresh_every: int = 1
     guidance_every: int = 1
     guidance_passes: int | None = _option(None, choices=(1, 2))
+
+    def __post_init__(self) -> None:
+        for name in ("head_steps", "guidance_interval"):  # recordings need a config that can be hashed
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
 
     def check(self, model: "FAR", kept: int = 0) -> None:
         """Raise an :class:`InputError` that names the first value that ``model`` cannot be sampled with.

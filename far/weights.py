@@ -24,7 +24,7 @@ FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16,
 M = TypeVar("M", bound=nn.Module)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | str | None = None) -> None:
     """Write tensors as safetensors with their checksum, atomically.
 
     Floating point tensors are converted to ``dtype``, if given, and packed weights to plain ones.
@@ -32,11 +32,14 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | No
     Raises:
         InputError: ``dtype`` is not a floating point dtype, or the file cannot be written.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    converted_to = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(converted_to, torch.dtype) and converted_to.is_floating_point):
         raise InputError(f"dtype {dtype!r} is not a floating point dtype of torch, such as torch.float16")
 
     def plain(tensor: Tensor) -> Tensor:
-        return dense(tensor).to("cpu", dtype if tensor.is_floating_point() else None).contiguous().clone()
+        return (
+            dense(tensor).to("cpu", converted_to if tensor.is_floating_point() else None).contiguous().clone()
+        )
 
     converted = {name: plain(tensor) for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:

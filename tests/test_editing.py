@@ -175,6 +175,17 @@ def test_kept_tokens_are_those_of_the_encoded_image(pipeline: Pipeline, planet: 
     assert len(seen) == 6
 
 
+def test_versions_do_not_depend_on_the_batch_size(pipeline: Pipeline, planet: Image.Image) -> None:
+    versions = dict(seed=range(3), output="tensor", ar_steps=2)
+    steps: list[Progress] = []
+    found = pipeline.edit(planet, MASK, 1, batch_size=2, callback=steps.append, **versions)
+    assert [len(progress.latents) for progress in steps] == [2, 2, 1, 1]
+    expected = pipeline.edit(planet, MASK, 1, **versions)
+    torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected), rtol=0, atol=1e-3)
+    with pytest.raises(InputError, match="batch_size"):
+        pipeline.edit(planet, MASK, 1, batch_size=0, **versions)
+
+
 def test_edit_has_no_step_at_its_seam(pipeline: Pipeline, planet: Image.Image) -> None:
     """Where the planet meets a face drawn into it, the step is about that of decoding everything."""
     middle = box_mask((64, 64), (16, 16, 48, 48))

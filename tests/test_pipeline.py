@@ -76,6 +76,18 @@ def test_moving_to_another_dtype_equals_loading_in_it(pipeline_folder: Path, one
     assert torch.equal(moved.generate([0, 1], output="tensor"), expected)
 
 
+def test_dtypes_are_given_as_names_or_as_those_of_torch(pipeline_folder: Path, tmp_path: Path) -> None:
+    loaded = far.load(pipeline_folder, dtype=torch.float16, device="cpu")
+    assert loaded.dtype == far.load(pipeline_folder, device="cpu").to(torch.float16).dtype == "float16"
+    for name, dtype in (("by-name", "float16"), ("of-torch", torch.float16)):
+        loaded.save_pretrained(tmp_path / name, dtype)
+    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("by-name", "of-torch")]
+    assert written[0] == written[1]
+    for wrong in ("int64", "float17"):
+        with pytest.raises(InputError, match=wrong):
+            loaded.save_pretrained(tmp_path / "wrong", wrong)
+
+
 def test_moving_back_unpacks_the_rounded_weights(pipeline: Pipeline) -> None:
     rounded = {
         name: tensor.to(torch.bfloat16).float() for name, tensor in pipeline.model.state_dict().items()

@@ -12,7 +12,7 @@ from far.backbone import BlockCausalConfig, CausalConfig, MaskedConfig
 from far.heads import HEADS, HeadConfig
 from far.model import FAR, ModelConfig, NetworkConfig
 from far.pipeline import Pipeline
-from far.recording import Recordings
+from far.recording import Recordings, can_record
 from far.sampling import Kept, Progress, SamplingConfig, SeededNoise, sampling_steps
 from far.sampling_config import unused_options
 from far.seeds import seeded
@@ -38,6 +38,7 @@ SAMPLINGS: list[dict[str, Any]] = [
     {"guidance_every": 2},
     {"refresh_every": 2, "guidance_every": 3},
     {"guidance_interval": (0.2, 0.8)},
+    {"guidance_interval": [0.2, 0.8], "head_steps": [2]},
     {"guidance": 1.0},
 ]
 
@@ -83,6 +84,16 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     monkeypatch.setattr("far.recording.recorder", made)
     monkeypatch.setattr("far.recording.can_record", lambda device: True)
     return made
+
+
+def test_nothing_is_recorded_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("current_stream", "default_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    found = []
+    for enabled in (False, True):
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind, on=enabled: on and kind == "cuda")
+        found.append(can_record(torch.device("cuda")))
+    assert found == [True, False]
 
 
 def check_replays(model: FAR, config: SamplingConfig, recorder: Recorder, kept: int = 0) -> None:

@@ -23,7 +23,7 @@ from far.heads.network import HeadNetwork, TimeEmbedding
 
 # Derivatives in time enter the loss, so times are embedded in a unit in which the fastest wave is slow.
 TIME_UNIT = 10.0
-# Fraction of a token's noise samples off the diagonal.
+# Fraction of a token's noise samples off the diagonal, of which there is at least one.
 OFF_DIAGONAL = 0.25
 # MeanFlow's times are logistic-normal with their mean on the data's side.
 LOGIT_MEAN, LOGIT_DEVIATION = 0.4, 1.0
@@ -108,13 +108,14 @@ class FlowMapHead(Head):
     def sampler(self, steps: int, like: Tensor) -> Draw:
         """Return a function that draws tokens; see :meth:`Head.sampler`.
 
-        Without ``condition.uncond``, ``condition.scale`` is the learned guidance, a number or one per token.
+        Without ``condition.uncond``, ``condition.scale`` is the learned guidance, a number or ``[…, 1]``.
         """
         starts = torch.arange(steps, device=like.device, dtype=like.dtype) / steps
         times = self.network.embed_times(*_times(starts, starts + 1 / steps))
 
         def draw(condition: Condition, normal: Normal, temperature: float) -> Tensor:
             learned = condition.scale if condition.uncond is None else 1.0
+            learned = learned.squeeze(-1) if isinstance(learned, Tensor) else learned
             embedded = condition.map(lambda z: self.embed_condition(z, learned))
             x = normal() * temperature
             for network in self.network.at_times(embedded.stacked(), times):

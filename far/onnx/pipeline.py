@@ -92,12 +92,14 @@ class OnnxPipeline(Pipeline):
         """The dtype that the weights are stored in."""
         return self._dtype
 
-    def to(self, device: str | torch.device | None = None, dtype: str | None = None) -> NoReturn:
+    def to(
+        self, device: str | torch.device | torch.dtype | None = None, dtype: str | torch.dtype | None = None
+    ) -> NoReturn:
         """Raise an :class:`InputError`: device and dtype of an export are fixed."""
         raise InputError("device and dtype of an export are fixed. Export the model again")
 
     def save_pretrained(
-        self, folder: Path | str, dtype: torch.dtype | None = None, *, base: str | None = None
+        self, folder: Path | str, dtype: torch.dtype | str | None = None, *, base: str | None = None
     ) -> NoReturn:
         """Raise an :class:`InputError`: an export cannot become a model's folder again."""
         raise InputError(f"{folder}: an export cannot be saved as a model. Copy its folder instead")

@@ -120,7 +120,9 @@ class DistillationTask:
         z, noise, end = self._conditions(ema, batch), batch["paths"][..., 0, :], batch["paths"][..., -1, :]
         figures: dict[str, float] = {}
         for steps in (1, 2, 4):
-            drawn = ema.head.sampler(steps, noise)(Condition(z, scale=batch["scale"]), lambda: noise, 1.0)
+            drawn = ema.head.sampler(steps, noise)(
+                Condition(z, scale=batch["scale"].unsqueeze(-1)), lambda: noise, 1.0
+            )
             figures[f"error of {steps} steps"] = math.sqrt(float((drawn - end).square().mean()))
         pipeline = self._pipeline(ema)
         if pipeline.autoencoder is not None:

@@ -269,7 +269,9 @@ def test_sampling_takes_the_steps_of_the_mean_velocity(steps: int, max_guidance:
         cond, uncond = (head.mean_velocity(two, s, t, c) for c in (z, z_uncond))
         two = two + (uncond + 2.5 * (cond - uncond)) / steps
         one = one + head.mean_velocity(one, s, t, z, 2.5) / steps
-    torch.testing.assert_close(draw(head, z, lambda: noise, steps=steps, scale=2.5), one, rtol=0, atol=1e-6)
+    for scale in (2.5, torch.full((4, 1), 2.5).double()):
+        found = draw(head, z, lambda: noise, steps=steps, scale=scale)
+        torch.testing.assert_close(found, one, rtol=0, atol=1e-6)
     drawn = draw(head, z, lambda: noise, steps=steps, uncond=z_uncond, scale=2.5)
     torch.testing.assert_close(drawn, two, rtol=0, atol=1e-6)
     same = torch.equal(head.mean_velocity(noise, s, t, z, 2.5), head.mean_velocity(noise, s, t, z))
