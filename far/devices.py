@@ -1,6 +1,7 @@
 """Devices, the dtypes that they multiply natively, and threads. Importing this needs no torch."""
 
 import functools
+import os
 import platform
 import re
 from pathlib import Path
@@ -43,6 +44,8 @@ def resolve_device(device: "str | torch.device" = "auto") -> "torch.device":
         name = "cuda" if torch.cuda.is_available() else "mps" if works else "cpu"
     if name.startswith("cuda"):
         _turn_tf32_off()
+        # cuBLAS and torch read it at the first product, before training.deterministic is known.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if reason := _refusal(name):
         raise InputError(f"device {name!r} cannot be used here ({reason}). Give {remedy}")
     return torch.device(name)

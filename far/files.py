@@ -102,9 +102,10 @@ def files_together(folder: Path, replaced: Iterable[Path] = ()) -> Iterator[Path
 
 @contextlib.contextmanager
 def sole_use(folder: Path) -> Iterator[None]:
-    """Lock ``folder``, created if missing, against other commands until the block or the process ends.
+    """Lock ``folder`` against other commands until the block or the process ends.
 
-    There is no lock if the system or the disk does not support it (Windows, some network disks).
+    A missing folder is created, and removed again if the block leaves it empty. There is no lock if the
+    system or the disk does not support it (Windows, some network disks).
 
     Raises:
         InputError: another command has locked the folder, or it cannot be created.
@@ -114,6 +115,7 @@ def sole_use(folder: Path) -> Iterator[None]:
     except ImportError:
         yield
         return
+    missing = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
@@ -129,6 +131,9 @@ def sole_use(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+        if missing:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 def remove_folder(path: Path) -> None:

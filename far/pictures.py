@@ -18,6 +18,8 @@ from far.errors import InputError, NotFiniteError
 from far.files import atomic_path
 
 Output: TypeAlias = Literal["pil", "tensor", "np"]
+Picture: TypeAlias = Image.Image | Tensor | np.ndarray
+Pictures: TypeAlias = list[Image.Image]
 Images: TypeAlias = list[Image.Image] | Tensor | np.ndarray
 
 # A contact sheet has at least this width in pixels, and at most this many images of a class in a row.

@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from far.autoencoder_config import DecoderName
@@ -22,7 +21,7 @@ from far.folder import ModelFolder
 from far.folder_config import FolderConfig
 from far.model import FAR
 from far.packing import has_int8, parameter_count, unpack_linear_layers
-from far.pictures import Images, Output, check_output, convert_output
+from far.pictures import Images, Output, Picture, Pictures, check_output, convert_output
 from far.precision import prepare, prepare_autoencoder, resolve_dtype
 from far.recording import Recordings
 from far.sampling import Kept, Progress, SamplingConfig, SeededNoise
@@ -30,8 +29,6 @@ from far.tokenizer import Tokenizer
 
 Labels: TypeAlias = Sequence[int | str]
 Seeds: TypeAlias = int | Sequence[int]
-Picture: TypeAlias = Image.Image | Tensor | np.ndarray
-Pictures: TypeAlias = list[Image.Image]
 Callback: TypeAlias = Callable[[Progress], None] | None
 
 
@@ -164,22 +161,20 @@ class Pipeline:
         *,
         batch_size: int = 64,
         callback: Callback = None,
+        kept: Kept | None = None,
     ) -> Tensor:
-        """Draw ``[n, 3, h, w]`` in [0, 1] as :meth:`generate` does, with one seed per label and a config."""
+        """Draw ``[n, 3, h, w]`` in [0, 1] as :meth:`generate` does, one seed per label, some tokens kept."""
         check_count("batch_size", whole_number("batch_size", batch_size), 2**40)
         numbers, seeds = self._numbers(labels, seeds)
         parts = []
         for start in range(0, len(numbers), batch_size):
             chunk = slice(start, start + batch_size)
-            parts.append(self._finish(self.stream(numbers[chunk], seeds[chunk], config), callback))
+            given = None if kept is None else dataclasses.replace(kept, latents=kept.latents[chunk])
+            for progress in self.stream(numbers[chunk], seeds[chunk], config, kept=given):
+                if callback is not None:
+                    callback(progress)
+            parts.append(self.decode(progress.latents))
         return torch.cat(parts)
-
-    def _finish(self, stream: Iterator[Progress], callback: Callback) -> Tensor:
-        """Return the images at the end of a :meth:`stream`."""
-        for progress in stream:
-            if callback is not None:
-                callback(progress)
-        return self.decode(progress.latents)
 
     def stream(
         self,
@@ -218,19 +213,15 @@ class Pipeline:
     # fmt: off
     @overload
     def edit(self, image: Picture, mask: Picture, label: int | str, *, seed: Seeds = 0, paste: bool = True,
-             batch_size: int = 64, callback: Callback = None, output: Literal["pil"] = "pil",
-             **sampling: Any) -> Pictures: ...
+             callback: Callback = None, output: Literal["pil"] = "pil", **sampling: Any) -> Pictures: ...
     @overload
     def edit(self, image: Picture, mask: Picture, label: int | str, *, seed: Seeds = 0, paste: bool = True,
-             batch_size: int = 64, callback: Callback = None, output: Literal["tensor"],
-             **sampling: Any) -> Tensor: ...
+             callback: Callback = None, output: Literal["tensor"], **sampling: Any) -> Tensor: ...
     @overload
     def edit(self, image: Picture, mask: Picture, label: int | str, *, seed: Seeds = 0, paste: bool = True,
-             batch_size: int = 64, callback: Callback = None, output: Literal["np"],
-             **sampling: Any) -> np.ndarray: ...
+             callback: Callback = None, output: Literal["np"], **sampling: Any) -> np.ndarray: ...
     def edit(self, image: Picture, mask: Picture, label: int | str, *, seed: Seeds = 0, paste: bool = True,
-             batch_size: int = 64, callback: Callback = None, output: Output = "pil",
-             **sampling: Any) -> Images:
+             callback: Callback = None, output: Output = "pil", **sampling: Any) -> Images:
         # fmt: on
         """Redraw a part of an image: inside it (inpainting), around it (outpainting), or as another class.
 
@@ -246,8 +237,7 @@ class Pipeline:
             seed: one seed, or several for as many versions.
             paste: put the pixels of ``image`` back where tokens were kept, blended at the seams
                 (:func:`far.editing.blend_kept`), instead of decoding those tokens.
-            batch_size: versions drawn together.
-            callback: called after each AR step of each batch.
+            callback: called after each AR step of each 64 versions.
             output: as in :meth:`generate`.
             sampling: as in :meth:`generate`; ``ar_steps`` is by default the model's, scaled to the fraction
                 of redrawn tokens.
@@ -257,7 +247,6 @@ class Pipeline:
                 class is unknown, a value is out of range, or a causal backbone cannot redraw there.
         """
         check_output(output)
-        check_count("batch_size", whole_number("batch_size", batch_size), 2**40)
         seeds = counted_seeds(seed)
         grid = self.model.config.token_grid
         pixels = image_pixels(image, self.image_size)
@@ -266,13 +255,9 @@ class Pipeline:
             fraction = int(redrawn.sum()) / self.model.config.tokens
             sampling["ar_steps"] = max(1, round(self.defaults.ar_steps * fraction))
         config = self.sampling_config(**sampling)
-        latents, known = self.encode(pixels.unsqueeze(0)), (~redrawn).nonzero().flatten()
-        parts = []
-        for start in range(0, len(seeds), batch_size):
-            chunk = seeds[start : start + batch_size]
-            kept = Kept(latents.expand(len(chunk), -1, -1, -1), known)
-            parts.append(self._finish(self.stream([label] * len(chunk), chunk, config, kept=kept), callback))
-        images = torch.cat(parts)
+        latents = self.encode(pixels.unsqueeze(0)).expand(len(seeds), -1, -1, -1)
+        kept = Kept(latents, (~redrawn).nonzero().flatten())
+        images = self.draw([label] * len(seeds), seeds, config, callback=callback, kept=kept)
         return convert_output(blend_kept(images, pixels, redrawn, grid) if paste else images, output)
 
     def sampling_config(self, **given: Any) -> SamplingConfig:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from far.autoencoder_config import DECODERS, AutoencoderConfig, DecoderName
+from far.devices import to_device
 from far.diffusers_config import DiffusersConfig
 from far.errors import InputError
 from far.pictures import check_finite
@@ -198,4 +199,6 @@ class Tokenizer(nn.Module):
 
 def _per_channel(value: float | tuple[float, ...], latents: Tensor) -> float | Tensor:
     """Return one value per channel as ``[1, c, 1, 1]`` like ``latents``, and a single number unchanged."""
-    return latents.new_tensor(value).view(1, -1, 1, 1) if isinstance(value, tuple) else value
+    if not isinstance(value, tuple):
+        return value
+    return to_device(torch.tensor(value, dtype=latents.dtype), latents.device).view(1, -1, 1, 1)

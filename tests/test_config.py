@@ -203,3 +203,18 @@ def test_recipe_with_a_key_twice_is_refused(tmp_path: Path) -> None:
     )
     with refused("training", recipe):
         load_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["generator.sampling.guidance=2"],
+     ["generator.network.head.kind=flow_map", "generator.network.head.max_guidance=4"]],
+)  # fmt: skip
+def test_guidance_without_dropped_labels_is_refused_unless_a_model_has_learned_it(
+    overrides: list[str],
+) -> None:
+    base = ["generator.label_drop=0", "generator.sampling.guidance=1"]
+    load_recipe("avatars-64", base)
+    with refused("label_drop"):
+        load_recipe("avatars-64", [*base, *overrides])
+    load_recipe("avatars-64", [*base, *overrides, "generator.start_from=avatars-64"])

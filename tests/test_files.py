@@ -181,6 +181,15 @@ def test_shards_and_runs_below_a_file_are_refused_before_work(below: str, tmp_pa
         assert str(tmp_path / "file") in str(error.value)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_model_whose_checkpoints_are_gone_is_not_overwritten(resume: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="checkpoints"):
+        check_unused(tmp_path, resume=resume)
+    (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
+    check_unused(tmp_path, resume=True)
+
+
 def test_folder_in_use_is_refused_until_the_other_command_ends(tmp_path: Path) -> None:
     used, other = tmp_path / "made" / "used", tmp_path / "other"
     with sole_use(used):

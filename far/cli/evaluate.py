@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import far
 from far.classes import unmatched_classes
 from far.cli.machine_arguments import add_machine_arguments, prepare_machine, print_chosen
-from far.cli.model_arguments import NAMES, add_decoder_argument, add_graph_arguments
+from far.cli.model_arguments import NAMES, add_decoder_argument, add_graph_arguments, check_applies
 from far.cli.sampling_arguments import MOST_IMAGES, add_sampling_arguments, sampling_options
 from far.config import check_seed
 from far.data.listing import describe
@@ -157,6 +157,10 @@ def _check(arguments: argparse.Namespace) -> None:
         given = [*sampling_options(arguments), *(["save_npz"] if arguments.save_npz else [])]
         if given:
             raise InputError(f"--{given[0].replace('_', '-')} is for --weights only. Omit it")
+        fixed = {"dtype": ("float32",), "compile": (False,), "record": (True,), "batch_size": (64,)}
+        check_applies(arguments, fixed, "--images and --npz")
+        if arguments.autoencoder is None:
+            check_applies(arguments, {"decoder": ("full",)}, "--images and --npz without --autoencoder")
         if started_by_torchrun().count > 1:
             raise InputError("several processes are for --weights only. Run far evaluate without torchrun")
     if arguments.count is not None and not 2 <= arguments.count <= MOST_IMAGES:

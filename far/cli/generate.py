@@ -38,6 +38,7 @@ from far.sampling_config import SamplingConfig, fast_options
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
     from torch import Tensor
 
     from far.pipeline import Pipeline
@@ -89,16 +90,16 @@ def run(arguments: argparse.Namespace) -> None:
     config = pipeline.sampling_config(**options)
     config.check(pipeline.model)  # before the bar appears
     print_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, dtype))
-    folder = _is_folder(arguments.out)
+    folder, png = _is_folder(arguments.out), arguments.out.suffix.lower() == ".png"
     sampling = dataclasses.asdict(config) | decoder_setting(arguments)
-    parts: list[Tensor] = []
-    frames: list[Tensor] = []
+    parts: list[Any] = []
+    frames: list[Image.Image] = []
     # A folder is filled at the end, so that an interrupted run is not mistaken for a whole one.
     with files_together(arguments.out, earlier) if folder else contextlib.nullcontext(arguments.out) as out:
 
         def finish(images: Tensor, start: int) -> None:
             if not folder:
-                parts.append(images.cpu())
+                parts.append(images.cpu() if png else to_uint8(images))
                 return
             for number, picture in enumerate(to_pictures(images), start):
                 label, seed = labels[number], arguments.seed + number
@@ -112,16 +113,16 @@ def run(arguments: argparse.Namespace) -> None:
     if not folder:
         drawn = {"labels": " ".join(texts[:done]), "seed": arguments.seed}
         described = {"weights": arguments.weights, **sampling, "dtype": dtype, **drawn}
-        images = torch.cat(parts)[:done]
-        if arguments.out.suffix.lower() == ".png":
-            save_png(contact_sheet(images, labels[:done]), arguments.out, described)
+        if png:
+            save_png(contact_sheet(torch.cat(parts)[:done], labels[:done]), arguments.out, described)
         else:
-            write_npz(arguments.out, [to_uint8(images)], done, labels[:done])
+            finished = parts[: -(-done // arguments.batch_size)]  # without a batch that was interrupted
+            write_npz(arguments.out, finished, done, labels[:done])
     if done < len(labels):
         raise KeyboardInterrupt(_remaining(arguments, texts, places, done))
     if arguments.gif is not None:
         with noticed(f"writing {arguments.gif}"):
-            save_gif([contact_sheet(frame, labels[: len(frame)]) for frame in frames], arguments.gif)
+            save_gif(frames, arguments.gif)
         print(f"wrote {arguments.gif}")
     print(f"wrote {arguments.out} ({len(labels)} image{'s' if len(labels) != 1 else ''})")
 
@@ -155,13 +156,14 @@ def _draw(
     config: SamplingConfig,
     arguments: argparse.Namespace,
     finish: Callable[[Tensor, int], None],
-    frames: list[Tensor] | None,
+    frames: list[Image.Image] | None,
 ) -> int:
     """Draw images batch by batch, and return how many are finished. An interruption leaves whole batches.
 
     ``finish`` takes each batch ``[b, 3, h, w]`` and the number of its first image. ``frames`` receives a
-    preview of the first batch after each AR step.
+    contact sheet of the first batch after each AR step.
     """
+    from far.pictures import contact_sheet
     from far.progress import ImageBar
 
     done = 0
@@ -170,7 +172,7 @@ def _draw(
         def step(progress: Progress) -> None:
             bar.ar_step(progress)
             if frames is not None and done == 0:
-                frames.append(pipeline.preview(progress))
+                frames.append(contact_sheet(pipeline.preview(progress), labels[: arguments.batch_size]))
 
         try:
             while done < len(labels):

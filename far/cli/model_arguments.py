@@ -79,7 +79,8 @@ def check_applies(arguments: argparse.Namespace, allowed: Mapping[str, Sequence[
             if isinstance(given, bool):
                 option = f"--{name}" if given else f"--no-{name}"
             else:
-                option = f"--{name} {' '.join(map(str, given)) if isinstance(given, list) else given}"
+                shown = " ".join(map(str, given)) if isinstance(given, list) else given
+                option = f"--{name.replace('_', '-')} {shown}"
             raise InputError(f"{option} does not apply to {place}. Omit it")
 
 

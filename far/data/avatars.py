@@ -26,7 +26,7 @@ from far.data.avatar_styles import (
 from far.data.image_sets import Summary
 from far.data.shards import ShardWriter
 from far.errors import InputError
-from far.files import json_digest
+from far.files import json_digest, sole_use
 
 SHARD_ROWS = 2000
 # Images per task of a rendering process.
@@ -51,8 +51,9 @@ def write_avatars(folder: Path, size: int, per_class: int, held_out_per_class: i
     if held_out_per_class < 1:
         raise InputError(f"held-out-per-class {held_out_per_class} is too small. Use 1 or more")
     check_packages()
-    held_out = _render(folder / "held-out", size, HELD_OUT_SEED, held_out_per_class, exclude=None)
-    train = _render(folder / "train", size, 0, per_class, exclude=set(held_out.report["digests"]))
+    with sole_use(folder):
+        held_out = _render(folder / "held-out", size, HELD_OUT_SEED, held_out_per_class, exclude=None)
+        train = _render(folder / "train", size, 0, per_class, exclude=set(held_out.report["digests"]))
     duplicates = train.report.get("duplicates removed", 0)
     left_out = {"that are also held out": duplicates} if duplicates else {}
     complete = train.found_complete and held_out.found_complete

@@ -12,6 +12,7 @@ import torch
 from far.data.image_sets import Summary
 from far.data.shards import ShardWriter
 from far.errors import InputError
+from far.files import sole_use
 
 CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -34,20 +35,21 @@ def write_fashion_mnist(source: Path, folder: Path) -> Summary:
     """
     read = {part: _read_part(source, prefix) for part, prefix in _PARTS.items()}
     meta = {"kind": "images", "size": SIZE, "classes": list(CLASSES), "source": "Fashion-MNIST, MIT license"}
-    writers = {}
-    for part, (images, labels) in read.items():
-        content = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-        writers[part] = ShardWriter(folder / part, {**meta, "image files": content})
-    for part, writer in writers.items():
-        images, labels = read[part]
-        for start in range(writer.cursor, len(images), _SHARD_ROWS):
-            rows = slice(start, start + _SHARD_ROWS)
-            padded = np.pad(images[rows], ((0, 0), (2, 2), (2, 2)))
-            rgb = torch.from_numpy(np.repeat(padded[..., None], 3, axis=-1))
-            tensors = {"images": rgb, "labels": torch.from_numpy(labels[rows].astype(np.int64))}
-            writer.write(tensors, cursor=start + len(padded))
-        if not writer.complete:
-            writer.finish()
+    with sole_use(folder):
+        writers = {}
+        for part, (images, labels) in read.items():
+            content = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+            writers[part] = ShardWriter(folder / part, {**meta, "image files": content})
+        for part, writer in writers.items():
+            images, labels = read[part]
+            for start in range(writer.cursor, len(images), _SHARD_ROWS):
+                rows = slice(start, start + _SHARD_ROWS)
+                padded = np.pad(images[rows], ((0, 0), (2, 2), (2, 2)))
+                rgb = torch.from_numpy(np.repeat(padded[..., None], 3, axis=-1))
+                tensors = {"images": rgb, "labels": torch.from_numpy(labels[rows].astype(np.int64))}
+                writer.write(tensors, cursor=start + len(padded))
+            if not writer.complete:
+                writer.finish()
     complete = all(writer.found_complete for writer in writers.values())
     return Summary(writers["train"].count, writers["held-out"].count, CLASSES, already_complete=complete)
 

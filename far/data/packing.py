@@ -24,7 +24,7 @@ from far.data.records import Record
 from far.data.shards import ShardWriter
 from far.data.sources import HELD_OUT, TRAIN, UNLABELED, Source
 from far.errors import InputError
-from far.files import printable
+from far.files import printable, sole_use
 
 _SHARD_BYTES = 64 * 2**20
 _HASHED_TOGETHER = 4096
@@ -85,16 +85,17 @@ def write_images(source: Source, folder: Path, preparation: Preparation) -> Summ
         raise InputError(f"{folder} is inside the folder of images {source.root}. Choose a folder outside")
     digests = _digests(source)
     meta = _meta(source, preparation, digests)
-    writers = {part: ShardWriter(folder / part, meta[part]) for part in PARTS}
-    complete = all(writer.found_complete for writer in writers.values())
-    if not complete:
-        train = _pack_held_out(source, preparation, writers["held-out"])
-        if preparation.copy:
-            _fill(writers["train"], source, train, preparation)
-        else:
-            _link(writers["train"], source, train, digests)
-    elif not preparation.copy:
-        writers["train"].finish()  # the images may have moved
+    with sole_use(folder):
+        writers = {part: ShardWriter(folder / part, meta[part]) for part in PARTS}
+        complete = all(writer.found_complete for writer in writers.values())
+        if not complete:
+            train = _pack_held_out(source, preparation, writers["held-out"])
+            if preparation.copy:
+                _fill(writers["train"], source, train, preparation)
+            else:
+                _link(writers["train"], source, train, digests)
+        elif not preparation.copy:
+            writers["train"].finish()  # the images may have moved
     left_out = Counter(source.left_out)
     for writer in writers.values():
         left_out.update(writer.report.get("left out", {}))

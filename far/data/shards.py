@@ -6,6 +6,7 @@ can stop at any time and resume. Several processes can write one folder together
 """
 
 import contextlib
+import errno
 import functools
 import json
 import reprlib
@@ -236,6 +237,7 @@ class ShardReader:
     def _maps(self) -> list[dict[str, np.ndarray]]:
         """Tensors of each shard, mapped on first use."""
         paths = [self.folder / shard["file"] for shard in self._shards]
+        _allow_open_files(len(paths))
         maps = list(map(map_safetensors, paths))
         for path, shard, rows in zip(paths, self._shards, maps):
             if {len(row) for row in rows.values()} - {shard["count"]} or _form(rows) != _form(maps[0]):
@@ -312,15 +314,29 @@ def _is_shard(shard: Any, number: int) -> bool:
     )
 
 
+def _allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files, often 256 or 1024, so that ``count`` more fit if possible."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + 1024
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        with contextlib.suppress(ValueError, OSError):  # a system's own maximum
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
 def _form(tensors: dict[str, np.ndarray]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     return {name: (rows.dtype, rows.shape[1:]) for name, rows in tensors.items()}
 
 
 def map_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Memory-map every tensor of a safetensors file, read-only.
+    """Memory-map every tensor of a safetensors file, read-only. The file stays open once, as numpy does it.
 
     Raises:
-        InputError: the file is missing, truncated, or not safetensors.
+        InputError: the file is missing, truncated, not safetensors, or cannot be opened.
     """
     try:
         with safe_open(path, "numpy"):  # checks the header
@@ -329,11 +345,20 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        maps: dict[str, np.ndarray] = {}
-        for name, entry in header.items():
-            start = 8 + length + entry["data_offsets"][0]
-            maps[name] = np.memmap(path, _NUMPY_TYPES[entry["dtype"]], "r", start, tuple(entry["shape"]))
-        return maps
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        content = np.memmap(path, np.uint8, "r", offset=8 + length)
+        return {
+            name: content[slice(*entry["data_offsets"])]
+            .view(_NUMPY_TYPES[entry["dtype"]])
+            .reshape(entry["shape"])
+            for name, entry in header.items()
+        }
+    except OSError as error:
+        if error.errno in (None, errno.ENOENT):
+            raise InputError(f"{path} is missing. Remove its folder and make it again") from error
+        remedy = (
+            "ulimit -n raises the limit" if error.errno == errno.EMFILE else "Check its permissions and disk"
+        )
+        raise InputError(f"{path} cannot be opened ({error.strerror}). {remedy}") from error
+    except (ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} cannot be read ({reason}). Remove its folder and make it again") from error

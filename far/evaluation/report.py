@@ -59,7 +59,9 @@ def report(features: Tensor, reference: Reference, extractor: Extractor, *, seed
     figures = {name: distance, **_biases(name, features, reference, seed)}
     warnings = _bias_warnings(name, figures, len(features), reference, features.shape[1])
     enough = len(features) >= _SPLITS * _SPLIT_IMAGES
-    score = metrics.inception_score(extractor.logits(features), generator, splits=_SPLITS if enough else 1)
+    score = metrics.inception_score(
+        extractor.logits(features).cpu(), generator, splits=_SPLITS if enough else 1
+    )
     figures[f"IS{suffix}"] = score.value
     if score.error is not None:
         figures[f"IS std over splits{suffix}"] = score.error

@@ -294,6 +294,10 @@ class GeneratorRecipe:
         if self.frozen_backbone is not None and self.start_from is not None:
             raise InputError("frozen_backbone and start_from are both given. Give one of them")
         _check_adapter_rank(self.adapter_rank)
+        guided = self.sampling.guidance != 1 or getattr(self.network.head, "max_guidance", None) is not None
+        if guided and not (self.label_drop or self.start_from or self.frozen_backbone):
+            problem = "label_drop 0 trains no unconditional half, which guidance needs"
+            raise InputError(f"{problem}. Raise it, or set sampling.guidance to 1 and omit max_guidance")
         freeze = list(self.freeze)
         if self.start_from is None and (freeze or self.adapter_rank):
             needing = f"freeze {freeze}" if freeze else f"adapter_rank {self.adapter_rank}"

@@ -1,15 +1,11 @@
 """Deterministic algorithms for the duration of a training."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 
 import torch
 
 from far.errors import InputError
-
-# Memory of cuBLAS. torch refuses matrix products on CUDA unless its size is fixed.
-_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @contextlib.contextmanager
@@ -23,13 +19,14 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
         yield
         return
     mode, benchmark = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
-    workspace = os.environ.get(_WORKSPACE)
     torch.set_deterministic_debug_mode("error")
     torch.backends.cudnn.benchmark = False
-    os.environ[_WORKSPACE] = ":4096:8"
     try:
         yield
     except RuntimeError as error:
+        if "CUBLAS_WORKSPACE_CONFIG" in str(error):  # set by far.devices, unless a product came before it
+            problem = "training.deterministic: CUDA was used in this process before"
+            raise InputError(f"{problem}. Set CUBLAS_WORKSPACE_CONFIG=:4096:8 before it starts") from error
         operation, found, _ = str(error).partition(" does not have a deterministic implementation")
         if not found:
             raise
@@ -38,7 +35,3 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
     finally:
         torch.set_deterministic_debug_mode(mode)
         torch.backends.cudnn.benchmark = benchmark
-        if workspace is None:
-            del os.environ[_WORKSPACE]
-        else:
-            os.environ[_WORKSPACE] = workspace

@@ -176,11 +176,12 @@ class GeneratorTask:
         write_sample_sheet(pipeline, shown, folder, step)
         if self._reference is None:
             self._reference = self._held_out_features()
-        drawn = []
+        drawn, labels = [], quick_labels(images, classes)
         with ImageBar(images, "images for the quick distance", leave=False) as bar:
             for numbers in torch.arange(images).split(CHUNK):
-                labels, seeds = (numbers % classes).tolist(), (1000 + numbers).tolist()
-                drawn.append(network(pipeline.draw(labels, seeds, callback=bar.ar_step)).cpu())
+                chosen = [labels[number] for number in numbers]
+                seeds = (1000 + numbers).tolist()
+                drawn.append(network(pipeline.draw(chosen, seeds, callback=bar.ar_step)).cpu())
         figures = quick_figures(torch.cat(drawn), self._reference)
         return {f"quick {name} ({network.name})": value for name, value in figures.items()}
 
@@ -202,6 +203,13 @@ class GeneratorTask:
         assert isinstance(ema, FAR)
         model = merged(ema) if self.config.adapter_rank else ema
         return Pipeline(model, self.autoencoder, self.classes, self.config.sampling)
+
+
+def quick_labels(images: int, classes: int) -> list[int]:
+    """Return the classes of the quick evaluation: in turn, or evenly spaced if there are too many."""
+    if images >= classes:
+        return [number % classes for number in range(images)]
+    return [number * classes // images for number in range(images)]
 
 
 def means_by_time(losses: Tensor, t: Tensor, buckets: int) -> Tensor:

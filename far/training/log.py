@@ -91,7 +91,9 @@ class TrainingLog:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise InputError("tensorboard is not installed. Run pip install 'far-image[log]'") from error
-            self.board = SummaryWriter(str(self.path.with_name("tensorboard")))
+            self.board = SummaryWriter(
+                str(self.path.with_name("tensorboard")), purge_step=self.first_step + 1
+            )
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()

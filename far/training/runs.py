@@ -21,7 +21,7 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 def check_unused(folder: Path, resume: bool) -> None:
     """Raise an :class:`InputError` if ``folder`` holds a run without ``resume``, or cannot be written to.
 
-    Checkpoints of version 0.1 cannot be resumed: they raise it too, unless there are newer ones.
+    A model without checkpoints cannot be resumed, and checkpoints of version 0.1 cannot: they raise it too.
     """
     check_folder(folder)
     existing = list_checkpoints(checkpoints_folder(folder))
@@ -30,3 +30,6 @@ def check_unused(folder: Path, resume: bool) -> None:
     old = sorted(checkpoints_folder(folder).glob("step-*.pt"))
     if old and not existing:
         raise InputError(f"{old[-1]} is of far 0.1. Choose another folder, or continue the run with far 0.1")
+    if (folder / "config.json").exists() and not existing:
+        kept = f"{folder} holds a model without checkpoints, which would be overwritten"
+        raise InputError(f"{kept}. Choose another folder, or remove it")

@@ -80,6 +80,10 @@ def test_parts_are_of_one_autoencoder_set_of_images_and_network(
         (["--images", "{images}", "--autoencoder", "nowhere"], "'nowhere'"),
         (["--npz", "{uneven}", "--autoencoder", "{model}"], "18×18"),
         (["--images", "{images}", "--features", "lite9"], "'lite9'"),
+        (["--images", "{images}", "--autoencoder", "{model}", "--dtype", "bfloat16"], "--dtype bfloat16"),
+        (["--images", "{images}", "--compile"], "--compile"),
+        (["--images", "{images}", "--batch-size", "9"], "--batch-size 9"),
+        (["--images", "{images}", "--decoder", "small"], "--decoder small"),
     ],
 )
 def test_wrong_options_are_one_line(

@@ -10,6 +10,7 @@ import pytest
 
 from far.data.fashion_mnist import CLASSES, write_fashion_mnist
 from far.data.shards import ShardReader
+from far.files import sole_use
 from tests.refusals import refused
 
 
@@ -74,3 +75,8 @@ def test_damaged_files_are_named(damage: str, files: Path, tmp_path: Path) -> No
     with refused("train"):
         write_fashion_mnist(files, tmp_path / "set")
     assert not (tmp_path / "set").exists()
+
+
+def test_folder_that_another_command_fills_is_refused(files: Path, tmp_path: Path) -> None:
+    with sole_use(tmp_path / "set"), refused(tmp_path / "set"):
+        write_fashion_mnist(files, tmp_path / "set")

@@ -1,6 +1,8 @@
 """Shards: read rows equal written rows, writing resumes, and damage of any kind is rejected."""
 
 import json
+import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torchrun import run
 
-from far.data.shards import ShardReader, ShardWriter
+from far.data.shards import ShardReader, ShardWriter, map_safetensors
 from far.files import json_digest
 from tests.refusals import refused
 
@@ -168,3 +170,32 @@ def test_error_of_one_process_is_raised_by_all(tmp_path: Path, monkeypatch: pyte
     reader = ShardReader(tmp_path / "rows", "rows", verify=True)
     assert reader.all("rows").tolist() == list(range(9))
     assert len(list((tmp_path / "rows").iterdir())) == 6
+
+
+def test_a_folder_of_more_shards_than_a_process_may_open_files_is_read(tmp_path: Path) -> None:
+    """Each shard takes one open file, whatever its tensors, and the limit is raised for those."""
+    rows = write(tmp_path, [1] * 90)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = len(os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before + 60, hard))
+        reader = ShardReader(tmp_path, "images")
+        assert torch.equal(reader.all("images"), rows)
+        assert len(os.listdir("/proc/self/fd")) <= before + 91
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_shard_that_cannot_be_opened_is_not_called_damaged(tmp_path: Path) -> None:
+    write(tmp_path, [2])
+    shard = tmp_path / "shard-00000.safetensors"
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
+        with refused(shard, "ulimit"):
+            map_safetensors(shard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    shard.unlink()
+    with refused(shard, "missing"):
+        map_safetensors(shard)

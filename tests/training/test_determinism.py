@@ -1,6 +1,5 @@
 """The switch ``deterministic``: torch's settings within a training, and operations that it rules out."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -11,27 +10,17 @@ from torch import Tensor
 from far.errors import InputError
 from far.training.loop import train
 
-WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-
 
 def settings() -> tuple[object, ...]:
     return (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.backends.cudnn.benchmark,
-        os.environ.get(WORKSPACE),
     )
 
 
-@pytest.mark.parametrize("workspace", [None, ":0:0"])
-def test_settings_hold_during_the_training_only(
-    workspace: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_hold_during_the_training_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    if workspace is None:
-        monkeypatch.delenv(WORKSPACE, raising=False)
-    else:
-        monkeypatch.setenv(WORKSPACE, workspace)
     before, seen = settings(), []
 
     def note(loss: Tensor) -> Tensor:
@@ -41,7 +30,7 @@ def test_settings_hold_during_the_training_only(
     for deterministic in (True, False):
         train(Slope({3: note}), loop(deterministic=deterministic), tmp_path / str(deterministic))
         assert settings() == before
-    assert seen == [(True, False, False, ":4096:8"), before]
+    assert seen == [(True, False, False), before]
 
 
 def test_operation_without_a_deterministic_algorithm_is_named(tmp_path: Path) -> None:
@@ -55,6 +44,14 @@ def test_operation_without_a_deterministic_algorithm_is_named(tmp_path: Path) ->
     assert "put_" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert settings() == before
+
+
+def test_cuda_that_was_used_too_early_is_an_error_with_the_remedy(tmp_path: Path) -> None:
+    def refuse(loss: Tensor) -> Tensor:  # torch's own words, shortened
+        raise RuntimeError("Deterministic behavior was enabled …, set CUBLAS_WORKSPACE_CONFIG=:4096:8. …")
+
+    with pytest.raises(InputError, match="before it starts"):
+        train(Slope({3: refuse}), loop(deterministic=True), tmp_path)
 
 
 def test_other_errors_pass_unchanged(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from far.files import read_json, write_json
 from far.pipeline import Pipeline
 from far.processes import Processes
 from far.recipe import GeneratorRecipe, load_recipe
-from far.training.generator import means_by_time, quick_figures
+from far.training.generator import means_by_time, quick_figures, quick_labels
 from far.training.log import Meter
 
 AUTO = ["generator.network.head.kind=diffusion", "generator.training.dtype=auto"]
@@ -183,3 +183,9 @@ def test_evaluation_with_values_that_are_not_finite_gives_a_warning_and_training
     assert "step 20" in warning[0]
     assert not (tmp_path / "run" / "model" / "samples").exists()
     assert Pipeline.from_pretrained(tmp_path / "run" / "model").training["finished steps"] == 20
+
+
+def test_quick_evaluation_draws_all_classes_or_some_from_all_over_the_list() -> None:
+    assert quick_labels(5, 10) == [0, 2, 4, 6, 8]
+    assert quick_labels(4, 10) == [0, 2, 5, 7]
+    assert quick_labels(7, 3) == [0, 1, 2, 0, 1, 2, 0]
