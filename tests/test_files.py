@@ -186,8 +186,8 @@ def test_a_model_whose_checkpoints_are_gone_is_not_overwritten(resume: bool, tmp
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="checkpoints"):
         check_unused(tmp_path, resume=resume)
-    (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
-    check_unused(tmp_path, resume=True)
+    (tmp_path / "checkpoints").mkdir()  # a run that was killed while it first saved
+    check_unused(tmp_path, resume=resume)
 
 
 def test_folder_in_use_is_refused_until_the_other_command_ends(tmp_path: Path) -> None:

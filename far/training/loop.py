@@ -206,6 +206,7 @@ class Trainer:
 
     def save(self) -> None:
         """Publish the EMA weights, then write a checkpoint of the finished steps. All ranks take part."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)  # before the model, which is then a run's own
         ema = whole_copy(self.ema.module, kept=self.processes.rank == 0)
         self.processes.first(self.task.publish, ema, self.folder, self.step, self.results)
         values = {
@@ -243,8 +244,7 @@ class Trainer:
         if self.step >= config.steps:
             self._print(f"{self.folder} is already trained to step {self.step}. Raise the recipe's steps")
             return
-        self._print(self._machine())
-        self._print(self._size())
+        self._print(f"{self._machine()}\n{self._size()}")
         log = TrainingLog(self.folder, config, self.step, self.processes)
         finishing = "finishing this step, and evaluating if that is due, then saving"
         interruption = DeferredInterrupt(finishing, rank=self.processes.rank, count=self.processes.count)
