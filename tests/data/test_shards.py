@@ -15,6 +15,7 @@ from far.data.shards import ShardReader, ShardWriter, map_safetensors
 from far.files import json_digest
 from tests.refusals import refused
 
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are listed in /proc")
 META = {"kind": "images", "size": 3}
 
 
@@ -172,6 +173,7 @@ def test_error_of_one_process_is_raised_by_all(tmp_path: Path, monkeypatch: pyte
     assert len(list((tmp_path / "rows").iterdir())) == 6
 
 
+@needs_proc
 def test_a_folder_of_more_shards_than_a_process_may_open_files_is_read(tmp_path: Path) -> None:
     """Each shard takes one open file, whatever its tensors, and the limit is raised for those."""
     rows = write(tmp_path, [1] * 90)
@@ -186,6 +188,7 @@ def test_a_folder_of_more_shards_than_a_process_may_open_files_is_read(tmp_path:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@needs_proc
 def test_a_shard_that_cannot_be_opened_is_not_called_damaged(tmp_path: Path) -> None:
     write(tmp_path, [2])
     shard = tmp_path / "shard-00000.safetensors"
