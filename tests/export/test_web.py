@@ -302,7 +302,17 @@ def test_the_page_fits_a_phone(page: Page) -> None:
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 400
 
 
-@pytest.mark.parametrize("file", ["head.onnx", "config.json", "noise.js", "runtime/ort.wasm.min.js"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "head.onnx",
+        "config.json",
+        "noise.js",
+        "runtime/ort.wasm.min.js",
+        "runtime/ort-wasm-simd-threaded.js",
+        "runtime/ort-wasm-simd-threaded.wasm",
+    ],
+)
 @pytest.mark.parametrize("change", ["missing", "damaged"])
 def test_a_missing_or_damaged_file_is_reported_on_the_page(
     browser: Browser, site: Path, file: str, change: str, tmp_path: Path
@@ -314,6 +324,7 @@ def test_a_missing_or_damaged_file_is_reported_on_the_page(
     if change == "damaged":
         (folder / file).write_bytes(content[: len(content) // 2])
     importing = {"noise.js": "sampler.js", "runtime/ort.wasm.min.js": "model.js"}
+    importing |= {f"runtime/ort-wasm-simd-threaded.{ending}": "folder runtime" for ending in ("js", "wasm")}
     for address in serving(folder):
         page = browser.new_page()
         page.goto(address)
@@ -323,6 +334,40 @@ def test_a_missing_or_damaged_file_is_reported_on_the_page(
             expect(alert).to_contain_text(change)
         expect(page.get_by_role("button", name="Draw")).to_be_disabled()
         page.close()
+
+
+@pytest.mark.parametrize("change", ["missing", "damaged", "empty"])
+def test_a_script_that_does_not_start_is_reported_on_the_page(
+    browser: Browser, change: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "site"
+    shutil.copytree(PAGE, folder)
+    content = (folder / "page.js").read_bytes()
+    (folder / "page.js").unlink()
+    if change != "missing":
+        (folder / "page.js").write_bytes(content[: len(content) // 2 if change == "damaged" else 0])
+    for address in serving(folder):
+        page = browser.new_page()
+        page.goto(address)
+        expect(page.get_by_role("alert")).to_contain_text("page.js", timeout=PATIENCE)
+        expect(page.locator("#status")).to_be_empty()
+        page.close()
+
+
+def test_a_page_opened_as_a_file_names_the_command_that_serves_it(browser: Browser) -> None:
+    page = browser.new_page()
+    page.goto((PAGE / "index.html").as_uri())
+    expect(page.get_by_role("alert")).to_contain_text("far demo --static", timeout=PATIENCE)
+    page.close()
+
+
+def test_a_page_without_javascript_says_what_it_needs(browser: Browser) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto((PAGE / "index.html").as_uri())
+    expect(page.get_by_text("JavaScript")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#status")).to_be_empty()
+    context.close()
 
 
 def test_a_browser_without_simd_is_told_so(browser: Browser, address: str) -> None:

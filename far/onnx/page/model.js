@@ -9,6 +9,7 @@ const SIMD = [
 const MOST_THREADS = 4;
 // ONNX Runtime's errors of an empty file (invalid argument) and of a broken one (invalid protobuf).
 const DAMAGE = /ERROR_CODE: [27],/;
+const NO_RUNTIME = /no available backend/; // its script or its WebAssembly cannot be loaded
 
 /**
  * Load the model.
@@ -47,7 +48,8 @@ async function session(file, content) {
     return await ort.InferenceSession.create(content, { executionProviders: ["wasm"] });
   } catch (problem) {
     if (DAMAGE.test(problem.message)) throw damaged(file);
-    throw new Error(`The file ${file} cannot be loaded (${problem.message}). Copy the whole folder again.`);
+    const what = NO_RUNTIME.test(problem.message) ? "ONNX Runtime in the folder runtime" : `The file ${file}`;
+    throw new Error(`${what} cannot be loaded (${problem.message}). Copy the whole folder again.`);
   }
 }
 

@@ -115,6 +115,7 @@ element("another").addEventListener("click", () => {
 });
 
 async function load() {
+  status("Loading the model …"); // replaces the text of index.html, which so sees that this script runs
   ({ sample } = await script("sampler.js"));
   const { loadModel } = await script("model.js");
   ({ config, run } = await loadModel((loaded, files) => progress(`File ${loaded + 1} of ${files}`)));
