@@ -4,6 +4,7 @@ The folder holds ``model_index.json``, ``transformer/`` (the generator) and ``va
 diffusers itself loads). Its Python files only import this module, so they fit any later version of far.
 """
 
+import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from far.config import from_dict, listed, to_dict
 from far.diffusers_autoencoder import DiffusersAutoencoder, network_class
 from far.diffusers_config import DiffusersConfig
 from far.diffusers_format import to_diffusers
-from far.errors import InputError
+from far.errors import InputError, prefix_errors
 from far.files import atomic_folder, check_empty_folder, read_json, write_json
 from far.folder_config import FolderConfig
 from far.hub import upload
@@ -58,6 +59,14 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 StepCallback = Callable[[DiffusionPipeline, int, int, dict[str, Tensor]], Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class _IndexEntries:
+    """Entries of ``model_index.json`` that are not diffusers' own."""
+
+    id2label: dict[int | str, str]
+    sampling: SamplingConfig
+
+
 class FARModel(ModelMixin, ConfigMixin):
     """Generator of far as a model of diffusers, which loads, saves, moves and converts it.
 
@@ -69,11 +78,17 @@ class FARModel(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self, network: dict[str, Any], classes: int, latent_channels: int, grid: Sequence[int]
+        self,
+        network: dict[str, Any] | None = None,
+        classes: int | None = None,
+        latent_channels: int | None = None,
+        grid: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         values = {"network": network, "classes": classes, "latent_channels": latent_channels, "grid": grid}
-        self.far = FAR(from_dict(ModelConfig, values, "transformer/config.json"))
+        # diffusers leaves out the keys that a file lacks. from_dict names them.
+        given = {key: value for key, value in values.items() if value is not None}
+        self.far = FAR(from_dict(ModelConfig, given, "transformer/config.json"))
 
     def forward(self, labels: Tensor, noise: Noise, config: SamplingConfig) -> Any:
         """Return an iterator over the AR steps of a generation; see :func:`far.sampling.sampling_steps`.
@@ -185,10 +200,13 @@ class FARPipeline(DiffusionPipeline):
     def _drawing(self) -> Pipeline:
         """Return a pipeline of far with the same generator, for class names and sampling values."""
         network = self.transformer.far
-        names = {int(number): name for number, name in (self.config.id2label or {}).items()}
-        classes = [names.get(number, str(number)) for number in range(network.config.classes)]
-        defaults = from_dict(SamplingConfig, self.config.sampling or {}, f"{_INDEX}: sampling")
-        return Pipeline(network, None, classes, defaults, record=False)
+        values = {"id2label": self.config.id2label or {}, "sampling": self.config.sampling or {}}
+        entries = from_dict(_IndexEntries, values, _INDEX)
+        names = {str(number): name for number, name in entries.id2label.items()}
+        classes = tuple(names.get(str(number), str(number)) for number in range(network.config.classes))
+        with prefix_errors(f"{_INDEX}: "):
+            FolderConfig(network.config, None, classes, entries.sampling)  # checks the names
+        return Pipeline(network, None, classes, entries.sampling, record=False)
 
     def _output(self, progress: Progress, output_type: str) -> list[Image.Image] | Tensor | np.ndarray:
         """Return what was drawn as images or latents; see :meth:`__call__`."""

@@ -6,6 +6,7 @@ Nothing crashes or hangs. Every loader of far needs a row in ``LOADERS``. ``make
 import contextlib
 import dataclasses
 import gzip
+import inspect
 import io
 import json
 import random
@@ -33,6 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from far.autoencoder import Autoencoder, AutoencoderConfig
+from far.cli.main import main
 from far.convert import convert_kl16, convert_mar
 from far.data.detection import open_source
 from far.data.fashion_mnist import read_idx
@@ -46,13 +48,14 @@ from far.evaluation.extraction import part_path, read_parts
 from far.evaluation.features import FeatureNetwork
 from far.evaluation.images import open_images, write_npz
 from far.evaluation.references import open_reference, write_statistics
-from far.files import write_json
+from far.files import read_json, write_json
 from far.folder import ModelFolder, load_autoencoder
 from far.onnx.config import OnnxConfig, OnnxFile, export_values, open_export
 from far.pipeline import Pipeline
 from far.recipe import find_recipe, load_recipe
+from far.sampling import SamplingConfig
 from far.training.checkpoint import named_tensors, save_checkpoint
-from far.weights import save_tensors
+from far.weights import NoInitialization, save_tensors
 
 SECONDS = 10
 # Limit for one damaged file: far more than any undamaged one here needs, far less than a machine has.
@@ -163,6 +166,32 @@ LOADERS = {
         False,
         "diffusion_pytorch_model.safetensors",
     ),
+    "weights of a tokenizer": Loader(
+        "theirs/diffusion_pytorch_model.safetensors",
+        lambda at: load_autoencoder(f"diffusers:{at / 'theirs'}"),
+        True,
+    ),
+    "index of a tokenizer": Loader(
+        "shards/diffusion_pytorch_model.safetensors.index.json",
+        lambda at: load_autoencoder(f"diffusers:{at / 'shards'}"),
+        True,
+        "at/shards",
+    ),
+    "exported pipeline": Loader("exported/model_index.json", lambda at: diffusers_entries(at), False),
+    "its generator's config": Loader(
+        "exported/transformer/config.json", lambda at: diffusers_generator(at), False
+    ),
+    "its autoencoder's config": Loader(
+        "exported/vae/config.json",
+        lambda at: load_autoencoder(f"diffusers:{at / 'exported/vae'}"),
+        False,
+        "diffusion_pytorch_model.safetensors",
+    ),
+    "its autoencoder's weights": Loader(
+        "exported/vae/diffusion_pytorch_model.safetensors",
+        lambda at: load_autoencoder(f"diffusers:{at / 'exported/vae'}"),
+        False,
+    ),
     "shard of diffusers": Loader(
         "shards/one.safetensors", lambda at: converted(from_diffusers, at, "shards", "autoencoder"), True
     ),
@@ -236,6 +265,25 @@ def statistics(path: Path, at: Path) -> list[Any]:
     return [found.statistics.mean, found.statistics.covariance, found.features, found.count]
 
 
+def diffusers_generator(at: Path) -> Any:
+    """Build the generator of an exported pipeline as diffusers does from its entries, without weights."""
+    from far.diffusers_pipeline import FARModel
+
+    entries, keys = read_json(at / "exported/transformer/config.json"), inspect.signature(FARModel).parameters
+    with NoInitialization(), torch.device("meta"):
+        return FARModel(**{key: entries[key] for key in keys if key in entries})
+
+
+def diffusers_entries(at: Path) -> tuple[list[str], SamplingConfig]:
+    """Return classes and sampling values of an exported pipeline, which far reads when it is called."""
+    from far.diffusers_pipeline import FARPipeline
+
+    index = read_json(at / "exported/model_index.json")
+    entries = {key: index[key] for key in ("id2label", "sampling") if key in index}
+    drawing = FARPipeline(diffusers_generator(at), None, **entries)._drawing
+    return drawing.classes, drawing.defaults
+
+
 def split_weights(whole: Path, folder: Path) -> None:
     """Copy an ``AutoencoderKL`` folder with its weights split into two files."""
     folder.mkdir()
@@ -294,6 +342,7 @@ def valid(
     torch.save(network().state_dict(), at / "inception.pth")
     to_diffusers(ours, at / "theirs")
     split_weights(at / "theirs", at / "shards")
+    assert main(["export", "diffusers", str(pipeline_folder), str(at / "exported")]) == 0
     save_tensors(part_path(at / "parts", range(6)), {"features": torch.randn(6, 4)})
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     write_npz(at / "images.npz", [images], 3, [0, 1, 2])
