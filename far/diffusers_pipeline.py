@@ -351,4 +351,4 @@ def push_diffusers(
         export_diffusers(pipeline, folder, dtype, name=name, license=license)
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         card = files.pop("README.md").read_text(encoding="utf-8")
-        return upload(files, card, name, **upload_options)
+        return upload(files, card, name, other_form="model.safetensors", **upload_options)

@@ -204,7 +204,7 @@ class ModelFolder:
         written = [file for file in (_CONFIG, _MODEL, _AUTOENCODER) if (self.path / file).exists()]
         files = {file: self.path / file for file in written}
         card = model_card(self.path, self.config, name, license)
-        return upload(files, card, name, **upload_options)
+        return upload(files, card, name, other_form="model_index.json", **upload_options)
 
 
 def _read_config(path: Path) -> FolderConfig:

@@ -96,6 +96,7 @@ def upload(
     name: str,
     revision: str | None = None,
     *,
+    other_form: str,
     private: bool | None = None,
     message: str,
     token: str | None = None,
@@ -108,10 +109,12 @@ def upload(
     Args:
         files: the files by the paths under which they are published.
         card: the text of ``README.md``.
+        other_form: the file that shows that a repository holds a model for another library. It is refused,
+            because the files of both would be mixed.
 
     Raises:
-        InputError: the name is not valid, nobody is logged in, writing there is not allowed, the hub cannot
-            be reached, or it refuses the card (such as its license).
+        InputError: the name is not valid, nobody is logged in, writing there is not allowed, the repository
+            holds ``other_form``, the hub cannot be reached, or it refuses the card (such as its license).
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import RemoteEntryNotFoundError
@@ -124,6 +127,11 @@ def upload(
         address = api.create_repo(repository, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
+        if other_form in api.list_repo_files(repository, revision=revision):
+            raise InputError(
+                f"{name} holds {other_form}, of a model for another library. Give another name, "
+                "or delete the files of that model there first"
+            )
         try:
             # An empty cache: if the hub did not answer, the usual one would supply an older card.
             with tempfile.TemporaryDirectory() as cache:
@@ -153,6 +161,8 @@ def _refusals_in_one_line(repository: str, revision: str | None) -> Iterator[Non
 
     try:
         yield
+    except InputError:
+        raise
     except (HTTPError, OSError, ValueError) as error:
         name = repr(repository) if revision is None else f"{repository!r} at revision {revision!r}"
         raise InputError(f"{name}: {_reason(error, repository)}") from error

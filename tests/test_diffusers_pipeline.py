@@ -301,6 +301,25 @@ def test_pushed_pipeline_loads_from_the_hub(
     check_same_images(pipeline, far.load(pipeline_folder))
 
 
+def test_push_into_a_repository_of_the_other_form_is_refused(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with serve() as hub:
+        use(hub, monkeypatch, tmp_path / "cache")
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)
+        for name, form, other in (("ann/a", [], ["--diffusers"]), ("ann/b", ["--diffusers"], [])):
+            command = ["push", str(pipeline_folder), name, "--license", "mit"]
+            assert main([*command, *form]) == 0
+            held = hub.files[hub.branches[name]["main"]]
+            capsys.readouterr()
+            assert main([*command, *other]) == 2
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1
+            assert name in error
+            assert hub.files[hub.branches[name]["main"]] == held
+            assert main([*command, *form]) == 0  # the same form again
+
+
 def test_code_in_the_card_draws_an_image(
     folder: Path, pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
