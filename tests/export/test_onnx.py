@@ -1,5 +1,6 @@
 """Exports to ONNX against torch: every backbone with every head, dtypes, errors."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -9,20 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from onnx_parts import BACKBONES, HEADS, Parts, latents, sampling
+from onnx_parts import BACKBONES, CLASSES, HEADS, Parts, config_of, latents, random_model, sampling
 from PIL import Image
 from refusals import refused
+from test_tokenizers import saved
 from torch import nn
 
 import far.onnx
 from far.cli.main import main
+from far.folder import load_autoencoder
 from far.heads.network import HeadNetwork
 from far.names import bundled_names
 from far.onnx.config import open_export
 from far.onnx.exporter import write_graphs
 from far.onnx.graphs import HEAD, Graph, _Step
 from far.onnx.pipeline import Session
-from far.pipeline import load
+from far.pipeline import Pipeline, load
 from far.sampling import Kept, SamplingConfig
 
 TOLERANCE = 1e-3
@@ -135,6 +138,32 @@ def test_smaller_dtypes_shrink_the_files_and_stay_near(
     error = (outputs[1] - outputs[0]).square().mean().sqrt() / outputs[0].std()
     assert 0 < error < most
     assert sizes[1] < fraction * sizes[0]
+
+
+def test_float16_images_are_near_those_of_float32(whole: Path, exported: Path, tmp_path: Path) -> None:
+    """float16 rounds a weight by up to 2⁻¹¹ of its size, and 12 AR steps pass the errors on."""
+    far.onnx.export(whole, tmp_path / "float16", dtype="float16")
+    pipelines = [far.onnx.load(folder) for folder in (tmp_path / "float16", exported)]
+    images, expected = (one.generate([0, 1, 2], seed=3, output="tensor") for one in pipelines)
+    error = (images - expected).square().mean().sqrt() / expected.std()
+    assert 0 < error < 0.02  # 40 times the rounding
+
+
+@pytest.mark.parametrize("name", ["SD3", "DC-AE"])
+def test_models_on_autoencoders_of_diffusers_are_exported(name: str, tmp_path: Path) -> None:
+    channels = saved(name, tmp_path / "vae").config.latent_channels
+    autoencoder = load_autoencoder(f"diffusers:{tmp_path / 'vae'}", device="cpu")
+    model = random_model(dataclasses.replace(config_of("causal", "energy"), latent_channels=channels))
+    defaults = SamplingConfig(12, 1)
+    Pipeline(model, autoencoder, CLASSES, defaults).save_pretrained(tmp_path / "model")
+    theirs = load(tmp_path / "model", device="cpu")
+    assert main(["export", "onnx", str(tmp_path / "model"), str(tmp_path / "onnx")]) == 0
+    shutil.rmtree(tmp_path / "vae")  # the export does not need it
+    ours = far.onnx.load(tmp_path / "onnx")
+    images, expected = (one.generate([0, 1], seed=3, output="tensor") for one in (ours, theirs))
+    assert expected.std() > 0.01
+    torch.testing.assert_close(images, expected, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(ours.encode(expected), theirs.encode(expected), atol=TOLERANCE, rtol=TOLERANCE)
 
 
 def test_int8_images_do_not_depend_on_the_batch(whole: Path, tmp_path: Path) -> None:
