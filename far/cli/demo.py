@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 from far.cli.machine_arguments import add_machine_arguments, prepare_machine, print_chosen
-from far.cli.model_arguments import add_graph_arguments, check_applies
+from far.cli.model_arguments import add_decoder_argument, add_graph_arguments, check_applies
 from far.devices import device_title
 from far.errors import InputError
 from far.names import bundled_names, find_folder
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     add("--port", type=int, default=7860, help="port to listen on (default 7860)")
     add_machine_arguments(parser, DTYPES)
+    add_decoder_argument(parser)
     add_graph_arguments(parser)
 
 
@@ -50,8 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"the demo needs {error.name}. Run pip install 'far-image[demo]'") from error
     device = prepare_machine(arguments)
     with noticed(f"loading {', '.join(weights)}"):
-        graphs = {"record": arguments.record, "compile": arguments.compile}
-        models = load_models(weights, arguments.dtype, device, **graphs)
+        options = {name: getattr(arguments, name) for name in ("record", "compile", "decoder")}
+        models = load_models(weights, arguments.dtype, device, **options)
     print_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, models[0].dtype))
     address = Demo(models).launch(arguments.host, arguments.port)
     print(f"far demo: {address} (Ctrl-C ends it)", flush=True)
@@ -62,7 +63,7 @@ def _serve_static(arguments: argparse.Namespace) -> None:
     folder, host, port = arguments.static, arguments.host, arguments.port
     allowed: dict[str, list[object]] = {
         "weights": [None], "device": ["auto"], "dtype": ["auto"], "threads": [None],
-        "record": [True], "compile": [False],
+        "record": [True], "compile": [False], "decoder": ["full"],
     }  # fmt: skip
     check_applies(arguments, allowed, f"--static {folder}")
     if not (folder / "index.html").is_file():

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from far.cli.model_arguments import NAMES, load_pipeline
+from far.cli.model_arguments import NAMES, add_decoder_argument, load_pipeline
 from far.errors import InputError
 from far.files import check_empty_folder
 from far.names import find_folder
@@ -32,10 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype", choices=DTYPES, default="float32", help=f"{written}; int8 also computes in it"
     )
+    add_decoder_argument(command)
     command.set_defaults(export=_to_onnx)
     command = _add_format(formats, "web", "a page that draws in the browser")
     stored = "dtype of the weights (default int8, the smallest)"
     command.add_argument("--dtype", choices=DTYPES, default="int8", help=stored)
+    add_decoder_argument(command)
     runtime = "folder dist of the npm package onnxruntime-web (default: npm downloads it)"
     command.add_argument("--runtime-files", type=Path, metavar="FOLDER", help=runtime)
     command.set_defaults(export=_to_web)
@@ -69,7 +71,7 @@ def _to_onnx(arguments: argparse.Namespace, folder: Path) -> None:
     from far.onnx import export
 
     with noticed(f"exporting {arguments.weights}"):
-        export(folder, arguments.out, dtype=arguments.dtype)
+        export(folder, arguments.out, dtype=arguments.dtype, decoder=arguments.decoder)
     size = sum(path.stat().st_size for path in arguments.out.iterdir()) / 1e6
     print(f"{arguments.out}: exported from {arguments.weights} ({size:.1f} MB)")
 
@@ -78,7 +80,8 @@ def _to_web(arguments: argparse.Namespace, folder: Path) -> None:
     from far.onnx.web import export_web
 
     with noticed(f"exporting {arguments.weights}"):
-        export_web(folder, arguments.out, dtype=arguments.dtype, runtime_files=arguments.runtime_files)
+        options = {name: getattr(arguments, name) for name in ("dtype", "runtime_files", "decoder")}
+        export_web(folder, arguments.out, **options)
     size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file()) / 1e6
     how = f"Try it with far demo --static {arguments.out}"
     print(f"{arguments.out}: exported from {arguments.weights} ({size:.1f} MB). {how}")

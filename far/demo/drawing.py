@@ -3,11 +3,12 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from far.autoencoder_config import DecoderName
 from far.editing import blend_kept, paste_kept
 from far.errors import InputError
 from far.pictures import drawing_settings
@@ -47,15 +48,17 @@ def load_models(
     *,
     record: bool = True,
     compile: bool = False,
+    decoder: DecoderName = "full",
 ) -> list[Model]:
     """Load models and draw a first token with each, so that the first click does not wait for a warm-up.
 
     Raises:
-        InputError: one of them cannot be loaded, or has no autoencoder.
+        InputError: one of them cannot be loaded, or has no autoencoder or no such decoder.
     """
     models = []
+    options: dict[str, Any] = {"record": record, "compile": compile, "decoder": decoder}
     for name in dict.fromkeys(names):
-        pipeline = Pipeline.from_pretrained(name, dtype=dtype, device=device, record=record, compile=compile)
+        pipeline = Pipeline.from_pretrained(name, dtype=dtype, device=device, **options)
         pipeline.preview(next(pipeline.stream([0], [0])))
         models.append(Model(name, pipeline, resolve_dtype(dtype, device)))
     return models
@@ -99,6 +102,9 @@ class Order:
     def settings(self, seed: int) -> dict[str, object]:
         """Return the text entries of a seed's PNG, as ``far generate`` writes them."""
         model, sampling = self.model, dataclasses.asdict(self.config)
+        autoencoder = model.pipeline.autoencoder
+        if autoencoder is not None and autoencoder.active_decoder != "full":
+            sampling["decoder"] = autoencoder.active_decoder
         return drawing_settings(model.name, sampling, model.dtype, model.pipeline.classes, self.label, seed)
 
 

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from far.autoencoder_config import DecoderName
 from far.diffusers_config import DiffusersConfig
-from far.errors import InputError
+from far.errors import InputError, prefix_errors
 from far.files import atomic_folder, check_empty_folder, sha256, write_json
 from far.folder import ModelFolder
 from far.onnx.config import CONFIG, DTYPES, OnnxConfig, OnnxFile, export_values
@@ -27,7 +28,14 @@ if TYPE_CHECKING:
 _MATRICES = (BACKBONE, HEAD)
 
 
-def export(name: Path | str, out: Path | str, *, dtype: str = "float32", encoder: bool = True) -> None:
+def export(
+    name: Path | str,
+    out: Path | str,
+    *,
+    dtype: str = "float32",
+    encoder: bool = True,
+    decoder: DecoderName = "full",
+) -> None:
     """Write a model as ONNX files into the folder ``out``, all of them or none.
 
     Args:
@@ -36,6 +44,7 @@ def export(name: Path | str, out: Path | str, *, dtype: str = "float32", encoder
         dtype: ``float32``; ``float16``, which halves the files and is computed in float32; or ``int8``, which
             also quantizes the matrix products of backbone and head.
         encoder: export the encoder too, which only edits need.
+        decoder: ``"small"`` exports the autoencoder's small decoder, if it has one, instead of the full one.
 
     Raises:
         InputError: the model does not exist, its kind cannot be exported, ``out`` is not empty or cannot be
@@ -48,6 +57,9 @@ def export(name: Path | str, out: Path | str, *, dtype: str = "float32", encoder
     folder = ModelFolder.open(name)
     model = folder.load_model()
     autoencoder = folder.load_autoencoder() if folder.has_autoencoder else None
+    if autoencoder is not None:
+        with prefix_errors(f"{name}: "):
+            autoencoder.use_decoder(decoder)
     graphs = graphs_of(model, autoencoder)
     if not encoder:
         graphs.pop(ENCODER, None)
@@ -58,7 +70,8 @@ def export(name: Path | str, out: Path | str, *, dtype: str = "float32", encoder
         tokenizer = None if autoencoder is None else autoencoder.config
         if isinstance(tokenizer, DiffusersConfig):
             tokenizer = tokenizer.including_weights()
-        changes: dict[str, Any] = {"results": {}} if dtype == "int8" else {}  # int8 draws other images
+        # int8 and a small decoder draw other images.
+        changes: dict[str, Any] = {"results": {}} if dtype == "int8" or decoder == "small" else {}
         config = dataclasses.replace(
             folder.config, defaults=defaults, autoencoder=tokenizer, base=None, sha256={}, **changes
         )

@@ -289,7 +289,8 @@ class _Decoder(nn.Module):
         latents = self.autoencoder.denormalize(latents)
         if self.autoencoder.config.spherical:
             latents = on_sphere(latents, dim=1)
-        return self.autoencoder.decoder(self.autoencoder.post_quant_conv(latents)) / 2 + 0.5  # type: ignore[no-any-return]
+        decoder = self.autoencoder.decoder_network(self.autoencoder.active_decoder)
+        return decoder(self.autoencoder.post_quant_conv(latents)) / 2 + 0.5  # type: ignore[no-any-return]
 
 
 class _Encoder(nn.Module):

@@ -8,6 +8,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from far.autoencoder_config import DecoderName
 from far.errors import InputError
 from far.files import atomic_folder, check_empty_folder, read_json, write_json
 from far.folder import ModelFolder
@@ -24,7 +25,12 @@ _HEADS = ("shortcut", "flow_map")
 
 
 def export_web(
-    name: Path | str, out: Path | str, *, dtype: str = "int8", runtime_files: Path | None = None
+    name: Path | str,
+    out: Path | str,
+    *,
+    dtype: str = "int8",
+    runtime_files: Path | None = None,
+    decoder: DecoderName = "full",
 ) -> None:
     """Write a folder that any static web server can serve, all of it or nothing.
 
@@ -34,6 +40,7 @@ def export_web(
         dtype: dtype of the weights, as :func:`far.onnx.export` takes.
         runtime_files: a folder with the files of ONNX Runtime Web, such as ``dist`` of its npm package. By
             default, npm downloads the release that the page is tested with.
+        decoder: as :func:`far.onnx.export` takes.
 
     Raises:
         InputError: as :func:`far.onnx.export`, the page cannot draw with the model's head, or the files of
@@ -50,7 +57,7 @@ def export_web(
         runtime = _downloaded(Path(temporary)) if runtime_files is None else runtime_files
         check_runtime(runtime)
         with atomic_folder(out) as folder:
-            export(name, folder, dtype=dtype, encoder=False)  # the page does not edit
+            export(name, folder, dtype=dtype, encoder=False, decoder=decoder)  # the page does not edit
             config = read_json(folder / CONFIG)
             config["defaults"]["guidance_every"] = 1  # the page computes guidance at every step
             write_json(folder / CONFIG, config)

@@ -9,11 +9,14 @@ import pytest
 import torch
 from refusals import refused
 
+from far.autoencoder import Autoencoder
+from far.autoencoder_config import SmallDecoderConfig
 from far.demo import drawing
 from far.demo.drawing import Model, Order, draw, load_models, redraw
 from far.demo.editor import PNG_ADDRESS, empty, opened
 from far.errors import InputError
 from far.pictures import encode_png, to_pictures
+from far.pipeline import load
 from far.sampling import Progress, SamplingConfig
 
 
@@ -28,6 +31,21 @@ def test_models_are_loaded_once_each(pipeline_folder: Path, diffusion_folder: Pa
     assert [model.name for model in models] == names[:2]
     assert [model.head for model in models] == ["shortcut", "diffusion"]
     assert models[0].dtype in ("float32", "bfloat16")
+
+
+def test_small_decoder_draws_and_is_recorded(pipeline_folder: Path, tmp_path: Path) -> None:
+    full = load(pipeline_folder, device="cpu")
+    assert isinstance(full.autoencoder, Autoencoder)
+    full.autoencoder.set_small_decoder(SmallDecoderConfig(8, 1))
+    full.save_pretrained(tmp_path / "model")
+    (model,) = load_models([str(tmp_path / "model")], "float32", "cpu", decoder="small")
+    order = Order.of_entries(model, "circle", "1")
+    assert order.settings(1)["decoder"] == "small"
+    *_, last = draw(order)
+    small = load(tmp_path / "model", device="cpu", decoder="small")
+    expected = small.generate(["circle"], seed=1, output="tensor")
+    torch.testing.assert_close(last.images, expected)
+    assert not torch.allclose(expected, full.generate(["circle"], seed=1, output="tensor"), atol=0.01)
 
 
 def test_order_has_the_entered_values(model: Model) -> None:

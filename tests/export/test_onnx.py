@@ -17,13 +17,15 @@ from test_tokenizers import saved
 from torch import nn
 
 import far.onnx
+from far.autoencoder import Autoencoder
+from far.autoencoder_config import DECODERS, SmallDecoderConfig
 from far.cli.main import main
 from far.folder import load_autoencoder
 from far.heads.network import HeadNetwork
 from far.names import bundled_names
-from far.onnx.config import open_export
+from far.onnx.config import OnnxFile, open_export
 from far.onnx.exporter import write_graphs
-from far.onnx.graphs import HEAD, Graph, _Step
+from far.onnx.graphs import DECODER, HEAD, Graph, _Step
 from far.onnx.pipeline import Session
 from far.pipeline import Pipeline, load
 from far.sampling import Kept, SamplingConfig
@@ -164,6 +166,41 @@ def test_models_on_autoencoders_of_diffusers_are_exported(name: str, tmp_path: P
     assert expected.std() > 0.01
     torch.testing.assert_close(images, expected, atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(ours.encode(expected), theirs.encode(expected), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_an_export_can_have_the_small_decoder(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = load(whole, device="cpu")
+    assert isinstance(pipeline.autoencoder, Autoencoder)
+    pipeline.autoencoder.set_small_decoder(SmallDecoderConfig(8, 1))
+    pipeline.save_pretrained(tmp_path / "model")
+
+    def decoder_alone(graphs: dict[str, Graph], folder: Path, dtype: str) -> dict[str, OnnxFile]:
+        return write_graphs({DECODER: graphs[DECODER]}, folder, dtype)
+
+    monkeypatch.setattr("far.onnx.exporter.write_graphs", decoder_alone)
+    command = ["export", "onnx", str(tmp_path / "model"), str(tmp_path / "onnx"), "--decoder", "small"]
+    assert main(command) == 0
+    _, config, onnx = open_export(tmp_path / "onnx")
+    assert config.results == {}  # those are of the full decoder
+    latents = torch.randn(2, 4, *pipeline.model.config.grid, generator=torch.Generator().manual_seed(1))
+    (images,) = Session(tmp_path / "onnx" / DECODER, onnx.files[DECODER])(latents=latents)
+    full, small = (
+        load(tmp_path / "model", device="cpu", decoder=decoder).decode(latents) for decoder in DECODERS
+    )
+    torch.testing.assert_close(images.clamp(0, 1), small, atol=TOLERANCE, rtol=0)
+    assert (full - small).abs().max() > 0.01
+
+
+def test_exporting_a_small_decoder_that_is_missing_is_refused(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["export", "onnx", str(whole), str(tmp_path / "onnx"), "--decoder", "small"]) == 2
+    error = capsys.readouterr().err
+    assert str(whole) in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_int8_images_do_not_depend_on_the_batch(whole: Path, tmp_path: Path) -> None:
