@@ -125,6 +125,7 @@ def _traced(graph: Graph, file: str) -> "onnx.ModelProto":
                 output_names=list(graph.outputs),
                 dynamic_shapes=graph.dynamic_shapes(),
                 dynamo=True,
+                optimize=graph.simplify,
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:

@@ -5,6 +5,7 @@ number of images, AR steps and head steps.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from far.backbone import Backbone, BlockCausalBackbone, CausalBackbone, MaskedBackbone
+from far.diffusers_config import DiffusersConfig
 from far.errors import InputError
 from far.heads import Head
 from far.heads.diffusion import DiffusionHead
@@ -46,12 +48,14 @@ class Graph:
         inputs: axes of each input by name: a size, or the name of an axis of any size.
         outputs: the same for outputs.
         integers: upper bounds of the inputs that hold integers.
+        simplify: let the exporter simplify it. It drops summands of 1e-8 and less, also from denominators.
     """
 
     module: nn.Module
     inputs: dict[str, Axes]
     outputs: dict[str, Axes]
     integers: dict[str, int] = dataclasses.field(default_factory=dict)
+    simplify: bool = True
 
     def examples(self) -> dict[str, Tensor]:
         """Return an example of every input."""
@@ -85,8 +89,11 @@ def graphs_of(model: FAR, autoencoder: Tokenizer | None) -> dict[str, Graph]:
         channels, stride = model.config.latent_channels, autoencoder.config.stride
         latents: Axes = ("batch", channels, *model.config.grid)
         images: Axes = ("batch", 3, *(side * stride for side in model.config.grid))
-        graphs[DECODER] = Graph(_Decoder(autoencoder), {"latents": latents}, {"images": images})
-        graphs[ENCODER] = Graph(_Encoder(autoencoder), {"images": images}, {"latents": latents})
+        # DC-AE divides by sums that may be 0 and adds 1e-15 to them.
+        simplify = not isinstance(autoencoder.config, DiffusersConfig)
+        made = functools.partial(Graph, simplify=simplify)
+        graphs[DECODER] = made(_Decoder(autoencoder), {"latents": latents}, {"images": images})
+        graphs[ENCODER] = made(_Encoder(autoencoder), {"images": images}, {"latents": latents})
     return graphs
 
 
