@@ -41,6 +41,8 @@ class Model:
 
 # Without the limit, a diffusion head trained this briefly draws tokens of hundreds of standard deviations.
 LIMITED = ("generator.network.head.token_limit=5.0",)
+# The largest scale that heads with learned guidance are trained for.
+LEARNED_GUIDANCE = 4.0
 # In order of importance. Heads share the block-causal backbone, which learns from every token of a pass, and
 # backbones the shortcut head. ``mar`` is MAR's recipe as published, ``masked`` is FAR's.
 MODELS = {
@@ -55,7 +57,7 @@ MODELS = {
         "flow_map",
         (4, 2, 1),
         trainings=2,
-        overrides=("generator.network.head.max_guidance=4.0",),
+        overrides=(f"generator.network.head.max_guidance={LEARNED_GUIDANCE}",),
         passes=1,
     ),
     "flow-map-2-passes": Model("block-causal", "flow_map", (2,), passes=2, weights_of="flow-map"),

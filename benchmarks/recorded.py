@@ -4,7 +4,12 @@ Every row records the SHA-256 of its weights, the machine and the commit. The re
 weights: ``make results TRAIN=1`` trains them again.
 """
 
+import contextlib
+import copy
+import fcntl
+import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +33,27 @@ class Measurements:
             read_json(self.path) if self.path.exists() else {"rows": {}, "sweeps": {}}
         )
 
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Load the file, and write it after the block if its values changed. Other processes wait."""
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            self.load()
+            before = copy.deepcopy(self.values)
+            yield
+            if self.values != before:
+                write_json(self.path, self.values)
+        finally:
+            os.close(folder)
+
     def keep(self, kind: str, key: str, value: Any) -> None:
-        self.load()
-        self.values.setdefault(kind, {})[key] = value
-        write_json(self.path, self.values)
+        with self.changing():
+            self.values.setdefault(kind, {})[key] = value
 
     def replace(self, kind: str, values: dict[str, Any]) -> None:
-        self.load()
-        self.values[kind] = values
-        write_json(self.path, self.values)
+        with self.changing():
+            self.values[kind] = values
 
     def drop_other_weights(
         self, autoencoder: str | None = None, common: dict[str, Any] | None = None, within: Path = Path()
@@ -49,7 +66,16 @@ class Measurements:
                 dropped too.
             within: folder of the weights whose rows are checked.
         """
-        self.load()
+        with self.changing():
+            dropped = self._drop(autoencoder, common or {}, within)
+        if dropped:
+            print(
+                f"{self.path}: {dropped} rows have other weights, training or dtype than those in {WEIGHTS}."
+                " They are measured again."
+            )
+
+    def _drop(self, autoencoder: str | None, common: dict[str, Any], within: Path) -> int:
+        """Drop rows as :meth:`drop_other_weights` does, and return their number."""
         at_hand: dict[str, dict[str, str]] = {}
         dropped = 0
         for kind in ("rows", "sweeps"):
@@ -63,16 +89,11 @@ class Measurements:
                 changed = any(found.get(name, value) != value for name, value in recorded.items())
                 changed |= autoencoder not in (None, recorded["autoencoder.safetensors"])
                 if "model.safetensors" in recorded:  # not a row of reconstructions
-                    changed |= any(row.get(name) != value for name, value in (common or {}).items())
+                    changed |= any(row.get(name) != value for name, value in common.items())
                 if changed:
                     del self.values[kind][key]
                     dropped += 1
-        if dropped:
-            print(
-                f"{self.path}: {dropped} rows have other weights, training or dtype than those in {WEIGHTS}."
-                " They are measured again."
-            )
-            write_json(self.path, self.values)
+        return dropped
 
 
 def checksums(folder: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ TRAINING_RATE = 120.0
 # Seconds on one core: per drawn image and per head step of it, and per image whose features are extracted.
 DRAWING_SECONDS, STEP_SECONDS, FEATURE_SECONDS = 0.008, 0.0004, 0.01
 DISTILLATION_SECONDS = 750.0
-# Coordinate descent takes 6 to 12 points: 6 if the temperature that it starts from is the best.
+# Coordinate descent takes 5 points if it starts at the best, and about two more for each move.
 SWEEP_POINTS = 9
 
 

@@ -11,14 +11,25 @@ import torch
 from torch import Tensor
 
 from benchmarks.classifier import LinearClassifier
-from benchmarks.comparison import BATCH, DTYPE, MODELS, SWEEP_SEED, TEACHER, WORK, ImageSet, Row, all_rows
+from benchmarks.comparison import (
+    BATCH,
+    DTYPE,
+    LEARNED_GUIDANCE,
+    MODELS,
+    SWEEP_SEED,
+    TEACHER,
+    WORK,
+    ImageSet,
+    Row,
+    all_rows,
+)
 from benchmarks.recorded import TRAIN, WEIGHTS, Measurements, checksums, made
 from far.config import from_dict
 from far.data.shards import ShardReader
 from far.evaluation.extraction import read_parts
 from far.evaluation.features import FeatureNetwork, load_feature_network
 from far.evaluation.generated import Generation, extract_generated, parts_folder
-from far.evaluation.images import open_images
+from far.evaluation.images import ImageSource, open_images
 from far.evaluation.metrics import FeatureStatistics, Neighborhoods, frechet_distance, kernel_distance
 from far.evaluation.reconstructions import reconstruction_features, reconstructions_folder
 from far.evaluation.references import Reference, features_of
@@ -30,8 +41,8 @@ from far.recipe import load_recipe
 from far.sampling import SamplingConfig
 from far.seeds import seeded_generator
 
-GUIDANCES = (1.0, 2.0, 3.0, 4.0)
-TEMPERATURES = (0.6, 0.8, 1.0)
+GUIDANCES = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
+TEMPERATURES = (0.2, 0.4, 0.6, 0.8, 1.0)
 START = (3.0, 0.8)
 UNLIMITED = "diffusion without limit"
 # What all trainings of an image set have in common.
@@ -39,20 +50,36 @@ TRAINING = ("steps", "batch_size", "learning_rate", "ema_decay")
 Point: TypeAlias = tuple[float, float]
 
 
-def descend(distance: Callable[[float, float], float]) -> Point:
+def descend(distance: Callable[[float, float], float], guidances: tuple[float, ...] = GUIDANCES) -> Point:
     """Return the guidance and temperature of the lowest distance, by coordinate descent over the grid.
 
-    Guidance is chosen at the current temperature, then temperature at this guidance, from ``START`` on until
-    neither changes. So all temperatures at the best guidance are evaluated, and all scales at the best
-    temperature.
+    From ``START`` on, guidance and then temperature move to lower distances, one value of the grid at a time,
+    until neither does. So the result's neighbors in both directions are evaluated, and none is better.
     """
     guidance, temperature = START
     while True:
         before = guidance, temperature
-        guidance = min(GUIDANCES, key=lambda value: distance(value, temperature))
-        temperature = min(TEMPERATURES, key=lambda value: distance(guidance, value))
+        guidance = _walk(guidances, guidance, lambda value: distance(value, temperature))
+        temperature = _walk(TEMPERATURES, temperature, lambda value: distance(guidance, value))
         if (guidance, temperature) == before:
             return before
+
+
+def _walk(values: tuple[float, ...], start: float, distance: Callable[[float], float]) -> float:
+    """Return the value that is reached from ``start`` by moving to the better neighbor while there is one."""
+    index = values.index(start)
+    while True:
+        near = values[max(0, index - 1) : index + 2]
+        best = min(near, key=lambda value: (distance(value), value != values[index]))
+        if best == values[index]:
+            return best
+        index = values.index(best)
+
+
+def guidances_of(row: Row) -> tuple[float, ...]:
+    """Return the guidance scales of a row's sweep: a head that learns guidance knows those up to 4."""
+    learned = MODELS[row.model].passes == 1
+    return tuple(scale for scale in GUIDANCES if not learned or scale <= LEARNED_GUIDANCE)
 
 
 def sweep_key(row: Row, guidance: float, temperature: float) -> str:
@@ -74,7 +101,7 @@ def recorded_choice(store: Measurements, row: Row) -> Point:
             )
         return float(store.values["sweeps"][key]["distance"])
 
-    return descend(distance)
+    return descend(distance, guidances_of(row))
 
 
 def current_rows(images: ImageSet) -> Measurements:
@@ -177,24 +204,25 @@ def measure_floors(images: ImageSet, store: Measurements) -> Evaluator:
     present = [row for row in all_rows() if images.trained(row.model, row.seed)]
     if "reconstructions" in store.values["rows"] or not present:
         return evaluator
-    accuracy = evaluator.classifier.accuracy(
-        real, ShardReader(images.data / "held-out", "images").all("labels")
-    )
+    # Classes are recognized in held-out images, because the classifier was fitted to the training images.
+    labels_held_out = ShardReader(images.data / "held-out", "images").all("labels")
+    accuracy = evaluator.classifier.accuracy(real, labels_held_out)
     found = evaluator.figures(training, labels)
     store.keep("rows", "real", {"name": "real images", **found, "class accuracy": accuracy, **made()})
     weights = images.weights(present[0].model, present[0].seed)
-    found = evaluator.figures(reconstructed_features(weights, images, count, network), labels)
+    found = evaluator.figures(reconstructed_features(weights, source, count, network), labels)
+    reconstructed = reconstructed_features(weights, held_out, held_out.count, network)
+    found["class accuracy"] = evaluator.classifier.accuracy(reconstructed, labels_held_out)
     checksum = {"autoencoder.safetensors": checksums(weights)["autoencoder.safetensors"]}
     described = {"weights": str(weights), "sha256": checksum, **made()}
     store.keep("rows", "reconstructions", {"name": "reconstructions", **found, **described})
     return evaluator
 
 
-def reconstructed_features(weights: Path, images: ImageSet, count: int, network: FeatureNetwork) -> Tensor:
-    """Return features ``[count, d]`` of the reconstructions of training images."""
+def reconstructed_features(weights: Path, source: ImageSource, count: int, network: FeatureNetwork) -> Tensor:
+    """Return features ``[count, d]`` of the reconstructions of a source's first images."""
     autoencoder = Pipeline.from_pretrained(weights, device="cpu").autoencoder
     assert autoencoder is not None
-    source = open_images(images.data / "train")
     folder = reconstructions_folder(WORK, source, autoencoder, network)
     return reconstruction_features(folder, source, count, autoencoder, network)
 
@@ -288,7 +316,7 @@ def sweep(images: ImageSet, store: Measurements, evaluator: Evaluator, row: Row)
             )
         return float(store.values["sweeps"][key]["distance"])
 
-    descend(distance)
+    descend(distance, guidances_of(row))
 
 
 def measure_point(images: ImageSet, evaluator: Evaluator, generation: Generation) -> dict[str, Any]:

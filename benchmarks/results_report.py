@@ -15,15 +15,14 @@ from benchmarks.results_rows import (
     HEADS,
     Rows,
     distance_of,
+    distance_ratio,
     figure_of,
     mean,
     model_rows,
-    ratio,
     rows_of,
     seconds_of,
     title,
     training_text,
-    with_error,
     with_spread,
 )
 from far.config import from_dict
@@ -41,8 +40,8 @@ CLAIM = [
     (("masked", 4), ("mar", 100)),
 ]
 README_ROWS = [
-    ("mar", 100), ("masked", 4), BASE, ("diffusion", 10), ("flow", 8), ("shortcut", 8), ("shortcut", 4),
-    ("flow-map", 2), ("distilled", 2), ("causal", 4),
+    BASE, ("diffusion", 10), ("shortcut", 8), ("shortcut", 4), ("shortcut", 2), ("causal", 4), ("mar", 100),
+    ("masked", 4), ("flow", 8), ("flow-map", 2), ("distilled", 2),
 ]  # fmt: skip
 GRID_ROWS = [
     BASE, ("diffusion", 10), ("flow", 8), ("shortcut", 8), ("shortcut", 1), ("causal", 4), ("masked", 4),
@@ -110,7 +109,7 @@ def claim_table(measured: dict[str, Any]) -> str:
                     rows[0]["backbone"],
                     str(steps),
                     pair(str(len(side)) for side in sides),
-                    with_error(*ratio(*(distance_of(values, side) for side in sides))),
+                    distance_ratio(values, rows, base),
                     f"{score[0] / score[1]:.3f}",
                     pair(f"{1000 * figure_of(values, side, 'KID'):.1f}" for side in sides),
                     pair(f"{figure_of(values, side, 'recall'):.3f}" for side in sides),
@@ -163,10 +162,9 @@ def main_table(values: dict[str, Any]) -> str:
 
 def quality(values: dict[str, Any], rows: Rows, base: Rows) -> list[str]:
     """Return the cells of FD, its ratio to ``base`` (if any), KID, IS, recall and class accuracy."""
-    distances = distance_of(values, rows)
     return [
-        with_spread(distances),
-        with_error(*ratio(distances, distance_of(values, base))) if base else "",
+        with_spread(distance_of(values, rows)),
+        distance_ratio(values, rows, base) if base else "",
         f"{1000 * figure_of(values, rows, 'KID'):.1f}",
         f"{figure_of(values, rows, 'IS'):.2f}",
         f"{figure_of(values, rows, 'recall'):.3f}",
@@ -218,8 +216,8 @@ def sweep_table(measured: dict[str, Any]) -> str:
             guidance = rows[0]["sampling"]["guidance"]
             keys = [sweep_key(Row(model, steps), guidance, temperature) for temperature in TEMPERATURES]
             found = [values["sweeps"].get(key) for key in keys]
-            if None not in found:
-                cells = [f"{point['distance']:.1f} ({point['recall']:.3f})" for point in found]
+            if any(found):
+                cells = [point_text(point) for point in found]
                 backbone = rows[0]["backbone"]
                 lines.append([name, backbone, title(model, backbone), str(steps), f"{guidance:g}", *cells])
     if not lines:
@@ -230,6 +228,11 @@ def sweep_table(measured: dict[str, Any]) -> str:
     heads = ["image set", "backbone", "head", "head steps", "guidance"]
     heads += [f"FD (recall), temperature {temperature:g}" for temperature in TEMPERATURES]
     return table(heads, lines) + "\n" + near_ties(measured) + "\n"
+
+
+def point_text(point: dict[str, Any] | None) -> str:
+    """Return the cell of a point of a sweep, empty if the search did not come to it."""
+    return "" if point is None else f"{point['distance']:.1f} ({point['recall']:.3f})"
 
 
 def near_ties(measured: dict[str, Any]) -> str:
@@ -264,7 +267,9 @@ def readme_table(measured: dict[str, Any]) -> str:
     for values, floor in zip(measured.values(), floors):
         cells += [with_spread(distance_of(values, [floor])) if floor else "", ""]
     trainings = [f"{name}: {training_text(model_rows(values)[0])}" for name, values in measured.items()]
-    timed = dict.fromkeys(line for values in measured.values() for line in timing(values))
+    timed = [
+        line.replace("Times", f"Times on {name}") for name in measured for line in timing(measured[name])
+    ]
     notes = "".join(f"\n{line}\n" for line in (f"Training on {'; on '.join(trainings)}.", *timed))
     return table(heads, [*lines, cells]) + notes
 

@@ -108,5 +108,21 @@ def ratio(values: list[float], base: list[float]) -> tuple[float, float | None]:
     return found, found * math.sqrt(sum(parts))
 
 
+def paired_ratio(values: list[float], base: list[float]) -> tuple[float, float | None]:
+    """Return the mean ratio of two figures of the same trainings and its standard error, if there are two."""
+    ratios = [value / other for value, other in zip(values, base, strict=True)]
+    error = statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else None
+    return mean(ratios), error
+
+
+def distance_ratio(values: dict[str, Any], rows: Rows, base: Rows) -> str:
+    """Return the ratio of the distances of two groups of rows, with its standard error."""
+    sides = [distance_of(values, side) for side in (rows, base)]
+    if rows == base:
+        return with_error(1.0, None)
+    same = [row["weights"] for row in rows] == [row["weights"] for row in base]
+    return with_error(*(paired_ratio if same else ratio)(*sides))
+
+
 def with_error(value: float, error: float | None) -> str:
     return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"

@@ -76,7 +76,9 @@ def measure(
     """
     calls = {}
     models = {row.model for row in choices}
-    loaded = {name: Pipeline.from_pretrained(images.weights(name), dtype=DTYPE) for name in models}
+    loaded = {
+        name: Pipeline.from_pretrained(images.weights(name), device="cpu", dtype=DTYPE) for name in models
+    }
     for row, point in choices.items():
         generation = generation_of_row(images, row, *point, seed=0)
         timed = BenchmarkRow(generation.weights, generation.sampling, generation.dtype, batch)

@@ -15,8 +15,8 @@ import torch
 
 from benchmarks import comparison, distillation, results, results_measure, results_times
 from benchmarks.comparison import MODELS, SETS, ImageSet, Row
-from benchmarks.results_measure import GUIDANCES, TEMPERATURES, descend, sweep_key
-from benchmarks.results_rows import model_rows, ratio
+from benchmarks.results_measure import GUIDANCES, START, TEMPERATURES, descend, guidances_of, sweep_key
+from benchmarks.results_rows import distance_ratio, model_rows, ratio
 from far.model import FAR, ModelConfig
 from far.recipe import load_recipe
 from far.training.checkpoint import list_checkpoints
@@ -147,7 +147,7 @@ def check_sweeps(values: dict[str, Any]) -> None:
             continue
         start = f"{row['name']} {row['steps']} guidance"
         points = [point for name, point in values["sweeps"].items() if name.startswith(start)]
-        assert 6 <= len(points) <= 12
+        assert 5 <= len(points) <= 14
         least = min(point["distance"] for point in points)
         assert row["sampling"] in [point["sampling"] for point in points if point["distance"] == least]
         assert row["seed"] + 64 <= min(point["seed"] for point in points)
@@ -220,7 +220,9 @@ def test_recipes_train_backbones_of_equal_size_in_the_same_way(
 
 
 @pytest.mark.parametrize("best", list(itertools.product(GUIDANCES, TEMPERATURES)))
-def test_descent_finds_the_minimum_of_a_convex_distance_with_few_points(best: tuple[float, float]) -> None:
+def test_descent_finds_the_minimum_of_a_convex_distance_and_looks_at_all_its_neighbors(
+    best: tuple[float, float],
+) -> None:
     points = set()
 
     def distance(guidance: float, temperature: float) -> float:
@@ -228,14 +230,31 @@ def test_descent_finds_the_minimum_of_a_convex_distance_with_few_points(best: tu
         return (guidance - best[0]) ** 2 + 100 * (temperature - best[1]) ** 2
 
     assert descend(distance) == best
-    assert len(points) <= 9
+    assert len(points) <= 12
+    for axis, grid in enumerate((GUIDANCES, TEMPERATURES)):
+        near = grid.index(best[axis])
+        for value in grid[max(0, near - 1) : near + 2]:
+            assert (value, best[1]) in points if axis == 0 else (best[0], value) in points
 
 
 def test_descent_follows_a_valley_that_no_single_line_crosses() -> None:
     """The best guidance depends on the temperature, so both lines are searched again."""
     table = {point: 10.0 for point in itertools.product(GUIDANCES, TEMPERATURES)}
-    table |= {(3.0, 0.8): 5.0, (3.0, 0.6): 4.0, (2.0, 0.6): 3.0, (2.0, 0.8): 9.0, (2.0, 1.0): 2.0}
-    assert descend(lambda *point: table[point]) == (2.0, 1.0)
+    table |= {(3.0, 0.8): 5.0, (3.0, 0.6): 4.0, (2.0, 0.6): 3.0, (2.0, 0.4): 2.0, (1.0, 0.4): 1.0}
+    assert descend(lambda *point: table[point]) == (1.0, 0.4)
+
+
+def test_equal_distances_end_the_descent() -> None:
+    assert descend(lambda *_: 1.0) == START
+
+
+def test_heads_with_learned_guidance_are_swept_up_to_what_they_learned() -> None:
+    row = Row("flow-map", 2)
+    head = load_recipe(ROOT / SETS["avatars-64"].recipe(MODELS["flow-map"]), [
+        "generator.network.head.kind=flow_map", *MODELS["flow-map"].overrides,
+    ]).generator.network.head  # fmt: skip
+    assert descend(lambda guidance, _: -guidance, guidances_of(row))[0] == head.max_guidance  # type: ignore[attr-defined]
+    assert descend(lambda guidance, _: -guidance, guidances_of(Row("shortcut", 2)))[0] == GUIDANCES[-1]
 
 
 def test_keys_of_sweep_points_differ() -> None:
@@ -266,3 +285,18 @@ def test_error_of_a_ratio_is_that_of_many_simulated_comparisons() -> None:
     propagated = math.sqrt(statistics.fmean(error**2 for error in errors if error is not None))
     assert propagated == pytest.approx(simulated, rel=0.05)
     assert ratio([1.0], [2.0, 3.0]) == (0.4, None)
+
+
+def test_rows_of_the_same_trainings_are_compared_training_by_training() -> None:
+    """Ten steps that are 1 % worse in every training are so without error, however much trainings differ."""
+
+    def rows(model: str, distances: list[float]) -> list[dict[str, Any]]:
+        return [{"weights": f"{model}-{seed}", "FD": value} for seed, value in enumerate(distances)]
+
+    values = {"setting": {"distance": "FD"}}
+    base = rows("diffusion", [400.0, 440.0, 420.0])
+    assert distance_ratio(values, rows("diffusion", [404.0, 444.4, 424.2]), base) == "1.010 ± 0.000"
+    assert distance_ratio(values, base, base) == "1.000"
+    other = distance_ratio(values, rows("shortcut", [404.0, 444.4, 424.2]), base)
+    assert other.startswith("1.010 ± ")
+    assert float(other.split()[-1]) > 0.03

@@ -4,6 +4,8 @@ import hashlib
 import itertools
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,19 @@ def test_rows_of_another_training_or_dtype_are_dropped_even_without_weights(
 def test_rows_of_weights_in_other_folders_are_kept(store: Any) -> None:
     store.drop_other_weights("1" * 64, within=Path("weights/a"))
     assert set(recorded.Measurements(store.path).values["rows"]) == {"real", "b 1", "c 1"}
+
+
+def test_processes_that_keep_rows_at_the_same_time_lose_none(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    script = (
+        "import sys; from pathlib import Path; from benchmarks.recorded import Measurements\n"
+        "store = Measurements(Path(sys.argv[1]))\n"
+        "for number in range(100): store.keep('rows', f'{sys.argv[2]} {number}', number)\n"
+    )
+    command = [sys.executable, "-c", script, str(path)]
+    writers = [subprocess.Popen([*command, name], cwd=ROOT) for name in "ab"]
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    assert len(recorded.Measurements(path).values["rows"]) == 200
 
 
 @pytest.fixture
