@@ -175,7 +175,8 @@ def data_deviations(folder: Path) -> list[float]:
 
 def reconstruction_distance(folder: Path, evaluator: Evaluator) -> float:
     """Return the distance of the autoencoder's reconstructions of training images, a model's floor."""
-    features = reconstructed_features(folder, IMAGES, IMAGES.sweep_count, evaluator.network)
+    source = open_images(IMAGES.data / "train")
+    features = reconstructed_features(folder, source, IMAGES.sweep_count, evaluator.network)
     return frechet_distance(FeatureStatistics.of(features), evaluator.reference.statistics)
 
 

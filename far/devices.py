@@ -29,7 +29,8 @@ def resolve_device(device: "str | torch.device" = "auto") -> "torch.device":
     """Return a device after a trial of a model's operations on it.
 
     ``"auto"`` takes CUDA if torch finds a CUDA device, else MPS if it works, else the CPU. The first CUDA
-    device of a process turns TF32 off in convolutions, as it is in matrix products.
+    device of a process turns TF32 off in convolutions, as it is in matrix products, and gives cuBLAS a
+    workspace of fixed size, unless CUBLAS_WORKSPACE_CONFIG has one.
 
     Raises:
         InputError: the name is unknown, or the device cannot be used on this machine.

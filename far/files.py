@@ -128,12 +128,14 @@ def sole_use(folder: Path) -> Iterator[None]:
             raise InputError(f"another command is writing to {folder}. Wait until it ends") from error
         except OSError:  # the disk does not support locks
             pass
-        yield
+        try:
+            yield
+        finally:
+            if missing:
+                with contextlib.suppress(OSError):  # it is not empty
+                    folder.rmdir()
     finally:
         os.close(handle)
-        if missing:
-            with contextlib.suppress(OSError):  # it is not empty
-                folder.rmdir()
 
 
 def remove_folder(path: Path) -> None:

@@ -129,8 +129,8 @@ def upload(
             api.create_branch(repository, branch=revision, exist_ok=True)
         if other_form in api.list_repo_files(repository, revision=revision):
             raise InputError(
-                f"{name} holds {other_form}, of a model for another library. Give another name, "
-                "or delete the files of that model there first"
+                f"{name} holds {other_form}, of a model for another library. Give another repository (a new"
+                " branch has the files of main), or delete the files of that model there first"
             )
         try:
             # An empty cache: if the hub did not answer, the usual one would supply an older card.

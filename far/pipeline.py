@@ -384,7 +384,7 @@ class Pipeline:
 def load(
     name: Path | str,
     *,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     device: str | torch.device = "auto",
     revision: str | None = None,
     local_files_only: bool = False,

@@ -32,7 +32,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | st
     Raises:
         InputError: ``dtype`` is not a floating point dtype, or the file cannot be written.
     """
-    converted_to = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    converted_to = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(converted_to, torch.dtype) and converted_to.is_floating_point):
         raise InputError(f"dtype {dtype!r} is not a floating point dtype of torch, such as torch.float16")
 

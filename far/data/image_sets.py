@@ -89,7 +89,7 @@ def open_held_out(data: Path, train: ShardReader) -> ShardReader:
     held_out = open_image_set(data / "held-out")
     if len(held_out) < 2:
         few = f"{held_out.folder} has {len(held_out)} image, but distances need two or more"
-        raise InputError(f"{few}. Make the image set again with a larger --held-out-share")
+        raise InputError(f"{few}. Make the image set again with more held-out images")
     sides = (train.meta["classes"], str(train.folder), held_out.meta["classes"], str(held_out.folder))
     check_same_classes(*sides, "Make the image set again")
     if train.meta["size"] != held_out.meta["size"]:

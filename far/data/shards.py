@@ -339,9 +339,9 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
         InputError: the file is missing, truncated, not safetensors, or cannot be opened.
     """
     try:
-        with safe_open(path, "numpy"):  # checks the header
-            pass
         with path.open("rb") as file:
+            with safe_open(path, "numpy"):  # checks the header; an error of opening has no number there
+                pass
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
@@ -353,7 +353,7 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
             for name, entry in header.items()
         }
     except OSError as error:
-        if error.errno in (None, errno.ENOENT):
+        if error.errno == errno.ENOENT:
             raise InputError(f"{path} is missing. Remove its folder and make it again") from error
         remedy = (
             "ulimit -n raises the limit" if error.errno == errno.EMFILE else "Check its permissions and disk"

@@ -24,9 +24,9 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "CUBLAS_WORKSPACE_CONFIG" in str(error):  # set by far.devices, unless a product came before it
-            problem = "training.deterministic: CUDA was used in this process before"
-            raise InputError(f"{problem}. Set CUBLAS_WORKSPACE_CONFIG=:4096:8 before it starts") from error
+        if "CUBLAS_WORKSPACE_CONFIG" in str(error):  # far.devices sets it, unless it is set
+            problem = "training.deterministic: CUBLAS_WORKSPACE_CONFIG has another value, or was set too late"
+            raise InputError(f"{problem}. Set it to :4096:8 before the process starts") from error
         operation, found, _ = str(error).partition(" does not have a deterministic implementation")
         if not found:
             raise

@@ -206,7 +206,7 @@ class Trainer:
 
     def save(self) -> None:
         """Publish the EMA weights, then write a checkpoint of the finished steps. All ranks take part."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)  # before the model, which is then a run's own
+        self.processes.first(lambda: self.checkpoints.mkdir(parents=True, exist_ok=True))  # see check_unused
         ema = whole_copy(self.ema.module, kept=self.processes.rank == 0)
         self.processes.first(self.task.publish, ema, self.folder, self.step, self.results)
         values = {

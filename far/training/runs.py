@@ -30,6 +30,8 @@ def check_unused(folder: Path, resume: bool) -> None:
     old = sorted(checkpoints_folder(folder).glob("step-*.pt"))
     if old and not existing:
         raise InputError(f"{old[-1]} is of far 0.1. Choose another folder, or continue the run with far 0.1")
-    if (folder / "config.json").exists() and not checkpoints_folder(folder).exists():
+    # A run that was killed while it first saved has an empty folder of checkpoints.
+    begun = resume and checkpoints_folder(folder).exists()
+    if (folder / "config.json").exists() and not (existing or begun):
         kept = f"{folder} holds a model without checkpoints, which would be overwritten"
-        raise InputError(f"{kept}. Choose another folder, or remove it")
+        raise InputError(f"{kept}. Choose another folder, or remove that one")

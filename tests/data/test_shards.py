@@ -194,7 +194,7 @@ def test_a_shard_that_cannot_be_opened_is_not_called_damaged(tmp_path: Path) -> 
     shard = tmp_path / "shard-00000.safetensors"
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
         with refused(shard, "ulimit"):
             map_safetensors(shard)
     finally:
