@@ -197,6 +197,13 @@ class Tokenizer(nn.Module):
         return {name: tensor.float().cpu() for name, tensor in weights.items()}
 
 
+def decoder_setting(autoencoder: Tokenizer | None) -> dict[str, object]:
+    """Return the decoder to record with an image, unless it is the full one."""
+    if autoencoder is None or autoencoder.active_decoder == "full":
+        return {}
+    return {"decoder": autoencoder.active_decoder}
+
+
 def _per_channel(value: float | tuple[float, ...], latents: Tensor) -> float | Tensor:
     """Return one value per channel as ``[1, c, 1, 1]`` like ``latents``, and a single number unchanged."""
     if not isinstance(value, tuple):

@@ -16,7 +16,6 @@ from far.cli.model_arguments import (
     add_drawing_arguments,
     add_weights_argument,
     check_export,
-    decoder_setting,
     load_model_or_export,
 )
 from far.cli.sampling_arguments import sampling_options
@@ -66,6 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     from far.pictures import contact_sheet, drawing_settings, save_png
     from far.precision import resolve_dtype
     from far.progress import ImageBar
+    from far.tokenizer import decoder_setting
 
     device = prepare_machine(arguments)
     dtype = resolve_dtype(arguments.dtype, device)
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
     label = pipeline.label(arguments.label)
     used = dataclasses.asdict(pipeline.sampling_config(**{**sampling, "ar_steps": steps}))
     settings = drawing_settings(arguments.weights, used, dtype, pipeline.classes, label, arguments.seed)
-    settings |= decoder_setting(arguments) | {"image": arguments.image.name}
+    settings |= decoder_setting(pipeline.autoencoder) | {"image": arguments.image.name}
     save_png(contact_sheet(images, [label] * len(images)), arguments.out, settings)
     print(f"wrote {arguments.out} ({arguments.count} {'version' if arguments.count == 1 else 'versions'})")
 

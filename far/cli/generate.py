@@ -24,7 +24,6 @@ from far.cli.model_arguments import (
     add_graph_arguments,
     add_weights_argument,
     check_export,
-    decoder_setting,
     load_model_or_export,
 )
 from far.cli.sampling_arguments import MOST_IMAGES, sampling_options
@@ -76,6 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     from far.evaluation.images import write_npz
     from far.pictures import contact_sheet, drawing_settings, save_gif, save_png, to_pictures, to_uint8
     from far.precision import resolve_dtype
+    from far.tokenizer import decoder_setting
 
     device = prepare_machine(arguments)
     dtype = resolve_dtype(_dtype(arguments, device), device)
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
     config.check(pipeline.model)  # before the bar appears
     print_chosen(device=(arguments.device, device_title(device)), dtype=(arguments.dtype, dtype))
     folder, png = _is_folder(arguments.out), arguments.out.suffix.lower() == ".png"
-    sampling = dataclasses.asdict(config) | decoder_setting(arguments)
+    sampling = dataclasses.asdict(config) | decoder_setting(pipeline.autoencoder)
     parts: list[Any] = []
     frames: list[Image.Image] = []
     # A folder is filled at the end, so that an interrupted run is not mistaken for a whole one.

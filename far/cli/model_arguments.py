@@ -30,11 +30,6 @@ def add_weights_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="MODEL", default="avatars-64", help=meaning)
 
 
-def decoder_setting(arguments: argparse.Namespace) -> dict[str, object]:
-    """Return the decoder to record with an image, unless it is the full one."""
-    return {} if arguments.decoder == "full" else {"decoder": arguments.decoder}
-
-
 def add_decoder_argument(parser: argparse.ArgumentParser) -> None:
     """Add ``--decoder``."""
     meaning = "decoder of latents: small is faster and approximate, if the model has one (default full)"

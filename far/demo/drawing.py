@@ -15,6 +15,7 @@ from far.pictures import drawing_settings
 from far.pipeline import Pipeline
 from far.precision import resolve_dtype
 from far.sampling import Kept, Progress, SamplingConfig
+from far.tokenizer import decoder_setting
 
 MOST_IMAGES = 16
 
@@ -102,9 +103,7 @@ class Order:
     def settings(self, seed: int) -> dict[str, object]:
         """Return the text entries of a seed's PNG, as ``far generate`` writes them."""
         model, sampling = self.model, dataclasses.asdict(self.config)
-        autoencoder = model.pipeline.autoencoder
-        if autoencoder is not None and autoencoder.active_decoder != "full":
-            sampling["decoder"] = autoencoder.active_decoder
+        sampling |= decoder_setting(model.pipeline.autoencoder)
         return drawing_settings(model.name, sampling, model.dtype, model.pipeline.classes, self.label, seed)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from far.autoencoder_config import DecoderName
 from far.config import from_dict
 from far.errors import InputError
 from far.files import read_json
@@ -39,11 +40,13 @@ class OnnxConfig:
         dtype: dtype that the weights are stored in.
         files: the ONNX files by name.
         loop: how to draw images with them, one sentence or formula each.
+        decoder: the autoencoder's decoder that is exported.
     """
 
     dtype: Literal["float32", "float16", "int8"]
     files: dict[str, OnnxFile]
     loop: tuple[str, ...] = ()
+    decoder: DecoderName = "full"
 
 
 def is_export(folder: Path) -> bool:

@@ -57,6 +57,8 @@ def export(
     folder = ModelFolder.open(name)
     model = folder.load_model()
     autoencoder = folder.load_autoencoder() if folder.has_autoencoder else None
+    if autoencoder is None and decoder != "full":
+        raise InputError(f"{name} has no autoencoder, so no decoder {decoder!r}. Omit it")
     if autoencoder is not None:
         with prefix_errors(f"{name}: "):
             autoencoder.use_decoder(decoder)
@@ -75,7 +77,7 @@ def export(
         config = dataclasses.replace(
             folder.config, defaults=defaults, autoencoder=tokenizer, base=None, sha256={}, **changes
         )
-        onnx = OnnxConfig(dtype, files, loop(model))  # type: ignore[arg-type]
+        onnx = OnnxConfig(dtype, files, loop(model), decoder)  # type: ignore[arg-type]
         write_json(temporary / CONFIG, export_values(config, onnx))
 
 

@@ -57,6 +57,7 @@ def load(name: Path | str) -> "OnnxPipeline":
         autoencoder = None
         if config.autoencoder is not None:
             autoencoder = _OnnxTokenizer(config.autoencoder, sessions[DECODER], sessions.get(ENCODER))
+            autoencoder.active_decoder = onnx.decoder
     except KeyError as error:
         missing = f"{folder / CONFIG} names no {error.args[0]}"
         raise InputError(f"{missing}. Export the model again") from None

@@ -184,6 +184,7 @@ def test_an_export_can_have_the_small_decoder(
     assert main(command) == 0
     _, config, onnx = open_export(tmp_path / "onnx")
     assert config.results == {}  # those are of the full decoder
+    assert onnx.decoder == "small"
     latents = torch.randn(2, 4, *pipeline.model.config.grid, generator=torch.Generator().manual_seed(1))
     (images,) = Session(tmp_path / "onnx" / DECODER, onnx.files[DECODER])(latents=latents)
     full, small = (
