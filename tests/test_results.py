@@ -144,6 +144,7 @@ def documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes((ROOT / path).read_bytes())
     (tmp_path / "docs/images").mkdir()
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     return tmp_path
 
 
@@ -192,7 +193,7 @@ def test_labels_of_the_plot_overlap_nothing(twice: bool) -> None:
     figure = results_plot.draw(measured)
     for panel in figure.axes:
         boxes = [label.get_window_extent() for label in panel.texts]
-        assert len(boxes) > (20 if twice else 10)
+        assert len(boxes) >= (20 if twice else 10)
         assert not [1 for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
         ticks = [label.get_text() for axis in (panel.xaxis, panel.yaxis) for label in axis.get_ticklabels()]
         assert all(re.fullmatch(r"\d+(\.\d+)?", tick) for tick in ticks)
@@ -204,19 +205,21 @@ def test_times_of_another_network_or_dtype_are_not_those_of_a_row() -> None:
     values = recorded_sets()["avatars-64"]
     row = values["rows"]["shortcut 8 seed 0"]
     assert results_rows.seconds_of(values, row, 1) == values["times"]["shortcut 8"]["batch 1"]
-    for change in ({"backbone": "block-causal"}, {"latent channels": 12}, {"dtype": "float32"}):
+    for change in ({"backbone": "masked"}, {"latent channels": 8}, {"dtype": "bfloat16"}):
         assert results_rows.seconds_of(values, {**row, **change}, 1) is None
 
 
 def test_models_of_different_backbones_have_lines_of_their_own_in_the_readme() -> None:
+    """The shortcut head is recorded on another backbone on each image set."""
     measured = recorded_sets()
-    for row in measured["avatars-64"]["rows"].values():
-        if row["name"] == "shortcut":
-            row["backbone"] = "block-causal"
+    row = measured["avatars-64"]["rows"]["shortcut 8 seed 0"]
+    seconds = measured["avatars-64"]["times"]["shortcut 8"]["batch 1"]
     lines = results_report.readme_table(measured).splitlines()
     [any_order] = (line for line in lines if line.startswith("| block-causal | shortcut | 8 |"))
     [masked] = (line for line in lines if line.startswith("| masked | shortcut (FAR) | 8 |"))
-    assert any_order.split(" | ")[3:] == ["442.4", "", "", " |"]
+    assert any_order.split(" | ")[3:] == [
+        f"{row['FD (EfficientNet-Lite0)']:.1f}", f"{1000 * seconds:.0f}", "", " |",
+    ]  # fmt: skip
     assert masked.split(" | ")[3:] == ["", "", "180.3", "55 |"]
 
 
