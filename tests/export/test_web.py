@@ -365,7 +365,8 @@ def test_a_page_without_javascript_says_what_it_needs(browser: Browser) -> None:
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto((PAGE / "index.html").as_uri())
-    expect(page.get_by_text("JavaScript")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("noscript p")).to_contain_text("JavaScript", timeout=5000)
+    expect(page.locator("noscript p")).to_be_visible()
     expect(page.locator("#status")).to_be_empty()
     context.close()
 

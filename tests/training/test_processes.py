@@ -279,7 +279,7 @@ def test_folder_that_is_not_shared_is_rejected(recipe: Path, latents_folder: Pat
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "far: error: run/model " in errors
-    assert not list((tmp_path / "0" / "run" / "model").iterdir())
+    assert not (tmp_path / "0" / "run" / "model").exists()
 
 
 def test_command_for_one_process_is_rejected_in_several(
