@@ -28,9 +28,9 @@ def main() -> None:
     autoencoder, classes = Autoencoder(AutoencoderConfig()), [str(number) for number in range(1000)]
     Pipeline(model, autoencoder, classes, sampling).save_pretrained(FOLDER, torch.bfloat16)
     for passes in ("2", "1"):
-        far_command(
-            ["benchmark", "--models", f"./{FOLDER}", "--dtypes", "bfloat16", "--guidance-passes", passes]
-        )
+        options = ["--models", f"./{FOLDER}", "--dtypes", "bfloat16", "--guidance-passes", passes]
+        if status := far_command(["benchmark", *options]):
+            raise SystemExit(status)
 
 
 if __name__ == "__main__":

@@ -131,10 +131,12 @@ def _use(config: FolderConfig, name: str | None) -> str:
 
 
 def _use_diffusers(config: FolderConfig, name: str | None) -> str:
+    repository, _, revision = (name or ".").partition("@")
+    source = f'"{repository}"' + (f', revision="{revision}"' if revision else "")
     return (
         "## Use\n\nWith the Python package `far-image[diffusers]` installed, which the pipeline's code calls:"
         "\n\n```python\nimport torch\nfrom diffusers import DiffusionPipeline\n\n"
-        f'pipeline = DiffusionPipeline.from_pretrained("{name or "."}", trust_remote_code=True)\n'
+        f"pipeline = DiffusionPipeline.from_pretrained({source}, trust_remote_code=True)\n"
         "generator = torch.Generator().manual_seed(0)\n"
         f"images = pipeline(class_labels=[{_example(config.classes)}], generator=generator).images\n"
         'images[0].save("image.png")\n```'

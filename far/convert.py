@@ -76,7 +76,7 @@ def convert_mar(source: Path, folder: Path, *, ema: bool = True) -> None:
         InputError: the file is missing, damaged, hostile or of another model, or the folder holds a
             generator, an autoencoder with other latent channels, or a foreign ``config.json``.
     """
-    existing = config_without(folder, "model")
+    config_without(folder, "model")  # refused before minutes of work
     checkpoint = _read_pickle(source)
     part = "model_ema" if ema else "model"
     if not isinstance(checkpoint, Mapping) or checkpoint.get(part) is None:
@@ -99,7 +99,7 @@ def convert_mar(source: Path, folder: Path, *, ema: bool = True) -> None:
     )
     words = imagenet_classes().values()
     classes = tuple(words if config.classes == len(words) else map(str, range(config.classes)))
-    add_part(folder, existing, tensors, model=config, classes=classes, defaults=defaults)
+    add_part(folder, tensors, model=config, classes=classes, defaults=defaults)
 
 
 def convert_kl16(source: Path, folder: Path) -> None:
@@ -141,12 +141,12 @@ def add_autoencoder(
         InputError: a tensor is missing, left over or of another shape, or the folder holds an autoencoder, a
             generator with other latent channels, or a foreign ``config.json``.
     """
-    existing = config_without(folder, "autoencoder")
+    config_without(folder, "autoencoder")
     with torch.device("meta"):
         expected = Autoencoder(config).state_dict()
     with _converting(source):
         tensors = _renamed(expected, weights, published_name)
-    add_part(folder, existing, tensors, autoencoder=config)
+    add_part(folder, tensors, autoencoder=config)
 
 
 def _converting(source: Path) -> contextlib.AbstractContextManager[None]:

@@ -28,13 +28,15 @@ def _beside(path: Path, parent: Path | None = None) -> Iterator[Path]:
     """Yield a path of the same name in a new folder beside ``path``, and remove the folder at the end.
 
     Missing parents are created, unless ``parent`` holds it. Errors of the disk become :class:`InputError`.
+    The folder is locked, which tells :func:`remove_leftovers` that it is in use.
     """
-    folder = None
+    folder = lock = None
     try:
         if parent is None:
             parent = path.parent
             parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=parent, prefix=f".{path.name}.", suffix=".far"))
+        lock = _lock(folder)
         yield folder / path.name
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
         reason = getattr(error, "strerror", None) or error
@@ -42,26 +44,56 @@ def _beside(path: Path, parent: Path | None = None) -> Iterator[Path]:
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _target(path: Path) -> Path:
+    """Return where a link leads, the real path of one without a name such as ".", and others as they are."""
+    return Path(os.path.realpath(path)) if path.is_symlink() or path.name in ("", "..") else path
+
+
+def _lock(folder: Path) -> int | None:
+    """Return an open handle that locks ``folder``; None where locks are not supported (Windows, some disks).
+
+    Raises:
+        BlockingIOError: it is locked already.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return handle
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success rename it to ``path``, else remove it.
 
-    It is in its own folder, because safetensors makes temporary files beside the file that it writes.
+    It is in its own folder, because safetensors makes temporary files beside the file that it writes. A link
+    stays, and its target is written.
 
     Raises:
         InputError: the folder cannot be created or written, or the disk is full.
     """
+    path = _target(path)
     with _beside(path) as temporary:
         if path.is_dir():
             raise InputError(f"{path} is a folder. Give the path of a file")
         yield temporary
+        with temporary.open("r+b") as written:  # Windows flushes only what is open for writing
+            os.fsync(written.fileno())
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
         temporary.replace(path)
 
 
@@ -69,35 +101,52 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside ``path``. On success it replaces ``path``, else it is removed.
 
+    A link stays, and its target is replaced. A disk's own folder (a mount) cannot be replaced, so it receives
+    the files.
+
     Raises:
         InputError: the folder cannot be created or renamed.
     """
-    with _beside(path) as temporary:
+    path = _target(path)
+    mounted = os.path.ismount(path)
+    with _beside(path, path if mounted else None) as temporary:
         temporary.mkdir()
         yield temporary
-        remove_folder(path)
-        temporary.replace(path)
+        if mounted:
+            _move_files(temporary, path)
+        else:
+            remove_folder(path)
+            temporary.replace(path)
 
 
 @contextlib.contextmanager
 def files_together(folder: Path, replaced: Iterable[Path] = ()) -> Iterator[Path]:
-    """Yield an empty temporary folder beside ``folder``. On success, move its files into ``folder``.
+    """Yield an empty temporary folder inside ``folder``. On success, move its files into ``folder``.
 
     Args:
-        folder: created if missing. Its other files stay.
-        replaced: files to remove before the new ones arrive.
+        folder: created if missing, and removed again on failure. Its other files stay.
+        replaced: files to remove after the new ones have arrived, unless they have the same names.
 
     Raises:
-        InputError: the folder cannot be created or written, or the disk is full.
+        InputError: the folder cannot be created or written, another command is writing to it, or the disk is
+            full.
     """
-    with _beside(folder) as temporary:
+    folder = _target(folder)
+    with sole_use(folder), _beside(folder, folder) as temporary:
         temporary.mkdir()
         yield temporary
+        arrived = _move_files(temporary, folder)
         for path in replaced:
-            path.unlink(missing_ok=True)
-        folder.mkdir(exist_ok=True)
-        for path in temporary.iterdir():
-            path.replace(folder / path.name)
+            if path.name not in arrived:
+                path.unlink(missing_ok=True)
+
+
+def _move_files(source: Path, folder: Path) -> set[str]:
+    """Move all files of ``source`` into ``folder``, which is on the same disk, and return their names."""
+    paths = list(source.iterdir())
+    for path in paths:
+        path.replace(folder / path.name)
+    return {path.name for path in paths}
 
 
 @contextlib.contextmanager
@@ -110,32 +159,23 @@ def sole_use(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another command has locked the folder, or it cannot be created.
     """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
     missing = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        lock = _lock(folder)
+    except BlockingIOError as error:
+        remedy = "Wait until it ends, or choose another folder"
+        raise InputError(f"another command is writing to {folder}. {remedy}") from error
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror}. Check its permissions") from error
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"another command is writing to {folder}. Wait until it ends") from error
-        except OSError:  # the disk does not support locks
-            pass
-        try:
-            yield
-        finally:
-            if missing:
-                with contextlib.suppress(OSError):  # it is not empty
-                    folder.rmdir()
+        yield
     finally:
-        os.close(handle)
+        if missing:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+        if lock is not None:
+            os.close(lock)
 
 
 def remove_folder(path: Path) -> None:
@@ -148,8 +188,9 @@ def remove_folder(path: Path) -> None:
 def remove_leftovers(*folders: Path, idle_seconds: float = 3600) -> None:
     """Remove temporary folders that killed processes left in ``folders``; see the atomic functions above.
 
-    Those that contain other files than ours stay. So do those written to within ``idle_seconds``, because
-    another process may be using them; 0 is for folders that only the caller writes to.
+    Those that contain other files than ours stay. So do those that a process has locked, or that were written
+    to within ``idle_seconds``, since not every disk has locks. 0 seconds are for folders that only the caller
+    writes to.
     """
     for left in (left for folder in folders for left in folder.glob(".*.far")):
         with contextlib.suppress(OSError):  # removed meanwhile, or not ours
@@ -160,7 +201,10 @@ def remove_leftovers(*folders: Path, idle_seconds: float = 3600) -> None:
                 continue
             written = max(path.lstat().st_mtime for path in (left, *held))
             if time.time() - written >= idle_seconds:
+                lock = _lock(left)
                 shutil.rmtree(left, ignore_errors=True)
+                if lock is not None:
+                    os.close(lock)
 
 
 def check_exists(path: Path | None, remedy: str) -> None:

@@ -13,7 +13,7 @@ from far.config import from_dict
 from far.devices import resolve_device
 from far.diffusers_config import PREFIX, DiffusersConfig
 from far.errors import InputError, prefix_errors
-from far.files import read_json, write_json
+from far.files import read_json, sole_use, write_json
 from far.folder_config import Base, FolderConfig
 from far.hub import upload
 from far.names import BUNDLED, bundled_names, find_folder
@@ -283,24 +283,28 @@ def config_without(path: Path, part: Literal["model", "autoencoder"]) -> FolderC
     return config
 
 
-def add_part(path: Path, existing: FolderConfig, tensors: "dict[str, Tensor]", **entries: Any) -> None:
+def add_part(path: Path, tensors: "dict[str, Tensor]", **entries: Any) -> None:
     """Write a part's tensors, and then ``config.json`` with further ``entries``; if that fails, neither.
 
-    The entries hold ``model`` or ``autoencoder``. ``existing`` is the result of :func:`config_without`.
+    The entries hold ``model`` or ``autoencoder``. Another command may add the other part meanwhile.
 
     Raises:
-        InputError: the part does not fit the one that the folder holds, or a file cannot be written.
+        InputError: the folder holds that part, or another one that it does not fit; another command is
+            writing to it; or a file cannot be written.
     """
     from far.weights import save_tensors
 
-    try:
-        config = dataclasses.replace(existing, **entries)
-    except InputError as error:
-        raise InputError(f"{path}: {error}, or choose another folder") from error
-    weights = path / (_MODEL if "model" in entries else _AUTOENCODER)
-    save_tensors(weights, tensors)
-    try:
-        write_json(path / _CONFIG, config.to_dict())
-    except BaseException:  # also Ctrl-C: weights without a config would block the next attempt
-        weights.unlink()
-        raise
+    part: Literal["model", "autoencoder"] = "model" if "model" in entries else "autoencoder"
+    with sole_use(path):
+        existing = config_without(path, part)
+        try:
+            config = dataclasses.replace(existing, **entries)
+        except InputError as error:
+            raise InputError(f"{path}: {error}, or choose another folder") from error
+        weights = path / f"{part}.safetensors"
+        save_tensors(weights, tensors)
+        try:
+            write_json(path / _CONFIG, config.to_dict())
+        except BaseException:  # also Ctrl-C: weights without a config would block the next attempt
+            weights.unlink()
+            raise

@@ -125,6 +125,8 @@ def upload(
     api = HfApi(token=token)
     with _refusals_in_one_line(repository, revision):
         address = api.create_repo(repository, private=private, exist_ok=True)
+        if private and not api.repo_info(repository).private:  # an existing repository stays as it is
+            raise InputError(f"{repository} is public already. Make it private on the hub, or name another")
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
         if other_form in api.list_repo_files(repository, revision=revision):
@@ -163,7 +165,7 @@ def _refusals_in_one_line(repository: str, revision: str | None) -> Iterator[Non
         yield
     except InputError:
         raise
-    except (HTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # hf_xet raises plain RuntimeErrors
         name = repr(repository) if revision is None else f"{repository!r} at revision {revision!r}"
         raise InputError(f"{name}: {_reason(error, repository)}") from error
 
@@ -194,7 +196,7 @@ def _reason(error: Exception, repository: str) -> str:
         return f"the hub answers {_line(error)!r}. {remedy}"
     if isinstance(error, errors.HFValidationError):
         return f"not a valid name on the hub: {_line(error)}"
-    if isinstance(error, (errors.HTTPError, OSError)):
+    if isinstance(error, (errors.HTTPError, OSError, RuntimeError)):
         return f"{_line(error)}. Check the connection, and the free space of the cache"
     return f"the hub refuses the model card: {_line(error)}"
 

@@ -22,15 +22,16 @@ class Interrupted(KeyboardInterrupt):
 
 
 class DeferredInterrupt:
-    """Within its block, the first Ctrl-C or SIGTERM is kept in ``signum``, and a second one stops at once.
+    """Within its block, the first Ctrl-C or SIGTERM is kept in ``signum``, and a later Ctrl-C stops at once.
 
-    The first one is acknowledged on standard error. Outside of the main thread nothing changes.
+    The first one is acknowledged on standard error. A later SIGTERM changes nothing, since clusters repeat
+    it. Outside of the main thread nothing changes.
 
     Args:
         finishing: last work before the end, such as "finishing this step and saving".
         rank: of this process. Rank 0 acknowledges.
-        count: of processes. Several stop at once only at a later Ctrl-C, since torchrun repeats signals and
-            clusters repeat SIGTERM.
+        count: of processes. For several, a Ctrl-C soon after the first signal changes nothing either, since
+            torchrun repeats signals.
 
     Attributes:
         signum: the number of the first signal; ``None`` until it arrives.
@@ -62,9 +63,11 @@ class DeferredInterrupt:
             self.signum, self.time = signum, now
             if self.rank == 0:
                 _write(f"\nfar: {self.finishing}. Ctrl-C again stops at once and loses unsaved work\n")
+        elif signum != signal.SIGINT:
+            pass
         elif self.count == 1:
             raise KeyboardInterrupt
-        elif signum == signal.SIGINT and now - self.time > _REPEATED_SECONDS:
+        elif now - self.time > _REPEATED_SECONDS:
             _write("\nfar: stopped at once\n")
             os._exit(130)  # other ranks may be gone, so cleanup that waits for them would hang
 

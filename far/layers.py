@@ -256,7 +256,8 @@ class BlockCache(NamedTuple):
             if self.positions is None:
                 memory[:, :, self.start : self.length] = new
             else:
-                memory.scatter_(2, self.positions[:, None, :, None].expand_as(new), new)
+                index = self.positions[:, None, :, None].expand_as(new)
+                memory.scatter_(2, index, new.to(memory.dtype))  # autocast gives another dtype
         return (keys, values, None) if self.start == 0 else (self.keys, self.values, self.bias)
 
 

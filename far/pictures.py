@@ -15,7 +15,7 @@ from torch import Tensor
 from far.classes import label_text
 from far.colors import to_srgb
 from far.errors import InputError, NotFiniteError
-from far.files import atomic_path
+from far.files import atomic_path, printable
 
 Output: TypeAlias = Literal["pil", "tensor", "np"]
 Picture: TypeAlias = Image.Image | Tensor | np.ndarray
@@ -196,7 +196,7 @@ def encode_png(picture: Image.Image, settings: Mapping[str, object] | None = Non
     """Return the bytes of a PNG file; ``settings`` become its text entries."""
     info = PngInfo()
     for key, value in (settings or {}).items():
-        info.add_text(key, str(value))
+        info.add_text(key, printable(str(value)))
     file = io.BytesIO()
     picture.save(file, format="PNG", pnginfo=info)
     return file.getvalue()

@@ -37,6 +37,7 @@ _MULTIPLIERS = {4: (1, 2, 4), 8: (1, 2, 4, 8), 16: (1, 2, 4, 8, 8)}
 _CHANNELS = 12
 # Attention and the number of AR steps make more tokens slow.
 _MOST_TOKENS = 256
+_MOST_AR_STEPS = 64
 _AUTOENCODER_BATCH, _GENERATOR_BATCH = 16, 64
 # The autoencoder limits the quality of everything: it gets this fraction of the time that the cache leaves.
 _AUTOENCODER_SHARE = 1 / 3
@@ -113,7 +114,8 @@ generator:
     checkpoint_every: $generator_checkpoint  # an interruption loses at most this many steps
     evaluate_every: $generator_evaluate  # steps between contact sheets and quick distances$device
   # Defaults of far generate, which can override them. At most as many AR steps as tokens; guidance 1 is off.
-  sampling: {ar_steps: $ar_steps, head_steps: 4, guidance: $guidance, temperature: 0.8}
+  # order: random, halton, or raster (row by row), which needs one AR step per token.
+  sampling: {ar_steps: $ar_steps, order: $order, head_steps: 4, guidance: $guidance, temperature: 0.8}
   # Counts of the quick distance: generated and held-out images. Compare only figures with equal counts.
   evaluation: {images: $generator_images, references: $references, grid_per_class: $sheet}
 """)
@@ -263,7 +265,8 @@ def recipe_text(images: Images, plan: Plan, device: str, remarks: Mapping[str, s
         device="" if device == "auto" else f"\n    device: {device}  # auto, cpu, cuda, cuda:1, mps or xpu",
         label_drop=0.1 if guided else 0.0,
         guidance=3.0 if guided else 1.0,
-        ar_steps=min(tokens, 64),
+        ar_steps=min(tokens, _MOST_AR_STEPS),
+        order="raster" if tokens <= _MOST_AR_STEPS else "random",
         references=max(2, min(2 * plan.generator.images, images.held_out)),
         sheet=max(1, min(4, 32 // images.classes)),
         **_training("autoencoder", plan.autoencoder, _AUTOENCODER_BATCH / images.train, rates[0]),

@@ -24,6 +24,7 @@ class Hub:
         self.files: dict[str, Files] = {}
         self.gated: set[str] = set()
         self.private: set[str] = set()
+        self.storage = ""  # address of a storage for large files, to which hf_xet sends them
         self.messages: list[str] = []
         self.requests: list[str] = []
         self.url = ""
@@ -103,7 +104,10 @@ class Handler(BaseHTTPRequestHandler):
             commit = self.find(repository, revision)
             if kind == "revision":
                 siblings = [{"rfilename": path} for path in self.hub.files[commit]]
-                return _json({"id": repository, "sha": commit, "siblings": siblings})
+                private = repository in self.hub.private
+                return _json({"id": repository, "sha": commit, "siblings": siblings, "private": private})
+            if kind == "xet-write-token":
+                return _json({"casUrl": self.hub.storage, "accessToken": "any", "exp": 2**40})
             listing = [
                 {"type": "file", "path": path, "size": len(data), "oid": _etag(data)}
                 for path, data in self.hub.files[commit].items()
@@ -162,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
             return _json(
                 {
                     "files": [
-                        {**file, "uploadMode": "regular", "shouldIgnore": False}
+                        {**file, "uploadMode": "lfs" if self.hub.storage else "regular", "shouldIgnore": False}
                         for file in json.loads(body)["files"]
                     ]
                 }

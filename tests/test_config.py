@@ -217,4 +217,6 @@ def test_guidance_without_dropped_labels_is_refused_unless_a_model_has_learned_i
     load_recipe("avatars-64", base)
     with refused("label_drop"):
         load_recipe("avatars-64", [*base, *overrides])
+    with refused("label_drop"):  # the head is new
+        load_recipe("avatars-64", [*base, *overrides, "generator.frozen_backbone=avatars-64"])
     load_recipe("avatars-64", [*base, *overrides, "generator.start_from=avatars-64"])

@@ -301,6 +301,22 @@ def test_pushed_pipeline_loads_from_the_hub(
     check_same_images(pipeline, far.load(pipeline_folder))
 
 
+def test_card_of_a_branch_loads_that_branch(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with serve() as hub:
+        use(hub, monkeypatch, tmp_path / "cache")
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)
+        assert main(["push", str(pipeline_folder), "ann/shapes@v1", "--license", "mit", "--diffusers"]) == 0
+        assert list(hub.files[hub.branches["ann/shapes"]["main"]]) == [".gitattributes"]
+        card = hub.files[hub.branches["ann/shapes"]["v1"]]["README.md"].decode()
+        exec(card.split("```python\n")[1].split("```")[0])
+    (expected,) = far.load(pipeline_folder).generate(["circle"], seed=0)
+    difference = np.asarray(Image.open("image.png")).astype(int) - np.asarray(expected)
+    assert np.abs(difference).max() <= 1
+
+
 def test_push_into_a_repository_of_the_other_form_is_refused(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -1,4 +1,4 @@
-"""Leftovers of killed processes, and folders that cannot be written to."""
+"""Leftovers of killed processes, links and mounts, and folders that cannot be written to."""
 
 import contextlib
 import os
@@ -6,11 +6,12 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import save_file
 
 from far.data.shards import ShardWriter
@@ -20,6 +21,7 @@ from far.files import (
     atomic_path,
     check_folder,
     check_writable,
+    files_together,
     remove_folder,
     remove_leftovers,
     sole_use,
@@ -33,6 +35,23 @@ def die_within(work: Callable[[], None]) -> None:
         work()
         os._exit(1)
     assert os.waitpid(child, 0)[1] == 0, "it was done to its end"
+
+
+@contextlib.contextmanager
+def another_process(block: contextlib.AbstractContextManager[object]) -> Iterator[None]:
+    """Let a child process be within a block, and kill it at the end."""
+    ready, entered = os.pipe()
+    if (child := os.fork()) == 0:
+        with block:
+            os.write(entered, b".")
+            time.sleep(60)
+        os._exit(1)
+    os.read(ready, 1)
+    try:
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def age(folder: Path, seconds: float) -> None:
@@ -74,6 +93,20 @@ def test_old_leftovers_are_removed_and_recent_ones_stay(tmp_path: Path) -> None:
 def test_check_of_a_path_removes_leftovers_beside_it(tmp_path: Path) -> None:
     leave(tmp_path / "samples.png", 7200)
     check_writable(tmp_path / "samples.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("write", [atomic_path, atomic_folder])
+def test_old_folder_of_a_running_process_stays_until_it_dies(
+    write: Callable[[Path], contextlib.AbstractContextManager[Path]], tmp_path: Path
+) -> None:
+    with another_process(write(tmp_path / "page")):
+        (used,) = tmp_path.iterdir()
+        age(tmp_path, 7200)
+        remove_leftovers(tmp_path)
+        check_writable(tmp_path / "other")
+        assert list(tmp_path.iterdir()) == [used]
+    check_writable(tmp_path / "other")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -200,21 +233,9 @@ def test_folder_in_use_is_refused_until_the_other_command_ends(tmp_path: Path) -
         assert str(used) in str(error.value)
         with sole_use(other):
             pass
-    ready, wait = os.pipe()
-
-    def hold() -> None:
-        with sole_use(used):
-            os.write(wait, b".")
-            time.sleep(60)
-
-    if (child := os.fork()) == 0:
-        hold()
-        os._exit(1)
-    os.read(ready, 1)
-    with pytest.raises(InputError), sole_use(used):
-        pass
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    with another_process(sole_use(used)):
+        with pytest.raises(InputError), sole_use(used):
+            pass
     with sole_use(used):
         pass
     assert not list(used.iterdir())
@@ -226,3 +247,78 @@ def test_folder_that_cannot_be_created_is_an_error_of_one_line(tmp_path: Path) -
         pass
     assert str(tmp_path / "file" / "folder") in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# --- Links, mounts, and several files at once
+# ----------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_links_stay_and_their_targets_are_written(tmp_path: Path) -> None:
+    disk, links = tmp_path / "disk", tmp_path / "links"
+    for folder in (disk / "replaced", disk / "filled", links):
+        folder.mkdir(parents=True)
+    for name in ("file", "replaced/a", "filled/a"):
+        (disk / name).write_text("old")
+    for name in ("file", "replaced", "filled", "missing"):
+        (links / name).symlink_to(Path("../disk") / name)
+    with atomic_path(links / "file") as temporary:
+        temporary.write_text("new")
+    with atomic_folder(links / "replaced") as temporary:
+        (temporary / "b").write_text("new")
+    for name in ("filled", "missing"):
+        with files_together(links / name) as temporary:
+            assert temporary.is_relative_to(disk / name), "moving the files could cross disks"
+            (temporary / "b").write_text("new")
+    new = ("file", "replaced/b", "filled/b", "missing/b")
+    assert contents(disk) == {**dict.fromkeys(new, "new"), "filled/a": "old"}
+    assert [path.is_symlink() for path in links.iterdir()] == [True] * 4
+
+
+def test_mounted_folder_is_filled_and_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == disk)
+    before = disk.stat().st_ino
+    with atomic_folder(disk) as temporary:
+        (temporary / "parts").mkdir()
+        (temporary / "parts" / "a").write_text("new")
+        assert contents(tmp_path) == {str((temporary / "parts" / "a").relative_to(tmp_path)): "new"}
+        assert temporary.is_relative_to(disk), "moving the files would cross disks"
+    assert contents(disk) == {"parts/a": "new"}
+    assert disk.stat().st_ino == before
+
+
+def test_files_that_cannot_be_moved_cost_no_old_file(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("old")
+    (tmp_path / "taken").mkdir()  # a file cannot replace it
+    with refused(tmp_path), files_together(tmp_path, [tmp_path / "old"]) as temporary:
+        (temporary / "taken").write_text("new")
+    assert contents(tmp_path) == {"old": "old"}
+
+
+def test_folder_that_another_command_fills_is_refused(tmp_path: Path) -> None:
+    with files_together(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("new")
+        with refused(tmp_path / "out"), files_together(tmp_path / "out"):
+            pass
+    assert contents(tmp_path) == {"out/a": "new"}
+
+
+def test_files_that_were_not_finished_leave_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), files_together(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("half")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_folder_without_a_name_is_filled(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "within").mkdir()
+    monkeypatch.chdir(tmp_path / "within")
+    with files_together(Path(name)) as temporary:
+        (temporary / "a").write_text("new")
+    assert contents(tmp_path) == {"a" if name == ".." else "within/a": "new"}

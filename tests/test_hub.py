@@ -312,6 +312,27 @@ def test_refused_push_is_one_line_and_changes_nothing(
     assert hub.messages == []
 
 
+def test_private_push_into_a_public_repository_is_refused_and_changes_nothing(
+    hub: Hub, pipeline_folder: Path
+) -> None:
+    pipeline = Pipeline.from_pretrained(pipeline_folder)
+    pipeline.push_to_hub("ann/shapes", license="mit")
+    before = {name: dict(branches) for name, branches in hub.branches.items()}
+    with pytest.raises(InputError, match="ann/shapes") as caught:
+        pipeline.push_to_hub("ann/shapes@v1", license="mit", private=True)
+    assert "\n" not in str(caught.value)
+    assert (hub.branches, hub.private, len(hub.messages)) == (before, set(), 1)
+
+
+def test_failure_of_the_hubs_storage_is_one_line(hub: Hub, pipeline_folder: Path) -> None:
+    hub.storage = "nowhere"  # hf_xet raises a plain RuntimeError for it
+    with pytest.raises(InputError, match="ann/shapes") as caught:
+        Pipeline.from_pretrained(pipeline_folder).push_to_hub("ann/shapes", license="mit")
+    assert type(caught.value.__cause__) is RuntimeError
+    assert "\n" not in str(caught.value)
+    assert hub.messages == []
+
+
 def test_save_load_save_gives_equal_files(pipeline_folder: Path, tmp_path: Path) -> None:
     pipeline = Pipeline.from_pretrained(pipeline_folder)
     pipeline.results, pipeline.training = (

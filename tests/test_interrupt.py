@@ -1,4 +1,4 @@
-"""Ctrl-C: the first is a request, the second stops at once, and repetitions by torchrun count as one."""
+"""The first signal is a request, a later Ctrl-C stops at once, and repetitions by machines change nothing."""
 
 import signal
 import subprocess
@@ -12,7 +12,7 @@ from far.cli.main import main
 from far.interrupt import DeferredInterrupt
 
 
-def test_first_signal_is_a_request_and_the_second_stops(capfd: pytest.CaptureFixture[str]) -> None:
+def test_first_signal_is_a_request_and_a_later_ctrl_c_stops(capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with DeferredInterrupt("saving what there is") as request:
         assert not request.requested
@@ -24,6 +24,17 @@ def test_first_signal_is_a_request_and_the_second_stops(capfd: pytest.CaptureFix
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_repeated_sigterm_changes_nothing(first: int, capfd: pytest.CaptureFixture[str]) -> None:
+    with DeferredInterrupt("saving") as request:
+        for signum in (first, signal.SIGTERM, signal.SIGTERM):
+            signal.raise_signal(signum)
+        assert request.signum == first
+        assert len(capfd.readouterr().err.strip().splitlines()) == 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_repeated_signals_to_several_processes_are_one_request(capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,10 +1,13 @@
-"""Contact sheets place each image by its class, and enlarging repeats pixels without changing any."""
+"""Contact sheets, images that are enlarged, and the settings within a PNG."""
+
+import io
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from far.pictures import contact_sheet, enlarge, grid, to_uint8
+from far.pictures import contact_sheet, encode_png, enlarge, grid, to_uint8
 
 
 def images(count: int, height: int = 5, width: int = 6) -> torch.Tensor:
@@ -83,3 +86,9 @@ def test_images_are_enlarged_to_a_thousand_pixels(width: int, factor: int) -> No
     large = enlarge(picture)
     assert large.size == (width * factor, 2 * factor)
     assert np.array_equal(np.asarray(large)[::factor, ::factor], np.asarray(picture))
+
+
+def test_settings_that_are_not_text_are_escaped_in_a_png() -> None:
+    settings = {"class": "größe 大", "weights": "models/\udcff"}  # the second, a file name in another encoding
+    with Image.open(io.BytesIO(encode_png(Image.new("RGB", (1, 1)), settings))) as picture:
+        assert picture.info == {"class": "größe 大", "weights": r"models/\udcff"}

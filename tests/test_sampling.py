@@ -547,6 +547,14 @@ def test_approximate_generations_compute_fewer_rows(values: dict[str, Any], expe
     assert images.isfinite().all()
 
 
+def test_approximate_image_under_autocast_is_near_that_in_float32() -> None:
+    config = SamplingConfig(8, 2, refresh_every=2)
+    expected, other = draw(FLOW, [0, 0], [1, 2], config)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = draw(FLOW, [0], [1], config)
+    assert (found - expected).norm() < 0.05 * (other - expected).norm()
+
+
 @pytest.mark.parametrize(
     "values",
     [

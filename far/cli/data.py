@@ -1,6 +1,7 @@
 """Write an image set: from your own images (far data SOURCE OUT), Fashion-MNIST, or rendered avatars.
 
 An image set is a folder with train/ and held-out/ in it. The same command continues an interrupted run.
+far data from --help lists the options of far data SOURCE OUT.
 """
 
 import argparse
@@ -19,11 +20,11 @@ _KINDS = ("from", "folder", "fashion-mnist", "avatars")
 
 
 def with_kind(arguments: Sequence[str]) -> list[str]:
-    """Insert the word ``from`` that ``far data SOURCE OUT`` leaves out."""
-    kind, *others = arguments[1:] or [""]
-    if arguments[:1] != ["data"] or not kind or kind.startswith("-") or kind in _KINDS:
+    """Insert the word ``from`` that ``far data SOURCE OUT`` leaves out; options may come first."""
+    words = arguments[1:]
+    if arguments[:1] != ["data"] or not words or words[0] in (*_KINDS, "-h", "--help"):
         return list(arguments)
-    return ["data", "from", kind, *others]
+    return ["data", "from", *words]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

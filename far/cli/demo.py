@@ -44,6 +44,10 @@ def run(arguments: argparse.Namespace) -> None:
     # gradio reads these when it is imported: no telemetry, and few remembered clicks (10,000 by default).
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
     os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"
+    # It also asks its own address, which no proxy serves.
+    for name in ("no_proxy", "NO_PROXY"):
+        own = ("localhost", "127.0.0.1", arguments.host)
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), *own)))
     try:
         from far.demo.drawing import load_models
         from far.demo.page import Demo
@@ -83,6 +87,6 @@ def _check_address(host: str, port: int) -> None:
         with socket.socket() as probe:  # IPv4, which is all that gradio serves
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-    except OSError as error:
-        wrong = f"cannot listen on {host}, port {port}: {error.strerror}"
+    except (OSError, TypeError) as error:  # Python's encoding of long names raises a TypeError
+        wrong = f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', error)}"
         raise InputError(f"{wrong}. Give another --host or --port") from error

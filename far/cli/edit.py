@@ -134,9 +134,10 @@ def _fitted_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
     if mask.shape == size:
         return mask
-    side = min(mask.shape)
-    top, left = (mask.shape[0] - side) // 2, (mask.shape[1] - side) // 2
-    return F.adaptive_max_pool2d(mask[None, top : top + side, left : left + side], size)[0]
+    scale = min(mask.shape[0] / size[0], mask.shape[1] / size[1])
+    height, width = round(size[0] * scale), round(size[1] * scale)
+    top, left = (mask.shape[0] - height) // 2, (mask.shape[1] - width) // 2
+    return F.adaptive_max_pool2d(mask[None, top : top + height, left : left + width], size)[0]
 
 
 def _fit(picture: Image.Image, size: tuple[int, int], path: Path) -> Image.Image:
@@ -146,7 +147,7 @@ def _fit(picture: Image.Image, size: tuple[int, int], path: Path) -> Image.Image
     height, width = size
     if picture.size == (width, height):
         return picture
-    if min(picture.size) < max(size) or height != width:
+    if picture.width < width or picture.height < height:
         ours = f"the model's images {height}×{width}. Resize it, or give --place LEFT TOP to draw around it"
         raise InputError(f"{path} has {picture.height}×{picture.width} pixels and {ours}")
-    return center_crop(picture, height)
+    return center_crop(picture, size)

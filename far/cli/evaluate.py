@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> None:
             source = _open_images(arguments, extractor, cache, device)
         else:
             source = _open_model(arguments, extractor, device)
-    with joined() as processes:
+    with joined() as processes, processes.alone_in(arguments.out):
         with torch.no_grad():
             reference = None
             if arguments.reference and processes.rank == 0:

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("samples.png"), help=out_help)
     add("--seed", type=int, metavar="N", default=0, help="seed of the first image (default 0)")
     add("--overwrite", action="store_true", help="replace the generated images that the folder --out holds")
-    fast_help = "approximate: int8 weights on a CPU; masked models also reuse parts of every 4th AR step"
+    fast_help = "approximate: int8 on a CPU; masked models recompute all positions every 4th AR step only"
     add("--fast", action="store_true", help=fast_help)
     add("--batch-size", type=int, metavar="N", default=64, help="images drawn together (default 64)")
     add("--gif", type=Path, help="also write an animation of the first batch, token by token")

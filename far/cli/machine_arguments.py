@@ -26,12 +26,12 @@ def add_machine_arguments(
     With ``recipe``, the recipe has the defaults of device and dtype.
     """
     add = parser.add_argument
-    device, default = (None, "the recipe's") if recipe else ("auto", "auto: a GPU if there is one")
+    device, default = (None, "the value in the recipe") if recipe else ("auto", "auto: a GPU if there is one")
     names = "auto, cpu, cuda, cuda:1 …, mps or xpu"
     add("--device", type=_device, metavar="NAME", default=device, help=f"{names} (default {default})")
     auto = ": bfloat16 if the device multiplies it faster, else float32" if dtype == "auto" else ""
     weights = f"dtype of the weights (default {dtype}{auto})"
-    meaning = "dtype of training (default the recipe's)" if recipe else weights
+    meaning = "dtype of training (default: the value in the recipe)" if recipe else weights
     if dtypes:
         add("--dtype", choices=dtypes, default=None if recipe else dtype, help=meaning)
     meaning = "CPU threads (default: OMP_NUM_THREADS, or one per core)"

@@ -98,7 +98,8 @@ def load_model_or_export(
     An export has its own dtype and device; see :func:`check_export`.
     """
     if not is_export(folder):
-        return load_pipeline(name, folder, dtype, device, **options), device, dtype
+        pipeline = load_pipeline(name, folder, dtype, device, **options)
+        return pipeline, device, pipeline.dtype
     from far.onnx import load
 
     with noticed(f"loading {name}"):

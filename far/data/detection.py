@@ -41,7 +41,8 @@ def open_source(place: str, label: str | None = None) -> Source:
         source = _open_folder(place, folder, label)
     else:
         paths = _matches(place)
-        source = _open_files(place, Path(os.path.commonpath([path.parent for path in paths])), paths, label)
+        parents = [path.absolute().parent for path in paths]
+        source = _open_files(place, Path(os.path.commonpath(parents)), paths, label)
     if label is not None and (source.walked or source.classes == [UNLABELED]):
         raise InputError(f"{place} has no labels named {label!r}. Leave out --label, or give another name")
     return dataclasses.replace(source, label=label)
@@ -167,7 +168,8 @@ def _matches(place: str) -> list[Path]:
         return [Path(place)]
     found: dict[Path, None] = {}
     for name in _expanded(place):
-        matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        pattern = name.replace("[", "[[]")  # brackets are part of a name
+        matches = [name] if os.path.exists(name) else sorted(glob.glob(pattern, recursive=True))
         paths = [Path(match) for match in matches if os.path.isfile(match)]
         if not paths:
             raise InputError(f"{name} does not exist. Give {_KINDS}")

@@ -4,6 +4,9 @@
 let adding = null; // while the pointer is down: whether its stroke marks or unmarks
 
 const set = changes => { props.value = { ...props.value, ...changes }; };
+// A drawing that was stopped gives way to the picture that it started from.
+const setMarked = marked =>
+  set({ marked, drawn: false, picture: props.value.whole || props.value.picture });
 const tokenAt = (x, y) => {
   const token = document.elementFromPoint(x, y)?.closest("[data-token]");
   return token && element.contains(token) ? token : null;
@@ -28,7 +31,7 @@ for (const name of ["pointerup", "pointercancel"]) {
   window.addEventListener(name, () => {
     if (adding === null) return;
     adding = null;
-    set({ marked: marked(), drawn: false });
+    setMarked(marked());
   });
 }
 
@@ -36,13 +39,13 @@ element.addEventListener("click", event => {
   const action = event.target.closest("[data-mark]")?.dataset.mark;
   if (action) {
     const count = action === "all" ? props.value.rows * props.value.columns : 0;
-    set({ marked: Array.from({ length: count }, (_, token) => token), drawn: false });
+    setMarked(Array.from({ length: count }, (_, token) => token));
     return;
   }
   const token = event.target.closest("[data-token]");
   if (!token || event.detail !== 0) return; // a click of the pointer is a stroke, handled above
   mark(token, !isMarked(token));
-  set({ marked: marked(), drawn: false });
+  setMarked(marked());
   element.querySelector(`[data-token="${token.dataset.token}"]`)?.focus();
 });
 
@@ -50,7 +53,8 @@ element.addEventListener("change", async event => {
   const file = event.target.files?.[0];
   if (!file) return;
   try {
-    set({ picture: await fitted(file), marked: [], drawn: false, download: "", status: "" });
+    const picture = await fitted(file);
+    set({ picture, whole: picture, marked: [], drawn: false, download: "", status: "" });
   } catch {
     set({ status: "The browser cannot open this file as an image." });
   }

@@ -3,6 +3,7 @@
 Its value is a dictionary that travels with each click, so the server keeps nothing:
 
 - ``picture``: a PNG as a data URL, or ``""``; ``download``: a name for this file, or ``""``;
+- ``whole``: the picture to redraw parts of, while ``picture`` is an unfinished drawing of it;
 - ``marked``: numbers of tokens; ``drawn``: whether to outline them only, so that the result is seen;
 - ``status``: HTML; ``width`` and ``height`` in pixels; ``rows`` and ``columns`` in tokens.
 
@@ -56,7 +57,8 @@ def empty(model: Model) -> dict[str, Any]:
     height, width = model.pipeline.image_size
     rows, columns = model.pipeline.model.config.token_grid
     sizes = {"width": width, "height": height, "rows": rows, "columns": columns}
-    return {"picture": "", "marked": [], "drawn": False, "download": "", "status": "", **sizes}
+    texts = dict.fromkeys(("picture", "whole", "download", "status"), "")
+    return {**texts, "marked": [], "drawn": False, **sizes}
 
 
 def opened(value: Any, model: Model) -> tuple[Tensor, list[int]]:
@@ -66,9 +68,9 @@ def opened(value: Any, model: Model) -> tuple[Tensor, list[int]]:
         InputError: there is no picture, it is not a PNG of the model's size, or no token is marked.
     """
     given = value if isinstance(value, dict) else {}
-    picture, marked = given.get("picture"), given.get("marked")
+    picture, marked = given.get("whole"), given.get("marked")
     if not isinstance(picture, str) or not picture.startswith(PNG_ADDRESS):
-        raise InputError("there is no picture yet. Draw a new one, or open an image")
+        raise InputError("there is no finished picture yet. Draw a new one, or open an image")
     tokens = range(model.pipeline.model.config.tokens)
     if not isinstance(marked, list) or not all(type(token) is int and token in tokens for token in marked):
         raise InputError(

@@ -75,7 +75,7 @@ class Demo:
         model = self.models[weights]
         order = Order.of_entries(model, label, seed, **dict(zip(EDIT_FIELDS, sampling, strict=True)))
         for frame in draw(order):
-            yield {**empty(model), **edited(order, frame)}
+            yield {**empty(model), **edited(order, frame, "")}
 
     def redraw(
         self, weights: str, label: str, seed: str, guidance: Any, head_steps: Any, value: Any
@@ -86,7 +86,8 @@ class Demo:
         order = Order.of_entries(model, label, seed, guidance=guidance, head_steps=head_steps)
         order, frames = redraw(order, image, marked)
         for frame in frames:
-            yield {**empty(model), "marked": marked, "drawn": True, **edited(order, frame, marked)}
+            changed = edited(order, frame, value["whole"], marked)
+            yield {**empty(model), "marked": marked, "drawn": True, **changed}
 
     def compare_heads(self, *entries: Any) -> Iterator[tuple[str, str, str]]:
         """Yield what :meth:`_compare` yields, with the head steps of both sides."""
@@ -281,11 +282,15 @@ def addresses(order: Order, frame: Frame, **further: object) -> list[str]:
     return [PNG_ADDRESS + base64.b64encode(file).decode() for file in files]
 
 
-def edited(order: Order, frame: Frame, marked: Sequence[int] = ()) -> dict[str, str]:
-    """Return the entries of the editor's value that a frame changes. ``marked`` are the redrawn tokens."""
+def edited(order: Order, frame: Frame, before: str, marked: Sequence[int] = ()) -> dict[str, str]:
+    """Return the entries of the editor's value that a frame changes.
+
+    ``before`` is the data URL of the picture whose tokens ``marked`` are redrawn, or ``""``.
+    """
     (address,) = addresses(order, frame, **({"redrawn": list(marked)} if marked else {}))
     download = f"{html.escape(order.class_name)}-{order.seeds[0]}.png" if frame.finished else ""
-    return {"picture": address, "download": download, "status": status(order, frame)}
+    whole = address if frame.finished else before
+    return {"picture": address, "whole": whole, "download": download, "status": status(order, frame)}
 
 
 def status(order: Order, frame: Frame) -> str:

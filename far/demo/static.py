@@ -3,6 +3,7 @@
 import functools
 import http.server
 import sys
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         ".wasm": "application/wasm",
         ".onnx": "application/octet-stream",
     }
+
+    def send_head(self) -> Any:
+        if "\0" in urllib.parse.unquote(self.path):  # no file's name, and an error of the system
+            return self.send_error(http.HTTPStatus.BAD_REQUEST)
+        return super().send_head()
 
     def end_headers(self) -> None:
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")

@@ -79,7 +79,8 @@ def check_runtime(folder: Path) -> None:
 def _downloaded(folder: Path) -> Path:
     """Download ONNX Runtime Web by npm, check it, and return a folder with its files."""
     remedy = f"Install npm, or give --runtime-files with the folder dist of {_PACKAGE}"
-    command = ["npm", "pack", "--silent", "--pack-destination", str(folder), _PACKAGE]
+    npm = shutil.which("npm") or "npm"  # npm.cmd on Windows
+    command = [npm, "pack", "--silent", "--pack-destination", str(folder), _PACKAGE]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder)
     except FileNotFoundError as error:

@@ -24,15 +24,17 @@ class LoopConfig:
         micro_batches: equal parts of a step's images that go through the network one after the other, or on
             several processes; their gradients are averaged. The result depends on this number, not on the
             number of processes.
-        learning_rate: of AdamW, reached after the warmup.
-        head_learning_rate: of the head; ``null`` takes ``learning_rate``.
-        class_embedding_learning_rate: of a generator's class embedding; ``null`` takes ``learning_rate``.
+        learning_rate: learning rate of AdamW, reached after the warmup.
+        head_learning_rate: learning rate of a generator's head; ``null`` takes ``learning_rate``.
+        class_embedding_learning_rate: learning rate of a generator's class embedding; ``null`` takes
+            ``learning_rate``.
         schedule: learning rate after the warmup: ``constant``; ``cosine``, which lowers it to zero along a
             half cosine; or ``wsd`` (warmup, stable, decay), which keeps it until the last ``decay_fraction``
             of the steps and then lowers it to zero as 1 − √progress. Before that, ``steps`` can be raised.
         decay_fraction: part of ``steps`` in which ``wsd`` lowers the learning rate.
         warmup_steps: steps over which the learning rate rises from zero.
-        weight_decay: of AdamW, for the backbone's matrices; heads and autoencoders are trained without.
+        weight_decay: weight decay of AdamW for the backbone's matrices; heads and autoencoders are trained
+            without. In ``far distill``, for the head and the adapters.
         gradient_clip: largest norm of the gradient; a larger gradient is scaled down to it.
         ema_decay: decay of the averaged weights, which are evaluated and saved; it warms up to this value.
         max_skipped_steps: end the run after this many steps in a row whose loss or gradient is not finite;
@@ -126,8 +128,8 @@ class AutoencoderLossConfig:
         perceptual_weight: weight of the mean distance between features of EfficientNet-Lite0.
         kl_weight: weight of the KL divergence in nats per latent value.
         latent_noise: largest standard deviation of Gaussian noise added to the latents that the decoder sees
-            in training, relative to each channel's; each image has its own, from 0 to this. A decoder trained
-            so tolerates a generator's errors better, and reconstructs less exactly. 0 is off.
+            in training, relative to each channel's; each image has its own, from 0 to this. The decoder
+            then tolerates a generator's errors better, and reconstructs less exactly. 0 is off.
         adversarial_weight: weight of the adversarial term. It multiplies the adaptive weight, the ratio of
             the gradient norms of the other terms and this one at the decoder's last layer. 0 is off.
         adversarial_start: step from which the discriminator and the adversarial term are trained.
@@ -160,7 +162,7 @@ class DiscriminatorConfig:
             times.
         layers: layers that halve the resolution. A logit sees a patch of 16, 34 or 70 pixels a side with 1, 2
             or 3 layers.
-        learning_rate: of AdamW for the discriminator; ``null`` takes the training's.
+        learning_rate: learning rate of AdamW for the discriminator; ``null`` takes the training's.
     """
 
     width: int = 64
@@ -294,10 +296,8 @@ class GeneratorRecipe:
         if self.frozen_backbone is not None and self.start_from is not None:
             raise InputError("frozen_backbone and start_from are both given. Give one of them")
         _check_adapter_rank(self.adapter_rank)
-        guided = self.sampling.guidance != 1 or getattr(self.network.head, "max_guidance", None) is not None
-        if guided and not (self.label_drop or self.start_from or self.frozen_backbone):
-            problem = "label_drop 0 trains no unconditional half, which guidance needs"
-            raise InputError(f"{problem}. Raise it, or set sampling.guidance to 1 and omit max_guidance")
+        if self.start_from is None:  # else the head may have been trained with it
+            self.check_unconditional()
         freeze = list(self.freeze)
         if self.start_from is None and (freeze or self.adapter_rank):
             needing = f"freeze {freeze}" if freeze else f"adapter_rank {self.adapter_rank}"
@@ -311,6 +311,13 @@ class GeneratorRecipe:
             raise InputError(f"freeze {freeze} leaves nothing to train. Remove a part")
         frozen = {*freeze} if self.frozen_backbone is None else {"class_embedding"}
         _check_rates(self.training, *sorted(frozen - {"backbone"}), model="a part that is frozen")
+
+    def check_unconditional(self) -> None:
+        """Raise an :class:`InputError` if guidance needs an unconditional half, which is not trained."""
+        guided = self.sampling.guidance != 1 or getattr(self.network.head, "max_guidance", None) is not None
+        if guided and not self.label_drop:
+            problem = "label_drop 0 trains no unconditional half, which guidance needs"
+            raise InputError(f"{problem}. Raise it, or set sampling.guidance to 1 and omit max_guidance")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,7 +86,11 @@ class GeneratorTask:
             "autoencoder": json_digest([autoencoder.fingerprint(), scale_and_shift])[:16],
             "start_from": config.start_from and Path(config.start_from).name,
         }
-        trained = {"generator.freeze": sorted(config.freeze), "generator.adapter_rank": config.adapter_rank}
+        trained = {
+            "generator.freeze": sorted(config.freeze),
+            "generator.adapter_rank": config.adapter_rank,
+            "generator.frozen_backbone": config.frozen_backbone and Path(config.frozen_backbone).name,
+        }
         self.identity |= {key: value for key, value in trained.items() if value}
         self.training: dict[str, Any] = {
             "command": "far train",
@@ -96,6 +100,10 @@ class GeneratorTask:
             "recipe": _recorded(config),
         }
         self.module = self._network(latents, run)
+        embedding = self.module.backbone.get_parameter("class_embedding.weight")
+        self.frozen = not any(
+            each.requires_grad for each in self.module.backbone.parameters() if each is not embedding
+        )
         self.features: FeatureNetwork = load_feature_network().to(loop.device)  # fails early if it is missing
         self._reference: Tensor | None = None
 
@@ -161,6 +169,8 @@ class GeneratorTask:
         self, step: int, batch: tuple[Tensor, Tensor], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the model's loss, and its terms and means within quarters of the head's time to log."""
+        if self.frozen:  # its z without dropout, as in sampling
+            self.module.backbone.eval()
         loss = self.module.loss(*batch, generator, label_drop=self.config.label_drop, step=step)
         values = {f"loss_{name}": term.mean() for name, term in loss.terms.items()}
         means = means_by_time(loss.samples, loss.t, _TIME_BUCKETS)

@@ -261,7 +261,6 @@ class Trainer:
                     with log.doing("evaluating"):
                         self.evaluate(log)
                     evaluated = self.step
-                    meter.restart()
                 # Save last: a resumed run starts after this step, so logging and evaluation must be finished.
                 if settled and self._due(config.checkpoint_every, saved):
                     with log.doing("saving"):

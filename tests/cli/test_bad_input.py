@@ -368,6 +368,8 @@ def test_demo_rejects_bad_values(pipeline_folder: Path, capsys: pytest.CaptureFi
     refused(
         capsys, ["demo", "--weights", pipeline_folder, "--host", "192.0.2.1", "--port", port], "192.0.2.1"
     )
+    long = "ö" * 64  # longer than the part of a host name may be
+    refused(capsys, ["demo", "--weights", pipeline_folder, "--host", long], long)
     refused(capsys, ["demo", "--weights", "no-such-model", "--port", port], "'no-such-model'", "bundled")
 
 

@@ -4,11 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import NETWORK
 from PIL import Image
 
 from far.backbone import BlockCausalBackbone
 from far.cli.main import main
 from far.data.images import center_crop
+from far.model import FAR, ModelConfig
+from far.pipeline import Pipeline
+from far.sampling import SamplingConfig
 
 BOX = ["--redraw", "4", "4", "8", "8"]  # one of the four tokens of 8 × 8 pixels
 
@@ -42,8 +46,9 @@ def edit(folder: Path, picture: Path, *options: object) -> tuple[np.ndarray, dic
 
 
 def changed(before: np.ndarray, after: np.ndarray) -> list[list[bool]]:
-    """Return in which of the 2 × 2 tokens a pixel differs, without the strip that blends with neighbors."""
-    cells = (before != after).any(axis=2).reshape(2, 8, 2, 8)[:, 2:6, :, 2:6]
+    """Return in which tokens of 8 × 8 a pixel differs, without the strip that blends with neighbors."""
+    rows, columns = (side // 8 for side in before.shape[:2])
+    cells = (before != after).any(axis=2).reshape(rows, 8, columns, 8)[:, 2:6, :, 2:6]
     return cells.any(axis=(1, 3)).tolist()
 
 
@@ -114,6 +119,27 @@ def test_thin_stroke_redraws_its_tokens_at_any_size_of_the_mask(
     edited, _ = edit(pipeline_folder, picture, "--mask", tmp_path / "mask.png")
     scaled = np.asarray(center_crop(Image.open(picture), 16))
     assert changed(scaled, edited) == [[False, False], [True, False]]
+
+
+@pytest.mark.parametrize("tokens", [(2, 4), (4, 2)])
+def test_image_and_mask_are_cropped_to_the_proportions_of_the_model(
+    tokens: tuple[int, int], pipeline_folder: Path, picture: Path, tmp_path: Path
+) -> None:
+    source, (rows, columns) = Pipeline.from_pretrained(pipeline_folder), tokens
+    model = FAR(ModelConfig(NETWORK, 3, 2, (2 * rows, 2 * columns)))
+    defaults = SamplingConfig(ar_steps=4, head_steps=2)
+    Pipeline(model, source.autoencoder, source.classes, defaults).save_pretrained(tmp_path / "model")
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels.repeat(2, axis=0).repeat(2, axis=1)).save(picture)
+    top, left = 16 - 4 * rows, 16 - 4 * columns
+    cropped = pixels[top : 32 - top, left : 32 - left]
+    mask = np.zeros((64, 64), dtype=np.uint8)
+    mask[2 * (top + 12), 2 * (left + 4)] = 255  # within the second row's first token
+    mask[:8, :8] = 255  # cropped away
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    edited, _ = edit(tmp_path / "model", picture, "--mask", tmp_path / "mask.png")
+    expected = [[(row, column) == (1, 0) for column in range(columns)] for row in range(rows)]
+    assert changed(cropped, edited) == expected
 
 
 def test_kept_tokens_are_decoded_without_pasting(pipeline_folder: Path, picture: Path) -> None:

@@ -19,6 +19,7 @@ from far.cli.main import main
 from far.evaluation.features import load_feature_network
 from far.evaluation.images import open_images
 from far.evaluation.metrics import FeatureStatistics, frechet_distance
+from far.files import sole_use
 
 
 @pytest.fixture
@@ -277,6 +278,19 @@ def test_interrupted_generation_continues(
     resumed = evaluate(tmp_path, *settings)
     assert drawn == [100, 100, 100, 30], "the first part was drawn again, or one was left out"
     assert resumed["figures"] == pytest.approx(whole["figures"])
+
+
+def test_folder_of_another_running_command_is_refused(
+    tmp_path: Path, folder: Path, image_set: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["evaluate", "--images", folder, "--reference", image_set, "--out", out]
+    with sole_use(out):
+        assert main([*map(str, command), "--cache", str(tmp_path / "cache")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("far: error:")
+    assert str(out) in error
+    assert not out.exists()
 
 
 def test_two_processes_give_the_figures_of_one(

@@ -102,6 +102,13 @@ def test_recipes_for_photographs_have_the_sizes_of_their_preset(size: int, autoe
     assert (config.tokens, config.token_channels) == ((size // 16) ** 2, 16)
 
 
+@pytest.mark.parametrize("words", ["--size 8 --strict photos out", "photos --size 8 out --strict"])
+def test_options_of_far_data_may_come_before_the_source(words: str) -> None:
+    arguments = parse(["data", *words.split()])
+    assert (arguments.source, arguments.images, arguments.out) == ("from", "photos", Path("out"))
+    assert (arguments.size, arguments.strict) == (8, True)
+
+
 @pytest.mark.parametrize("command", [["train", "recipe.yaml"], ["distill", "teacher", "out"]])
 def test_overrides_are_read_before_and_after_options(command: list[str]) -> None:
     arguments = parse([*command, "a=1", "--resume", "b=2", "c=3"])

@@ -68,6 +68,25 @@ def test_tars_are_read_in_place_with_integer_classes_in_numerical_order(tmp_path
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".tar"] * 3
 
 
+@pytest.mark.parametrize("place", ["a/*.tar", "{a,b}/0.tar", "{@,b}/0.tar", "@/?.tar", "b/../{a,b}/*.tar"])
+def test_paths_may_be_relative_absolute_or_both(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """@ stands for the absolute path of the folder a."""
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate("ab"):
+        write_tar(tmp_path / name / "0.tar", samples([name, name], first=2 * number))
+    every = [(0, "a"), (1, "a"), (2, "b"), (3, "b")]
+    images = found(open_source(place.replace("@", str(tmp_path / "a"))))
+    assert images == (every if "b}" in place else every[:2])
+
+
+def test_brackets_in_a_pattern_are_those_of_the_name(tmp_path: Path) -> None:
+    for number, name in enumerate(("set [1]", "set 1")):
+        write_tar(tmp_path / name / f"{number}.tar", samples(["a", "a"], first=2 * number))
+    assert found(open_source(str(tmp_path / "set [1]" / "*.tar"))) == [(0, "a"), (1, "a")]
+
+
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_tar_of_every_form_is_read_as_tarfile_reads_it(form: int, tmp_path: Path) -> None:
     names = ["a/1.png", "b/größe 2.png", f"{'c' * 90}/{'3' * 90}.png", "a/4.png", "b/5.png", "b/6.png"]

@@ -14,6 +14,7 @@ from far.autoencoder_config import SmallDecoderConfig
 from far.demo import drawing
 from far.demo.drawing import Model, Order, draw, load_models, redraw
 from far.demo.editor import PNG_ADDRESS, empty, opened
+from far.demo.page import Demo
 from far.errors import InputError
 from far.pictures import encode_png, to_pictures
 from far.pipeline import load
@@ -154,12 +155,13 @@ def png_address(size: tuple[int, int]) -> str:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"picture": ""}, "no picture"),
-        ({"picture": "data:image/svg+xml,<svg/>"}, "no picture"),
-        ({"picture": PNG_ADDRESS + "not base64!"}, "PNG"),
-        ({"picture": PNG_ADDRESS + base64.b64encode(b"GIF89a").decode()}, "PNG"),
-        ({"picture": png_address((16, 16))[:80]}, "PNG"),
-        ({"picture": png_address((16, 17))}, "16×16"),
+        ({"whole": ""}, "picture"),
+        ({"whole": None}, "picture"),
+        ({"whole": "data:image/svg+xml,<svg/>"}, "picture"),
+        ({"whole": PNG_ADDRESS + "not base64!"}, "PNG"),
+        ({"whole": PNG_ADDRESS + base64.b64encode(b"GIF89a").decode()}, "PNG"),
+        ({"whole": png_address((16, 16))[:80]}, "PNG"),
+        ({"whole": png_address((16, 17))}, "16×16"),
         ({"marked": []}, "no part"),
         ({"marked": [4]}, "0 … 3"),
         ({"marked": [-1]}, "0 … 3"),
@@ -169,13 +171,25 @@ def png_address(size: tuple[int, int]) -> str:
     ],
 )
 def test_unusable_values_of_the_editor_are_errors(model: Model, changes: dict, sentence: str) -> None:
-    value = {**empty(model), "picture": png_address((16, 16)), "marked": [2, 0, 2]}
+    value = {**empty(model), "whole": png_address((16, 16)), "marked": [2, 0, 2]}
     image, marked = opened(value, model)
     assert (image.shape, marked) == ((3, 16, 16), [0, 2])
     with refused(sentence):
         opened({**value, **changes}, model)
-    with refused("no picture"):
+    with refused("picture"):
         opened("", model)
+
+
+def test_stopped_drawing_is_not_redrawn_but_the_picture_before_it(model: Model) -> None:
+    demo = Demo([model])
+    started, *_, finished = demo.new_picture(model.name, "circle", "0", 1.0, 2)
+    assert (started["whole"], finished["whole"]) == ("", finished["picture"])
+    with refused("picture"):
+        opened({**started, "marked": [0]}, model)
+    value = {**finished, "marked": [0, 1]}
+    stopped, *_, changed = demo.redraw(model.name, "square", "3", 1.0, 2, value)
+    assert torch.equal(opened(stopped, model)[0], opened(value, model)[0])
+    assert changed["whole"] == changed["picture"] != value["whole"]
 
 
 def test_settings_have_the_seed_of_each_image(model: Model) -> None:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -24,7 +25,7 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from far.cli.main import main
 from far.demo.drawing import load_models
 from far.demo.page import MOST_WAITING, Demo
-from far.sampling import Progress
+from far.sampling import Kept, Progress
 
 PATIENCE = 120  # seconds; nothing here waits for long on a machine that is free
 FLAGS = (
@@ -56,7 +57,7 @@ class Server:
         command = [sys.executable, "-m", "far", "demo", "--weights", *weights, "--port", str(self.port)]
         self.process = subprocess.Popen(
             command,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, "HTTP_PROXY": "http://127.0.0.1:9"},  # nobody listens
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -289,7 +290,7 @@ def editor_picture(page: Page) -> Image.Image:
 def test_marked_parts_of_a_picture_are_redrawn(page: Page) -> None:
     edit = open_tab(page, "Edit")
     click(edit, "Redraw marked parts")
-    message = page.get_by_test_id("toast-body").filter(has_text="no picture")
+    message = page.get_by_test_id("toast-body").filter(has_text="picture")
     expect(message).to_be_visible(timeout=PATIENCE * 1000)
     edit.get_by_label("Seed").fill("3")
     click(edit, "New picture")
@@ -427,16 +428,19 @@ class Endless:
 
     def __init__(self) -> None:
         self.running, self.most, self.closed = 0, 0, threading.Semaphore(0)
+        self.kept: list[Kept] = []
 
     def __call__(
-        self, pipeline: object, labels: list[int], seeds: list[int], config: object
+        self, pipeline: object, labels: list[int], seeds: list[int], config: object, kept: Kept | None = None
     ) -> Iterator[Progress]:
-        first = next(STREAM(pipeline, labels, seeds, config))
+        first = next(STREAM(pipeline, labels, seeds, config, kept=kept))
+        self.kept += [kept] if kept else []
         self.running += 1
         self.most = max(self.most, self.running)
         try:
             while True:
                 yield first
+                time.sleep(0.05)  # or the browser has no time for clicks
         finally:
             self.running -= 1
             self.closed.release()
@@ -452,7 +456,7 @@ def endless(
     """Serve a page whose drawings do not end, and return how to request one on each tab."""
     (model,) = load_models([str(pipeline_folder)], "float32", "cpu")
     demo, stream = Demo([model]), Endless()
-    monkeypatch.setattr(type(model.pipeline), "stream", lambda *arguments: stream(*arguments))
+    monkeypatch.setattr(type(model.pipeline), "stream", lambda *given, **named: stream(*given, **named))
     address = demo.launch("127.0.0.1", free_port())
     functions = {function.name: number for number, function in demo.blocks.fns.items()}
     yield (
@@ -500,6 +504,33 @@ def test_stop_button_ends_the_drawing_and_keeps_its_image(endless: tuple, browse
         assert stream.running == 0
         expect(page.locator(image)).to_be_visible()
     page.close()
+
+
+def test_redrawing_after_a_stop_starts_from_the_whole_picture(
+    endless: tuple, browser: Browser, tmp_path: Path
+) -> None:
+    stream, address, _ = endless
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    page = browser.new_page()
+    page.goto(address)
+    edit, image = open_tab(page, "Edit"), page.locator("#editor img")
+    edit.get_by_label("Open an image").set_input_files(tmp_path / "picture.png")
+    expect(image).to_be_visible()
+    whole = image.get_attribute("src") or ""
+    for tokens in ((0, 1), (3,)):  # at least two, which take more than one AR step
+        for token in tokens:
+            page.locator(f"#editor [data-token='{token}']").click()
+        expect(image).to_have_attribute("src", whole)
+        click(edit, "Redraw marked parts")
+        expect(image).not_to_have_attribute("src", whole)
+        click(edit, "Stop")
+        assert stream.closed.acquire(timeout=PATIENCE)
+        page.wait_for_timeout(500)  # until the last image has arrived
+    page.close()
+    first, second = stream.kept
+    assert np.array_equal(first.latents, second.latents)
+    assert [kept.positions.tolist() for kept in stream.kept] == [[2, 3], [2]]
 
 
 def test_full_queue_rejects_a_click(endless: tuple) -> None:

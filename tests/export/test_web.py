@@ -1,15 +1,17 @@
 """The exported page in headless Chromium: its arithmetic against torch, and what a visitor does."""
 
+import contextlib
 import dataclasses
 import http.server
 import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -60,7 +62,7 @@ class Plain(http.server.SimpleHTTPRequestHandler):
         """Print nothing per request."""
 
 
-def serving(folder: Path, *, plain: bool = False) -> Iterator[str]:
+def serving(folder: Path, *, plain: bool = False) -> Generator[str, None, None]:
     """Yield the address of a server of ``folder``, as far demo --static runs it or a plain one."""
     if plain:
         handler = partial(Plain, directory=str(folder))
@@ -69,10 +71,12 @@ def serving(folder: Path, *, plain: bool = False) -> Iterator[str]:
         server = serve(folder, "127.0.0.1", 0)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -448,6 +452,16 @@ def test_without_npm_the_other_way_is_named(
     with refused("npm", "--runtime-files"):
         export_web(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_address_that_no_file_can_have_is_answered_in_silence(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    with contextlib.closing(serving(tmp_path)) as served:
+        address = next(served)
+        assert httpx.get(f"{address}%00").status_code == 400
+        assert httpx.head(f"{address}a%00/").status_code == 400
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_folder_without_a_page_is_not_served(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -306,6 +306,18 @@ def test_resumed_log_continues_at_the_checkpoint(recipe: Path, tmp_path: Path) -
     assert entries() == whole
 
 
+def test_lines_after_an_evaluation_average_all_steps_since_the_last_line(recipe: Path, tmp_path: Path) -> None:
+    def losses(every: int) -> list[float]:
+        values = ["steps=8", f"log_every={every}", "evaluate_every=3", "checkpoint_every=8"]
+        options = [f"generator.training.{value}" for value in values]
+        assert main(["train", str(recipe), f"model=every-{every}", *options]) == 0
+        lines = (tmp_path / f"run/every-{every}/log.jsonl").read_text().splitlines()
+        return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+    single = losses(1)
+    assert losses(4) == pytest.approx([sum(single[:4]) / 4, sum(single[4:]) / 4], rel=1e-5)
+
+
 def test_log_continues_after_a_full_disk(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     log = tmp_path / "run/model/log.jsonl"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -24,6 +24,8 @@ from far.pipeline import Pipeline
 from far.recipe import load_recipe
 from far.sampling_config import SamplingConfig
 from far.training.generator import GeneratorTask
+from far.training.log import Meter
+from far.training.loop import Trainer
 from far.training.start import copy_model, match_embeddings
 
 BLOCK_CAUSAL = BlockCausalConfig(width=16, encoder_depth=1, decoder_depth=1, heads=2)
@@ -43,6 +45,12 @@ def task(path: Path, *overrides: str) -> GeneratorTask:
     return GeneratorTask(
         recipe.generator, Path(recipe.data), recipe.latents_folder, autoencoder, recipe.model_folder
     )
+
+
+def trainer(path: Path, *overrides: str) -> Trainer:
+    """Return the training of a recipe, to be run step by step."""
+    trained, recipe = task(path, *overrides), load_recipe(path, overrides)
+    return Trainer(trained, recipe.generator.training, recipe.model_folder)
 
 
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -91,6 +99,42 @@ def test_run_with_a_frozen_backbone_resumes(recipe: Path, joint: Path) -> None:
     )
     for name, tensor in whole.items():
         torch.testing.assert_close(half[name], tensor, msg=name)
+
+
+def test_run_is_not_resumed_with_another_frozen_backbone(
+    recipe: Path, pipeline_folder: Path, tmp_path: Path
+) -> None:
+    first = trainer(recipe, f"generator.frozen_backbone={pipeline_folder}")
+    first.train_step(Meter())
+    first.save()
+    shutil.copytree(pipeline_folder, tmp_path / "another")
+    with refused("step-00000001", "frozen_backbone", pipeline_folder.name, "another"):
+        trainer(recipe, f"generator.frozen_backbone={tmp_path / 'another'}").restore(resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "random"),
+    [
+        (["frozen_backbone={}"], False),
+        (["start_from={}", "freeze=[backbone]"], False),
+        (["start_from={}", "freeze=[class_embedding, head]"], True),
+        (["start_from={}", "adapter_rank=2"], True),
+        ([], True),
+    ],
+)
+def test_only_a_backbone_in_training_drops_values(
+    options: list[str], random: bool, recipe: Path, pipeline_folder: Path
+) -> None:
+    trained = trainer(recipe, *(f"generator.{option.format(pipeline_folder)}" for option in options)).task
+    with torch.no_grad():  # the values of a new head do not depend on z
+        for parameter in trained.module.head.parameters():  # type: ignore[union-attr]
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    losses = []
+    for seed in (0, 1):  # dropout draws from torch's default generator
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
+        losses.append(trained.loss(0, trained.batch(0, generator), generator)[0])
+    assert bool(losses[0] != losses[1]) == random
 
 
 @pytest.mark.parametrize(
