@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.cluster import PEAKS
 from benchmarks.results_report import replace_block, table
 from far.autoencoder import Autoencoder, AutoencoderConfig
-from far.benchmark.cost import size, weights_read
+from far.benchmark.cost import weight_bytes, weights_read
 from far.benchmark.rows import Row
 from far.benchmark.watch import Watch, generate, segments
 from far.files import atomic_path
@@ -171,7 +171,7 @@ def tables() -> dict[str, str]:
             name, f"{ar_steps} × {head_steps}", f"{flop / 1e12:.3g}", f"{operations / ar_steps:.0f}",
             f"{operations * LAUNCH:.2g}", *(f"{value:.2g}" for value in seconds),
         ])  # fmt: skip
-        weights = size(pipeline.model) + size(pipeline.autoencoder)
+        weights = weight_bytes(pipeline.model) + weight_bytes(pipeline.autoencoder)
         one, two = (peak(pipeline, row_of(name, batch)) for batch in (1, 2))
         peaks = [max(one + (batch - 1) * (two - one), pixels[batch]) for batch in BATCHES]
         memory.append([name, gib(weights), *(gib(weights + peak) for peak in peaks)])

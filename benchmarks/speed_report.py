@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed_report [--gpu]
 
-Takes about seven minutes on two otherwise idle cores. If docs/results/gpu.json exists, a report of
+Takes about five minutes on two otherwise idle cores. If docs/results/gpu.json exists, a report of
 ``benchmarks.gpu`` from a GPU, its table is written too; ``--gpu`` writes nothing else.
 """
 

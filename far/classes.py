@@ -56,33 +56,33 @@ def label_text(classes: Sequence[str], number: int) -> str:
 
 
 def check_same_classes(
-    ours: Sequence[str], source: str, theirs: Sequence[str], other: str, remedy: str
+    first: Sequence[str], first_place: str, second: Sequence[str], second_place: str, remedy: str
 ) -> None:
     """Raise an :class:`InputError` that names the first difference unless names are equal and in order.
 
-    WordNet IDs of ImageNet's classes equal their words. The message names where the names come from,
-    ``source`` and ``other``, and ends with the ``remedy``.
+    WordNet IDs of ImageNet's classes equal their words. The message names the places that the names come
+    from, and ends with the ``remedy``, a sentence without its full stop.
     """
-    if _in_words(ours) == _in_words(theirs):
+    first_words, second_words = _in_words(first), _in_words(second)
+    if first_words == second_words:
         return
-    if len(ours) == len(theirs):
-        number = next(
-            index for index, pair in enumerate(zip(_in_words(ours), _in_words(theirs))) if pair[0] != pair[1]
-        )
-        difference = f"class {number} is {ours[number]!r} in {source} and {theirs[number]!r} in {other}"
+    if len(first) == len(second):
+        number = next(index for index, (a, b) in enumerate(zip(first_words, second_words)) if a != b)
+        named = f"{first[number]!r} in {first_place} and {second[number]!r} in {second_place}"
+        difference = f"class {number} is {named}"
     else:
-        ours_listed, theirs_listed = (
-            f"{len(names)} classes ({shown_names(names)})" for names in (ours, theirs)
+        first_listed, second_listed = (
+            f"{len(names)} classes ({shown_names(names)})" for names in (first, second)
         )
-        difference = f"{source} has {ours_listed} and {other} {theirs_listed}"
-    raise InputError(f"{difference}. {remedy[0].upper()}{remedy[1:]}")
+        difference = f"{first_place} has {first_listed} and {second_place} {second_listed}"
+    raise InputError(f"{difference}. {remedy}")
 
 
-def unmatched_classes(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
+def unmatched_classes(first: Sequence[str], second: Sequence[str]) -> list[str]:
     """Return the class names that only one side has; none if a side has no classes or only numbers."""
-    if any(list(names) == [str(number) for number in range(len(names))] for names in (ours, theirs)):
+    if any(list(names) == [str(number) for number in range(len(names))] for names in (first, second)):
         return []
-    return sorted({*_in_words(ours)} ^ {*_in_words(theirs)})
+    return sorted({*_in_words(first)} ^ {*_in_words(second)})
 
 
 def _named(classes: Sequence[str], name: str) -> int:
@@ -125,32 +125,32 @@ def imagenet_classes() -> dict[str, str]:
     return dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
 
 
-def matched_classes(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None]:
-    """Return the number of the class of the same name in ``theirs`` for each of ``ours``; None if new.
+def matched_classes(trained: Sequence[str], classes: Sequence[str]) -> list[int | None]:
+    """Return the number of the class of the same name in ``trained`` for each of ``classes``; None if new.
 
-    WordNet IDs, as ImageNet's folders are named, and their words are the same names, if ``theirs`` are such
+    WordNet IDs, as ImageNet's folders are named, and their words are the same names, if ``trained`` are such
     IDs or all of ImageNet's words.
 
     Raises:
-        InputError: one of ``ours`` is the name of several of ``theirs``, or the other way round.
+        InputError: one of ``classes`` is the name of several of ``trained``, or the other way round.
     """
-    if list(ours) == list(theirs):  # names may occur twice
-        return list(range(len(ours)))
-    imagenet, words = imagenet_classes(), _in_words(theirs)
-    numbers = {name: number for names in (words, theirs) for number, name in enumerate(names)}
+    if list(classes) == list(trained):  # names may occur twice
+        return list(range(len(classes)))
+    imagenet, words = imagenet_classes(), _in_words(trained)
+    numbers = {name: number for names in (words, trained) for number, name in enumerate(names)}
     if words == list(imagenet.values()):
         numbers |= {identifier: number for number, identifier in enumerate(imagenet)}
-    for name in ours:
+    for name in classes:
         if (count := words.count(name)) > 1:
             choices = " or ".join(key for key, word in imagenet.items() if word == name and key in numbers)
             remedy = f"Rename it {choices}" if choices else "Rename it"
             raise InputError(f"class {name!r} is the name of {count} classes of the trained model. {remedy}")
     found: dict[int, str] = {}
-    for name in ours:
+    for name in classes:
         if name in numbers and (other := found.setdefault(numbers[name], name)) != name:
             wrong = f"classes {other!r} and {name!r} are one class of the trained model"
             raise InputError(f"{wrong}. Merge them or rename one")
-    return [numbers.get(name) for name in ours]
+    return [numbers.get(name) for name in classes]
 
 
 def _in_words(classes: Sequence[str]) -> list[str]:

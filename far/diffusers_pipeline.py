@@ -174,13 +174,13 @@ class FARPipeline(DiffusionPipeline):
                 number of generators than of labels.
         """
         _check_forms(output_type, callback_on_step_end_tensor_inputs)
-        drawing = self._drawing
+        pipeline = self._far_pipeline()
         given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         values = _sampling_values(given, sampling)
-        numbers = [drawing.label(name) for name in listed("class_labels", class_labels)]
+        numbers = [pipeline.label(name) for name in listed("class_labels", class_labels)]
         if not numbers:
             raise InputError("class_labels is empty. Give at least one class")
-        device, config = self._execution_device, drawing.sampling_config(**values)
+        device, config = self._execution_device, pipeline.sampling_config(**values)
         noise = _GivenNoise(_generators(generator, len(numbers)), device)
         steps = self.transformer(torch.tensor(numbers, device=device), noise, config)
         self._interrupt = False
@@ -196,8 +196,7 @@ class FARPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    @property
-    def _drawing(self) -> Pipeline:
+    def _far_pipeline(self) -> Pipeline:
         """Return a pipeline of far with the same generator, for class names and sampling values."""
         network = self.transformer.far
         values = {"id2label": self.config.id2label or {}, "sampling": self.config.sampling or {}}
@@ -240,7 +239,7 @@ class FARPipeline(DiffusionPipeline):
 
 
 def _check_forms(output_type: str, tensor_inputs: Sequence[str]) -> None:
-    """Raise an :class:`InputError` unless a call asks for what there is."""
+    """Raise an :class:`InputError` for an unknown output type or callback tensor."""
     if output_type not in ("pil", "np", "pt", "latent"):
         raise InputError(f"output_type {output_type!r} does not exist. Choose pil, np, pt or latent")
     if unknown := {*tensor_inputs} - {"latents"}:
@@ -281,7 +280,7 @@ def _on_cpu(generator: torch.Generator) -> torch.Generator:
 
 def _vae(pipeline: Pipeline) -> Any:
     """Return a pipeline's autoencoder as a model of diffusers."""
-    autoencoder = pipeline._autoencoder()
+    autoencoder = pipeline.require_autoencoder()
     if isinstance(autoencoder, DiffusersAutoencoder):
         vae = network_class(autoencoder.config).from_config(autoencoder.config.network)
         vae.load_state_dict(autoencoder.state_dict())
@@ -323,7 +322,7 @@ def export_diffusers(
     exported = FARPipeline.from_far(pipeline)
     for part in (exported.transformer, exported.vae):
         torch.nn.Module.to(part, dtype)  # diffusers' own warns of layers to keep in float32, even of none
-    autoencoder = pipeline._autoencoder().config
+    autoencoder = pipeline.require_autoencoder().config
     if isinstance(autoencoder, DiffusersConfig):  # the folder holds a copy
         autoencoder = autoencoder.including_weights()
     facts = pipeline.defaults, pipeline.results, pipeline.training

@@ -115,8 +115,8 @@ def place(picture: Image.Image, size: tuple[int, int], left: int, top: int) -> t
     picture = to_rgb(picture)  # upright, before its sides are measured
     right, bottom = left + picture.width, top + picture.height
     if not (left >= 0 and top >= 0 and right <= width and bottom <= height):
-        placed = f"an image of {picture.height}×{picture.width} pixels placed at {left} {top}"
-        raise InputError(f"{placed} leaves the canvas of {height}×{width}. Move the image, or reduce it")
+        placed = f"an image of {picture.width}×{picture.height} pixels placed at {left} {top}"
+        raise InputError(f"{placed} leaves the canvas of {width}×{height}. Move the image, or reduce it")
     margins = ((top, height - bottom), (left, width - right), (0, 0))
     canvas = np.pad(np.asarray(picture), margins, mode="edge")
     return Image.fromarray(canvas), ~box_mask(size, (left, top, right, bottom))

@@ -17,8 +17,11 @@ class NotFiniteError(InputError):
 
 @contextlib.contextmanager
 def prefix_errors(prefix: str, remedy: str = "") -> Iterator[None]:
-    """Put ``prefix`` before, and ``remedy`` after, the message of an :class:`InputError` of the block."""
+    """Put ``prefix`` before, and ``remedy`` after, the message of an :class:`InputError` of the block.
+
+    The error keeps its class, such as :class:`NotFiniteError`.
+    """
     try:
         yield
     except InputError as error:
-        raise InputError(f"{prefix}{error}{remedy}") from error
+        raise type(error)(f"{prefix}{error}{remedy}") from error

@@ -213,11 +213,18 @@ def check_exists(path: Path | None, remedy: str) -> None:
         raise InputError(f"{path} does not exist. {remedy}")
 
 
+def check_suffix(option: str, path: Path | None, suffix: str) -> None:
+    """Raise an :class:`InputError` unless the ``path`` of an option ends in ``suffix``; None passes."""
+    if path is not None and path.suffix.lower() != suffix:
+        raise InputError(f"{option} {path} does not end in {suffix}. Give a name that does")
+
+
 def check_writable(path: Path) -> None:
     """Raise an :class:`InputError` before long work if ``path`` could not be written, creating no folder.
 
     Also remove leftovers of killed processes beside it.
     """
+    path = _target(path)
     if path.is_file() and not os.access(path, os.W_OK):
         raise InputError(f"cannot write {path}: permission denied. Choose another path")
     with _beside(path, next(folder for folder in path.absolute().parents if folder.exists())) as temporary:

@@ -106,6 +106,21 @@ class ModelFolder:
             return build_diffusers(config, tensors, file)
         return build_module(lambda: Autoencoder(config), tensors, file).eval()
 
+    def optional_autoencoder(self, decoder: DecoderName = "full") -> "Tokenizer | None":
+        """Load the autoencoder with ``decoder`` selected; None if the model has no autoencoder.
+
+        Raises:
+            InputError: as :meth:`load_autoencoder`, or there is no such decoder.
+        """
+        if not self.has_autoencoder:
+            if decoder != "full":
+                raise InputError(f"{self.path} has no autoencoder, so no decoder {decoder!r}. Omit it")
+            return None
+        autoencoder = self.load_autoencoder()
+        with prefix_errors(f"{self.path}: "):
+            autoencoder.use_decoder(decoder)
+        return autoencoder
+
     def _tensors(self, file: str) -> "dict[str, Tensor]":
         from far.weights import read_tensors
 

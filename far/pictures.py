@@ -25,6 +25,8 @@ Images: TypeAlias = list[Image.Image] | Tensor | np.ndarray
 # A contact sheet has at least this width in pixels, and at most this many images of a class in a row.
 _SHEET_WIDTH = 1000
 _ROW_IMAGES = 8
+# Durations of an animation's frames and of its last one.
+_FRAME_MILLISECONDS, _LAST_MILLISECONDS = 120, 1500
 
 
 def check_output(output: str) -> None:
@@ -208,9 +210,9 @@ def save_png(picture: Image.Image, path: Path, settings: Mapping[str, object] | 
         temporary.write_bytes(encode_png(picture, settings))
 
 
-def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 120) -> None:
+def save_gif(frames: Sequence[Image.Image], path: Path) -> None:
     """Write an infinite animation atomically; the last frame lasts a second and a half."""
     first, *others = frames
-    durations = [milliseconds] * len(others) + [1500]
+    durations = [_FRAME_MILLISECONDS] * len(others) + [_LAST_MILLISECONDS]
     with atomic_path(path) as temporary:
         first.save(temporary, "GIF", save_all=True, append_images=others, duration=durations, loop=0)

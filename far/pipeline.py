@@ -16,7 +16,7 @@ from far.compiling import compile_blocks
 from far.config import check_count, counted_seeds, from_dict, listed, plain_value, whole_number
 from far.devices import resolve_device
 from far.editing import blend_kept, image_pixels, mask_pixels, paste_kept, touched_tokens
-from far.errors import InputError, prefix_errors
+from far.errors import InputError
 from far.folder import ModelFolder
 from far.folder_config import FolderConfig
 from far.model import FAR
@@ -81,11 +81,12 @@ class Pipeline:
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) of the images in pixels; an :class:`InputError` without an autoencoder."""
-        stride = self._autoencoder().config.stride
+        stride = self.require_autoencoder().config.stride
         rows, columns = self.model.config.grid
         return rows * stride, columns * stride
 
-    def _autoencoder(self) -> Tokenizer:
+    def require_autoencoder(self) -> Tokenizer:
+        """Return the autoencoder; an :class:`InputError` if the model has none."""
         if self.autoencoder is None:
             raise InputError("this model has no autoencoder. Add one with: far convert kl16 KL16.ckpt FOLDER")
         return self.autoencoder
@@ -199,9 +200,9 @@ class Pipeline:
         """Return class numbers and seeds, after checking that there are as many of both, and at least one."""
         numbers, seeds = [self.label(name) for name in listed("labels", labels)], counted_seeds(seeds)
         if not numbers:
-            raise InputError("no label and seed were given. Give at least one of each")
+            raise InputError("labels is empty. Give at least one class")
         if len(seeds) != len(numbers):
-            raise InputError(f"{len(seeds)} seeds for {len(numbers)} labels. Give one, or one per label")
+            raise InputError(f"{len(seeds)} seeds for {len(numbers)} labels. Give one seed per label")
         return numbers, seeds
 
     def preview(self, progress: Progress) -> Tensor:
@@ -247,7 +248,8 @@ class Pipeline:
                 class is unknown, a value is out of range, or a causal backbone cannot redraw there.
         """
         check_output(output)
-        seeds = counted_seeds(seed)
+        if not (seeds := counted_seeds(seed)):
+            raise InputError("seed is empty. Give at least one seed")
         grid = self.model.config.token_grid
         pixels = image_pixels(image, self.image_size)
         redrawn = touched_tokens(mask_pixels(mask, self.image_size), grid)
@@ -274,11 +276,11 @@ class Pipeline:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return images ``[b, 3, H, W]`` in [0, 1]; see :meth:`far.tokenizer.Tokenizer.to_images`."""
-        return self._autoencoder().to_images(latents)
+        return self.require_autoencoder().to_images(latents)
 
     def encode(self, images: Tensor) -> Tensor:
         """Return latents ``[b, c, h, w]``; see :meth:`far.tokenizer.Tokenizer.to_latents`."""
-        return self._autoencoder().to_latents(images)
+        return self.require_autoencoder().to_latents(images)
 
     def save_pretrained(
         self, folder: Path | str, dtype: torch.dtype | str | None = None, *, base: str | None = None
@@ -362,8 +364,8 @@ class Pipeline:
             decoder: ``"small"`` decodes with the autoencoder's small decoder, if it has one.
 
         Raises:
-            InputError: the folder, name, revision, device or dtype does not exist, the hub cannot be reached,
-                the folder has no generator, or files are damaged (the first wrong tensor or key is named).
+            InputError: the folder, name, revision, device, dtype or decoder does not exist, the hub cannot be
+                reached, there is no generator, or files are damaged (the first wrong tensor or key is named).
         """
         device = resolve_device(device)  # refused before anything is read, and so is the dtype
         dtype = resolve_dtype(dtype, device)
@@ -372,10 +374,8 @@ class Pipeline:
         model = prepare(folder.load_model(), dtype, device)
         if compile:
             compile_blocks(model)
-        autoencoder = folder.load_autoencoder() if folder.has_autoencoder else None
+        autoencoder = folder.optional_autoencoder(decoder)
         if autoencoder is not None:
-            with prefix_errors(f"{name}: "):
-                autoencoder.use_decoder(decoder)
             autoencoder = prepare_autoencoder(autoencoder, dtype, device)
         facts = config.classes, config.defaults, config.results, config.training
         return cls(model, autoencoder, *facts, record=record)

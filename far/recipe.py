@@ -82,7 +82,7 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name: Path | str) -> Path:
-    """Return the file of a packaged recipe. The path of an existing file is returned unchanged."""
+    """Return the file of the packaged recipe ``name``, or ``name`` as a path if it is a file or no recipe."""
     packaged = str(name) in recipe_names() and not Path(name).is_file()
     return RECIPES / f"{name}.yaml" if packaged else Path(name)
 

@@ -18,7 +18,8 @@ import torch
 import yaml
 
 from far.config import from_dict
-from far.data.image_sets import open_held_out, open_training_index, sides
+from far.data.image_sets import open_held_out, open_training_index
+from far.data.images import sides
 from far.devices import device_title, resolve_device
 from far.errors import InputError
 from far.files import printable
@@ -47,7 +48,7 @@ _AUTOENCODER_STEPS, _MOST_WIDTH = 7500, 128
 # right one sees about one token per parameter: 4 to 8 million in an hour or two of two CPU cores.
 _SIZES = ((128, 2, 1.7), (192, 3, 4.0), (256, 3, 7.4), (384, 4, 19), (512, 5, 43), (768, 6, 103))
 # Evaluations of a training, the fraction of its time for all of them, and the images of each.
-_EVALUATIONS, _EVALUATING, _FEWEST, _MOST = 2, 0.05, 16, 1000
+_EVALUATIONS, _EVALUATION_FRACTION, _FEWEST_IMAGES, _MOST_IMAGES = 2, 0.05, 16, 1000
 _CHECKPOINT_SECONDS = 300
 # With fewer steps a training is pointless.
 _LEAST_STEPS = 100
@@ -71,14 +72,14 @@ autoencoder:
     width: $width
     width_multipliers: [$multipliers]
     blocks: 1
-    latent_channels: 12
+    latent_channels: $latent_channels
     norm_groups: $groups
   # Larger perceptual_weight: finer texture, lower PSNR. Larger kl_weight: noisier latents in training, so the
   # decoder tolerates larger errors of the generator; softer images.
   loss: {l1_weight: 1.0, perceptual_weight: 0.5, kl_weight: 5.0e-3, evaluation_images: $autoencoder_images}
   training:
     steps: $autoencoder_steps  # an image is seen steps × batch_size / images times (here $autoencoder_passes)
-    batch_size: 16  # reduce it if memory is short
+    batch_size: $autoencoder_batch  # reduce it if memory is short
     learning_rate: $autoencoder_rate  # proportional to the batch size; lower for larger width
     schedule: cosine
     warmup_steps: $autoencoder_warmup
@@ -105,7 +106,7 @@ generator:
   label_drop: $label_drop  # fraction of images trained without their class, which guidance needs
   training:
     steps: $generator_steps  # an image is seen steps × batch_size / images times (here $generator_passes)
-    batch_size: 64  # reduce it if memory is short (or increase micro_batches)
+    batch_size: $generator_batch  # reduce it if memory is short (or increase micro_batches)
     learning_rate: $generator_rate  # proportional to the batch size; lower for larger width
     schedule: wsd  # lowers the learning rate in the last fifth of the steps: a longer run can begin before it
     warmup_steps: $generator_warmup
@@ -139,7 +140,7 @@ class Length:
     steps: int = _LEAST_STEPS
     checkpoint: int = _LEAST_STEPS
     evaluate: int = _LEAST_STEPS
-    images: int = _FEWEST
+    images: int = _FEWEST_IMAGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,8 +200,10 @@ def stride_and_patch(images: Images) -> tuple[int, int]:
 
 def length(speed: Speed, seconds: float) -> Length:
     """Return the longest training of at most ``seconds``, or one of the fewest steps if none fits."""
-    share = _EVALUATING * seconds / _EVALUATIONS - speed.evaluating
-    images = _MOST if speed.image == 0 else max(_FEWEST, min(_MOST, int(share / speed.image)))
+    share = _EVALUATION_FRACTION * seconds / _EVALUATIONS - speed.evaluating
+    images = _MOST_IMAGES
+    if speed.image:
+        images = max(_FEWEST_IMAGES, min(_MOST_IMAGES, int(share / speed.image)))
     checkpoints = max(1, round(seconds / _CHECKPOINT_SECONDS))
     pauses = checkpoints * speed.saving + _EVALUATIONS * (speed.evaluating + images * speed.image)
     steps = max(_LEAST_STEPS, int((seconds - pauses) / speed.step))
@@ -209,7 +212,7 @@ def length(speed: Speed, seconds: float) -> Length:
 
 def least_seconds(speed: Speed) -> float:
     """Return the duration of the shortest training that makes sense."""
-    evaluating = _EVALUATIONS * (speed.evaluating + _FEWEST * speed.image)
+    evaluating = _EVALUATIONS * (speed.evaluating + _FEWEST_IMAGES * speed.image)
     return _LEAST_STEPS * speed.step + speed.saving + evaluating
 
 
@@ -256,12 +259,15 @@ def recipe_text(images: Images, plan: Plan, device: str, remarks: Mapping[str, s
         model=printable(shlex.quote(str(run / "model"))),
         width=plan.width,
         multipliers=", ".join(map(str, _MULTIPLIERS[plan.stride])),
+        latent_channels=_CHANNELS,
         groups=plan.width // 4,
+        autoencoder_batch=_AUTOENCODER_BATCH,
         patch=plan.patch,
         backbone=backbone,
         depth=depth,
         heads=backbone // 64,
         head=backbone * 5 // 4,
+        generator_batch=_GENERATOR_BATCH,
         device="" if device == "auto" else f"\n    device: {device}  # auto, cpu, cuda, cuda:1, mps or xpu",
         label_drop=0.1 if guided else 0.0,
         guidance=3.0 if guided else 1.0,

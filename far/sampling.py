@@ -83,7 +83,14 @@ class Kept:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """State after an AR step: ``latents [b, c, h, w]``, which are zero except at ``known [b, tokens]``."""
+    """State after an AR step.
+
+    Attributes:
+        step: the finished AR step, 0 … ``steps`` − 1.
+        steps: number of AR steps.
+        latents: ``[b, c, h, w]``, zero except at known tokens.
+        known: bool ``[b, tokens]``, true at known tokens.
+    """
 
     step: int
     steps: int
@@ -160,10 +167,7 @@ def prepare_start(
     if not model.backbone.any_order and sorted(positions) != list(range(len(positions))):
         raise InputError("a causal model redraws from one token to the end only. Use another model")
     tokens, channels, device = model.config.tokens, model.config.token_channels, labels.device
-    in_raster = config.order == "raster" or not model.backbone.any_order
-    orders = raster_orders(tokens, len(labels)) if in_raster else noise.orders(tokens)
-    if config.order == "halton":
-        orders = halton_orders(*model.config.token_grid, orders[:, 0])
+    orders = generation_orders(model, config.order, len(labels), lambda: noise.orders(tokens))
     sequence = torch.zeros(len(labels), tokens, channels, device=device)
     if kept is not None:
         known = torch.zeros(tokens, dtype=torch.bool)
@@ -180,6 +184,17 @@ def prepare_start(
     each = [count for count, draws in zip(counts, _noise_draws(model, config)) for _ in range(draws)]
     normals = torch.cat([drawn.flatten() for drawn in noise.normals(each, channels)])
     return Start(labels, sequence, orders, queries, ranks, normals, len(positions))
+
+
+def generation_orders(model: FAR, order: str, batch: int, random: Callable[[], Tensor]) -> Tensor:
+    """Return permutations ``[batch, tokens]`` of the positions, of the kind ``order``; raster if causal.
+
+    ``random`` draws random permutations ``[batch, tokens]``. It is not called for raster orders.
+    """
+    if order == "raster" or not model.backbone.any_order:
+        return raster_orders(model.config.tokens, batch)
+    orders = random()
+    return halton_orders(*model.config.token_grid, orders[:, 0]) if order == "halton" else orders
 
 
 def _noise_draws(model: FAR, config: SamplingConfig) -> list[int]:

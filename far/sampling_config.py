@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from far.model import FAR
 
 
+# Options that only masked models take: every how many AR steps keys and values, and guidance, are recomputed.
+_REUSE = ("refresh_every", "guidance_every")
+
+
 def _option(default: Any, **metadata: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -86,7 +90,7 @@ class SamplingConfig:
             if (value := getattr(self, name)) != getattr(type(self), name):
                 kind = model.config.network.backbone.kind
                 raise InputError(f"{name} {value} does not apply to a model of kind {kind}. Omit {name}")
-        for name in FAST:
+        for name in _REUSE:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)} must be positive. 1 is exact")
         if self.guidance_passes not in (None, 1, 2):
@@ -133,7 +137,7 @@ class SamplingConfig:
 def unused_options(model: "FAR") -> tuple[str, ...]:
     """Return the names of the options that ``model`` does not take."""
     order = () if model.backbone.any_order else ("order",)
-    return (*order, *FAST) if model.backbone.exact_cache else order
+    return (*order, *_REUSE) if model.backbone.exact_cache else order
 
 
 def fast_options(model: "FAR") -> dict[str, int]:

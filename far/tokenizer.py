@@ -104,7 +104,8 @@ class Tokenizer(nn.Module):
         """
         height, width, stride = *images.shape[-2:], self.config.stride
         if height % stride or width % stride:
-            raise InputError(f"image of {height}×{width}: both sides must be multiples of stride {stride}")
+            unfit = f"images of {width}×{height} pixels do not divide by the autoencoder's stride {stride}"
+            raise InputError(f"{unfit}. Crop or resize them")
         moments = self._in_parts(lambda part: self.quant_conv(self.encoder(part)), images, height, width)
         if not self.config.spherical:
             return moments

@@ -47,7 +47,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | st
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and values, in hexadecimal."""
+    """Return the SHA-256 of names, dtypes, shapes and values of tensors on the CPU, in hexadecimal."""
     made = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         made.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

@@ -163,14 +163,8 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.branches[repository].setdefault(branch, self.hub.branches[repository]["main"])
             return _json({})
         if kind == "preupload":
-            return _json(
-                {
-                    "files": [
-                        {**file, "uploadMode": "lfs" if self.hub.storage else "regular", "shouldIgnore": False}
-                        for file in json.loads(body)["files"]
-                    ]
-                }
-            )
+            chosen = {"uploadMode": "lfs" if self.hub.storage else "regular", "shouldIgnore": False}
+            return _json({"files": [{**file, **chosen} for file in json.loads(body)["files"]]})
         lines = [json.loads(line) for line in body.splitlines()]
         self.hub.messages.append(lines[0]["value"]["summary"])
         files = {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines[1:]}

@@ -14,7 +14,7 @@ from torch import nn
 from far.autoencoder import AutoencoderConfig
 from far.backbone import BlockCausalConfig, CausalConfig, MaskedBackbone, MaskedConfig
 from far.benchmark import report
-from far.benchmark.cost import flop_counter, size, weights_read
+from far.benchmark.cost import flop_counter, weight_bytes, weights_read
 from far.benchmark.hardware import peak_memory, product_peak
 from far.benchmark.mar_plain import draw_plain
 from far.benchmark.results import Report, RowResult, measure, watched_seconds, whole_seconds
@@ -102,7 +102,7 @@ def test_segments_hold_whole_periods(ar_steps: int, refresh: int, guidance: int)
 @pytest.mark.skipif(no_int8() is not None, reason="this build of torch has no 8-bit matrix products")
 def test_eight_bit_weights_and_products_are_counted() -> None:
     layer = Int8Linear(torch.nn.Linear(96, 80))
-    assert size(torch.nn.Sequential(layer)) == 96 * 80 + 4 * 80 + 4 * 80
+    assert weight_bytes(torch.nn.Sequential(layer)) == 96 * 80 + 4 * 80 + 4 * 80
     with flop_counter() as counter:
         layer(torch.randn(3, 5, 96))
     assert counter.get_total_flops() == linear(15, 96, 80)
@@ -346,7 +346,8 @@ def test_weights_read_equal_those_of_the_passes(
         if "condition_embedding" in name or "guidance_embedding" in name:
             assert 16 <= counts[name] <= 32
             counts[name] = 16
-    expected = 16 * size(watched_model.backbone) + sum(counts[name] * size(part) for name, part in parts)
+    expected = 16 * weight_bytes(watched_model.backbone)
+    expected += sum(counts[name] * weight_bytes(part) for name, part in parts)
     assert weights_read(watched_model, Row("x", config, "float32")) == expected
 
 
@@ -354,13 +355,13 @@ def test_head_without_the_usual_network_is_read_as_a_whole_in_each_head_step() -
     watched_model = model("masked")
     watched_model.head = nn.Linear(3, 5)
     config = SamplingConfig(16, 2)
-    expected = 16 * size(watched_model.backbone) + 32 * size(watched_model.head)
+    expected = 16 * weight_bytes(watched_model.backbone) + 32 * weight_bytes(watched_model.head)
     assert weights_read(watched_model, Row("x", config, "float32")) == expected
 
 
 def test_size_is_in_bytes() -> None:
-    assert size(nn.Linear(3, 5)) == 4 * (15 + 5)
-    assert size(nn.Linear(3, 5, dtype=torch.bfloat16)) == 2 * (15 + 5)
+    assert weight_bytes(nn.Linear(3, 5)) == 4 * (15 + 5)
+    assert weight_bytes(nn.Linear(3, 5, dtype=torch.bfloat16)) == 2 * (15 + 5)
 
 
 def test_peak_memory_is_that_of_the_call_alone() -> None:
@@ -570,11 +571,12 @@ def test_rows_take_turns_after_a_warm_up(tiny: str, monkeypatch: pytest.MonkeyPa
         assert found.fastest == pytest.approx(operations / measured.peaks["float32"])
         pipeline = load_models(rows, "cpu")[tiny, "float32"]
         assert pipeline.autoencoder is not None
-        decoder = size(pipeline.autoencoder.decoder) + size(pipeline.autoencoder.post_quant_conv)
+        autoencoder = pipeline.autoencoder
+        decoder = weight_bytes(autoencoder.decoder) + weight_bytes(autoencoder.post_quant_conv)
         assert found.reading == pytest.approx(
             (weights_read(pipeline.model, found.row) + decoder) / measured.bandwidth
         )
-        assert found.weights == size(pipeline.model) + size(pipeline.autoencoder)
+        assert found.weights == weight_bytes(pipeline.model) + weight_bytes(pipeline.autoencoder)
 
 
 @pytest.mark.skipif(no_int8() is not None, reason="this build of torch has no 8-bit matrix products")

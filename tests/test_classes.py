@@ -90,15 +90,15 @@ def test_text_of_a_label_means_its_class_again() -> None:
 
 
 def test_different_class_names_are_reported_with_both_sides() -> None:
-    check_same_classes(["a", "b"], "one", ("a", "b"), "other", "nothing to do")
+    check_same_classes(["a", "b"], "one", ("a", "b"), "other", "Nothing to do")
     with pytest.raises(InputError) as error:
         check_same_classes(
-            ["a", "b", "c"], "set/train", ["a", "c", "z"], "run/latents", "run far cache again"
+            ["a", "b", "c"], "set/train", ["a", "c", "z"], "run/latents", "Run far cache again"
         )
     for part in ("'b'", "'c'", "set/train", "run/latents", "far cache"):
         assert part in str(error.value)
     with pytest.raises(InputError) as error:
-        check_same_classes(["a"], "set/train", ["a", "b"], "run/latents", "run far cache again")
+        check_same_classes(["a"], "set/train", ["a", "b"], "run/latents", "Run far cache again")
     for part in ("1", "2", "set/train", "run/latents"):
         assert part in str(error.value)
 
@@ -148,7 +148,7 @@ def test_unknown_word_names_the_nearest_of_many_classes(label: str, near: str) -
 
 def test_wordnet_ids_and_words_are_the_same_classes_of_imagenet() -> None:
     ids, words = list(imagenet_classes()), list(imagenet_classes().values())
-    check_same_classes(ids, "set", words, "model", "nothing to do")
+    check_same_classes(ids, "set", words, "model", "Nothing to do")
     assert unmatched_classes(ids[:10], words[:10]) == []
     with refused("class 1 ", "'goldfish'", "'n01440764'"):
-        check_same_classes(["n01440764", "goldfish"], "set", ["tench", "n01440764"], "model", "x")
+        check_same_classes(["n01440764", "goldfish"], "set", ["tench", "n01440764"], "model", "X")

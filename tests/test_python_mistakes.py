@@ -10,7 +10,7 @@ from PIL import Image
 
 import far
 from far.editing import box_mask, place
-from far.errors import InputError, NotFiniteError
+from far.errors import InputError, NotFiniteError, prefix_errors
 from far.pictures import to_uint8
 from far.pipeline import Pipeline
 
@@ -160,6 +160,11 @@ def test_values_that_are_not_finite_never_become_images(pipeline: Pipeline, valu
     ):
         with pytest.raises(NotFiniteError):
             call()
+
+
+def test_error_with_a_prefix_keeps_its_class() -> None:
+    with pytest.raises(NotFiniteError, match=r"^model: image 1$"), prefix_errors("model: "):
+        raise NotFiniteError("image 1")
 
 
 def test_one_value_of_one_image_is_found_and_named() -> None:

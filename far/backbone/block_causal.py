@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from far.backbone.backbone import Backbone
-from far.backbone.causal import CausalBlock, extended, initialize_branches, rotary_grid
+from far.backbone.causal import CausalBlock, extend_cache, initialize_branches, rotary_grid, with_input_noise
 from far.backbone.config import BlockCausalConfig
 from far.devices import to_device
 from far.layers import BlockCache, KeyValueCache, SwiGLU, as_input, attend, rotate, take
@@ -69,7 +69,7 @@ class BlockCausalBackbone(Backbone):
             copies = torch.arange(buffer, device=places.device).expand(len(places), -1)
             places = torch.cat([copies, places], dim=1)
         rotary = self._rotary_at(places).to(x.dtype)
-        mask, caches = extended(cache, x)
+        mask, caches = extend_cache(cache, x)
         for block in self.encoder_blocks:
             x = block(x, rotary, mask, next(caches))
         memory = self.encoder_norm(x)
@@ -103,9 +103,7 @@ class BlockCausalBackbone(Backbone):
         orders = torch.rand(len(tokens), self.tokens, generator=generator).argsort(dim=1)
         raster = torch.rand(len(tokens), 1, generator=generator) < self.config.raster_fraction
         orders = to_device(torch.where(raster, torch.arange(self.tokens), orders), tokens.device)
-        if self.config.input_noise > 0:
-            noise = to_device(torch.randn(tokens.shape, generator=generator), tokens.device)
-            tokens = tokens + self.config.input_noise * noise
+        tokens = with_input_noise(tokens, self.config.input_noise, generator)
         return tokens, orders[:, :-1], orders
 
     def new_cache(self, rows: int) -> KeyValueCache:

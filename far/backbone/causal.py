@@ -75,7 +75,7 @@ class CausalBackbone(Backbone):
             prefix = self.class_embedding(labels).unsqueeze(1) + self.class_positions
             x = torch.cat([prefix, x.to(prefix.dtype)], dim=1)
         rotary = self.rotary[:, start:end].to(x.dtype)
-        mask, caches = extended(cache, x)
+        mask, caches = extend_cache(cache, x)
         for block in self.blocks:
             x = block(x, rotary, mask, next(caches))
         return self.norm(take(x, query + buffer - 1 - start))
@@ -83,9 +83,7 @@ class CausalBackbone(Backbone):
     def training_inputs(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Return inputs for teacher forcing: one pass predicts every token from those before it."""
         positions = torch.arange(self.tokens, device=tokens.device).expand(len(tokens), -1)
-        if self.config.input_noise > 0:
-            noise = to_device(torch.randn(tokens.shape, generator=generator), tokens.device)
-            tokens = tokens + self.config.input_noise * noise
+        tokens = with_input_noise(tokens, self.config.input_noise, generator)
         return tokens, positions[:, :-1], positions
 
     def new_cache(self, rows: int) -> KeyValueCache:
@@ -95,7 +93,14 @@ class CausalBackbone(Backbone):
         return KeyValueCache(config.depth, rows, config.heads, positions, head_width, self.norm.weight)
 
 
-def extended(cache: KeyValueCache | None, x: Tensor) -> tuple[Tensor | None, Iterator[BlockCache | None]]:
+def with_input_noise(tokens: Tensor, std: float, generator: torch.Generator) -> Tensor:
+    """Return tokens with Gaussian noise of a standard deviation. If it is 0, nothing is drawn."""
+    if std == 0:
+        return tokens
+    return tokens + std * to_device(torch.randn(tokens.shape, generator=generator), tokens.device)
+
+
+def extend_cache(cache: KeyValueCache | None, x: Tensor) -> tuple[Tensor | None, Iterator[BlockCache | None]]:
     """Let a cache append the positions of ``x [b, m, width]``. Return their mask and each block's part."""
     mask = None
     if cache is not None:

@@ -48,8 +48,7 @@ class MaskedConfig:
                 raise InputError(f"{part}_width {width} must be a positive multiple of {part}_heads {heads}")
             check_count(f"{part}_depth", getattr(self, f"{part}_depth"), 2**10)
         check_count("buffer", self.buffer)
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout {self.dropout} must be at least 0 and below 1")
+        _check_fractions(self.dropout)
         if not 0 <= self.mask_ratio_min < 1 or self.mask_ratio_std <= 0:
             least, std = self.mask_ratio_min, self.mask_ratio_std
             raise InputError(f"mask_ratio_min {least} must be in [0, 1), and mask_ratio_std {std} positive")
@@ -90,10 +89,7 @@ class CausalConfig:
             raise InputError(f"width {width} / heads {heads} must be a multiple of {pair} ({positions})")
         check_count("depth", self.depth, 2**10)
         check_count("buffer", self.buffer)
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout {self.dropout} must be at least 0 and below 1")
-        if not 0 <= self.input_noise < math.inf:
-            raise InputError(f"input_noise {self.input_noise} must be a number of at least 0")
+        _check_fractions(self.dropout, self.input_noise)
 
     @property
     def hidden_width(self) -> int:
@@ -138,15 +134,20 @@ class BlockCausalConfig:
         check_count("buffer", self.buffer)
         if not 0 <= self.raster_fraction <= 1:
             raise InputError(f"raster_fraction {self.raster_fraction} must be within 0 … 1")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout {self.dropout} must be at least 0 and below 1")
-        if not 0 <= self.input_noise < math.inf:
-            raise InputError(f"input_noise {self.input_noise} must be a number of at least 0")
+        _check_fractions(self.dropout, self.input_noise)
 
     @property
     def hidden_width(self) -> int:
         """Hidden width of the feed-forward part."""
         return _hidden_width(self.width)
+
+
+def _check_fractions(dropout: float, input_noise: float = 0.0) -> None:
+    """Raise an :class:`InputError` if dropout is not within [0, 1), or the noise is negative or infinite."""
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout {dropout} must be at least 0 and below 1")
+    if not 0 <= input_noise < math.inf:
+        raise InputError(f"input_noise {input_noise} must be a number of at least 0")
 
 
 def _hidden_width(width: int) -> int:

@@ -26,7 +26,7 @@ class MaskedBackbone(Backbone):
 
     def __init__(self, config: MaskedConfig, tokens: int, channels: int, classes: int) -> None:
         super().__init__()
-        self.config, self.tokens, self.classes = config, tokens, classes
+        self.config, self.tokens = config, tokens
         encoder, decoder = config.encoder_width, config.decoder_width
         self.class_embedding = nn.Embedding(classes + 1, encoder)
         self.token_projection = nn.Linear(channels, encoder)

@@ -34,7 +34,7 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
-def size(module: nn.Module) -> int:
+def weight_bytes(module: nn.Module) -> int:
     """Return the bytes of a module's weights."""
     integers = sum(part.nbytes for part in module.modules() if isinstance(part, Int8Linear))
     return integers + sum(tensor.nbytes for tensor in itertools.chain(module.parameters(), module.buffers()))
@@ -53,18 +53,18 @@ def weights_read(model: FAR, row: Row) -> int:
     if isinstance(network, HeadNetwork):
         for name, part in network.named_modules():
             if (kind := name.rpartition(".")[2]) in parts:
-                parts[kind] += size(part)
+                parts[kind] += weight_bytes(part)
     times, condition, modulations = parts.values()
     # Besides its network, a head has at most an embedding of guidance.
-    guidance = size(model.head) - size(network)
+    guidance = weight_bytes(model.head) - weight_bytes(network)
     steps = [row.sampling.head_steps_at(step) for step in range(row.sampling.ar_steps)]
     twice = isinstance(model.head, FlowHead) and model.head.config.solver == "heun"
     evaluations = [2 * count if twice else count for count in steps]
     readings = [math.ceil(n / together) for n, together in zip(evaluations, _modulated_together(model, row))]
     return (
-        len(steps) * (size(model.backbone) + condition + guidance)
+        len(steps) * (weight_bytes(model.backbone) + condition + guidance)
         + len(set(steps)) * times
-        + sum(evaluations) * (size(network) - times - condition - modulations)
+        + sum(evaluations) * (weight_bytes(network) - times - condition - modulations)
         + sum(readings) * modulations
     )
 

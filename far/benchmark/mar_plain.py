@@ -25,8 +25,6 @@ from far.sampling import SamplingConfig
 from far.seeds import seeded_generator
 from far.tokens import cosine_token_counts, random_orders
 
-HEAD_STEPS = 100
-
 
 class PlainMar:
     """A masked model with a diffusion head, computed as in MAR's code.

@@ -162,12 +162,10 @@ def _row_record(result: RowResult, report: Report) -> dict[str, Any]:
 
 def plot(report: Report, path: Path) -> None:
     """Write a PNG of each row's seconds per image as a bar, stacked by part. Needs matplotlib."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panel = plt.subplots(figsize=(9, 1 + 0.6 * len(report.results)))
+    figure = Figure(figsize=(9, 1 + 0.6 * len(report.results)))
+    panel = figure.subplots()
     for place, result in enumerate(report.results):
         total, end = statistics.median(result.image_seconds), 0.0
         for part, color in zip(PARTS, _COLORS):
@@ -186,4 +184,3 @@ def plot(report: Report, path: Path) -> None:
     figure.tight_layout()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)

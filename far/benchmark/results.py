@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from far.benchmark.cost import flop_counter, size, weights_read
+from far.benchmark.cost import flop_counter, weight_bytes, weights_read
 from far.benchmark.hardware import peak_device_memory, peak_memory, product_peak, read_bandwidth
 from far.benchmark.mar_plain import draw_plain, generate_plain
 from far.benchmark.rows import SEED, Row, load_models, select_decoder
@@ -174,11 +174,12 @@ def _first_run(pipeline: Pipeline, row: Row, full: bool, report: Report) -> RowR
     """Warm up a row and return all of its result but the time."""
     autocast = torch.float16 if row.plain and pipeline.device.type == "cuda" else None
     speeds = {part: _peak_of(pipeline.model, report, autocast) for part in PARTS}
-    weights, read = size(pipeline.model), weights_read(pipeline.model, row)
+    weights, read = weight_bytes(pipeline.model), weights_read(pipeline.model, row)
     if (autoencoder := pipeline.autoencoder) is not None:
         speeds["autoencoder"] = _peak_of(autoencoder, report, autocast)
-        weights += size(autoencoder)
-        read += size(autoencoder.decoder_network(row.decoder)) + size(autoencoder.post_quant_conv)
+        weights += weight_bytes(autoencoder)
+        read += weight_bytes(autoencoder.decoder_network(row.decoder))
+        read += weight_bytes(autoencoder.post_quant_conv)
     # An exact cache would catch up with many skipped tokens in one pass, which takes too much memory.
     exact = pipeline.model.backbone.exact_cache
     plan = segments(row.sampling, full=full or exact)

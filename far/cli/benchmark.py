@@ -24,7 +24,7 @@ from far.cli.machine_arguments import add_machine_arguments, prepare_machine, pr
 from far.cli.sampling_arguments import add_sampling_arguments, sampling_options
 from far.devices import device_title
 from far.errors import InputError
-from far.files import check_writable, write_json
+from far.files import check_suffix, check_writable, write_json
 from far.precision import DTYPES
 
 if TYPE_CHECKING:
@@ -84,8 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.rounds is not None and arguments.rounds < 1:
         raise InputError(f"--rounds {arguments.rounds} must be positive")
-    if arguments.plot is not None and arguments.plot.suffix.lower() != ".png":
-        raise InputError(f"--plot {arguments.plot} is not a PNG. Give a name that ends in .png")
+    check_suffix("--plot", arguments.plot, ".png")
     if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib, which is not installed: pip install matplotlib")
     if arguments.models is None:

@@ -4,7 +4,6 @@ torchrun --nproc-per-node N -m far cache … shares the images among processes, 
 """
 
 import argparse
-from collections import Counter
 from pathlib import Path
 
 from far.cli.machine_arguments import add_machine_arguments, print_chosen, with_machine
@@ -27,7 +26,8 @@ def run(arguments: argparse.Namespace) -> None:
     from far.data.latents import write_latents
     from far.folder import load_autoencoder
 
-    autoencoder = load_autoencoder(recipe.autoencoder_folder, device="cpu")
+    folder = recipe.autoencoder_folder
+    autoencoder = load_autoencoder(folder, device="cpu")
     with joined() as processes:
         device = processes.device(loop.device)
         if processes.rank == 0:
@@ -37,5 +37,5 @@ def run(arguments: argparse.Namespace) -> None:
         left_out = write_latents(images, autoencoder, latents, device=device, processes=processes, flip=flip)
         if processes.rank == 0:
             variants = "both flips" if flip else "not flipped"
-            end = f"; left out: {describe(Counter(left_out))}" if left_out else ""
-            print(f"{recipe.latents_folder}: moments of {recipe.autoencoder_folder}, {variants}{end}")
+            end = f"; left out: {describe(left_out)}" if left_out else ""
+            print(f"{latents}: moments of {folder}, {variants}{end}")

@@ -81,9 +81,15 @@ def run(arguments: argparse.Namespace) -> None:
 
         from far.data.packing import Preparation, write_images
 
-        options = (arguments.held_out_share, arguments.strict, arguments.keep_colors)
-        storing = (not arguments.no_copy, not arguments.resize_only)
-        summary = write_images(source, arguments.out, Preparation(arguments.size, *options, *storing))
+        preparation = Preparation(
+            arguments.size,
+            held_out_share=arguments.held_out_share,
+            strict=arguments.strict,
+            keep_colors=arguments.keep_colors,
+            copy=not arguments.no_copy,
+            crop=not arguments.resize_only,
+        )
+        summary = write_images(source, arguments.out, preparation)
     elif arguments.source == "fashion-mnist":
         check_exists(arguments.files, "Give a folder with the four .gz files of Fashion-MNIST")
 

@@ -22,7 +22,7 @@ from far.cli.sampling_arguments import sampling_options
 from far.config import check_count, check_seed
 from far.devices import device_title
 from far.errors import InputError
-from far.files import check_exists, check_writable
+from far.files import check_exists, check_suffix, check_writable
 from far.names import find_folder
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     check_seed("--seed", arguments.seed)
     check_count("--count", arguments.count, _MOST_VERSIONS)
-    if arguments.out.suffix.lower() != ".png":
-        raise InputError(f"--out {arguments.out} is not a PNG. Give a name that ends in .png")
+    check_suffix("--out", arguments.out, ".png")
     check_exists(arguments.image, "Give an image, such as far generate --out FOLDER writes")
     check_exists(arguments.mask, "Give an image of the same size, or use --redraw, --keep or --place")
     check_writable(arguments.out)
@@ -123,8 +122,8 @@ def _image_and_mask(arguments: argparse.Namespace, size: tuple[int, int]) -> tup
         return fitted, 1 - box_mask(size, tuple(arguments.keep)).float()
     painted = decode_image(arguments.mask, "black")  # unpainted regions are kept
     if painted.size != picture.size:
-        ours = f"{arguments.image} {picture.height}×{picture.width}. Give a mask of the image's size"
-        raise InputError(f"{arguments.mask} has {painted.height}×{painted.width} pixels and {ours}")
+        ours = f"{arguments.image} {picture.width}×{picture.height}. Give a mask of the image's size"
+        raise InputError(f"{arguments.mask} has {painted.width}×{painted.height} pixels and {ours}")
     return fitted, _fitted_mask(to_tensor(painted).mean(dim=0), size)
 
 
@@ -148,6 +147,6 @@ def _fit(picture: Image.Image, size: tuple[int, int], path: Path) -> Image.Image
     if picture.size == (width, height):
         return picture
     if picture.width < width or picture.height < height:
-        ours = f"the model's images {height}×{width}. Resize it, or give --place LEFT TOP to draw around it"
-        raise InputError(f"{path} has {picture.height}×{picture.width} pixels and {ours}")
+        ours = f"the model's images {width}×{height}. Resize it, or give --place LEFT TOP to draw around it"
+        raise InputError(f"{path} has {picture.width}×{picture.height} pixels and {ours}")
     return center_crop(picture, size)

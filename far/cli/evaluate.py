@@ -12,13 +12,13 @@ them. The same command continues an interrupted generation, and several processe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import platform
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,12 +28,12 @@ from far.classes import unmatched_classes
 from far.cli.machine_arguments import add_machine_arguments, prepare_machine, print_chosen
 from far.cli.model_arguments import NAMES, add_decoder_argument, add_graph_arguments, check_applies
 from far.cli.sampling_arguments import MOST_IMAGES, add_sampling_arguments, sampling_options
-from far.config import check_seed
+from far.config import check_count, check_seed
 from far.data.listing import describe
 from far.devices import device_title
 from far.diffusers_config import PREFIX
 from far.errors import InputError
-from far.files import check_exists, check_writable, printable, write_json
+from far.files import check_exists, check_suffix, check_writable, printable, write_json
 from far.names import find_folder
 from far.notices import noticed
 from far.precision import DTYPES
@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class EvaluatedImages:
     """Images to evaluate, opened and checked.
 
     ``size`` is (height, width) in pixels. ``described`` goes into ``result.json``. ``extract`` computes
@@ -123,7 +123,8 @@ def run(arguments: argparse.Namespace) -> None:
             source = _open_images(arguments, extractor, cache, device)
         else:
             source = _open_model(arguments, extractor, device)
-    with joined() as processes, processes.alone_in(arguments.out):
+    written = arguments.reference is not None or source.parts is not None
+    with joined() as processes, processes.alone_in(arguments.out) if written else contextlib.nullcontext():
         with torch.no_grad():
             reference = None
             if arguments.reference and processes.rank == 0:
@@ -168,12 +169,10 @@ def _check(arguments: argparse.Namespace) -> None:
     check_seed("--seed", arguments.seed)
     if arguments.weights is not None and arguments.seed >= 2**63 // _IMAGE_SEEDS:
         raise InputError(f"--seed {arguments.seed} is too large. Give a number below 2³¹")
-    if arguments.batch_size < 1:
-        raise InputError(f"--batch-size {arguments.batch_size} must be positive")
+    check_count("--batch-size", arguments.batch_size, 2**40)
     outputs = {"--save-npz": arguments.save_npz, "--save-statistics": arguments.save_statistics}
     for option, path in outputs.items():
-        if path is not None and path.suffix != ".npz":
-            raise InputError(f"{option} {path} is not an .npz. Give a name that ends in .npz")
+        check_suffix(option, path, ".npz")
     _check_apart({"--npz": arguments.npz, "--reference": arguments.reference, **outputs}, outputs)
     check_exists(arguments.images, "Give a folder of images, or an image set of far data")
     check_exists(arguments.npz, "far generate --out FILE.npz writes one")
@@ -196,7 +195,7 @@ def _check_apart(files: Mapping[str, Path | None], outputs: Collection[str]) -> 
 
 def _open_images(
     arguments: argparse.Namespace, extractor: Extractor, cache: Path, device: torch.device
-) -> Source:
+) -> EvaluatedImages:
     from far.evaluation.images import open_images
     from far.evaluation.references import features_of
 
@@ -209,7 +208,7 @@ def _open_images(
     if arguments.autoencoder is not None:
         return _open_reconstructions(arguments, source, described, extractor, device)
     extract = functools.partial(features_of, source, extractor, cache, count=count)
-    return Source(count, source.size, described, extract, classes=source.classes)
+    return EvaluatedImages(count, source.size, described, extract, classes=source.classes)
 
 
 def _open_reconstructions(
@@ -218,7 +217,7 @@ def _open_reconstructions(
     described: dict[str, Any],
     extractor: Extractor,
     device: torch.device,
-) -> Source:
+) -> EvaluatedImages:
     from far.evaluation.reconstructions import reconstruction_features, reconstructions_folder, similarity
     from far.folder import load_autoencoder
     from far.weights import digest
@@ -231,10 +230,10 @@ def _open_reconstructions(
     autoencoder.to(device)
     extract = functools.partial(reconstruction_features, parts, images, count, autoencoder, extractor)
     similar = functools.partial(similarity, parts, images, count)
-    return Source(count, images.size, described, extract, parts, images.classes, similar)
+    return EvaluatedImages(count, images.size, described, extract, parts, images.classes, similar)
 
 
-def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: torch.device) -> Source:
+def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: torch.device) -> EvaluatedImages:
     import torch
 
     from far.evaluation.extraction import part_ranges, read_part, read_parts
@@ -255,7 +254,7 @@ def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: tor
     sampling.check(pipeline.model)
     check_class_balance(count, len(pipeline.classes))
     generation = Generation(
-        arguments.weights, sampling, arguments.seed * _IMAGE_SEEDS, arguments.dtype, arguments.compile,
+        arguments.weights, sampling, arguments.seed * _IMAGE_SEEDS, pipeline.dtype, arguments.compile,
         arguments.decoder,
     )  # fmt: skip
     keep = arguments.save_npz is not None
@@ -282,11 +281,11 @@ def _open_model(arguments: argparse.Namespace, extractor: Extractor, device: tor
         "processes": processes.count, "device": device_title(device) if processes.count == 1 else device.type,
     }  # fmt: skip
     size = None if pipeline.autoencoder is None else pipeline.image_size
-    return Source(count, size, described, extract, parts, pipeline.classes)
+    return EvaluatedImages(count, size, described, extract, parts, pipeline.classes)
 
 
 def _compare(
-    source: Source, features: torch.Tensor, reference: Reference, extractor: Extractor, seed: int
+    source: EvaluatedImages, features: torch.Tensor, reference: Reference, extractor: Extractor, seed: int
 ) -> dict[str, Any]:
     """Compare images with the reference, print warnings, and return the entries of ``result.json``."""
     from far.evaluation.report import report
@@ -307,7 +306,7 @@ def _compare(
     }  # fmt: skip
 
 
-def _differences(source: Source, reference: Reference) -> Iterator[str]:
+def _differences(source: EvaluatedImages, reference: Reference) -> Iterator[str]:
     """Yield one warning per difference between the sides that raises the distance but is not the model's."""
     if reference.size is not None and source.size is not None and reference.size != source.size:
         sizes = " and ".join(f"{width}×{height}" for height, width in (source.size, reference.size))
@@ -338,4 +337,4 @@ def _write(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
 
 def _left_out(folder: object, counts: Mapping[str, int] | None) -> str:
     """Return the end of a line that counts the files of a folder that are not images."""
-    return f", without {describe(Counter(counts))} in {folder}" if counts else ""
+    return f", without {describe(counts)} in {folder}" if counts else ""

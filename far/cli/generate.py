@@ -30,7 +30,7 @@ from far.cli.sampling_arguments import MOST_IMAGES, sampling_options
 from far.config import check_count, check_seed
 from far.devices import device_title
 from far.errors import InputError
-from far.files import check_writable, files_together
+from far.files import check_suffix, check_writable, files_together
 from far.names import find_folder
 from far.notices import noticed
 from far.sampling_config import SamplingConfig, fast_options
@@ -129,8 +129,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> list[Path]:
     """Check all arguments that need no model, and return the images of an earlier run to replace."""
-    if arguments.batch_size < 1:
-        raise InputError(f"--batch-size {arguments.batch_size} must be positive")
+    check_count("--batch-size", arguments.batch_size, 2**40)
     check_seed("--seed", arguments.seed)
     if arguments.count is not None:
         check_count("--count", arguments.count, MOST_IMAGES)
@@ -139,9 +138,8 @@ def _check(arguments: argparse.Namespace) -> list[Path]:
     filled = _is_folder(arguments.out) and arguments.out.exists()
     earlier = _earlier_images(arguments.out, arguments.overwrite) if filled else []
     check_writable(arguments.out / "000000.png" if filled else arguments.out)
+    check_suffix("--gif", arguments.gif, ".gif")
     if arguments.gif is not None:
-        if arguments.gif.suffix.lower() != ".gif":
-            raise InputError(f"--gif {arguments.gif} is not a GIF. Give a name that ends in .gif")
         check_writable(arguments.gif)
     return earlier
 

@@ -40,9 +40,8 @@ def open_source(place: str, label: str | None = None) -> Source:
     if folder.is_dir():
         source = _open_folder(place, folder, label)
     else:
-        paths = _matches(place)
-        parents = [path.absolute().parent for path in paths]
-        source = _open_files(place, Path(os.path.commonpath(parents)), paths, label)
+        paths = [path.absolute() for path in _matches(place)]
+        source = _open_files(place, Path(os.path.commonpath([path.parent for path in paths])), paths, label)
     if label is not None and (source.walked or source.classes == [UNLABELED]):
         raise InputError(f"{place} has no labels named {label!r}. Leave out --label, or give another name")
     return dataclasses.replace(source, label=label)

@@ -1,21 +1,20 @@
 """Read an image set (``train/`` and ``held-out/`` shards of uint8 images) as tensors for the networks."""
 
 import dataclasses
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from far.classes import check_same_classes
+from far.classes import check_same_classes, shown_names
+from far.data.images import sides
 from far.data.listing import describe
 from far.data.shards import INDEX, ShardReader
 from far.errors import InputError
 from far.files import is_plain, json_digest
 
 PARTS = ("held-out", "train")  # in the order of writing
-_MOST_NAMES = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +36,10 @@ class Summary:
 
     def __str__(self) -> str:
         """Return everything except the hints in one line."""
-        names = ", ".join(self.classes[:_MOST_NAMES]) + (", …" if len(self.classes) > _MOST_NAMES else "")
-        classes = f"{len(self.classes)} {'class' if len(self.classes) == 1 else 'classes'} ({names})"
+        kinds = "class" if len(self.classes) == 1 else "classes"
+        classes = f"{len(self.classes)} {kinds} ({shown_names(self.classes)})"
         start = "already complete: " if self.already_complete else ""
-        end = f"; left out: {describe(Counter(self.left_out))}" if self.left_out else ""
+        end = f"; left out: {describe(self.left_out)}" if self.left_out else ""
         return f"{start}{self.train} train, {self.held_out} held-out, {classes}{end}"
 
 
@@ -90,18 +89,12 @@ def open_held_out(data: Path, train: ShardReader) -> ShardReader:
     if len(held_out) < 2:
         few = f"{held_out.folder} has {len(held_out)} image, but distances need two or more"
         raise InputError(f"{few}. Make the image set again with more held-out images")
-    sides = (train.meta["classes"], str(train.folder), held_out.meta["classes"], str(held_out.folder))
-    check_same_classes(*sides, "Make the image set again")
+    compared = (train.meta["classes"], str(train.folder), held_out.meta["classes"], str(held_out.folder))
+    check_same_classes(*compared, "Make the image set again")
     if train.meta["size"] != held_out.meta["size"]:
         sizes = f"{train.meta['size']} in {train.folder} and {held_out.meta['size']} in {held_out.folder}"
         raise InputError(f"Images have sizes of {sizes}. Make the image set again")
     return held_out
-
-
-def sides(size: int | Sequence[int]) -> tuple[int, int]:
-    """Return (height, width) of images, given a side of squares or both."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
 
 
 def check_meta(reader: ShardReader, **kinds: type) -> None:

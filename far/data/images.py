@@ -1,7 +1,7 @@
 """Decode image files (PNG, JPEG, WebP) into RGB arrays of one size."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TypeVar
@@ -29,6 +29,12 @@ _one_at_a_time = threading.Lock()
 T = TypeVar("T")
 # Side of a square, or (height, width), in pixels.
 Size = int | tuple[int, int]
+
+
+def sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Return (height, width) of images, given a side of squares or both."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 class OtherFormat(InputError):
@@ -82,12 +88,20 @@ def prepare_image(
     keep_colors: bool = False,
     crop: bool = True,
 ) -> tuple[np.ndarray, bool]:
-    """Return the pixels of :func:`read_image`, and whether an unusable color profile was ignored.
+    """Return the pixels ``[height, width, 3]`` uint8 of an image file, scaled to a size.
+
+    Also return whether an unusable color profile was ignored.
 
     Args:
         open_file: opens the file of the image. Its errors become :class:`InputError`.
         title: the image's name in messages.
+        size: side of a square, or (height, width), in pixels.
+        keep_colors: ignore color profiles instead of converting to sRGB.
         crop: crop the center. Otherwise the whole image is scaled to the size, whatever its proportions.
+
+    Raises:
+        OtherFormat: the file is not PNG, JPEG or WebP, whatever its name.
+        InputError: the image cannot be decoded, is too large, or is too thin.
     """
 
     def make(picture: Image.Image) -> tuple[np.ndarray, bool]:
@@ -112,7 +126,7 @@ def center_crop(picture: Image.Image, size: Size) -> Image.Image:
 
     The image is halved by averaging while it stays as large as the size, then scaled bicubically.
     """
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = sides(size)
     picture = _halved(picture, height, width)
     scale = max(width / picture.width, height / picture.height)
     scaled = round(picture.width * scale), round(picture.height * scale)
@@ -123,7 +137,7 @@ def center_crop(picture: Image.Image, size: Size) -> Image.Image:
 
 def stretch(picture: Image.Image, size: Size) -> Image.Image:
     """Return the whole image scaled to the size, as :func:`center_crop` scales, but without cropping."""
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = sides(size)
     return _halved(picture, height, width).resize((width, height), Image.Resampling.BICUBIC)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from far.classes import check_same_classes
-from far.data.image_sets import check_labels, check_meta, fingerprint, sides
+from far.data.image_sets import check_labels, check_meta, fingerprint
+from far.data.images import sides
 from far.data.shards import Piece, Pieces, ShardReader, ShardWriter
 from far.data.training_images import open_training_images, read_ahead
 from far.devices import resolve_device, to_device
@@ -40,7 +41,7 @@ def write_latents(
 
     Return the numbers of images that are left out, by reason. An image set made with ``--no-copy`` has its
     images in their source, where broken ones can still be found. The others are decoded while those before
-    them are encoded.
+    them are encoded. The ``autoencoder`` is moved to ``device``.
 
     Rows hold ``moments [2, 2c, h, w]`` float16 (of the image and its mirror image) and ``labels`` int64.
     Without ``flip`` they hold ``[1, 2c, h, w]``, in half of the time and space. A tokenizer without variance

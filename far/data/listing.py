@@ -3,6 +3,7 @@
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from far.errors import InputError
@@ -92,7 +93,7 @@ def images_within(folder: Path, left_out: Counter[str]) -> list[Path]:
     return sorted(found)
 
 
-def describe(left_out: Counter[str]) -> str:
+def describe(left_out: Mapping[str, int]) -> str:
     """Return counts by reason in one line, largest first, rare ones combined: ``"20 .tif, 12 hidden"``."""
     ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     rare = sum(count for _, count in ordered[_MOST_REASONS:])

@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 from far.data.image_folders import few_images
-from far.data.image_sets import PARTS, Summary, sides
-from far.data.images import Size, prepare_image, skip_reason
+from far.data.image_sets import PARTS, Summary
+from far.data.images import Size, prepare_image, sides, skip_reason
 from far.data.listing import describe
 from far.data.records import Record
 from far.data.shards import ShardWriter
@@ -34,7 +34,7 @@ _SHARE = 0.05
 # Names of parts of data sets, which are rarely classes.
 _PART_NAMES = {*TRAIN, *HELD_OUT, *PARTS}
 
-Found = tuple[np.ndarray, bool] | InputError  # pixels, and whether a color profile was ignored
+Decoded = tuple[np.ndarray, bool] | InputError  # pixels, and whether a color profile was ignored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,7 +334,7 @@ def report_skipped(error: InputError) -> None:
     tqdm.write(f"skipped: {printable(str(error))}", file=sys.stderr)
 
 
-def _try_read(source: Source, preparation: Preparation, number: int) -> Found:
+def _try_read(source: Source, preparation: Preparation, number: int) -> Decoded:
     record = source.records[number]
     try:
         return prepare_image(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from far.data.detection import open_source
-from far.data.image_sets import check_labels, check_meta, open_image_set, open_training_index, scaled, sides
-from far.data.images import prepare_image, skip_reason
+from far.data.image_sets import check_labels, check_meta, open_image_set, open_training_index, scaled
+from far.data.images import prepare_image, sides, skip_reason
 from far.data.packing import report_skipped
 from far.data.shards import ShardReader
 from far.data.sources import Source

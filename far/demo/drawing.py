@@ -13,7 +13,6 @@ from far.editing import blend_kept, paste_kept
 from far.errors import InputError
 from far.pictures import drawing_settings
 from far.pipeline import Pipeline
-from far.precision import resolve_dtype
 from far.sampling import Kept, Progress, SamplingConfig
 from far.tokenizer import decoder_setting
 
@@ -61,7 +60,7 @@ def load_models(
     for name in dict.fromkeys(names):
         pipeline = Pipeline.from_pretrained(name, dtype=dtype, device=device, **options)
         pipeline.preview(next(pipeline.stream([0], [0])))
-        models.append(Model(name, pipeline, resolve_dtype(dtype, device)))
+        models.append(Model(name, pipeline, pipeline.dtype))
     return models
 
 

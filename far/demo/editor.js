@@ -5,8 +5,11 @@ let adding = null; // while the pointer is down: whether its stroke marks or unm
 
 const set = changes => { props.value = { ...props.value, ...changes }; };
 // A drawing that was stopped gives way to the picture that it started from.
-const setMarked = marked =>
-  set({ marked, drawn: false, picture: props.value.whole || props.value.picture });
+const setMarked = marked => {
+  const { picture, whole, status } = props.value;
+  const stopped = whole && whole !== picture;
+  set({ marked, drawn: false, picture: stopped ? whole : picture, status: stopped ? "" : status });
+};
 const tokenAt = (x, y) => {
   const token = document.elementFromPoint(x, y)?.closest("[data-token]");
   return token && element.contains(token) ? token : null;

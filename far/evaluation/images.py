@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from far.data.image_sets import open_image_set, sides
-from far.data.images import decode_image
+from far.data.image_sets import open_image_set
+from far.data.images import decode_image, sides
 from far.data.listing import SUFFIXES, class_folders, describe, images_in, images_within
 from far.data.shards import INDEX
 from far.errors import InputError

@@ -217,6 +217,10 @@ class Overlap:
     coverage: float
 
 
+# Fewest generated and real images: one more than the neighbors of a ball.
+LEAST_IMAGES, LEAST_REFERENCES = 4, 6
+
+
 class Neighborhoods:
     """Balls around real images, with features ``[m, d]``, to the k-th nearest neighbor among them.
 

@@ -9,12 +9,10 @@ from torch import Tensor
 from far.errors import InputError
 from far.evaluation import metrics
 from far.evaluation.features import FID_NETWORK, Extractor
-from far.evaluation.metrics import FeatureStatistics, Overlap
+from far.evaluation.metrics import LEAST_IMAGES, LEAST_REFERENCES, FeatureStatistics, Overlap
 from far.evaluation.references import Reference
 from far.seeds import seeded_generator
 
-# Smallest number of images per side: one more than the neighbors of a neighborhood.
-_LEAST, _LEAST_REFERENCE = 4, 6
 # Published scores have 10 splits of 50,000 images. Here 10,000 images have 10 splits, fewer have one.
 _SPLITS, _SPLIT_IMAGES = 10, 1000
 _CONTROLS = 100
@@ -89,9 +87,10 @@ def check_counts(count: int, reference: Reference) -> None:
     if reference.features is None:
         if count < 2:
             raise InputError(f"A Fréchet distance needs two images or more, got {count}. Give more images")
-    elif count < _LEAST or len(reference.features) < _LEAST_REFERENCE:
+    elif count < LEAST_IMAGES or len(reference.features) < LEAST_REFERENCES:
         few = f"{count} images and {len(reference.features)} of the reference are too few"
-        raise InputError(f"{few}. Give at least {_LEAST} images and {_LEAST_REFERENCE} of the reference")
+        least = f"{LEAST_IMAGES} images and {LEAST_REFERENCES} of the reference"
+        raise InputError(f"{few}. Give at least {least}")
 
 
 def _biases(name: str, features: Tensor, reference: Reference, seed: int) -> dict[str, float]:

@@ -72,9 +72,10 @@ class DiffusionHead(Head):
         """
         bounds = flow_times()
         t = t.clamp(float(bounds[-1]), float(bounds[0]))
-        step, t = diffusion_times(t, flow_times(t.device, t.dtype)), t.unsqueeze(-1)
+        time = diffusion_times(t, flow_times(t.device, t.dtype))
+        t = t.unsqueeze(-1)
         noisy = x / (t.square() + (1 - t).square()).sqrt()
-        epsilon = condition.guide(lambda z: self.network(noisy, z, step).to(x.dtype).chunk(2, dim=-1)[0])
+        epsilon = condition.guide(lambda z: self.network(noisy, z, time).to(x.dtype).chunk(2, dim=-1)[0])
         token = _clipped((x - (1 - t) * epsilon) / t, self.config.token_limit)
         return (token - x) / (1 - t)
 

@@ -80,29 +80,31 @@ class FlowMapHead(Head):
         assert isinstance(teacher, FlowMapHead)
         mean_flow = self.config.objective == "mean_flow"
         samples = self.config.samples_per_token
-        off = max(1, round(OFF_DIAGONAL * samples)) if step >= self.config.flow_steps else 0
-        noise, s, t = draw_noise_and_times(x, samples, off, generator)
+        # The first samples of each token jump from s to a later t, the others stay on the diagonal, s = t.
+        jumps = max(1, round(OFF_DIAGONAL * samples)) if step >= self.config.flow_steps else 0
+        noise, s, t = draw_noise_and_times(x, samples, jumps, generator)
         z, uncond = condition.z, condition.uncond
         scale = draw_scales(s, 0 if uncond is None else len(uncond), self.max_guidance, generator)
         field = GuidedField(teacher, z.detach(), uncond, scale)
         point = interpolate(noise, x, s)
         velocity = x - noise + field.shift(point, s)
-        predicted = self.mean_velocity(point[off:], s[off:], s[off:], z, scale[off:])
-        flow = (predicted - velocity[off:]).square().mean(dim=-1)
+        predicted = self.mean_velocity(point[jumps:], s[jumps:], s[jumps:], z, scale[jumps:])
+        flow = (predicted - velocity[jumps:]).square().mean(dim=-1)
         losses, terms = flow, {"flow": flow.detach().flatten()}
-        weighted = flow * time_weights(flow, s[off:], s[off:], self.config.time_balance)
-        if off:
-            field = dataclasses.replace(field, scale=scale[:off])
+        weighted = flow * time_weights(flow, s[jumps:], s[jumps:], self.config.time_balance)
+        if jumps:
+            field = dataclasses.replace(field, scale=scale[:jumps])
             mean_velocity = functools.partial(self.mean_velocity, z=z, guidance=field.scale)
+            point_and_times = (point[:jumps], s[:jumps], t[:jumps])
             if mean_flow:
-                error = mean_flow_residual(mean_velocity, velocity[:off], point[:off], s[:off], t[:off])
+                error = mean_flow_residual(mean_velocity, velocity[:jumps], *point_and_times)
             else:
-                error = lagrangian_residual(mean_velocity, field.velocity, point[:off], s[:off], t[:off])
-            jump = error.square().mean(dim=-1)
-            losses = torch.cat([jump, losses])
-            balanced = jump * time_weights(jump, s[:off], t[:off], self.config.time_balance)
+                error = lagrangian_residual(mean_velocity, field.velocity, *point_and_times)
+            jump_loss = error.square().mean(dim=-1)
+            losses = torch.cat([jump_loss, losses])
+            balanced = jump_loss * time_weights(jump_loss, s[:jumps], t[:jumps], self.config.time_balance)
             weighted = torch.cat([balanced, weighted])
-            terms[self.config.objective] = jump.detach().flatten()
+            terms[self.config.objective] = jump_loss.detach().flatten()
         return TokenLoss(weighted.mean(dim=0), losses.detach().flatten(), s.flatten(), terms)
 
     def sampler(self, steps: int, like: Tensor) -> Draw:
@@ -160,21 +162,21 @@ def mean_flow_residual(
 
 
 def draw_noise_and_times(
-    x: Tensor, samples: int, off: int, generator: torch.Generator
+    x: Tensor, samples: int, jumps: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw noise ``[samples, n, channels]`` and times ``s ≤ t [samples, n]`` for tokens ``x [n, channels]``.
 
-    The times differ in the first ``off`` samples, which are off the diagonal. Each is the smaller and the
+    The times differ in the first ``jumps`` samples, which are off the diagonal. Each is the smaller and the
     larger of two draws, as in MeanFlow, which keeps the smaller one on the diagonal too. Some jumps start at
     0 and some end at 1, as a single step does, where draws never lie.
     """
     noise = torch.randn(samples, *x.shape, generator=generator)
     # On the CPU: MPS has no kernel for the inverse normal distribution function.
     s, t = logistic_normal(torch.rand(2, samples, len(x), generator=generator)).sort(dim=0).values
-    ends = torch.rand(2, off, len(x), generator=generator) < AT_THE_ENDS
-    s[:off].masked_fill_(ends[0], 0.0)
-    t[:off].masked_fill_(ends[1], 1.0)
-    t[off:] = s[off:]
+    ends = torch.rand(2, jumps, len(x), generator=generator) < AT_THE_ENDS
+    s[:jumps].masked_fill_(ends[0], 0.0)
+    t[:jumps].masked_fill_(ends[1], 1.0)
+    t[jumps:] = s[jumps:]
     return to_device(noise, x.device), to_device(s, x.device), to_device(t, x.device)
 
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from far.autoencoder_config import DecoderName
 from far.diffusers_config import DiffusersConfig
-from far.errors import InputError, prefix_errors
+from far.errors import InputError
 from far.files import atomic_folder, check_empty_folder, sha256, write_json
 from far.folder import ModelFolder
 from far.onnx.config import CONFIG, DTYPES, OnnxConfig, OnnxFile, export_values
@@ -56,12 +56,7 @@ def export(
     check_empty_folder(out)
     folder = ModelFolder.open(name)
     model = folder.load_model()
-    autoencoder = folder.load_autoencoder() if folder.has_autoencoder else None
-    if autoencoder is None and decoder != "full":
-        raise InputError(f"{name} has no autoencoder, so no decoder {decoder!r}. Omit it")
-    if autoencoder is not None:
-        with prefix_errors(f"{name}: "):
-            autoencoder.use_decoder(decoder)
+    autoencoder = folder.optional_autoencoder(decoder)
     graphs = graphs_of(model, autoencoder)
     if not encoder:
         graphs.pop(ENCODER, None)
@@ -149,10 +144,11 @@ class _FourAxes(TorchFunctionMode):
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the warnings of the exporter and of the quantization, which users cannot act on."""
-    logging.disable(logging.WARNING)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)

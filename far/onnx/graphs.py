@@ -24,7 +24,6 @@ from far.heads.network import HeadNetwork
 from far.heads.shortcut import ShortcutHead
 from far.model import FAR
 from far.tokenizer import Tokenizer
-from far.tokens import on_sphere
 
 BACKBONE, DECODER, ENCODER = "backbone.onnx", "decoder.onnx", "encoder.onnx"
 HEAD, HEAD_CONDITION = "head.onnx", "head_condition.onnx"
@@ -84,7 +83,7 @@ def graphs_of(model: FAR, autoencoder: Tokenizer | None) -> dict[str, Graph]:
         InputError: the kind of the backbone or of the head cannot be exported.
     """
     graphs = {BACKBONE: _backbone(model.backbone, model.config.token_channels)}
-    graphs |= _head(model.head, model.config.token_channels, model.backbone.width)
+    graphs |= _head(model.head)
     if autoencoder is not None:
         channels, stride = model.config.latent_channels, autoencoder.config.stride
         latents: Axes = ("batch", channels, *model.config.grid)
@@ -129,7 +128,7 @@ def _backbone(backbone: Backbone, channels: int) -> Graph:
     return Graph(_BlockCausal(backbone), inputs, outputs, integers)
 
 
-def _head(head: Head, channels: int, condition: int) -> dict[str, Graph]:
+def _head(head: Head) -> dict[str, Graph]:
     if type(head) not in _HEADS:
         raise InputError(f"a head of kind {head.config.kind!r} cannot be exported. Use another model")
     network: HeadNetwork = head.network  # type: ignore[assignment]
@@ -293,11 +292,7 @@ class _Decoder(nn.Module):
         self.autoencoder = autoencoder
 
     def forward(self, latents: Tensor) -> Tensor:
-        latents = self.autoencoder.denormalize(latents)
-        if self.autoencoder.config.spherical:
-            latents = on_sphere(latents, dim=1)
-        decoder = self.autoencoder.decoder_network(self.autoencoder.active_decoder)
-        return decoder(self.autoencoder.post_quant_conv(latents)) / 2 + 0.5  # type: ignore[no-any-return]
+        return self.autoencoder.decode(self.autoencoder.denormalize(latents)) / 2 + 0.5
 
 
 class _Encoder(nn.Module):
@@ -308,8 +303,4 @@ class _Encoder(nn.Module):
         self.autoencoder = autoencoder
 
     def forward(self, images: Tensor) -> Tensor:
-        moments = self.autoencoder.quant_conv(self.autoencoder.encoder(images * 2 - 1))
-        mean = self.autoencoder.posterior(moments).mean
-        if self.autoencoder.config.spherical:
-            mean = on_sphere(mean, dim=1)
-        return self.autoencoder.normalize(mean)
+        return self.autoencoder.normalize(self.autoencoder.encode(images * 2 - 1).mean)

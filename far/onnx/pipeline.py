@@ -147,6 +147,8 @@ class Session:
             raise InputError(f"{path} is missing or damaged (its checksum differs). Export the model again")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # Idle threads of one network would otherwise keep the cores busy while another one computes.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

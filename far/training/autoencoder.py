@@ -1,5 +1,6 @@
 """Training of the KL autoencoder: loss, figures on held-out images, and scale and shift of the latents."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from far.autoencoder import Autoencoder, Decoder, Posterior, SmallDecoder
 from far.autoencoder_config import AutoencoderConfig
-from far.data.image_sets import fingerprint, open_held_out, read_images, sides
+from far.data.image_sets import fingerprint, open_held_out, read_images
+from far.data.images import sides
 from far.data.shards import ShardReader
 from far.data.training_images import open_training_images, read_full
 from far.devices import to_device
@@ -138,6 +140,7 @@ class AutoencoderTask:
         assert isinstance(ema, Autoencoder)
         if self.stage == "all":
             rows = statistics_rows(len(self.train_images))
+            ema = copy.copy(ema)  # shares the weights; the trainer's EMA keeps its own config
             ema.config = dataclasses.replace(ema.config, **latent_statistics(ema, self._read, rows))
         save_autoencoder(ema, folder, results)
 
@@ -200,15 +203,10 @@ def _trained_autoencoder(source: str, sizes: AutoencoderConfig) -> Autoencoder:
 def reconstruction_figures(
     autoencoder: Autoencoder, networks: Sequence[FeatureNetwork], images: ShardReader, count: int
 ) -> dict[str, float]:
-    """Return PSNR in dB, SSIM and Fréchet distances of reconstructions from the posterior's mean.
-
-    Fewer than two images raise an :class:`InputError`.
-    """
+    """Return PSNR in dB, SSIM and Fréchet distances of reconstructions from the posterior's mean."""
     device = next(autoencoder.parameters()).device
     rows = torch.arange(min(count, len(images)))
-    if len(rows) < 2:
-        raise InputError(f"{images.folder} holds {len(rows)} image. A Fréchet distance needs two or more")
-    sides = [[FeatureStatistics.empty(network.dimensions) for _ in range(2)] for network in networks]
+    statistics = [[FeatureStatistics.empty(network.dimensions) for _ in range(2)] for network in networks]
     ratios, similarities = [], []
     for batch in image_chunks(partial(read_images, images), rows, "reconstructions"):
         batch = batch.to(device)
@@ -216,12 +214,12 @@ def reconstruction_figures(
         output, batch = output / 2 + 0.5, batch / 2 + 0.5
         ratios.append(psnr(output, batch))
         similarities.append(ssim(output, batch))
-        for network, (real, fake) in zip(networks, sides):
+        for network, (real, fake) in zip(networks, statistics):
             real.add(network(batch).cpu())
             fake.add(network(output).cpu())
     distances = {
         f"reconstruction FD ({network.name})": frechet_distance(real, fake)
-        for network, (real, fake) in zip(networks, sides)
+        for network, (real, fake) in zip(networks, statistics)
     }
     means = {
         name: float(torch.cat(found).mean()) for name, found in (("psnr", ratios), ("ssim", similarities))

@@ -211,7 +211,7 @@ def _check_rates(training: LoopConfig, *without: str, model: str) -> None:
             raise InputError(f"{part}_learning_rate {value} does not apply to {model}. Remove it")
 
 
-def check_label_drop(label_drop: float) -> None:
+def _check_label_drop(label_drop: float) -> None:
     """Raise an :class:`InputError` unless ``label_drop`` is a fraction of images that leaves some labeled."""
     if not 0 <= label_drop < 1:
         raise InputError(f"label_drop {label_drop} must be at least 0 and below 1")
@@ -292,7 +292,7 @@ class GeneratorRecipe:
     adapter_rank: int = 0
 
     def __post_init__(self) -> None:
-        check_label_drop(self.label_drop)
+        _check_label_drop(self.label_drop)
         if self.frozen_backbone is not None and self.start_from is not None:
             raise InputError("frozen_backbone and start_from are both given. Give one of them")
         _check_adapter_rank(self.adapter_rank)
@@ -347,7 +347,7 @@ class TrajectoryConfig:
         for name in ("images", "tokens_per_image"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)} must be positive")
-        check_label_drop(self.label_drop)
+        _check_label_drop(self.label_drop)
         check_types(self)
         if self.max_guidance <= 1:
             raise InputError(f"max_guidance {self.max_guidance} must be above 1")
@@ -356,7 +356,7 @@ class TrajectoryConfig:
         check_seed("seed", self.seed)
 
 
-_LOOP = LoopConfig(
+_DISTILLATION_LOOP = LoopConfig(
     steps=4000, batch_size=256, learning_rate=1e-3, schedule="cosine", weight_decay=0.0, gradient_clip=1.0,
     ema_decay=0.999, checkpoint_every=500, evaluate_every=1000,
 )  # fmt: skip
@@ -374,7 +374,7 @@ class DistillationConfig:
     """
 
     trajectories: TrajectoryConfig = TrajectoryConfig()
-    training: LoopConfig = _LOOP
+    training: LoopConfig = _DISTILLATION_LOOP
     samples_per_token: int = 4
     adapter_rank: int = 0
 

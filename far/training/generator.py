@@ -10,19 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from far.data.image_sets import (
-    check_meta,
-    fingerprint,
-    open_held_out,
-    open_training_index,
-    read_images,
-    sides,
-)
+from far.data.image_sets import check_meta, fingerprint, open_held_out, open_training_index, read_images
+from far.data.images import sides
 from far.data.latents import LatentCache
 from far.devices import to_device
 from far.errors import InputError
 from far.evaluation.features import FeatureNetwork, load_feature_network
-from far.evaluation.metrics import FeatureStatistics, Neighborhoods, frechet_distance, squared_mmd
+from far.evaluation.metrics import (
+    LEAST_IMAGES,
+    LEAST_REFERENCES,
+    FeatureStatistics,
+    Neighborhoods,
+    frechet_distance,
+    squared_mmd,
+)
 from far.files import json_digest
 from far.model import FAR, ModelConfig
 from far.pipeline import Pipeline
@@ -39,8 +40,6 @@ from far.training.start import copy_backbone, copy_model, freeze_parts, local_na
 _TIME_BUCKETS = 4
 # Images of each side that the quick KID compares. It has no bias, so few are enough.
 _KID_IMAGES = 1000
-# Images of each side that recall needs: one more than the neighbors of a ball.
-_LEAST, _LEAST_REAL = 4, 6
 
 
 class GeneratorTask:
@@ -50,7 +49,7 @@ class GeneratorTask:
         config: network, training, sampling and evaluation.
         images: folder of the image set, with ``train`` and ``held-out``.
         latents: folder of the latent cache of ``train``.
-        autoencoder: the one that made the cache. Moved to the training's device.
+        autoencoder: the one that made the cache. Moved to the training's device and frozen.
         run: the run's folder. If it holds a checkpoint, ``start_from`` is not read again.
 
     Raises:
@@ -145,7 +144,8 @@ class GeneratorTask:
         embedding = self.module.backbone.get_parameter("class_embedding.weight")
 
         def rate(matrix: Tensor) -> float:
-            return (matrix is embedding and config.class_embedding_learning_rate) or config.learning_rate
+            own = config.class_embedding_learning_rate if matrix is embedding else None
+            return own or config.learning_rate
 
         # Checkpoints number parameters in the order of groups, so the class embedding stays in its place.
         matrices = itertools.groupby((matrix for matrix in backbone if matrix.dim() > 1), rate)
@@ -237,12 +237,12 @@ def quick_figures(features: Tensor, real: Tensor) -> dict[str, float]:
 
     There is no recall of fewer than four images, or against fewer than six.
     """
-    sides = (FeatureStatistics.of(features), FeatureStatistics.of(real))
+    statistics = (FeatureStatistics.of(features), FeatureStatistics.of(real))
     figures = {
-        "FD": frechet_distance(*sides),
+        "FD": frechet_distance(*statistics),
         "KID": squared_mmd(features[:_KID_IMAGES], real[:_KID_IMAGES]),
     }
-    if len(features) >= _LEAST and len(real) >= _LEAST_REAL:
+    if len(features) >= LEAST_IMAGES and len(real) >= LEAST_REFERENCES:
         figures["recall"] = Neighborhoods(real).overlap(features).recall
     return figures
 

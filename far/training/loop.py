@@ -323,7 +323,7 @@ class Trainer:
         config = self.config
         self.optimizer.zero_grad()
         numbers = self._numbers(self.step)
-        losses = [
+        logged = [
             self._accumulate(number, len(numbers), meter, together=number == numbers[-1])
             for number in numbers
         ]
@@ -338,7 +338,7 @@ class Trainer:
             for each in networks  # without gradients yet, a discriminator's norm is a zero on the CPU
         ]
         # The only value that a step reads from a GPU.
-        finite = bool(torch.stack([*norms, *(values["loss"] for values in losses)]).isfinite().all())
+        finite = bool(torch.stack([*norms, *(values["loss"] for values in logged)]).isfinite().all())
         # Gradients are averaged over ranks but losses are local, so ranks must agree before skipping.
         if self.processes.any(not finite):
             self.skipped_steps += 1
@@ -347,7 +347,7 @@ class Trainer:
             self.optimizer.step()
             self.ema.update(self.module, self.step)
             self.skipped_in_a_row = 0
-            for values in losses:
+            for values in logged:
                 meter.add_values({**values, "gradient_norm": norms[0]})
         self.scaler.update()
         self.step += 1

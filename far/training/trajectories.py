@@ -14,7 +14,8 @@ from torch import Tensor
 
 from far.classes import check_same_classes
 from far.config import to_dict
-from far.data.image_sets import check_meta, sides
+from far.data.image_sets import check_meta
+from far.data.images import sides
 from far.data.latents import LatentCache
 from far.data.shards import Piece, Pieces, ShardReader, ShardWriter
 from far.errors import InputError
@@ -26,9 +27,9 @@ from far.model import FAR
 from far.pipeline import Pipeline
 from far.processes import Processes
 from far.progress import ImageBar
-from far.sampling import Progress, SamplingConfig, SeededNoise, sample
+from far.sampling import Progress, SamplingConfig, SeededNoise, generation_orders, sample
 from far.seeds import seeded_generator
-from far.tokens import cosine_token_counts, halton_orders, raster_orders
+from far.tokens import cosine_token_counts
 from far.training.config import GROUP, TrajectoryConfig
 
 # Trajectories are kept at times 0, 1/8 … 1, with this many Heun steps from one point to the next.
@@ -39,7 +40,7 @@ _SHARD_GROUPS = 16
 
 Callback = Callable[[Progress], None]
 # Group number, generator and a callback for each AR step → latents [64, c, h, w] and labels [64].
-Images = Callable[[int, torch.Generator, Callback], tuple[Tensor, Tensor]]
+GroupReader = Callable[[int, torch.Generator, Callback], tuple[Tensor, Tensor]]
 
 
 def load_teacher(folder: Path, config: TrajectoryConfig, device: str | torch.device) -> Pipeline:
@@ -122,13 +123,10 @@ def _check_latents(folder: Path, teacher: Pipeline) -> ShardReader:
     return reader
 
 
-def _cached(teacher: Pipeline, folder: Path, seed: int) -> Images:
+def _cached(teacher: Pipeline, folder: Path, seed: int) -> GroupReader:
     """Read the images of a group from a latent cache: the next rows of a permutation, with random flips."""
-    if teacher.autoencoder is None:
-        raise InputError("the teacher has no autoencoder. Add one with far convert kl16 KL16.ckpt FOLDER")
-    cache = LatentCache(folder, teacher.autoencoder)
-    size = sides(cache.meta["size"])
-    drawn = tuple(side * teacher.autoencoder.config.stride for side in teacher.model.config.grid)
+    cache = LatentCache(folder, teacher.require_autoencoder())
+    size, drawn = sides(cache.meta["size"]), teacher.image_size
     if size != drawn:
         held = f"{folder} holds {size[1]}×{size[0]} images"
         raise InputError(f"{held}. Give {drawn[1]}×{drawn[0]}, as the teacher draws")
@@ -141,7 +139,7 @@ def _cached(teacher: Pipeline, folder: Path, seed: int) -> Images:
     return read
 
 
-def _drawn(teacher: Pipeline, seed: int) -> Images:
+def _drawn(teacher: Pipeline, seed: int) -> GroupReader:
     """Let the teacher draw the images of a group, every class equally often."""
 
     def draw(group: int, generator: torch.Generator, callback: Callback) -> tuple[Tensor, Tensor]:
@@ -194,30 +192,23 @@ def draw_positions(
     backbone has an exact cache and tokens are drawn one by one, all tokens but the last are known.
     """
     device, tokens = next(model.parameters()).device, model.config.tokens
+
+    def random() -> Tensor:
+        return torch.rand(batch, tokens, generator=generator).argsort(dim=1)
+
     count, ar_steps = min(count, tokens), min(sampling.ar_steps, tokens)
     if model.backbone.exact_cache and ar_steps == tokens:
         # Teacher forcing: one pass gives z of every token from those before it, so all are equally likely.
-        positions = torch.rand(batch, tokens, generator=generator).argsort(dim=1)[:, :count]
-        return _draw_orders(model, batch, sampling.order, generator), tokens - 1, positions.to(device)
+        positions = random()[:, :count].to(device)
+        return generation_orders(model, sampling.order, batch, random).to(device), tokens - 1, positions
     chosen = int(torch.randint(0, tokens, (), generator=generator))
-    order = _draw_orders(model, batch, sampling.order, generator)
+    order = generation_orders(model, sampling.order, batch, random).to(device)
     counts = cosine_token_counts(tokens, ar_steps)
     starts = [0, *itertools.accumulate(counts[:-1])]
     known, drawn = max(step for step in zip(starts, counts) if step[0] <= chosen)
     if sampling.order == "random":  # every unknown position may be the next
         drawn = tokens - known
     return order, known, order[:, known + torch.arange(count, device=device) % drawn]
-
-
-def _draw_orders(model: FAR, batch: int, order: str, generator: torch.Generator) -> Tensor:
-    """Return orders ``[batch, n]`` on the model's device, of the kind that sampling uses."""
-    tokens, device = model.config.tokens, next(model.parameters()).device
-    if order == "raster" or not model.backbone.any_order:
-        return raster_orders(tokens, batch).to(device)
-    orders = torch.rand(batch, tokens, generator=generator).argsort(dim=1)
-    if order == "halton":
-        orders = halton_orders(*model.config.token_grid, orders[:, 0])
-    return orders.to(device)
 
 
 def trajectories(

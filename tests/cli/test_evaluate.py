@@ -382,7 +382,7 @@ def test_files_that_are_not_images_are_counted(tmp_path: Path, capsys: pytest.Ca
         (["--weights", "{model}", "--reference", "{images}", "--seed", str(2**31)], f"--seed {2**31}"),
         (["--weights", "{model}", "--reference", "{images}", "--device", "nowhere"], "device 'nowhere'"),
         (["--images", "{images}", "--save-statistics", "statistics"], "statistics"),
-        (["--weights", "{model}", "--reference", "{images}", "--save-npz", "x.NPZ"], "x.NPZ"),
+        (["--weights", "{model}", "--reference", "{images}", "--save-npz", "x.npy"], "x.npy"),
         (["--weights", "{model}", "--save-npz", "x.npz", "--save-statistics", "./x.npz"], "x.npz"),
         (["--npz", "{three}", "--save-statistics", "{three}"], "three.npz"),
         (["--weights", "{model}", "--reference", "{three}", "--save-npz", "{three}"], "three.npz"),

@@ -280,8 +280,8 @@ def diffusers_entries(at: Path) -> tuple[list[str], SamplingConfig]:
 
     index = read_json(at / "exported/model_index.json")
     entries = {key: index[key] for key in ("id2label", "sampling") if key in index}
-    drawing = FARPipeline(diffusers_generator(at), None, **entries)._drawing
-    return drawing.classes, drawing.defaults
+    pipeline = FARPipeline(diffusers_generator(at), None, **entries)._far_pipeline()
+    return pipeline.classes, pipeline.defaults
 
 
 def split_weights(whole: Path, folder: Path) -> None:

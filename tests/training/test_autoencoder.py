@@ -92,6 +92,19 @@ def test_autoencoder_and_generator_are_trained_by_four_commands(
     assert (tmp_path / "grid.png").stat().st_size > 100
 
 
+def test_publishing_leaves_the_config_of_the_average_unchanged(
+    autoencoder_recipe: Path, tmp_path: Path, image_set: Path
+) -> None:
+    task = AutoencoderTask(load_recipe(autoencoder_recipe).autoencoder, image_set)
+    ema = Autoencoder(task.module.config)
+    task.publish(ema, tmp_path / "published", 0, {})
+    assert ema.config == task.module.config
+    published = load_autoencoder(tmp_path / "published", device="cpu")
+    assert published.config.scale != ema.config.scale
+    for name, tensor in published.state_dict().items():
+        assert torch.equal(tensor, ema.state_dict()[name]), name
+
+
 def test_images_are_mirrored_only_with_flip(autoencoder_recipe: Path, image_set: Path) -> None:
     images = read_images(ShardReader(image_set / "train", "images"), torch.arange(60))
     found = {}

@@ -306,7 +306,7 @@ def test_resumed_log_continues_at_the_checkpoint(recipe: Path, tmp_path: Path) -
     assert entries() == whole
 
 
-def test_lines_after_an_evaluation_average_all_steps_since_the_last_line(recipe: Path, tmp_path: Path) -> None:
+def test_line_after_an_evaluation_averages_all_steps_since_the_last(recipe: Path, tmp_path: Path) -> None:
     def losses(every: int) -> list[float]:
         values = ["steps=8", f"log_every={every}", "evaluate_every=3", "checkpoint_every=8"]
         options = [f"generator.training.{value}" for value in values]
