@@ -10,7 +10,7 @@ import tempfile
 import time
 import unicodedata
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,8 +27,9 @@ _OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
 def _beside(path: Path, parent: Path | None = None) -> Iterator[Path]:
     """Yield a path of the same name in a new folder beside ``path``, and remove the folder at the end.
 
-    Missing parents are created, unless ``parent`` holds it. Errors of the disk become :class:`InputError`.
-    The folder is locked, which tells :func:`remove_leftovers` that it is in use.
+    The new folder lies in ``parent``, which must exist; by default in ``path``'s own parent, which is
+    created. It is locked, which tells :func:`remove_leftovers` that it is in use. Errors of the disk become
+    :class:`InputError`.
     """
     folder = lock = None
     try:
@@ -49,7 +50,7 @@ def _beside(path: Path, parent: Path | None = None) -> Iterator[Path]:
 
 
 def _target(path: Path) -> Path:
-    """Return where a link leads, the real path of one without a name such as ".", and others as they are."""
+    """Return the target of a link, the real path of ``.`` and the like, or else ``path`` itself."""
     return Path(os.path.realpath(path)) if path.is_symlink() or path.name in ("", "..") else path
 
 
@@ -120,12 +121,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def files_together(folder: Path, replaced: Iterable[Path] = ()) -> Iterator[Path]:
+def files_together(folder: Path, replaced: Callable[[], Iterable[Path]] = tuple) -> Iterator[Path]:
     """Yield an empty temporary folder inside ``folder``. On success, move its files into ``folder``.
 
     Args:
         folder: created if missing, and removed again on failure. Its other files stay.
-        replaced: files to remove after the new ones have arrived, unless they have the same names.
+        replaced: called once no other command writes there. Returns files to remove after the new ones have
+            arrived, unless they have the same names.
 
     Raises:
         InputError: the folder cannot be created or written, another command is writing to it, or the disk is
@@ -133,10 +135,11 @@ def files_together(folder: Path, replaced: Iterable[Path] = ()) -> Iterator[Path
     """
     folder = _target(folder)
     with sole_use(folder), _beside(folder, folder) as temporary:
+        earlier = list(replaced())
         temporary.mkdir()
         yield temporary
         arrived = _move_files(temporary, folder)
-        for path in replaced:
+        for path in earlier:
             if path.name not in arrived:
                 path.unlink(missing_ok=True)
 
@@ -245,7 +248,12 @@ def check_folder(path: Path) -> None:
 
 def check_empty_folder(path: Path) -> None:
     """Raise an :class:`InputError` before long work unless ``path`` is an empty folder or can become one."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if path.is_dir():  # in a mounted folder, a killed command leaves its temporary folder
+        remove_leftovers(path)
+        filled = any(not _LEFTOVER.fullmatch(entry.name) for entry in path.iterdir())
+    else:
+        filled = path.exists()
+    if filled:
         raise InputError(f"{path} exists and is not an empty folder. Choose another one")
     if path.absolute() == Path.cwd():
         raise InputError(f"{str(path)!r} is the current folder, which cannot be replaced. Choose another one")

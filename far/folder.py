@@ -301,7 +301,8 @@ def config_without(path: Path, part: Literal["model", "autoencoder"]) -> FolderC
 def add_part(path: Path, tensors: "dict[str, Tensor]", **entries: Any) -> None:
     """Write a part's tensors, and then ``config.json`` with further ``entries``; if that fails, neither.
 
-    The entries hold ``model`` or ``autoencoder``. Another command may add the other part meanwhile.
+    The entries hold ``model`` or ``autoencoder``. The folder is read again under a lock, because another
+    command may have added the other part since the caller's check.
 
     Raises:
         InputError: the folder holds that part, or another one that it does not fit; another command is

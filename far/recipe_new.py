@@ -115,7 +115,7 @@ generator:
     checkpoint_every: $generator_checkpoint  # an interruption loses at most this many steps
     evaluate_every: $generator_evaluate  # steps between contact sheets and quick distances$device
   # Defaults of far generate, which can override them. At most as many AR steps as tokens; guidance 1 is off.
-  # order: random, halton, or raster (row by row), which needs one AR step per token.
+  # order: random, halton, or raster (row by row), made for one AR step per token.
   sampling: {ar_steps: $ar_steps, order: $order, head_steps: 4, guidance: $guidance, temperature: 0.8}
   # Counts of the quick distance: generated and held-out images. Compare only figures with equal counts.
   evaluation: {images: $generator_images, references: $references, grid_per_class: $sheet}

@@ -19,6 +19,7 @@ from far.errors import InputError
 from far.files import (
     atomic_folder,
     atomic_path,
+    check_empty_folder,
     check_folder,
     check_suffix,
     check_writable,
@@ -301,10 +302,22 @@ def test_mounted_folder_is_filled_and_not_replaced(tmp_path: Path, monkeypatch: 
     assert disk.stat().st_ino == before
 
 
+def test_leftover_in_a_mounted_folder_does_not_fill_it(tmp_path: Path) -> None:
+    def die() -> None:
+        with files_together(tmp_path / "disk"):  # writes within the folder, as an export to a mount does
+            os._exit(0)
+
+    die_within(die)
+    check_empty_folder(tmp_path / "disk")
+    (tmp_path / "disk" / "other").write_text("of somebody else")
+    with refused(tmp_path / "disk"):
+        check_empty_folder(tmp_path / "disk")
+
+
 def test_files_that_cannot_be_moved_cost_no_old_file(tmp_path: Path) -> None:
     (tmp_path / "old").write_text("old")
     (tmp_path / "taken").mkdir()  # a file cannot replace it
-    with refused(tmp_path), files_together(tmp_path, [tmp_path / "old"]) as temporary:
+    with refused(tmp_path), files_together(tmp_path, lambda: [tmp_path / "old"]) as temporary:
         (temporary / "taken").write_text("new")
     assert contents(tmp_path) == {"old": "old"}
 

@@ -44,10 +44,11 @@ def run(arguments: argparse.Namespace) -> None:
     # gradio reads these when it is imported: no telemetry, and few remembered clicks (10,000 by default).
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
     os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"
-    # It also asks its own address, which no proxy serves.
-    for name in ("no_proxy", "NO_PROXY"):
-        own = ("localhost", "127.0.0.1", arguments.host)
-        os.environ[name] = ",".join(filter(None, (os.environ.get(name), *own)))
+    # It requests its own address at the start, for which a proxy must not answer.
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if given != "*":
+        own = ",".join(filter(None, (given, "localhost", "127.0.0.1", arguments.host)))
+        os.environ.update(no_proxy=own, NO_PROXY=own)
     try:
         from far.demo.drawing import load_models
         from far.demo.page import Demo

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import re
 import shlex
@@ -66,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    earlier = _check(arguments)
+    _check(arguments)
     weights = find_folder(arguments.weights)
     check_export(arguments, weights)
 
@@ -95,6 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
     parts: list[Any] = []
     frames: list[Image.Image] = []
     # A folder is filled at the end, so that an interrupted run is not mistaken for a whole one.
+    earlier = functools.partial(_earlier_images, arguments.out, arguments.overwrite)
     with files_together(arguments.out, earlier) if folder else contextlib.nullcontext(arguments.out) as out:
 
         def finish(images: Tensor, start: int) -> None:
@@ -106,8 +108,7 @@ def run(arguments: argparse.Namespace) -> None:
                 made = drawing_settings(arguments.weights, sampling, dtype, pipeline.classes, label, seed)
                 save_png(picture, out / f"{number:06d}.png", made)
 
-        first = frames if arguments.gif is not None else None
-        done = _draw(pipeline, labels, config, arguments, finish, first)
+        done = _draw(pipeline, labels, config, arguments, finish, frames if arguments.gif else None)
         for number in range(done, len(labels)) if folder else ():  # a batch whose writing was interrupted
             (out / f"{number:06d}.png").unlink(missing_ok=True)
     if not folder:
@@ -127,8 +128,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.out} ({len(labels)} image{'s' if len(labels) != 1 else ''})")
 
 
-def _check(arguments: argparse.Namespace) -> list[Path]:
-    """Check all arguments that need no model, and return the images of an earlier run to replace."""
+def _check(arguments: argparse.Namespace) -> None:
+    """Check all arguments that need no model."""
     check_count("--batch-size", arguments.batch_size, 2**40)
     check_seed("--seed", arguments.seed)
     if arguments.count is not None:
@@ -136,12 +137,12 @@ def _check(arguments: argparse.Namespace) -> list[Path]:
     if arguments.out.suffix.lower() in _OTHER_FORMATS:
         raise InputError(f"--out {arguments.out} is not supported. Give a name in .png or .npz, or a folder")
     filled = _is_folder(arguments.out) and arguments.out.exists()
-    earlier = _earlier_images(arguments.out, arguments.overwrite) if filled else []
+    if filled:
+        _earlier_images(arguments.out, arguments.overwrite)
     check_writable(arguments.out / "000000.png" if filled else arguments.out)
     check_suffix("--gif", arguments.gif, ".gif")
     if arguments.gif is not None:
         check_writable(arguments.gif)
-    return earlier
 
 
 def _is_folder(out: Path) -> bool:

@@ -3,7 +3,8 @@
 Its value is a dictionary that travels with each click, so the server keeps nothing:
 
 - ``picture``: a PNG as a data URL, or ``""``; ``download``: a name for this file, or ``""``;
-- ``whole``: the picture to redraw parts of, while ``picture`` is an unfinished drawing of it;
+- ``whole``: the last finished picture, from which redrawing starts: ``picture``, or the one before it while
+  that is unfinished; ``""`` if there is none;
 - ``marked``: numbers of tokens; ``drawn``: whether to outline them only, so that the result is seen;
 - ``status``: HTML; ``width`` and ``height`` in pixels; ``rows`` and ``columns`` in tokens.
 

@@ -32,7 +32,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
     }
 
     def send_head(self) -> Any:
-        if "\0" in urllib.parse.unquote(self.path):  # no file's name, and an error of the system
+        if "\0" in urllib.parse.unquote(self.path):  # opening it would raise a ValueError
             return self.send_error(http.HTTPStatus.BAD_REQUEST)
         return super().send_head()
 

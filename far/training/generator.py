@@ -36,6 +36,7 @@ from far.training.epochs import CHUNK, epoch_rows, image_chunks
 from far.training.loop import published, resolve_loop
 from far.training.sample_sheet import write_sample_sheet
 from far.training.start import copy_backbone, copy_model, freeze_parts, local_name, recorded_start
+from far.weights import digest
 
 _TIME_BUCKETS = 4
 # Images of each side that the quick KID compares. It has no bias, so few are enough.
@@ -85,11 +86,7 @@ class GeneratorTask:
             "autoencoder": json_digest([autoencoder.fingerprint(), scale_and_shift])[:16],
             "start_from": config.start_from and Path(config.start_from).name,
         }
-        trained = {
-            "generator.freeze": sorted(config.freeze),
-            "generator.adapter_rank": config.adapter_rank,
-            "generator.frozen_backbone": config.frozen_backbone and Path(config.frozen_backbone).name,
-        }
+        trained = {"generator.freeze": sorted(config.freeze), "generator.adapter_rank": config.adapter_rank}
         self.identity |= {key: value for key, value in trained.items() if value}
         self.training: dict[str, Any] = {
             "command": "far train",
@@ -99,6 +96,9 @@ class GeneratorTask:
             "recipe": _recorded(config),
         }
         self.module = self._network(latents, run)
+        if config.frozen_backbone is not None:
+            weights = digest(self.module.backbone.state_dict())
+            self.identity["weights of generator.frozen_backbone"] = weights[:16]
         embedding = self.module.backbone.get_parameter("class_embedding.weight")
         self.frozen = not any(
             each.requires_grad for each in self.module.backbone.parameters() if each is not embedding
@@ -121,9 +121,11 @@ class GeneratorTask:
         if config.start_from is not None:
             facts = None if run is None else recorded_start(run)
             if facts is None:
-                facts = copy_model(
+                facts, head_copied = copy_model(
                     module, config.start_from, autoencoder, self.classes, latents, config.freeze
                 )
+                if not head_copied:
+                    config.check_unconditional()
             self.training |= facts
             with seeded(config.training.seed):
                 freeze_parts(module, config.freeze, config.adapter_rank)

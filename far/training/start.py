@@ -56,12 +56,12 @@ def copy_model(
     classes: list[str],
     latents: Path,
     frozen: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Copy a trained model's backbone, and its head if that fits, into ``module``, and return facts.
+) -> tuple[dict[str, Any], bool]:
+    """Copy a trained model's backbone, and its head if that fits, into ``module``.
 
-    Class embeddings are matched by name. New classes start from the mean of the trained ones. The parameters
-    and errors are those of :func:`copy_backbone`, but the classes may differ. Parts that will be ``frozen``
-    (see :func:`freeze_parts`) must not be new.
+    Return the facts, and whether the head was copied. Class embeddings are matched by name. New classes
+    start from the mean of the trained ones. The parameters and errors are those of :func:`copy_backbone`, but
+    the classes may differ. Parts that will be ``frozen`` (see :func:`freeze_parts`) must not be new.
     """
     pipeline = _open_fitting(module, weights, autoencoder, latents)
     trained, size = pipeline.model, pipeline.model.config.network.head
@@ -84,10 +84,8 @@ def copy_model(
     facts = [f"{len(classes) - len(new)} classes matched"]
     for kind, names in (("new", new), ("dropped", dropped)):
         facts += [f"{len(names)} {kind} ({shown_names(names)})"] if names else []
-    return {
-        "started from": f"{local_name(weights)}: {', '.join([*facts, head])}",
-        "model": pipeline.training,
-    }
+    started = f"{local_name(weights)}: {', '.join([*facts, head])}"
+    return {"started from": started, "model": pipeline.training}, fits
 
 
 def freeze_parts(module: FAR, parts: Sequence[str], adapter_rank: int = 0) -> None:

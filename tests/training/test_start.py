@@ -107,9 +107,22 @@ def test_run_is_not_resumed_with_another_frozen_backbone(
     first = trainer(recipe, f"generator.frozen_backbone={pipeline_folder}")
     first.train_step(Meter())
     first.save()
-    shutil.copytree(pipeline_folder, tmp_path / "another")
-    with refused("step-00000001", "frozen_backbone", pipeline_folder.name, "another"):
-        trainer(recipe, f"generator.frozen_backbone={tmp_path / 'another'}").restore(resume=True)
+    other, another = Pipeline.from_pretrained(pipeline_folder), tmp_path / "other" / pipeline_folder.name
+    with torch.no_grad():
+        next(other.model.backbone.parameters()).mul_(2)
+    other.save_pretrained(another)  # of the same name
+    with refused("step-00000001", "frozen_backbone"):
+        trainer(recipe, f"generator.frozen_backbone={another}").restore(resume=True)
+    moved = shutil.copytree(pipeline_folder, tmp_path / "moved")
+    trainer(recipe, f"generator.frozen_backbone={moved}").restore(resume=True)
+
+
+def test_new_head_that_guides_needs_images_without_their_class(recipe: Path, pipeline_folder: Path) -> None:
+    options = [f"generator.start_from={pipeline_folder}", "generator.label_drop=0"]
+    options.append("generator.sampling.guidance=3.0")
+    task(recipe, *options)  # the copied head may have learned it
+    with refused("label_drop"):
+        task(recipe, *options, "generator.network.head.kind=flow")
 
 
 @pytest.mark.parametrize(
